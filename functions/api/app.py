@@ -1,0 +1,279 @@
+"""Woken by the HTTP API: authenticates, and serves jobs, usage and limits."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from aws_lambda_powertools.event_handler import APIGatewayHttpResolver, Response, content_types
+from aws_lambda_powertools.event_handler.exceptions import NotFoundError
+from aws_lambda_powertools.event_handler.openapi.exceptions import RequestValidationError
+from aws_lambda_powertools.event_handler.openapi.params import Body, Header, Path, Query
+
+import sluice
+from sluice import http, wiring
+from sluice.accounts import Account
+from sluice.domain import errors
+from sluice.domain.jobs import State
+from sluice.domain.limits import model_group
+from sluice.submit import Accepted, Rejected, Sender
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.event_handler.middlewares import NextMiddleware
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+app = APIGatewayHttpResolver(enable_validation=True)
+
+HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
+    errors.InvalidRequest: (400, "invalid_request_error"),
+    errors.Unauthenticated: (401, "authentication_error"),
+    errors.JobNotFound: (404, "not_found_error"),
+    errors.Conflict: (409, "conflict_error"),
+    errors.RequestTooLarge: (413, "request_too_large"),
+    errors.StoreBusy: (503, "overloaded_error"),
+}
+"""What each of our errors is in HTTP, in Anthropic's words. Everything else is a 500 that says nothing."""
+
+GROUPINGS: Final = ("day", "model", "lane")
+
+
+# Requests ------------------------------------------------------------------------------------------------------
+
+
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Answer one request."""
+    # Bodies are JSON whatever the header says: `curl -d` calls everything a form.
+    event.setdefault("headers", {})["content-type"] = "application/json"
+    try:
+        return app.resolve(event, context)
+    finally:
+        wiring.telemetry().flush()
+
+
+def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
+    """Let a request through that is not too large and carries a client key."""
+    event = app.current_event
+    size = len((event.body or "").encode())
+    if size > http.MOST_BYTES:
+        raise errors.RequestTooLarge(size, http.MOST_BYTES)
+    headers = event.headers
+    bearer = headers.get("authorization") or ""
+    key = headers.get("x-api-key") or (bearer[7:] if bearer.lower().startswith("bearer ") else "")
+    tenant = wiring.client_keys().tenant(key.strip()) if key.strip() else None
+    if tenant is None:
+        raise errors.Unauthenticated
+    app.append_context(tenant=tenant)  # type: ignore[no-untyped-call]
+    return next_middleware(app)
+
+
+def account() -> Account:
+    """Return the caller's account."""
+    return wiring.account(app.context["tenant"])
+
+
+@app.get("/health", description="Tells that the gateway answers. Needs no key.", tags=["health"])
+def health() -> dict[str, str]:
+    """Answer that we are here."""
+    return {"status": "ok", "version": sluice.__version__}
+
+
+@app.post(
+    "/jobs",
+    description="Accepts one job, or a list of up to 100 in which each item has its own outcome.",
+    status_code=202,
+    tags=["jobs"],
+    middlewares=[checked],
+)
+def submit(
+    body: Annotated[http.SubmitBody, Body()],
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    anthropic_version: Annotated[str | None, Header(max_length=64)] = None,
+    anthropic_beta: Annotated[str | None, Header(max_length=1024)] = None,
+) -> Response[Any]:
+    """Accept jobs."""
+    submissions, is_list = http.read_submissions(body.root)
+    sender = Sender(app.context["tenant"], idempotency_key, anthropic_version, anthropic_beta)
+    outcomes = wiring.submit()(submissions, sender)
+    if not is_list:
+        (outcome,) = outcomes
+        if isinstance(outcome, Rejected):
+            raise outcome.error
+        return answer(202, _accepted(outcome), {"Location": f"/jobs/{outcome.job.job_id}"})
+    data = [
+        {"index": index, "status": "accepted", "job": _accepted(outcome)}
+        if isinstance(outcome, Accepted)
+        else {"index": index, "status": "rejected", "error": error_body(outcome.error)["error"]}
+        for index, outcome in enumerate(outcomes)
+    ]
+    rejected = [outcome.error for outcome in outcomes if isinstance(outcome, Rejected)]
+    if len(rejected) == len(outcomes):
+        return refusal(rejected[0], data=data)
+    counts = {"accepted": len(outcomes) - len(rejected), "rejected": len(rejected)}
+    return answer(202, {"type": "job_list", **counts, "data": data})
+
+
+def _accepted(outcome: Accepted) -> dict[str, Any]:
+    job = outcome.job
+    start = None
+    if not job.state.is_final:
+        group = model_group(job.current_model, wiring.model_groups())
+        start = wiring.waiting().estimated_start(group)
+    return {**http.job_view(job), "estimated_start_at": http.time(start)}
+
+
+@app.get(
+    "/jobs",
+    description="Lists jobs, newest first; or shows the jobs named in `ids`.",
+    tags=["jobs"],
+    middlewares=[checked],
+)
+def list_jobs(
+    state: Annotated[State | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    page: Annotated[str | None, Query(max_length=200)] = None,
+    ids: Annotated[str | None, Query(description="Up to 100 job ids, separated by commas.")] = None,
+) -> dict[str, Any]:
+    """List jobs."""
+    if ids is not None:
+        wanted = [each.strip() for each in ids.split(",") if each.strip()]
+        if len(wanted) > http.MOST_JOBS:
+            message = f"ids: {len(wanted)} ids, the most is {http.MOST_JOBS}"
+            raise errors.InvalidRequest(message)
+        data = [http.job_summary(job) for job in account().some_jobs(wanted)]
+        return {"data": data, "has_more": False, "next_page": None}
+    found = account().listing(state, limit, page)
+    return {
+        "data": [http.job_summary(job) for job in found.jobs],
+        "has_more": found.next_page is not None,
+        "next_page": found.next_page,
+    }
+
+
+@app.get(
+    "/jobs/<job_id>",
+    description="Shows a job: state, attempts, usage, cost, and Claude's Message once it is there.",
+    tags=["jobs"],
+    middlewares=[checked],
+)
+def show_job(job_id: Annotated[str, Path(max_length=64)]) -> dict[str, Any]:
+    """Show a job."""
+    job = account().job(job_id)
+    return http.job_view(job, account().message(job))
+
+
+@app.delete(
+    "/jobs/<job_id>",
+    description="Cancels a job: for sure before its call, as well as possible during it.",
+    tags=["jobs"],
+    middlewares=[checked],
+)
+def cancel_job(job_id: Annotated[str, Path(max_length=64)]) -> dict[str, Any]:
+    """Cancel a job."""
+    job = account().cancel(job_id)
+    return http.job_view(job, account().message(job))
+
+
+@app.get(
+    "/usage",
+    description="Tells what was spent, from the first day to the last (UTC), today if left out.",
+    tags=["usage"],
+    middlewares=[checked],
+)
+def show_usage(
+    first: Annotated[date | None, Query(alias="from")] = None,
+    last: Annotated[date | None, Query(alias="to")] = None,
+    group_by: Annotated[
+        str, Query(description="Any of day, model, lane, separated by commas.")
+    ] = "day",
+) -> dict[str, Any]:
+    """Show what was spent."""
+    today = datetime.now(UTC).date()
+    last = last or max(today, first or today)
+    first = first or last
+    names = [name.strip() for name in group_by.split(",") if name.strip()]
+    for name in names:
+        if name not in GROUPINGS:
+            message = f"group_by: {name!r} is not one of {', '.join(GROUPINGS)}"
+            raise errors.InvalidRequest(message)
+    rows = account().usage(first, last, names)
+    shown: dict[str, Any] = http.usage_view(first.isoformat(), last.isoformat(), names, rows)
+    return shown
+
+
+@app.get(
+    "/limits",
+    description="Shows each limit group: its limits, what is left, and who blocked it until when.",
+    tags=["limits"],
+    middlewares=[checked],
+)
+def show_limits() -> dict[str, Any]:
+    """Show the limit groups."""
+    now = wiring.CLOCK.now()
+    return {"data": [http.group_view(group, now) for group in account().groups()]}
+
+
+# Answers -------------------------------------------------------------------------------------------------------
+
+
+def answer(status: int, body: object, headers: dict[str, str] | None = None) -> Response[Any]:
+    """Make a JSON response that carries our request id, as Anthropic's do."""
+    return Response(
+        status_code=status,
+        content_type=content_types.APPLICATION_JSON,
+        body=body,
+        headers={"request-id": request_id(), **(headers or {})},
+    )
+
+
+def request_id() -> str:
+    """Return the id of this request."""
+    return f"req_{app.current_event.request_context.request_id}"
+
+
+def error_body(error: errors.SluiceError) -> dict[str, Any]:
+    """Show one of our errors in Anthropic's shape."""
+    _, kind = HTTP_OF[type(error)]
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": str(error)},
+        "request_id": request_id(),
+    }
+
+
+def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
+    """Answer with one of our errors."""
+    status, _ = HTTP_OF[type(error)]
+    headers = {}
+    if isinstance(error, errors.StoreBusy):
+        headers["retry-after"] = str(error.retry_after_seconds)
+    return answer(status, {**error_body(error), **more}, headers)
+
+
+@app.exception_handler(list(HTTP_OF))  # type: ignore[untyped-decorator]
+def on_our_error(error: errors.SluiceError) -> Response[Any]:
+    """Answer with an error of ours."""
+    return refusal(error)
+
+
+@app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
+def on_bad_form(error: RequestValidationError) -> Response[Any]:
+    """Answer a request whose form is wrong."""
+    return refusal(errors.InvalidRequest(http.explained(error.errors())))
+
+
+@app.not_found
+def on_unknown_route(_: NotFoundError) -> Response[Any]:
+    """Answer a path or method that does not exist."""
+    event = app.current_event
+    message = f"{event.http_method} {event.path} does not exist; see docs/openapi.json"
+    body = {"type": "error", "error": {"type": "not_found_error", "message": message}}
+    return answer(404, {**body, "request_id": request_id()})
+
+
+@app.exception_handler(Exception)  # type: ignore[untyped-decorator]
+def on_surprise(_: Exception) -> Response[Any]:
+    """Answer what nobody thought of: the log has the traceback, the caller a request id."""
+    wiring.telemetry().problem("request failed", request_id=request_id())
+    message = "something went wrong in the gateway; nothing was accepted"
+    body = {"type": "error", "error": {"type": "api_error", "message": message}}
+    return answer(500, {**body, "request_id": request_id()})

@@ -1,0 +1,26 @@
+"""Woken by the dead-letter queue: keeps each letter and marks its job errored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sluice import wiring
+from sluice.adapters.sqs import reason_of, received
+from sluice.dead_letters import DeadLetter
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
+    """Take each letter; those that could not be taken come again."""
+    failures = []
+    records = event["Records"]
+    for record, message in zip(records, received(records), strict=True):
+        try:
+            wiring.take_dead_letter()(DeadLetter(message, reason_of(record)))
+        except Exception:  # noqa: BLE001 - one letter must not keep the others
+            wiring.telemetry().problem("dead letter not taken", message_id=message.message_id)
+            failures.append({"itemIdentifier": message.message_id})
+    wiring.telemetry().flush()
+    return {"batchItemFailures": failures}

@@ -1,0 +1,110 @@
+"""What a tenant may see and do with its jobs, and what was spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+from sluice.domain import jobs as life
+from sluice.domain.errors import InvalidRequest, JobNotFound, Stale
+from sluice.domain.jobs import Job, State
+from sluice.domain.limits import Group
+from sluice.domain.pricing import Spend
+from sluice.ports import Clock, Events, JobStore, Ledger, LimitStore, Page, ResultStore
+
+LONGEST_REPORT_DAYS = 366
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Sums of one group of a usage report."""
+
+    group: Mapping[str, str]
+    spend: Spend
+
+
+class Account:
+    """One tenant's view. Another tenant's job does not exist here."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        tenant: str,
+        jobs: JobStore,
+        results: ResultStore,
+        limits: LimitStore,
+        ledger: Ledger,
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        self._tenant = tenant
+        self._jobs = jobs
+        self._results = results
+        self._limits = limits
+        self._ledger = ledger
+        self._clock = clock
+        self._events = events
+
+    def job(self, job_id: str) -> Job:
+        """Return a job; raises JobNotFound."""
+        job = self._jobs.get(job_id)
+        if job is None or job.tenant != self._tenant:
+            raise JobNotFound(job_id)
+        return job
+
+    def message(self, job: Job) -> str | None:
+        """Return Claude's Message as JSON text, None while there is none."""
+        return self._results.get(job.result) if job.result else None
+
+    def some_jobs(self, job_ids: Sequence[str]) -> list[Job]:
+        """Return those of the jobs that exist, in the order asked for."""
+        found = self._jobs.get_many(list(dict.fromkeys(job_ids)))
+        return [
+            found[job_id]
+            for job_id in dict.fromkeys(job_ids)
+            if job_id in found and found[job_id].tenant == self._tenant
+        ]
+
+    def listing(self, state: State | None, limit: int, page: str | None) -> Page:
+        """Return the tenant's jobs, newest first."""
+        return self._jobs.listing(self._tenant, state, limit, page)
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel: for sure before the call, by a flag the worker looks at during it. A final job stays as it is."""
+        job = self.job(job_id)
+        while True:
+            canceled = life.request_cancel(job, self._clock.now())
+            if canceled is job:
+                return job
+            try:
+                self._jobs.replace(canceled, job.version)
+            except Stale as stale:
+                if not isinstance(stale.current, Job):
+                    raise JobNotFound(job_id) from stale
+                job = stale.current
+            else:
+                if canceled.state is State.CANCELED:
+                    self._events.count("JobsCanceled")
+                return canceled
+
+    def usage(self, first: date, last: date, group_by: Sequence[str]) -> list[UsageRow]:
+        """Return what was spent from the first day to the last, by any of `day`, `model` and `lane`."""
+        if last < first:
+            message = f"to: {last} lies before from ({first})"
+            raise InvalidRequest(message)
+        if (last - first).days >= LONGEST_REPORT_DAYS:
+            message = f"from/to: a report covers at most {LONGEST_REPORT_DAYS} days"
+            raise InvalidRequest(message)
+        sums: dict[tuple[str, ...], Spend] = {}
+        for day, model, lane, spend in self._ledger.spent(self._tenant, first, last):
+            names = {"day": day.isoformat(), "model": model, "lane": lane}
+            key = tuple(names[name] for name in group_by)
+            sums[key] = sums.get(key, Spend()) + spend
+        return [
+            UsageRow(dict(zip(group_by, key, strict=True)), spend)
+            for key, spend in sorted(sums.items())
+        ]
+
+    def groups(self) -> Sequence[Group]:
+        """Return the state of all limit groups in use."""
+        return [group for group in self._limits.groups() if group.moved_to is None]

@@ -1,0 +1,107 @@
+"""How we call AWS: one place for time-outs, short retries and the meaning of AWS's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+)
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from sluice.domain.errors import StoreBusy
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_secretsmanager import SecretsManagerClient
+    from mypy_boto3_sqs import SQSClient
+
+T = TypeVar("T")
+
+CONFIG = Config(
+    connect_timeout=2,
+    read_timeout=10,
+    max_pool_connections=32,
+    # One layer retries: `patiently` below, which knows what is worth it.
+    retries={"total_max_attempts": 1},
+)
+
+_PASSING = frozenset(
+    {
+        "InternalError",
+        "InternalFailure",
+        "InternalServerError",
+        "InternalServiceError",
+        "InternalServiceErrorException",
+        "LimitExceededException",
+        "OverLimit",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "TransactionInProgressException",
+    }
+)
+
+
+def dynamodb() -> DynamoDBClient:
+    """Return a DynamoDB client."""
+    return boto3.client("dynamodb", config=CONFIG)
+
+
+def sqs() -> SQSClient:
+    """Return an SQS client."""
+    return boto3.client("sqs", config=CONFIG)
+
+
+def s3() -> S3Client:
+    """Return an S3 client."""
+    return boto3.client("s3", config=CONFIG)
+
+
+def secrets_manager() -> SecretsManagerClient:
+    """Return a Secrets Manager client."""
+    return boto3.client("secretsmanager", config=CONFIG)
+
+
+def code(error: ClientError) -> str:
+    """Return AWS's name of the error."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether the same call may succeed in a moment: throttled, unavailable, connection trouble."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return code(error) in _PASSING or status >= 500  # noqa: PLR2004 - HTTP
+    return isinstance(error, (BotoConnectionError, HTTPClientError))
+
+
+def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
+    """Call AWS; hiccups are tried again up to 4 times within about a second, then it is StoreBusy(what)."""
+    attempts = Retrying(
+        stop=stop_after_attempt(4),
+        wait=wait_random_exponential(multiplier=0.05, max=0.5),
+        retry=retry_if_exception(is_passing),
+        reraise=True,
+    )
+    try:
+        return attempts(call, **arguments)
+    except (ClientError, BotoCoreError) as error:
+        if is_passing(error):
+            raise StoreBusy(what) from error
+        raise

@@ -1,0 +1,473 @@
+"""Jobs, requests, limits, ledger and client keys in DynamoDB. Every write of shared state is conditional."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import date
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from botocore.exceptions import ClientError
+
+from sluice.adapters import aws, job_records
+from sluice.domain.client_keys import key_id, matches
+from sluice.domain.errors import Conflict, InvalidRequest, Stale, StoreBusy
+from sluice.domain.jobs import Job, State
+from sluice.domain.keys import KeyMark
+from sluice.domain.limits import DIMENSIONS, Bucket, Group
+from sluice.domain.pricing import LedgerRow, Spend
+from sluice.ports import Clock, Page, Params
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+    from sluice.adapters.job_records import Item
+    from sluice.adapters.s3 import Objects
+
+T = TypeVar("T")
+
+GET_AT_ONCE: Final = 100
+"""DynamoDB's limit for BatchGetItem."""
+
+WRITE_AT_ONCE: Final = 25
+"""DynamoDB's limit for BatchWriteItem."""
+
+INLINE_BYTES: Final = 350_000
+"""Requests above this size, compressed, go to S3: an item holds 400 KB."""
+
+FILTERED_AT_ONCE: Final = 1_000
+"""Items read per query when only one state is wanted."""
+
+LEDGER_DAYS: Final = 400
+"""How long ledger rows are kept: a year and a month, so that a year's statement can be checked."""
+
+CANARY_SECONDS: Final = 86_400
+
+
+class DynamoJobs:
+    """The job records."""
+
+    def __init__(self, client: DynamoDBClient, table: str, retention_days: int) -> None:
+        self._client = client
+        self._table = table
+        self._retention_days = retention_days
+
+    def add(self, job: Job) -> None:
+        """Store a new job; raises Stale with the job that has the id already."""
+        self._put(job, "attribute_not_exists(job_id)", {})
+
+    def get(self, job_id: str) -> Job | None:
+        """Return the job as last written (a consistent read)."""
+        answer = aws.patiently(
+            "the jobs table",
+            self._client.get_item,
+            TableName=self._table,
+            Key={"job_id": {"S": job_id}},
+            ConsistentRead=True,
+        )
+        return job_records.decode(answer["Item"]) if "Item" in answer else None
+
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
+        """Return those of the jobs that exist (consistent reads)."""
+        items = _get_many(self._client, self._table, "job_id", job_ids, "the jobs table")
+        return {job.job_id: job for job in map(job_records.decode, items)}
+
+    def replace(self, job: Job, expected_version: int) -> None:
+        """Write the job if its stored version is the expected one; raises Stale otherwise."""
+        self._put(job, "version = :expected", {":expected": {"N": str(expected_version)}})
+
+    def listing(self, tenant: str, state: State | None, limit: int, page: str | None) -> Page:
+        """Return the tenant's jobs, newest first. With a state, pages may be short of `limit`, never wrong."""
+        arguments: dict[str, Any] = {
+            "TableName": self._table,
+            "IndexName": "by_tenant",
+            "KeyConditionExpression": "tenant = :tenant",
+            "ExpressionAttributeValues": {":tenant": {"S": tenant}},
+            "ScanIndexForward": False,
+        }
+        if state is not None:
+            arguments["FilterExpression"] = "#state = :state"
+            arguments["ExpressionAttributeNames"] = {"#state": "state"}
+            arguments["ExpressionAttributeValues"][":state"] = {"S": state}
+        last: Any = _unpage(page, tenant) if page else None
+        jobs: list[Job] = []
+        # A filter drops items after they were read: read on until the page is full, but not for ever.
+        for _ in range(10):
+            if last:
+                arguments["ExclusiveStartKey"] = last
+            arguments["Limit"] = limit if state is None else FILTERED_AT_ONCE
+            answer = aws.patiently("the jobs table", self._client.query, **arguments)
+            jobs.extend(map(job_records.decode, answer["Items"]))
+            last = answer.get("LastEvaluatedKey")
+            if len(jobs) >= limit or not last:
+                break
+        if len(jobs) > limit:
+            jobs = jobs[:limit]
+            last = _index_key(jobs[-1])
+        return Page(tuple(jobs), _page(last) if last else None)
+
+    def _put(self, job: Job, condition: str, values: Item) -> None:
+        item = job_records.encode(job, self._retention_days)
+        arguments: dict[str, Any] = {"ExpressionAttributeValues": values} if values else {}
+        current = _put(self._client, self._table, item, condition, "the jobs table", arguments)
+        if current is not None:
+            raise Stale(job_records.decode(current) if current else None)
+
+
+class DynamoParams:
+    """The requests, gzipped: inline, or in S3 when they are large."""
+
+    def __init__(
+        self,
+        client: DynamoDBClient,
+        table: str,
+        objects: Objects,
+        clock: Clock,
+        retention_days: int,
+    ) -> None:
+        self._client = client
+        self._table = table
+        self._objects = objects
+        self._clock = clock
+        self._retention_days = retention_days
+
+    def add(self, params: Params) -> None:
+        """Store the request; raises Conflict if another one is stored under the id already."""
+        body = gzip.compress(params.body.encode(), compresslevel=6, mtime=0)
+        expires = self._clock.now() // 1000 + self._retention_days * job_records.DAY_SECONDS
+        item: Item = {
+            "job_id": {"S": params.job_id},
+            "request_hash": {"S": params.request_hash},
+            "expires_at": {"N": str(expires)},
+        }
+        if len(body) <= INLINE_BYTES:
+            item["body"] = {"B": body}
+        else:
+            # The hash is part of the name, so that another request under the same id cannot overwrite it.
+            key = f"params/{params.job_id}-{params.request_hash[:16]}.json.gz"
+            self._objects.put(key, body)
+            item["object_key"] = {"S": key}
+        current = _put(
+            self._client, self._table, item, "attribute_not_exists(job_id)", "the params table", {}
+        )
+        if current and current["request_hash"]["S"] != params.request_hash:
+            message = f"another request is stored for job {params.job_id}"
+            raise Conflict(message)
+
+    def get(self, job_id: str) -> Params | None:
+        """Return the request."""
+        answer = aws.patiently(
+            "the params table",
+            self._client.get_item,
+            TableName=self._table,
+            Key={"job_id": {"S": job_id}},
+            ConsistentRead=True,
+        )
+        item = answer.get("Item")
+        if item is None:
+            return None
+        body = (
+            self._objects.get(item["object_key"]["S"])
+            if "object_key" in item
+            else bytes(item["body"]["B"])
+        )
+        if body is None:
+            return None
+        return Params(job_id, gzip.decompress(body).decode(), item["request_hash"]["S"])
+
+
+class DynamoLimits:
+    """Limit groups, key marks and canaries in one table, told apart by the first part of `id`."""
+
+    def __init__(self, client: DynamoDBClient, table: str) -> None:
+        self._client = client
+        self._table = table
+
+    def load(self, group_ids: Iterable[str]) -> Mapping[str, Group]:
+        """Return those of the groups that exist."""
+        ids = [f"group#{group}" for group in group_ids]
+        items = _get_many(self._client, self._table, "id", ids, "the limits table")
+        return {group.id: group for group in map(_group, items)}
+
+    def replace(self, group: Group, expected_version: int) -> None:
+        """Write if the stored version is the expected one (0: not stored); raises Stale otherwise."""
+        item: Item = {
+            "id": {"S": f"group#{group.id}"},
+            "kind": {"S": "group"},
+            "version": {"N": str(group.version)},
+            "record": {"S": json.dumps(asdict(group), separators=(",", ":"))},
+        }
+        condition, arguments = "attribute_not_exists(id)", {}
+        if expected_version:
+            condition = "version = :expected"
+            arguments = {"ExpressionAttributeValues": {":expected": {"N": str(expected_version)}}}
+        current = _put(self._client, self._table, item, condition, "the limits table", arguments)
+        if current is not None:
+            raise Stale(_group(current) if current else None)
+
+    def groups(self) -> Sequence[Group]:
+        """Return all groups; there are few."""
+        pages = self._client.get_paginator("scan").paginate(
+            TableName=self._table,
+            FilterExpression="kind = :group",
+            ExpressionAttributeValues={":group": {"S": "group"}},
+        )
+        items = aws.patiently(
+            "the limits table", lambda: [x for page in pages for x in page["Items"]]
+        )
+        return sorted(map(_group, items), key=lambda group: group.id)
+
+    def marks(self, key_ids: Iterable[str]) -> Mapping[str, KeyMark]:
+        """Return what is known about the keys."""
+        ids = [f"key#{key}" for key in key_ids]
+        items = _get_many(self._client, self._table, "id", ids, "the limits table")
+        records = [json.loads(item["record"]["S"]) for item in items]
+        return {record["key_id"]: KeyMark(**record) for record in records}
+
+    def mark(self, mark: KeyMark) -> None:
+        """Write what is known about a key; the last writer wins, for all say the same."""
+        aws.patiently(
+            "the limits table",
+            self._client.put_item,
+            TableName=self._table,
+            Item={
+                "id": {"S": f"key#{mark.key_id}"},
+                "kind": {"S": "key"},
+                "record": {"S": json.dumps(asdict(mark))},
+            },
+        )
+
+    def canary(self, canary_id: str, now: int) -> None:
+        """Note that a probe came through."""
+        aws.patiently(
+            "the limits table",
+            self._client.put_item,
+            TableName=self._table,
+            Item={
+                "id": {"S": f"canary#{canary_id}"},
+                "at": {"N": str(now)},
+                "expires_at": {"N": str(now // 1000 + CANARY_SECONDS)},
+            },
+        )
+
+
+class DynamoLedger:
+    """One row per call, and sums per tenant, day, model and lane."""
+
+    def __init__(self, client: DynamoDBClient, rows_table: str, sums_table: str) -> None:
+        self._client = client
+        self._rows_table = rows_table
+        self._sums_table = sums_table
+
+    def record(self, rows: Sequence[LedgerRow]) -> None:
+        """Write rows; writing one again changes nothing."""
+        for some in _chunks(list(rows), WRITE_AT_ONCE):
+            # The same row twice in one request is an error to DynamoDB.
+            items = {(row.tenant, row.day, row.call_id): _ledger_item(row) for row in some}
+            waiting: Any = {
+                self._rows_table: [{"PutRequest": {"Item": item}} for item in items.values()]
+            }
+            for _ in range(5):
+                answer = aws.patiently(
+                    "the ledger", self._client.batch_write_item, RequestItems=waiting
+                )
+                waiting = answer.get("UnprocessedItems")
+                if not waiting:
+                    break
+            else:
+                what = "the ledger"
+                raise StoreBusy(what)
+
+    def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
+        """Add to the sums."""
+        for (tenant, day, model, lane), spend in sums.items():
+            numbers = spend.as_dict()
+            aws.patiently(
+                "the usage table",
+                self._client.update_item,
+                TableName=self._sums_table,
+                Key={"tenant": {"S": tenant}, "bucket": {"S": f"{day}#{model}#{lane}"}},
+                UpdateExpression="ADD " + ", ".join(f"{name} :{name}" for name in numbers),
+                ExpressionAttributeValues={
+                    f":{name}": {"N": str(value)} for name, value in numbers.items()
+                },
+            )
+
+    def spent(self, tenant: str, first: date, last: date) -> Sequence[tuple[date, str, str, Spend]]:
+        """Return (day, model, lane, sums) from the first day to the last."""
+        pages = self._client.get_paginator("query").paginate(
+            TableName=self._sums_table,
+            KeyConditionExpression="tenant = :tenant AND #bucket BETWEEN :first AND :last",
+            ExpressionAttributeNames={"#bucket": "bucket"},
+            ExpressionAttributeValues={
+                ":tenant": {"S": tenant},
+                ":first": {"S": f"{first}#"},
+                ":last": {"S": f"{last}$"},  # "$" sorts right after "#"
+            },
+        )
+        items = aws.patiently(
+            "the usage table", lambda: [x for page in pages for x in page["Items"]]
+        )
+        rows = []
+        for item in items:
+            day, model, lane = item["bucket"]["S"].split("#")
+            numbers = {
+                each.name: int(item[each.name]["N"]) for each in fields(Spend) if each.name in item
+            }
+            rows.append((date.fromisoformat(day), model, lane, Spend(**numbers)))
+        return rows
+
+
+class DynamoClientKeys:
+    """Client keys by keyed hash, each looked up at most once a minute."""
+
+    CACHE_MS: Final = 60_000
+    MOST_CACHED: Final = 10_000
+
+    def __init__(
+        self, client: DynamoDBClient, table: str, pepper: Callable[[], str], clock: Clock
+    ) -> None:
+        self._client = client
+        self._table = table
+        self._pepper = pepper
+        self._clock = clock
+        self._cache: dict[str, tuple[int, str | None]] = {}
+
+    def tenant(self, key: str) -> str | None:
+        """Return the tenant of a client key, None for an unknown or disabled one."""
+        pepper = self._pepper()
+        name = key_id(pepper, key)
+        now = self._clock.now()
+        cached = self._cache.get(name)
+        if cached is not None and now - cached[0] < self.CACHE_MS:
+            return cached[1]
+        answer = aws.patiently(
+            "the client keys table",
+            self._client.get_item,
+            TableName=self._table,
+            Key={"key_id": {"S": name}},
+        )
+        item = answer.get("Item")
+        tenant = None
+        if item is not None and matches(pepper, key, item["hash"]["S"]):
+            disabled = bool(item.get("disabled", {}).get("BOOL", False))
+            tenant = None if disabled else item["tenant"]["S"]
+        if len(self._cache) >= self.MOST_CACHED:
+            self._cache.clear()
+        self._cache[name] = (now, tenant)
+        return tenant
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _put(  # noqa: PLR0913, PLR0917 - one conditional write
+    client: DynamoDBClient,
+    table: str,
+    item: Item,
+    condition: str,
+    what: str,
+    arguments: dict[str, Any],
+) -> Item | None:
+    """Put if the condition holds; return None, or the item that stands there instead (empty when there is none).
+
+    A write whose reply was lost is tried again and then meets itself: that counts as done.
+    """
+    try:
+        aws.patiently(
+            what,
+            client.put_item,
+            TableName=table,
+            Item=item,
+            ConditionExpression=condition,
+            ReturnValuesOnConditionCheckFailure="ALL_OLD",
+            **arguments,
+        )
+    except ClientError as error:
+        if aws.code(error) != "ConditionalCheckFailedException":
+            raise
+        current: Item = error.response.get("Item", {})  # type: ignore[assignment]
+        return None if current == item else current
+    return None
+
+
+def _get_many(
+    client: DynamoDBClient, table: str, key: str, values: Sequence[str], what: str
+) -> list[Item]:
+    items: list[Item] = []
+    for some in _chunks(list(dict.fromkeys(values)), GET_AT_ONCE):
+        waiting: Any = {
+            table: {"Keys": [{key: {"S": value}} for value in some], "ConsistentRead": True}
+        }
+        for _ in range(5):
+            answer = aws.patiently(what, client.batch_get_item, RequestItems=waiting)
+            items.extend(answer["Responses"].get(table, ()))
+            waiting = answer.get("UnprocessedKeys")
+            if not waiting:
+                break
+        else:
+            raise StoreBusy(what)
+    return items
+
+
+def _group(item: Item) -> Group:
+    record = json.loads(item["record"]["S"])
+    for dimension in DIMENSIONS:
+        record[dimension] = Bucket(**record[dimension])
+    return Group(**record)
+
+
+def _ledger_item(row: LedgerRow) -> Item:
+    texts = {
+        "tenant_day": f"{row.tenant}#{row.day}",
+        "call_id": row.call_id,
+        "job_id": row.job_id,
+        "model": row.model,
+        "lane": row.lane,
+        "organization": row.organization,
+        "key_id": row.key_id,
+        "request_id": row.request_id,
+        "outcome": row.outcome,
+        "note": row.note,
+    }
+    item: Item = {name: {"S": text} for name, text in texts.items() if text}
+    item |= {name: {"N": str(number)} for name, number in row.spend.as_dict().items()}
+    item["certain"] = {"BOOL": row.certain}
+    day_start = (row.day - date(1970, 1, 1)).days * job_records.DAY_SECONDS
+    item["expires_at"] = {"N": str(day_start + LEDGER_DAYS * job_records.DAY_SECONDS)}
+    return item
+
+
+def _index_key(job: Job) -> Item:
+    return {
+        "job_id": {"S": job.job_id},
+        "tenant": {"S": job.tenant},
+        "created_key": {"S": job_records.created_key(job)},
+    }
+
+
+def _page(last: Mapping[str, Any]) -> str:
+    text = last["created_key"]["S"]
+    return urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _unpage(page: str, tenant: str) -> Item:
+    try:
+        text = urlsafe_b64decode(page + "=" * (-len(page) % 4)).decode()
+        created, job_id = text.split("#")
+        int(created)
+    except ValueError as error:
+        message = f"page: {page!r} is not a next_page of an earlier answer"
+        raise InvalidRequest(message) from error
+    return {
+        "job_id": {"S": job_id},
+        "tenant": {"S": tenant},
+        "created_key": {"S": text},
+    }

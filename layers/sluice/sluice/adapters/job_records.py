@@ -1,0 +1,145 @@
+"""A job as a DynamoDB item: a few attributes that DynamoDB itself looks at, and the rest as one JSON text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from sluice.domain.jobs import (
+    SCHEMA_VERSION,
+    Attempt,
+    AttemptOutcome,
+    Job,
+    JobError,
+    Lease,
+    Result,
+    Snooze,
+    State,
+)
+from sluice.domain.pricing import Usage
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb.type_defs import AttributeValueTypeDef
+
+    Item = dict[str, AttributeValueTypeDef]
+
+DAY_SECONDS = 86_400
+
+_FLAT_TEXT = ("job_id", "tenant", "state", "model", "lane", "custom_id")
+_FLAT_NUMBERS = (
+    "version", "created_at", "finished_at", "cost_micro_usd", "attempts_used", "snoozes",
+)  # fmt: skip
+_APART = frozenset({*_FLAT_TEXT, *_FLAT_NUMBERS, "result"})
+_DEFAULTS: dict[str, object] = {
+    each.name: each.default for each in fields(Job) if each.name not in _APART
+}
+
+
+def created_key(job: Job) -> str:
+    """Return the listing's sort key: by creation, then by id."""
+    return f"{job.created_at:015d}#{job.job_id}"
+
+
+def encode(job: Job, retention_days: int) -> Item:
+    """Return the item; `expires_at` is when DynamoDB may delete it, in epoch seconds."""
+    kept_from = (job.finished_at or job.created_at) // 1000
+    item: Item = {
+        "created_key": {"S": created_key(job)},
+        "expires_at": {"N": str(kept_from + retention_days * DAY_SECONDS)},
+        "schema": {"N": str(SCHEMA_VERSION)},
+        "record": {"S": _record(job)},
+    }
+    for name in _FLAT_TEXT:
+        text = getattr(job, name)
+        if text is not None:
+            item[name] = {"S": str(text)}
+    for name in _FLAT_NUMBERS:
+        number = getattr(job, name)
+        if number is not None:
+            item[name] = {"N": str(number)}
+    if job.result is not None:
+        if job.result.inline is not None:
+            item["result"] = {"B": job.result.inline}
+        if job.result.object_key is not None:
+            item["result_key"] = {"S": job.result.object_key}
+    return item
+
+
+def decode(item: Item) -> Job:
+    """Return the job of an item, or of its projection in the listing index (then without the record's part)."""
+    record = json.loads(item["record"]["S"]) if "record" in item else {}
+    flat: dict[str, Any] = {name: item[name]["S"] for name in _FLAT_TEXT if name in item}
+    flat |= {name: int(item[name]["N"]) for name in _FLAT_NUMBERS if name in item}
+    flat["state"] = State(flat["state"])
+    result = None
+    if "result" in item or "result_key" in item:
+        inline = item.get("result", {}).get("B")
+        result = Result(
+            inline=None if inline is None else bytes(inline),
+            object_key=item.get("result_key", {}).get("S"),
+        )
+    return Job(
+        **flat,
+        result=result,
+        request_hash=record.get("request_hash", ""),
+        input_chars=record.get("input_chars", 0),
+        max_tokens=record.get("max_tokens", 0),
+        anthropic_version=record.get("anthropic_version", ""),
+        anthropic_beta=record.get("anthropic_beta"),
+        deadline=record.get("deadline"),
+        fallback_models=tuple(record.get("fallback_models", ())),
+        metadata=record.get("metadata", {}),
+        last_snooze=_maybe(Snooze, record.get("last_snooze")),
+        attempts=tuple(_attempt(each) for each in record.get("attempts", ())),
+        fallbacks_used=record.get("fallbacks_used", 0),
+        not_before=record.get("not_before"),
+        lease=_maybe(Lease, record.get("lease")),
+        started_at=record.get("started_at"),
+        cancel_requested=record.get("cancel_requested", False),
+        full_window=record.get("full_window", False),
+        usage=_maybe(Usage, record.get("usage")),
+        error=_maybe(JobError, record.get("error")),
+    )
+
+
+def _record(job: Job) -> str:
+    """Everything else as JSON, defaults left out: most jobs have few of these, and DynamoDB bills by the kilobyte."""
+    rest: dict[str, object] = {}
+    for name, default in _DEFAULTS.items():
+        value = getattr(job, name)
+        if value in (default, {}):
+            continue
+        rest[name] = _plain(value)
+    return json.dumps(rest, separators=(",", ":"), ensure_ascii=False)
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, Usage | Lease | Snooze | JobError | Attempt):
+        return {
+            name: _plain(each) if isinstance(each, dict) else each
+            for name, each in asdict(value).items()
+            if each is not None and (each != 0 or name == "cost_micro_usd")
+        }
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _maybe(kind: Any, value: dict[str, Any] | None) -> Any:
+    return None if value is None else kind(**value)
+
+
+def _attempt(value: dict[str, Any]) -> Attempt:
+    outcome = value.get("outcome")
+    return Attempt(
+        number=value["number"],
+        model=value["model"],
+        at=value["at"],
+        ended_at=value.get("ended_at"),
+        outcome=AttemptOutcome(outcome) if outcome else None,
+        error=_maybe(JobError, value.get("error")),
+        request_id=value.get("request_id"),
+        usage=_maybe(Usage, value.get("usage")),
+        cost_micro_usd=value.get("cost_micro_usd"),
+    )

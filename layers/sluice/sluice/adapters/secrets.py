@@ -1,0 +1,79 @@
+"""Secrets: the key pool and the pepper of the client keys. Their texts never reach a log or an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from botocore.exceptions import ClientError
+
+from sluice.adapters import aws
+from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.keys import UpstreamKey, parse_key_pool
+from sluice.ports import Clock
+
+if TYPE_CHECKING:
+    from mypy_boto3_secretsmanager import SecretsManagerClient
+
+POOL_AGE_MS: Final = 300_000
+RELOAD_AT_MOST_EVERY_MS: Final = 10_000
+"""A storm of rejected keys reads the secret once, not once per job."""
+
+
+class SecretText:
+    """The text of one secret, read again when it is old."""
+
+    def __init__(
+        self, client: SecretsManagerClient, name: str, clock: Clock, age_ms: int = POOL_AGE_MS
+    ) -> None:
+        self._client = client
+        self._name = name
+        self._clock = clock
+        self._age_ms = age_ms
+        self._text: str | None = None
+        self._read_at = 0
+
+    def __call__(self) -> str:
+        """Return the secret's text; raises StoreBusy, or KeyPoolBroken when it cannot be read at all."""
+        now = self._clock.now()
+        if self._text is None or now - self._read_at >= self._age_ms:
+            try:
+                answer = aws.patiently(
+                    "Secrets Manager", self._client.get_secret_value, SecretId=self._name
+                )
+            except ClientError as error:
+                message = f"the secret {self._name} cannot be read: {aws.code(error)}"
+                raise KeyPoolBroken(message) from None
+            self._text = answer["SecretString"]
+            self._read_at = now
+        return self._text
+
+    def forget(self) -> None:
+        """Read the secret anew at the next call, unless it has been read a moment ago."""
+        if self._clock.now() - self._read_at >= RELOAD_AT_MOST_EVERY_MS:
+            self._text = None
+
+
+class SecretKeyPool:
+    """The upstream keys."""
+
+    def __init__(self, secret: SecretText) -> None:
+        self._secret = secret
+        self._parsed: tuple[str, tuple[UpstreamKey, ...]] | None = None
+
+    def keys(self) -> Sequence[UpstreamKey]:
+        """Return the keys, at most five minutes old; raises KeyPoolBroken or StoreBusy."""
+        text = self._secret()
+        if self._parsed is None or self._parsed[0] != text:
+            try:
+                document = json.loads(text)
+            except ValueError:
+                message = "the key-pool secret is not JSON"
+                raise KeyPoolBroken(message) from None
+            self._parsed = (text, parse_key_pool(document))
+        return self._parsed[1]
+
+    def reload(self) -> None:
+        """Read the secret anew, because a key was rejected."""
+        self._secret.forget()

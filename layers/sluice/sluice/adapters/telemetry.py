@@ -1,0 +1,70 @@
+"""Logs and metrics through Powertools: one JSON line per event, metrics summed per invocation and emitted as EMF."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+from typing import Any, Final
+
+from aws_lambda_powertools import Logger
+from aws_lambda_powertools.metrics import EphemeralMetrics, MetricUnit
+
+from sluice.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
+
+SERVICE: Final = "sluice"
+VALUES_AT_ONCE: Final = 100
+"""EMF's limit of values per metric in one document."""
+
+
+class Telemetry:
+    """Counts and notes of one function; `flush` at the end of every invocation."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._values: dict[tuple[str | None, str], list[float]] = defaultdict(list)
+
+    def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
+        """Add to a metric."""
+        if metric not in METRIC_NAMES:
+            message = f"metric {metric!r} is not in sluice/metrics.py"
+            raise ValueError(message)
+        with self._lock:
+            values = self._values[model_group, metric]
+            if values and metric not in SAMPLED:
+                values[0] += value
+            else:
+                values.append(value)
+
+    def note(self, event: str, **facts: object) -> None:
+        """Log a fixed phrase with facts as keys."""
+        self._logger.info(event, extra=_known(facts))
+
+    def problem(self, event: str, **facts: object) -> None:
+        """Log what somebody should look at, with the traceback when there is one."""
+        self._logger.warning(event, extra=_known(facts), exc_info=sys.exc_info()[0] is not None)
+
+    def flush(self) -> None:
+        """Emit all metrics gathered so far: one document for the totals, one per model group."""
+        with self._lock:
+            values, self._values = self._values, defaultdict(list)
+        for model_group in sorted({group for group, _ in values}, key=str):
+            metrics = EphemeralMetrics(namespace=NAMESPACE, service=SERVICE)
+            if model_group is not None:
+                metrics.add_dimension("model_group", model_group)
+            for (group, metric), numbers in values.items():
+                if group == model_group:
+                    for number in numbers[:VALUES_AT_ONCE]:
+                        metrics.add_metric(metric, _unit(metric), number)
+            metrics.flush_metrics()
+
+
+def _unit(metric: str) -> MetricUnit:
+    if metric.endswith("Seconds"):
+        return MetricUnit.Seconds
+    return MetricUnit.NoUnit if metric.endswith("Usd") else MetricUnit.Count
+
+
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if fact is not None}

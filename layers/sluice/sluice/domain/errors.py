@@ -1,0 +1,100 @@
+"""Every error Sluice raises on purpose.
+
+::
+
+    SluiceError
+    ├── InvalidRequest       the caller's request cannot be accepted as it is
+    ├── Unauthenticated      no client key, or one we do not know
+    ├── JobNotFound          no such job for this tenant
+    ├── Conflict             the same name or Idempotency-Key stands for another request
+    ├── RequestTooLarge      the body is above the size the gateway takes
+    ├── StoreBusy            a store or queue did not take the write; try again later
+    ├── Stale                somebody else changed the record first (carries what it is now)
+    ├── IllegalTransition    a change of state that the state machine does not know
+    ├── LeaseLost            the job no longer belongs to this worker
+    └── KeyPoolBroken        the key-pool secret cannot be read or has the wrong shape
+
+What each of them is in HTTP stands in one table, in ``functions/api/app.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+Record = TypeVar("Record")
+
+
+class SluiceError(Exception):
+    """Something Sluice refuses or could not do."""
+
+
+class InvalidRequest(SluiceError):
+    """The request cannot be accepted as it is."""
+
+
+class Unauthenticated(SluiceError):
+    """A valid client key is needed: send it as `x-api-key` or `Authorization: Bearer`."""
+
+    def __init__(self) -> None:
+        super().__init__(type(self).__doc__)
+
+
+class JobNotFound(SluiceError):
+    """No such job."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {job_id!r} for this client key; GET /jobs lists what there is")
+        self.job_id = job_id
+
+
+class Conflict(SluiceError):
+    """The same name stands for another request."""
+
+
+class RequestTooLarge(SluiceError):
+    """The body is above the size the gateway takes."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"the body has {size:,} bytes, the limit is {limit:,}; "
+            "send fewer jobs in one list, or each job in a request of its own"
+        )
+        self.size = size
+        self.limit = limit
+
+
+class StoreBusy(SluiceError):
+    """A store or queue did not take the write."""
+
+    def __init__(self, what: str, retry_after_seconds: int = 2) -> None:
+        super().__init__(f"{what} is busy; try again in {retry_after_seconds} s")
+        self.what = what
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Stale(SluiceError, Generic[Record]):
+    """Somebody else changed the record first; `current` is what it is now, None when gone."""
+
+    def __init__(self, current: Record | None) -> None:
+        super().__init__("the record was changed by somebody else")
+        self.current = current
+
+
+class IllegalTransition(SluiceError):
+    """A change of state that the state machine does not know."""
+
+    def __init__(self, job_id: str, current: str, new: str) -> None:
+        super().__init__(f"job {job_id} is {current} and cannot become {new}")
+        self.job_id = job_id
+
+
+class LeaseLost(SluiceError):
+    """The job no longer belongs to this worker."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"the lease on {job_id} was lost")
+        self.job_id = job_id
+
+
+class KeyPoolBroken(SluiceError):
+    """The key-pool secret cannot be read or has the wrong shape."""

@@ -1,0 +1,441 @@
+"""A job and its life.
+
+Every function here takes a job and returns the job as it is afterwards; nothing is written. Stores write the result
+with the condition that `version` is still what it was, so two writers can never both win. Times are epoch
+milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from hashlib import sha256
+from typing import Final
+
+from sluice.domain.errors import IllegalTransition, LeaseLost
+from sluice.domain.pricing import Usage
+
+SCHEMA_VERSION: Final = 1
+"""Of the stored record and of the queue message."""
+
+
+class State(StrEnum):
+    """Where a job is in its life. Final states are Anthropic's batch words."""
+
+    QUEUED = "queued"
+    """Waiting: for the first time, after a snooze or before a retry."""
+    RUNNING = "running"
+    """Leased to a worker."""
+    SUCCEEDED = "succeeded"
+    ERRORED = "errored"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+    """Its deadline passed before an answer came."""
+
+    @property
+    def is_final(self) -> bool:
+        """Tell whether the job will never change again."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: Final[Mapping[State, Mapping[State, str]]] = {
+    State.QUEUED: {
+        State.RUNNING: "a worker takes the lease",
+        State.CANCELED: "canceled before the call",
+        State.EXPIRED: "deadline passed",
+        State.ERRORED: "attempts used up, no key allowed, or dead letter",
+    },
+    State.RUNNING: {
+        State.RUNNING: "lease renewed, or taken over after it ran out",
+        State.QUEUED: "snooze (attempt given back) or retry (attempt used)",
+        State.SUCCEEDED: "answer stored",
+        State.ERRORED: "give up",
+        State.CANCELED: "canceled during the call",
+        State.EXPIRED: "deadline passed",
+    },
+    State.SUCCEEDED: {},
+    State.ERRORED: {},
+    State.CANCELED: {},
+    State.EXPIRED: {},
+}
+"""Every change of state there is, and why it happens. `docs/state_machine.md` is drawn from it."""
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended. A snooze leaves no attempt behind."""
+
+    SUCCEEDED = "succeeded"
+    RETRY = "retry"
+    GIVE_UP = "give_up"
+    FALLBACK = "fallback"
+    """Claude refused or was overloaded, and the job moved on to its next fallback model."""
+    CANCELED = "canceled"
+    LOST = "lost"
+    """The worker died during the call, which may have been billed."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why an attempt or a job failed: Anthropic's `type` and `message`, and the HTTP status where there was one."""
+
+    type: str
+    message: str
+    status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One leased try. Counted when the lease is taken, so that a crash counts; taken back by a snooze."""
+
+    number: int
+    model: str
+    at: int
+    ended_at: int | None = None
+    outcome: AttemptOutcome | None = None
+    error: JobError | None = None
+    request_id: str | None = None
+    usage: Usage | None = None
+    cost_micro_usd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's right to run the job until a time."""
+
+    owner: str
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snooze:
+    """The last time the job was put back without using an attempt."""
+
+    at: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where the answer is: the gzipped Message inline, or the key of an object that holds it."""
+
+    inline: bytes | None = None
+    object_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One Messages request with what we know about it. The request itself (`params`) is stored apart, once."""
+
+    job_id: str
+    tenant: str
+    model: str
+    """As asked for. `current_model` is the one that is tried now."""
+    created_at: int
+    request_hash: str
+    """Of everything the caller sent for this job; tells a repeat from another request under the same name."""
+    input_chars: int
+    """Characters of the request, from which its input tokens are estimated."""
+    max_tokens: int
+    anthropic_version: str
+    anthropic_beta: str | None = None
+    lane: str = "live"
+    custom_id: str | None = None
+    deadline: int | None = None
+    fallback_models: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    state: State = State.QUEUED
+    version: int = 1
+    attempts_used: int = 0
+    snoozes: int = 0
+    last_snooze: Snooze | None = None
+    attempts: tuple[Attempt, ...] = ()
+    fallbacks_used: int = 0
+    not_before: int | None = None
+    """Neither a worker nor a rescue touches the job before this time."""
+    lease: Lease | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+    cancel_requested: bool = False
+    full_window: bool = False
+    """The next call needs a whole invocation's time, because an earlier one ran out of a shorter one."""
+    usage: Usage | None = None
+    cost_micro_usd: int = 0
+    result: Result | None = None
+    error: JobError | None = None
+
+    @property
+    def current_model(self) -> str:
+        """The model the next call goes to: the asked one, or the fallback the job moved to."""
+        return (self.model, *self.fallback_models)[self.fallbacks_used]
+
+    @property
+    def has_fallback(self) -> bool:
+        """Tell whether there is another model to move to."""
+        return self.fallbacks_used < len(self.fallback_models)
+
+
+class Step(StrEnum):
+    """What a worker that received the job's message may do with it."""
+
+    RUN = "run"
+    DROP = "drop"
+    """Final already: acknowledge the message."""
+    BUSY = "busy"
+    """Leased to somebody else: come back when the lease has run out."""
+    EARLY = "early"
+    """`not_before` lies ahead."""
+    EXPIRE = "expire"
+    CANCEL = "cancel"
+    USED_UP = "used_up"
+
+
+def derived_job_id(tenant: str, scope: str, name: str) -> str:
+    """Return the id that a repeat of the same submit finds again.
+
+    `scope` says what `name` is: `key` for an Idempotency-Key and position, `custom_id` for the caller's own name.
+    """
+    digest = sha256(f"{tenant}\x00{scope}\x00{name}".encode()).hexdigest()
+    return f"job_{digest[:32]}"
+
+
+def random_job_id(random_bytes: bytes) -> str:
+    """Return a fresh job id from 16 random bytes."""
+    return f"job_{random_bytes.hex()[:32]}"
+
+
+def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 - one line per rule
+    """Tell what to do with a job whose message has arrived."""
+    if job.state.is_final:
+        return Step.DROP
+    if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
+        return Step.BUSY
+    if job.cancel_requested:
+        return Step.CANCEL
+    if job.deadline is not None and job.deadline <= now:
+        return Step.EXPIRE
+    if job.attempts_used >= max_attempts:
+        return Step.USED_UP
+    if job.not_before is not None and job.not_before > now:
+        return Step.EARLY
+    return Step.RUN
+
+
+def claim(job: Job, owner: str, now: int, lease_until: int) -> Job:
+    """Take the lease: `queued` becomes `running`; a lease that ran out is taken over, its attempt closed as lost."""
+    if job.lease is not None and job.lease.until > now:
+        raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", State.RUNNING)
+    attempts = _close_lost(job, now)
+    number = (attempts[-1].number if attempts else 0) + 1
+    return _moved(
+        job,
+        State.RUNNING,
+        lease=Lease(owner, lease_until),
+        attempts_used=job.attempts_used + 1,
+        attempts=(*attempts, Attempt(number, job.current_model, now)),
+        started_at=job.started_at or now,
+        not_before=None,
+    )
+
+
+def renew(job: Job, owner: str, lease_until: int) -> Job:
+    """Extend the owner's lease (heartbeat); raises LeaseLost when it is somebody else's by now."""
+    _owned(job, owner)
+    return _moved(job, State.RUNNING, lease=Lease(owner, lease_until))
+
+
+def snooze(job: Job, owner: str, now: int, *, reason: str, not_before: int | None = None) -> Job:
+    """Put the job back without using an attempt: throttled, overloaded, or not startable after all."""
+    _owned(job, owner)
+    return _moved(
+        job,
+        State.QUEUED,
+        lease=None,
+        attempts_used=job.attempts_used - 1,
+        attempts=job.attempts[:-1],
+        snoozes=job.snoozes + 1,
+        last_snooze=Snooze(now, reason),
+        not_before=not_before,
+    )
+
+
+def retry(  # noqa: PLR0913 - the facts of one failed attempt
+    job: Job,
+    owner: str,
+    now: int,
+    *,
+    error: JobError,
+    not_before: int | None = None,
+    outcome: AttemptOutcome = AttemptOutcome.RETRY,
+    request_id: str | None = None,
+    usage: Usage | None = None,
+    cost_micro_usd: int | None = None,
+    full_window: bool = False,
+) -> Job:
+    """Put the job back with one attempt used; with `outcome=FALLBACK` its next model is up."""
+    _owned(job, owner)
+    closed = _closed(job, now, outcome, error, request_id, usage, cost_micro_usd)
+    return _moved(
+        job,
+        State.QUEUED,
+        lease=None,
+        attempts=closed,
+        not_before=not_before,
+        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
+        fallbacks_used=job.fallbacks_used + (outcome is AttemptOutcome.FALLBACK),
+        full_window=job.full_window or full_window,
+    )
+
+
+def fall_back(job: Job, owner: str, now: int, *, reason: str) -> Job:
+    """Move to the next fallback model without using an attempt (Claude was overloaded, nothing was billed)."""
+    put_back = snooze(job, owner, now, reason=reason)
+    return replace(put_back, fallbacks_used=job.fallbacks_used + 1)
+
+
+def succeed(  # noqa: PLR0913 - the facts of one answer
+    job: Job,
+    owner: str,
+    now: int,
+    *,
+    result: Result,
+    usage: Usage,
+    cost_micro_usd: int | None,
+    request_id: str | None,
+) -> Job:
+    """Store the answer. It is kept even if a cancel arrived meanwhile: the call was made and paid."""
+    _owned(job, owner)
+    return _finished(
+        job,
+        State.SUCCEEDED,
+        now,
+        attempts=_closed(
+            job, now, AttemptOutcome.SUCCEEDED, None, request_id, usage, cost_micro_usd
+        ),
+        result=result,
+        usage=usage,
+        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
+    )
+
+
+def give_up(  # noqa: PLR0913 - the facts of one failed attempt
+    job: Job,
+    owner: str,
+    now: int,
+    *,
+    error: JobError,
+    request_id: str | None = None,
+    usage: Usage | None = None,
+    cost_micro_usd: int | None = None,
+) -> Job:
+    """End the job as errored, whatever attempts remain."""
+    _owned(job, owner)
+    return _finished(
+        job,
+        State.ERRORED,
+        now,
+        attempts=_closed(
+            job, now, AttemptOutcome.GIVE_UP, error, request_id, usage, cost_micro_usd
+        ),
+        error=error,
+        usage=usage,
+        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
+    )
+
+
+def cancel_running(
+    job: Job, owner: str, now: int, *, usage: Usage | None = None, cost_micro_usd: int | None = None
+) -> Job:
+    """End a running job whose call was stopped because the caller canceled it."""
+    _owned(job, owner)
+    return _finished(
+        job,
+        State.CANCELED,
+        now,
+        attempts=_closed(job, now, AttemptOutcome.CANCELED, None, None, usage, cost_micro_usd),
+        usage=usage,
+        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
+    )
+
+
+def finish_waiting(job: Job, state: State, now: int, error: JobError | None = None) -> Job:
+    """End a job that no worker holds: canceled, expired, out of attempts, or found as a dead letter."""
+    if job.lease is not None and job.lease.until > now:
+        raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", state)
+    return _finished(job, state, now, attempts=_close_lost(job, now), error=error)
+
+
+def request_cancel(job: Job, now: int) -> Job:
+    """Cancel: at once while the job waits, by a flag for the worker while it runs, nothing once it is final."""
+    if job.state.is_final or job.cancel_requested:
+        return job
+    if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
+        return replace(job, cancel_requested=True, version=job.version + 1)
+    return finish_waiting(replace(job, cancel_requested=True), State.CANCELED, now)
+
+
+def _owned(job: Job, owner: str) -> None:
+    if job.state is not State.RUNNING or job.lease is None or job.lease.owner != owner:
+        raise LeaseLost(job.job_id)
+
+
+def _closed(  # noqa: PLR0913, PLR0917 - private, the facts of one attempt
+    job: Job,
+    now: int,
+    outcome: AttemptOutcome,
+    error: JobError | None,
+    request_id: str | None,
+    usage: Usage | None,
+    cost_micro_usd: int | None,
+) -> tuple[Attempt, ...]:
+    *before, attempt = job.attempts
+    closed = replace(
+        attempt,
+        ended_at=now,
+        outcome=outcome,
+        error=error,
+        request_id=request_id,
+        usage=usage,
+        cost_micro_usd=cost_micro_usd,
+    )
+    return (*before, closed)
+
+
+def _close_lost(job: Job, now: int) -> tuple[Attempt, ...]:
+    if not job.attempts or job.attempts[-1].outcome is not None:
+        return job.attempts
+    *before, attempt = job.attempts
+    error = JobError("worker_lost", "the worker died during the call, which may have been billed")
+    lost = replace(attempt, ended_at=now, outcome=AttemptOutcome.LOST, error=error)
+    return (*before, lost)
+
+
+def _finished(  # noqa: PLR0913 - private, what a final state sets
+    job: Job,
+    state: State,
+    now: int,
+    *,
+    attempts: tuple[Attempt, ...],
+    result: Result | None = None,
+    usage: Usage | None = None,
+    cost_micro_usd: int | None = None,
+    error: JobError | None = None,
+) -> Job:
+    return _moved(
+        job,
+        state,
+        lease=None,
+        not_before=None,
+        finished_at=now,
+        attempts=attempts,
+        result=result,
+        usage=usage or job.usage,
+        error=error,
+        cost_micro_usd=job.cost_micro_usd if cost_micro_usd is None else cost_micro_usd,
+    )
+
+
+def _moved(job: Job, state: State, **changes: object) -> Job:
+    if state not in TRANSITIONS[job.state]:
+        raise IllegalTransition(job.job_id, job.state, state)
+    return replace(job, state=state, version=job.version + 1, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""The key pool: which upstream keys there are, and which of them may serve a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.pricing import base_model
+
+DEFAULT_BASE_URL = "https://api.anthropic.com"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamKey:
+    """One Claude API key of the pool. Its text never appears in a repr, a log or an error."""
+
+    id: str
+    api_key: str = field(repr=False)
+    organization: str | None = None
+    """Stated in the pool; otherwise learned from the `anthropic-organization-id` header."""
+    base_url: str = DEFAULT_BASE_URL
+    models: frozenset[str] | None = None
+    tenants: frozenset[str] | None = None
+    weight: int = 1
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest that tells whether the key behind the id has changed."""
+        return sha256(self.api_key.encode()).hexdigest()[:16]
+
+    def allows(self, tenant: str, model: str) -> bool:
+        """Tell whether the pool lets `tenant` use this key for `model`."""
+        if self.tenants is not None and tenant not in self.tenants:
+            return False
+        return self.models is None or bool({model, base_model(model)} & self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMark:
+    """What all workers have learned about a key."""
+
+    key_id: str
+    organization: str | None = None
+    rejected: str | None = None
+    """Fingerprint of the key that upstream rejected with 401; another key under the same id is tried again."""
+    rejected_models: Mapping[str, str] = field(default_factory=dict)
+    """Model to fingerprint: rejected with 403 for that model only."""
+
+    def rejects(self, key: UpstreamKey, model: str) -> bool:
+        """Tell whether this key is out of the rotation for `model`."""
+        return key.fingerprint in {self.rejected, self.rejected_models.get(base_model(model))}
+
+
+def organization_of(key: UpstreamKey, mark: KeyMark | None) -> str:
+    """Return the organisation whose limits the key draws on; until it is known, one of the key's own."""
+    return key.organization or (mark.organization if mark else None) or f"key:{key.id}"
+
+
+def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:
+    """Read the key-pool secret; raises KeyPoolBroken, naming the entry and never a key."""
+    if not isinstance(document, Mapping) or not isinstance(document.get("keys"), list):
+        message = 'the key pool must be {"keys": [{"id": ..., "api_key": ...}, ...]}'
+        raise KeyPoolBroken(message)
+    keys = tuple(_parse_key(position, row) for position, row in enumerate(document["keys"]))
+    ids = [key.id for key in keys]
+    for key_id in ids:
+        if ids.count(key_id) > 1:
+            message = f"two keys of the pool are called {key_id!r}; ids must differ"
+            raise KeyPoolBroken(message)
+    return keys
+
+
+def shared_organizations(keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMark]) -> list[str]:
+    """Return a sentence for each organisation with several keys: they add no capacity."""
+    by_organization: dict[str, list[str]] = {}
+    for key in keys:
+        organization = organization_of(key, marks.get(key.id))
+        by_organization.setdefault(organization, []).append(key.id)
+    return [
+        f"keys {', '.join(ids)} belong to organization {organization}: "
+        "they share its limits, so the second adds no capacity"
+        for organization, ids in by_organization.items()
+        if len(ids) > 1
+    ]
+
+
+def _parse_key(position: int, row: object) -> UpstreamKey:
+    where = f"key {position} of the pool"
+    if not isinstance(row, Mapping):
+        message = f"{where} is not an object"
+        raise KeyPoolBroken(message)
+    unknown = set(row) - {
+        "id", "api_key", "organization", "base_url", "models", "tenants", "weight",
+    }  # fmt: skip
+    if unknown:
+        message = f"{where} has unknown fields: {', '.join(sorted(unknown))}"
+        raise KeyPoolBroken(message)
+    api_key = row.get("api_key")
+    if not isinstance(api_key, str) or not api_key.strip() or not api_key.isascii():
+        message = f"{where} has no api_key, or one that is not plain text"
+        raise KeyPoolBroken(message)
+    weight = row.get("weight") or 1
+    if not isinstance(weight, int) or weight < 1:
+        message = f"{where}: weight must be a whole number from 1 up, got {weight!r}"
+        raise KeyPoolBroken(message)
+    base_url = _text(row, "base_url", where) or DEFAULT_BASE_URL
+    if not base_url.startswith(("https://", "http://")):
+        message = f"{where}: base_url must start with https:// (or http://), got {base_url!r}"
+        raise KeyPoolBroken(message)
+    return UpstreamKey(
+        id=_text(row, "id", where) or f"key-{position + 1}",
+        api_key=api_key.strip(),
+        organization=_text(row, "organization", where),
+        base_url=base_url.rstrip("/"),
+        models=_names(row, "models", where),
+        tenants=_names(row, "tenants", where),
+        weight=weight,
+    )
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and value):
+        return value
+    message = f"{where}: {name} must be text, got {value!r}"
+    raise KeyPoolBroken(message)
+
+
+def _names(row: Mapping[str, Any], name: str, where: str) -> frozenset[str] | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return frozenset(value)
+    message = f"{where}: {name} must be a list of names, got {value!r}"
+    raise KeyPoolBroken(message)

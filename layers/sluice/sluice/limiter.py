@@ -1,0 +1,546 @@
+"""The limiter as a worker uses it: reserve a block for many jobs in one write, wait for the start, settle later.
+
+Jobs call `admit`, `settle` and the reactions; behind them one planner per worker reads and writes the shared groups.
+A write carries everything that has gathered for its group: new reservations, settlements, observed headers, blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Self
+
+from sluice.domain.errors import Stale, StoreBusy
+from sluice.domain.limits import (
+    UNUSED,
+    Cost,
+    Group,
+    Observation,
+    Settlement,
+    answered,
+    block,
+    group_id,
+    moved,
+    new_group,
+    next_start,
+    observe,
+    overloaded,
+    reserve,
+    settle,
+)
+from sluice.ports import Blocking, Clock, Events, Headers, Jitter, LimitStore
+
+HORIZON_MS: Final = 2_000
+"""How far ahead start times are given out. Short, so that a correction is soon felt by everybody."""
+
+LEAST_BLOCK: Final = 8
+"""Jobs a write should carry where the rate allows it; at slow rates the horizon grows to hold that many."""
+
+LONGEST_HORIZON_MS: Final = 15_000
+WATCH_MS: Final = 500
+"""How old the shared state may be while jobs wait for it."""
+
+SETTLE_MS: Final = 1_000
+"""How long settlements may wait for a reservation to travel with."""
+
+CONFLICT_MS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """A limit group a job could use and the key that would pay, with the pool's weight for it."""
+
+    group: str
+    organization: str
+    model_group: str
+    key_id: str
+    weight: int = 1
+
+
+@dataclass(eq=False, slots=True)
+class Admission:
+    """A start time in a limit group. `settle` it exactly once, whatever happens."""
+
+    claimant: Claimant
+    start: int
+    epoch: int
+    reserved: Cost
+    input_chars: int
+    started_at: int | None = None
+    revoked: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Not in this invocation: the earliest start that can be expected, in epoch milliseconds."""
+
+    at: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """The request needs more input tokens than the limit group can ever save up."""
+
+    input_tokens: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The group is known under another name now: choose again."""
+
+
+Admitted = Admission | Later | TooLarge | Again
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    claimants: Sequence[Claimant]
+    input_chars: int
+    max_tokens: int
+    latest_start: int
+    answer: asyncio.Future[Admitted]
+
+
+Change = Callable[[Group, int], Group]
+
+
+@dataclass(eq=False, slots=True)
+class _Books:
+    """This worker's view of one group."""
+
+    group: Group
+    read_at: int
+    changes: list[Change] = field(default_factory=list)
+    settlements: list[Settlement] = field(default_factory=list)
+    observations: list[tuple[int, Headers]] = field(default_factory=list)
+    gathered_at: int | None = None
+    """Since when something waits to be written."""
+    urgent: bool = False
+    open: list[Admission] = field(default_factory=list)
+    """Reserved and not settled."""
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def gather(self, now: int) -> None:
+        if self.gathered_at is None:
+            self.gathered_at = now
+
+
+class Limiter:
+    """One worker's door to the shared limits. Use as an async context manager around an invocation."""
+
+    def __init__(
+        self, store: LimitStore, blocking: Blocking, clock: Clock, jitter: Jitter, events: Events
+    ) -> None:
+        self._store = store
+        self._blocking = blocking
+        self._clock = clock
+        self._jitter = jitter
+        self._events = events
+        self._books: dict[str, _Books] = {}
+        self._waiters: list[_Waiter] = []
+        self._wake = asyncio.Event()
+        self._planner: asyncio.Task[None] | None = None
+        self._idle = False
+        self.moved: dict[str, str] = {}
+        """Groups begun under a key's name, and the organisation each turned out to belong to."""
+        self.writes = 0
+        """Conditional writes tried since the worker started, for benches."""
+
+    async def __aenter__(self) -> Self:
+        # What was learned in the last invocation is old by now: read again before the first use.
+        for books in self._books.values():
+            books.read_at = 0
+        self._wake = asyncio.Event()
+        self._planner = asyncio.create_task(self._plan(), name="limiter")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._planner is not None:
+            self._planner.cancel()
+            await asyncio.gather(self._planner, return_exceptions=True)
+            self._planner = None
+        for waiter in self._waiters:
+            waiter.answer.cancel()
+        self._waiters.clear()
+        for books in self._books.values():
+            if books.gathered_at is not None:
+                try:
+                    await self._write(books)
+                except StoreBusy:
+                    # The group heals by itself: what was reserved is refilled with time.
+                    self._events.problem("limits table busy", limit_group=books.group.id)
+
+    async def admit(
+        self, claimants: Sequence[Claimant], input_chars: int, max_tokens: int, latest_start: int
+    ) -> Admitted:
+        """Wait for a reservation in the group that can start first; Later if none starts by `latest_start`."""
+        answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(claimants, input_chars, max_tokens, latest_start, answer)
+        self._waiters.append(waiter)
+        self._wake.set()
+        try:
+            return await answer
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    async def wait_for_start(self, admission: Admission) -> bool:
+        """Wait until the start time. False when the plan changed meanwhile: give the reservation back and ask again."""
+        delay = admission.start - self._clock.now()
+        if delay > 0 and not admission.revoked.is_set():
+            sleeping = asyncio.ensure_future(self._clock.sleep(delay))
+            revoked = asyncio.ensure_future(admission.revoked.wait())
+            try:
+                await asyncio.wait({sleeping, revoked}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                sleeping.cancel()
+                revoked.cancel()
+        if admission.revoked.is_set():
+            return False
+        admission.started_at = self._clock.now()
+        return True
+
+    def settle(self, admission: Admission, used: Cost | None, *, teaches: bool = False) -> None:
+        """Tell what the call used; None when it was never sent, so that all of it is given back."""
+        books = self._books[admission.claimant.group]
+        if admission in books.open:
+            books.open.remove(admission)
+        books.settlements.append(
+            Settlement(
+                admission.epoch,
+                admission.reserved,
+                UNUSED if used is None else used,
+                admission.input_chars if teaches else 0,
+            )
+        )
+        books.gather(self._clock.now())
+        if self._idle:
+            self._wake.set()
+
+    def heard(self, admission: Admission, headers: Headers, *, served: bool) -> None:
+        """Take in a response's headers; `served` when it brought an answer."""
+        books = self._books[admission.claimant.group]
+        now = self._clock.now()
+        if headers.seen:
+            books.observations.append((now, headers))
+            bucket_limits_known = all(
+                books.group.bucket(dimension).learned
+                and books.group.bucket(dimension).limit == seen.limit
+                for dimension, seen in headers.seen.items()
+            )
+            books.urgent = books.urgent or not bucket_limits_known
+        if served and books.group.overload_streak:
+            books.changes.append(lambda group, _: answered(group))
+            books.urgent = True
+        if headers.seen or books.urgent:
+            books.gather(now)
+        if books.urgent or self._idle:
+            self._wake.set()
+
+    def throttled(
+        self, admission: Admission, until: int, reason: str, *, ramp: bool = False
+    ) -> None:
+        """Stop the whole group until a time: a 429, or a spend cap."""
+        self._react(admission, lambda group, now: block(group, until, reason, now, ramp=ramp))
+
+    def overloaded(self, admission: Admission) -> None:
+        """Count a 529 against the group's breaker."""
+        self._react(admission, overloaded)
+
+    def belongs(self, admission: Admission, organization: str) -> None:
+        """Note whose limits a key draws on, for a group that was begun under the key's name."""
+        if admission.claimant.group not in self.moved:
+            self._react(admission, lambda group, _: moved(group, organization))
+
+    def group(self, group: str) -> Group | None:
+        """Return this worker's view of a group."""
+        books = self._books.get(group)
+        return books.group if books else None
+
+    def _react(self, admission: Admission, change: Change) -> None:
+        books = self._books[admission.claimant.group]
+        books.changes.append(change)
+        books.urgent = True
+        books.gather(self._clock.now())
+        self._wake.set()
+
+    # The planner -----------------------------------------------------------------------------------------------
+
+    async def _plan(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                pause = await self._turn()
+            except StoreBusy:
+                self._events.problem("limits table busy")
+                pause = WATCH_MS
+            except Exception as error:  # noqa: BLE001 - told to whoever waits
+                # Whoever waits must not wait for ever on a planner that cannot plan.
+                self._events.problem("limiter failed")
+                for waiter in list(self._waiters):
+                    self._waiters.remove(waiter)
+                    if not waiter.answer.done():
+                        waiter.answer.set_exception(error)
+                pause = WATCH_MS
+            if pause is None:
+                self._idle = True
+                await self._wake.wait()
+                self._idle = False
+                continue
+            # A moment's rest even when woken at once, so that what arrives together travels together.
+            await self._clock.sleep(min(pause, CONFLICT_MS))
+            rest = pause - CONFLICT_MS
+            if rest > 0 and not self._wake.is_set():
+                sleeping = asyncio.ensure_future(self._clock.sleep(rest))
+                woken = asyncio.ensure_future(self._wake.wait())
+                try:
+                    await asyncio.wait({sleeping, woken}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    sleeping.cancel()
+                    woken.cancel()
+
+    async def _turn(self) -> int | None:
+        """Do what is due; return the milliseconds until something else is, or None when nothing is known to come."""
+        await self._refresh()
+        now = self._clock.now()
+        planned = self._draft(now)
+        due = [
+            books
+            for group, books in self._books.items()
+            if planned.get(group)
+            or books.urgent
+            or (books.gathered_at is not None and now - books.gathered_at >= SETTLE_MS)
+        ]
+        await asyncio.gather(
+            *(self._write(books, planned.get(books.group.id, ())) for books in due)
+        )
+        return self._pause()
+
+    async def _refresh(self) -> None:
+        """Read the groups that somebody waits for, unless the view of them is fresh."""
+        now = self._clock.now()
+        wanted: dict[str, Claimant] = {
+            claimant.group: claimant for waiter in self._waiters for claimant in waiter.claimants
+        }
+        sleeping = [
+            group
+            for group, books in self._books.items()
+            if any(admission.started_at is None for admission in books.open)
+        ]
+        stale = [
+            group
+            for group in {*wanted, *sleeping}
+            if group not in self._books or now - self._books[group].read_at >= WATCH_MS
+        ]
+        if not stale:
+            return
+        found = await self._blocking(self._store.load, stale)
+        now = self._clock.now()
+        for group in stale:
+            current = found.get(group)
+            if current is None:
+                if group in self._books:
+                    self._books[group].read_at = now
+                    continue
+                claimant = wanted[group]
+                current = new_group(claimant.organization, claimant.model_group, now)
+            self._learn(group, current, now)
+
+    def _learn(self, name: str, current: Group, now: int) -> None:
+        books = self._books.get(name)
+        if books is None:
+            books = self._books[name] = _Books(current, now)
+        books.read_at = now
+        if current.version < books.group.version:
+            return
+        if current.moved_to is not None:
+            self.moved[name] = current.moved_to
+            for waiter in list(self._waiters):
+                if any(claimant.group == name for claimant in waiter.claimants):
+                    self._answer(waiter, Again())
+        if current.epoch != books.group.epoch:
+            for admission in books.open:
+                if admission.started_at is None and admission.epoch != current.epoch:
+                    admission.revoked.set()
+        books.group = current
+
+    def _draft(self, now: int) -> dict[str, list[_Waiter]]:
+        """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
+        copies = {group: books.group for group, books in self._books.items()}
+        planned: dict[str, list[_Waiter]] = {}
+        later: dict[str, int] = {}
+        for waiter in list(self._waiters):
+            best: tuple[int, Claimant, Cost] | None = None
+            too_large: TooLarge | None = None
+            for claimant in waiter.claimants:
+                group = copies[claimant.group]
+                cost = group.estimate(waiter.input_chars, waiter.max_tokens)
+                if _never_fits(group, cost):
+                    too_large = TooLarge(cost.input_tokens, group.input_tokens.limit)
+                    continue
+                start = next_start(group, cost, now)
+                if best is None or start < best[0]:
+                    best = (start, claimant, cost)
+            if best is None:
+                assert too_large is not None  # noqa: S101 - claimants are never empty
+                self._answer(waiter, too_large)
+                continue
+            start, claimant, cost = best
+            if start > waiter.latest_start:
+                # Behind it wait others: each one that is sent away comes back a little later than the one before.
+                ahead = later.get(claimant.group, start)
+                later[claimant.group] = ahead + 60_000 // copies[claimant.group].requests.limit
+                reason = (
+                    copies[claimant.group].blocked_reason
+                    if start == copies[claimant.group].blocked_until
+                    else None
+                )
+                self._answer(waiter, Later(ahead, reason or "no capacity soon"))
+                continue
+            horizon = self._horizon(copies[claimant.group])
+            if start > now + horizon:
+                # Its turn comes, but not yet: keep its place by taking the capacity on the copy.
+                copies[claimant.group], _ = reserve(
+                    copies[claimant.group], [cost], now, start - now
+                )
+                continue
+            copies[claimant.group], _ = reserve(copies[claimant.group], [cost], now, horizon)
+            planned.setdefault(claimant.group, []).append(waiter)
+        return {
+            group: waiters
+            for group, waiters in planned.items()
+            if self._worth_a_write(group, waiters, now)
+        }
+
+    def _worth_a_write(self, group: str, waiters: Sequence[_Waiter], now: int) -> bool:
+        """Wait for a fuller block while the first of it would not start at once anyway."""
+        books = self._books[group]
+        waiting = sum(
+            any(claimant.group == group for claimant in waiter.claimants)
+            for waiter in self._waiters
+        )
+        if len(waiters) >= min(LEAST_BLOCK, waiting):
+            return True
+        cost = books.group.estimate(waiters[0].input_chars, waiters[0].max_tokens)
+        return next_start(books.group, cost, now) <= now + 100
+
+    @staticmethod
+    def _horizon(group: Group) -> int:
+        for_a_block = LEAST_BLOCK * 60_000 // group.requests.limit
+        return min(LONGEST_HORIZON_MS, max(HORIZON_MS, for_a_block))
+
+    def _answer(self, waiter: _Waiter, answer: Admitted) -> None:
+        self._waiters.remove(waiter)
+        if not waiter.answer.done():
+            waiter.answer.set_result(answer)
+
+    def _pause(self) -> int | None:
+        now = self._clock.now()
+        times: list[int] = []
+        if self._waiters:
+            times.append(now + WATCH_MS)
+            first = self._waiters[0]
+            for claimant in first.claimants:
+                if claimant.group not in self._books:
+                    return CONFLICT_MS
+                group = self._books[claimant.group].group
+                cost = group.estimate(first.input_chars, first.max_tokens)
+                # Workers look at different moments, so that they do not all write at once.
+                lead = self._horizon(group) * (2 + int(6 * self._jitter())) // 10
+                times.append(next_start(group, cost, now) - lead)
+        for books in self._books.values():
+            if books.urgent:
+                times.append(now)
+            elif books.gathered_at is not None:
+                times.append(books.gathered_at + SETTLE_MS)
+            if any(admission.started_at is None for admission in books.open):
+                times.append(books.read_at + WATCH_MS)
+        return max(CONFLICT_MS, min(times) - now) if times else None
+
+    async def _write(self, books: _Books, waiters: Sequence[_Waiter] = ()) -> None:
+        """Bring the shared group up to date with all that has gathered, in one conditional write."""
+        async with books.writing:
+            changes, books.changes = books.changes, []
+            settlements, books.settlements = books.settlements, []
+            observations, books.observations = books.observations, []
+            books.gathered_at, books.urgent = None, False
+            group = books.group
+            while True:
+                now = self._clock.now()
+                new = settle(group, settlements, now)
+                for at, headers in observations[-1:]:
+                    observation = Observation(at, headers.seen, self._pending(books, at))
+                    new = observe(new, observation, now)
+                for change in changes:
+                    new = change(new, now)
+                waiting = [waiter for waiter in waiters if not waiter.answer.done()]
+                costs = [new.estimate(each.input_chars, each.max_tokens) for each in waiting]
+                new, starts = reserve(new, costs, now, self._horizon(new))
+                if new == group:
+                    return
+                written = _next_version(new, group.version)
+                try:
+                    self.writes += 1
+                    await self._blocking(self._store.replace, written, group.version)
+                except Stale as stale:
+                    current = stale.current
+                    group = current if isinstance(current, Group) else _next_version(group, -1)
+                    self._learn(books.group.id, group, self._clock.now())
+                    await self._clock.sleep(int(CONFLICT_MS * self._jitter()) + 1)
+                    continue
+                except StoreBusy:
+                    # Keep what was to be said; the planner tries again.
+                    books.changes[:0] = changes
+                    books.settlements[:0] = settlements
+                    books.observations[:0] = observations
+                    books.gather(self._clock.now())
+                    raise
+                break
+            self._learn(books.group.id, written, self._clock.now())
+            if written.blocked_until > max(now, group.blocked_until):
+                self._events.note(
+                    "limit group blocked",
+                    limit_group=written.id,
+                    until=written.blocked_until,
+                    seconds=(written.blocked_until - now) // 1000,
+                    reason=written.blocked_reason,
+                )
+            for waiter, start, cost in zip(waiting, starts, costs, strict=False):
+                claimant = next(each for each in waiter.claimants if each.group == written.id)
+                admission = Admission(claimant, start, written.epoch, cost, waiter.input_chars)
+                if waiter.answer.done():
+                    books.settlements.append(Settlement(written.epoch, cost, UNUSED))
+                    books.gather(now)
+                    continue
+                books.open.append(admission)
+                self._answer(waiter, admission)
+
+    def _pending(self, books: _Books, at: int) -> Cost:
+        """What this worker had reserved but not sent at a moment. Output tokens are counted in the shared group."""
+        unsent = [
+            admission.reserved
+            for admission in books.open
+            if admission.started_at is None or admission.started_at > at
+        ]
+        return Cost(
+            requests=sum(cost.requests for cost in unsent),
+            input_tokens=sum(cost.input_tokens for cost in unsent),
+        )
+
+
+def _never_fits(group: Group, cost: Cost) -> bool:
+    # Estimates may be off by a third; beyond that the request cannot fit, and would wait for ever.
+    bucket = group.input_tokens
+    return bucket.learned and cost.input_tokens * 3 > bucket.limit * 4
+
+
+def _next_version(group: Group, version: int) -> Group:
+    return replace(group, version=version + 1)
+
+
+def claimant_for(organization: str, model_group: str, key_id: str, weight: int = 1) -> Claimant:
+    """Return the claimant of one key of the pool."""
+    return Claimant(group_id(organization, model_group), organization, model_group, key_id, weight)

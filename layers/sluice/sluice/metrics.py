@@ -1,0 +1,37 @@
+"""The names of our metrics: what the code emits, the dashboard shows and the alarms watch. A test compares them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+NAMESPACE: Final = "Sluice"
+
+TOTALS: Final = frozenset(
+    {
+        "JobsAccepted",
+        "JobsSucceeded",
+        "JobsErrored",
+        "JobsExpired",
+        "JobsCanceled",
+        "StartDelaySeconds",
+        "SpendUsd",
+        "KeysRejected",
+        "GroupsParked",
+        "DeadLetters",
+        "UpstreamCalls",
+        "RateLimited",
+        "Overloaded",
+        "UpstreamErrors",
+    }
+)
+"""With the dimension `service` only."""
+
+BY_MODEL_GROUP: Final = frozenset(
+    {"Calls", "CallSeconds", "InputTokens", "CacheReadTokens", "OutputTokens"}
+)
+"""With the dimensions `service` and `model_group`."""
+
+METRIC_NAMES: Final = TOTALS | BY_MODEL_GROUP
+
+SAMPLED: Final = frozenset({"StartDelaySeconds", "CallSeconds"})
+"""Kept value by value, so that percentiles can be shown; all others are summed up before they are emitted."""

@@ -1,0 +1,282 @@
+"""What the use cases need of the world, as Protocols of a few verbs each.
+
+Stores and queues block; the worker calls them through `Blocking`, which runs them in a thread (and, in a
+simulation, at a step of the scheduler). Every implementation, fake or real, passes the same conformance tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Protocol, TypeVar
+
+from sluice.domain.jobs import Job, Result, State
+from sluice.domain.keys import KeyMark, UpstreamKey
+from sluice.domain.limits import Dimension, Group, Seen
+from sluice.domain.pricing import LedgerRow, Spend, Usage
+from sluice.domain.retries import Failure
+
+T = TypeVar("T")
+
+
+class Clock(Protocol):
+    """Time."""
+
+    def now(self) -> int:
+        """Return the time in epoch milliseconds."""
+        ...
+
+    async def sleep(self, milliseconds: int) -> None:
+        """Wait."""
+        ...
+
+
+Jitter = Callable[[], float]
+"""Returns a uniform random number in [0, 1)."""
+
+RandomBytes = Callable[[int], bytes]
+
+
+class Blocking(Protocol):
+    """Runs a blocking call so that other jobs of the worker go on."""
+
+    def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
+        """Return what `call(*args)` returns, or raise what it raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some jobs of a listing, newest first, and where it goes on (None: nowhere)."""
+
+    jobs: tuple[Job, ...]
+    next_page: str | None
+
+
+class JobStore(Protocol):
+    """The job records."""
+
+    def add(self, job: Job) -> None:
+        """Store a new job; raises Stale with the job that has the id already."""
+        ...
+
+    def get(self, job_id: str) -> Job | None:
+        """Return the job as last written."""
+        ...
+
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
+        """Return those of the jobs that exist, by id."""
+        ...
+
+    def replace(self, job: Job, expected_version: int) -> None:
+        """Write the job if its stored version is the expected one; raises Stale with the present job otherwise."""
+        ...
+
+    def listing(self, tenant: str, state: State | None, limit: int, page: str | None) -> Page:
+        """Return the tenant's jobs, newest first; `page` is a `next_page` of before."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """The request as sent, as JSON text."""
+
+    job_id: str
+    body: str
+    request_hash: str
+
+
+class ParamsStore(Protocol):
+    """The requests, each written once."""
+
+    def add(self, params: Params) -> None:
+        """Store the request; raises Conflict if another one is stored under the id already."""
+        ...
+
+    def get(self, job_id: str) -> Params | None:
+        """Return the request."""
+        ...
+
+
+class ResultStore(Protocol):
+    """The answers."""
+
+    def put(self, job_id: str, message: str) -> Result:
+        """Store Claude's Message (JSON text) durably, unless it is small enough to travel in the job record."""
+        ...
+
+    def get(self, result: Result) -> str:
+        """Return the Message."""
+        ...
+
+
+class JobQueue(Protocol):
+    """The sending side of the jobs queue."""
+
+    def send(self, jobs: Sequence[tuple[str, str]]) -> list[str]:
+        """Send (job id, tenant) pairs; return the ids that were not taken."""
+        ...
+
+    def depth(self) -> int:
+        """Return about how many messages wait or are at work."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One message as the worker got it. `job_id` is None when the message is not ours, `canary` when it is a probe."""
+
+    message_id: str
+    receipt: str
+    body: str
+    job_id: str | None
+    canary: str | None = None
+    receive_count: int = 1
+    sent_at: int = 0
+
+
+class Returns(Protocol):
+    """The receiving side of the jobs queue."""
+
+    def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
+        """Make each message visible again after its delay in milliseconds (12 h at most)."""
+        ...
+
+    def bury(self, message: Received, reason: str) -> None:
+        """Send a message that is not ours to the dead-letter queue, with the reason."""
+        ...
+
+
+class LimitStore(Protocol):
+    """What all workers share about limit groups and keys."""
+
+    def load(self, group_ids: Iterable[str]) -> Mapping[str, Group]:
+        """Return those of the groups that exist."""
+        ...
+
+    def replace(self, group: Group, expected_version: int) -> None:
+        """Write if the stored version is the expected one (0: not stored); raises Stale with the present group."""
+        ...
+
+    def groups(self) -> Sequence[Group]:
+        """Return all groups."""
+        ...
+
+    def marks(self, key_ids: Iterable[str]) -> Mapping[str, KeyMark]:
+        """Return what is known about the keys."""
+        ...
+
+    def mark(self, mark: KeyMark) -> None:
+        """Write what is known about a key."""
+        ...
+
+    def canary(self, canary_id: str, now: int) -> None:
+        """Note that a probe came through."""
+        ...
+
+
+class KeyPool(Protocol):
+    """The upstream keys."""
+
+    def keys(self) -> Sequence[UpstreamKey]:
+        """Return the keys, at most a few minutes old; raises KeyPoolBroken or StoreBusy."""
+        ...
+
+    def reload(self) -> None:
+        """Read the secret anew at the next call, because a key was rejected."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallRequest:
+    """One upstream call."""
+
+    key: UpstreamKey
+    model: str
+    params: str
+    anthropic_version: str
+    anthropic_beta: str | None
+    max_tokens: int
+    window_ms: int
+    """The call is ended when it takes longer."""
+    full_window: bool
+    """`window_ms` is as much as an invocation can give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What a response said about the organisation and its limits."""
+
+    organization: str | None = None
+    seen: Mapping[Dimension, Seen] = field(default_factory=dict)
+
+
+NO_HEADERS = Headers()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A Message, as Claude returned it."""
+
+    message: str
+    usage: Usage
+    stop_reason: str | None
+    request_id: str | None
+    headers: Headers = NO_HEADERS
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A call that brought no answer."""
+
+    failure: Failure
+    headers: Headers = NO_HEADERS
+
+
+class Claude(Protocol):
+    """The Messages API."""
+
+    async def send(self, request: CallRequest) -> Answer | Refused:
+        """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
+        ...
+
+
+class Ledger(Protocol):
+    """One row per upstream call, and their sums."""
+
+    def record(self, rows: Sequence[LedgerRow]) -> None:
+        """Write rows; writing one again changes nothing."""
+        ...
+
+    def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
+        """Add to the sums per (tenant, day, model, lane)."""
+        ...
+
+    def spent(self, tenant: str, first: date, last: date) -> Sequence[tuple[date, str, str, Spend]]:
+        """Return (day, model, lane, sums) of a tenant from the first day to the last."""
+        ...
+
+
+class ClientKeys(Protocol):
+    """Who may submit."""
+
+    def tenant(self, key: str) -> str | None:
+        """Return the tenant a client key belongs to, None for an unknown or disabled key. At most 60 s old."""
+        ...
+
+
+class Events(Protocol):
+    """Where a worker tells what happened: metrics and one log line per change of state."""
+
+    def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
+        """Add to a metric."""
+        ...
+
+    def note(self, event: str, **facts: object) -> None:
+        """Log a fixed phrase with facts as keys. Never a prompt, an answer or a key."""
+        ...
+
+    def problem(self, event: str, **facts: object) -> None:
+        """As `note`, for what somebody should look at; inside an exception handler it carries the traceback."""
+        ...

@@ -1,0 +1,65 @@
+"""The environment as one frozen object; nothing else reads `os.environ`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class SettingsError(Exception):
+    """A setting is missing or has the wrong form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where this deployment keeps things."""
+
+    jobs_table: str
+    params_table: str
+    limits_table: str
+    ledger_table: str
+    usage_table: str
+    client_keys_table: str
+    data_bucket: str
+    jobs_queue_url: str
+    dead_letters_queue_url: str
+    key_pool_secret: str
+    pepper_secret: str
+    retention_days: int
+    max_attempts: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings; raises SettingsError with the variable's name."""
+        env = os.environ if environment is None else environment
+
+        def text(name: str) -> str:
+            value = env.get(name, "")
+            if not value:
+                message = f"{name} is not set; the template sets it for every function"
+                raise SettingsError(message)
+            return value
+
+        def number(name: str) -> int:
+            value = text(name)
+            if not value.isdigit() or int(value) < 1:
+                message = f"{name} must be a whole number from 1 up, got {value!r}"
+                raise SettingsError(message)
+            return int(value)
+
+        return cls(
+            jobs_table=text("SLUICE_JOBS_TABLE"),
+            params_table=text("SLUICE_PARAMS_TABLE"),
+            limits_table=text("SLUICE_LIMITS_TABLE"),
+            ledger_table=text("SLUICE_LEDGER_TABLE"),
+            usage_table=text("SLUICE_USAGE_TABLE"),
+            client_keys_table=text("SLUICE_CLIENT_KEYS_TABLE"),
+            data_bucket=text("SLUICE_DATA_BUCKET"),
+            jobs_queue_url=text("SLUICE_JOBS_QUEUE_URL"),
+            dead_letters_queue_url=text("SLUICE_DEAD_LETTERS_QUEUE_URL"),
+            key_pool_secret=text("SLUICE_KEY_POOL_SECRET"),
+            pepper_secret=text("SLUICE_PEPPER_SECRET"),
+            retention_days=number("SLUICE_RETENTION_DAYS"),
+            max_attempts=number("SLUICE_MAX_ATTEMPTS"),
+        )

@@ -1,0 +1,248 @@
+"""Accepting jobs: stored first, then sent, so that nothing is accepted and forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Final
+
+from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, Stale, StoreBusy
+from sluice.domain.jobs import Job, derived_job_id, random_job_id
+from sluice.domain.limits import Group, expected_start
+from sluice.ports import (
+    Clock,
+    Events,
+    JobQueue,
+    JobStore,
+    LimitStore,
+    Params,
+    ParamsStore,
+    RandomBytes,
+)
+
+NEWEST_VERSION: Final = "2026-10-21"
+"""The newest `anthropic-version` we know; sent upstream for jobs that name none."""
+
+PARALLEL_WRITES: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One job as a caller asks for it, its form already checked."""
+
+    params: Mapping[str, Any]
+    custom_id: str | None = None
+    deadline: int | None = None
+    """Epoch milliseconds."""
+    fallback_models: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    lane: str = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """What a submit says beside its jobs."""
+
+    tenant: str
+    idempotency_key: str | None = None
+    anthropic_version: str | None = None
+    anthropic_beta: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The job that stands for one submission: a new one, or the one that an earlier equal submit made."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Why one submission was not taken; the others of its list are not touched by it."""
+
+    error: SluiceError
+
+
+Outcome = Accepted | Rejected
+
+
+class Submit:
+    """The use case behind `POST /jobs`."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        jobs: JobStore,
+        params: ParamsStore,
+        queue: JobQueue,
+        clock: Clock,
+        random_bytes: RandomBytes,
+        events: Events,
+    ) -> None:
+        self._jobs = jobs
+        self._params = params
+        self._queue = queue
+        self._clock = clock
+        self._random_bytes = random_bytes
+        self._events = events
+
+    def __call__(
+        self, submissions: Sequence[Submission | SluiceError], sender: Sender
+    ) -> list[Outcome]:
+        """Store and enqueue jobs; return one outcome per submission, in order.
+
+        Entries that are errors already (bad form) keep their place and are passed through.
+        """
+        now = self._clock.now()
+        drafts = self._drafts(submissions, sender, now)
+        with ThreadPoolExecutor(max_workers=min(PARALLEL_WRITES, len(drafts))) as threads:
+            stored = list(threads.map(self._stored, drafts))
+        fresh = [each.job for each in stored if isinstance(each, Accepted) and _waits(each.job)]
+        unsent = set(self._queue.send([(job.job_id, job.tenant) for job in fresh]))
+        accepted = sum(isinstance(each, Accepted) for each in stored) - len(unsent)
+        if accepted:
+            self._events.count("JobsAccepted", accepted)
+        return [
+            Rejected(StoreBusy("the jobs queue"))
+            if isinstance(each, Accepted) and each.job.job_id in unsent
+            else each
+            for each in stored
+        ]
+
+    def _drafts(
+        self, submissions: Sequence[Submission | SluiceError], sender: Sender, now: int
+    ) -> list[tuple[Job, str] | SluiceError]:
+        seen: dict[str, int] = {}
+        drafts: list[tuple[Job, str] | SluiceError] = []
+        for position, submission in enumerate(submissions):
+            if isinstance(submission, SluiceError):
+                drafts.append(submission)
+                continue
+            name = submission.custom_id
+            if name is not None and name in seen:
+                drafts.append(
+                    InvalidRequest(
+                        f"custom_id {name!r} stands at item {seen[name]} of the list already"
+                    )
+                )
+                continue
+            if name is not None:
+                seen[name] = position
+            if submission.deadline is not None and submission.deadline <= now:
+                drafts.append(InvalidRequest("deadline: it has passed already"))
+                continue
+            drafts.append(self._draft(submission, sender, position, now))
+        return drafts
+
+    def _draft(
+        self, submission: Submission, sender: Sender, position: int, now: int
+    ) -> tuple[Job, str]:
+        body = json.dumps(submission.params, ensure_ascii=False, separators=(",", ":"))
+        version = sender.anthropic_version or NEWEST_VERSION
+        if sender.idempotency_key is not None:
+            job_id = derived_job_id(sender.tenant, "key", f"{position}\x00{sender.idempotency_key}")
+        elif submission.custom_id is not None:
+            job_id = derived_job_id(sender.tenant, "custom_id", submission.custom_id)
+        else:
+            job_id = random_job_id(self._random_bytes(16))
+        everything = [
+            submission.params, submission.custom_id, submission.deadline,
+            submission.fallback_models, submission.metadata, submission.lane,
+            version, sender.anthropic_beta,
+        ]  # fmt: skip
+        canonical = json.dumps(everything, sort_keys=True, separators=(",", ":"))
+        job = Job(
+            job_id=job_id,
+            tenant=sender.tenant,
+            model=str(submission.params["model"]),
+            created_at=now,
+            request_hash=sha256(canonical.encode()).hexdigest(),
+            input_chars=_input_chars(submission.params),
+            max_tokens=int(submission.params["max_tokens"]),
+            anthropic_version=version,
+            anthropic_beta=sender.anthropic_beta,
+            lane=submission.lane,
+            custom_id=submission.custom_id,
+            deadline=submission.deadline,
+            fallback_models=submission.fallback_models,
+            metadata=submission.metadata,
+        )
+        return job, body
+
+    def _stored(self, draft: tuple[Job, str] | SluiceError) -> Outcome:
+        """Store params, then the job: a job on record always has its request."""
+        if isinstance(draft, SluiceError):
+            return Rejected(draft)
+        job, body = draft
+        try:
+            self._params.add(Params(job.job_id, body, job.request_hash))
+            self._jobs.add(job)
+        except Stale as stale:
+            earlier = stale.current
+            if isinstance(earlier, Job) and earlier.request_hash == job.request_hash:
+                return Accepted(earlier)
+            return Rejected(_conflict(job))
+        except Conflict:
+            return Rejected(_conflict(job))
+        except StoreBusy as error:
+            return Rejected(error)
+        return Accepted(job)
+
+
+class Waiting:
+    """How long a new job will probably wait. Looked up every few seconds, not for every job."""
+
+    AGE_MS: Final = 5_000
+
+    def __init__(self, queue: JobQueue, limits: LimitStore, clock: Clock) -> None:
+        self._queue = queue
+        self._limits = limits
+        self._clock = clock
+        self._looked_at = -self.AGE_MS
+        self._depth = 0
+        self._groups: Sequence[Group] = ()
+
+    def estimated_start(self, model_group: str) -> int | None:
+        """Return about when a job submitted now starts (epoch ms), or None when nobody can tell.
+
+        The whole backlog is taken to go the same way at the requests per minute that are known for it.
+        """
+        now = self._clock.now()
+        if now - self._looked_at >= self.AGE_MS:
+            try:
+                self._depth = self._queue.depth()
+                self._groups = self._limits.groups()
+            except StoreBusy:
+                return None
+            self._looked_at = now
+        return expected_start(self._groups, model_group, self._depth, now)
+
+
+def _waits(job: Job) -> bool:
+    """A repeat sends a waiting job's message again: the first submit may have died before it was sent."""
+    return job.attempts_used == 0 and job.snoozes == 0 and job.state == "queued"
+
+
+def _conflict(job: Job) -> Conflict:
+    name = f"custom_id {job.custom_id!r}" if job.custom_id else "this Idempotency-Key"
+    return Conflict(
+        f"{name} stands for another request already (job {job.job_id}); "
+        "use another one, or send an Idempotency-Key of its own with each run"
+    )
+
+
+def _input_chars(params: Mapping[str, Any]) -> int:
+    """Count the characters that become input tokens; base64 data counts by a twentieth, as images are small in tokens."""
+
+    def count(value: object, key: str = "") -> int:
+        if isinstance(value, str):
+            return len(value) // 20 if key == "data" else len(value)
+        if isinstance(value, Mapping):
+            return sum(count(each, str(name)) for name, each in value.items())
+        if isinstance(value, Sequence):
+            return sum(count(each, key) for each in value)
+        return 1
+
+    return sum(count(params.get(name, "")) for name in ("system", "messages", "tools"))

@@ -1,0 +1,174 @@
+"""Composition root: the only file that names adapters. Everything is made at first use and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from aws_lambda_powertools import Logger
+
+from sluice.accounts import Account
+from sluice.adapters import aws
+from sluice.adapters.dynamodb import (
+    DynamoClientKeys,
+    DynamoJobs,
+    DynamoLedger,
+    DynamoLimits,
+    DynamoParams,
+)
+from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
+from sluice.adapters.secrets import SecretKeyPool, SecretText
+from sluice.adapters.sqs import SqsQueue, SqsReturns
+from sluice.adapters.system import SystemClock, Threads
+from sluice.adapters.telemetry import SERVICE, Telemetry
+from sluice.dead_letters import TakeDeadLetter
+from sluice.domain.pricing import PriceList
+from sluice.domain.retries import RetryPolicy
+from sluice.settings import Settings
+from sluice.submit import Submit, Waiting
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+    from sluice.work import Worker
+
+CLOCK = SystemClock()
+
+
+@cache
+def settings() -> Settings:
+    """Return this deployment's settings."""
+    return Settings.from_environment()
+
+
+@cache
+def telemetry() -> Telemetry:
+    """Return the function's log and metrics."""
+    return Telemetry(Logger(service=SERVICE))
+
+
+@cache
+def _dynamodb() -> DynamoDBClient:
+    return aws.dynamodb()
+
+
+@cache
+def _objects() -> Objects:
+    return Objects(aws.s3(), settings().data_bucket)
+
+
+@cache
+def jobs() -> DynamoJobs:
+    """Return the job records."""
+    return DynamoJobs(_dynamodb(), settings().jobs_table, settings().retention_days)
+
+
+@cache
+def _params() -> DynamoParams:
+    return DynamoParams(
+        _dynamodb(), settings().params_table, _objects(), CLOCK, settings().retention_days
+    )
+
+
+@cache
+def _results() -> Results:
+    return Results(_objects())
+
+
+@cache
+def limits() -> DynamoLimits:
+    """Return the shared limits."""
+    return DynamoLimits(_dynamodb(), settings().limits_table)
+
+
+@cache
+def _ledger() -> DynamoLedger:
+    return DynamoLedger(_dynamodb(), settings().ledger_table, settings().usage_table)
+
+
+@cache
+def client_keys() -> DynamoClientKeys:
+    """Return who may submit."""
+    pepper = SecretText(aws.secrets_manager(), settings().pepper_secret, CLOCK)
+    return DynamoClientKeys(_dynamodb(), settings().client_keys_table, pepper, CLOCK)
+
+
+@cache
+def _queue() -> SqsQueue:
+    return SqsQueue(aws.sqs(), settings().jobs_queue_url)
+
+
+@cache
+def submit() -> Submit:
+    """Return the use case behind `POST /jobs`."""
+    return Submit(jobs(), _params(), _queue(), CLOCK, os.urandom, telemetry())
+
+
+@cache
+def waiting() -> Waiting:
+    """Return how long new jobs will probably wait."""
+    return Waiting(_queue(), limits(), CLOCK)
+
+
+def account(tenant: str) -> Account:
+    """Return one tenant's view."""
+    return Account(tenant, jobs(), _results(), limits(), _ledger(), CLOCK, telemetry())
+
+
+@cache
+def take_dead_letter() -> TakeDeadLetter:
+    """Return the use case behind the dead-letter queue."""
+    return TakeDeadLetter(jobs(), DeadLetterObjects(_objects()), CLOCK, telemetry())
+
+
+@cache
+def worker() -> Worker:
+    """Return the worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
+    from sluice.adapters.claude import SdkClaude  # noqa: PLC0415
+    from sluice.work import Rules, Tools, Worker  # noqa: PLC0415
+
+    secret = SecretText(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
+    tools = Tools(
+        jobs=jobs(),
+        params=_params(),
+        results=_results(),
+        returns=SqsReturns(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url),
+        limits=limits(),
+        keys=SecretKeyPool(secret),
+        claude=SdkClaude(),
+        ledger=_ledger(),
+        clock=CLOCK,
+        jitter=random.Random().random,  # noqa: S311 - jitter, not a secret
+        blocking=Threads(),
+        events=telemetry(),
+    )
+    rules = Rules(
+        policy=RetryPolicy(max_attempts=settings().max_attempts),
+        prices=prices(),
+        model_groups=model_groups(),
+    )
+    return Worker(tools, rules)
+
+
+@cache
+def prices() -> PriceList:
+    """Return the price list."""
+    return PriceList.from_rows(_data("prices.json")["prices"])
+
+
+@cache
+def model_groups() -> dict[str, str]:
+    """Return which limit group's name each known model has."""
+    return {
+        model: row["group"]
+        for row in _data("model_groups.json")["groups"]
+        for model in row["models"]
+    }
+
+
+def _data(name: str) -> Any:
+    return json.loads(files("sluice.data").joinpath(name).read_text(encoding="utf-8"))
