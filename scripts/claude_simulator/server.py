@@ -1,0 +1,579 @@
+"""The HTTP side: a raw ASGI application with a table of routes, on the loopback interface."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from scripts.claude_simulator import checks
+from scripts.claude_simulator.engine import Call, Caller, Engine, Headers, Refused
+from scripts.claude_simulator.faults import Failure, Place
+from scripts.claude_simulator.limits import SECOND
+from scripts.claude_simulator.settings import Model, Settings, SettingsError
+
+HOST: Final = "127.0.0.1"
+JSON_TYPE: Final = (b"content-type", b"application/json")
+SSE_TYPE: Final = (b"content-type", b"text/event-stream; charset=utf-8")
+SSE_STEP: Final = SECOND // 20  # deltas of a slow answer come no closer together than this
+SSE_MOST_STEPS: Final = 200
+SSE_FEWEST_STEPS: Final = 4
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class PortError(OSError):
+    """The port cannot be used; the message is one line."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request and the means to answer it."""
+
+    scope: dict[str, Any]
+    send: Callable[[dict[str, Any]], Awaitable[None]]
+    request_id: str
+    body: bytes
+    key: str | None
+    version: str | None
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The connection itself."""
+        transport: asyncio.Transport = self.scope["state"]["transport"]
+        return transport
+
+    def query(self) -> dict[str, str]:
+        """Return the query string's last value of each name."""
+        return {
+            name: values[-1]
+            for name, values in parse_qs(self.scope["query_string"].decode()).items()
+        }
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head of the answer."""
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, (b"request-id", self.request_id.encode())],
+            }
+        )
+
+    async def write(self, body: bytes, *, more: bool = False) -> None:
+        """Send a part of the body."""
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def reply(self, status: int, data: object, headers: Headers) -> None:
+        """Send a whole JSON answer."""
+        body = _encode(data).encode()
+        await self.start(status, [*headers, JSON_TYPE, (b"content-length", b"%d" % len(body))])
+        await self.write(body)
+
+    async def refuse(self, refused: Refused) -> None:
+        """Send an error in the API's shape, or drop the connection."""
+        failure = refused.failure
+        if failure.status == 0:
+            self.transport.abort()
+            return
+        headers = list(refused.headers)
+        if failure.retry_after_seconds is not None:
+            headers.append((b"retry-after", b"%d" % failure.retry_after_seconds))
+        if failure.should_retry is not None:
+            headers.append((b"x-should-retry", b"true" if failure.should_retry else b"false"))
+        await self.reply(failure.status, error_body(failure, self.request_id), headers)
+
+
+def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
+    """Return the error as the API writes it."""
+    error: dict[str, Any] = {"type": failure.type, "message": failure.message}
+    if failure.error_code is not None:
+        error["details"] = {"error_code": failure.error_code}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def not_found(path: str) -> Refused:
+    """Return the answer to a path nobody serves."""
+    return Refused(Failure(404, "not_found_error", f"Not found: {path}"), [])
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class App:
+    """The ASGI application."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.routes: dict[tuple[str, str], Handler] = {
+            ("POST", "/v1/messages"): self.create_message,
+            ("POST", "/v1/messages/count_tokens"): self.count_tokens,
+            ("GET", "/v1/models"): self.list_models,
+            ("GET", "/v1/models/{id}"): self.get_model,
+            ("GET", "/_simulator/stats"): self.stats,
+            ("GET", "/_simulator/ledger"): self.ledger,
+            ("POST", "/_simulator/config"): self.configure,
+            ("POST", "/_simulator/reset"): self.reset,
+        }
+        self._paths = {path for _, path in self.routes}
+
+    async def __call__(
+        self,
+        scope: dict[str, Any],
+        receive: Callable[[], Awaitable[dict[str, Any]]],
+        send: Callable[[dict[str, Any]], Awaitable[None]],
+    ) -> None:
+        """Answer one request."""
+        key = bearer = version = None
+        for name, value in scope["headers"]:
+            if name == b"x-api-key":
+                key = value.decode("latin-1")
+            elif name == b"authorization":
+                bearer = value.decode("latin-1")
+            elif name == b"anthropic-version":
+                version = value.decode("latin-1")
+        if key is None and bearer is not None and bearer[:7].lower() == "bearer ":
+            key = bearer[7:].strip()
+        event = await receive()
+        body = event.get("body", b"")
+        if event.get("more_body"):
+            body = await _rest_of(body, receive)
+        exchange = Exchange(scope, send, self.engine.request_id(), body, key, version)
+        await self._route(scope["method"], scope["path"])(exchange)
+
+    def _route(self, method: str, path: str) -> Handler:
+        handler = self.routes.get((method, path))
+        if handler is not None:
+            return handler
+        pattern = f"{path.rpartition('/')[0]}/{{id}}"
+        handler = self.routes.get((method, pattern))
+        if handler is not None and path not in self._paths:
+            return handler
+        return self._unknown
+
+    async def _unknown(self, exchange: Exchange) -> None:
+        path = exchange.scope["path"]
+        if path in self._paths:
+            method = exchange.scope["method"]
+            failure = Failure(405, "invalid_request_error", f"{method} is not allowed for {path}")
+            await exchange.refuse(Refused(failure, []))
+        else:
+            await exchange.refuse(not_found(path))
+
+    # -- Claude's API -----------------------------------------------------------------------
+
+    async def create_message(self, exchange: Exchange) -> None:
+        """POST /v1/messages: an answer, as JSON or as events."""
+        engine = self.engine
+        caller = engine.authenticate(exchange.key, exchange.version)
+        if isinstance(caller, Refused):
+            await exchange.refuse(caller)
+            return
+        call = engine.message(caller, exchange.body, exchange.request_id)
+        if isinstance(call, Refused):
+            await exchange.refuse(call)
+            return
+        exchange.body = b""
+        status, delivered = 200, False
+        try:
+            if call.place is Place.DROP_AFTER:
+                await self._sleep_until(call.ends_at)
+                status = 0
+                exchange.transport.abort()
+            elif call.streamed:
+                delivered = await self._stream(exchange, call)
+            elif call.place is Place.IN_STREAM:
+                await self._sleep_until(_halfway(call))
+                status = 529
+                await exchange.refuse(Refused(_OVERLOADED, engine.answer_headers(call)))
+            else:
+                if call.ends_at > caller.at:
+                    await self._sleep_until(call.ends_at)
+                delivered = not exchange.transport.is_closing()
+                await exchange.reply(200, call.message(), engine.answer_headers(call))
+        finally:
+            engine.finish(call, status, delivered=delivered)
+
+    async def count_tokens(self, exchange: Exchange) -> None:
+        """POST /v1/messages/count_tokens: the estimate of a request's input tokens."""
+        caller = self.engine.authenticate(exchange.key, exchange.version)
+        if isinstance(caller, Refused):
+            await exchange.refuse(caller)
+            return
+        counted = self.engine.count_tokens(caller, exchange.body)
+        if isinstance(counted, Refused):
+            await exchange.refuse(counted)
+            return
+        await exchange.reply(200, {"input_tokens": counted}, caller.account.headers)
+
+    async def list_models(self, exchange: Exchange) -> None:
+        """GET /v1/models: a page of models, newest first."""
+        caller = self.engine.authenticate(exchange.key, exchange.version)
+        if isinstance(caller, Refused):
+            await exchange.refuse(caller)
+            return
+        query = exchange.query()
+        models = list({model.id: model for model in self.engine.models.values()}.values())
+        ids = [model.id for model in models]
+        limit = query.get("limit", "20")
+        if not limit.isdecimal() or not 1 <= int(limit) <= 1000:  # noqa: PLR2004
+            await exchange.refuse(_bad("limit: a number from 1 to 1000", caller))
+            return
+        start = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
+        end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
+        if "before_id" in query:
+            start = max(start, end - int(limit))
+        page = models[start : min(end, start + int(limit))]
+        more = start > 0 if "before_id" in query else start + len(page) < end
+        await exchange.reply(
+            200,
+            {
+                "data": [model_info(model) for model in page],
+                "has_more": more,
+                "first_id": page[0].id if page else None,
+                "last_id": page[-1].id if page else None,
+            },
+            caller.account.headers,
+        )
+
+    async def get_model(self, exchange: Exchange) -> None:
+        """GET /v1/models/{id}: one model, by id or alias."""
+        caller = self.engine.authenticate(exchange.key, exchange.version)
+        if isinstance(caller, Refused):
+            await exchange.refuse(caller)
+            return
+        name = exchange.scope["path"].rpartition("/")[2]
+        model = self.engine.models.get(name)
+        if model is None:
+            failure = Failure(404, "not_found_error", f"model: {name}")
+            await exchange.refuse(Refused(failure, caller.account.headers))
+            return
+        await exchange.reply(200, model_info(model), caller.account.headers)
+
+    # -- answers over time ------------------------------------------------------------------
+
+    async def _sleep_until(self, at: int) -> None:
+        nanoseconds = at - self.engine.clock()
+        if nanoseconds > 0:
+            await asyncio.sleep(nanoseconds / SECOND)
+
+    async def _stream(self, exchange: Exchange, call: Call) -> bool:
+        """Send the answer as events at the pace of its tokens; say whether it arrived whole."""
+        await self._sleep_until(call.first_token_at)
+        await exchange.start(
+            200, [*self.engine.answer_headers(call), SSE_TYPE, (b"cache-control", b"no-cache")]
+        )
+        fails_at = _halfway(call) if call.place is Place.IN_STREAM else None
+        buffered: list[bytes] = []
+        for at, event in events(call):
+            if fails_at is not None and at >= fails_at and event["type"] != "message_start":
+                break
+            if at > self.engine.clock():
+                if buffered:
+                    await exchange.write(b"".join(buffered), more=True)
+                    buffered.clear()
+                await self._sleep_until(at)
+            buffered.append(sse(event))
+        if fails_at is not None:
+            await self._sleep_until(fails_at)
+            buffered.append(sse(error_body(_OVERLOADED, exchange.request_id)))
+        delivered = not exchange.transport.is_closing() and fails_at is None
+        await exchange.write(b"".join(buffered))
+        return delivered
+
+    # -- control ----------------------------------------------------------------------------
+
+    async def stats(self, exchange: Exchange) -> None:
+        """GET /_simulator/stats: the counts."""
+        if _is_loopback(exchange):
+            starts = exchange.query().get("starts") == "1"
+            await exchange.reply(200, self.engine.stats(starts=starts), [])
+        else:
+            await exchange.refuse(not_found(exchange.scope["path"]))
+
+    async def ledger(self, exchange: Exchange) -> None:
+        """GET /_simulator/ledger: every ended call as JSON lines."""
+        if not _is_loopback(exchange):
+            await exchange.refuse(not_found(exchange.scope["path"]))
+            return
+        await exchange.start(200, [(b"content-type", b"application/x-ndjson")])
+        lines: list[str] = []
+        for row in self.engine.ledger():
+            lines.append(_encode(row))
+            if len(lines) == 1000:  # noqa: PLR2004
+                await exchange.write(("\n".join(lines) + "\n").encode(), more=True)
+                lines.clear()
+                await asyncio.sleep(0)
+        await exchange.write("".join(f"{line}\n" for line in lines).encode())
+
+    async def configure(self, exchange: Exchange) -> None:
+        """POST /_simulator/config: changed limits, faults, keys; all of it or nothing."""
+        if not _is_loopback(exchange):
+            await exchange.refuse(not_found(exchange.scope["path"]))
+            return
+        try:
+            self.engine.configure(checks.parse(exchange.body))
+        except (SettingsError, checks.RequestError) as error:
+            failure = Failure(400, "invalid_request_error", str(error))
+            await exchange.refuse(Refused(failure, []))
+            return
+        await exchange.reply(200, self.engine.settings.model_dump(), [])
+
+    async def reset(self, exchange: Exchange) -> None:
+        """POST /_simulator/reset: empty books, full buckets; `?config=1` the first settings too."""
+        if not _is_loopback(exchange):
+            await exchange.refuse(not_found(exchange.scope["path"]))
+            return
+        self.engine.reset(to_original=exchange.query().get("config") == "1")
+        await exchange.reply(200, {"reset": True}, [])
+
+
+_OVERLOADED: Final = Failure(529, "overloaded_error", "Overloaded")
+
+
+def _bad(message: str, caller: Caller) -> Refused:
+    return Refused(Failure(400, "invalid_request_error", message), caller.account.headers)
+
+
+def _is_loopback(exchange: Exchange) -> bool:
+    client = exchange.scope.get("client")
+    return client is not None and str(client[0]) in {"127.0.0.1", "::1"}
+
+
+def _halfway(call: Call) -> int:
+    return (call.first_token_at + call.ends_at) // 2
+
+
+async def _rest_of(body: bytes, receive: Callable[[], Awaitable[dict[str, Any]]]) -> bytes:
+    parts = [body]
+    size = len(body)
+    more = True
+    while more:
+        event = await receive()
+        part = event.get("body", b"")
+        size += len(part)
+        if size <= checks.MAX_BODY_BYTES:
+            parts.append(part)
+        more = bool(event.get("more_body"))
+    if size > checks.MAX_BODY_BYTES:  # read to its end, but not kept; its length is what is refused
+        return bytes(checks.MAX_BODY_BYTES + 1)
+    return b"".join(parts)
+
+
+def model_info(model: Model) -> dict[str, Any]:
+    """Return the model as `GET /v1/models` shows it."""
+    return {
+        "type": "model",
+        "id": model.id,
+        "display_name": model.display_name or model.id,
+        "line": model.line,
+        "created_at": model.created_at,
+        "lifecycle": model.lifecycle,
+        "deprecated_at": None,
+        "retires_at": model.retires_at,
+        "max_input_tokens": model.max_input_tokens,
+        "max_tokens": model.max_tokens,
+        "capabilities": None,
+    }
+
+
+def sse(event: dict[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    return f"event: {event['type']}\ndata: {_encode(event)}\n\n".encode()
+
+
+def events(call: Call) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the events of a streamed answer, each with the time it is due."""
+    message = call.message()
+    usage = message["usage"]
+    begun = {**message, "content": [], "stop_reason": None, "stop_details": None}
+    begun["usage"] = {**usage, "output_tokens": min(1, usage["output_tokens"])}
+    begun["usage"].pop("output_tokens_details", None)
+    first, end = call.first_token_at, call.ends_at
+    yield first, {"type": "message_start", "message": begun}
+    pieces = [_pieces(block, end - first, len(call.answer.blocks)) for block in call.answer.blocks]
+    total = sum(len(deltas) for _, deltas in pieces) or 1
+    sent = 0
+    for index, (start, deltas) in enumerate(pieces):
+        at = first + (end - first) * sent // total
+        yield at, {"type": "content_block_start", "index": index, "content_block": start}
+        if index == 0:
+            yield at, {"type": "ping"}
+        for delta in deltas:
+            sent += 1
+            at = first + (end - first) * sent // total
+            yield at, {"type": "content_block_delta", "index": index, "delta": delta}
+        yield at, {"type": "content_block_stop", "index": index}
+    ending = {
+        "stop_reason": message["stop_reason"],
+        "stop_sequence": None,
+        "stop_details": message["stop_details"],
+        "container": None,
+    }
+    names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    cumulative = {name: usage[name] for name in (*names, "output_tokens")}
+    if "output_tokens_details" in usage:
+        cumulative["output_tokens_details"] = usage["output_tokens_details"]
+    yield end, {"type": "message_delta", "delta": ending, "usage": cumulative}
+    yield end, {"type": "message_stop"}
+
+
+def _pieces(
+    block: dict[str, Any], duration: int, blocks: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a block's empty start and the deltas that fill it."""
+    steps = max(SSE_FEWEST_STEPS, min(SSE_MOST_STEPS, duration // SSE_STEP)) // blocks or 1
+    if block["type"] == "text":
+        deltas = [{"type": "text_delta", "text": part} for part in _parts(block["text"], steps)]
+        return {"type": "text", "text": ""}, deltas
+    if block["type"] == "thinking":
+        deltas = [
+            {"type": "thinking_delta", "thinking": part}
+            for part in _parts(block["thinking"], steps)
+        ]
+        deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        return {"type": "thinking", "thinking": "", "signature": ""}, deltas
+    if block["type"] == "tool_use":
+        parts = _parts(_encode(block["input"]), 2)
+        return {**block, "input": {}}, [
+            {"type": "input_json_delta", "partial_json": part} for part in ("", *parts)
+        ]
+    return block, []
+
+
+def _parts(text: str, count: int) -> list[str]:
+    size = max(1, -(-len(text) // count))
+    return [text[index : index + size] for index in range(0, len(text), size)]
+
+
+# -- serving --------------------------------------------------------------------------------
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's protocol, with the connection in reach of the application, which may cut it."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"] = {"transport": self.transport}
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends quietly on a signal and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._listening()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def bind(port: int) -> socket.socket:
+    """Return a socket bound to the loopback interface, or raise `PortError`."""
+    if not 0 <= port <= 65535:  # noqa: PLR2004
+        raise PortError(f"port {port} is no port; choose one from 0 to 65535 with --port")
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((HOST, port))
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortError(f"port {port} is in use; choose another with --port") from error
+        raise PortError(f"port {port} cannot be used: {error.strerror}") from error
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return the address of a bound socket."""
+    return f"http://{HOST}:{bound.getsockname()[1]}"
+
+
+def serve(engine: Engine, bound: socket.socket, listening: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; `listening` is called once requests are answered."""
+    _run(_server(engine, listening), bound)
+
+
+def _server(engine: Engine, listening: Callable[[], None]) -> _Server:
+    config = uvicorn.Config(
+        App(engine),
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=4096,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    return _Server(config, listening)
+
+
+def _run(server: _Server, bound: socket.socket) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve(sockets=[bound]))
+    bound.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A simulator that is running inside this process."""
+
+    url: str
+    engine: Engine
+
+
+@contextlib.contextmanager
+def running(settings: Settings | None = None, port: int = 0) -> Iterator[Running]:
+    """Run a simulator in a thread of this process for as long as the `with` block lasts."""
+    bound = bind(port)
+    engine = Engine(settings or Settings())
+    ready = threading.Event()
+    server = _server(engine, ready.set)
+    thread = threading.Thread(
+        target=_run, args=(server, bound), name="claude-simulator", daemon=True
+    )
+    thread.start()
+    if not ready.wait(10):
+        raise TimeoutError("the simulator did not start within 10 s")
+    try:
+        yield Running(url_of(bound), engine)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def fail(message: str) -> int:
+    """Print one line on stderr and return exit status 1."""
+    sys.stderr.write(f"claude_simulator: {message}\n")
+    return 1

@@ -1,0 +1,228 @@
+"""What can be configured, read from JSON; the first thing that is wrong gets one clear message."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scripts.claude_simulator.faults import FAILURES, KINDS
+from scripts.claude_simulator.limits import SECOND, Limits, Rules
+
+PerMinute = Annotated[int, Field(ge=1)] | None
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class SettingsError(ValueError):
+    """The configuration is wrong; the message is one line that says where and why."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LimitSettings(_Part):
+    """Limits per minute of one model group; null is no limit of that kind."""
+
+    rpm: PerMinute = 1000
+    itpm: PerMinute = 2_000_000
+    otpm: PerMinute = 400_000
+
+    def limits(self) -> Limits:
+        """Return them in the words of the arithmetic."""
+        return Limits(self.rpm, self.itpm, self.otpm)
+
+
+class Organisation(_Part):
+    """One organisation: its keys, its limits, and how it enforces and reports them."""
+
+    id: str = Field(default="org-one", min_length=1)
+    workspace: str = "wrkspc_default"
+    keys: tuple[str, ...] = ("sk-ant-test-one",)
+    limits: dict[str, LimitSettings] = Field(default_factory=dict)
+    count_tokens_rpm: PerMinute = 2000
+    burst_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    request_burst_seconds: Annotated[float, Field(gt=0, le=3600)] | None = None
+    retry_after: Literal["next_slot", "full", "none"] = "next_slot"
+    limit_headers: bool = True
+    reserve_max_tokens: bool = False
+    max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    blocked_by: str | None = None
+
+    @model_validator(mode="after")
+    def _knows_its_failure(self) -> Self:
+        if self.blocked_by is not None and self.blocked_by not in FAILURES:
+            message = f'blocked_by: no failure "{self.blocked_by}"; there are {", ".join(FAILURES)}'
+            raise ValueError(message)
+        return self
+
+    def limits_of(self, group: str) -> Limits:
+        """Return the limits of a model group: its own, or `default`, or the Start tier's."""
+        found = self.limits.get(group) or self.limits.get("default") or LimitSettings()
+        return found.limits()
+
+    def rules(self) -> Rules:
+        """Return how the buckets behave, in the words of the arithmetic."""
+        short = self.request_burst_seconds
+        return Rules(
+            burst=round(self.burst_seconds * SECOND),
+            request_burst=None if short is None else round(short * SECOND),
+            retry_after=self.retry_after,
+            reserve_max_tokens=self.reserve_max_tokens,
+        )
+
+
+class Service(_Part):
+    """How fast answers come and how long they are: lognormal around a median, fixed if sigma is 0.
+
+    A `tokens_per_second` of null is unlimited: the whole answer comes with its first token.
+    """
+
+    ttft_seconds: Seconds = 0.8
+    ttft_sigma: Annotated[float, Field(ge=0, le=5)] = 0.3
+    tokens_per_second: Annotated[float, Field(ge=0.001)] | None = 80.0
+    output_tokens: Annotated[float, Field(ge=1)] = 300.0
+    output_tokens_sigma: Annotated[float, Field(ge=0, le=5)] = 0.6
+    input_estimate_percent: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class Model(_Part):
+    """One model: the group whose buckets it shares, its bounds, and what it accepts."""
+
+    id: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    display_name: str = ""
+    line: str | None = None
+    created_at: str = "1970-01-01T00:00:00Z"
+    lifecycle: Literal["active", "deprecated", "retired"] = "active"
+    retires_at: str | None = None
+    max_input_tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    max_tokens: Annotated[int, Field(ge=1)] = 128_000
+    tokens_per_1000_characters: Annotated[int, Field(ge=1)] = 325
+    thinking: tuple[str, ...] = ("adaptive", "disabled", "between_tools")
+    prefill: bool = False
+
+
+class Settings(_Part):
+    """The whole configuration."""
+
+    seed: int = 1
+    service: Service = Service()
+    service_by_group: dict[str, Service] = Field(default_factory=dict)
+    faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    ramp_retry_after_seconds: Annotated[int, Field(ge=1)] = 5
+    organisations: tuple[Organisation, ...] = (Organisation(),)
+    models: dict[str, Model] = Field(default_factory=dict)
+    revoke_at: dict[str, Seconds] = Field(default_factory=dict)
+    ledger_rows: Annotated[int, Field(ge=0)] = 1_000_000
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        known = (*FAILURES, *KINDS)
+        for name in self.faults:
+            if name not in known:
+                message = f'faults: no fault "{name}"; there are {", ".join(known)}'
+                raise ValueError(message)
+        for names, sort in ((FAILURES, "failures"), (KINDS, "kinds of answer")):
+            if sum(self.faults.get(name, 0.0) for name in names) > 1:
+                message = f"faults: the rates of {sort} add up to more than 1"
+                raise ValueError(message)
+        seen: dict[str, str] = {}
+        for organisation in self.organisations:
+            for key in organisation.keys:
+                if key in seen:
+                    message = (
+                        f"organisations: key {key} stands twice ({seen[key]} and {organisation.id})"
+                    )
+                    raise ValueError(message)
+                seen[key] = organisation.id
+        ids = [organisation.id for organisation in self.organisations]
+        if len(set(ids)) < len(ids):
+            message = "organisations: two of them have the same id"
+            raise ValueError(message)
+        return self
+
+
+def read(data: object) -> Settings:
+    """Return the settings written in `data`, or raise `SettingsError`."""
+    try:
+        return Settings.model_validate(_with_model_ids(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(step) for step in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{place}: {text}" if place else text) from error
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or raise `SettingsError`."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        message = f"{path}: {error.strerror}"
+        raise SettingsError(message) from error
+    except ValueError as error:
+        message = f"{path}: not JSON ({error})"
+        raise SettingsError(message) from error
+    if not isinstance(data, dict):
+        message = f"{path}: not a JSON object"
+        raise SettingsError(message)
+    return data
+
+
+def merged(settings: Settings, patch: object) -> Settings:
+    """Return the settings with `patch` over them: objects by key, organisations by id."""
+    if not isinstance(patch, dict):
+        message = "not a JSON object"
+        raise SettingsError(message)
+    base = settings.model_dump()
+    patch = dict(patch)
+    organisations = {organisation["id"]: organisation for organisation in base["organisations"]}
+    changes = patch.pop("organisations", [])
+    if not isinstance(changes, list):
+        message = "organisations: not a list"
+        raise SettingsError(message)
+    for change in changes:
+        if not isinstance(change, dict) or not isinstance(change.get("id"), str):
+            message = "organisations: each needs an id"
+            raise SettingsError(message)
+        organisations[change["id"]] = _laid_over(organisations.get(change["id"], {}), change)
+    base["organisations"] = list(organisations.values())
+    return read(_laid_over(base, patch))
+
+
+def _laid_over(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for name, value in patch.items():
+        old = result.get(name)
+        result[name] = (
+            _laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return result
+
+
+def _with_model_ids(data: object) -> object:
+    if isinstance(data, dict) and isinstance(data.get("models"), dict):
+        models = {
+            name: {"id": name, **model} if isinstance(model, dict) else model
+            for name, model in data["models"].items()
+        }
+        return {**data, "models": models}
+    return data
+
+
+@cache
+def known_models() -> tuple[Model, ...]:
+    """Return the models Claude's API offers, newest first (`models.json`)."""
+    text = Path(__file__).with_name("models.json").read_text("utf-8")
+    return tuple(Model.model_validate(model) for model in json.loads(text))
+
+
+def catalogue(settings: Settings) -> dict[str, Model]:
+    """Return every model by id and alias: the known ones, with those of the settings over them."""
+    by_id = {model.id: model for model in known_models()} | settings.models
+    return {name: model for model in by_id.values() for name in (model.id, *model.aliases)}

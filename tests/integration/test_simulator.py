@@ -1,0 +1,496 @@
+"""The simulator over a real socket, driven by the official SDK and by plain HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+from anthropic import Anthropic
+from anthropic.types.shared.contract_spend_limit_reached_error import (
+    ContractSpendLimitReachedError,
+)
+from anthropic.types.shared.enforced_spend_limit_reached_error import (
+    EnforcedSpendLimitReachedError,
+)
+from anthropic.types.shared.ramp_limit_exceeded_error import RampLimitExceededError
+
+from scripts.claude_simulator import Running, params_hash, read, running
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "sk-ant-test-one"
+VERSION = "2026-10-21"
+FAST = {"ttft_seconds": 0, "tokens_per_second": None}
+
+
+@contextlib.contextmanager
+def simulator(**settings: Any) -> Iterator[Running]:
+    with running(read({"service": FAST, **settings})) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def claude() -> Iterator[Running]:
+    """One simulator without limits for the tests that need none."""
+    limits = {"default": {"rpm": None, "itpm": None, "otpm": None}}
+    with simulator(organisations=[{"keys": [KEY], "limits": limits}]) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def sdk(claude: Running, key: str = KEY) -> Iterator[Anthropic]:
+    with Anthropic(api_key=key, base_url=claude.url, max_retries=0) as client:
+        yield client
+
+
+def limited(**limits: Any) -> list[dict[str, Any]]:
+    default = {"rpm": None, "itpm": None, "otpm": None} | limits
+    return [{"id": "org-one", "keys": [KEY], "limits": {"default": default}}]
+
+
+def params(text: str = "hello", marker: str | None = None, **more: Any) -> dict[str, Any]:
+    metadata = {} if marker is None else {"metadata": {"user_id": marker}}
+    messages = [{"role": "user", "content": text}]
+    return {
+        "model": "claude-opus-5",
+        "max_tokens": 100,
+        "messages": messages,
+        **metadata,
+        **more,
+    }
+
+
+def post(
+    claude: Running, asked: dict[str, Any], headers: dict[str, str] | None = None
+) -> httpx.Response:
+    plain = {"x-api-key": KEY, "anthropic-version": VERSION}
+    return httpx.post(
+        f"{claude.url}/v1/messages", json=asked, headers=plain if headers is None else headers
+    )
+
+
+def stats(claude: Running, query: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{claude.url}/_simulator/stats{query}").json()
+    return found
+
+
+def ledger(claude: Running) -> list[dict[str, Any]]:
+    lines = httpx.get(f"{claude.url}/_simulator/ledger").text.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def ended_call(claude: Running) -> dict[str, Any]:
+    """Return the first call in the ledger, waiting for its end."""
+    for _ in range(500):
+        if rows := ledger(claude):
+            return rows[0]
+        time.sleep(0.01)
+    raise TimeoutError("no call ended within 5 s")
+
+
+def test_the_sdk_creates_a_message(claude: Running) -> None:
+    asked = params("create")
+    with sdk(claude) as client:
+        raw = client.messages.with_raw_response.create(**asked)
+    message = raw.parse()
+
+    assert message.content[0].type == "text"
+    assert params_hash(asked)[:12] in message.content[0].text
+    assert message.stop_reason in {"end_turn", "max_tokens"}
+    assert message.usage.output_tokens > 0
+    assert raw.headers["request-id"] == raw.request_id
+    assert raw.headers["anthropic-organization-id"] == "org-one"
+    assert raw.headers["anthropic-workspace-id"].startswith("wrkspc_")
+
+
+async def test_the_async_sdk_creates_messages_side_by_side(claude: Running) -> None:
+    async with anthropic.AsyncAnthropic(api_key=KEY, base_url=claude.url, max_retries=0) as client:
+        first = await client.messages.create(**params("side"))
+        second = await client.messages.create(**params("by side"))
+
+    assert first.content != second.content
+
+
+def test_a_streamed_answer_is_the_same_as_the_whole_one(claude: Running) -> None:
+    asked = params("stream")
+    with sdk(claude) as client:
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            kinds = [event.type for event in stream]
+            streamed = stream.get_final_message()
+
+    assert streamed.content[0].to_dict() == whole.content[0].to_dict()
+    assert streamed.stop_reason == whole.stop_reason
+    assert streamed.usage.output_tokens == whole.usage.output_tokens
+    assert kinds[0] == "message_start"
+    assert kinds[-1] == "message_stop"
+
+
+def test_events_come_in_the_order_of_the_api(claude: Running) -> None:
+    asked = params("events", "sim:slow=0,tps=2000,tokens=100", stream=True)
+    text = post(claude, asked).text
+    events = [line.removeprefix("event: ") for line in text.splitlines() if line[:6] == "event:"]
+    shape = [kind for at, kind in enumerate(events) if at == 0 or events[at - 1] != kind]
+
+    assert shape == [
+        "message_start",
+        "content_block_start",
+        "ping",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    data = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert data[0]["message"]["usage"]["output_tokens"] == 1
+    assert data[-2]["usage"]["output_tokens"] == 100
+
+
+def test_tokens_are_counted(claude: Running) -> None:
+    asked = params("x" * 1000)
+    with sdk(claude) as client:
+        counted = client.messages.count_tokens(model=asked["model"], messages=asked["messages"])
+        message = client.messages.create(**asked)
+
+    assert counted.input_tokens == message.usage.input_tokens == 333
+
+
+def test_models_are_listed_over_several_pages(claude: Running) -> None:
+    with sdk(claude) as client:
+        ids = [model.id for model in client.models.list(limit=4)]
+        one = client.models.retrieve("claude-haiku-4-5")
+        with pytest.raises(anthropic.NotFoundError):
+            client.models.retrieve("claude-none")
+
+    assert len(ids) == len(set(ids)) > 8
+    assert "claude-opus-5" in ids
+    assert one.id == "claude-haiku-4-5-20251001"
+
+
+@pytest.mark.parametrize(
+    "credential", [{"x-api-key": KEY}, {"authorization": f"Bearer {KEY}"}], ids=str
+)
+@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21"])
+def test_both_credentials_and_both_versions_work(
+    claude: Running, credential: dict[str, str], version: str
+) -> None:
+    reply = post(claude, params(), {**credential, "anthropic-version": version})
+
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("version", [{}, {"anthropic-version": "2025-01-01"}], ids=str)
+def test_a_missing_or_unknown_version_is_refused(claude: Running, version: dict[str, str]) -> None:
+    reply = post(claude, params(), {"x-api-key": KEY, **version})
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_unknown_key_is_refused_before_the_organisation_is_known(claude: Running) -> None:
+    with (
+        sdk(claude, "sk-ant-test-nobody") as client,
+        pytest.raises(anthropic.AuthenticationError) as caught,
+    ):
+        client.messages.create(**params())
+
+    assert "anthropic-organization-id" not in caught.value.response.headers
+    assert caught.value.request_id is not None
+
+
+def test_an_error_has_the_shape_of_the_api(claude: Running) -> None:
+    reply = post(claude, params(model="claude-none"))
+
+    assert reply.status_code == 404
+    assert reply.json() == {
+        "type": "error",
+        "error": {"type": "not_found_error", "message": "model: claude-none"},
+        "request_id": reply.headers["request-id"],
+    }
+
+
+def test_sampling_parameters_are_refused_under_the_new_version(claude: Running) -> None:
+    with sdk(claude) as client, pytest.raises(anthropic.BadRequestError):
+        client.messages.create(**params(), extra_body={"temperature": 1.0})
+
+
+def test_a_429_tells_what_when_and_whether() -> None:
+    with simulator(organisations=limited(rpm=2, itpm=20_000, otpm=8000)) as claude:
+        with sdk(claude) as client:
+            first = client.messages.with_raw_response.create(**params("a"))
+            client.messages.create(**params("b"))
+            with pytest.raises(anthropic.RateLimitError) as caught:
+                client.messages.create(**params("c"))
+        group = stats(claude)["organisations"]["org-one"]["model_groups"]["opus-5"]
+
+    assert type(caught.value) is anthropic.RateLimitError
+    headers = caught.value.response.headers
+    assert first.headers["anthropic-ratelimit-requests-remaining"] == "1"
+    assert headers["anthropic-ratelimit-requests-limit"] == "2"
+    assert headers["anthropic-ratelimit-requests-remaining"] == "0"
+    assert headers["anthropic-ratelimit-input-tokens-remaining"] == "20000"
+    assert headers["anthropic-ratelimit-tokens-limit"] == "28000"
+    assert headers["anthropic-ratelimit-requests-reset"].endswith("Z")
+    assert 1 <= int(headers["retry-after"]) <= 30
+    assert headers["x-should-retry"] == "true"
+    assert group["rate_limited"] == {"total": 1, "requests": 1}
+    assert group["billed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("marker", "error", "retry_after"),
+    [
+        ("529", anthropic.OverloadedError, None),
+        ("500", anthropic.InternalServerError, None),
+        ("503", anthropic.InternalServerError, None),
+        ("504", anthropic.InternalServerError, None),
+        ("402", anthropic.APIStatusError, None),
+        ("403", anthropic.PermissionDeniedError, None),
+        ("413", anthropic.APIStatusError, None),
+        ("429,retry_after=9", anthropic.RateLimitError, "9"),
+        ("concurrency", anthropic.RateLimitError, "1"),
+        ("ramp", RampLimitExceededError, "5"),
+        ("spend_cap", EnforcedSpendLimitReachedError, None),
+        ("contract_cap", ContractSpendLimitReachedError, None),
+        ("self_limit", anthropic.BadRequestError, None),
+    ],
+)
+def test_a_marker_forces_a_failure(
+    claude: Running, marker: str, error: type[anthropic.APIStatusError], retry_after: str | None
+) -> None:
+    with sdk(claude) as client, pytest.raises(error) as caught:
+        client.messages.create(**params(marker=f"sim:{marker}"))
+
+    assert caught.value.response.headers.get("retry-after") == retry_after
+    assert caught.value.request_id == caught.value.response.headers["request-id"]
+
+
+def test_scripted_overloads_end_after_their_count(claude: Running) -> None:
+    asked = params("through", "sim:529x2")
+    replies = [post(claude, asked).status_code for _ in range(3)]
+
+    assert replies == [529, 529, 200]
+
+
+@pytest.mark.parametrize(("place", "billed"), [("before", False), ("after", True)])
+def test_a_dropped_connection_may_have_been_billed(
+    claude: Running, place: str, *, billed: bool
+) -> None:
+    asked = params("drop", f"sim:drop_{place}_billing")
+    with sdk(claude) as client, pytest.raises(anthropic.APIConnectionError):
+        client.messages.create(**asked)
+    row = next(row for row in ledger(claude) if row["body_hash"] == params_hash(asked))
+
+    assert (row["status"], row["billed"], row["delivered"]) == (0, billed, False)
+
+
+def test_an_error_may_come_after_a_200(claude: Running) -> None:
+    asked = params("half", "sim:sse_error,slow=0,tps=1000,tokens=100")
+    received: list[str] = []
+    with (
+        sdk(claude) as client,
+        pytest.raises(anthropic.APIStatusError) as caught,
+        client.messages.stream(**asked) as stream,
+    ):
+        received.extend(event.type for event in stream)
+
+    assert "content_block_delta" in received
+    assert caught.value.response.status_code == 200
+    assert caught.value.type == "overloaded_error"
+
+
+def test_thinking_comes_before_the_text(claude: Running) -> None:
+    asked = params("think", thinking={"type": "adaptive"})
+    with sdk(claude) as client:
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = stream.get_final_message()
+        redacted = client.messages.create(**params("think", "sim:redacted_thinking"))
+
+    assert [block.type for block in whole.content] == ["thinking", "text"]
+    assert [block.to_dict() for block in streamed.content] == [
+        block.to_dict() for block in whole.content
+    ]
+    assert [block.type for block in redacted.content] == ["redacted_thinking", "text"]
+    assert whole.usage.output_tokens_details is not None
+
+
+def test_a_refusal_is_an_answer(claude: Running) -> None:
+    with sdk(claude) as client:
+        message = client.messages.create(**params("refuse", "sim:refusal"))
+        with client.messages.stream(**params("refuse", "sim:refusal")) as stream:
+            streamed = stream.get_final_message()
+
+    assert message.stop_reason == streamed.stop_reason == "refusal"
+    assert message.stop_details is not None
+    assert message.stop_details.type == "refusal"
+
+
+def test_a_tool_is_used_when_one_must_be(claude: Running) -> None:
+    tools = [{"name": "weather", "input_schema": {"type": "object"}}]
+    asked = params("tool", tools=tools, tool_choice={"type": "any"})
+    with sdk(claude) as client:
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = stream.get_final_message()
+
+    assert whole.stop_reason == "tool_use"
+    assert [block.to_dict() for block in streamed.content] == [
+        block.to_dict() for block in whole.content
+    ]
+
+
+def test_a_caller_that_hangs_up_is_billed_and_not_delivered() -> None:
+    with simulator() as claude:
+        asked = params("hang up", "sim:slow=0.3")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{claude.url}/v1/messages",
+                json=asked,
+                headers={"x-api-key": KEY, "anthropic-version": VERSION},
+                timeout=0.1,
+            )
+        row = ended_call(claude)
+
+    assert (row["billed"], row["delivered"]) == (True, False)
+
+
+def test_a_body_billed_twice_is_reported(claude: Running) -> None:
+    asked = params("twice", "sim:thinking job-9")
+    post(claude, asked)
+    post(claude, asked)
+    examples = stats(claude)["duplicates"]["examples"]
+
+    assert {
+        "body_hash": params_hash(asked),
+        "user_id": "sim:thinking job-9",
+        "billed": 2,
+    } in examples
+
+
+def test_limits_faults_and_keys_change_at_run_time() -> None:
+    with simulator(organisations=limited(rpm=1)) as claude:
+        before = [post(claude, params(text)).status_code for text in "ab"]
+        unlimited = {"organisations": limited()}
+        httpx.post(f"{claude.url}/_simulator/config", json=unlimited).raise_for_status()
+        after = post(claude, params("c")).status_code
+        httpx.post(f"{claude.url}/_simulator/config", json={"faults": {"529": 1}, "revoke": []})
+        failing = post(claude, params("d")).status_code
+        httpx.post(f"{claude.url}/_simulator/config", json={"revoke": [KEY]})
+        revoked = post(claude, params("e")).status_code
+        wrong = httpx.post(f"{claude.url}/_simulator/config", json={"faults": {"rain": 1}})
+        httpx.post(f"{claude.url}/_simulator/reset?config=1")
+        fresh = [post(claude, params(text)).status_code for text in "ab"]
+        counted = stats(claude, "?starts=1")
+
+    assert before == fresh == [200, 429]
+    assert (after, failing, revoked) == (200, 529, 401)
+    assert wrong.status_code == 400
+    assert 'no fault "rain"' in wrong.json()["error"]["message"]
+    assert counted["requests"] == 2
+    assert len(counted["organisations"]["org-one"]["model_groups"]["opus-5"]["starts"]) == 1
+
+
+def test_many_callers_at_once_never_break_the_limit() -> None:
+    with simulator(organisations=limited(rpm=600)) as claude:
+
+        def call(number: int) -> None:
+            with httpx.Client() as client:
+                for index in range(100):
+                    client.post(
+                        f"{claude.url}/v1/messages",
+                        json=params(f"{number} {index}"),
+                        headers={"x-api-key": KEY, "anthropic-version": VERSION},
+                    )
+
+        callers = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        counted = stats(claude, "?starts=1")
+        starts = counted["organisations"]["org-one"]["model_groups"]["opus-5"]["starts"]
+
+    assert counted["requests"] == 800
+    assert len(starts) + counted["rate_limited"]["total"] == 800
+    assert 600 <= len(starts) <= 600 + 10 * (starts[-1] - starts[0]) + 1e-6
+
+
+def test_an_unknown_path_or_method_is_answered_in_shape(claude: Running) -> None:
+    missing = httpx.get(f"{claude.url}/v1/nothing")
+    wrong = httpx.get(f"{claude.url}/v1/messages")
+
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+    assert wrong.status_code == 405
+
+
+def test_a_body_above_32_mb_is_too_large(claude: Running) -> None:
+    reply = post(claude, params("x" * (32 * 1024 * 1024)))
+
+    assert reply.status_code == 413
+    assert reply.json()["error"]["type"] == "request_too_large"
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "scripts.claude_simulator", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_the_program_says_when_it_is_ready_and_stops_when_told(stop: signal.Signals) -> None:
+    with start("--port", "0", "--fast", "--rpm", "600", "--keys", "sk-ant-test-two") as process:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        reply = httpx.post(
+            f"{ready['url']}/v1/messages",
+            json=params(),
+            headers={"x-api-key": "sk-ant-test-two", "anthropic-version": VERSION},
+        )
+        process.send_signal(stop)
+        output, errors = process.communicate(timeout=10)
+
+    assert ready["ready"] is True
+    assert reply.headers["anthropic-ratelimit-requests-limit"] == "600"
+    assert (process.returncode, output, errors) == (0, "", "")
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with start("--port", str(port)) as process:
+            output, errors = process.communicate(timeout=10)
+
+    assert (process.returncode, output) == (1, "")
+    assert errors == f"claude_simulator: port {port} is in use; choose another with --port\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ('{"faults": {"rain": 1}}', 'no fault "rain"'),
+        ('{"organisations": [{"keys": 5}]}', "organisations.0.keys"),
+    ],
+)
+def test_a_wrong_configuration_is_one_clear_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "simulator.json"
+    file.write_text(text)
+    with start("--port", "0", "--config", str(file)) as process:
+        _, errors = process.communicate(timeout=10)
+
+    assert process.returncode == 1
+    assert said in errors
+    assert errors.count("\n") == 1
