@@ -1,0 +1,99 @@
+"""Fill what a fresh stack lacks: the key pool, and one client key."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.local_stack.emulator import Emulator, StackError
+from sluice.domain import client_keys
+
+TEST_KEY = "sk-ant-test-local"
+"""The upstream key the simulator gets when nobody gave a key pool."""
+
+KeyPool = Mapping[str, Any]
+
+
+def read_key_pool(source: Path | KeyPool | None, claude_url: str | None) -> KeyPool:
+    """Return the key pool to install.
+
+    Keys without a base_url are sent to `claude_url`, if that is given. Without a source there is
+    one test key, and `claude_url` must be given. Raises `StackError` for a file that is not a key
+    pool.
+    """
+    if source is None:
+        return {"keys": [{"id": "local", "api_key": TEST_KEY, "base_url": claude_url}]}
+    if isinstance(source, Path):
+        name = f"key pool {source}"
+        try:
+            pool = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StackError(f"{name} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise StackError(f"{name} is not JSON: {error}") from error
+    else:
+        name, pool = "the key pool", source
+    _check(name, pool)
+    return {**pool, "keys": [_with_base_url(key, claude_url) for key in pool["keys"]]}
+
+
+def _check(name: str, pool: object) -> None:
+    keys = pool.get("keys") if isinstance(pool, Mapping) else None
+    if not isinstance(keys, list):
+        raise StackError(f'{name} is not {{"keys": [...]}}')
+    if not keys:
+        raise StackError(f"{name} has no keys")
+    for place, key in enumerate(keys, start=1):
+        if not isinstance(key, Mapping):
+            raise StackError(f"{name}: key {place} is not an object")
+        for field in ("id", "api_key"):
+            if not isinstance(key.get(field), str) or not key[field]:
+                raise StackError(f"{name}: key {place} has no {field}")
+
+
+def _with_base_url(key: Mapping[str, Any], claude_url: str | None) -> Mapping[str, Any]:
+    return key if key.get("base_url") or claude_url is None else {**key, "base_url": claude_url}
+
+
+def install_key_pool(emulator: Emulator, secret: str, pool: KeyPool) -> None:
+    """Store the key pool as the secret's current value."""
+    emulator.client("secretsmanager").put_secret_value(
+        SecretId=secret, SecretString=json.dumps(pool)
+    )
+
+
+def new_client_key() -> str:
+    """Return a fresh client key for this laptop."""
+    return f"sluice_local_{secrets.token_urlsafe(24)}"
+
+
+def check_client_key(key: str) -> None:
+    """Raise `StackError` when a client key is one that Sluice refuses."""
+    if len(key) < client_keys.MIN_LENGTH:
+        raise StackError(
+            f"the client key has {len(key)} characters, it needs {client_keys.MIN_LENGTH}"
+        )
+
+
+def install_client_key(
+    emulator: Emulator, *, table: str, pepper_secret: str, key: str, tenant: str
+) -> None:
+    """Let `key` in as `tenant`."""
+    pepper = emulator.client("secretsmanager").get_secret_value(SecretId=pepper_secret)[
+        "SecretString"
+    ]
+    emulator.client("dynamodb").put_item(
+        TableName=table,
+        Item={
+            "key_id": {"S": client_keys.key_id(pepper, key)},
+            "hash": {"S": client_keys.verifier(pepper, key)},
+            "tenant": {"S": tenant},
+            "name": {"S": "local"},
+            "created_at": {"S": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")},
+            "disabled": {"BOOL": False},
+        },
+    )

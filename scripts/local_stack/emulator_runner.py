@@ -1,0 +1,177 @@
+"""The emulator's own process: ministack, pinned, with its SQS polling brought closer to Lambda's.
+
+Everything in Sluice that knows the inside of ministack stands in this file: `lift_batch_cap`
+replaces one function and one event, `shorten_log_wait` one default. Each first checks that what it
+changes is there, because the next release may look different.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import time
+from importlib import import_module, metadata
+from typing import Any
+
+MINISTACK_VERSION = "1.5.33"
+Internals = Any
+"""A module or object of the emulator, which has no types."""
+RECEIVE = "_receive_messages_for_esm"
+"""The one function of ministack that is replaced: it takes a mapping's next batch."""
+MAX_BATCH = 10_000
+"""Messages. Lambda's own ceiling for a standard queue."""
+
+
+class Gathering:
+    """Decides, queue by queue, when a batch is worth an invocation: full, or its window is over."""
+
+    def __init__(self) -> None:
+        self._began_at: dict[str, float] = {}
+
+    def due_at(
+        self, queue_url: str, *, visible: int, batch_size: int, window_seconds: float, now: float
+    ) -> float | None:
+        """Return when the batch may go (up to `now`: at once), None while nothing is visible."""
+        if visible == 0:
+            self._began_at.pop(queue_url, None)
+            return None
+        began_at = self._began_at.setdefault(queue_url, now)
+        return now if visible >= batch_size else began_at + window_seconds
+
+    def taken(self, queue_url: str) -> None:
+        """Begin a new window with the next message."""
+        self._began_at.pop(queue_url, None)
+
+
+class Wake(threading.Event):
+    """An event whose waiting ends early when something is known to be due.
+
+    The emulator's poll loop waits for this event, or a second. A message that becomes visible in
+    200 ms, or a window that closes in 200 ms, would otherwise be found up to a second late.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._due_at: float | None = None
+
+    def no_later_than(self, moment: float) -> None:
+        """End the next wait at `moment` (seconds since the epoch) at the latest."""
+        self._due_at = moment if self._due_at is None else min(self._due_at, moment)
+
+    def clear(self) -> None:
+        """Forget the event and what was due; the poll loop calls this before each pass."""
+        self._due_at = None
+        super().clear()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the event, for `timeout` seconds, or until what is due."""
+        if self._due_at is not None:
+            until_due = max(0.001, self._due_at - time.time())
+            timeout = until_due if timeout is None else min(timeout, until_due)
+        return super().wait(timeout)
+
+
+def lift_batch_cap() -> None:
+    """Let one event source mapping take its whole BatchSize, gathered over its batching window.
+
+    As released, ministack caps every batch at 10 messages and ignores the window. Raises
+    `LookupError` when the emulator does not look as expected.
+    """
+    concurrency: Internals = import_module("ministack.core.concurrency")
+    _expect(concurrency, "esm_wake")
+    wake = Wake()
+    concurrency.esm_wake = wake  # before the services import it by name
+
+    sqs: Internals = import_module("ministack.services.sqs")
+    lambdas: Internals = import_module("ministack.services.lambda_svc")
+    if _expect(sqs, "esm_wake") is not wake or _expect(lambdas, "_esm_wake") is not wake:
+        raise LookupError("its services were imported before the poll event was replaced")
+    if list(inspect.signature(_expect(sqs, RECEIVE)).parameters) != ["queue_url", "max_number"]:
+        raise LookupError(f"sqs.{RECEIVE} takes other arguments")
+    lock = _expect(sqs, "_queues_lock")
+    queue_of = _expect(sqs, "_get_q")
+    drop_expired = _expect(sqs, "_expire_retained")
+    move_dead_letters = _expect(sqs, "_dlq_sweep")
+    collect = _expect(sqs, "_collect_msgs")
+    all_mappings = _expect(lambdas, "_iter_all_esms")
+    gathering = Gathering()
+
+    def receive_messages_for_esm(queue_url: str, max_number: int) -> list[dict[str, Any]]:
+        # Called by the one poll thread, in the context of the mapping's account and region.
+        batch_size = min(int(max_number or 1), MAX_BATCH)
+        with lock:
+            queue = queue_of(queue_url)
+            drop_expired(queue)
+            move_dead_letters(queue)
+            now = time.time()
+            later = [at for one in queue["messages"] if (at := one.get("visible_at", 0.0)) > now]
+            due_at = gathering.due_at(
+                queue_url,
+                visible=len(queue["messages"]) - len(later),
+                batch_size=batch_size,
+                window_seconds=window_of(queue["attributes"].get("QueueArn")),
+                now=now,
+            )
+            if later:
+                wake.no_later_than(min(later))
+            if due_at is None:
+                return []
+            if due_at > now:
+                wake.no_later_than(due_at)
+                return []
+            gathering.taken(queue_url)
+            visibility_seconds = int(queue["attributes"].get("VisibilityTimeout", "30"))
+            batch: list[dict[str, Any]] = collect(queue, batch_size, visibility_seconds)
+            return batch
+
+    def window_of(queue_arn: str | None) -> float:
+        windows = [
+            float(mapping.get("MaximumBatchingWindowInSeconds") or 0)
+            for _account, _region, mapping in all_mappings()
+            if mapping.get("EventSourceArn") == queue_arn
+        ]
+        return min(windows, default=0.0)
+
+    setattr(sqs, RECEIVE, receive_messages_for_esm)
+
+
+def shorten_log_wait() -> None:
+    """Wait 10 ms, not 50 ms, for the first log line of an invocation that logged nothing.
+
+    A line that comes later still is stored with the worker's next invocation. Raises `LookupError`
+    as above.
+    """
+    worker = _expect(import_module("ministack.core.lambda_runtime"), "Worker")
+    drain = _expect(worker, "_drain_stderr_bounded")
+    names = list(inspect.signature(drain).parameters)
+    if names != ["self", "first_line_wait", "idle_confirm", "hard_cap"]:
+        raise LookupError("Worker._drain_stderr_bounded takes other arguments")
+    _first_line_wait, idle_confirm, hard_cap = drain.__defaults__
+    drain.__defaults__ = (0.010, idle_confirm, hard_cap)
+
+
+def _expect(module: Internals, name: str) -> Internals:
+    if not hasattr(module, name):
+        raise LookupError(f"{module.__name__}.{name} is gone")
+    return getattr(module, name)
+
+
+def main() -> None:
+    """Check the pin, patch, serve. The settings come from the environment (see emulator.py)."""
+    version = metadata.version("ministack")
+    if version != MINISTACK_VERSION:
+        sys.exit(
+            f"ministack {version} is installed, this runner is written for {MINISTACK_VERSION}"
+        )
+    try:
+        lift_batch_cap()
+        shorten_log_wait()
+    except LookupError as error:
+        sys.exit(f"ministack {version} cannot be brought to real batch sizes: {error}")
+    sys.argv = sys.argv[:1]
+    import_module("ministack.app").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a started stack must show before it is called ready.
+
+The emulator accepts much that it then ignores, so a created stack proves nothing: each function
+here proves one behaviour, and raises `StackError` naming what does not work.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any
+
+from scripts.local_stack.deploy import Deployed, time_to_live
+from scripts.local_stack.emulator import Emulator, StackError, call
+
+CANARY_SECONDS = 30.0
+WRONG_KEY = "not-a-client-key-of-this-stack"
+
+
+def send_canary(emulator: Emulator, deployed: Deployed) -> str:
+    """Put a canary message into the jobs queue and return its id; `canary_arrives` waits for it."""
+    canary = f"local-{time.time_ns()}"
+    emulator.client("sqs").send_message(
+        QueueUrl=deployed.resources["JobsQueue"], MessageBody=json.dumps({"v": 1, "canary": canary})
+    )
+    return canary
+
+
+def canary_arrives(emulator: Emulator, deployed: Deployed, canary: str) -> None:
+    """The worker takes messages from the queue and reaches its tables."""
+    dynamodb = emulator.client("dynamodb")
+    item = {
+        "TableName": deployed.resources["LimitsTable"],
+        "Key": {"id": {"S": f"canary#{canary}"}},
+    }
+    deadline = time.monotonic() + CANARY_SECONDS
+    while "Item" not in dynamodb.get_item(**item, ConsistentRead=True):
+        if time.monotonic() > deadline:
+            raise StackError(
+                "the canary message did not pass from JobsQueue through the worker "
+                f"in {CANARY_SECONDS:.0f} s"
+                f"{_clue(emulator, deployed, 'WorkerFunction')}"
+            )
+        time.sleep(0.03)
+    dynamodb.delete_item(**item)
+
+
+def health_answers(emulator: Emulator, deployed: Deployed, api_url: str) -> None:
+    """GET /health gives 200."""
+    status, body = call("GET", f"{api_url}/health")
+    if status != HTTPStatus.OK:
+        raise StackError(
+            f"GET /health gives {status} {json.dumps(body)[:200]}"
+            f"{_clue(emulator, deployed, 'ApiFunction')}"
+        )
+
+
+def wrong_key_is_refused(emulator: Emulator, deployed: Deployed, api_url: str) -> None:
+    """POST /jobs with an unknown client key gives 401."""
+    status, body = call("POST", f"{api_url}/jobs", {"params": {}}, {"x-api-key": WRONG_KEY})
+    if status != HTTPStatus.UNAUTHORIZED:
+        raise StackError(
+            f"POST /jobs with a wrong client key gives {status}, not 401: {json.dumps(body)[:200]}"
+            f"{_clue(emulator, deployed, 'ApiFunction')}"
+        )
+
+
+def time_to_live_is_on(emulator: Emulator, deployed: Deployed) -> None:
+    """Every table that declares a time to live has it."""
+    dynamodb = emulator.client("dynamodb")
+    for logical_id in time_to_live(deployed.template):
+        found = dynamodb.describe_time_to_live(TableName=deployed.resources[logical_id])
+        status = found["TimeToLiveDescription"]["TimeToLiveStatus"]
+        if status != "ENABLED":
+            raise StackError(f"{logical_id}: time to live is {status}")
+
+
+def concurrency_is_a_number(emulator: Emulator, deployed: Deployed) -> None:
+    """Every queue's MaximumConcurrency is a JSON integer, as the emulator's poller needs it.
+
+    Asked without boto3, which would turn text into a number.
+    """
+    del deployed
+    _status, body = call("GET", f"{emulator.endpoint_url}/2015-03-31/event-source-mappings/")
+    for mapping in body["EventSourceMappings"]:
+        concurrency = mapping.get("ScalingConfig", {}).get("MaximumConcurrency")
+        if type(concurrency) is not int:
+            raise StackError(
+                f"MaximumConcurrency of the mapping for {mapping['FunctionArn']} is {concurrency!r}"
+            )
+
+
+def _clue(emulator: Emulator, deployed: Deployed, function: str) -> str:
+    """Return what the function logged last, or else the emulator, as the end of a message."""
+    found = ""
+    with suppress(Exception):  # a clue is welcome, never a reason to fail differently
+        configuration: Any = emulator.client("lambda").get_function_configuration(
+            FunctionName=deployed.resources[function]
+        )
+        group = (
+            configuration.get("LoggingConfig", {}).get("LogGroup")
+            or f"/aws/lambda/{configuration['FunctionName']}"
+        )
+        events = emulator.client("logs").filter_log_events(logGroupName=group)["events"]
+        lines = [event["message"].strip() for event in events]
+        wrapper = ("START RequestId", "END RequestId", "REPORT RequestId")
+        found = next(
+            (line for line in reversed(lines) if line and not line.startswith(wrapper)), ""
+        )
+    found = found or emulator.child.last_words()
+    return f"; last logged: {found[:400]}" if found else ""
