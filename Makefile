@@ -10,7 +10,7 @@ export SAM_CLI_TELEMETRY := 0
 
 # A stamp's name holds a checksum of what it was made from, so a changed lock makes a new environment
 # and an unchanged one costs nothing, whatever the clock or a checkout says.
-sum = $(shell cat $(1) | cksum | cut -d ' ' -f 1)
+sum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
 DEV_PACKAGES := .venv/packages-$(call sum,requirements-dev.txt)
 DEV := .venv/ready-$(call sum,requirements-dev.txt pyproject.toml)
 SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
@@ -83,7 +83,7 @@ lock_one = $(UV) pip compile --quiet --no-python-downloads --generate-hashes --n
 
 clean: ## everything these targets made
 	rm -rf .venv .venv-sam .aws-sam .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find functions layers scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments. --clear, because an environment that only ever grows hides a package the lock dropped.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from aws_lambda_powertools.event_handler.middlewares import NextMiddleware
     from aws_lambda_powertools.utilities.typing import LambdaContext
 
-app = APIGatewayHttpResolver(enable_validation=True)
+app = APIGatewayHttpResolver(enable_validation=True, json_body_deserializer=http.read_json)
 
 HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.InvalidRequest: (400, "invalid_request_error"),
@@ -44,16 +45,36 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Answer one request."""
     # Bodies are JSON whatever the header says: `curl -d` calls everything a form.
     event.setdefault("headers", {})["content-type"] = "application/json"
+    if event.get("isBase64Encoded"):
+        # What is not UTF-8 stays visible as such, and is refused where it stands.
+        text = b64decode(event.get("body") or "").decode(errors="surrogateescape")
+        event |= {"body": text, "isBase64Encoded": False}
     try:
         return app.resolve(event, context)
     finally:
         wiring.telemetry().flush()
 
 
+def named(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
+    """Put our request id on every answer, as Anthropic does."""
+    response = next_middleware(app)
+    response.headers["request-id"] = request_id()
+    return response
+
+
+app.use(middlewares=[named])
+
+
 def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
     """Let a request through that is not too large and carries a client key."""
+    app.append_context(tenant=tenant_of_request())  # type: ignore[no-untyped-call]
+    return next_middleware(app)
+
+
+def tenant_of_request() -> str:
+    """Return whose request this is; raises Unauthenticated, or RequestTooLarge for anybody's."""
     event = app.current_event
-    size = len((event.body or "").encode())
+    size = len((event.body or "").encode(errors="surrogatepass"))
     if size > http.MOST_BYTES:
         raise errors.RequestTooLarge(size, http.MOST_BYTES)
     headers = event.headers
@@ -62,8 +83,7 @@ def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Res
     tenant = wiring.client_keys().tenant(key.strip()) if key.strip() else None
     if tenant is None:
         raise errors.Unauthenticated
-    app.append_context(tenant=tenant)  # type: ignore[no-untyped-call]
-    return next_middleware(app)
+    return tenant
 
 
 def account() -> Account:
@@ -71,7 +91,13 @@ def account() -> Account:
     return wiring.account(app.context["tenant"])
 
 
-@app.get("/health", description="Tells that the gateway answers. Needs no key.", tags=["health"])
+@app.get(
+    "/health",
+    summary="Look whether the gateway answers",
+    description="Needs no key.",
+    tags=["health"],
+    responses=http.responses(200, "It does.", http.Health),
+)
 def health() -> dict[str, str]:
     """Answer that we are here."""
     return {"status": "ok", "version": sluice.__version__}
@@ -79,16 +105,40 @@ def health() -> dict[str, str]:
 
 @app.post(
     "/jobs",
+    summary="Submit jobs",
     description="Accepts one job, or a list of up to 100 in which each item has its own outcome.",
     status_code=202,
     tags=["jobs"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(
+        202,
+        "Stored and queued: the job, or the outcome of each item of the list.",
+        http.SubmittedJob | http.SubmittedList,
+        *(400, 401, 409, 413, 503),
+    ),
     middlewares=[checked],
 )
 def submit(
     body: Annotated[http.SubmitBody, Body()],
-    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
-    anthropic_version: Annotated[str | None, Header(max_length=64)] = None,
-    anthropic_beta: Annotated[str | None, Header(max_length=1024)] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            description="Names this submit: sent again, it finds its jobs instead of making new ones.",
+        ),
+    ] = None,
+    anthropic_version: Annotated[
+        str | None,
+        Header(
+            pattern=r"^\d{4}-\d{2}-\d{2}$",
+            description="Sent upstream with the jobs; the newest version we know if left out.",
+        ),
+    ] = None,
+    anthropic_beta: Annotated[
+        str | None,
+        Header(max_length=1024, pattern=r"^[!-~ ]+$", description="Sent upstream with the jobs."),
+    ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
     submissions, is_list = http.read_submissions(body.root)
@@ -123,14 +173,19 @@ def _accepted(outcome: Accepted) -> dict[str, Any]:
 
 @app.get(
     "/jobs",
+    summary="List jobs",
     description="Lists jobs, newest first; or shows the jobs named in `ids`.",
     tags=["jobs"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "A page of jobs.", http.Listing, 400, 401, 503),
     middlewares=[checked],
 )
 def list_jobs(
-    state: Annotated[State | None, Query()] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    page: Annotated[str | None, Query(max_length=200)] = None,
+    state: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
+    page: Annotated[
+        str | None, Query(max_length=200, description="The `next_page` of the answer before.")
+    ] = None,
     ids: Annotated[str | None, Query(description="Up to 100 job ids, separated by commas.")] = None,
 ) -> dict[str, Any]:
     """List jobs."""
@@ -151,8 +206,11 @@ def list_jobs(
 
 @app.get(
     "/jobs/<job_id>",
-    description="Shows a job: state, attempts, usage, cost, and Claude's Message once it is there.",
+    summary="Show a job",
+    description="State, attempts, usage, cost, and Claude's Message once it is there.",
     tags=["jobs"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The job.", http.Job, 400, 401, 404, 503),
     middlewares=[checked],
 )
 def show_job(job_id: Annotated[str, Path(max_length=64)]) -> dict[str, Any]:
@@ -163,8 +221,16 @@ def show_job(job_id: Annotated[str, Path(max_length=64)]) -> dict[str, Any]:
 
 @app.delete(
     "/jobs/<job_id>",
-    description="Cancels a job: for sure before its call, as well as possible during it.",
+    summary="Cancel a job",
+    description="For sure before its call, as well as possible during it. A job that has ended stays as it is.",
     tags=["jobs"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(
+        200,
+        "The job: `canceled`, or with `cancel_requested` while its call is running.",
+        http.Job,
+        *(400, 401, 404, 503),
+    ),
     middlewares=[checked],
 )
 def cancel_job(job_id: Annotated[str, Path(max_length=64)]) -> dict[str, Any]:
@@ -175,13 +241,16 @@ def cancel_job(job_id: Annotated[str, Path(max_length=64)]) -> dict[str, Any]:
 
 @app.get(
     "/usage",
-    description="Tells what was spent, from the first day to the last (UTC), today if left out.",
+    summary="Show what was spent",
+    description="From the first day to the last (UTC), today if left out.",
     tags=["usage"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The sums.", http.UsageReport, 400, 401, 503),
     middlewares=[checked],
 )
 def show_usage(
-    first: Annotated[date | None, Query(alias="from")] = None,
-    last: Annotated[date | None, Query(alias="to")] = None,
+    first: Annotated[date | None, Query(alias="from", description="The first day.")] = None,
+    last: Annotated[date | None, Query(alias="to", description="The last day.")] = None,
     group_by: Annotated[
         str, Query(description="Any of day, model, lane, separated by commas.")
     ] = "day",
@@ -202,8 +271,11 @@ def show_usage(
 
 @app.get(
     "/limits",
-    description="Shows each limit group: its limits, what is left, and who blocked it until when.",
+    summary="Show the limit groups",
+    description="The limits of each, what is left, and what blocks it until when.",
     tags=["limits"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The limit groups.", http.Limits, 401, 503),
     middlewares=[checked],
 )
 def show_limits() -> dict[str, Any]:
@@ -257,7 +329,11 @@ def on_our_error(error: errors.SluiceError) -> Response[Any]:
 
 @app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
 def on_bad_form(error: RequestValidationError) -> Response[Any]:
-    """Answer a request whose form is wrong."""
+    """Answer a request whose form is wrong; that is no business of those who may not ask at all."""
+    try:
+        tenant_of_request()
+    except errors.SluiceError as refused:
+        return refusal(refused)
     return refusal(errors.InvalidRequest(http.explained(error.errors())))
 
 

@@ -21,8 +21,9 @@ from pydantic import (
 from pydantic_core import core_schema as core
 
 from sluice.accounts import UsageRow
+from sluice.domain import jobs as life
 from sluice.domain.errors import InvalidRequest, SluiceError
-from sluice.domain.jobs import Attempt, Job
+from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
 from sluice.submit import Submission
@@ -34,6 +35,9 @@ MOST_BYTES: Final = 4_000_000
 """Of a request body. Lambda takes 6 MB including the headers and JSON escapes that API Gateway adds."""
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+# Requests ------------------------------------------------------------------------------------------------------
 
 
 class Params(BaseModel):
@@ -109,6 +113,23 @@ class SubmitBody(RootModel[Any]):
         return handler(TypeAdapter(JobRequest | JobList).core_schema)
 
 
+def read_json(text: str) -> Any:
+    """Parse a request body; raises JSONDecodeError, also for NaN and for nesting without end."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from error
+    except ValueError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+def _no_constant(name: str) -> Any:
+    message = f"{name} is not JSON"
+    raise ValueError(message)
+
+
 def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
     """Return the submissions and whether they came as a list; raises InvalidRequest for a bad envelope."""
     if not isinstance(body, dict):
@@ -135,6 +156,10 @@ def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool
 def read_submission(job: object) -> Submission | SluiceError:
     """Check one job; return the error instead when its form is wrong."""
     try:
+        json.dumps(job, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return InvalidRequest("the job has text that is not Unicode (half a surrogate pair)")
+    try:
         request = JobRequest.model_validate(job)
     except ValidationError as error:
         return InvalidRequest(explained(error.errors(include_url=False)))
@@ -155,6 +180,10 @@ def explained(errors: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for error in errors[:5]:
         where = ".".join(str(part) for part in error["loc"] if part != "body")
+        if error["type"] == "json_invalid":
+            reason = error.get("ctx", {}).get("error", "")
+            parts.append(f"the body is not JSON: {reason} at character {error['loc'][-1]}")
+            continue
         value = error.get("input")
         shown = f" (got {value!r})" if _is_short(value) and error["type"] != "missing" else ""
         what = str(error["msg"]).removeprefix("Value error, ")
@@ -167,6 +196,9 @@ def _is_short(value: object) -> bool:
     return isinstance(value, int | float | bool) or (isinstance(value, str) and len(value) <= 64)  # noqa: PLR2004
 
 
+# Answers -------------------------------------------------------------------------------------------------------
+
+
 def time(milliseconds: int | None) -> str | None:
     """Write epoch milliseconds as RFC 3339 in UTC."""
     if milliseconds is None:
@@ -175,7 +207,7 @@ def time(milliseconds: int | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def job_summary(job: Job) -> dict[str, Any]:
+def job_summary(job: life.Job) -> dict[str, Any]:
     """Show a job in a list."""
     return {
         "id": job.job_id,
@@ -193,7 +225,7 @@ def job_summary(job: Job) -> dict[str, Any]:
     }
 
 
-def job_view(job: Job, message: str | None = None) -> dict[str, Any]:
+def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
     """Show all of a job; `message` is Claude's answer as JSON text."""
     answer = json.loads(message) if message is not None else None
     return {
@@ -217,7 +249,7 @@ def job_view(job: Job, message: str | None = None) -> dict[str, Any]:
     }
 
 
-def _attempt_view(attempt: Attempt) -> dict[str, Any]:
+def _attempt_view(attempt: life.Attempt) -> dict[str, Any]:
     error = attempt.error
     return {
         "attempt": attempt.number,
@@ -284,3 +316,274 @@ def group_view(group: Group, now: int) -> dict[str, Any]:
         "blocked_until": time(current.blocked_until) if blocked else None,
         "blocked_reason": current.blocked_reason if blocked else None,
     }
+
+
+# The document --------------------------------------------------------------------------------------------------
+#
+# What the functions above return, as shapes for docs/openapi.json. No request is ever checked against them, so they
+# cost nothing at run time (`defer_build`); tests hold both together.
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Day = Annotated[str, Field(json_schema_extra={"format": "date"})]
+MicroUsd = Annotated[int, Field(description="Millionths of a US dollar.")]
+Usd = Annotated[str, Field(description="US dollars with six decimals.", examples=["0.001234"])]
+
+
+class Shape(BaseModel):
+    """Something the API answers with."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+class Health(Shape):
+    """The gateway answers."""
+
+    status: Literal["ok"]
+    version: str
+
+
+class ErrorBody(Shape):
+    """What went wrong, in Anthropic's words."""
+
+    type: Annotated[str, Field(examples=["invalid_request_error", "not_found_error"])]
+    message: str
+
+
+class Item(Shape):
+    """The outcome of one item of a list of jobs: `job` when it was accepted, `error` when it was not."""
+
+    index: int
+    status: Literal["accepted", "rejected"]
+    job: SubmittedJob | None = None
+    error: ErrorBody | None = None
+
+
+class Error(Shape):
+    """An error in Anthropic's shape."""
+
+    type: Literal["error"]
+    error: ErrorBody
+    request_id: str
+    data: Annotated[
+        list[Item] | None,
+        Field(description="Only for a list of jobs none of which was accepted: why, one by one."),
+    ] = None
+
+
+class JobError(Shape):
+    """Why a job did not succeed."""
+
+    type: str
+    message: str
+
+
+class AttemptError(JobError):
+    """Why an attempt failed."""
+
+    status: Annotated[int | None, Field(description="HTTP status, if upstream answered at all.")]
+
+
+class Usage(Shape):
+    """Tokens of one call, by kind."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    web_search_requests: int | None = None
+
+
+class Attempt(Shape):
+    """One try upstream. Waiting for a rate limit uses none up."""
+
+    attempt: int
+    model: str
+    at: Time
+    ended_at: Time | None
+    outcome: AttemptOutcome | None
+    error: AttemptError | None
+    request_id: Annotated[str | None, Field(description="Anthropic's, for its support.")]
+    usage: Usage | None
+    cost_micro_usd: MicroUsd | None
+
+
+class LastSnooze(Shape):
+    """The last time the job went back to the queue without using an attempt."""
+
+    at: Time
+    reason: str
+
+
+class JobSummary(Shape):
+    """A job as lists show it."""
+
+    id: Annotated[str, Field(pattern="^job_[0-9a-f]{32}$")]
+    type: Literal["job"]
+    state: State
+    custom_id: str | None
+    lane: str
+    model: str
+    created_at: Time
+    finished_at: Time | None
+    attempts_used: int
+    snoozes: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+
+
+class Job(JobSummary):
+    """All of a job."""
+
+    started_at: Time | None
+    deadline: Time | None
+    not_before: Annotated[Time | None, Field(description="The job rests until then.")]
+    attempts: list[Attempt]
+    last_snooze: LastSnooze | None
+    usage: Usage | None
+    message: Annotated[
+        dict[str, Any] | None,
+        Field(description="Claude's Message as it came, fields unknown to us included."),
+    ]
+    text: Annotated[str | None, Field(description="The text blocks of `message`, joined.")]
+    error: JobError | None
+    metadata: dict[str, str]
+    fallback_models: list[str]
+    cancel_requested: bool
+
+
+class SubmittedJob(Job):
+    """An accepted job."""
+
+    estimated_start_at: Annotated[
+        Time | None, Field(description="About when it starts; null when nobody can tell.")
+    ]
+
+
+class SubmittedList(Shape):
+    """What became of a list of jobs."""
+
+    type: Literal["job_list"]
+    accepted: int
+    rejected: int
+    data: list[Item]
+
+
+class Listing(Shape):
+    """Some jobs, newest first."""
+
+    data: list[JobSummary]
+    has_more: bool
+    next_page: Annotated[str | None, Field(description="Send it as `page` to go on.")]
+
+
+class Sums(Shape):
+    """Sums over calls."""
+
+    calls: int
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+
+
+class UsageGroup(Sums):
+    """Sums of one group; it has those of `day`, `model` and `lane` that were asked for."""
+
+    day: Day | None = None
+    model: str | None = None
+    lane: str | None = None
+
+
+class UsageReport(Shape):
+    """What was spent."""
+
+    first: Annotated[Day, Field(alias="from")]
+    last: Annotated[Day, Field(alias="to")]
+    group_by: list[Literal["day", "model", "lane"]]
+    data: list[UsageGroup]
+    total: Sums
+
+
+class PerDimension(Shape):
+    """One number per kind of limit."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+
+class Estimates(Shape):
+    """What the next call is reckoned with."""
+
+    output_tokens: int
+    chars_per_token: float
+
+
+class LimitGroup(Shape):
+    """An organisation and the models that share one limit there."""
+
+    group: Annotated[str, Field(examples=["org-id/haiku-5-5"])]
+    organization: str
+    model_group: str
+    limits: Annotated[PerDimension, Field(description="Per minute.")]
+    learned: Annotated[bool, Field(description="False until the first answer told the limits.")]
+    level: Annotated[
+        PerDimension, Field(description="What is left; below zero it is given out for later.")
+    ]
+    estimates: Estimates
+    rate_factor: Annotated[
+        float, Field(description="Share of the limits in use, lower after 429s.")
+    ]
+    blocked_until: Time | None
+    blocked_reason: str | None
+
+
+class Limits(Shape):
+    """All limit groups in use."""
+
+    data: list[LimitGroup]
+
+
+REFUSALS: Final[Mapping[int, str]] = {
+    400: "The request is wrong; the message says where.",
+    401: "No client key, or one that is unknown or disabled.",
+    404: "No such job for this client key.",
+    409: "The custom_id or Idempotency-Key stands for another request already.",
+    413: f"The body has more than {MOST_BYTES:,} bytes.",
+    500: "Something went wrong in the gateway; the log has it under this request_id.",
+    503: "A store is busy; try again after `retry-after` seconds.",
+}
+
+_REQUEST_ID: Final = {"description": "This request's id.", "schema": {"type": "string"}}
+_RETRY_AFTER: Final = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+_LOCATION: Final = {
+    "description": "Of the job, when there was one and no list.",
+    "schema": {"type": "string", "examples": ["/jobs/job_0123456789abcdef0123456789abcdef"]},
+}
+
+CLIENT_KEY: Final[list[dict[str, list[str]]]] = [{"x-api-key": []}, {"bearer": []}]
+"""Either of the two ways to send a client key."""
+
+
+def responses(status: int, said: str, shape: Any, *refusals: int) -> dict[int, Any]:
+    """Document what a route answers: its shape, and the refusals it knows (500 always)."""
+    headers: dict[str, Any] = {"request-id": _REQUEST_ID}
+    if status == 202:  # noqa: PLR2004 - the one that makes something
+        headers["Location"] = _LOCATION
+    answers = {status: {"description": said, "headers": headers, "content": _json(shape)}}
+    for refusal in sorted({*refusals, 500}):
+        headers = {"request-id": _REQUEST_ID}
+        if refusal == 503:  # noqa: PLR2004 - the one that passes
+            headers["retry-after"] = _RETRY_AFTER
+        answers[refusal] = {
+            "description": REFUSALS[refusal],
+            "headers": headers,
+            "content": _json(Error),
+        }
+    return answers
+
+
+def _json(shape: Any) -> dict[str, Any]:
+    return {"application/json": {"model": shape}}

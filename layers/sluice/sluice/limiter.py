@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Final, Self
 
 from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.limits import (
+    DIMENSIONS,
     UNUSED,
     Cost,
     Group,
     Observation,
     Settlement,
+    advanced,
     answered,
     block,
     group_id,
@@ -28,6 +31,7 @@ from sluice.domain.limits import (
     overloaded,
     reserve,
     settle,
+    usual_gap,
 )
 from sluice.ports import Blocking, Clock, Events, Headers, Jitter, LimitStore
 
@@ -41,8 +45,16 @@ LONGEST_HORIZON_MS: Final = 15_000
 WATCH_MS: Final = 500
 """How old the shared state may be while jobs wait for it."""
 
-SETTLE_MS: Final = 1_000
-"""How long settlements may wait for a reservation to travel with."""
+SETTLE_MS: Final = 15_000
+"""How long small settlements may wait for a reservation to travel with."""
+
+SETTLE_LARGE_MS: Final = 1_000
+"""The same for settlements that change what others can start."""
+
+FRESH_MS: Final = 50
+"""How old the view of a group may be when a block is reserved on it: a read is cheaper than a lost race."""
+
+SOON_MS: Final = 100
 
 CONFLICT_MS: Final = 20
 
@@ -108,6 +120,38 @@ Change = Callable[[Group, int], Group]
 
 
 @dataclass(eq=False, slots=True)
+class _Draft:
+    """A group as it would be after what is planned in this turn."""
+
+    group: Group
+    horizon: int
+    full_at: int | None = None
+    behind: int = 0
+
+    def start(self, cost: Cost, now: int) -> int:
+        """Return the next start; once the horizon is full, a guess by the usual gap is good enough."""
+        if self.full_at is None:
+            return next_start(self.group, cost, now)
+        return self.full_at + self.behind * usual_gap(self.group)
+
+    def leave_waiting(self, start: int) -> None:
+        """Note a waiter that does not start in this turn."""
+        if self.full_at is None:
+            self.full_at = start
+        self.behind += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """What one write carries beside reservations."""
+
+    changes: list[Change]
+    settlements: list[Settlement]
+    observations: list[tuple[int, Headers]]
+    gathered_at: int | None
+
+
+@dataclass(eq=False, slots=True)
 class _Books:
     """This worker's view of one group."""
 
@@ -123,9 +167,39 @@ class _Books:
     """Reserved and not settled."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    def take(self) -> _Parcel:
+        """Take out what waits to be written."""
+        parcel = _Parcel(self.changes, self.settlements, self.observations, self.gathered_at)
+        self.changes, self.settlements, self.observations = [], [], []
+        self.gathered_at, self.urgent = None, False
+        return parcel
+
+    def put_back(self, parcel: _Parcel) -> None:
+        """Put it back, before what has come since."""
+        self.changes[:0] = parcel.changes
+        self.settlements[:0] = parcel.settlements
+        self.observations[:0] = parcel.observations
+        self.gathered_at = parcel.gathered_at or self.gathered_at
+
     def gather(self, now: int) -> None:
+        """Note that something waits to be written."""
         if self.gathered_at is None:
             self.gathered_at = now
+
+    def due_at(self) -> float:
+        """Return when what has gathered must be written even if no reservation takes it along."""
+        if self.gathered_at is None:
+            return inf
+        # More than a quarter of a second's worth of some limit is news to the others.
+        large = any(
+            abs(sum(each.reserved.of(name) - each.used.of(name) for each in self.settlements)) * 240
+            > self.group.bucket(name).limit
+            for name in DIMENSIONS
+        ) or (
+            sum(each.reserved.output_tokens for each in self.settlements) * 60
+            > self.group.output_tokens.limit
+        )
+        return self.gathered_at + (SETTLE_LARGE_MS if large else SETTLE_MS)
 
 
 class Limiter:
@@ -144,6 +218,7 @@ class Limiter:
         self._wake = asyncio.Event()
         self._planner: asyncio.Task[None] | None = None
         self._idle = False
+        self._stopping = False
         self.moved: dict[str, str] = {}
         """Groups begun under a key's name, and the organisation each turned out to belong to."""
         self.writes = 0
@@ -154,13 +229,16 @@ class Limiter:
         for books in self._books.values():
             books.read_at = 0
         self._wake = asyncio.Event()
+        self._stopping = False
         self._planner = asyncio.create_task(self._plan(), name="limiter")
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # Never in the middle of a write: it would not be known whether it was done.
+        self._stopping = True
+        self._wake.set()
         if self._planner is not None:
-            self._planner.cancel()
-            await asyncio.gather(self._planner, return_exceptions=True)
+            await self._planner
             self._planner = None
         for waiter in self._waiters:
             waiter.answer.cancel()
@@ -285,6 +363,8 @@ class Limiter:
                     if not waiter.answer.done():
                         waiter.answer.set_exception(error)
                 pause = WATCH_MS
+            if self._stopping:
+                return
             if pause is None:
                 self._idle = True
                 await self._wake.wait()
@@ -310,9 +390,7 @@ class Limiter:
         due = [
             books
             for group, books in self._books.items()
-            if planned.get(group)
-            or books.urgent
-            or (books.gathered_at is not None and now - books.gathered_at >= SETTLE_MS)
+            if planned.get(group) or books.urgent or now >= books.due_at()
         ]
         await asyncio.gather(
             *(self._write(books, planned.get(books.group.id, ())) for books in due)
@@ -339,98 +417,86 @@ class Limiter:
             return
         found = await self._blocking(self._store.load, stale)
         now = self._clock.now()
-        for group in stale:
-            current = found.get(group)
-            if current is None:
-                if group in self._books:
-                    self._books[group].read_at = now
-                    continue
-                claimant = wanted[group]
-                current = new_group(claimant.organization, claimant.model_group, now)
-            self._learn(group, current, now)
+        for name in stale:
+            current = found.get(name)
+            books = self._books.get(name)
+            if books is None:
+                claimant = wanted[name]
+                current = current or new_group(claimant.organization, claimant.model_group, now)
+                books = self._books[name] = _Books(current, now)
+            self._learn(books, current or books.group, now)
 
-    def _learn(self, name: str, current: Group, now: int) -> None:
-        books = self._books.get(name)
-        if books is None:
-            books = self._books[name] = _Books(current, now)
+    def _learn(self, books: _Books, current: Group, now: int) -> None:
+        """Take in what the store says, and take back start times that it made void."""
         books.read_at = now
         if current.version < books.group.version:
             return
-        if current.moved_to is not None:
-            self.moved[name] = current.moved_to
-            for waiter in list(self._waiters):
-                if any(claimant.group == name for claimant in waiter.claimants):
-                    self._answer(waiter, Again())
         if current.epoch != books.group.epoch:
             for admission in books.open:
                 if admission.started_at is None and admission.epoch != current.epoch:
                     admission.revoked.set()
         books.group = current
+        if current.moved_to is not None:
+            self.moved[current.id] = current.moved_to
+            for waiter in list(self._waiters):
+                if any(claimant.group == current.id for claimant in waiter.claimants):
+                    self._answer(waiter, Again())
 
     def _draft(self, now: int) -> dict[str, list[_Waiter]]:
         """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
-        copies = {group: books.group for group, books in self._books.items()}
+        drafts = {
+            name: _Draft(advanced(books.group, now), self._horizon(books.group))
+            for name, books in self._books.items()
+        }
         planned: dict[str, list[_Waiter]] = {}
-        later: dict[str, int] = {}
         for waiter in list(self._waiters):
-            best: tuple[int, Claimant, Cost] | None = None
+            best: tuple[int, _Draft, Cost] | None = None
             too_large: TooLarge | None = None
             for claimant in waiter.claimants:
-                group = copies[claimant.group]
-                cost = group.estimate(waiter.input_chars, waiter.max_tokens)
-                if _never_fits(group, cost):
-                    too_large = TooLarge(cost.input_tokens, group.input_tokens.limit)
+                draft = drafts[claimant.group]
+                cost = draft.group.estimate(waiter.input_chars, waiter.max_tokens)
+                if _never_fits(draft.group, cost):
+                    too_large = TooLarge(cost.input_tokens, draft.group.input_tokens.limit)
                     continue
-                start = next_start(group, cost, now)
+                start = draft.start(cost, now)
                 if best is None or start < best[0]:
-                    best = (start, claimant, cost)
+                    best = (start, draft, cost)
             if best is None:
                 assert too_large is not None  # noqa: S101 - claimants are never empty
                 self._answer(waiter, too_large)
                 continue
-            start, claimant, cost = best
-            if start > waiter.latest_start:
-                # Behind it wait others: each one that is sent away comes back a little later than the one before.
-                ahead = later.get(claimant.group, start)
-                later[claimant.group] = ahead + 60_000 // copies[claimant.group].requests.limit
-                reason = (
-                    copies[claimant.group].blocked_reason
-                    if start == copies[claimant.group].blocked_until
-                    else None
-                )
-                self._answer(waiter, Later(ahead, reason or "no capacity soon"))
+            start, draft, cost = best
+            if start <= min(now + draft.horizon, waiter.latest_start):
+                draft.group, _ = reserve(draft.group, [cost], now, start - now)
+                planned.setdefault(draft.group.id, []).append(waiter)
                 continue
-            horizon = self._horizon(copies[claimant.group])
-            if start > now + horizon:
-                # Its turn comes, but not yet: keep its place by taking the capacity on the copy.
-                copies[claimant.group], _ = reserve(
-                    copies[claimant.group], [cost], now, start - now
-                )
-                continue
-            copies[claimant.group], _ = reserve(copies[claimant.group], [cost], now, horizon)
-            planned.setdefault(claimant.group, []).append(waiter)
+            draft.leave_waiting(start)
+            # Before the first answer the rate is only a safe guess: who leaves now would come back too late.
+            knows = draft.group.has_answers or draft.group.blocked_until > waiter.latest_start
+            if start > waiter.latest_start and (knows or now > waiter.latest_start):
+                blocked = start == draft.group.blocked_until
+                reason = draft.group.blocked_reason if blocked else None
+                self._answer(waiter, Later(start, reason or "no capacity soon"))
         return {
-            group: waiters
-            for group, waiters in planned.items()
-            if self._worth_a_write(group, waiters, now)
+            name: waiters
+            for name, waiters in planned.items()
+            if self._worth_a_write(name, waiters, now)
         }
 
-    def _worth_a_write(self, group: str, waiters: Sequence[_Waiter], now: int) -> bool:
+    def _worth_a_write(self, name: str, waiters: Sequence[_Waiter], now: int) -> bool:
         """Wait for a fuller block while the first of it would not start at once anyway."""
-        books = self._books[group]
         waiting = sum(
-            any(claimant.group == group for claimant in waiter.claimants)
-            for waiter in self._waiters
+            any(claimant.group == name for claimant in waiter.claimants) for waiter in self._waiters
         )
         if len(waiters) >= min(LEAST_BLOCK, waiting):
             return True
-        cost = books.group.estimate(waiters[0].input_chars, waiters[0].max_tokens)
-        return next_start(books.group, cost, now) <= now + 100
+        group = self._books[name].group
+        cost = group.estimate(waiters[0].input_chars, waiters[0].max_tokens)
+        return next_start(group, cost, now) <= now + SOON_MS
 
     @staticmethod
     def _horizon(group: Group) -> int:
-        for_a_block = LEAST_BLOCK * 60_000 // group.requests.limit
-        return min(LONGEST_HORIZON_MS, max(HORIZON_MS, for_a_block))
+        return min(LONGEST_HORIZON_MS, max(HORIZON_MS, LEAST_BLOCK * usual_gap(group)))
 
     def _answer(self, waiter: _Waiter, answer: Admitted) -> None:
         self._waiters.remove(waiter)
@@ -455,7 +521,7 @@ class Limiter:
             if books.urgent:
                 times.append(now)
             elif books.gathered_at is not None:
-                times.append(books.gathered_at + SETTLE_MS)
+                times.append(int(books.due_at()))
             if any(admission.started_at is None for admission in books.open):
                 times.append(books.read_at + WATCH_MS)
         return max(CONFLICT_MS, min(times) - now) if times else None
@@ -463,60 +529,80 @@ class Limiter:
     async def _write(self, books: _Books, waiters: Sequence[_Waiter] = ()) -> None:
         """Bring the shared group up to date with all that has gathered, in one conditional write."""
         async with books.writing:
-            changes, books.changes = books.changes, []
-            settlements, books.settlements = books.settlements, []
-            observations, books.observations = books.observations, []
-            books.gathered_at, books.urgent = None, False
+            must = books.urgent or self._clock.now() >= books.due_at()
+            if waiters and not books.urgent:
+                await self._look_again(books)
+            parcel = books.take()
             group = books.group
             while True:
                 now = self._clock.now()
-                new = settle(group, settlements, now)
-                for at, headers in observations[-1:]:
-                    observation = Observation(at, headers.seen, self._pending(books, at))
-                    new = observe(new, observation, now)
-                for change in changes:
-                    new = change(new, now)
                 waiting = [waiter for waiter in waiters if not waiter.answer.done()]
+                new = self._posted(books, parcel, group, now)
                 costs = [new.estimate(each.input_chars, each.max_tokens) for each in waiting]
                 new, starts = reserve(new, costs, now, self._horizon(new))
                 if new == group:
                     return
-                written = _next_version(new, group.version)
+                if not must and _too_few(starts, waiting, now):
+                    # Somebody else was quicker: what there is to settle can travel with the next block.
+                    books.put_back(parcel)
+                    return
+                written = replace(new, version=group.version + 1)
                 try:
                     self.writes += 1
                     await self._blocking(self._store.replace, written, group.version)
                 except Stale as stale:
                     current = stale.current
-                    group = current if isinstance(current, Group) else _next_version(group, -1)
-                    self._learn(books.group.id, group, self._clock.now())
+                    group = current if isinstance(current, Group) else replace(group, version=0)
+                    self._learn(books, group, self._clock.now())
                     await self._clock.sleep(int(CONFLICT_MS * self._jitter()) + 1)
                     continue
                 except StoreBusy:
                     # Keep what was to be said; the planner tries again.
-                    books.changes[:0] = changes
-                    books.settlements[:0] = settlements
-                    books.observations[:0] = observations
-                    books.gather(self._clock.now())
+                    books.put_back(parcel)
                     raise
                 break
-            self._learn(books.group.id, written, self._clock.now())
-            if written.blocked_until > max(now, group.blocked_until):
-                self._events.note(
-                    "limit group blocked",
-                    limit_group=written.id,
-                    until=written.blocked_until,
-                    seconds=(written.blocked_until - now) // 1000,
-                    reason=written.blocked_reason,
-                )
-            for waiter, start, cost in zip(waiting, starts, costs, strict=False):
-                claimant = next(each for each in waiter.claimants if each.group == written.id)
-                admission = Admission(claimant, start, written.epoch, cost, waiter.input_chars)
-                if waiter.answer.done():
-                    books.settlements.append(Settlement(written.epoch, cost, UNUSED))
-                    books.gather(now)
-                    continue
-                books.open.append(admission)
-                self._answer(waiter, admission)
+            self._learn(books, written, self._clock.now())
+            self._tell(group, written, now)
+            self._admit_all(books, written, list(zip(waiting, starts, costs, strict=False)))
+
+    async def _look_again(self, books: _Books) -> None:
+        """Read the group, unless that has just been done: a read is cheaper than a lost race."""
+        if self._clock.now() - books.read_at > FRESH_MS:
+            found = await self._blocking(self._store.load, [books.group.id])
+            self._learn(books, found.get(books.group.id, books.group), self._clock.now())
+
+    def _posted(self, books: _Books, parcel: _Parcel, group: Group, now: int) -> Group:
+        """Return the group with everything in the parcel entered."""
+        new = settle(group, parcel.settlements, now)
+        for at, headers in parcel.observations[-1:]:
+            new = observe(new, Observation(at, headers.seen, self._pending(books, at)), now)
+        for change in parcel.changes:
+            new = change(new, now)
+        return new
+
+    def _tell(self, before: Group, after: Group, now: int) -> None:
+        if after.blocked_until > max(now, before.blocked_until):
+            self._events.note(
+                "limit group blocked",
+                limit_group=after.id,
+                until=after.blocked_until,
+                seconds=(after.blocked_until - now) // 1000,
+                reason=after.blocked_reason,
+            )
+
+    def _admit_all(
+        self, books: _Books, group: Group, planned: Sequence[tuple[_Waiter, int, Cost]]
+    ) -> None:
+        for waiter, start, cost in planned:
+            if waiter.answer.done():
+                # It went away while its reservation was written: give that back.
+                books.settlements.append(Settlement(group.epoch, cost, UNUSED))
+                books.gather(self._clock.now())
+                continue
+            claimant = next(each for each in waiter.claimants if each.group == group.id)
+            admission = Admission(claimant, start, group.epoch, cost, waiter.input_chars)
+            books.open.append(admission)
+            self._answer(waiter, admission)
 
     def _pending(self, books: _Books, at: int) -> Cost:
         """What this worker had reserved but not sent at a moment. Output tokens are counted in the shared group."""
@@ -531,14 +617,17 @@ class Limiter:
         )
 
 
+def _too_few(starts: Sequence[int], waiting: Sequence[_Waiter], now: int) -> bool:
+    """Tell whether a block is not worth its write yet."""
+    if not starts:
+        return True
+    return len(starts) < min(LEAST_BLOCK, len(waiting)) and starts[0] > now + SOON_MS
+
+
 def _never_fits(group: Group, cost: Cost) -> bool:
     # Estimates may be off by a third; beyond that the request cannot fit, and would wait for ever.
     bucket = group.input_tokens
     return bucket.learned and cost.input_tokens * 3 > bucket.limit * 4
-
-
-def _next_version(group: Group, version: int) -> Group:
-    return replace(group, version=version + 1)
 
 
 def claimant_for(organization: str, model_group: str, key_id: str, weight: int = 1) -> Claimant:

@@ -234,7 +234,7 @@ def _conflict(job: Job) -> Conflict:
 
 
 def _input_chars(params: Mapping[str, Any]) -> int:
-    """Count the characters that become input tokens; base64 data counts by a twentieth, as images are small in tokens."""
+    """Count the characters that become input tokens; base64 data by a twentieth, as images are small in tokens."""
 
     def count(value: object, key: str = "") -> int:
         if isinstance(value, str):

@@ -8,25 +8,24 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import anthropic
 import httpx2
-from anthropic import AsyncAnthropic, Omit
+from anthropic import AsyncAnthropic, AsyncStream, Omit
 
+from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure
-from sluice.ports import Answer, CallRequest, Headers, Refused
+from sluice.ports import NO_HEADERS, Answer, CallRequest, Headers, Refused
 
 STREAM_FROM_TOKENS: Final = 8_192
 """Longer outputs are streamed, so that no idle connection is cut on the way."""
 
 SILENCE_SECONDS: Final = 120.0
 """A stream that says nothing for so long (it sends pings) is dead."""
-
-CHARS_PER_TOKEN: Final = 3
-"""For the part of an output that broke off before its usage came."""
 
 _STATUS_OF_TYPE: Final = {
     "invalid_request_error": 400,
@@ -49,6 +48,16 @@ _HEADER_OF: Final[Mapping[Dimension, str]] = {
 }
 
 
+_NEVER_SENT: Final = (
+    httpx2.ConnectError,
+    httpx2.ConnectTimeout,
+    httpx2.PoolTimeout,
+    httpx2.UnsupportedProtocol,
+    httpx2.LocalProtocolError,
+    httpx2.InvalidURL,
+)
+
+
 class SdkClaude:
     """One SDK client per base URL, kept across invocations with its open connections."""
 
@@ -57,7 +66,7 @@ class SdkClaude:
 
     async def send(self, request: CallRequest) -> Answer | Refused:
         """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
-        partial = _Partial()
+        partial = _Partial(Growing())
         try:
             async with asyncio.timeout(request.window_ms / 1000):
                 if request.max_tokens >= STREAM_FROM_TOKENS:
@@ -65,20 +74,25 @@ class SdkClaude:
                 return await self._ask(request)
         except anthropic.APIStatusError as error:
             return _refused(error, partial)
-        except anthropic.APIConnectionError as error:
-            return Refused(_connection_lost(error, partial))
-        except httpx2.HTTPError as error:
-            return Refused(_connection_lost(error, partial))
+        except (anthropic.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+            return Refused(_connection_lost(error, partial), partial.headers)
         except TimeoutError:
             failure = Failure(
                 "output_timeout",
                 f"the answer did not end within {request.window_ms // 1000} s; "
                 "lower max_tokens, or ask for less at once",
-                usage=partial.usage(),
+                request_id=partial.request_id,
+                usage=partial.message.usage(),
                 may_be_billed=True,
                 had_full_window=request.full_window,
             )
             return Refused(failure, partial.headers)
+
+    async def close(self) -> None:
+        """Close the connections. A worker never does: its environment just ends."""
+        for client in self._clients.values():
+            await client.close()
+        self._clients.clear()
 
     def _client(self, base_url: str) -> AsyncAnthropic:
         if base_url not in self._clients:
@@ -119,90 +133,82 @@ class SdkClaude:
             **self._arguments(request, stream=False)
         )
         text = raw.http_response.text
-        headers = _headers(raw.headers)
-        request_id = raw.headers.get("request-id")
+        partial = _Partial(Growing(), _headers(raw.headers), raw.headers.get("request-id"))
         try:
             message = json.loads(text)
-            usage = Usage.from_message(message["usage"])
-        except (ValueError, KeyError, TypeError):
-            failure = Failure(
-                "api_error", "upstream answered 200 with something that is not a Message",
-                status=502, request_id=request_id, may_be_billed=True,
-            )  # fmt: skip
-            return Refused(failure, headers)
-        return Answer(text, usage, message.get("stop_reason"), request_id, headers)
+        except ValueError:
+            return _not_a_message(partial)
+        return _answer(message, text, partial)
 
     async def _stream(self, request: CallRequest, partial: _Partial) -> Answer | Refused:
+        """Read the events ourselves: the SDK's own sum of them drops what it does not know."""
         client = self._client(request.key.base_url)
-        async with client.messages.stream(**self._arguments(request, stream=True)) as stream:
-            partial.headers = _headers(stream.response.headers)
-            partial.request_id = stream.response.headers.get("request-id")
-            async for event in stream:
-                partial.take(event)
-            message = await stream.get_final_message() if partial.begun else None
-        if message is None or message.stop_reason is None:
+        call = client.messages.with_streaming_response.create(
+            **self._arguments(request, stream=True), stream=True
+        )
+        async with call as response:
+            partial.headers = _headers(response.headers)
+            partial.request_id = response.headers.get("request-id")
+            async for event in AsyncStream.raw_events(response.http_response):
+                try:
+                    document = json.loads(event.data) if event.data else {}
+                    if document.get("type") == "error":
+                        return _said(document, 200, response.headers, partial)
+                    partial.message.take(document)
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    return _not_a_message(partial)
+        message = partial.message.document
+        if message is None or message.get("stop_reason") is None:
             failure = Failure(
                 "connection_error", "the stream ended before the answer did",
-                request_id=partial.request_id, usage=partial.usage(), may_be_billed=True,
+                request_id=partial.request_id, usage=partial.message.usage(), may_be_billed=True,
             )  # fmt: skip
             return Refused(failure, partial.headers)
-        document = message.to_dict(mode="json")
-        usage = Usage.from_message(document["usage"])  # type: ignore[arg-type]
-        return Answer(
-            json.dumps(document, ensure_ascii=False, separators=(",", ":")),
-            usage,
-            message.stop_reason,
-            partial.request_id,
-            partial.headers,
-        )
+        # As ASCII: an emoji cut in two between events is whole again in JSON's escapes, and only there.
+        return _answer(message, json.dumps(message, separators=(",", ":")), partial)
 
 
+@dataclass(slots=True)
 class _Partial:
-    """What is known of an answer that has not ended yet."""
+    """What is known of a call that has not ended yet."""
 
-    def __init__(self) -> None:
-        self.headers = Headers()
-        self.request_id: str | None = None
-        self.begun = False
-        self._usage: dict[str, Any] = {}
-        self._chars = 0
+    message: Growing
+    headers: Headers = NO_HEADERS
+    request_id: str | None = None
 
-    def take(self, event: Any) -> None:
-        """Note usage and the length of the output as it comes."""
-        if event.type == "message_start":
-            self.begun = True
-            self._usage = event.message.usage.to_dict()
-        elif event.type == "content_block_delta":
-            delta = event.delta
-            text = (
-                getattr(delta, "text", None)
-                or getattr(delta, "thinking", None)
-                or getattr(delta, "partial_json", None)
-                or ""
-            )
-            self._chars += len(text)
-        elif event.type == "message_delta" and event.usage is not None:
-            self._usage |= {
-                name: value for name, value in event.usage.to_dict().items() if value is not None
-            }
 
-    def usage(self) -> Usage | None:
-        """Return what was used so far, output tokens estimated from its length; None before the answer began."""
-        if not self.begun:
-            return None
-        output = max(int(self._usage.get("output_tokens") or 0), self._chars // CHARS_PER_TOKEN)
-        return Usage.from_message({**self._usage, "output_tokens": output})
+def _answer(message: Any, text: str, partial: _Partial) -> Answer | Refused:
+    try:
+        usage = Usage.from_message(message["usage"])
+        is_message = isinstance(message["content"], list)
+    except (LookupError, TypeError, AttributeError):
+        is_message = False
+    if not is_message:
+        return _not_a_message(partial)
+    return Answer(text, usage, message.get("stop_reason"), partial.request_id, partial.headers)
+
+
+def _not_a_message(partial: _Partial) -> Refused:
+    failure = Failure(
+        "api_error", "upstream answered 200 with something that is not a Message",
+        status=502, request_id=partial.request_id, usage=partial.message.usage(),
+        may_be_billed=True,
+    )  # fmt: skip
+    return Refused(failure, partial.headers)
 
 
 def _refused(error: anthropic.APIStatusError, partial: _Partial) -> Refused:
-    body: Any = error.body if isinstance(error.body, dict) else {}
+    return _said(error.body, error.status_code, error.response.headers, partial)
+
+
+def _said(document: object, status: int, headers: httpx2.Headers, partial: _Partial) -> Refused:
+    """Read an error document; inside a stream it comes after a 200."""
+    body: Any = document if isinstance(document, dict) else {}
     inner: Any = body.get("error") if isinstance(body.get("error"), dict) else {}
     kind = str(inner.get("type") or "api_error")
     details: Any = inner.get("details") if isinstance(inner.get("details"), dict) else {}
-    status = error.status_code
-    if status < 400:  # noqa: PLR2004 - an error event inside a stream
+    if status < 400:  # noqa: PLR2004 - HTTP
         status = _STATUS_OF_TYPE.get(kind, 500)
-    headers = error.response.headers
     code = details.get("error_code")
     failure = Failure(
         type=kind,
@@ -211,24 +217,24 @@ def _refused(error: anthropic.APIStatusError, partial: _Partial) -> Refused:
         error_code=code if isinstance(code, str) else None,
         retry_after_ms=_retry_after_ms(headers),
         request_id=headers.get("request-id") or body.get("request_id"),
-        usage=partial.usage(),
-        may_be_billed=partial.begun,
+        usage=partial.message.usage(),
+        may_be_billed=partial.message.document is not None,
     )
     return Refused(failure, _headers(headers))
 
 
 def _connection_lost(error: Exception, partial: _Partial) -> Failure:
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, httpx2.HTTPError):
+    while cause is not None and not isinstance(cause, httpx2.HTTPError | httpx2.InvalidURL):
         cause = cause.__cause__
     # Where no connection was made, nothing was sent; in all other cases the call may have been served.
-    never_sent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
+    never_sent = isinstance(cause, _NEVER_SENT)
     name = type(cause).__name__ if cause is not None else type(error).__name__
     return Failure(
         "connection_error",
         f"the connection to upstream failed ({name})",
         request_id=partial.request_id,
-        usage=partial.usage(),
+        usage=partial.message.usage(),
         may_be_billed=not never_sent,
     )
 

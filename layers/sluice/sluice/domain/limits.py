@@ -42,11 +42,22 @@ OVERLOAD_STREAK: Final = 5
 OVERLOAD_PAUSE_MS: Final = 5_000
 OVERLOAD_PAUSE_CAP_MS: Final = 60_000
 
-RAISE_EVERY_MS: Final = 1_000
-"""A correction upward needs this long to show in the headers; a second one before that would count it twice."""
+CORRECT_EVERY_MS: Final = 1_000
+"""A correction needs this long to show in the headers; a second one before that would count it twice."""
+
+FLOOR_MS: Final = 1_000
+"""Making room for the margin never holds the group back by more than this time."""
+
+OUTSTANDING_SHARE: Final = 3
+"""One part in so many of the output under way is held back, so that heavy tails do not run into a 429."""
 
 OUTSTANDING_DECAY_MS: Final = 600_000
 """What a dead worker left outstanding fades away over this time."""
+
+MOST_SAMPLES: Final = 100
+"""The output mean follows the last hundred calls or so."""
+
+FIRST_GUESS: Final = 4
 
 Dimension = Literal["requests", "input_tokens", "output_tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "input_tokens", "output_tokens")
@@ -88,7 +99,7 @@ class Bucket:
     at: int
     """When `level` was true."""
     learned: bool = False
-    raised_at: int = 0
+    corrected_at: int = 0
 
     def advanced(self, now: int, rate_factor: int) -> Bucket:
         """Return the bucket with its refill up to `now`."""
@@ -128,7 +139,7 @@ class Group:
     version: int = 0
     """0: not stored yet."""
     epoch: int = 0
-    """Rises when the plan changed under everybody's feet: reservations of an older epoch that have not started are void."""
+    """Rises when the plan changed under everybody's feet: start times of an older epoch are void."""
     blocked_until: int = 0
     blocked_reason: str | None = None
     rate_factor: int = FULL_RATE
@@ -141,8 +152,10 @@ class Group:
     observed_at: int = 0
     chars_per_1000_tokens: int = 3_500
     """Learned: how many characters of request make 1,000 input tokens."""
-    output_estimate: int = 300
-    """Learned: the moving mean of output tokens per call."""
+    output_mean: int = 300_000
+    """Learned: the moving mean of output tokens per call, in thousandths."""
+    samples: int = FIRST_GUESS
+    """How many calls the mean stands on; the first guess counts as a few."""
     moved_to: str | None = None
     """The organisation this group turned out to belong to, when it was begun under the name of a key."""
 
@@ -150,6 +163,16 @@ class Group:
     def id(self) -> str:
         """`<organization>/<model group>`."""
         return group_id(self.organization, self.model_group)
+
+    @property
+    def has_answers(self) -> bool:
+        """Tell whether any call in this group was answered: until then its rate is a guess."""
+        return self.requests.learned or self.samples > FIRST_GUESS
+
+    @property
+    def output_estimate(self) -> int:
+        """Output tokens a call will probably produce."""
+        return max(1, self.output_mean // 1000)
 
     def bucket(self, dimension: Dimension) -> Bucket:
         """Return one of the three buckets."""
@@ -212,7 +235,16 @@ def advanced(group: Group, now: int) -> Group:
 
 def next_start(group: Group, cost: Cost, now: int) -> int:
     """Return when a call of this cost could start if it were reserved now (without reserving it)."""
-    group = advanced(group, now)
+    return _start(advanced(group, now), cost, now)
+
+
+def usual_gap(group: Group) -> int:
+    """Return the milliseconds between two starts of ordinary calls at the full rate of the group."""
+    requests, output = group.requests, group.output_tokens
+    return max(1, 60_000 // requests.limit, 60_000 * group.output_estimate // output.limit)
+
+
+def _start(group: Group, cost: Cost, now: int) -> int:
     gap = max(1, 60_000 * FULL_RATE // (group.requests.limit * group.rate_factor * BURST_PACE))
     return max(
         now,
@@ -235,7 +267,7 @@ def reserve(
     group = advanced(group, now)
     starts: list[int] = []
     for cost in costs:
-        start = next_start(group, cost, now)
+        start = _start(group, cost, now)
         if start > now + horizon_ms:
             break
         group = replace(
@@ -307,15 +339,17 @@ def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
 
 
 def _taught(group: Group, settlement: Settlement) -> Group:
-    """Move the estimates a sixteenth of the way to what this call used."""
+    """Move the estimates towards what this call used: the mean at first, then slower and slower."""
     used = settlement.used
     ratio = group.chars_per_1000_tokens
     if used.input_tokens:
         # A cached prompt shows few uncached tokens; bounds keep one odd request from spoiling the ratio.
         seen = min(8_000, max(1_000, settlement.input_chars * 1000 // used.input_tokens))
         ratio += (seen - ratio) // 16
-    estimate = group.output_estimate + (used.output_tokens - group.output_estimate) // 16
-    return replace(group, chars_per_1000_tokens=ratio, output_estimate=max(1, estimate))
+    samples = min(group.samples + 1, MOST_SAMPLES)
+    # In thousandths, so that small steps are not rounded away.
+    mean = group.output_mean + (used.output_tokens * 1000 - group.output_mean) // samples
+    return replace(group, chars_per_1000_tokens=ratio, output_mean=mean, samples=samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,10 +393,11 @@ def observe(group: Group, observation: Observation, now: int) -> Group:
                 level=(seen.remaining - margin) * SCALE,
                 at=max(now, bucket.at),
                 learned=True,
-                raised_at=now,
+                corrected_at=now,
             )
         else:
-            changed = _corrected(group, dimension, bucket, seen, observation, now)
+            pending = observation.pending.of(dimension)
+            changed = _corrected(group, dimension, bucket, seen, pending, now)
         group = replace(group, **{dimension: changed})  # type: ignore[arg-type]
     if relearned:
         group = replace(group, epoch=group.epoch + 1, last_start=min(group.last_start, now))
@@ -370,28 +405,32 @@ def observe(group: Group, observation: Observation, now: int) -> Group:
 
 
 def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for reading
-    group: Group,
-    dimension: Dimension,
-    bucket: Bucket,
-    seen: Seen,
-    observation: Observation,
-    now: int,
+    group: Group, dimension: Dimension, bucket: Bucket, seen: Seen, pending: int, now: int
 ) -> Bucket:
-    refilled = bucket.limit * group.rate_factor * max(0, now - observation.at)
-    # What has been given out but upstream had not seen yet. This worker knows its own part; a level below zero tells
-    # at least how much all workers together hold for later.
-    pending = observation.pending.of(dimension) * SCALE
-    if dimension == "output_tokens":
-        pending = max(pending, group.outstanding * SCALE)
-    pending = max(pending, refilled - bucket.level)
-    target = (seen.remaining - _margin(dimension, bucket.capacity)) * SCALE + refilled - pending
     bucket = replace(bucket, capacity=max(bucket.capacity, seen.remaining))
-    tolerance = (TOKEN_ROUNDING if dimension != "requests" else 1) * SCALE
-    if target < bucket.level - tolerance:
-        return replace(bucket, level=target)
-    if target > bucket.level + tolerance and now - bucket.raised_at >= RAISE_EVERY_MS:
-        raised = bucket.level + (target - bucket.level) // 2
-        return replace(bucket, level=min(bucket.capacity * SCALE, raised), raised_at=now)
+    margin = _margin(dimension, bucket.capacity)
+    tolerance = TOKEN_ROUNDING if dimension != "requests" else 1
+    if dimension == "output_tokens":
+        # Calls under way will produce what upstream has not seen yet, while refill comes in meanwhile.
+        ahead = group.outstanding // OUTSTANDING_SHARE
+        off = (seen.remaining - margin - ahead) * SCALE - bucket.level
+    else:
+        # What upstream should have left, if it sees what we have sent: a level below zero has been
+        # given out, but not sent yet.
+        expected = max(0, bucket.level + pending * SCALE)
+        off = (seen.remaining - margin) * SCALE - expected
+        if off < 0 and expected <= seen.remaining * SCALE:
+            # Nothing is missing, only the margin: make room for it step by step.
+            if now - bucket.corrected_at < CORRECT_EVERY_MS:
+                return bucket
+            floor = -pending * SCALE - bucket.limit * FULL_RATE * FLOOR_MS
+            level = min(bucket.level, max(bucket.level + off, floor))
+            return replace(bucket, level=level, corrected_at=now)
+    if off < -tolerance * SCALE:
+        return replace(bucket, level=bucket.level + off, corrected_at=now)
+    if off > tolerance * SCALE and now - bucket.corrected_at >= CORRECT_EVERY_MS:
+        raised = min(bucket.capacity * SCALE, bucket.level + off // 2)
+        return replace(bucket, level=raised, corrected_at=now)
     return bucket
 
 
@@ -437,7 +476,7 @@ def moved(group: Group, organization: str) -> Group:
 
 
 def overloaded(group: Group, now: int) -> Group:
-    """Count a 529. From the fifth in a row on the group pauses, 5 s at first and up to a minute, then probes with one call.
+    """Count a 529. From the fifth in a row on the group pauses, for 5 s to a minute, then probes with one call.
 
     Buckets and rate stay as they are: the overload is everybody's.
     """

@@ -1,0 +1,425 @@
+"""What template.yaml must hold, and no linter checks."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
+from tests.expanded_template import expanded_template, template
+
+ROOT = Path(__file__).parents[2]
+
+Properties = dict[str, Any]
+
+WRITTEN = template()
+EXPANDED = expanded_template()
+RESOURCES = WRITTEN["Resources"]
+PARAMETERS = WRITTEN["Parameters"]
+OUTPUTS = WRITTEN["Outputs"]
+
+
+def of_type(kind: str, resources: Properties = RESOURCES) -> dict[str, Properties]:
+    """The properties of every resource of one type, by logical id."""
+    return {
+        name: resource.get("Properties", {})
+        for name, resource in resources.items()
+        if resource["Type"] == kind
+    }
+
+
+FUNCTIONS = of_type("AWS::Serverless::Function")
+QUEUES = of_type("AWS::SQS::Queue")
+MAPPINGS = of_type("AWS::Lambda::EventSourceMapping")
+TABLES = of_type("AWS::DynamoDB::Table")
+ALARMS = of_type("AWS::CloudWatch::Alarm")
+STATEFUL = {
+    name
+    for kind in (
+        "AWS::DynamoDB::Table",
+        "AWS::Logs::LogGroup",
+        "AWS::S3::Bucket",
+        "AWS::SecretsManager::Secret",
+        "AWS::SQS::Queue",
+    )
+    for name in of_type(kind)
+}
+DEAD_LETTER_QUEUES = {
+    queue["RedrivePolicy"]["deadLetterTargetArn"]["Fn::GetAtt"][0]
+    for queue in QUEUES.values()
+    if "RedrivePolicy" in queue
+}
+
+
+def source_queue(mapping: Properties) -> str:
+    name: str = mapping["EventSourceArn"]["Fn::GetAtt"][0]
+    return name
+
+
+def target_function(mapping: Properties) -> str:
+    name: str = mapping["FunctionName"]["Fn::GetAtt"][0]
+    return name
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def statements() -> Iterator[tuple[str, Properties]]:
+    """Every policy statement after the SAM transform, with the resource it belongs to."""
+    for name, role in of_type("AWS::IAM::Role", EXPANDED["Resources"]).items():
+        for policy in role.get("Policies", []):
+            for statement in policy["PolicyDocument"]["Statement"]:
+                yield name, statement
+    for name, policy in of_type("AWS::S3::BucketPolicy", EXPANDED["Resources"]).items():
+        for statement in policy["PolicyDocument"]["Statement"]:
+            yield name, statement
+
+
+# Parameters and outputs
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_is_described(name: str) -> None:
+    assert PARAMETERS[name].get("Description", "").endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, parameter in PARAMETERS.items() if parameter["Type"] == "Number"]
+)
+def test_every_number_says_its_unit_first(name: str) -> None:
+    unit = PARAMETERS[name]["Description"].split()[0]
+
+    assert unit in {"Attempts", "Days", "Percent", "Seconds", "US", "Workers"}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_has_a_default_so_that_a_deploy_asks_nothing(name: str) -> None:
+    assert "Default" in PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_output_says_what_to_do_with_it(name: str) -> None:
+    assert OUTPUTS[name].get("Description", "").endswith(".")
+
+
+# Functions
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_folder_handler_and_build_target_agree_with_the_logical_id(name: str) -> None:
+    folder = ROOT / FUNCTIONS[name]["CodeUri"]
+
+    assert name == "".join(word.title() for word in folder.name.split("_")) + "Function"
+    assert f"build-{name}:" in (folder / "Makefile").read_text()
+    assert (folder / "app.py").exists()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_logs_json_to_a_group_of_its_own(name: str) -> None:
+    logging = FUNCTIONS[name]["LoggingConfig"]
+
+    assert "JSON" == logging["LogFormat"]
+    assert [name] == [
+        other
+        for other, function in FUNCTIONS.items()
+        if function["LoggingConfig"]["LogGroup"] == logging["LogGroup"]
+    ]
+    assert logging["LogGroup"]["Ref"] in of_type("AWS::Logs::LogGroup")
+
+
+@pytest.mark.parametrize("name", of_type("AWS::Logs::LogGroup"))
+def test_no_log_is_kept_for_ever(name: str) -> None:
+    assert {"Ref": "LogRetentionDays"} == RESOURCES[name]["Properties"]["RetentionInDays"]
+
+
+def test_the_environment_is_what_settings_read() -> None:
+    settings = ast.parse((ROOT / "layers/sluice/sluice/settings.py").read_text())
+    read = {
+        node.value
+        for node in ast.walk(settings)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"SLUICE_[A-Z_]+", node.value)
+    }
+    variables = WRITTEN["Globals"]["Function"]["Environment"]["Variables"]
+    given = {name for name in variables if not name.startswith("POWERTOOLS_")}
+
+    assert read == given
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_function_has_an_environment_of_its_own(name: str) -> None:
+    assert "Environment" not in FUNCTIONS[name]
+
+
+# Permissions
+
+
+def test_no_statement_allows_everything_of_anything() -> None:
+    for name, statement in statements():
+        if statement["Effect"] == "Allow":
+            actions = as_list(statement["Action"])
+            assert not [action for action in actions if "*" in action], f"{name}: {actions}"
+
+
+def test_no_statement_names_every_resource() -> None:
+    for name, statement in statements():
+        for resource in as_list(statement["Resource"]):
+            assert resource != "*", f"{name}: {statement.get('Sid')}"
+
+
+def test_the_only_managed_policy_is_the_one_that_writes_logs() -> None:
+    managed = {
+        json.dumps(arn).rpartition("/")[2].strip('"}')
+        for role in of_type("AWS::IAM::Role", EXPANDED["Resources"]).values()
+        for arn in role.get("ManagedPolicyArns", [])
+    }
+
+    assert {"AWSLambdaBasicExecutionRole"} == managed
+
+
+def test_no_function_may_send_to_the_queue_that_wakes_it() -> None:
+    """Lambda would stop it as a recursive loop, without a word in its log."""
+    senders = {
+        (name.removesuffix("Role"), queue["Fn::GetAtt"][0])
+        for name, statement in statements()
+        if "sqs:SendMessage" in as_list(statement["Action"])
+        for queue in as_list(statement["Resource"])
+    }
+    woken = {(target_function(each), source_queue(each)) for each in MAPPINGS.values()}
+
+    assert ("ApiFunction", "JobsQueue") in senders
+    assert set() == senders & woken
+
+
+def test_nobody_may_delete_data() -> None:
+    for name, statement in statements():
+        for action in as_list(statement["Action"]):
+            deletes = re.match(r"(dynamodb|s3):(Delete|Purge)", action)
+            assert not deletes, f"{name} may {action}"
+
+
+# Queues
+
+
+@pytest.mark.parametrize("name", sorted(QUEUES.keys() - DEAD_LETTER_QUEUES))
+def test_every_queue_has_a_dead_letter_queue(name: str) -> None:
+    redrive = QUEUES[name]["RedrivePolicy"]
+
+    assert redrive["deadLetterTargetArn"]["Fn::GetAtt"][0] in QUEUES
+    assert 1000 == redrive["maxReceiveCount"]  # every snooze is a receive, and none is an attempt
+
+
+@pytest.mark.parametrize("name", QUEUES)
+def test_every_queue_is_encrypted_and_keeps_messages_as_long_as_sqs_can(name: str) -> None:
+    fourteen_days = 14 * 24 * 60 * 60
+
+    assert QUEUES[name]["SqsManagedSseEnabled"] is True
+    assert fourteen_days == QUEUES[name]["MessageRetentionPeriod"]
+
+
+@pytest.mark.parametrize("name", QUEUES)
+def test_every_queue_is_consumed(name: str) -> None:
+    assert name in {source_queue(mapping) for mapping in MAPPINGS.values()}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_visibility_is_at_least_six_times_the_consumer_timeout(name: str) -> None:
+    visibility = QUEUES[source_queue(MAPPINGS[name])]["VisibilityTimeout"]
+    timeout = FUNCTIONS[target_function(MAPPINGS[name])]["Timeout"]
+
+    assert visibility >= 6 * timeout
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_every_mapping_reports_failures_one_by_one(name: str) -> None:
+    assert ["ReportBatchItemFailures"] == MAPPINGS[name]["FunctionResponseTypes"]
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_every_mapping_is_within_what_lambda_accepts(name: str) -> None:
+    mapping = MAPPINGS[name]
+    concurrency = mapping["ScalingConfig"]["MaximumConcurrency"]
+    if isinstance(concurrency, dict):
+        _, concurrency, parameter = concurrency["Fn::If"]
+        limits = PARAMETERS[parameter["Ref"]]
+        assert (2, 1000) == (limits["MinValue"], limits["MaxValue"])
+
+    assert 2 <= concurrency <= 1000
+    assert mapping["BatchSize"] <= 10 or mapping["MaximumBatchingWindowInSeconds"] >= 1
+
+
+def test_the_literal_concurrency_is_used_exactly_when_the_parameter_says_the_same() -> None:
+    condition, literal, parameter = MAPPINGS["WorkerMapping"]["ScalingConfig"][
+        "MaximumConcurrency"
+    ]["Fn::If"]
+
+    assert {"Fn::Equals": [parameter, literal]} == WRITTEN["Conditions"][condition]
+    assert literal == PARAMETERS[parameter["Ref"]]["Default"]
+
+
+# API
+
+
+def test_the_function_answers_before_the_gateway_gives_up() -> None:
+    (integration,) = of_type("AWS::ApiGatewayV2::Integration").values()
+
+    assert FUNCTIONS["ApiFunction"]["Timeout"] * 1000 < integration["TimeoutInMillis"]
+
+
+def test_the_stage_throttles_and_logs() -> None:
+    (stage,) = of_type("AWS::ApiGatewayV2::Stage").values()
+
+    assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= stage["DefaultRouteSettings"].keys()
+    log = json.loads(stage["AccessLogSettings"]["Format"])
+    assert all(value.startswith("$context.") for value in log.values())
+
+
+# Stores
+
+
+@pytest.mark.parametrize("name", sorted(STATEFUL))
+def test_whether_data_outlives_the_stack_is_said_and_not_left_to_chance(name: str) -> None:
+    kept = (RESOURCES[name].get("DeletionPolicy"), RESOURCES[name].get("UpdateReplacePolicy"))
+
+    assert kept in {("RetainExceptOnCreate", "Retain"), ("Delete", "Delete")}
+
+
+def test_what_cannot_be_made_again_outlives_the_stack() -> None:
+    outlive = {n for n in STATEFUL if RESOURCES[n]["DeletionPolicy"] == "RetainExceptOnCreate"}
+
+    assert outlive == TABLES.keys() - {"LimitsTable"} | {"DataBucket", "ClientKeyPepper"}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_on_demand_and_recoverable(name: str) -> None:
+    assert "PAY_PER_REQUEST" == TABLES[name]["BillingMode"]
+    assert TABLES[name]["PointInTimeRecoverySpecification"]["PointInTimeRecoveryEnabled"] is True
+
+
+@pytest.mark.parametrize("name", sorted(TABLES.keys() - {"ClientKeysTable"}))
+def test_every_table_but_the_client_keys_forgets(name: str) -> None:
+    forget = {"AttributeName": "expires_at", "Enabled": True}
+
+    assert forget == TABLES[name]["TimeToLiveSpecification"]
+
+
+def test_a_client_key_does_not_expire_by_itself() -> None:
+    assert "TimeToLiveSpecification" not in TABLES["ClientKeysTable"]
+
+
+def test_the_bucket_is_private_encrypted_and_forgets() -> None:
+    (bucket,) = of_type("AWS::S3::Bucket").values()
+    expiring = {
+        rule["Prefix"]
+        for rule in bucket["LifecycleConfiguration"]["Rules"]
+        if rule.get("ExpirationInDays") == {"Ref": "RetentionDays"} and rule["Status"] == "Enabled"
+    }
+
+    assert {True} == set(bucket["PublicAccessBlockConfiguration"].values())
+    assert "BucketEncryption" in bucket
+    assert {"params/", "results/", "dead-letters/"} == expiring
+
+
+def test_the_bucket_refuses_plain_http() -> None:
+    (policy,) = of_type("AWS::S3::BucketPolicy").values()
+    (statement,) = policy["PolicyDocument"]["Statement"]
+
+    assert ("Deny", "*") == (statement["Effect"], statement["Principal"])
+    assert {"Bool": {"aws:SecureTransport": "false"}} == statement["Condition"]
+
+
+def test_the_key_pool_starts_empty() -> None:
+    assert {"keys": []} == json.loads(RESOURCES["KeyPoolSecret"]["Properties"]["SecretString"])
+
+
+# Alarms and dashboard
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_every_alarm_tells_somebody_what_happened(name: str) -> None:
+    alarm = ALARMS[name]
+
+    assert [{"Ref": "AlarmTopic"}] == alarm["AlarmActions"]
+    assert alarm["AlarmDescription"].endswith(".")
+    assert "notBreaching" == alarm["TreatMissingData"]
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_an_alarm_on_metric_math_can_be_left_out_for_the_emulator(name: str) -> None:
+    condition = RESOURCES[name].get("Condition")
+
+    assert ("WithMetricMath" if "Metrics" in ALARMS[name] else None) == condition
+
+
+def test_letters_left_in_the_dead_letter_queue_raise_an_alarm() -> None:
+    watched = {
+        alarm["MetricName"]
+        for alarm in ALARMS.values()
+        for dimension in alarm.get("Dimensions", [])
+        if dimension["Value"] == {"Fn::GetAtt": ["DeadLettersQueue", "QueueName"]}
+    }
+
+    assert watched & {"ApproximateAgeOfOldestMessage", "ApproximateNumberOfMessagesVisible"}
+    assert "NumberOfMessagesSent" not in watched, "what a redrive moves is not counted as sent"
+
+
+def dashboard() -> Properties:
+    """The dashboard's body, with 1 for every reference."""
+    body = RESOURCES["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    parsed: Properties = json.loads(re.sub(r"\$\{[^}]+\}", "1", body))
+    return parsed
+
+
+def shown() -> Iterator[tuple[str, bool]]:
+    """Every metric of ours on the dashboard, and whether it is shown by model group."""
+    for widget in dashboard()["widgets"]:
+        for metric in widget["properties"]["metrics"]:
+            if metric[0] == "Sluice":
+                assert metric[2:4] == ["service", "sluice"]
+                yield metric[1], False
+            elif isinstance(metric[0], dict):
+                expression = metric[0]["expression"]
+                assert "{Sluice,service,model_group}" in expression
+                for name in re.findall(r'MetricName="(\w+)"', expression):
+                    yield name, True
+
+
+def watched() -> Iterator[str]:
+    """Every metric of ours an alarm watches."""
+    for alarm in ALARMS.values():
+        stats = [entry["MetricStat"] for entry in alarm.get("Metrics", []) if "MetricStat" in entry]
+        for metric in [alarm, *(stat["Metric"] for stat in stats)]:
+            if metric.get("Namespace") == "Sluice":
+                assert [{"Name": "service", "Value": "sluice"}] == metric["Dimensions"]
+                yield metric["MetricName"]
+
+
+def test_the_dashboard_shows_exactly_the_metrics_the_code_emits() -> None:
+    assert {name for name, _ in shown()} == METRIC_NAMES
+
+
+def test_the_dashboard_shows_each_metric_by_the_dimensions_it_has() -> None:
+    assert {name for name, by_model_group in shown() if by_model_group} == BY_MODEL_GROUP
+    assert {name for name, by_model_group in shown() if not by_model_group} == TOTALS
+
+
+def test_alarms_watch_metrics_that_the_code_emits() -> None:
+    assert set(watched()) <= TOTALS
+
+
+def test_widgets_lie_side_by_side() -> None:
+    cells = [
+        (x, y)
+        for widget in dashboard()["widgets"]
+        for x in range(widget["x"], widget["x"] + widget["width"])
+        for y in range(widget["y"], widget["y"] + widget["height"])
+    ]
+
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
