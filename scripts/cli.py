@@ -1,0 +1,427 @@
+"""The command line: `sluice`. A client of the HTTP API; `setup` and `keys` speak to AWS instead."""
+# ruff: noqa: PLC0415 - what only some commands need is loaded by them, so that --help stays quick
+
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from scripts import cli_stack, terminal
+from scripts.cli_errors import CommandFailed, GatewayRefused
+
+if TYPE_CHECKING:
+    from scripts.client import Gateway
+
+DEFAULT_MODEL = "claude-haiku-5-5"
+DEFAULT_MAX_TOKENS = 1024
+CANCELS_IN_FLIGHT = 8
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # Else the lines of a docstring stay lines, whatever the width of the terminal.
+    rich_markup_mode="markdown",
+    # Local variables in a traceback would show keys.
+    pretty_exceptions_enable=False,
+    help=(
+        "Sluice: a job gateway for Claude in your own AWS account.\n\n"
+        "Set SLUICE_URL to the gateway's address and SLUICE_KEY to your client key. "
+        "Answers go to standard output, everything else to standard error. "
+        "The exit code is 0 when all went well, 1 when something failed, 2 for a wrong command "
+        "line."
+    ),
+)
+local_app = typer.Typer(no_args_is_help=True, help="The whole of Sluice on this machine.")
+
+Url = Annotated[
+    str | None, typer.Option("--url", envvar="SLUICE_URL", help="Address of the gateway.")
+]
+Key = Annotated[str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Client key.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API gives it.")]
+JobState = Literal["queued", "running", "succeeded", "errored", "canceled", "expired"]
+FinalState = Literal["succeeded", "errored", "canceled", "expired"]
+
+
+# ---------------------------------------------------------------- jobs
+
+
+@app.command()
+def submit(  # noqa: PLR0913 - a command line has options
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help='Jobs, one JSON object per line: {"params": {...}, "custom_id": ...}, '
+            "as in Anthropic's batches. A single - reads standard input.",
+            allow_dash=True,
+        ),
+    ] = None,
+    *,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="One job with this text, in place of FILE.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help=f"With --prompt. Default: {DEFAULT_MODEL}.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, help=f"With --prompt. Default: {DEFAULT_MAX_TOKENS}."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="With --prompt: the system prompt.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show progress until every job is done.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="With --wait: write results here as JSON lines, each as soon as it is there. "
+            "A single - is standard output.",
+            allow_dash=True,
+        ),
+    ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option("--deadline", help="Give up after this: 90m, 2h, 1d or 2026-12-24T18:00:00Z."),
+    ] = None,
+    fallback_model: Annotated[
+        list[str] | None,
+        typer.Option("--fallback-model", help="When the model is overloaded. May be repeated."),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option("--metadata", help="name=value, kept with the jobs. May be repeated."),
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(
+            "--idempotency-key",
+            help="Name of this run. The same file sent again under the same name makes no second "
+            "jobs: it finds the first ones. Default: a new name each time.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print accepted and rejected jobs (with --wait: results)."),
+    ] = False,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """Submit jobs from a file, or one job from --prompt.
+
+    Prints the job ids. --deadline, --fallback-model and --metadata are for jobs that bring none of
+    their own. Lines that are no job and jobs the gateway rejects are reported with their line
+    number after all others were sent; the exit code is then 1, as it is when --wait ends with a job
+    that did not succeed.
+    """
+    from scripts.submission import deadline_at
+    from scripts.submit_run import Submission, prompt_line
+
+    if (file is None) == (prompt is None):
+        raise typer.BadParameter("give either FILE or --prompt")
+    if file is not None and (model or max_tokens or system):
+        raise typer.BadParameter("--model, --max-tokens and --system go with --prompt")
+    if out is not None and not wait:
+        raise typer.BadParameter("--out goes with --wait")
+    defaults: dict[str, object] = {}
+    if deadline:
+        defaults["deadline"] = deadline_at(deadline, datetime.now(UTC))
+    if fallback_model:
+        defaults["fallback_models"] = fallback_model
+    if metadata:
+        defaults["metadata"] = dict(_pair(text) for text in metadata)
+    submission = Submission(
+        run_key=idempotency_key or f"run-{uuid.uuid4().hex}",
+        defaults=defaults,
+        wait=wait,
+        as_json=as_json,
+        is_prompt=prompt is not None,
+    )
+    with ExitStack() as cleanup:
+        gateway = cleanup.enter_context(_gateway(url, key))
+        if prompt is None:
+            lines: Iterable[bytes] = cleanup.enter_context(terminal.lines_of(file))
+        else:
+            lines = [
+                prompt_line(
+                    prompt, model or DEFAULT_MODEL, max_tokens or DEFAULT_MAX_TOKENS, system
+                )
+            ]
+        # Opened before anything is sent: a path that cannot be written is found in time.
+        sink = cleanup.enter_context(terminal.written_to(out)) if out else None
+        good = submission.run(gateway, lines, sink)
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def get(
+    job_id: Annotated[str, typer.Argument(help="The job's id.")],
+    *,
+    as_json: AsJson = False,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """Show one job: state, attempts, cost, and the answer or the error."""
+    with _gateway(url, key) as gateway:
+        job = gateway.job(job_id)
+    if as_json:
+        terminal.print_json(job)
+        return
+    from scripts import show
+
+    show.console().print(show.job_panel(job))
+
+
+@app.command()
+def results(
+    job_ids: Annotated[
+        list[str] | None, typer.Argument(help="Jobs. Default: all that are done.")
+    ] = None,
+    *,
+    state: Annotated[
+        FinalState | None, typer.Option("--state", help="Only jobs that ended like this.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write. Default: standard output.")
+    ] = None,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """Fetch results as JSON lines, in the shape of Anthropic's batch results.
+
+    A line is {"custom_id", "id", "result": {"type": "succeeded", "message": ...}} or one with type
+    errored and its error, canceled, or expired. Jobs named here that are not done are reported, and
+    the exit code is 1.
+    """
+    from scripts.client import FINAL_STATES
+    from scripts.results import fetch, line_of
+
+    missing: list[str] = []
+
+    def report(job_id: str, reason: str) -> None:
+        terminal.say(f"{job_id}: {reason}")
+        missing.append(job_id)
+
+    with ExitStack() as cleanup:
+        gateway = cleanup.enter_context(_gateway(url, key))
+        sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
+        ids = job_ids or (
+            job["id"] for job in gateway.newest(state) if job["state"] in FINAL_STATES
+        )
+        written = 0
+        for job in fetch(gateway, ids, report):
+            if state in {None, job["state"]}:
+                sink.write(line_of(job) + "\n")
+                written += 1
+    if out is not None:
+        terminal.say(f"{written} results in {out}")
+    if missing:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_jobs(
+    *,
+    state: Annotated[
+        JobState | None, typer.Option("--state", help="Only jobs in this state.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, at most.")] = 20,
+    as_json: AsJson = False,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """List jobs, the newest first."""
+    with _gateway(url, key) as gateway:
+        jobs = list(islice(gateway.newest(state, limit), limit))
+    if as_json:
+        terminal.print_json({"data": jobs})
+        return
+    from scripts import show
+
+    if jobs:
+        show.console().print(show.jobs_table(jobs))
+    else:
+        terminal.say("no jobs" if state is None else f"no {state} jobs")
+
+
+@app.command()
+def cancel(
+    job_ids: Annotated[list[str], typer.Argument(help="Jobs to cancel.")],
+    *,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """Cancel jobs. One whose call is running already is paid for and may still succeed."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    failed = False
+    with _gateway(url, key) as gateway, ThreadPoolExecutor(CANCELS_IN_FLIGHT) as pool:
+
+        def canceled(job_id: str) -> str | GatewayRefused:
+            try:
+                job = gateway.cancel(job_id)
+            except GatewayRefused as refused:
+                return refused
+            asked = job.get("cancel_requested") and job["state"] == "running"
+            return "cancel requested, a call is running" if asked else str(job["state"])
+
+        for job_id, became in zip(job_ids, pool.map(canceled, job_ids), strict=True):
+            if isinstance(became, GatewayRefused):
+                failed = True
+                terminal.say(f"{job_id}: {became}")
+            else:
+                typer.echo(f"{job_id} {became}")
+    if failed:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------- usage and limits
+
+
+@app.command()
+def usage(  # noqa: PLR0913 - a command line has options
+    *,
+    from_day: Annotated[
+        str | None, typer.Option("--from", help="First day (UTC), as 2026-12-01.")
+    ] = None,
+    to_day: Annotated[
+        str | None, typer.Option("--to", help="Last day (UTC), as 2026-12-31.")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option("--group-by", help="Any of day,model,lane with commas between.")
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    key: Key = None,
+) -> None:
+    """Show calls, tokens and cost."""
+    named = {"from": from_day, "to": to_day, "group_by": group_by and group_by.replace(" ", "")}
+    with _gateway(url, key) as gateway:
+        used = gateway.usage({name: value for name, value in named.items() if value})
+    if as_json:
+        terminal.print_json(used)
+        return
+    from scripts import show
+
+    show.console().print(show.usage_table(used))
+
+
+@app.command()
+def limits(*, as_json: AsJson = False, url: Url = None, key: Key = None) -> None:
+    """Show the limit groups: what Claude allows per minute, as learned from its answers."""
+    with _gateway(url, key) as gateway:
+        groups = gateway.limits()
+    if as_json:
+        terminal.print_json({"data": groups})
+        return
+    from scripts import show
+
+    if groups:
+        show.console().print(show.limits_table(groups))
+    else:
+        terminal.say("no limit groups yet: they are learned from the first jobs")
+
+
+# ---------------------------------------------------------------- stacks
+
+app.command()(cli_stack.setup)
+app.add_typer(cli_stack.keys_app, name="keys")
+app.add_typer(local_app, name="local")
+
+
+@local_app.command("up")
+def local_up(
+    *,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")
+    ] = 4566,
+    claude_url: Annotated[
+        str | None,
+        typer.Option("--claude-url", help="Claude for keys that name no base_url."),
+    ] = None,
+    key_pool: Annotated[
+        Path | None, typer.Option("--key-pool", help="JSON file with upstream keys.")
+    ] = None,
+    client_key: Annotated[
+        str | None,
+        typer.Option("--client-key", help="Client key to let in. Default: a random one."),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option("--concurrency", min=2, max=1000, help="Worker invocations at a time."),
+    ] = None,
+) -> None:
+    """Run the whole of Sluice here until Ctrl-C.
+
+    With neither --claude-url nor --key-pool the bundled simulator stands for Claude: no account, no
+    cost. When all is up, one JSON line says where: api_url for SLUICE_URL, client_key for
+    SLUICE_KEY.
+    """
+    try:
+        from scripts.local_stack import up
+    except ModuleNotFoundError as error:
+        raise CommandFailed(f"the local stack needs {error.name}: run `make setup`") from None
+    raise typer.Exit(
+        up(
+            port=port,
+            claude_url=claude_url,
+            key_pool=key_pool,
+            client_key=client_key,
+            concurrency=concurrency,
+        )
+    )
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - called by Typer
+    if wanted:
+        try:
+            typer.echo(version("sluice"))
+        except PackageNotFoundError:
+            typer.echo("unknown: not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    pass
+
+
+def _gateway(url: str | None, key: str | None) -> "Gateway":
+    from scripts.client import Gateway
+
+    return Gateway(url, key, on_wait=terminal.say)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f'--metadata "{text}" is not name=value')
+    return name, value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    try:
+        app(arguments, prog_name="sluice")
+    except CommandFailed as failed:
+        terminal.say(f"error: {failed}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Commands for a deployed stack: `sluice setup` and `sluice keys`. They speak to AWS."""
+# ruff: noqa: PLC0415 - boto3 takes half a second to load; only these commands pay for it
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scripts import terminal
+from scripts.cli_errors import CommandFailed
+
+if TYPE_CHECKING:
+    from scripts.setup_stack import KeyPool, Stack
+
+keys_app = typer.Typer(no_args_is_help=True, help="Client keys of a deployed stack.")
+
+StackName = Annotated[str, typer.Option("--stack", help="Name of the CloudFormation stack.")]
+Region = Annotated[
+    str | None, typer.Option("--region", help="AWS region. Default: that of your AWS profile.")
+]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option("--endpoint-url", help="Another address for AWS, such as the local stack's."),
+]
+
+
+def setup(
+    *,
+    stack: StackName,
+    key_pool: Annotated[
+        Path | None,
+        typer.Option(
+            "--key-pool",
+            help='File with the upstream keys: {"keys": [{"id", "api_key", ...}]}. `-` reads '
+            "standard input. Default: asks for them, hidden.",
+            allow_dash=True,
+        ),
+    ] = None,
+    tenant: Annotated[
+        str, typer.Option("--tenant", help="Who the first client key is for.")
+    ] = "default",
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """Make a freshly deployed stack ready: store Claude API keys, print a first client key.
+
+    Uses your AWS credentials. Run again, it keeps the upstream keys unless told otherwise, and
+    makes another client key.
+    """
+    from scripts.setup_stack import Stack
+
+    deployed = Stack(stack, region, endpoint_url)
+    pool = _key_pool_for(deployed, key_pool)
+    if pool is not None:
+        deployed.write_key_pool(pool)
+        keys = terminal.counted(len(pool["keys"]), "upstream key")
+        terminal.say(f"stored {keys} in the key pool of {stack}")
+    client_key = _print_new_client_key(deployed, tenant, None)
+    if endpoint_url is None:
+        _try_out(deployed.api_url, client_key)
+    else:
+        terminal.say(
+            "SLUICE_URL is the address in AWS; the local stack's is api_url of its own line"
+        )
+
+
+@keys_app.command("create")
+def create_key(
+    *,
+    stack: StackName,
+    tenant: Annotated[str, typer.Option("--tenant", help="Who the key is for.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="A word to know the key by. Default: the tenant.")
+    ] = None,
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """Make a client key and print it, once: only its hash is kept."""
+    from scripts.setup_stack import Stack
+
+    _print_new_client_key(Stack(stack, region, endpoint_url), tenant, name)
+
+
+@keys_app.command("list")
+def list_keys(
+    *,
+    stack: StackName,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """List client keys: id, tenant, name, state. The keys themselves are not kept anywhere."""
+    from scripts.setup_stack import Stack
+
+    keys = Stack(stack, region, endpoint_url).list_client_keys()
+    if as_json:
+        terminal.print_json({"data": keys})
+    elif keys:
+        from scripts import show
+
+        show.console().print(show.keys_table(keys))
+    else:
+        terminal.say("no client keys: `sluice keys create` makes one")
+
+
+@keys_app.command("revoke")
+def revoke_keys(
+    key_ids: Annotated[list[str], typer.Argument(help="Key ids, as `sluice keys list` shows.")],
+    *,
+    stack: StackName,
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """Revoke client keys, within a minute. Jobs they submitted go on."""
+    from scripts.setup_stack import Stack
+
+    deployed = Stack(stack, region, endpoint_url)
+    for key_id in key_ids:
+        deployed.revoke_client_key(key_id)
+        print(f"{key_id} revoked")
+
+
+def _key_pool_for(deployed: "Stack", file: Path | None) -> "KeyPool | None":
+    """Returns the upstream keys to store, or None to keep those the stack has."""
+    from scripts.setup_stack import ask_for_key_pool, read_key_pool
+
+    if file is not None:
+        with terminal.lines_of(file) as lines:
+            text = b"".join(lines).decode(errors="replace")
+        return read_key_pool(text, f"key pool {file}")
+    present = deployed.key_pool_ids()
+    if not sys.stdin.isatty():
+        if present:
+            terminal.say(f"kept the upstream keys {', '.join(present)}; --key-pool replaces them")
+            return None
+        raise CommandFailed("there is no terminal to ask for upstream keys: give --key-pool FILE")
+    if present:
+        there = terminal.counted(len(present), "upstream key")
+        question = f"The stack has {there} ({', '.join(present)}). Replace?"
+        if not typer.confirm(question, default=False, err=True):
+            return None
+    terminal.say("Keys of one organization share its limits: a second one adds no speed.")
+    return ask_for_key_pool(_ask_hidden, terminal.say)
+
+
+def _ask_hidden(question: str) -> str:
+    answer: str = typer.prompt(question, default="", hide_input=True, show_default=False, err=True)
+    return answer
+
+
+def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> str:
+    client_key, key_id = deployed.create_client_key(tenant, name)
+    terminal.say(f'client key {key_id} for tenant "{tenant}"; it is shown this once:')
+    print(f"export SLUICE_URL={deployed.api_url}")
+    print(f"export SLUICE_KEY={client_key}")
+    return client_key
+
+
+def _try_out(url: str, client_key: str) -> None:
+    """Proves address and key with one call; what goes wrong is said and fails nothing."""
+    from scripts.client import Gateway
+
+    try:
+        with Gateway(url, client_key) as gateway:
+            gateway.limits()
+    except CommandFailed as failed:
+        terminal.say(f"the gateway does not answer as it should yet: {failed}")
+    else:
+        terminal.say('the gateway answers; try: sluice submit --prompt "Hello" --wait')

@@ -1,0 +1,252 @@
+"""The HTTP API of Sluice as Python calls: resends what may be resent, raises typed errors."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from scripts.cli_errors import CommandFailed, GatewayRefused, GatewayUnreachable, NotConfigured
+
+Json = dict[str, Any]
+
+MAX_IDS_PER_LOOK = 100
+FINAL_STATES = frozenset({"succeeded", "errored", "canceled", "expired"})
+
+TOO_MANY_REQUESTS = 429
+UNAUTHORIZED = 401
+# Every call of this client is safe to send twice: reads, cancels, and submits under an
+# Idempotency-Key. So a lost reply and these answers are followed by the same call again.
+RESENT_STATUSES = frozenset({429, 500, 502, 503, 504})
+
+# An API Gateway integration gives up after 30 s, so waiting longer for an answer is in vain.
+ANSWER_TIMEOUT_SECONDS = 35.0
+# Nothing has answered yet: most likely the address is wrong, and the person wants to know now.
+FIRST_ANSWER_PATIENCE_SECONDS = 1.5
+PATIENCE_SECONDS = 60.0
+# 429 and 503 are a request to come back later, not a fault.
+BUSY_PATIENCE_SECONDS = 300.0
+LONGEST_BACKOFF_SECONDS = 10.0
+WORTH_SAYING_SECONDS = 2.0
+
+# A list may be taken while some of its jobs are not, for a reason that passes (a store is busy).
+PASSING_ERRORS = frozenset({"api_error", "overloaded_error", "rate_limit_error", "timeout_error"})
+PASSING_REJECTION_RESENDS = 5
+
+
+def _ignore(_: str) -> None:
+    """Drops the note."""
+
+
+class Gateway:
+    """One gateway, spoken to with one client key. Threads may share it."""
+
+    def __init__(  # noqa: PLR0913 - the last four are the outside world
+        self,
+        url: str | None,
+        key: str | None,
+        *,
+        on_wait: Callable[[str], None] = _ignore,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.url = _checked_url(url)
+        self.on_wait = on_wait
+        self._sleep = sleep
+        self._clock = clock
+        self._jitter = jitter
+        self._has_answered = False
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"x-api-key": _checked_key(key), "accept": "application/json"},
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_SECONDS, connect=5.0),
+        )
+
+    def __enter__(self) -> Self:
+        """Leaves the connections open until the block ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def submit(self, body: bytes, idempotency_key: str) -> list[Json]:
+        """Creates the jobs of a list, once, however often it is sent; returns each one's fate."""
+        headers = {"content-type": "application/json", "idempotency-key": idempotency_key}
+        for resend in range(PASSING_REJECTION_RESENDS + 1):
+            entries = self._rows(self._call("POST", "/jobs", content=body, headers=headers))
+            passing = any(_is_passing(entry) for entry in entries)
+            if not passing or resend == PASSING_REJECTION_RESENDS:
+                break
+            # The whole list again, because a job is known by its place in the list.
+            self._sleep(self._backoff_seconds(resend + 2))
+        return entries
+
+    def job(self, job_id: str) -> Json:
+        """Returns one job with its attempts and its answer."""
+        return self._call("GET", f"/jobs/{quote(job_id, safe='')}")
+
+    def look(self, job_ids: Sequence[str]) -> list[Json]:
+        """Returns the summaries of up to 100 jobs; unknown ones are left out."""
+        return self._rows(self._call("GET", "/jobs", query={"ids": ",".join(job_ids)}))
+
+    def newest(self, state: str | None = None, page_size: int = 100) -> Iterator[Json]:
+        """Yields the summaries of all jobs, newest first, page after page of up to 100."""
+        query: dict[str, str] = {"limit": str(min(100, page_size))}
+        if state:
+            query["state"] = state
+        while True:
+            page = self._call("GET", "/jobs", query=query)
+            yield from self._rows(page)
+            if not page.get("has_more") or not page.get("next_page"):
+                return
+            query["page"] = str(page["next_page"])
+
+    def cancel(self, job_id: str) -> Json:
+        """Cancels a job that has not started; asks a running one to end."""
+        return self._call("DELETE", f"/jobs/{quote(job_id, safe='')}")
+
+    def usage(self, query: Mapping[str, str]) -> Json:
+        """Returns tokens and cost, grouped."""
+        return self._call("GET", "/usage", query=query)
+
+    def limits(self) -> list[Json]:
+        """Returns every limit group the gateway knows."""
+        return self._rows(self._call("GET", "/limits"))
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Json:
+        started = self._clock()
+        failure: CommandFailed
+        for resend in count():
+            try:
+                response = self._http.request(
+                    method, path, params=query, content=content, headers=headers
+                )
+            except httpx.TransportError as error:
+                failure = GatewayUnreachable(self.url, str(error) or type(error).__name__)
+                patience = PATIENCE_SECONDS if self._has_answered else FIRST_ANSWER_PATIENCE_SECONDS
+                pause = self._backoff_seconds(resend)
+            else:
+                self._has_answered = True
+                if response.is_success:
+                    return self._decoded(response)
+                failure = self._refusal(response)
+                if response.status_code not in RESENT_STATUSES:
+                    raise failure
+                busy = response.status_code in {429, 503}
+                patience = BUSY_PATIENCE_SECONDS if busy else PATIENCE_SECONDS
+                named = _retry_after_seconds(response)
+                pause = self._backoff_seconds(resend) if named is None else named
+            if self._clock() - started + pause > patience:
+                raise failure
+            if pause >= WORTH_SAYING_SECONDS:
+                self.on_wait(f"{failure}; sending again in {pause:.0f} s")
+            self._sleep(pause)
+        raise AssertionError  # pragma: no cover (count() has no end)
+
+    def _backoff_seconds(self, resend: int) -> float:
+        """0.2 s, doubled each time up to 10 s, of which half is left to chance."""
+        longest = min(LONGEST_BACKOFF_SECONDS, 0.2 * 2.0 ** min(resend, 10))
+        return longest * (0.5 + self._jitter() / 2)
+
+    def _decoded(self, response: httpx.Response) -> Json:
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise NotConfigured(self._not_sluice(response.status_code))
+        return body
+
+    def _rows(self, body: Json) -> list[Json]:
+        rows = body.get("data")
+        if not isinstance(rows, list):
+            raise NotConfigured(self._not_sluice(httpx.codes.OK))
+        return rows
+
+    def _refusal(self, response: httpx.Response) -> CommandFailed:
+        """Returns what the error answer means, whoever on the way wrote it."""
+        status = response.status_code
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        body = body if isinstance(body, dict) else {}
+        error = body.get("error")
+        if not isinstance(error, dict):
+            # Not our shape: API Gateway's own answer, or not Sluice at all.
+            if status in RESENT_STATUSES or status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+                message = str(body.get("message") or response.reason_phrase)
+                request_id = response.headers.get("apigw-requestid")
+                kind = "rate_limit_error" if status == TOO_MANY_REQUESTS else "api_error"
+                return GatewayRefused(status, kind, message, request_id)
+            return NotConfigured(self._not_sluice(status))
+        refused = GatewayRefused(
+            status,
+            str(error.get("type", "api_error")),
+            str(error.get("message", "no message")),
+            body.get("request_id") or response.headers.get("request-id"),
+            body.get("data"),
+        )
+        if status == UNAUTHORIZED:
+            return NotConfigured(
+                f"{self.url} does not accept this client key: set SLUICE_KEY or give --key "
+                f"({refused})"
+            )
+        return refused
+
+    def _not_sluice(self, status: int) -> str:
+        return (
+            f"{self.url} does not answer as Sluice does (HTTP {status}): "
+            "set SLUICE_URL to the stack's ApiUrl or give --url"
+        )
+
+
+def _checked_url(url: str | None) -> str:
+    if not url:
+        raise NotConfigured(
+            "no gateway address: set SLUICE_URL or give --url "
+            "(`sluice setup` and `sluice local up` print it)"
+        )
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    if parts.scheme not in {"http", "https"} or not parts.host:
+        raise NotConfigured(
+            f'"{url}" is no gateway address: set SLUICE_URL or give --url as https://...'
+        )
+    return url.rstrip("/")
+
+
+def _checked_key(key: str | None) -> str:
+    if not key:
+        raise NotConfigured(
+            "no client key: set SLUICE_KEY or give --key "
+            "(`sluice setup` and `sluice keys create` make one)"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise NotConfigured("this client key holds characters no key has: set SLUICE_KEY again")
+    return key
+
+
+def _is_passing(entry: Json) -> bool:
+    return entry["status"] == "rejected" and entry["error"]["type"] in PASSING_ERRORS
+
+
+def _retry_after_seconds(response: httpx.Response) -> float | None:
+    """Returns the whole seconds the answer names, or None (the date form is not used here)."""
+    named = response.headers.get("retry-after", "")
+    return float(named) if named.isdigit() else None

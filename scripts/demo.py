@@ -1,0 +1,343 @@
+"""`make demo`: the whole of Sluice on this machine, 200 jobs against the simulator, and the bill.
+
+Needs no account and costs nothing. With ANTHROPIC_API_KEY set, and a person at the terminal, it
+offers three tiny jobs against the real API in its place.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import cycle, islice
+from types import FrameType
+from typing import Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from scripts.cli_errors import CommandFailed
+from scripts.client import Gateway, Json
+from scripts.local_stack import LocalStack, Ready, StackError
+from scripts.local_stack.emulator import Child, clean_environment
+from scripts.progress import dollars, span
+from scripts.submission import deadline_at, read_jobs, send
+from scripts.submit_run import wait_and_show
+from scripts.terminal import say
+
+JOBS = 200
+REQUESTS_PER_MINUTE = 600
+# The simulator's bucket holds this much of its limit, so 100 of 600 calls may start at once.
+BURST_SECONDS = 10
+UPSTREAM_KEY = "sk-ant-test-demo"
+SIMULATOR_SECONDS = 30.0
+DEADLINE = "5m"
+SHOWN_CHARACTERS = 400
+
+SMALL, MIDDLE, LARGE = "claude-haiku-5-5", "claude-sonnet-5-5", "claude-opus-5-5"
+TASKS = (
+    "Summarise in two sentences what support ticket {n} is about: the parcel came late.",
+    "Translate into French: order {n} has left our warehouse.",
+    "Is review {n} positive, negative or mixed? It did what it promised, but it was loud.",
+    "Write a product description of at most fifty words for article {n}, a blue kettle.",
+    "Which city, date and amount stand in invoice {n}? Berlin, 3 May, 120 euros.",
+)
+
+REAL_JOBS = 3
+REAL_TASKS = (
+    "Say hello in one short sentence.",
+    "Name a river, nothing else.",
+    "What is two plus two? One word.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of submitting a list of jobs and waiting for them."""
+
+    jobs: int
+    succeeded: int
+    failed: int
+    began_at: float
+    ended_at: float
+    cost_micro_usd: int
+    answer: str
+
+    @property
+    def seconds(self) -> float:
+        """From the submit to the last answer."""
+        return self.ended_at - self.began_at
+
+
+# ---------------------------------------------------------------- the jobs
+
+
+def demo_jobs() -> list[Json]:
+    """Returns 200 jobs of many kinds; no two are alike, so that a call paid twice would show."""
+    return [_demo_job(number) for number in range(1, JOBS + 1)]
+
+
+def _demo_job(number: int) -> Json:
+    task = TASKS[number % len(TASKS)].format(n=number)
+    params: Json = {
+        "model": SMALL,
+        "max_tokens": 256,
+        "messages": [{"role": "user", "content": task}],
+    }
+    if number % 10 == 0:
+        params["model"] = MIDDLE
+        params["system"] = "You are a careful clerk. Answer briefly."
+    if number % 40 == 0:
+        params |= {"model": LARGE, "max_tokens": 1500}
+        params["messages"] = [{"role": "user", "content": f"Write chapter {number} of a story."}]
+    if number == JOBS // 2:
+        params |= {"max_tokens": 2048, "thinking": {"type": "adaptive"}}
+    return {"custom_id": f"demo-{number:03}", "params": params, "metadata": {"run": "demo"}}
+
+
+def _real_jobs() -> list[Json]:
+    tasks = islice(cycle(REAL_TASKS), REAL_JOBS)
+    return [
+        {
+            "custom_id": f"real-{number}",
+            "params": {
+                "model": SMALL,
+                "max_tokens": 64,
+                "messages": [{"role": "user", "content": task}],
+            },
+        }
+        for number, task in enumerate(tasks, start=1)
+    ]
+
+
+def run_jobs(ready: Ready, jobs: list[Json]) -> Run:
+    """Submits the jobs, shows the bar until they are done, and returns what came of them."""
+    finished: list[Json] = []
+    with Gateway(ready.api_url, ready.client_key, on_wait=say) as gateway:
+        began_at = time.time()
+        lines = (json.dumps(job).encode() for job in jobs)
+        # Whatever goes wrong (a key that is not accepted, say), the demo comes to an end.
+        defaults = {"deadline": deadline_at(DEADLINE, datetime.now(UTC))}
+        outcome = send(gateway, read_jobs(lines, defaults), f"demo-{uuid.uuid4().hex}")
+        if outcome.stopped:
+            raise outcome.stopped
+        for line in outcome.rejected:
+            say(f"job {line.line}: {line.error_type}: {line.message}")
+        wait_and_show(gateway, [job.job_id for job in outcome.accepted], finished.extend)
+        done = [job for job in finished if job["state"] == "succeeded"]
+        example = gateway.job(done[0]["id"]) if done else None
+        failed = [job for job in finished if job["state"] != "succeeded"]
+        for job in failed:
+            say(f"{job['custom_id']} {job['state']}: {(job.get('error') or {}).get('message')}")
+    return Run(
+        jobs=len(jobs),
+        succeeded=len(done),
+        failed=len(jobs) - len(done),
+        began_at=began_at,
+        ended_at=max((_epoch(job["finished_at"]) for job in finished), default=began_at),
+        cost_micro_usd=sum(job.get("cost_micro_usd") or 0 for job in finished),
+        answer=(example or {}).get("text") or "no answer",
+    )
+
+
+def _epoch(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+# ---------------------------------------------------------------- against the simulator
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """What the simulator has seen: it keeps books as Claude's billing would."""
+
+    calls: int
+    answered: int
+    rate_limited: int
+    billed: int
+    billed_twice: int
+    ideal_seconds: float
+    limit_use: float
+
+
+def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -> Upstream:
+    """Returns what the simulator's books say about a run that began at `began_at`."""
+    answered: dict[str, list[Json]] = defaultdict(list)
+    for row in ledger:
+        if row["outcome"] == "answered":
+            answered[row["model_group"]].append(row)
+    rate, capacity = REQUESTS_PER_MINUTE / 60, REQUESTS_PER_MINUTE / 60 * BURST_SECONDS
+    busiest = sorted(row["at"] for row in max(answered.values(), key=len, default=[]))
+    allowed = capacity + rate * (busiest[-1] - began_at) if busiest else 1.0
+    return Upstream(
+        calls=stats["requests"],
+        answered=stats["answered"],
+        rate_limited=stats["rate_limited"]["total"],
+        billed=stats["billed"],
+        billed_twice=stats["duplicates"]["extra_calls"],
+        ideal_seconds=max(
+            (ideal_seconds(rows, rate, capacity) for rows in answered.values()), default=0.0
+        ),
+        limit_use=len(busiest) / allowed,
+    )
+
+
+def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> float:
+    """Returns how long these calls take if each starts as soon as the request limit lets it."""
+    times = sorted((float(call["at"]), float(call["ended_at"])) for call in calls)
+    return max(
+        max(0.0, (place - capacity) / per_second) + ended_at - at
+        for place, (at, ended_at) in enumerate(times, start=1)
+    )
+
+
+@contextmanager
+def _simulator() -> Iterator[str]:
+    """Gives the address of a simulator with the demo's limits."""
+    child = Child(
+        *("scripts.claude_simulator", "--port", "0", "--keys", UPSTREAM_KEY),
+        *("--rpm", str(REQUESTS_PER_MINUTE), "--burst-seconds", str(BURST_SECONDS)),
+        environment=clean_environment(),
+        stdout=subprocess.PIPE,
+    )
+    try:
+        stdout = child.process.stdout
+        lines: list[bytes] = []
+        # A reader of its own, because reading a pipe cannot be given up after a time.
+        reader = threading.Thread(
+            target=lambda: lines.append(stdout.readline() if stdout else b""), daemon=True
+        )
+        reader.start()
+        reader.join(SIMULATOR_SECONDS)
+        try:
+            url = str(json.loads(lines[0])["url"])
+        except (IndexError, ValueError, KeyError):
+            raise StackError(f"the simulator did not start: {child.last_words()}") from None
+        yield url
+    finally:
+        child.kill()
+
+
+def _against_simulator(console: Console) -> bool:
+    say(f"Starting Claude's simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice.")
+    with _simulator() as claude_url:
+        pool = {"keys": [{"id": "demo", "api_key": UPSTREAM_KEY, "base_url": claude_url}]}
+        with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
+            say(f"Submitting {JOBS} jobs.")
+            run = run_jobs(ready, demo_jobs())
+            upstream = _books(claude_url, run.began_at)
+    console.print(_simulated_table(run, upstream))
+    _print_answer(console, run)
+    return run.succeeded == run.jobs and upstream.billed_twice == 0
+
+
+def _books(claude_url: str, began_at: float) -> Upstream:
+    with httpx.Client(base_url=f"{claude_url}/_simulator", trust_env=False) as books:
+        stats = books.get("/stats").raise_for_status().json()
+        ledger = books.get("/ledger").raise_for_status().text
+    return upstream_of(stats, [json.loads(line) for line in ledger.splitlines()], began_at)
+
+
+def _simulated_table(run: Run, upstream: Upstream) -> Table:
+    per_answer = upstream.rate_limited / max(1, upstream.answered)
+    twice = upstream.billed_twice
+    table = _result_table(run)
+    table.add_row("429s from Claude", f"{upstream.rate_limited} in {upstream.calls} calls")
+    table.add_row("429s per answer", f"{per_answer:.3f}")
+    table.add_row("billed twice", Text(f"{twice} calls", style="red" if twice else "green"))
+    table.add_row("limit used until the last start", f"{upstream.limit_use:.0%}")
+    table.add_row("time", f"{run.seconds:.1f} s")
+    table.add_row("ideal time under this limit", f"{upstream.ideal_seconds:.1f} s")
+    table.add_row("cost", f"{dollars(run.cost_micro_usd)} (would be, at Claude's prices)")
+    return table
+
+
+# ---------------------------------------------------------------- against the real API
+
+
+def _against_claude(console: Console, api_key: str) -> bool:
+    say("Starting Sluice.")
+    pool = {"keys": [{"id": "main", "api_key": api_key}]}
+    with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
+        run = run_jobs(ready, _real_jobs())
+    table = _result_table(run)
+    table.add_row("time", span(run.seconds))
+    table.add_row("cost", dollars(run.cost_micro_usd))
+    console.print(table)
+    _print_answer(console, run)
+    return run.succeeded == run.jobs
+
+
+def _real_key_if_wanted() -> str | None:
+    """Returns the real key when there is one, a person to ask, and the person says yes."""
+    key = os.environ.get("ANTHROPIC_API_KEY")
+    if not key or not sys.stdin.isatty() or not sys.stdout.isatty():
+        return None
+    question = (
+        f"ANTHROPIC_API_KEY is set. Send {REAL_JOBS} tiny jobs to the real API (far below one "
+        "cent) in place of the simulator?"
+    )
+    return key if typer.confirm(question, default=False) else None
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def _result_table(run: Run) -> Table:
+    table = Table(title="What came of it", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row(
+        "succeeded",
+        Text(f"{run.succeeded} of {run.jobs} jobs", style="red" if run.failed else "green"),
+    )
+    table.add_row("failed", Text(f"{run.failed} jobs", style="red" if run.failed else "green"))
+    return table
+
+
+def _print_answer(console: Console, run: Run) -> None:
+    text = run.answer
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[:SHOWN_CHARACTERS]}…"
+    console.print(Panel(Text(text), title="One of the answers", title_align="left"))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    # A second Ctrl-C must not interrupt the cleaning up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Runs the demo; returns 0 only if every job succeeded and none was billed twice."""
+    console = Console(highlight=False)
+    try:
+        key = _real_key_if_wanted()
+        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, _stop)
+        good = _against_claude(console, key) if key else _against_simulator(console)
+    except (CommandFailed, StackError) as error:
+        say(f"error: {error}")
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        say("stopped; nothing is left running")
+        return 130
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

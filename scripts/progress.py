@@ -1,0 +1,289 @@
+"""Waiting for jobs: what is known of them, when to look again, and progress as plain lines."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol, Self, TextIO
+
+from scripts.cli_errors import CommandFailed, GatewayRefused, GatewayUnreachable
+from scripts.client import FINAL_STATES, MAX_IDS_PER_LOOK, Json
+
+RATE_WINDOW_SECONDS = 20.0
+# Before this much time has passed a rate says more about the first answers than about the run.
+RATE_NEEDS_SECONDS = 4.0
+ETA_NEEDS_CALLS = 10
+LIMITS_EVERY_SECONDS = 10.0
+LINES_EVERY_SECONDS = 5.0
+
+SOONEST_LOOK_SECONDS = 0.5
+LATEST_LOOK_SECONDS = 5.0
+IDS_PER_ROUND = 10 * MAX_IDS_PER_LOOK
+LOOKS_IN_FLIGHT = 4
+# Without one answer for so long, waiting is no longer the right thing.
+UNREACHABLE_PATIENCE_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the bar shows at one moment."""
+
+    total: int
+    succeeded: int
+    failed: int
+    running: int
+    waiting: int
+    cost_micro_usd: int
+    per_minute: float | None
+    limit_per_minute: int | None
+    eta_seconds: float | None
+
+    @property
+    def done(self) -> int:
+        """Jobs in a final state."""
+        return self.succeeded + self.failed
+
+    def text(self) -> str:
+        """All of it in one line."""
+        parts = [
+            f"{self.failed} failed",
+            f"{self.waiting} waiting",
+            f"{self.running} running",
+        ]
+        if self.per_minute is not None:
+            limit = "" if self.limit_per_minute is None else f" of {self.limit_per_minute:,}"
+            parts.append(f"{self.per_minute:,.0f}{limit} requests/min")
+        elif self.limit_per_minute is not None:
+            parts.append(f"limit {self.limit_per_minute:,} requests/min")
+        if self.eta_seconds is not None:
+            parts.append(f"ETA {span(self.eta_seconds)}")
+        parts.append(dollars(self.cost_micro_usd))
+        return " · ".join(parts)
+
+
+class Tally:
+    """What is known of the jobs waited for. Holds no clock: the time comes with each call."""
+
+    def __init__(
+        self,
+        job_ids: Iterable[str],
+        started_at: float,
+        group_of: Callable[[str], str] = str,
+    ) -> None:
+        self._states = dict.fromkeys(job_ids, "queued")
+        self._total = len(self._states)
+        self._turn = deque(self._states)
+        self._counts = Counter(self._states.values())
+        self._cost_micro_usd = 0
+        self._started_at = started_at
+        self._finishes: deque[tuple[float, int]] = deque()
+        self._limits: list[Json] = []
+        self._group_of = group_of
+        self._groups: set[str] = set()
+
+    @property
+    def unfinished(self) -> int:
+        """Jobs that are not in a final state, as far as is known."""
+        return len(self._states)
+
+    @property
+    def succeeded(self) -> int:
+        """Jobs that succeeded."""
+        return self._counts["succeeded"]
+
+    def next_round(self) -> list[str]:
+        """Returns the unfinished jobs to look at now: all of them, or the next thousand in turn."""
+        names: list[str] = []
+        for _ in range(len(self._turn)):
+            if len(names) == IDS_PER_ROUND:
+                break
+            job_id = self._turn.popleft()
+            if job_id in self._states:
+                self._turn.append(job_id)
+                names.append(job_id)
+        return names
+
+    def note(self, jobs: Iterable[Json], now: float) -> list[Json]:
+        """Takes in what a look has shown; returns the jobs that have become final."""
+        finished: list[Json] = []
+        for job in jobs:
+            before = self._states.get(job["id"])
+            if before is None:
+                continue
+            state = job["state"]
+            self._groups.add(self._group_of(job["model"]))
+            self._counts[before] -= 1
+            self._counts[state] += 1
+            self._states[job["id"]] = state
+            if state in FINAL_STATES:
+                del self._states[job["id"]]
+                self._cost_micro_usd += job.get("cost_micro_usd") or 0
+                finished.append(job)
+        # A job that was canceled before it started made no request.
+        called = sum(job["state"] in {"succeeded", "errored"} for job in finished)
+        if called:
+            self._finishes.append((now, called))
+        return finished
+
+    def note_limits(self, groups: Iterable[Json]) -> None:
+        """Takes in the limits of the groups."""
+        self._limits = list(groups)
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Returns what is known at this moment."""
+        while self._finishes and self._finishes[0][0] < now - RATE_WINDOW_SECONDS:
+            self._finishes.popleft()
+        elapsed = now - self._started_at
+        per_minute = eta = None
+        if elapsed >= RATE_NEEDS_SECONDS:
+            recent = sum(calls for _, calls in self._finishes)
+            per_second = recent / min(elapsed, RATE_WINDOW_SECONDS)
+            per_minute = per_second * 60
+            if self.unfinished and recent >= ETA_NEEDS_CALLS:
+                eta = self.unfinished / per_second
+        return Snapshot(
+            total=self._total,
+            succeeded=self._counts["succeeded"],
+            failed=sum(self._counts[state] for state in FINAL_STATES - {"succeeded"}),
+            running=self._counts["running"],
+            waiting=self._counts["queued"],
+            cost_micro_usd=self._cost_micro_usd,
+            per_minute=per_minute,
+            limit_per_minute=self._limit_per_minute(),
+            eta_seconds=eta,
+        )
+
+    def _limit_per_minute(self) -> int | None:
+        """The request limits learned of all groups these jobs draw on, together."""
+        known = [
+            group["limits"]["requests"]
+            for group in self._limits
+            if group["model_group"] in self._groups and group.get("limits") and group["learned"]
+        ]
+        return sum(limit for limit in known if limit) or None
+
+
+class Looks(Protocol):
+    """What waiting needs of a gateway."""
+
+    def look(self, job_ids: Sequence[str]) -> list[Json]:
+        """Returns the summaries of up to 100 jobs."""
+
+    def limits(self) -> list[Json]:
+        """Returns every limit group."""
+
+
+class Display(Protocol):
+    """Where progress is shown, from entering to leaving."""
+
+    def __enter__(self) -> Self:
+        """Takes its place."""
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the last counts standing."""
+
+    def show(self, snapshot: Snapshot, now: float) -> None:
+        """Shows the newest counts."""
+
+    def note(self, text: str) -> None:
+        """Says something once, beside the counts."""
+
+
+def wait_for(  # noqa: PLR0913 - the last two are the outside world
+    gateway: Looks,
+    job_ids: Iterable[str],
+    *,
+    display: Display,
+    group_of: Callable[[str], str] = str,
+    on_finished: Callable[[list[Json]], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Snapshot:
+    """Returns when every job is final, and shows how far they are until then.
+
+    The pause between looks halves when something has changed and grows by half when nothing has,
+    from 0.5 s to 5 s; the more jobs are unfinished, the longer it is at least, because each
+    look is paid for per job.
+    """
+    tally = Tally(job_ids, clock(), group_of)
+    pause = SOONEST_LOOK_SECONDS
+    limits_at = answered_at = clock()
+    display.show(tally.snapshot(clock()), clock())
+    with ThreadPoolExecutor(LOOKS_IN_FLIGHT) as pool:
+        while tally.unfinished:
+            sleep(pause)
+            names = tally.next_round()
+            chunks = [
+                names[at : at + MAX_IDS_PER_LOOK] for at in range(0, len(names), MAX_IDS_PER_LOOK)
+            ]
+            try:
+                seen = [job for jobs in pool.map(gateway.look, chunks) for job in jobs]
+                if clock() >= limits_at:
+                    tally.note_limits(gateway.limits())
+                    limits_at = clock() + LIMITS_EVERY_SECONDS
+            except (GatewayUnreachable, GatewayRefused) as failure:
+                if _is_lasting(failure) or clock() - answered_at > UNREACHABLE_PATIENCE_SECONDS:
+                    raise
+                display.note(f"{failure}; the jobs go on, looking again")
+                pause = LATEST_LOOK_SECONDS
+                continue
+            answered_at = clock()
+            finished = tally.note(seen, answered_at)
+            if finished:
+                on_finished(finished)
+            display.show(tally.snapshot(answered_at), answered_at)
+            least = min(LATEST_LOOK_SECONDS, SOONEST_LOOK_SECONDS * max(1, len(chunks)))
+            pause = max(least, pause / 2) if finished else min(LATEST_LOOK_SECONDS, pause * 1.5)
+    return tally.snapshot(clock())
+
+
+def _is_lasting(failure: CommandFailed) -> bool:
+    """Tells whether looking again would meet the same answer."""
+    return (
+        isinstance(failure, GatewayRefused) and failure.status < 500 and failure.status != 429  # noqa: PLR2004
+    )
+
+
+class PlainLines:
+    """Progress for logs and pipes: a line every five seconds, and one at the end."""
+
+    def __init__(self, stream: TextIO, *, now: Callable[[], datetime] = datetime.now) -> None:
+        self._stream = stream
+        self._now = now
+        self._shown_at: float | None = None
+
+    def __enter__(self) -> Self:
+        """Starts with nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends with nothing."""
+
+    def show(self, snapshot: Snapshot, now: float) -> None:
+        """Writes a line when one is due or all jobs are done."""
+        due = self._shown_at is None or now - self._shown_at >= LINES_EVERY_SECONDS
+        if due or snapshot.done == snapshot.total:
+            self._shown_at = now
+            self.note(f"{snapshot.done}/{snapshot.total} done · {snapshot.text()}")
+
+    def note(self, text: str) -> None:
+        """Writes a line."""
+        print(f"{self._now():%H:%M:%S}  {text}", file=self._stream, flush=True)
+
+
+def span(seconds: float) -> str:
+    """Writes a span as `42 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004
+        return f"{whole} s"
+    if whole < 3600:  # noqa: PLR2004
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def dollars(micro_usd: int) -> str:
+    """Writes micro-dollars with as many digits as say something: `$0.000123`, `$4.20`."""
+    whole, rest = divmod(micro_usd, 1_000_000)
+    return f"${whole:,}.{rest // 10_000:02}" if whole else f"${whole}.{rest:06}"

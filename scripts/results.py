@@ -1,0 +1,67 @@
+"""Finished jobs as lines of JSON, in the shape of Anthropic's batch results."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+from scripts.cli_errors import GatewayRefused
+from scripts.client import FINAL_STATES, Gateway, Json
+
+FETCHES_IN_FLIGHT = 8
+
+
+def batch_result(job: Json) -> Json:
+    """Returns a finished job as one row of batch results, with the job's id beside it."""
+    state = job["state"]
+    result: Json = {"type": state}
+    if state == "succeeded":
+        result["message"] = job["message"]
+    elif state == "errored":
+        error = job.get("error") or {"type": "api_error", "message": "no reason was recorded"}
+        attempts = job.get("attempts") or []
+        result["error"] = {
+            "type": "error",
+            "error": {"type": error["type"], "message": error["message"]},
+            "request_id": attempts[-1].get("request_id") if attempts else None,
+        }
+    return {"custom_id": job.get("custom_id"), "id": job["id"], "result": result}
+
+
+def line_of(job: Json) -> str:
+    """Returns a finished job as one line of JSON."""
+    return json.dumps(batch_result(job), ensure_ascii=False, separators=(",", ":"))
+
+
+def fetch(
+    gateway: Gateway,
+    job_ids: Iterable[str],
+    on_missing: Callable[[str, str], None],
+) -> Iterator[Json]:
+    """Yields each finished job in full, in the order asked for, several on their way at once.
+
+    A job that is unknown or not finished goes to `on_missing` with the reason.
+    """
+    names = iter(job_ids)
+    with ThreadPoolExecutor(FETCHES_IN_FLIGHT) as pool:
+
+        def ask(count: int) -> Iterator[tuple[str, Future[Json]]]:
+            return ((name, pool.submit(gateway.job, name)) for name in islice(names, count))
+
+        # Twice as many as there are threads: a slow one in front does not idle the others.
+        on_the_way = deque(ask(2 * FETCHES_IN_FLIGHT))
+        while on_the_way:
+            job_id, future = on_the_way.popleft()
+            on_the_way.extend(ask(1))
+            try:
+                job = future.result()
+            except GatewayRefused as refused:
+                if refused.error_type != "not_found_error":
+                    raise
+                on_missing(job_id, "there is no such job")
+                continue
+            if job["state"] in FINAL_STATES:
+                yield job
+            else:
+                on_missing(job_id, f"not finished: {job['state']}")

@@ -1,0 +1,229 @@
+"""A deployed stack as its operator sees it: upstream keys go in, client keys come out."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    NoRegionError,
+    ProfileNotFound,
+)
+
+from scripts.cli_errors import CommandFailed
+from sluice.domain import client_keys
+from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.keys import parse_key_pool
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_secretsmanager import SecretsManagerClient
+
+NEEDED_OUTPUTS = ("ApiUrl", "KeyPoolSecretArn", "PepperSecretArn", "ClientKeysTableName")
+USABLE_STATUSES = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
+
+KeyPool = dict[str, Any]
+
+
+class Stack:
+    """One deployed stack, found by its name through CloudFormation."""
+
+    def __init__(
+        self, name: str, region: str | None = None, endpoint_url: str | None = None
+    ) -> None:
+        with _said_plainly(f"read stack {name}"):
+            self._session = boto3.Session(region_name=region)
+            self._endpoint_url = endpoint_url
+            outputs = self._read_outputs(name)
+        missing = [output for output in NEEDED_OUTPUTS if output not in outputs]
+        if missing:
+            raise CommandFailed(
+                f"stack {name} has no output {', '.join(missing)}: is it a Sluice stack?"
+            )
+        self.name = name
+        self.api_url = outputs["ApiUrl"]
+        self._key_pool_secret = outputs["KeyPoolSecretArn"]
+        self._pepper_secret = outputs["PepperSecretArn"]
+        self._keys_table = outputs["ClientKeysTableName"]
+
+    def _read_outputs(self, name: str) -> dict[str, str]:
+        cloudformation = self._session.client("cloudformation", endpoint_url=self._endpoint_url)
+        try:
+            found = cloudformation.describe_stacks(StackName=name)["Stacks"]
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ValidationError":
+                raise
+            found = []
+        if not found:
+            region = self._session.region_name
+            raise CommandFailed(
+                f"there is no stack {name} in {region}: deploy it first, or give --region"
+            )
+        if found[0]["StackStatus"] not in USABLE_STATUSES:
+            raise CommandFailed(
+                f"stack {name} is {found[0]['StackStatus']}: wait or mend the deployment first"
+            )
+        return {each["OutputKey"]: each["OutputValue"] for each in found[0].get("Outputs", [])}
+
+    @property
+    def _secrets(self) -> "SecretsManagerClient":
+        return self._session.client("secretsmanager", endpoint_url=self._endpoint_url)
+
+    @property
+    def _dynamodb(self) -> "DynamoDBClient":
+        return self._session.client("dynamodb", endpoint_url=self._endpoint_url)
+
+    def key_pool_ids(self) -> list[str]:
+        """Returns the ids of the upstream keys the stack has; none when the pool is unusable."""
+        with _said_plainly("read the key pool"):
+            text = self._secrets.get_secret_value(SecretId=self._key_pool_secret)["SecretString"]
+        try:
+            return [key.id for key in parse_key_pool(json.loads(text))]
+        except (KeyPoolBroken, ValueError):
+            return []
+
+    def write_key_pool(self, pool: Mapping[str, Any]) -> None:
+        """Makes `pool` the stack's upstream keys."""
+        with _said_plainly("write the key pool"):
+            self._secrets.put_secret_value(
+                SecretId=self._key_pool_secret, SecretString=json.dumps(pool)
+            )
+
+    def create_client_key(
+        self,
+        tenant: str,
+        name: str | None = None,
+        *,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> tuple[str, str]:
+        """Returns a new client key and its id. Only hashes of the key are stored."""
+        key = client_keys.new_key(random_bytes(32))
+        with _said_plainly("read the pepper"):
+            pepper = self._secrets.get_secret_value(SecretId=self._pepper_secret)["SecretString"]
+        key_id = client_keys.key_id(pepper, key)
+        with _said_plainly("store the client key"):
+            self._dynamodb.put_item(
+                TableName=self._keys_table,
+                Item={
+                    "key_id": {"S": key_id},
+                    "hash": {"S": client_keys.verifier(pepper, key)},
+                    "tenant": {"S": tenant},
+                    "name": {"S": name or tenant},
+                    "created_at": {"S": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")},
+                    "disabled": {"BOOL": False},
+                },
+                ConditionExpression="attribute_not_exists(key_id)",
+            )
+        return key, key_id
+
+    def list_client_keys(self) -> list[dict[str, Any]]:
+        """Returns every client key without its hash, the oldest first."""
+        keys: list[dict[str, Any]] = []
+        with _said_plainly("list the client keys"):
+            pages = self._dynamodb.get_paginator("scan").paginate(TableName=self._keys_table)
+            for page in pages:
+                keys += [
+                    {
+                        "key_id": item["key_id"].get("S", ""),
+                        "tenant": item["tenant"].get("S", ""),
+                        "name": item.get("name", {}).get("S"),
+                        "created_at": item.get("created_at", {}).get("S"),
+                        "disabled": bool(item.get("disabled", {}).get("BOOL")),
+                    }
+                    for item in page["Items"]
+                ]
+        return sorted(keys, key=lambda key: (key["created_at"] or "", key["key_id"]))
+
+    def revoke_client_key(self, key_id: str) -> None:
+        """Disables a client key; its jobs go on."""
+        with _said_plainly("revoke the client key"):
+            try:
+                self._dynamodb.update_item(
+                    TableName=self._keys_table,
+                    Key={"key_id": {"S": key_id}},
+                    UpdateExpression="SET disabled = :yes",
+                    ConditionExpression="attribute_exists(key_id)",
+                    ExpressionAttributeValues={":yes": {"BOOL": True}},
+                )
+            except ClientError as error:
+                if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
+                    raise
+                raise CommandFailed(
+                    f"there is no client key {key_id}; `sluice keys list` shows the key ids"
+                ) from None
+
+
+def read_key_pool(text: str, source: str) -> KeyPool:
+    """Returns the key pool written in `text`; says what is wrong with it, never showing a key."""
+    try:
+        pool = json.loads(text)
+        keys = parse_key_pool(pool)
+    except json.JSONDecodeError as error:
+        raise CommandFailed(
+            f"{source} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from None
+    except KeyPoolBroken as error:
+        raise CommandFailed(f"{source}: {error}") from None
+    if not keys:
+        raise CommandFailed(f"{source} has no keys")
+    return dict(pool)
+
+
+def ask_for_key_pool(ask: Callable[[str], str], say: Callable[[str], None]) -> KeyPool:
+    """Returns a key pool of the keys a person types, until an empty line."""
+    keys: list[str] = []
+    while True:
+        key = ask(f"Claude API key {len(keys) + 1} (hidden; empty line to end)").strip()
+        if not key:
+            break
+        reason = _wrong_with_key(key, keys)
+        if reason:
+            say(reason)
+            continue
+        keys.append(key)
+    if not keys:
+        raise CommandFailed("no upstream key was given, so no job could run: nothing was changed")
+    return {
+        "keys": [
+            {"id": "main" if number == 1 else f"key-{number}", "api_key": key}
+            for number, key in enumerate(keys, start=1)
+        ]
+    }
+
+
+def _wrong_with_key(key: str, others: list[str]) -> str | None:
+    if not key.isascii() or not key.isprintable() or " " in key:
+        return "That holds characters no key has; copy it again."
+    if key.startswith("sk-ant-admin"):
+        return "That is an admin key, which cannot send messages; give an API key (sk-ant-api...)."
+    if key in others:
+        return "That key was given before."
+    return None
+
+
+@contextmanager
+def _said_plainly(doing: str) -> Iterator[None]:
+    """Turns what boto3 raises into one line that says what to do."""
+    try:
+        yield
+    except NoRegionError:
+        raise CommandFailed("no AWS region: give --region or set AWS_REGION") from None
+    except NoCredentialsError:
+        raise CommandFailed(
+            "no AWS credentials: sign in first (`aws sso login`), or set AWS_PROFILE"
+        ) from None
+    except ProfileNotFound as error:
+        raise CommandFailed(f"{error}: set AWS_PROFILE to one of yours") from None
+    except ClientError as error:
+        facts = error.response["Error"]
+        code, message = facts.get("Code", "error"), facts.get("Message", "")
+        raise CommandFailed(f"AWS refused to {doing}: {code}: {message}") from None
+    except (BotoCoreError, ValueError) as error:
+        # ValueError: an endpoint URL that is none.
+        raise CommandFailed(f"cannot {doing}: {error}") from None

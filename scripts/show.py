@@ -1,0 +1,193 @@
+"""Jobs, usage and limits as panels and tables for a person."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from scripts.client import FINAL_STATES, Json
+from scripts.progress import dollars
+
+STATE_STYLES = {
+    "succeeded": "green",
+    "errored": "red",
+    "expired": "red",
+    "canceled": "yellow",
+    "running": "cyan",
+    "queued": "default",
+}
+WIDTH_WITHOUT_TERMINAL = 160
+
+
+def console() -> Console:
+    """Returns where tables go: the terminal, or a pipe wide enough not to cut them."""
+    out = Console(highlight=False, emoji=False, markup=False)
+    if not out.is_terminal:
+        out = Console(highlight=False, emoji=False, markup=False, width=WIDTH_WITHOUT_TERMINAL)
+    return out
+
+
+def job_panel(job: Json) -> Panel:
+    """Returns one job: its state, its attempts, what it cost, and the answer or the error."""
+    parts: list[Table | Text] = [_facts_table(job)]
+    if job.get("attempts"):
+        parts += [Text(), _attempts_table(job["attempts"])]
+    if job.get("error"):
+        parts += [Text(), Text(f"{job['error']['type']}: {job['error']['message']}", style="red")]
+    if job.get("text"):
+        parts += [Text(), Text(job["text"])]
+    return Panel(Group(*parts), title=Text(job["id"]), title_align="left")
+
+
+def _facts_table(job: Json) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    waits_for_cancel = job.get("cancel_requested") and job["state"] not in FINAL_STATES
+    asked = " (cancel requested)" if waits_for_cancel else ""
+    style = STATE_STYLES.get(job["state"], "default")
+    table.add_row("state", Text(job["state"] + asked, style=style))
+    facts = {name: job.get(name) for name in ("custom_id", "model", "lane")}
+    for name in ("created_at", "started_at", "finished_at", "deadline", "estimated_start_at"):
+        facts[name] = moment(job[name]) if job.get(name) else None
+    facts["fallback"] = ", ".join(job.get("fallback_models") or [])
+    pairs = (job.get("metadata") or {}).items()
+    facts["metadata"] = ", ".join(f"{name}={value}" for name, value in pairs)
+    facts["attempts"] = f"{job['attempts_used']} used, {job['snoozes']} snoozes"
+    facts["usage"] = _usage_text(job.get("usage") or {})
+    if job.get("cost_micro_usd") is not None:
+        facts["cost"] = dollars(job["cost_micro_usd"])
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, Text(fact))
+    return table
+
+
+def _usage_text(usage: Json) -> str:
+    names = {
+        "input_tokens": "input",
+        "cache_creation_input_tokens": "cache written",
+        "cache_read_input_tokens": "cache read",
+        "output_tokens": "output",
+    }
+    return ", ".join(
+        f"{usage[name]:,} {word}" for name, word in names.items() if usage.get(name) is not None
+    )
+
+
+def _attempts_table(attempts: Sequence[Json]) -> Table:
+    table = Table("attempt", "at", "model", "outcome", "request", "error", box=None, pad_edge=False)
+    for attempt in attempts:
+        error = attempt.get("error")
+        table.add_row(
+            str(attempt["attempt"]),
+            moment(attempt["at"]),
+            attempt.get("model") or "-",
+            attempt.get("outcome") or "running",
+            attempt.get("request_id") or "-",
+            Text(f"{error['type']}: {error['message']}" if error else ""),
+        )
+    return table
+
+
+def jobs_table(jobs: Sequence[Json]) -> Table:
+    """Returns one row per job."""
+    table = Table("job", "custom_id", "state", "model", "created", "finished", box=None)
+    table.add_column("attempts", justify="right")
+    table.add_column("cost", justify="right")
+    for job in jobs:
+        cost = job.get("cost_micro_usd")
+        table.add_row(
+            job["id"],
+            job.get("custom_id") or "-",
+            Text(job["state"], style=STATE_STYLES.get(job["state"], "default")),
+            job.get("model") or "-",
+            moment(job["created_at"]),
+            moment(job["finished_at"]) if job.get("finished_at") else "-",
+            str(job.get("attempts_used", 0)),
+            "-" if cost is None else dollars(cost),
+        )
+    return table
+
+
+def usage_table(usage: Json) -> Table:
+    """Returns one row per group and a last one for all."""
+    groups: list[str] = list(usage["group_by"])
+    numbers = (
+        ("calls", "calls"),
+        ("input_tokens", "input"),
+        ("cache_creation_input_tokens", "cache written"),
+        ("cache_read_input_tokens", "cache read"),
+        ("output_tokens", "output"),
+    )
+    table = Table(*groups, box=None, show_footer=False)
+    for _, title in numbers:
+        table.add_column(title, justify="right")
+    table.add_column("cost", justify="right")
+    for row in usage["data"]:
+        table.add_row(
+            *(str(row.get(name) or "-") for name in groups),
+            *(f"{row.get(name) or 0:,}" for name, _ in numbers),
+            dollars(row.get("cost_micro_usd") or 0),
+        )
+    total = usage["total"]
+    if usage["data"]:
+        table.add_section()
+    table.add_row(
+        *(("total", *("" for _ in groups[1:])) if groups else ()),
+        *(f"{total.get(name) or 0:,}" for name, _ in numbers),
+        dollars(total.get("cost_micro_usd") or 0),
+        style="bold",
+    )
+    return table
+
+
+def limits_table(groups: Sequence[Json]) -> Table:
+    """Returns one row per limit group."""
+    table = Table("limit group", box=None)
+    for title in ("requests/min", "input tokens/min", "output tokens/min"):
+        table.add_column(title, justify="right")
+    for title in ("known from", "pace", "blocked until"):
+        table.add_column(title)
+    for group in groups:
+        limits = group.get("limits") or {}
+        until = group.get("blocked_until")
+        reason = group.get("blocked_reason")
+        table.add_row(
+            group["group"],
+            *(
+                "-" if limits.get(name) is None else f"{limits[name]:,}"
+                for name in ("requests", "input_tokens", "output_tokens")
+            ),
+            "answers" if group.get("learned") else "a safe guess",
+            f"{group.get('rate_factor', 1.0):.0%}",
+            Text(moment(until) + (f" ({reason})" if reason else ""), style="yellow")
+            if until
+            else "",
+        )
+    return table
+
+
+def keys_table(keys: Sequence[Json]) -> Table:
+    """Returns one row per client key."""
+    table = Table("key id", "tenant", "name", "created", "state", box=None)
+    for key in keys:
+        table.add_row(
+            key["key_id"],
+            key["tenant"],
+            key.get("name") or "-",
+            moment(key["created_at"]) if key.get("created_at") else "-",
+            Text("revoked", style="red") if key.get("disabled") else Text("active"),
+        )
+    return table
+
+
+def moment(text: str) -> str:
+    """Writes a time of the API in the person's own time zone; anything else as it is."""
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return text

@@ -1,0 +1,248 @@
+"""From lines of JSON to accepted jobs: read, pack into lists, send a few lists at a time."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, NoReturn, Protocol
+
+from scripts.cli_errors import CommandFailed, GatewayRefused
+from scripts.client import Json
+
+MAX_JOBS_PER_LIST = 100
+# Lambda takes 6 MB per call, and base64 or escaping on the way may add a third.
+MAX_BYTES_PER_LIST = 4_000_000
+LISTS_IN_FLIGHT = 4
+# Anything else that is refused would meet the next list as well.
+ABOUT_ONE_LIST = frozenset({400, 409, 413, 422})
+
+_BODY_OPENS = b'{"jobs":['
+_BODY_CLOSES = b"]}"
+_SPAN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+class Submits(Protocol):
+    """What sending needs of a gateway."""
+
+    def submit(self, body: bytes, idempotency_key: str) -> list[Json]:
+        """Creates the jobs of one list, once per key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One job as it will be sent, and where it stood."""
+
+    number: int
+    body: bytes
+    custom_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job the gateway took."""
+
+    line: int
+    job_id: str
+    custom_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A line that became no job, and why."""
+
+    line: int
+    error_type: str
+    message: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of every line. `stopped` is set when sending ended before the last one."""
+
+    accepted: list[Accepted] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    stopped: CommandFailed | None = None
+
+    def sort(self) -> None:
+        """Puts the lines back into the order of the file."""
+        self.accepted.sort(key=lambda job: job.line)
+        self.rejected.sort(key=lambda line: line.line)
+
+
+def read_jobs(lines: Iterable[bytes], defaults: Mapping[str, object]) -> Iterator[Line | Rejected]:
+    """Yields each line as a job, or says what is wrong with it. Empty lines are passed over.
+
+    `defaults` are fields every job gets that does not bring its own; metadata is merged.
+    """
+    line_of: dict[str, int] = {}
+    for number, raw in enumerate(lines, start=1):
+        text = raw.strip().removeprefix(b"\xef\xbb\xbf")
+        if not text:
+            continue
+        item = _read_job(number, text, defaults)
+        if isinstance(item, Line) and item.custom_id is not None:
+            first = line_of.setdefault(item.custom_id, number)
+            if first != number:
+                # The gateway sees one list at a time; here all of the file is in sight.
+                reason = f'custom_id "{item.custom_id}" stands in line {first} already'
+                item = Rejected(number, "invalid_request_error", reason)
+        yield item
+
+
+def _read_job(number: int, text: bytes, defaults: Mapping[str, object]) -> Line | Rejected:
+    try:
+        job = _decoded(text)
+        body = _encoded(_completed(job, defaults))
+    except ValueError as error:
+        return Rejected(number, "invalid_request_error", str(error))
+    except RecursionError:
+        return Rejected(number, "invalid_request_error", "not usable JSON: nested too deeply")
+    custom_id = job.get("custom_id")
+    room = MAX_BYTES_PER_LIST - len(_BODY_OPENS) - len(_BODY_CLOSES)
+    if len(body) > room:
+        too_large = f"the job has {len(body):,} bytes; at most {room:,} can be sent"
+        return Rejected(number, "request_too_large", too_large)
+    return Line(number, body, custom_id if isinstance(custom_id, str) else None)
+
+
+def _decoded(text: bytes) -> dict[str, Any]:
+    """Returns the job written in a line; the message of its ValueError says what is wrong."""
+    try:
+        job = json.loads(text.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(job, dict):
+        raise ValueError('not a JSON object; a line is {"params": {...}}')  # noqa: TRY004
+    if not isinstance(job.get("params"), dict):
+        hint = "wrap the request" if "messages" in job else "a line is"
+        raise ValueError(f'no "params" object; {hint}: {{"params": {{...}}}}')  # noqa: TRY004
+    return job
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"not valid JSON: {name} is not a JSON number")
+
+
+def _completed(job: Mapping[str, Any], defaults: Mapping[str, object]) -> dict[str, Any]:
+    merged = {**defaults, **job}
+    own, common = job.get("metadata"), defaults.get("metadata")
+    if isinstance(own, dict) and isinstance(common, dict):
+        merged["metadata"] = {**common, **own}
+    return merged
+
+
+def _encoded(job: Mapping[str, object]) -> bytes:
+    try:
+        return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair has no UTF-8 form, only the escaped one it came in.
+        return json.dumps(job, separators=(",", ":")).encode()
+
+
+def pack(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Yields lists of up to 100 jobs whose bodies stay below 4 MB, in the order of the lines."""
+    together: list[Line] = []
+    size = empty = len(_BODY_OPENS) + len(_BODY_CLOSES)
+    for line in lines:
+        needs = len(line.body) + 1
+        if together and (
+            len(together) == MAX_JOBS_PER_LIST or size + needs > MAX_BYTES_PER_LIST + 1
+        ):
+            yield together
+            together, size = [], empty
+        together.append(line)
+        size += needs
+    if together:
+        yield together
+
+
+def send(
+    gateway: Submits,
+    items: Iterable[Line | Rejected],
+    run_key: str,
+    *,
+    on_progress: Callable[[Outcome], None] = lambda _: None,
+) -> Outcome:
+    """Sends every good line and returns what became of each.
+
+    List n goes under the Idempotency-Key `<run key>.<n>`: the same lines sent again under the
+    same run key find their first jobs, and make no second ones.
+    """
+    outcome = Outcome()
+    # Both are touched by this thread only: the pool's threads carry bodies and nothing else.
+    in_flight: dict[Future[list[Json]], list[Line]] = {}
+
+    def settle(done: Iterable[Future[list[Json]]]) -> None:
+        for future in done:
+            _note_reply(future, in_flight.pop(future), outcome)
+        on_progress(outcome)
+
+    with ThreadPoolExecutor(LISTS_IN_FLIGHT) as pool:
+        for number, lines in enumerate(pack(_good(items, outcome))):
+            body = _BODY_OPENS + b",".join(line.body for line in lines) + _BODY_CLOSES
+            in_flight[pool.submit(gateway.submit, body, f"{run_key}.{number}")] = lines
+            if len(in_flight) == LISTS_IN_FLIGHT:
+                settle(wait(in_flight, return_when=FIRST_COMPLETED).done)
+            if outcome.stopped:
+                break
+        settle(wait(in_flight).done)
+    outcome.sort()
+    return outcome
+
+
+def _good(items: Iterable[Line | Rejected], outcome: Outcome) -> Iterator[Line]:
+    for item in items:
+        if isinstance(item, Rejected):
+            outcome.rejected.append(item)
+        else:
+            yield item
+
+
+def _note_reply(future: Future[list[Json]], lines: list[Line], outcome: Outcome) -> None:
+    try:
+        entries = future.result()
+    except GatewayRefused as refused:
+        if not refused.data:
+            if refused.status in ABOUT_ONE_LIST:
+                outcome.rejected += [
+                    Rejected(line.number, refused.error_type, refused.message) for line in lines
+                ]
+            else:
+                outcome.stopped = outcome.stopped or refused
+            return
+        entries = refused.data
+    except CommandFailed as failed:
+        outcome.stopped = outcome.stopped or failed
+        return
+    for entry in entries:
+        line = lines[entry["index"]]
+        if entry["status"] == "accepted":
+            outcome.accepted.append(Accepted(line.number, entry["job"]["id"], line.custom_id))
+        else:
+            error = entry["error"]
+            outcome.rejected.append(Rejected(line.number, error["type"], error["message"]))
+
+
+def deadline_at(text: str, now: datetime) -> str:
+    """Returns the deadline in RFC 3339, from a time or from a span such as `90m`, `2h`, `1d12h`."""
+    span = _SPAN.fullmatch(text.strip())
+    if span and any(span.groups()):
+        days, hours, minutes, seconds = (int(part or 0) for part in span.groups())
+        try:
+            at = now + timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        except OverflowError:
+            raise CommandFailed(f'deadline "{text}" lies beyond all calendars') from None
+    else:
+        try:
+            at = datetime.fromisoformat(text.strip())
+        except ValueError:
+            raise CommandFailed(
+                f'"{text}" is no deadline; give a span (90m, 2h, 1d) or 2026-12-24T18:00:00Z'
+            ) from None
+        if at.tzinfo is None:
+            raise CommandFailed(f'deadline "{text}" has no time zone; end it with Z or +01:00')
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,189 @@
+"""One run of `sluice submit`: send, report, and if asked to, wait and hand out the results."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TextIO
+
+from scripts import terminal
+from scripts.client import Gateway, Json
+from scripts.progress import Display, PlainLines, dollars, span, wait_for
+from scripts.results import fetch, line_of
+from scripts.submission import Outcome, read_jobs, send
+from sluice.domain import limits
+
+# More ids than this would push what a person has to read off the screen.
+IDS_FOR_A_PERSON = 10
+
+
+def prompt_line(prompt: str, model: str, max_tokens: int, system: str | None) -> bytes:
+    """Returns the job that --prompt stands for, as a line of a file."""
+    params: dict[str, object] = {
+        "model": model,
+        "max_tokens": max_tokens,
+        "messages": [{"role": "user", "content": prompt}],
+    }
+    if system:
+        params["system"] = system
+    return json.dumps({"params": params}).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What the command line asked for."""
+
+    run_key: str
+    defaults: Mapping[str, object]
+    wait: bool
+    as_json: bool
+    is_prompt: bool
+
+    def run(self, gateway: Gateway, lines: Iterable[bytes], sink: TextIO | None) -> bool:
+        """Returns whether everything went well: nothing rejected, and no job failed if waited for.
+
+        Results go to `sink`, each as soon as it is there. Without one they go to standard output
+        when a program reads it or --json was given; of a --prompt, only the answer's text does.
+        """
+        try:
+            outcome = send(gateway, read_jobs(lines, self.defaults), self.run_key)
+        except KeyboardInterrupt:
+            terminal.say(f"stopped; the same command with {self._again} makes no job twice")
+            raise
+        self._report(outcome)
+        good = not outcome.rejected and not outcome.stopped
+        if not self.wait:
+            self._print_accepted(outcome)
+        elif outcome.accepted:
+            good &= self._wait(gateway, [job.job_id for job in outcome.accepted], sink)
+        return good
+
+    @property
+    def _again(self) -> str:
+        """The options under which the same command finds the jobs it has made."""
+        deadline = self.defaults.get("deadline")
+        return f"--idempotency-key {self.run_key}" + (f" --deadline {deadline}" if deadline else "")
+
+    def _report(self, outcome: Outcome) -> None:
+        for line in outcome.rejected:
+            where = "" if self.is_prompt else f"line {line.line}: "
+            terminal.say(f"{where}{line.error_type}: {line.message}")
+        accepted = f"{terminal.counted(len(outcome.accepted), 'job')} accepted"
+        if outcome.stopped and outcome.accepted:
+            terminal.say(
+                f"{accepted} before it stopped; the same command with {self._again} "
+                "sends the rest and makes no job twice"
+            )
+        elif not outcome.stopped and not self.is_prompt:
+            terminal.say(f"{accepted}, {len(outcome.rejected):,} rejected")
+        if outcome.stopped:
+            terminal.say(f"error: {outcome.stopped}")
+
+    def _print_accepted(self, outcome: Outcome) -> None:
+        if self.as_json:
+            accepted = [
+                {"line": job.line, "id": job.job_id, "custom_id": job.custom_id}
+                for job in outcome.accepted
+            ]
+            rejected = [
+                {"line": line.line, "error": {"type": line.error_type, "message": line.message}}
+                for line in outcome.rejected
+            ]
+            terminal.print_json(
+                {"idempotency_key": self.run_key, "accepted": accepted, "rejected": rejected}
+            )
+            return
+        shown = outcome.accepted if terminal.is_piped() else outcome.accepted[:IDS_FOR_A_PERSON]
+        for job in shown:
+            print(job.job_id)
+        more = len(outcome.accepted) - len(shown)
+        if more:
+            terminal.say(f"and {more:,} more; a pipe gets them all, `sluice list` shows the newest")
+
+    def _wait(self, gateway: Gateway, job_ids: list[str], sink: TextIO | None) -> bool:
+        text_only = self.is_prompt and not sink and not self.as_json
+        if not sink and not text_only and (self.as_json or terminal.is_piped()):
+            sink = sys.stdout
+        answers: list[Json] = []
+
+        def hand_out(finished: list[Json]) -> None:
+            if not sink and not text_only:
+                return
+            for job in fetch(gateway, [job["id"] for job in finished], _must_be_there):
+                if sink:
+                    sink.write(line_of(job) + "\n")
+                else:
+                    answers.append(job)
+            if sink:
+                sink.flush()
+
+        good = wait_and_show(gateway, job_ids, hand_out, again=self._again)
+        for job in answers:
+            _print_answer(job)
+        if not sink and not text_only:
+            terminal.say("`sluice results` fetches the answers, or --out FILE next time")
+        return good
+
+
+def wait_and_show(
+    gateway: Gateway,
+    job_ids: list[str],
+    on_finished: Callable[[list[Json]], None],
+    *,
+    again: str | None = None,
+) -> bool:
+    """Returns whether all jobs succeeded, when they are done; shows progress until then."""
+    started = time.monotonic()
+    with display_for(sys.stderr) as display:
+        gateway.on_wait = display.note
+        try:
+            last = wait_for(
+                gateway, job_ids, display=display, group_of=group_of, on_finished=on_finished
+            )
+        except KeyboardInterrupt:
+            if again:
+                display.note(f"the jobs go on; the same command with {again} waits for them again")
+            raise
+        finally:
+            gateway.on_wait = terminal.say
+    took = span(time.monotonic() - started)
+    cost = dollars(last.cost_micro_usd)
+    terminal.say(f"{last.succeeded:,} succeeded, {last.failed:,} failed in {took}, {cost}")
+    return not last.failed
+
+
+def display_for(stream: TextIO) -> Display:
+    """Returns the live bar on a terminal, plain lines anywhere else."""
+    if not stream.isatty():
+        return PlainLines(stream)
+    # Rich costs tens of milliseconds to load; only those who see the bar pay for it.
+    from scripts.live_bar import LiveBar  # noqa: PLC0415
+
+    return LiveBar(stream)
+
+
+def group_of(model: str) -> str:
+    """Returns the limit group a model belongs to."""
+    return limits.model_group(model, _model_groups())
+
+
+@cache
+def _model_groups() -> dict[str, str]:
+    rows = json.loads(files("sluice.data").joinpath("model_groups.json").read_bytes())["groups"]
+    return {model: row["group"] for row in rows for model in row["models"]}
+
+
+def _must_be_there(job_id: str, reason: str) -> None:
+    # It was final a moment ago; only deletion by its retention time takes it away.
+    terminal.say(f"{job_id}: {reason}")
+
+
+def _print_answer(job: Json) -> None:
+    if job["state"] == "succeeded":
+        print(job.get("text") or json.dumps(job["message"]["content"], ensure_ascii=False))
+    else:
+        error = job.get("error") or {"type": job["state"], "message": "no answer"}
+        terminal.say(f"{job['id']} {job['state']}: {error['type']}: {error['message']}")

@@ -1,0 +1,727 @@
+"""The command line against the HTTP API's contract, over a real socket."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import cli
+from scripts.cli_errors import GatewayRefused, GatewayUnreachable, NotConfigured
+from scripts.client import Gateway
+from tests.fake_gateway import CLIENT_KEY, FakeGateway, Scripted, running_gateway
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUSY = Scripted(429, {"message": "Too Many Requests"}, {"retry-after": "0"})
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def rows(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with running_gateway() as running:
+        yield running
+
+
+@pytest.fixture
+def run(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    monkeypatch.setenv("SLUICE_URL", gateway.url)
+    monkeypatch.setenv("SLUICE_KEY", CLIENT_KEY)
+
+    def run_command(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(each) for each in arguments])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return Ended(int(ended.value.code or 0), printed.out, printed.err)
+
+    return run_command
+
+
+def jobs_file(folder: Path, *prompts: str) -> Path:
+    path = folder / "jobs.jsonl"
+    path.write_text("".join(job_line(prompt) + "\n" for prompt in prompts), encoding="utf-8")
+    return path
+
+
+def job_line(prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    params = {"model": "claude-haiku-5-5", "max_tokens": 10, "messages": messages}
+    return json.dumps({"custom_id": f"my-{prompt}", "params": params})
+
+
+# ---------------------------------------------------------------- submit
+
+
+def test_submitting_a_file_prints_the_job_ids(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    ended = run("submit", jobs_file(tmp_path, "one", "two"))
+
+    assert 0 == ended.code
+    assert list(gateway.jobs) == ended.out.split()
+    assert "2 jobs accepted, 0 rejected" in ended.err
+
+
+def test_many_jobs_travel_in_lists_of_a_hundred(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    ended = run("submit", jobs_file(tmp_path, *(f"p{n}" for n in range(250))))
+
+    assert 0 == ended.code
+    assert 250 == len(gateway.jobs)
+    assert [50, 100, 100] == sorted(len(json.loads(body)["jobs"]) for body in gateway.bodies)
+    assert [f"my-p{n}" for n in range(250)] == [
+        gateway.jobs[job_id]["custom_id"] for job_id in ended.out.split()
+    ]
+
+
+def test_standard_input_is_read_as_a_file(
+    run: Run, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.BytesIO(job_line("typed").encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed))
+
+    ended = run("submit", "-")
+
+    assert 0 == ended.code
+    assert ["typed"] == [job["prompt"] for job in gateway.jobs.values()]
+
+
+def test_a_prompt_becomes_one_job_with_everything_that_was_said(
+    run: Run, gateway: FakeGateway
+) -> None:
+    ended = run(
+        *("submit", "--prompt", "Hello", "--model", "claude-opus-5-5", "--max-tokens", 99),
+        *("--system", "Be kind.", "--fallback-model", "claude-opus-5", "--metadata", "team=red"),
+        *("--deadline", "2099-01-01T00:00:00Z"),
+    )
+
+    assert 0 == ended.code
+    assert {
+        "jobs": [
+            {
+                "deadline": "2099-01-01T00:00:00Z",
+                "fallback_models": ["claude-opus-5"],
+                "metadata": {"team": "red"},
+                "params": {
+                    "model": "claude-opus-5-5",
+                    "max_tokens": 99,
+                    "messages": [{"role": "user", "content": "Hello"}],
+                    "system": "Be kind.",
+                },
+            }
+        ]
+    } == json.loads(gateway.bodies[0])
+
+
+def test_a_prompt_waited_for_prints_its_answer_and_nothing_else(run: Run) -> None:
+    ended = run("submit", "--prompt", "Hello", "--wait")
+
+    assert 0 == ended.code
+    assert "answer to Hello\n" == ended.out
+    assert "1 succeeded, 0 failed" in ended.err
+    assert "1/1 done" in ended.err
+
+
+def test_rejected_and_unreadable_lines_are_reported_and_the_others_are_sent(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    path = jobs_file(tmp_path, "good", "bad", "fine")
+    path.write_text(path.read_text() + "{oops\n")
+    gateway.reject["bad"] = {"type": "invalid_request_error", "message": "params.model: unknown"}
+
+    ended = run("submit", path)
+
+    assert 1 == ended.code
+    assert ["good", "fine"] == [job["prompt"] for job in gateway.jobs.values()]
+    assert "line 2: invalid_request_error: params.model: unknown" in ended.err
+    assert "line 4: invalid_request_error: not valid JSON: Expecting property name" in ended.err
+    assert "2 jobs accepted, 2 rejected" in ended.err
+
+
+def test_a_file_without_one_good_job_gives_each_line_its_reason(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.reject["bad"] = {"type": "invalid_request_error", "message": "params.model: unknown"}
+
+    ended = run("submit", jobs_file(tmp_path, "bad"), "--wait")
+
+    assert 1 == ended.code
+    assert "line 1: invalid_request_error: params.model: unknown" in ended.err
+    assert "" == ended.out
+
+
+def test_a_reply_that_gets_lost_makes_no_second_jobs(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.lose_replies = 2
+
+    ended = run("submit", jobs_file(tmp_path, "one", "two"))
+
+    assert 0 == ended.code
+    assert 3 == len(gateway.bodies)
+    assert 1 == len(set(gateway.idempotency_keys))
+    assert 2 == len(gateway.jobs)
+
+
+def test_a_busy_gateway_is_asked_again_when_it_says(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.script = [BUSY, Scripted(503, "not even JSON", {"retry-after": "0"})]
+
+    ended = run("submit", jobs_file(tmp_path, "one"))
+
+    assert 0 == ended.code
+    assert 3 == len(gateway.bodies)
+    assert 1 == len(gateway.jobs)
+
+
+def test_the_same_file_under_the_same_run_key_finds_its_first_jobs(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    path = jobs_file(tmp_path, "one", "two")
+
+    first = run("submit", path, "--idempotency-key", "nightly")
+    second = run("submit", path, "--idempotency-key", "nightly")
+
+    assert first.out == second.out
+    assert ["nightly.0", "nightly.0"] == gateway.idempotency_keys
+    assert 2 == len(gateway.jobs)
+
+
+def test_two_runs_without_a_name_make_jobs_of_their_own(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    path = jobs_file(tmp_path, "one")
+
+    run("submit", path)
+    run("submit", path)
+
+    assert 2 == len(gateway.jobs)
+
+
+def test_when_sending_stops_half_way_it_says_how_to_go_on(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    error = {"type": "billing_error", "message": "the budget is used up"}
+    refused = {"type": "error", "error": error, "request_id": "req_7"}
+    gateway.script = [Scripted(402, refused)]
+
+    ended = run(
+        *("submit", jobs_file(tmp_path, *(f"p{n}" for n in range(150)))),
+        *("--idempotency-key", "nightly"),
+    )
+
+    assert 1 == ended.code
+    assert "error: billing_error: the budget is used up (HTTP 402, request req_7)" in ended.err
+    assert "--idempotency-key nightly sends the rest" in ended.err
+
+
+def test_accepted_and_rejected_jobs_can_be_had_as_json(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.reject["bad"] = {"type": "invalid_request_error", "message": "no"}
+
+    ended = run("submit", jobs_file(tmp_path, "good", "bad"), "--json", "--idempotency-key", "run")
+
+    assert {
+        "idempotency_key": "run",
+        "accepted": [{"line": 1, "id": next(iter(gateway.jobs)), "custom_id": "my-good"}],
+        "rejected": [{"line": 2, "error": {"type": "invalid_request_error", "message": "no"}}],
+    } == json.loads(ended.out)
+
+
+def test_results_waited_for_are_written_in_the_shape_of_batch_results(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.ending_of["wrong"] = "errored"
+    gateway.ending_of["late"] = "expired"
+    out = tmp_path / "results.jsonl"
+
+    ended = run("submit", jobs_file(tmp_path, "right", "wrong", "late"), "--wait", "--out", out)
+
+    right, wrong, late = (json.loads(line) for line in out.read_text().splitlines())
+    assert 1 == ended.code
+    assert "my-right" == right["custom_id"]
+    assert "succeeded" == right["result"]["type"]
+    assert "answer to right" == right["result"]["message"]["content"][0]["text"]
+    assert {
+        "type": "errored",
+        "error": {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "max_tokens: too large"},
+            "request_id": "req_upstream_1",
+        },
+    } == wrong["result"]
+    assert {"type": "expired"} == late["result"]
+    assert "1 succeeded, 2 failed" in ended.err
+    assert "" == ended.out
+
+
+def test_results_waited_for_go_into_a_pipe(run: Run, tmp_path: Path) -> None:
+    ended = run("submit", jobs_file(tmp_path, "one", "two"), "--wait")
+
+    assert ["my-one", "my-two"] == sorted(row["custom_id"] for row in ended.rows())
+
+
+def test_progress_shows_rate_limit_and_cost(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+    gateway.looks_until_done = 2
+
+    ended = run("submit", jobs_file(tmp_path, "one", "two"), "--wait")
+
+    assert 0 == ended.code
+    assert "0/2 done · 0 failed · 2 waiting · 0 running · $0.000000" in ended.err
+    assert "2/2 done · 0 failed · 0 waiting · 0 running · limit 600 requests/min" in ended.err
+    assert "$0.000246" in ended.err
+
+
+def test_waiting_survives_a_gateway_that_is_away_for_a_moment(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.looks_until_done = 2
+    path = jobs_file(tmp_path, "one")
+    run("submit", path, "--idempotency-key", "run")
+    gateway.script = [Scripted(202, accepted_reply(gateway)), Scripted(500, "oops")]
+
+    ended = run("submit", path, "--idempotency-key", "run", "--wait")
+
+    assert 0 == ended.code
+    assert "succeeded" == ended.rows()[0]["result"]["type"]
+
+
+def accepted_reply(gateway: FakeGateway) -> dict[str, Any]:
+    rows = [
+        {"index": index, "status": "accepted", "job": job}
+        for index, job in enumerate(gateway.jobs.values())
+    ]
+    return {"type": "job_list", "accepted": len(rows), "rejected": 0, "data": rows}
+
+
+def test_a_result_file_that_cannot_be_written_is_found_before_anything_is_sent(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    ended = run("submit", "--prompt", "x", "--wait", "--out", tmp_path / "no" / "such" / "folder")
+
+    assert 1 == ended.code
+    assert "cannot be written: No such file or directory" in ended.err
+    assert [] == gateway.calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["submit"], "give either FILE or --prompt"),
+        (["submit", "x.jsonl", "--prompt", "x"], "give either FILE or --prompt"),
+        (["submit", "x.jsonl", "--model", "m"], "go with --prompt"),
+        (["submit", "--prompt", "x", "--out", "y"], "--out goes with --wait"),
+        (["submit", "--prompt", "x", "--metadata", "team"], "is not name=value"),
+        (["list", "--state", "done"], "'done' is not one of"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_wrong(
+    run: Run, arguments: list[str], reason: str
+) -> None:
+    ended = run(*arguments)
+
+    assert 2 == ended.code
+    assert reason in " ".join(ended.err.replace("│", " ").split())
+
+
+def test_a_file_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
+    ended = run("submit", tmp_path / "nothing.jsonl")
+
+    assert 1 == ended.code
+    assert "nothing.jsonl cannot be read: No such file or directory" in ended.err
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_a_job_is_shown_with_its_answer_its_attempts_and_its_cost(
+    run: Run, gateway: FakeGateway
+) -> None:
+    run("submit", "--prompt", "Hello", "--wait")
+
+    ended = run("get", next(iter(gateway.jobs)))
+
+    assert 0 == ended.code
+    for fact in ("succeeded", "answer to Hello", "req_upstream_1", "$0.000123", "20 output"):
+        assert fact in ended.out
+
+
+def test_a_job_that_failed_is_shown_with_its_error(run: Run, gateway: FakeGateway) -> None:
+    gateway.ending_of["Hello"] = "errored"
+    waited = run("submit", "--prompt", "Hello", "--wait")
+
+    ended = run("get", next(iter(gateway.jobs)))
+
+    assert (1, "") == (waited.code, waited.out)
+    assert "errored: invalid_request_error: max_tokens: too large" in waited.err
+    assert "invalid_request_error: max_tokens: too large" in ended.out
+
+
+def test_a_job_can_be_had_as_the_api_gives_it(run: Run, gateway: FakeGateway) -> None:
+    job_id = run("submit", "--prompt", "Hello [bold]").out.strip()
+
+    ended = run("get", job_id, "--json")
+
+    assert gateway.jobs[job_id] == json.loads(ended.out)
+
+
+def test_text_that_looks_like_markup_is_shown_as_it_is(run: Run, gateway: FakeGateway) -> None:
+    run("submit", "--prompt", "[bold red]x[/nonsense] :smile:", "--wait")
+
+    ended = run("get", next(iter(gateway.jobs)))
+
+    assert "answer to [bold red]x[/nonsense] :smile:" in ended.out
+
+
+def test_a_job_nobody_knows_is_an_error_with_the_request_id(run: Run) -> None:
+    ended = run("get", "job_0/../x?y")
+
+    assert (1, "") == (ended.code, ended.out)
+    assert "error: not_found_error: no such thing (HTTP 404, request req_gateway_1)\n" == ended.err
+
+
+def test_results_of_named_jobs_keep_their_order(run: Run, tmp_path: Path) -> None:
+    path = jobs_file(tmp_path, *(f"p{n}" for n in range(40)))
+    names = [row["id"] for row in run("submit", path, "--wait").rows()]
+
+    ended = run("results", *reversed(names), names[0])
+
+    assert 0 == ended.code
+    assert [*reversed(names), names[0]] == [row["id"] for row in ended.rows()]
+
+
+def test_results_without_names_are_those_of_all_jobs_that_are_done(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    gateway.ending_of["p2"] = "errored"
+    run("submit", jobs_file(tmp_path, *(f"p{n}" for n in range(120))), "--wait")
+    run("submit", "--prompt", "not done")
+    out = tmp_path / "all.jsonl"
+
+    everything = run("results", "--out", out)
+    errored = run("results", "--state", "errored")
+
+    assert 0 == everything.code
+    assert "120 results in" in everything.err
+    assert 120 == len(out.read_text().splitlines())
+    assert ["my-p2"] == [row["custom_id"] for row in errored.rows()]
+
+
+def test_results_of_jobs_not_done_or_not_there_are_reported(run: Run) -> None:
+    job_id = run("submit", "--prompt", "Hello").out.strip()
+
+    ended = run("results", job_id, "job_0")
+
+    assert (1, "") == (ended.code, ended.out)
+    assert f"{job_id}: not finished: queued" in ended.err
+    assert "job_0: there is no such job" in ended.err
+
+
+def test_jobs_are_listed_newest_first_as_many_as_asked_for(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    run("submit", jobs_file(tmp_path, *(f"p{n}" for n in range(230))))
+
+    listed = run("list", "--limit", 210, "--json")
+    table = run("list", "--limit", 2)
+    nothing = run("list", "--state", "errored")
+
+    assert [f"my-p{n}" for n in range(229, 19, -1)] == [
+        job["custom_id"] for job in json.loads(listed.out)["data"]
+    ]
+    assert "my-p229" in table.out
+    assert "my-p227" not in table.out
+    assert ("/jobs?limit=2") in [target for _, target in gateway.calls]
+    assert (0, "", "no errored jobs\n") == (nothing.code, nothing.out, nothing.err)
+
+
+def test_canceling_says_what_became_of_each_job(run: Run, gateway: FakeGateway) -> None:
+    waiting = run("submit", "--prompt", "one").out.strip()
+    running = run("submit", "--prompt", "two").out.strip()
+    gateway.jobs[running]["state"] = "running"
+
+    ended = run("cancel", waiting, "job_0", running)
+
+    assert 1 == ended.code
+    assert [
+        f"{waiting} canceled",
+        f"{running} cancel requested, a call is running",
+    ] == ended.out.splitlines()
+    assert "job_0: not_found_error" in ended.err
+
+
+# ---------------------------------------------------------------- usage and limits
+
+
+def test_usage_is_asked_for_and_shown_as_named(run: Run, gateway: FakeGateway) -> None:
+    ended = run(
+        *("usage", "--from", "2026-12-01", "--to", "2026-12-02", "--group-by", "model, lane")
+    )
+    raw = run("usage", "--json")
+
+    query = "/usage?from=2026-12-01&to=2026-12-02&group_by=model%2Clane"
+    assert query == gateway.calls[0][1].replace(",", "%2C")
+    for fact in ("claude-haiku-5-5", "live", "3,000", "$1.23", "total"):
+        assert fact in ended.out
+    assert 1_234_567 == json.loads(raw.out)["total"]["cost_micro_usd"]
+
+
+def test_limits_show_what_is_known_and_what_is_blocked(run: Run, gateway: FakeGateway) -> None:
+    gateway.limits[0] |= {
+        "blocked_until": "2026-12-01T12:00:30Z",
+        "blocked_reason": "rate limited",
+        "rate_factor": 0.5,
+    }
+
+    ended = run("limits")
+    raw = run("limits", "--json")
+
+    for fact in ("org-one/claude-haiku-5-5", "600", "100,000", "answers", "50%", "rate limited"):
+        assert fact in ended.out
+    assert {"data": gateway.limits} == json.loads(raw.out)
+
+
+def test_no_limits_yet_is_said_in_words(run: Run, gateway: FakeGateway) -> None:
+    gateway.limits = []
+
+    ended = run("limits")
+
+    assert (0, "") == (ended.code, ended.out)
+    assert "no limit groups yet" in ended.err
+
+
+# ---------------------------------------------------------------- address and key
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLUICE_URL": ""}, "no gateway address: set SLUICE_URL or give --url"),
+        ({"SLUICE_KEY": ""}, "no client key: set SLUICE_KEY or give --key"),
+        ({"SLUICE_URL": "example.org"}, '"example.org" is no gateway address: set SLUICE_URL'),
+        ({"SLUICE_URL": "http://[::1"}, '"http://[::1" is no gateway address'),
+        ({"SLUICE_KEY": "a b"}, "characters no key has: set SLUICE_KEY again"),
+        ({"SLUICE_KEY": "not_the_right_key"}, "does not accept this client key: set SLUICE_KEY"),
+        ({"SLUICE_URL": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_one_line_that_says_what_to_set(
+    run: Run, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    ended = run("limits")
+
+    assert (1, "") == (ended.code, ended.out)
+    assert said in ended.err
+    assert 1 == len(ended.err.splitlines())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Scripted(200, "<html>hello</html>"),
+        Scripted(200, {"hello": "world"}),
+        Scripted(404, {"message": "Not Found"}),
+        Scripted(301, "", {"location": "https://example.org"}),
+    ],
+)
+def test_an_address_that_is_not_sluice_is_told_apart(
+    run: Run, gateway: FakeGateway, answer: Scripted
+) -> None:
+    gateway.script = [answer]
+
+    ended = run("limits")
+
+    assert 1 == ended.code
+    assert "does not answer as Sluice does" in ended.err
+
+
+def test_options_win_over_the_environment(
+    run: Run, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("SLUICE_KEY", "another_key_altogether")
+
+    ended = run("limits", "--url", gateway.url + "/", "--key", CLIENT_KEY)
+
+    assert 0 == ended.code
+
+
+# ---------------------------------------------------------------- the client itself
+
+
+class Sleeps:
+    """A clock that sleeping moves, and what was slept."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.seconds: list[float] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.now += seconds
+
+
+def patient_client(url: str, sleeps: Sleeps, notes: list[str] | None = None) -> Gateway:
+    return Gateway(
+        url,
+        CLIENT_KEY,
+        on_wait=(notes if notes is not None else []).append,
+        sleep=sleeps.sleep,
+        clock=sleeps.clock,
+        jitter=lambda: 1.0,
+    )
+
+
+def test_the_wait_the_gateway_names_is_waited_and_said(gateway: FakeGateway) -> None:
+    sleeps, notes = Sleeps(), list[str]()
+    gateway.script = [Scripted(429, {"message": "Too Many Requests"}, {"retry-after": "17"})]
+
+    with patient_client(gateway.url, sleeps, notes) as client:
+        client.limits()
+
+    assert [17.0] == sleeps.seconds
+    assert 1 == len(notes)
+    assert "Too Many Requests" in notes[0]
+    assert "17 s" in notes[0]
+
+
+def test_without_a_named_wait_the_pauses_double_up_to_ten_seconds(gateway: FakeGateway) -> None:
+    sleeps = Sleeps()
+    gateway.script = [Scripted(503, "") for _ in range(8)]
+
+    with patient_client(gateway.url, sleeps) as client:
+        client.limits()
+
+    assert [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0] == [round(each, 3) for each in sleeps.seconds]
+
+
+def test_a_gateway_that_stays_busy_ends_the_patience(gateway: FakeGateway) -> None:
+    sleeps = Sleeps()
+    gateway.script = [Scripted(429, "", {"retry-after": "100"}) for _ in range(9)]
+
+    with patient_client(gateway.url, sleeps) as client, pytest.raises(GatewayRefused) as refused:
+        client.limits()
+
+    assert 429 == refused.value.status
+    assert [100.0, 100.0, 100.0] == sleeps.seconds
+
+
+def test_an_address_that_never_answered_is_given_up_soon_and_one_that_did_later(
+    gateway: FakeGateway,
+) -> None:
+    never, once = Sleeps(), Sleeps()
+
+    with patient_client("http://127.0.0.1:9", never) as client, pytest.raises(GatewayUnreachable):
+        client.limits()
+    with patient_client(gateway.url, once) as client:
+        client.limits()
+        gateway.lose_replies = 1000
+        with pytest.raises(GatewayUnreachable):
+            client.limits()
+
+    assert never.now <= 1.5
+    assert 50.0 < once.now <= 60.0
+
+
+def test_a_wrong_request_is_not_sent_twice(gateway: FakeGateway) -> None:
+    with patient_client(gateway.url, Sleeps()) as client, pytest.raises(GatewayRefused):
+        client.job("job_0")
+
+    assert 1 == len(gateway.calls)
+
+
+def test_a_rejection_that_passes_is_met_by_sending_the_list_again(gateway: FakeGateway) -> None:
+    sleeps = Sleeps()
+    busy = {"type": "api_error", "message": "the jobs table is busy"}
+    entry = {"index": 0, "status": "rejected", "error": busy}
+    reply = {"type": "job_list", "accepted": 0, "rejected": 1, "data": [entry]}
+    gateway.script = [Scripted(202, reply), Scripted(202, reply)]
+    body = ('{"jobs":[' + job_line("one") + "]}").encode()
+
+    with patient_client(gateway.url, sleeps) as client:
+        (taken,) = client.submit(body, "run.0")
+
+    assert "accepted" == taken["status"]
+    assert ["run.0", "run.0", "run.0"] == gateway.idempotency_keys
+    assert 2 == len(sleeps.seconds)
+
+
+def test_a_client_without_an_address_cannot_be_made() -> None:
+    with pytest.raises(NotConfigured):
+        Gateway(None, CLIENT_KEY)
+
+
+# ---------------------------------------------------------------- starting up
+
+
+def test_help_loads_neither_boto3_nor_httpx_nor_the_local_stack() -> None:
+    code = (
+        "import sys, scripts.cli\n"
+        "names = ('boto3', 'botocore', 'httpx', 'rich.live', 'scripts.local_stack')\n"
+        "print([name for name in names if name in sys.modules])"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+
+    assert "[]\n" == done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["submit"],
+        ["get"],
+        ["results"],
+        ["list"],
+        ["cancel"],
+        ["usage"],
+        ["limits"],
+        ["setup"],
+        ["keys", "create"],
+        ["keys", "list"],
+        ["keys", "revoke"],
+        ["local", "up"],
+    ],
+)
+def test_every_command_has_help(run: Run, command: list[str]) -> None:
+    ended = run(*command, "--help")
+
+    assert 0 == ended.code
+    assert "Usage:" in ended.out
+
+
+def test_the_version_is_one_word(run: Run) -> None:
+    assert 0 == run("--version").code

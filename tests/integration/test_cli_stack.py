@@ -1,0 +1,300 @@
+"""`sluice setup` and `sluice keys` against the emulated AWS."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from scripts import cli
+from scripts.cli_errors import CommandFailed
+from scripts.local_stack.emulator import REGION, Emulator
+from scripts.setup_stack import ask_for_key_pool, read_key_pool
+from sluice.domain import client_keys
+
+PEPPER = "pepper-of-sixty-four-characters"
+TEMPLATE = {
+    "Resources": {
+        "KeyPoolSecret": {
+            "Type": "AWS::SecretsManager::Secret",
+            "Properties": {"SecretString": '{"keys": []}'},
+        },
+        "ClientKeyPepper": {
+            "Type": "AWS::SecretsManager::Secret",
+            "Properties": {"SecretString": PEPPER},
+        },
+        "ClientKeysTable": {
+            "Type": "AWS::DynamoDB::Table",
+            "Properties": {
+                "BillingMode": "PAY_PER_REQUEST",
+                "AttributeDefinitions": [{"AttributeName": "key_id", "AttributeType": "S"}],
+                "KeySchema": [{"AttributeName": "key_id", "KeyType": "HASH"}],
+            },
+        },
+    },
+    "Outputs": {
+        "ApiUrl": {"Value": "http://127.0.0.1:9"},
+        "KeyPoolSecretArn": {"Value": {"Ref": "KeyPoolSecret"}},
+        "PepperSecretArn": {"Value": {"Ref": "ClientKeyPepper"}},
+        "ClientKeysTableName": {"Value": {"Ref": "ClientKeysTable"}},
+    },
+}
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[Emulator]:
+    started = Emulator()
+    try:
+        started.wait_until_it_answers()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(autouse=True)
+def aws(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", emulator.endpoint_url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    yield
+    emulator.client("cloudformation").delete_stack(StackName="prod")
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The stack `prod` as AWS holds it."""
+
+    emulator: Emulator
+    outputs: dict[str, str]
+
+    def key_pool(self) -> Any:
+        secret = self.outputs["KeyPoolSecretArn"]
+        value = self.emulator.client("secretsmanager").get_secret_value(SecretId=secret)
+        return json.loads(value["SecretString"])
+
+    def client_keys(self) -> list[Any]:
+        table = self.outputs["ClientKeysTableName"]
+        return list(self.emulator.client("dynamodb").scan(TableName=table)["Items"])
+
+
+@pytest.fixture
+def stack(emulator: Emulator) -> Deployed:
+    return deploy(emulator, TEMPLATE)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run_command(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(each) for each in arguments])
+        return Ended(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run_command
+
+
+def deploy(emulator: Emulator, template: dict[str, Any]) -> Deployed:
+    cloudformation = emulator.client("cloudformation")
+    cloudformation.create_stack(StackName="prod", TemplateBody=json.dumps(template))
+    cloudformation.get_waiter("stack_create_complete").wait(
+        StackName="prod", WaiterConfig={"Delay": 1, "MaxAttempts": 20}
+    )
+    (created,) = cloudformation.describe_stacks(StackName="prod")["Stacks"]
+    outputs = {each["OutputKey"]: each["OutputValue"] for each in created.get("Outputs", [])}
+    return Deployed(emulator, outputs)
+
+
+def pool_file(folder: Path, *ids: str) -> Path:
+    keys = [{"id": each, "api_key": f"sk-ant-test-{each}"} for each in ids]
+    path = folder / "pool.json"
+    path.write_text(json.dumps({"keys": keys}), encoding="utf-8")
+    return path
+
+
+def exported(text: str) -> dict[str, str]:
+    lines = text.splitlines()
+    assert all(line.startswith("export ") for line in lines)
+    return dict(line.removeprefix("export ").split("=", 1) for line in lines)
+
+
+def test_setup_stores_the_key_pool_and_prints_a_client_key_that_is_kept_only_as_hashes(
+    run: Run, stack: Deployed, tmp_path: Path
+) -> None:
+    pool = pool_file(tmp_path, "main", "second")
+
+    ended = run("setup", "--stack", "prod", "--key-pool", pool, "--tenant", "team-red")
+
+    variables = exported(ended.out)
+    key = variables["SLUICE_KEY"]
+    (row,) = stack.client_keys()
+    assert 0 == ended.code
+    assert "http://127.0.0.1:9" == variables["SLUICE_URL"]
+    assert json.loads(pool.read_text()) == stack.key_pool()
+    assert client_keys.key_id(PEPPER, key) == row["key_id"]["S"]
+    assert client_keys.matches(PEPPER, key, row["hash"]["S"])
+    assert "team-red" == row["tenant"]["S"]
+    assert row["disabled"]["BOOL"] is False
+    assert key not in json.dumps(row)
+    assert key not in ended.err
+    assert "sk-ant-test" not in ended.out + ended.err
+
+
+@pytest.mark.usefixtures("stack")
+def test_setup_says_when_the_gateway_does_not_answer_and_keeps_what_it_did(
+    run: Run, tmp_path: Path
+) -> None:
+    ended = run("setup", "--stack", "prod", "--key-pool", pool_file(tmp_path, "main"))
+
+    assert 0 == ended.code
+    assert "the gateway does not answer as it should yet: no answer from" in ended.err
+
+
+def test_setup_run_again_without_a_terminal_keeps_the_upstream_keys(
+    run: Run, stack: Deployed, tmp_path: Path
+) -> None:
+    run("setup", "--stack", "prod", "--key-pool", pool_file(tmp_path, "main", "second"))
+
+    ended = run("setup", "--stack", "prod")
+
+    assert 0 == ended.code
+    assert "kept the upstream keys main, second" in ended.err
+    assert 2 == len(stack.key_pool()["keys"])
+    assert "SLUICE_KEY" in exported(ended.out)
+
+
+@pytest.mark.usefixtures("stack")
+def test_setup_without_a_terminal_and_without_keys_says_what_to_give(run: Run) -> None:
+    ended = run("setup", "--stack", "prod")
+
+    assert (1, "") == (ended.code, ended.out)
+    assert "give --key-pool FILE" in ended.err
+
+
+@pytest.mark.usefixtures("stack")
+def test_client_keys_can_be_made_listed_and_revoked(run: Run) -> None:
+    run("keys", "create", "--stack", "prod", "--tenant", "team-red", "--name", "laptop")
+    run("keys", "create", "--stack", "prod", "--tenant", "team-blue")
+    before = json.loads(run("keys", "list", "--stack", "prod", "--json").out)["data"]
+    red = next(key["key_id"] for key in before if key["tenant"] == "team-red")
+
+    ended = run("keys", "revoke", red, "--stack", "prod")
+
+    after = json.loads(run("keys", "list", "--stack", "prod", "--json").out)["data"]
+    table = run("keys", "list", "--stack", "prod")
+    assert (0, f"{red} revoked\n") == (ended.code, ended.out)
+    assert ["laptop", "team-blue"] == sorted(key["name"] for key in after)
+    assert [red] == [key["key_id"] for key in after if key["disabled"]]
+    assert not any("hash" in key for key in after)
+    assert "revoked" in table.out
+
+
+@pytest.mark.usefixtures("stack")
+def test_revoking_a_key_nobody_has_made_makes_none(run: Run) -> None:
+    ended = run("keys", "revoke", "0" * 32, "--stack", "prod")
+
+    left = run("keys", "list", "--stack", "prod")
+    assert 1 == ended.code
+    assert "there is no client key 000" in ended.err
+    assert (0, "") == (left.code, left.out)
+
+
+def test_a_stack_that_is_not_there_is_named_with_its_region(run: Run) -> None:
+    ended = run("setup", "--stack", "nowhere")
+
+    assert 1 == ended.code
+    assert f"error: there is no stack nowhere in {REGION}" in ended.err
+
+
+def test_another_kind_of_stack_is_refused(run: Run, emulator: Emulator) -> None:
+    deploy(emulator, {"Resources": TEMPLATE["Resources"]})
+
+    ended = run("keys", "list", "--stack", "prod")
+
+    assert 1 == ended.code
+    assert "stack prod has no output ApiUrl" in ended.err
+
+
+def test_without_a_region_it_says_what_to_set(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+
+    ended = run("setup", "--stack", "prod")
+
+    assert (1, "error: no AWS region: give --region or set AWS_REGION\n") == (ended.code, ended.err)
+
+
+def test_an_unknown_profile_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+
+    ended = run("setup", "--stack", "prod")
+
+    assert 1 == ended.code
+    assert 1 == len(ended.err.splitlines())
+    assert "set AWS_PROFILE" in ended.err
+
+
+def test_an_endpoint_that_is_no_address_is_one_line(run: Run) -> None:
+    ended = run("setup", "--stack", "prod", "--endpoint-url", "nonsense")
+
+    assert (1, 1) == (ended.code, len(ended.err.splitlines()))
+    assert "cannot read stack prod: Invalid endpoint: nonsense" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "pool.json is not JSON"),
+        ("[]", "the key pool must be"),
+        ('{"keys": []}', "pool.json has no keys"),
+        ('{"keys": [{"id": "a", "api_key": ""}]}', "no api_key"),
+        ('{"keys": [{"id": "a", "api_key": "sk-ant-test-x", "modles": []}]}', "modles"),
+    ],
+)
+def test_a_key_pool_that_would_not_work_is_refused_without_showing_keys(
+    text: str, reason: str
+) -> None:
+    with pytest.raises(CommandFailed) as refused:
+        read_key_pool(text, "pool.json")
+
+    assert reason in str(refused.value)
+    assert "sk-ant" not in str(refused.value)
+
+
+def test_keys_typed_one_after_another_become_the_key_pool() -> None:
+    typed = iter(
+        ["sk-ant-test-a ", "sk-ant-test-a", "sk-ant-admin-x", "with space", "sk-ant-test-b", ""]
+    )
+    said: list[str] = []
+
+    pool = ask_for_key_pool(lambda _: next(typed), said.append)
+
+    assert {
+        "keys": [
+            {"id": "main", "api_key": "sk-ant-test-a"},
+            {"id": "key-2", "api_key": "sk-ant-test-b"},
+        ]
+    } == pool
+    assert 3 == len(said)
+    assert not any("sk-ant-test" in line for line in said)
+
+
+def test_no_key_at_all_changes_nothing() -> None:
+    with pytest.raises(CommandFailed, match="nothing was changed"):
+        ask_for_key_pool(lambda _: "", lambda _: None)
