@@ -131,7 +131,7 @@ def _no_constant(name: str) -> Any:
 
 
 def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
-    """Return the submissions and whether they came as a list; raises InvalidRequest for a bad envelope."""
+    """Return the submissions and whether they came as a list; InvalidRequest for a bad envelope."""
     if not isinstance(body, dict):
         message = 'the body must be a JSON object: one job, or {"jobs": [...]}'
         raise InvalidRequest(message)

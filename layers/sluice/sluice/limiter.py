@@ -31,6 +31,7 @@ from sluice.domain.limits import (
     overloaded,
     reserve,
     settle,
+    start_on,
     usual_gap,
 )
 from sluice.ports import Blocking, Clock, Events, Headers, Jitter, LimitStore
@@ -131,7 +132,7 @@ class _Draft:
     def start(self, cost: Cost, now: int) -> int:
         """Return the next start; once the horizon is full, a guess by the usual gap is good enough."""
         if self.full_at is None:
-            return next_start(self.group, cost, now)
+            return start_on(self.group, cost, now)
         return self.full_at + self.behind * usual_gap(self.group)
 
     def leave_waiting(self, start: int) -> None:
@@ -328,10 +329,23 @@ class Limiter:
         """Count a 529 against the group's breaker."""
         self._react(admission, overloaded)
 
-    def belongs(self, admission: Admission, organization: str) -> None:
-        """Note whose limits a key draws on, for a group that was begun under the key's name."""
-        if admission.claimant.group not in self.moved:
-            self._react(admission, lambda group, _: moved(group, organization))
+    def belongs(self, admission: Admission, organization: str, headers: Headers) -> None:
+        """Note whose limits a key draws on, for a group that was begun under the key's name.
+
+        What the first answer said of the limits is the organisation's, and opens its group.
+        """
+        claimant = admission.claimant
+        if claimant.group in self.moved:
+            return
+        now = self._clock.now()
+        name = group_id(organization, claimant.model_group)
+        if name not in self._books:
+            self._books[name] = _Books(new_group(organization, claimant.model_group, now), 0)
+        if headers.seen:
+            self._books[name].observations.append((now, headers))
+            self._books[name].urgent = True
+            self._books[name].gather(now)
+        self._react(admission, lambda group, _: moved(group, organization))
 
     def group(self, group: str) -> Group | None:
         """Return this worker's view of a group."""
@@ -508,15 +522,10 @@ class Limiter:
         times: list[int] = []
         if self._waiters:
             times.append(now + WATCH_MS)
-            first = self._waiters[0]
-            for claimant in first.claimants:
+            for claimant in self._waiters[0].claimants:
                 if claimant.group not in self._books:
                     return CONFLICT_MS
-                group = self._books[claimant.group].group
-                cost = group.estimate(first.input_chars, first.max_tokens)
-                # Workers look at different moments, so that they do not all write at once.
-                lead = self._horizon(group) * (2 + int(6 * self._jitter())) // 10
-                times.append(next_start(group, cost, now) - lead)
+                times.append(self._next_look(self._books[claimant.group].group, now))
         for books in self._books.values():
             if books.urgent:
                 times.append(now)
@@ -525,6 +534,19 @@ class Limiter:
             if any(admission.started_at is None for admission in books.open):
                 times.append(books.read_at + WATCH_MS)
         return max(CONFLICT_MS, min(times) - now) if times else None
+
+    def _next_look(self, group: Group, now: int) -> int:
+        """Return when a block will be worth a write: some time before its first start, when it is full.
+
+        Workers look at different moments, so that they do not all write at once.
+        """
+        first = self._waiters[0]
+        start = next_start(group, group.estimate(first.input_chars, first.max_tokens), now)
+        horizon = self._horizon(group)
+        lead = horizon * (2 + int(6 * self._jitter())) // 10
+        block = min(LEAST_BLOCK, len(self._waiters))
+        full = start + (block - 1) * usual_gap(group) - horizon
+        return min(max(start - lead, full), start - SOON_MS // 2)
 
     async def _write(self, books: _Books, waiters: Sequence[_Waiter] = ()) -> None:
         """Bring the shared group up to date with all that has gathered, in one conditional write."""

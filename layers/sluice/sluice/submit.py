@@ -226,10 +226,14 @@ def _waits(job: Job) -> bool:
 
 
 def _conflict(job: Job) -> Conflict:
-    name = f"custom_id {job.custom_id!r}" if job.custom_id else "this Idempotency-Key"
+    name = (
+        f"custom_id {job.custom_id!r}, or its Idempotency-Key,"
+        if job.custom_id
+        else "this Idempotency-Key"
+    )
     return Conflict(
         f"{name} stands for another request already (job {job.job_id}); "
-        "use another one, or send an Idempotency-Key of its own with each run"
+        "use another one, or send each run with an Idempotency-Key of its own"
     )
 
 

@@ -554,7 +554,7 @@ class _Call:
             )
             return
         await self._batch.learn_organization(self._key, organization)
-        self._limiter.belongs(self._admission, organization)
+        self._limiter.belongs(self._admission, organization, headers)
 
     async def _answered(self, answer: Answer) -> Disposition | Job:
         usage = answer.usage

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import date
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from uuid import uuid4
 
 from botocore.exceptions import ClientError
 
@@ -201,6 +202,8 @@ class DynamoLimits:
             "kind": {"S": "group"},
             "version": {"N": str(group.version)},
             "record": {"S": json.dumps(asdict(group), separators=(",", ":"))},
+            # Two workers may think of the same change in the same millisecond; only one of them made it.
+            "written_as": {"S": uuid4().hex},
         }
         condition, arguments = "attribute_not_exists(id)", {}
         if expected_version:
@@ -315,7 +318,9 @@ class DynamoLedger:
         )
         rows = []
         for item in items:
-            day, model, lane = item["bucket"]["S"].split("#")
+            # A relay may name its models as it likes.
+            day, rest = item["bucket"]["S"].split("#", 1)
+            model, lane = rest.rsplit("#", 1)
             numbers = {
                 each.name: int(item[each.name]["N"]) for each in fields(Spend) if each.name in item
             }
@@ -462,7 +467,8 @@ def _unpage(page: str, tenant: str) -> Item:
     try:
         text = urlsafe_b64decode(page + "=" * (-len(page) % 4)).decode()
         created, job_id = text.split("#")
-        int(created)
+        if not created.isdigit() or not job_id:
+            raise ValueError(text)  # noqa: TRY301 - said below, once
     except ValueError as error:
         message = f"page: {page!r} is not a next_page of an earlier answer"
         raise InvalidRequest(message) from error

@@ -45,6 +45,9 @@ class SecretText:
             except ClientError as error:
                 message = f"the secret {self._name} cannot be read: {aws.code(error)}"
                 raise KeyPoolBroken(message) from None
+            if "SecretString" not in answer:
+                message = f"the secret {self._name} holds bytes, not text"
+                raise KeyPoolBroken(message)
             self._text = answer["SecretString"]
             self._read_at = now
         return self._text

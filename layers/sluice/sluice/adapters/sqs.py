@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
@@ -78,7 +78,11 @@ class SqsReturns:
         self._dead_letters_url = dead_letters_url
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
-        """Make each message visible again after its delay in milliseconds, rounded up to seconds."""
+        """Make each message visible again after its delay in milliseconds, rounded up to seconds.
+
+        What one call cannot change does not keep the others; raises StoreBusy at the end.
+        """
+        busy: StoreBusy | None = None
         for start in range(0, len(delays), AT_ONCE):
             entries: Any = [
                 {
@@ -90,12 +94,17 @@ class SqsReturns:
                 }
                 for position, (message, delay_ms) in enumerate(delays[start : start + AT_ONCE])
             ]
-            aws.patiently(
-                "the jobs queue",
-                self._client.change_message_visibility_batch,
-                QueueUrl=self._url,
-                Entries=entries,
-            )
+            try:
+                aws.patiently(
+                    "the jobs queue",
+                    self._client.change_message_visibility_batch,
+                    QueueUrl=self._url,
+                    Entries=entries,
+                )
+            except StoreBusy as error:
+                busy = error
+        if busy is not None:
+            raise busy
 
     def bury(self, message: Received, reason: str) -> None:
         """Send a message that is not ours to the dead-letter queue, with the reason."""
@@ -106,45 +115,3 @@ class SqsReturns:
             MessageBody=message.body,
             MessageAttributes={"reason": {"DataType": "String", "StringValue": reason}},
         )
-
-
-def received(records: Iterable[Mapping[str, Any]]) -> list[Received]:
-    """Read the records of a Lambda SQS event. A body that is not ours keeps `job_id` None."""
-    messages = []
-    for record in records:
-        pointer = _pointer(str(record.get("body", "")))
-        attributes = record.get("attributes", {})
-        messages.append(
-            Received(
-                message_id=str(record["messageId"]),
-                receipt=str(record.get("receiptHandle", "")),
-                body=str(record.get("body", "")),
-                job_id=_text(pointer, "job_id"),
-                canary=_text(pointer, "canary"),
-                receive_count=int(attributes.get("ApproximateReceiveCount", 1)),
-                sent_at=int(attributes.get("SentTimestamp", 0)),
-            )
-        )
-    return messages
-
-
-def reason_of(record: Mapping[str, Any]) -> str | None:
-    """Return the reason the worker wrote on a message that it buried."""
-    attribute = record.get("messageAttributes", {}).get("reason", {})
-    value = attribute.get("stringValue")
-    return str(value) if value else None
-
-
-def _pointer(body: str) -> Mapping[str, Any]:
-    try:
-        pointer = json.loads(body)
-    except ValueError:
-        return {}
-    if not isinstance(pointer, dict) or pointer.get("v") != SCHEMA_VERSION:
-        return {}
-    return pointer
-
-
-def _text(pointer: Mapping[str, Any], name: str) -> str | None:
-    value = pointer.get(name)
-    return value if isinstance(value, str) and value else None

@@ -235,7 +235,7 @@ def advanced(group: Group, now: int) -> Group:
 
 def next_start(group: Group, cost: Cost, now: int) -> int:
     """Return when a call of this cost could start if it were reserved now (without reserving it)."""
-    return _start(advanced(group, now), cost, now)
+    return start_on(advanced(group, now), cost, now)
 
 
 def usual_gap(group: Group) -> int:
@@ -244,16 +244,16 @@ def usual_gap(group: Group) -> int:
     return max(1, 60_000 // requests.limit, 60_000 * group.output_estimate // output.limit)
 
 
-def _start(group: Group, cost: Cost, now: int) -> int:
+def start_on(group: Group, cost: Cost, now: int) -> int:
+    """Return `next_start` for a group that is advanced to `now` already."""
     gap = max(1, 60_000 * FULL_RATE // (group.requests.limit * group.rate_factor * BURST_PACE))
     return max(
         now,
         group.blocked_until,
         group.last_start + gap,
-        *(
-            group.bucket(dimension).ready_at(cost.of(dimension), group.rate_factor)
-            for dimension in DIMENSIONS
-        ),
+        group.requests.ready_at(cost.requests, group.rate_factor),
+        group.input_tokens.ready_at(cost.input_tokens, group.rate_factor),
+        group.output_tokens.ready_at(cost.output_tokens, group.rate_factor),
     )
 
 
@@ -267,7 +267,7 @@ def reserve(
     group = advanced(group, now)
     starts: list[int] = []
     for cost in costs:
-        start = _start(group, cost, now)
+        start = start_on(group, cost, now)
         if start > now + horizon_ms:
             break
         group = replace(

@@ -1,0 +1,57 @@
+"""Messages of the jobs queue as Lambda hands them over: small pointers, ours or not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from sluice.domain.jobs import SCHEMA_VERSION
+from sluice.ports import Received
+
+_JOB_ID: Final = re.compile(r"job_[0-9a-f]{32}")
+_CANARY: Final = re.compile(r"[!-~]{1,100}")
+
+
+def received(records: Iterable[Mapping[str, Any]]) -> list[Received]:
+    """Read the records of a Lambda SQS event. A body that is not ours keeps `job_id` None."""
+    messages = []
+    for record in records:
+        pointer = _pointer(str(record.get("body", "")))
+        attributes = record.get("attributes", {})
+        messages.append(
+            Received(
+                message_id=str(record["messageId"]),
+                receipt=str(record.get("receiptHandle", "")),
+                body=str(record.get("body", "")),
+                job_id=_named(pointer, "job_id", _JOB_ID),
+                canary=_named(pointer, "canary", _CANARY),
+                receive_count=int(attributes.get("ApproximateReceiveCount", 1)),
+                sent_at=int(attributes.get("SentTimestamp", 0)),
+            )
+        )
+    return messages
+
+
+def reason_of(record: Mapping[str, Any]) -> str | None:
+    """Return the reason the worker wrote on a message that it buried."""
+    attribute = record.get("messageAttributes", {}).get("reason", {})
+    value = attribute.get("stringValue")
+    return str(value) if value else None
+
+
+def _pointer(body: str) -> Mapping[str, Any]:
+    try:
+        pointer = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(pointer, dict) or pointer.get("v") != SCHEMA_VERSION:
+        return {}
+    return pointer
+
+
+def _named(pointer: Mapping[str, Any], name: str, form: re.Pattern[str]) -> str | None:
+    """Return an id of ours; one of another form, which DynamoDB may refuse with its whole batch, is nobody's."""
+    value = pointer.get(name)
+    return value if isinstance(value, str) and form.fullmatch(value) else None
