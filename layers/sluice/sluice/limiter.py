@@ -7,8 +7,9 @@ A write carries everything that has gathered for its group: new reservations, se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from typing import Final, Self
 
@@ -24,12 +25,14 @@ from sluice.domain.limits import (
     answered,
     block,
     group_id,
+    grown,
     moved,
     new_group,
     next_start,
     observe,
     overloaded,
     reserve,
+    restated,
     settle,
     start_on,
     usual_gap,
@@ -56,6 +59,8 @@ FRESH_MS: Final = 50
 """How old the view of a group may be when a block is reserved on it: a read is cheaper than a lost race."""
 
 SOON_MS: Final = 100
+BUSY_MS: Final = 10_000
+"""How long jobs stay away that could not be admitted because the limits could not be read."""
 
 CONFLICT_MS: Final = 20
 
@@ -68,7 +73,8 @@ class Claimant:
     organization: str
     model_group: str
     key_id: str
-    weight: int = 1
+    stated: tuple[tuple[str, int], ...] = ()
+    """Limits the key pool states for this key, per dimension."""
 
 
 @dataclass(eq=False, slots=True)
@@ -150,6 +156,7 @@ class _Parcel:
     settlements: list[Settlement]
     observations: list[tuple[int, Headers]]
     gathered_at: int | None
+    urgent: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -168,9 +175,17 @@ class _Books:
     """Reserved and not settled."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    def change(self, change: Change, now: int) -> None:
+        """Note a change that everybody should see at once."""
+        self.changes.append(change)
+        self.urgent = True
+        self.gather(now)
+
     def take(self) -> _Parcel:
         """Take out what waits to be written."""
-        parcel = _Parcel(self.changes, self.settlements, self.observations, self.gathered_at)
+        parcel = _Parcel(
+            self.changes, self.settlements, self.observations, self.gathered_at, self.urgent
+        )
         self.changes, self.settlements, self.observations = [], [], []
         self.gathered_at, self.urgent = None, False
         return parcel
@@ -181,6 +196,7 @@ class _Books:
         self.settlements[:0] = parcel.settlements
         self.observations[:0] = parcel.observations
         self.gathered_at = parcel.gathered_at or self.gathered_at
+        self.urgent = self.urgent or parcel.urgent
 
     def gather(self, now: int) -> None:
         """Note that something waits to be written."""
@@ -262,6 +278,12 @@ class Limiter:
         self._wake.set()
         try:
             return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled():
+                given = answer.result()
+                if isinstance(given, Admission):
+                    self.settle(given, None)
+            raise
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -282,8 +304,20 @@ class Limiter:
         admission.started_at = self._clock.now()
         return True
 
-    def settle(self, admission: Admission, used: Cost | None, *, teaches: bool = False) -> None:
-        """Tell what the call used; None when it was never sent, so that all of it is given back."""
+    def settle(
+        self,
+        admission: Admission,
+        used: Cost | None,
+        *,
+        answered: bool = False,
+        cached: bool = False,
+    ) -> None:
+        """Tell what the call used; None when it was never sent, so that all of it is given back.
+
+        `answered`: `used` is real usage and teaches the estimates; `cached`: its input was partly cached.
+        """
+        now = self._clock.now()
+        call_ms = max(1, now - (admission.started_at or now)) if answered else 0
         books = self._books[admission.claimant.group]
         if admission in books.open:
             books.open.remove(admission)
@@ -292,10 +326,11 @@ class Limiter:
                 admission.epoch,
                 admission.reserved,
                 UNUSED if used is None else used,
-                admission.input_chars if teaches else 0,
+                admission.input_chars if answered and not cached else 0,
+                call_ms,
             )
         )
-        books.gather(self._clock.now())
+        books.gather(now)
         if self._idle:
             self._wake.set()
 
@@ -311,9 +346,12 @@ class Limiter:
                 for dimension, seen in headers.seen.items()
             )
             books.urgent = books.urgent or not bucket_limits_known
+        elif served:
+            # An upstream that names no limits is explored by its answers.
+            books.changes.append(lambda group, _: grown(group))
+            books.gather(now)
         if served and books.group.overload_streak:
-            books.changes.append(lambda group, _: answered(group))
-            books.urgent = True
+            books.change(lambda group, _: answered(group), now)
         if headers.seen or books.urgent:
             books.gather(now)
         if books.urgent or self._idle:
@@ -353,10 +391,7 @@ class Limiter:
         return books.group if books else None
 
     def _react(self, admission: Admission, change: Change) -> None:
-        books = self._books[admission.claimant.group]
-        books.changes.append(change)
-        books.urgent = True
-        books.gather(self._clock.now())
+        self._books[admission.claimant.group].change(change, self._clock.now())
         self._wake.set()
 
     # The planner -----------------------------------------------------------------------------------------------
@@ -368,14 +403,12 @@ class Limiter:
                 pause = await self._turn()
             except StoreBusy:
                 self._events.problem("limits table busy")
+                self._send_late_ones_away()
                 pause = WATCH_MS
             except Exception as error:  # noqa: BLE001 - told to whoever waits
                 # Whoever waits must not wait for ever on a planner that cannot plan.
                 self._events.problem("limiter failed")
-                for waiter in list(self._waiters):
-                    self._waiters.remove(waiter)
-                    if not waiter.answer.done():
-                        waiter.answer.set_exception(error)
+                self._fail_all(error)
                 pause = WATCH_MS
             if self._stopping:
                 return
@@ -395,6 +428,18 @@ class Limiter:
                 finally:
                     sleeping.cancel()
                     woken.cancel()
+
+    def _send_late_ones_away(self) -> None:
+        now = self._clock.now()
+        for waiter in list(self._waiters):
+            if now > waiter.latest_start:
+                self._answer(waiter, Later(now + BUSY_MS, "limits table busy"))
+
+    def _fail_all(self, error: Exception) -> None:
+        for waiter in self._waiters:
+            if not waiter.answer.done():
+                waiter.answer.set_exception(error)
+        self._waiters.clear()
 
     async def _turn(self) -> int | None:
         """Do what is due; return the milliseconds until something else is, or None when nothing is known to come."""
@@ -424,7 +469,7 @@ class Limiter:
         ]
         stale = [
             group
-            for group in {*wanted, *sleeping}
+            for group in dict.fromkeys([*wanted, *sleeping])
             if group not in self._books or now - self._books[group].read_at >= WATCH_MS
         ]
         if not stale:
@@ -436,8 +481,12 @@ class Limiter:
             books = self._books.get(name)
             if books is None:
                 claimant = wanted[name]
-                current = current or new_group(claimant.organization, claimant.model_group, now)
+                stated = dict(claimant.stated)
+                if current is None:
+                    current = new_group(claimant.organization, claimant.model_group, now, stated)
                 books = self._books[name] = _Books(current, now)
+                if stated and current.stated != stated:
+                    books.change(partial(_restated, stated), now)
             self._learn(books, current or books.group, now)
 
     def _learn(self, books: _Books, current: Group, now: int) -> None:
@@ -488,7 +537,7 @@ class Limiter:
             # Before the first answer the rate is only a safe guess: who leaves now would come back too late.
             knows = draft.group.has_answers or draft.group.blocked_until > waiter.latest_start
             if start > waiter.latest_start and (knows or now > waiter.latest_start):
-                blocked = start == draft.group.blocked_until
+                blocked = draft.group.blocked_until > waiter.latest_start
                 reason = draft.group.blocked_reason if blocked else None
                 self._answer(waiter, Later(start, reason or "no capacity soon"))
         return {
@@ -564,7 +613,7 @@ class Limiter:
                 new, starts = reserve(new, costs, now, self._horizon(new))
                 if new == group:
                     return
-                if not must and _too_few(starts, waiting, now):
+                if waiters and not must and _too_few(starts, waiting, now):
                     # Somebody else was quicker: what there is to settle can travel with the next block.
                     books.put_back(parcel)
                     return
@@ -639,6 +688,10 @@ class Limiter:
         )
 
 
+def _restated(stated: Mapping[str, int], group: Group, now: int) -> Group:
+    return restated(group, stated, now)
+
+
 def _too_few(starts: Sequence[int], waiting: Sequence[_Waiter], now: int) -> bool:
     """Tell whether a block is not worth its write yet."""
     if not starts:
@@ -652,6 +705,14 @@ def _never_fits(group: Group, cost: Cost) -> bool:
     return bucket.learned and cost.input_tokens * 3 > bucket.limit * 4
 
 
-def claimant_for(organization: str, model_group: str, key_id: str, weight: int = 1) -> Claimant:
+def claimant_for(
+    organization: str, model_group: str, key_id: str, stated: Mapping[str, int] | None = None
+) -> Claimant:
     """Return the claimant of one key of the pool."""
-    return Claimant(group_id(organization, model_group), organization, model_group, key_id, weight)
+    return Claimant(
+        group_id(organization, model_group),
+        organization,
+        model_group,
+        key_id,
+        tuple(sorted((stated or {}).items())),
+    )

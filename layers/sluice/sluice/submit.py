@@ -144,7 +144,7 @@ class Submit:
         if sender.idempotency_key is not None:
             job_id = derived_job_id(sender.tenant, "key", f"{position}\x00{sender.idempotency_key}")
         elif submission.custom_id is not None:
-            job_id = derived_job_id(sender.tenant, "custom_id", submission.custom_id)
+            job_id = _id_by_name(sender.tenant, submission.custom_id)
         else:
             job_id = random_job_id(self._random_bytes(16))
         everything = [
@@ -226,15 +226,16 @@ def _waits(job: Job) -> bool:
 
 
 def _conflict(job: Job) -> Conflict:
-    name = (
-        f"custom_id {job.custom_id!r}, or its Idempotency-Key,"
-        if job.custom_id
-        else "this Idempotency-Key"
-    )
+    named = job.custom_id is not None and job.job_id == _id_by_name(job.tenant, job.custom_id)
+    name = f"custom_id {job.custom_id!r}" if named else "this Idempotency-Key"
     return Conflict(
         f"{name} stands for another request already (job {job.job_id}); "
         "use another one, or send each run with an Idempotency-Key of its own"
     )
+
+
+def _id_by_name(tenant: str, custom_id: str) -> str:
+    return derived_job_id(tenant, "custom_id", custom_id)
 
 
 def _input_chars(params: Mapping[str, Any]) -> int:

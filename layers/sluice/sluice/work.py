@@ -15,7 +15,7 @@ from typing import Final, assert_never
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, LeaseLost, Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
-from sluice.domain.keys import KeyMark, UpstreamKey, organization_of
+from sluice.domain.keys import KeyMark, UpstreamKey, organization_of, shared_organizations
 from sluice.domain.limits import Cost, group_id, model_group
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, base_model
 from sluice.domain.retries import (
@@ -116,6 +116,7 @@ class Worker:
     def __init__(self, tools: Tools, rules: Rules) -> None:
         self._tools = tools
         self._rules = rules
+        self._told: set[str] = set()
         self.limiter = Limiter(
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events
         )
@@ -125,15 +126,21 @@ class Worker:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation in the leases it takes.
         """
-        batch = _Batch(self._tools, self._rules, owner, self.limiter, stop_at)
+        batch = _Batch(self._tools, self._rules, owner, self.limiter, stop_at, self._told)
         return await batch.run(messages)
 
 
 class _Batch:
     """One invocation."""
 
-    def __init__(
-        self, tools: Tools, rules: Rules, owner: str, limiter: Limiter, stop_at: int
+    def __init__(  # noqa: PLR0913, PLR0917 - private
+        self,
+        tools: Tools,
+        rules: Rules,
+        owner: str,
+        limiter: Limiter,
+        stop_at: int,
+        told_once: set[str],
     ) -> None:
         self.tools = tools
         self.rules = rules
@@ -142,12 +149,15 @@ class _Batch:
         self.events = tools.events
         self.started = tools.clock.now()
         self.stop_at = stop_at
+        self._told_once = told_once
         self._marks: dict[str, KeyMark] = {}
         self.rows: list[LedgerRow] = []
         self._to_put_back: list[tuple[Received, int]] = []
+        self._flushing = asyncio.Lock()
 
     async def run(self, messages: Sequence[Received]) -> list[str]:
         ours = [message for message in messages if message.job_id is not None]
+        writes = self.limiter.writes
         not_done = {message.message_id for message in messages}
         async with self.limiter:
             housekeeping = asyncio.create_task(self._housekeeping(), name="housekeeping")
@@ -161,9 +171,18 @@ class _Batch:
                     if done:
                         not_done.discard(message.message_id)
             finally:
-                housekeeping.cancel()
+                # Never in the middle of a write: what it has taken in hand would be lost.
+                async with self._flushing:
+                    housekeeping.cancel()
                 await asyncio.gather(housekeeping, return_exceptions=True)
                 await self._flush()
+        self.events.note(
+            "batch done",
+            messages=len(messages),
+            put_back=len(not_done),
+            seconds=(self.tools.clock.now() - self.started) / 1000,
+            limiter_writes=self.limiter.writes - writes,
+        )
         return [message.message_id for message in messages if message.message_id in not_done]
 
     async def _read(self, messages: Sequence[Received]) -> Mapping[str, Job]:
@@ -180,6 +199,10 @@ class _Batch:
         keys = await self.tools.blocking(self.tools.keys.keys)
         marks = await self.tools.blocking(self.tools.limits.marks, [key.id for key in keys])
         self._marks = dict(marks)
+        for sentence in shared_organizations(keys, self._marks):
+            if sentence not in self._told_once:
+                self._told_once.add(sentence)
+                self.events.note("keys share an organization", advice=sentence)
 
     async def _settled(self, message: Received, found: Mapping[str, Job]) -> bool:
         """Run one message to its disposition; whatever goes wrong, the message comes back."""
@@ -252,7 +275,7 @@ class _Batch:
             case _:
                 assert_never(step)
 
-    async def _run(  # noqa: C901, PLR0911 - one return per way it can go
+    async def _run(  # noqa: C901, PLR0911, PLR0912 - one return per way it can go
         self, job: Job, now: int
     ) -> Disposition | Job:
         """Get a start time, wait for it, claim, call. A Job means: look again."""
@@ -283,6 +306,10 @@ class _Batch:
             self.limiter.settle(admitted, None)
             return job
         now = self.tools.clock.now()
+        if life.next_step(job, now, self.rules.policy.max_attempts) is not Step.RUN:
+            # Its deadline passed while it waited: nobody wants an answer any more.
+            self.limiter.settle(admitted, None)
+            return job
         try:
             claimed = life.claim(job, self.owner, now, now + LEASE_MS)
             await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
@@ -321,7 +348,7 @@ class _Batch:
                 continue
             organization = organization_of(key, mark)
             organization = self.limiter.moved.get(group_id(organization, name), organization)
-            claimant = claimant_for(organization, name, key.id, key.weight)
+            claimant = claimant_for(organization, name, key.id, key.limits)
             usable.setdefault(claimant.group, []).append((claimant, key))
         if not usable and all(self._may_not_use(key, model) for key in allowed):
             message = f"Claude refused model {model} to every key of the key pool"
@@ -394,6 +421,10 @@ class _Batch:
 
     async def _flush(self) -> None:
         """Write what has gathered: visibility changes, ledger rows and their sums."""
+        async with self._flushing:
+            await self._write_gathered()
+
+    async def _write_gathered(self) -> None:
         put_back, self._to_put_back = self._to_put_back, []
         rows, self.rows = self.rows, []
         if put_back:
@@ -448,6 +479,7 @@ class _Call:
         self._limiter = batch.limiter
         self._events = batch.events
         self._rules = batch.rules
+        self._claim = job.version
         self._canceled = False
         self._settled = False
 
@@ -560,7 +592,8 @@ class _Call:
         usage = answer.usage
         self._settle(
             Cost(1, usage.limited_input_tokens, usage.output_tokens),
-            teaches=usage.cache_read_input_tokens == 0,
+            answered=True,
+            cached=usage.cache_read_input_tokens > 0,
         )
         cost = self._price(usage)
         for metric, tokens in (
@@ -586,7 +619,8 @@ class _Call:
                 None,
                 self._row("refusal", usage, cost, answer.request_id),
             )
-        result = await self._store(answer.message)
+        row = self._row("succeeded", usage, cost, answer.request_id)
+        result = await self._store(answer.message, row)
         return await self._write(
             lambda job, now: life.succeed(
                 job,
@@ -598,21 +632,25 @@ class _Call:
                 request_id=answer.request_id,
             ),
             DONE,
-            self._row("succeeded", usage, cost, answer.request_id),
+            row,
         )
 
-    async def _store(self, message: str) -> life.Result:
+    async def _store(self, message: str, row: LedgerRow) -> life.Result:
         while True:
             try:
                 return await self._tools.blocking(
                     self._tools.results.put, self._job.job_id, message
                 )
             except StoreBusy:
-                await self._rest()
+                await self._rest(row)
 
-    async def _rest(self) -> None:
-        """Wait a moment for a store that is busy; raises StoreBusy when there is no time left to wait."""
+    async def _rest(self, row: LedgerRow | None) -> None:
+        """Wait a moment for a store that is busy; raises StoreBusy when there is no time left to wait.
+
+        The call will be made again then, so the ledger has to name this one.
+        """
         if self._tools.clock.now() >= self._batch.stop_at:
+            self._account(row, "outcome not stored")
             what = "the store, until the end of the invocation,"
             raise StoreBusy(what)
         await self._tools.clock.sleep(1_000)
@@ -749,10 +787,10 @@ class _Call:
             return self._admission.reserved
         return None
 
-    def _settle(self, used: Cost | None, *, teaches: bool = False) -> None:
+    def _settle(self, used: Cost | None, *, answered: bool = False, cached: bool = False) -> None:
         if not self._settled:
             self._settled = True
-            self._limiter.settle(self._admission, used, teaches=teaches)
+            self._limiter.settle(self._admission, used, answered=answered, cached=cached)
 
     def _price(self, usage: Usage) -> int | None:
         day = _day(self._tools.clock.now())
@@ -777,7 +815,7 @@ class _Call:
             tenant=self._job.tenant,
             day=_day(self._tools.clock.now()),
             # The version at the claim is unique to this call: attempts given back repeat their number.
-            call_id=f"{self._job.job_id}#{self._admission.started_at}",
+            call_id=f"{self._job.job_id}#{self._claim}",
             job_id=self._job.job_id,
             model=self._job.current_model,
             lane=self._job.lane,
@@ -789,6 +827,11 @@ class _Call:
             certain=certain,
             note=note,
         )
+
+    def _account(self, row: LedgerRow | None, note: str | None = None) -> None:
+        """Let the call's row be written; `note` says why the job's record does not show the call."""
+        if row is not None:
+            self._batch.rows.append(replace(row, note=note or row.note))
 
     async def _write(
         self,
@@ -804,19 +847,18 @@ class _Call:
             except Stale as stale:
                 # A cancel may have set its flag meanwhile; the call's outcome still stands.
                 if not isinstance(stale.current, Job):
+                    self._account(row, "job record gone")
                     return DONE
                 self._job = stale.current
             except LeaseLost:
                 self._events.problem("lease lost", job_id=self._job.job_id)
-                if row is not None:
-                    self._batch.rows.append(replace(row, note="lease lost"))
+                self._account(row, "lease lost")
                 return PutBack(LEASE_MS)
             except StoreBusy:
-                await self._rest()
+                await self._rest(row)
             else:
                 break
-        if row is not None:
-            self._batch.rows.append(row)
+        self._account(row)
         if written.state.is_final:
             self._batch.told(written)
         return written if disposition is None else disposition

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
@@ -39,7 +39,7 @@ class SecretText:
         now = self._clock.now()
         if self._text is None or now - self._read_at >= self._age_ms:
             try:
-                answer = aws.patiently(
+                answer: Mapping[str, Any] = aws.patiently(
                     "Secrets Manager", self._client.get_secret_value, SecretId=self._name
                 )
             except ClientError as error:

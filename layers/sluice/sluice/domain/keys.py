@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.limits import DIMENSIONS
 from sluice.domain.pricing import base_model
 
 DEFAULT_BASE_URL = "https://api.anthropic.com"
@@ -25,6 +26,8 @@ class UpstreamKey:
     models: frozenset[str] | None = None
     tenants: frozenset[str] | None = None
     weight: int = 1
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Stated per minute: requests, input_tokens, output_tokens. They cap what is learned."""
 
     @property
     def fingerprint(self) -> str:
@@ -93,7 +96,7 @@ def _parse_key(position: int, row: object) -> UpstreamKey:
         message = f"{where} is not an object"
         raise KeyPoolBroken(message)
     unknown = set(row) - {
-        "id", "api_key", "organization", "base_url", "models", "tenants", "weight",
+        "id", "api_key", "organization", "base_url", "models", "tenants", "weight", "limits",
     }  # fmt: skip
     if unknown:
         message = f"{where} has unknown fields: {', '.join(sorted(unknown))}"
@@ -118,7 +121,20 @@ def _parse_key(position: int, row: object) -> UpstreamKey:
         models=_names(row, "models", where),
         tenants=_names(row, "tenants", where),
         weight=weight,
+        limits=_limits(row, where),
     )
+
+
+def _limits(row: Mapping[str, Any], where: str) -> Mapping[str, int]:
+    value = row.get("limits") or {}
+    if not isinstance(value, Mapping) or not set(value) <= set(DIMENSIONS):
+        message = f"{where}: limits may state {', '.join(DIMENSIONS)} per minute, got {value!r}"
+        raise KeyPoolBroken(message)
+    for name, limit in value.items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            message = f"{where}: limits.{name} must be a whole number from 1 up, got {limit!r}"
+            raise KeyPoolBroken(message)
+    return dict(value)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:

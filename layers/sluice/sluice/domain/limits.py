@@ -16,7 +16,7 @@ Times are epoch milliseconds. Clocks of different workers may differ by seconds:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from sluice.domain.pricing import base_model
@@ -35,6 +35,11 @@ RECOVERY_PER_SECOND: Final = 20
 
 BURST_PACE: Final = 5
 """Saved-up capacity is spent at most this many times faster than the limit: 60 RPM may be enforced as 1 per second."""
+
+GROWTH: Final = 60
+GROWTH_AFTER_429: Final = 600
+SHRINK_TO: Final = 70
+"""Percent of a guessed limit that remain after a 429."""
 
 OVERLOAD_STREAK: Final = 5
 """That many 529s in a row open the breaker; a single one is only that job's bad luck."""
@@ -154,8 +159,14 @@ class Group:
     """Learned: how many characters of request make 1,000 input tokens."""
     output_mean: int = 300_000
     """Learned: the moving mean of output tokens per call, in thousandths."""
+    call_ms: int = 10_000
+    """Learned: the moving mean of a call's duration."""
     samples: int = FIRST_GUESS
-    """How many calls the mean stands on; the first guess counts as a few."""
+    """How many calls the means stand on; the first guess counts as a few."""
+    met_limit: bool = False
+    """A 429 has come while limits were guessed."""
+    stated: Mapping[str, int] = field(default_factory=dict)
+    """Limits the key pool states, per dimension: they cap what is learned."""
     moved_to: str | None = None
     """The organisation this group turned out to belong to, when it was begun under the name of a key."""
 
@@ -188,9 +199,11 @@ class Group:
         )
 
 
-def new_group(organization: str, model_group: str, now: int) -> Group:
+def new_group(
+    organization: str, model_group: str, now: int, stated: Mapping[str, int] | None = None
+) -> Group:
     """Return the state of a group that has never been used."""
-    return Group(
+    group = Group(
         organization=organization,
         model_group=model_group,
         requests=starting_bucket("requests", now),
@@ -199,6 +212,49 @@ def new_group(organization: str, model_group: str, now: int) -> Group:
         rate_at=now,
         outstanding_at=now,
     )
+    return restated(group, stated, now) if stated else group
+
+
+def restated(group: Group, stated: Mapping[str, int], now: int) -> Group:
+    """Take over the limits that the key pool states now: they hold until headers tell lower ones."""
+    group = advanced(group, now)
+    for dimension in DIMENSIONS:
+        limit = stated.get(dimension)
+        bucket = group.bucket(dimension)
+        if limit is None or (bucket.learned and bucket.limit <= limit):
+            continue
+        capacity = _least_capacity(dimension, limit)
+        level = min(bucket.level, capacity * SCALE) if bucket.learned else capacity * SCALE
+        changed = replace(bucket, limit=limit, capacity=capacity, level=level)
+        group = replace(group, **{dimension: changed})  # type: ignore[arg-type]
+    return replace(group, stated=dict(stated))
+
+
+def grown(group: Group) -> Group:
+    """Raise guessed limits a little, because a call was served by an upstream that names none.
+
+    By a sixtieth per call until the first 429, so that a minute at the limit doubles it; by a tenth of that afterwards.
+    """
+    for dimension in DIMENSIONS:
+        bucket = group.bucket(dimension)
+        if bucket.learned or dimension in group.stated:
+            continue
+        share = GROWTH_AFTER_429 if group.met_limit else GROWTH
+        limit = bucket.limit + max(1, bucket.limit // share)
+        capacity = max(bucket.capacity, _least_capacity(dimension, limit))
+        group = replace(group, **{dimension: replace(bucket, limit=limit, capacity=capacity)})  # type: ignore[arg-type]
+    return group
+
+
+def _shrunk(group: Group) -> Group:
+    """Lower guessed limits after a 429 of an upstream that names none."""
+    for dimension in DIMENSIONS:
+        bucket = group.bucket(dimension)
+        if bucket.learned or dimension in group.stated:
+            continue
+        limit = max(1, bucket.limit * SHRINK_TO // 100)
+        group = replace(group, **{dimension: replace(bucket, limit=limit)})  # type: ignore[arg-type]
+    return replace(group, met_limit=True)
 
 
 def group_id(organization: str, model_group: str) -> str:
@@ -308,7 +364,9 @@ class Settlement:
     used: Cost
     """All zero when the call was never sent."""
     input_chars: int = 0
-    """With a `used` that is real usage: teaches the estimates. 0: teaches nothing."""
+    """Characters of an answered request with no cached input: teaches their ratio to tokens. 0: teaches nothing."""
+    call_ms: int = 0
+    """How long an answered call took: teaches the means. 0: not answered."""
 
 
 UNUSED: Final = Cost(requests=0)
@@ -333,7 +391,7 @@ def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
                 ),
             )
         group = replace(group, outstanding=max(0, group.outstanding - each.reserved.output_tokens))
-        if each.input_chars:
+        if each.call_ms or each.input_chars:
             group = _taught(group, each)
     return group
 
@@ -342,14 +400,19 @@ def _taught(group: Group, settlement: Settlement) -> Group:
     """Move the estimates towards what this call used: the mean at first, then slower and slower."""
     used = settlement.used
     ratio = group.chars_per_1000_tokens
-    if used.input_tokens:
-        # A cached prompt shows few uncached tokens; bounds keep one odd request from spoiling the ratio.
+    if used.input_tokens and settlement.input_chars:
+        # Bounds keep one odd request from spoiling the ratio.
         seen = min(8_000, max(1_000, settlement.input_chars * 1000 // used.input_tokens))
         ratio += (seen - ratio) // 16
     samples = min(group.samples + 1, MOST_SAMPLES)
     # In thousandths, so that small steps are not rounded away.
     mean = group.output_mean + (used.output_tokens * 1000 - group.output_mean) // samples
-    return replace(group, chars_per_1000_tokens=ratio, output_mean=mean, samples=samples)
+    call_ms = group.call_ms
+    if settlement.call_ms:
+        call_ms += (settlement.call_ms - call_ms) // samples
+    return replace(
+        group, chars_per_1000_tokens=ratio, output_mean=mean, call_ms=call_ms, samples=samples
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,20 +447,24 @@ def observe(group: Group, observation: Observation, now: int) -> Group:
         if seen.limit <= 0 or seen.remaining < 0 or seen.remaining > 2 * seen.limit:
             continue
         bucket = group.bucket(dimension)
-        if not bucket.learned or bucket.limit != seen.limit:
+        limit = min(seen.limit, group.stated.get(dimension, seen.limit))
+        if not bucket.learned or bucket.limit != limit:
             relearned = True
-            margin = _margin(dimension, seen.remaining)
+            # A stated limit below the real one leaves no saved-up capacity to itself.
+            room = seen.remaining if limit == seen.limit else min(seen.remaining, limit // 60)
             changed = Bucket(
-                limit=seen.limit,
-                capacity=max(seen.remaining, _least_capacity(dimension, seen.limit)),
-                level=(seen.remaining - margin) * SCALE,
+                limit=limit,
+                capacity=max(room, _least_capacity(dimension, limit)),
+                level=(room - _margin(dimension, room)) * SCALE,
                 at=max(now, bucket.at),
                 learned=True,
                 corrected_at=now,
             )
-        else:
+        elif limit == seen.limit:
             pending = observation.pending.of(dimension)
             changed = _corrected(group, dimension, bucket, seen, pending, now)
+        else:
+            continue
         group = replace(group, **{dimension: changed})  # type: ignore[arg-type]
     if relearned:
         group = replace(group, epoch=group.epoch + 1, last_start=min(group.last_start, now))
@@ -453,6 +520,8 @@ def block(group: Group, until: int, reason: str, now: int, *, ramp: bool = False
     group = advanced(group, now)
     if until <= group.blocked_until:
         return group
+    if group.blocked_until <= now and not group.requests.learned:
+        group = _shrunk(group)
     rate = group.rate_factor
     if group.blocked_until <= now:
         rate = max(MIN_RATE, rate * (RATE_AFTER_RAMP if ramp else RATE_AFTER_429) // FULL_RATE)
