@@ -1,0 +1,441 @@
+"""The life of a job: every transition there is, every other refused, and what each leaves in the record."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from sluice.domain import jobs as life
+from sluice.domain.errors import IllegalTransition, LeaseLost
+from sluice.domain.jobs import (
+    TRANSITIONS,
+    AttemptOutcome,
+    Job,
+    JobError,
+    Result,
+    State,
+    Step,
+    next_step,
+)
+from sluice.domain.pricing import Usage
+from tests.fakes import NOON, SECOND, a_job
+
+LATER = NOON + 10 * SECOND
+LEASE_END = NOON + 120 * SECOND
+AFTER_LEASE = LEASE_END + 1
+BOOM = JobError("api_error", "boom", 500)
+USED = Usage(input_tokens=7, output_tokens=3)
+
+
+def claimed(job: Job | None = None, owner: str = "worker-1", now: int = NOON) -> Job:
+    return life.claim(job or a_job(), owner, now, now + 120 * SECOND)
+
+
+def succeeded(job: Job) -> Job:
+    return life.succeed(
+        job,
+        "worker-1",
+        LATER,
+        result=Result(inline=b"x"),
+        usage=USED,
+        cost_micro_usd=37,
+        request_id="req_1",
+    )
+
+
+# Every way there is to change a job, by the state it starts in.
+FROM_QUEUED: dict[State, Callable[[Job], Job]] = {
+    State.RUNNING: lambda job: claimed(job, now=LATER),
+    State.CANCELED: lambda job: life.request_cancel(job, LATER),
+    State.EXPIRED: lambda job: life.finish_waiting(job, State.EXPIRED, LATER),
+    State.ERRORED: lambda job: life.finish_waiting(job, State.ERRORED, LATER, BOOM),
+}
+FROM_RUNNING: dict[State, Callable[[Job], Job]] = {
+    State.RUNNING: lambda job: life.renew(job, "worker-1", AFTER_LEASE),
+    State.QUEUED: lambda job: life.snooze(job, "worker-1", LATER, reason="rate limited"),
+    State.SUCCEEDED: succeeded,
+    State.ERRORED: lambda job: life.give_up(job, "worker-1", LATER, error=BOOM),
+    State.CANCELED: lambda job: life.cancel_running(job, "worker-1", LATER),
+    State.EXPIRED: lambda job: life.finish_waiting(job, State.EXPIRED, AFTER_LEASE),
+}
+WAYS: dict[State, dict[State, Callable[[Job], Job]]] = {
+    State.QUEUED: FROM_QUEUED,
+    State.RUNNING: FROM_RUNNING,
+}
+IN_STATE: dict[State, Job] = {
+    State.QUEUED: a_job(),
+    State.RUNNING: claimed(),
+    State.SUCCEEDED: succeeded(claimed()),
+    State.ERRORED: life.give_up(claimed(), "worker-1", LATER, error=BOOM),
+    State.CANCELED: life.request_cancel(a_job(), LATER),
+    State.EXPIRED: life.finish_waiting(a_job(), State.EXPIRED, LATER),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(before, after) for before in TRANSITIONS for after in TRANSITIONS[before]],
+)
+def test_every_transition_can_be_taken(before: State, after: State) -> None:
+    job = IN_STATE[before]
+
+    moved = WAYS[before][after](job)
+
+    assert after == moved.state
+    assert job.version + 1 == moved.version
+    assert after.is_final == (moved.finished_at is not None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(a, b) for a, b in product(State, State) if b not in TRANSITIONS[a] and b is not State.QUEUED],
+)
+def test_every_other_transition_is_refused(before: State, after: State) -> None:
+    job = IN_STATE[before]
+
+    if after is State.RUNNING:
+        with pytest.raises(IllegalTransition, match=f"is {before} and cannot become running"):
+            life.claim(job, "worker-2", AFTER_LEASE, AFTER_LEASE + 1)
+    elif after is State.SUCCEEDED:
+        with pytest.raises(LeaseLost):
+            succeeded(job)
+    else:
+        with pytest.raises(IllegalTransition, match=f"cannot become {after}"):
+            life.finish_waiting(job, after, AFTER_LEASE)
+
+
+def test_a_waiting_job_is_not_queued_again() -> None:
+    with pytest.raises(LeaseLost):
+        life.snooze(a_job(), "worker-1", NOON, reason="rate limited")
+
+
+@pytest.mark.parametrize("state", State)
+def test_final_states_are_those_without_a_way_out(state: State) -> None:
+    final = {State.SUCCEEDED, State.ERRORED, State.CANCELED, State.EXPIRED}
+
+    assert (state in final) == state.is_final
+
+
+# The lease -------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_counts_an_attempt_so_that_a_crash_counts() -> None:
+    job = claimed()
+
+    assert 1 == job.attempts_used
+    (attempt,) = job.attempts
+    assert (1, "claude-a", NOON, None) == (
+        attempt.number,
+        attempt.model,
+        attempt.at,
+        attempt.outcome,
+    )
+    assert NOON == job.started_at
+
+
+def test_a_lease_is_not_taken_while_it_holds() -> None:
+    with pytest.raises(IllegalTransition, match="leased to worker-1"):
+        life.claim(claimed(), "worker-2", LEASE_END - 1, AFTER_LEASE)
+
+
+def test_a_takeover_closes_the_open_attempt_as_lost() -> None:
+    taken_over = life.claim(claimed(), "worker-2", LEASE_END, LEASE_END + 1)
+
+    lost, second = taken_over.attempts
+    assert (AttemptOutcome.LOST, LEASE_END) == (lost.outcome, lost.ended_at)
+    assert lost.error is not None
+    assert "may have been billed" in lost.error.message
+    assert (2, None) == (second.number, second.outcome)
+    assert 2 == taken_over.attempts_used
+    assert NOON == taken_over.started_at
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda job: life.renew(job, "worker-1", AFTER_LEASE),
+        lambda job: life.snooze(job, "worker-1", LATER, reason="rate limited"),
+        lambda job: life.fall_back(job, "worker-1", LATER, reason="overloaded"),
+        lambda job: life.retry(job, "worker-1", LATER, error=BOOM),
+        succeeded,
+        lambda job: life.give_up(job, "worker-1", LATER, error=BOOM),
+        lambda job: life.cancel_running(job, "worker-1", LATER),
+    ],
+    ids=["renew", "snooze", "fall back", "retry", "succeed", "give up", "cancel"],
+)
+def test_nobody_changes_a_job_that_was_taken_over(change: Callable[[Job], Job]) -> None:
+    taken_over = life.claim(claimed(), "worker-2", LEASE_END, LEASE_END + 1)
+
+    with pytest.raises(LeaseLost) as lost:
+        change(taken_over)
+    assert "job_1" == lost.value.job_id
+
+
+def test_a_renewal_extends_only_the_lease() -> None:
+    job = claimed()
+
+    renewed = life.renew(job, "worker-1", AFTER_LEASE)
+
+    assert replace(job, lease=life.Lease("worker-1", AFTER_LEASE), version=3) == renewed
+
+
+# Snooze, retry, fall back ----------------------------------------------------------------------------------
+
+
+def test_a_snooze_gives_the_attempt_back() -> None:
+    job = life.snooze(claimed(), "worker-1", LATER, reason="rate limited", not_before=AFTER_LEASE)
+
+    assert (State.QUEUED, 0, (), 1) == (job.state, job.attempts_used, job.attempts, job.snoozes)
+    assert life.Snooze(LATER, "rate limited") == job.last_snooze
+    assert (None, AFTER_LEASE) == (job.lease, job.not_before)
+
+
+def test_snoozes_in_any_number_use_no_attempt() -> None:
+    job = a_job()
+    for turn in range(100):
+        now = NOON + turn * SECOND
+        job = life.snooze(claimed(job, now=now), "worker-1", now, reason="overloaded")
+
+    assert (0, 100) == (job.attempts_used, job.snoozes)
+    assert Step.RUN == next_step(job, LATER, max_attempts=1)
+
+
+def test_a_snooze_keeps_the_attempts_of_before() -> None:
+    failed = life.retry(claimed(), "worker-1", LATER, error=BOOM)
+
+    snoozed = life.snooze(claimed(failed, now=LATER), "worker-1", LATER, reason="rate limited")
+
+    assert failed.attempts == snoozed.attempts
+    assert 1 == snoozed.attempts_used
+
+
+def test_a_retry_uses_the_attempt_and_keeps_its_error() -> None:
+    job = life.retry(
+        claimed(),
+        "worker-1",
+        LATER,
+        error=BOOM,
+        not_before=AFTER_LEASE,
+        request_id="req_1",
+        usage=USED,
+        cost_micro_usd=5,
+        full_window=True,
+    )
+
+    assert (State.QUEUED, 1, 0) == (job.state, job.attempts_used, job.snoozes)
+    (attempt,) = job.attempts
+    assert (AttemptOutcome.RETRY, BOOM, "req_1", USED, 5, LATER) == (
+        attempt.outcome,
+        attempt.error,
+        attempt.request_id,
+        attempt.usage,
+        attempt.cost_micro_usd,
+        attempt.ended_at,
+    )
+    assert (5, True, AFTER_LEASE) == (job.cost_micro_usd, job.full_window, job.not_before)
+
+
+def test_errors_of_attempts_stand_oldest_first() -> None:
+    job = a_job()
+    for status in (500, 502, 504):
+        failure = JobError("api_error", "boom", status)
+        job = life.retry(claimed(job), "worker-1", NOON, error=failure)
+
+    assert [500, 502, 504] == [attempt.error and attempt.error.status for attempt in job.attempts]
+    assert [1, 2, 3] == [attempt.number for attempt in job.attempts]
+
+
+def test_a_full_window_once_needed_stays_needed() -> None:
+    job = life.retry(claimed(), "worker-1", NOON, error=BOOM, full_window=True)
+
+    again = life.retry(claimed(job), "worker-1", NOON, error=BOOM)
+
+    assert again.full_window
+
+
+def test_falling_back_moves_to_the_next_model_without_an_attempt() -> None:
+    job = claimed(a_job(fallback_models=("claude-b", "claude-c")))
+
+    moved = life.fall_back(job, "worker-1", LATER, reason="overloaded")
+
+    assert ("claude-b", 0, True) == (moved.current_model, moved.attempts_used, moved.has_fallback)
+    last = life.fall_back(claimed(moved), "worker-1", LATER, reason="overloaded")
+    assert ("claude-c", False) == (last.current_model, last.has_fallback)
+    assert "claude-a" == last.model
+
+
+def test_a_refusal_moves_to_the_next_model_and_uses_the_attempt_it_paid_for() -> None:
+    job = claimed(a_job(fallback_models=("claude-b",)))
+
+    moved = life.retry(
+        job,
+        "worker-1",
+        LATER,
+        error=JobError("refusal", "refused"),
+        outcome=AttemptOutcome.FALLBACK,
+        usage=USED,
+        cost_micro_usd=9,
+    )
+
+    assert ("claude-b", 1, 9) == (moved.current_model, moved.attempts_used, moved.cost_micro_usd)
+    assert AttemptOutcome.FALLBACK == moved.attempts[0].outcome
+
+
+# Endings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_success_adds_up_the_cost_of_all_attempts() -> None:
+    failed = life.retry(claimed(), "worker-1", NOON, error=BOOM, usage=USED, cost_micro_usd=5)
+
+    job = succeeded(claimed(failed))
+
+    assert (State.SUCCEEDED, 5 + 37, USED) == (job.state, job.cost_micro_usd, job.usage)
+    assert (Result(inline=b"x"), None, None) == (job.result, job.error, job.lease)
+    assert AttemptOutcome.SUCCEEDED == job.attempts[-1].outcome
+
+
+def test_giving_up_keeps_the_error_on_job_and_attempt() -> None:
+    job = life.give_up(claimed(), "worker-1", LATER, error=BOOM, request_id="req_1")
+
+    assert (State.ERRORED, BOOM, LATER) == (job.state, job.error, job.finished_at)
+    assert (AttemptOutcome.GIVE_UP, BOOM) == (job.attempts[0].outcome, job.attempts[0].error)
+
+
+def test_a_job_whose_worker_died_ends_with_its_attempt_lost() -> None:
+    job = life.finish_waiting(claimed(), State.ERRORED, AFTER_LEASE, BOOM)
+
+    assert AttemptOutcome.LOST == job.attempts[0].outcome
+    assert BOOM == job.error
+
+
+def test_a_job_at_work_is_not_ended_from_outside() -> None:
+    with pytest.raises(IllegalTransition, match="leased to worker-1"):
+        life.finish_waiting(claimed(), State.EXPIRED, LATER)
+
+
+# Cancel ----------------------------------------------------------------------------------------------------
+
+
+def test_a_waiting_job_is_canceled_at_once() -> None:
+    job = life.request_cancel(a_job(), LATER)
+
+    assert (State.CANCELED, True, LATER) == (job.state, job.cancel_requested, job.finished_at)
+
+
+def test_a_running_job_is_only_asked_to_stop() -> None:
+    job = life.request_cancel(claimed(), LATER)
+
+    assert (State.RUNNING, True, 3) == (job.state, job.cancel_requested, job.version)
+    assert claimed().lease == job.lease
+
+
+def test_a_job_whose_worker_died_is_canceled_at_once() -> None:
+    job = life.request_cancel(claimed(), AFTER_LEASE)
+
+    assert State.CANCELED == job.state
+    assert AttemptOutcome.LOST == job.attempts[0].outcome
+
+
+@pytest.mark.parametrize("state", [state for state in State if state.is_final])
+def test_a_final_job_stays_as_it_is(state: State) -> None:
+    job = IN_STATE[state]
+
+    assert job is life.request_cancel(job, LATER)
+
+
+def test_asking_twice_changes_nothing() -> None:
+    asked = life.request_cancel(claimed(), LATER)
+
+    assert asked is life.request_cancel(asked, LATER)
+
+
+def test_a_canceled_call_ends_the_job_and_keeps_what_it_cost() -> None:
+    asked = life.request_cancel(claimed(), LATER)
+
+    job = life.cancel_running(asked, "worker-1", LATER, usage=USED, cost_micro_usd=4)
+
+    assert (State.CANCELED, 4, USED) == (job.state, job.cost_micro_usd, job.usage)
+    assert AttemptOutcome.CANCELED == job.attempts[0].outcome
+
+
+def test_an_answer_that_crossed_a_cancel_is_kept() -> None:
+    """The call was made and paid."""
+    asked = life.request_cancel(claimed(), LATER)
+
+    assert State.SUCCEEDED == succeeded(asked).state
+
+
+# What to do with a message ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "step"),
+    [
+        (a_job(), Step.RUN),
+        # Final: whatever else is written on it.
+        (IN_STATE[State.SUCCEEDED], Step.DROP),
+        (replace(IN_STATE[State.ERRORED], cancel_requested=True), Step.DROP),
+        # Leased: nobody else touches it, canceled or late as it may be.
+        (claimed(), Step.BUSY),
+        (replace(claimed(), cancel_requested=True, deadline=NOON), Step.BUSY),
+        # The lease ran out: it is there to be taken, by the rules for a waiting job.
+        (replace(claimed(), lease=life.Lease("worker-1", LATER)), Step.RUN),
+        (
+            replace(claimed(), lease=life.Lease("worker-1", LATER), cancel_requested=True),
+            Step.CANCEL,
+        ),
+        # A cancel outranks a deadline, a deadline the attempts, the attempts a wait.
+        (a_job(cancel_requested=True, deadline=NOON, attempts_used=5), Step.CANCEL),
+        (a_job(deadline=LATER, attempts_used=5), Step.EXPIRE),
+        (a_job(attempts_used=5, not_before=AFTER_LEASE), Step.USED_UP),
+        (a_job(attempts_used=4, not_before=AFTER_LEASE), Step.EARLY),
+        (a_job(attempts_used=4, not_before=LATER, deadline=LATER + 1), Step.RUN),
+    ],
+)
+def test_what_a_message_asks_for(job: Job, step: Step) -> None:
+    assert step == next_step(job, LATER, max_attempts=5)
+
+
+@pytest.mark.parametrize(
+    ("job", "due"),
+    [
+        # Its message is on the queue: nothing to send.
+        (a_job(), None),
+        # Parked: wanted at its time, or earlier to end it.
+        (a_job(not_before=AFTER_LEASE), AFTER_LEASE),
+        (a_job(not_before=AFTER_LEASE, deadline=LATER), LATER),
+        (a_job(not_before=LATER, deadline=AFTER_LEASE), LATER),
+        # With a worker, or ended.
+        (replace(claimed(), not_before=LATER), None),
+        (replace(IN_STATE[State.CANCELED], not_before=LATER), None),
+    ],
+)
+def test_when_a_parked_job_is_wanted_again(job: Job, due: int | None) -> None:
+    assert due == life.due_at(job)
+
+
+# Ids -------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeat_of_a_submit_finds_the_same_id() -> None:
+    first = life.derived_job_id("acme", "custom_id", "row-1")
+
+    assert first == life.derived_job_id("acme", "custom_id", "row-1")
+    assert first.startswith("job_")
+    assert 36 == len(first)
+
+
+def test_tenants_scopes_and_names_never_share_an_id() -> None:
+    ids = {
+        life.derived_job_id(tenant, scope, name)
+        for tenant, scope, name in product(
+            ("acme", "acmekey"), ("key", "custom_id"), ("row-1", "row-2")
+        )
+    }
+
+    assert 8 == len(ids)
+
+
+def test_a_fresh_id_shows_its_random_bytes() -> None:
+    assert "job_" + "0a" * 16 == life.random_job_id(b"\x0a" * 16)

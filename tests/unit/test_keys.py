@@ -1,0 +1,208 @@
+"""The key pool: what may stand in the secret, which key serves whom, and when it is out of the rotation."""
+
+from typing import Any
+
+import pytest
+
+from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.keys import (
+    DEFAULT_BASE_URL,
+    KeyMark,
+    organization_of,
+    parse_key_pool,
+    shared_organizations,
+)
+from tests.fakes import upstream_key
+
+SECRET = "sk-ant-test-secret"
+
+
+def pool(*rows: Any) -> dict[str, Any]:
+    return {"keys": list(rows)}
+
+
+def test_a_key_needs_only_its_text() -> None:
+    (key,) = parse_key_pool(pool({"api_key": f" {SECRET}\n"}))
+
+    assert ("key-1", SECRET, DEFAULT_BASE_URL, 1) == (
+        key.id,
+        key.api_key,
+        key.base_url,
+        key.weight,
+    )
+    assert (None, None, None) == (key.organization, key.models, key.tenants)
+
+
+def test_a_key_may_say_everything() -> None:
+    (key,) = parse_key_pool(
+        pool(
+            {
+                "id": "main",
+                "api_key": SECRET,
+                "organization": "org-1",
+                "base_url": "http://127.0.0.1:8089/",
+                "models": ["claude-a"],
+                "tenants": ["acme"],
+                "weight": 3,
+                "limits": {"requests": 600, "output_tokens": 60_000},
+            }
+        )
+    )
+
+    assert "http://127.0.0.1:8089" == key.base_url
+    assert ("main", "org-1", 3) == (key.id, key.organization, key.weight)
+    assert {"requests": 600, "output_tokens": 60_000} == key.limits
+    assert (frozenset({"claude-a"}), frozenset({"acme"})) == (key.models, key.tenants)
+
+
+def test_nulls_mean_nothing_stated() -> None:
+    row = {"id": None, "api_key": SECRET, "base_url": None, "models": None, "weight": None}
+
+    (key,) = parse_key_pool(pool(row))
+
+    assert ("key-1", DEFAULT_BASE_URL, None, 1) == (key.id, key.base_url, key.models, key.weight)
+
+
+def test_an_empty_pool_is_a_pool() -> None:
+    assert () == parse_key_pool(pool())
+
+
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        ([], "the key pool must be"),
+        ("text", "the key pool must be"),
+        ({}, "the key pool must be"),
+        ({"keys": {}}, "the key pool must be"),
+        (pool("text"), "key 0 of the pool is not an object"),
+        (pool({"api_key": SECRET}, 7), "key 1 of the pool is not an object"),
+        (pool({"api_key": SECRET, "wieght": 2, "a": 1}), "unknown fields: a, wieght"),
+        (pool({"id": "main"}), "has no api_key"),
+        (pool({"api_key": ""}), "has no api_key"),
+        (pool({"api_key": "  "}), "has no api_key"),
+        (pool({"api_key": 7}), "has no api_key"),
+        (pool({"api_key": "sk-ant-test-ü"}), "not plain text"),
+        (pool({"api_key": SECRET, "id": 7}), "id must be text, got 7"),
+        (pool({"api_key": SECRET, "id": ""}), "id must be text"),
+        (pool({"api_key": SECRET, "organization": []}), "organization must be text"),
+        (pool({"api_key": SECRET, "base_url": "ftp://x"}), "base_url must start with https://"),
+        (pool({"api_key": SECRET, "models": "claude-a"}), "models must be a list of names"),
+        (pool({"api_key": SECRET, "models": []}), "models must be a list of names"),
+        (pool({"api_key": SECRET, "tenants": [7]}), "tenants must be a list of names"),
+        (pool({"api_key": SECRET, "weight": 0.5}), "weight must be a whole number"),
+        (pool({"api_key": SECRET, "weight": -1}), "weight must be a whole number"),
+        (pool({"api_key": SECRET, "weight": "2"}), "weight must be a whole number"),
+        (pool({"api_key": SECRET, "limits": [600]}), "limits may state requests, input_tokens"),
+        (pool({"api_key": SECRET, "limits": {"rpm": 600}}), "limits may state requests"),
+        (pool({"api_key": SECRET, "limits": {"requests": 0}}), "limits.requests must be a whole"),
+        (pool({"api_key": SECRET, "limits": {"requests": True}}), "limits.requests must be"),
+        (pool({"api_key": SECRET, "limits": {"requests": "9"}}), "limits.requests must be"),
+        (
+            pool({"api_key": SECRET, "id": "a"}, {"api_key": SECRET, "id": "a"}),
+            "two keys of the pool are called 'a'",
+        ),
+    ],
+)
+def test_a_broken_pool_is_named_without_its_keys(document: object, complaint: str) -> None:
+    with pytest.raises(KeyPoolBroken, match=complaint) as broken:
+        parse_key_pool(document)
+    assert SECRET not in str(broken.value)
+
+
+def test_a_key_never_shows_its_text() -> None:
+    key = upstream_key(api_key=SECRET)
+
+    assert SECRET not in repr(key)
+    assert SECRET not in key.fingerprint
+
+
+# Who may use it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("facts", "model", "allowed"),
+    [
+        ({}, "claude-a", True),
+        ({"tenants": frozenset({"acme"})}, "claude-a", True),
+        ({"tenants": frozenset({"zenith"})}, "claude-a", False),
+        ({"models": frozenset({"claude-a"})}, "claude-a", True),
+        ({"models": frozenset({"claude-a"})}, "claude-b", False),
+        # A name without date allows all releases; a dated one only itself.
+        ({"models": frozenset({"claude-a"})}, "claude-a-20260101", True),
+        ({"models": frozenset({"claude-a-20260101"})}, "claude-a-20260101", True),
+        ({"models": frozenset({"claude-a-20260101"})}, "claude-a", False),
+        # Both must hold.
+        ({"tenants": frozenset({"acme"}), "models": frozenset({"claude-a"})}, "claude-b", False),
+    ],
+)
+def test_the_pool_says_who_may_use_a_key_for_what(
+    facts: dict[str, Any], model: str, *, allowed: bool
+) -> None:
+    assert allowed == upstream_key(**facts).allows("acme", model)
+
+
+# Rejected --------------------------------------------------------------------------------------------------
+
+
+def test_a_rejected_key_is_out_for_every_model() -> None:
+    key = upstream_key()
+
+    mark = KeyMark("main", rejected=key.fingerprint)
+
+    assert mark.rejects(key, "claude-a")
+    assert mark.rejects(key, "claude-b")
+
+
+def test_a_key_rejected_for_a_model_still_serves_others() -> None:
+    key = upstream_key()
+
+    mark = KeyMark("main", rejected_models={"claude-a": key.fingerprint})
+
+    assert mark.rejects(key, "claude-a-20260101")
+    assert not mark.rejects(key, "claude-b")
+
+
+def test_a_new_key_under_the_same_id_is_tried_again() -> None:
+    old = upstream_key(api_key="sk-ant-test-old")
+    mark = KeyMark("main", rejected=old.fingerprint, rejected_models={"claude-a": old.fingerprint})
+
+    assert not mark.rejects(upstream_key(api_key="sk-ant-test-new"), "claude-a")
+
+
+def test_a_key_nobody_rejected_is_in() -> None:
+    assert not KeyMark("main", organization="org").rejects(upstream_key(), "claude-a")
+
+
+# Organisations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stated", "learned", "organization"),
+    [
+        ("org-1", None, "org-1"),
+        # What the pool says goes before what a header said.
+        ("org-1", KeyMark("main", "org-2"), "org-1"),
+        (None, KeyMark("main", "org-2"), "org-2"),
+        # Unknown yet: the key stands for itself.
+        (None, KeyMark("main"), "key:main"),
+        (None, None, "key:main"),
+    ],
+)
+def test_a_key_draws_on_the_limits_of_its_organization(
+    stated: str | None, learned: KeyMark | None, organization: str
+) -> None:
+    assert organization == organization_of(upstream_key(organization=stated), learned)
+
+
+def test_two_keys_of_one_organization_are_told_to_add_nothing() -> None:
+    keys = [
+        upstream_key("a", organization="org-1"),
+        upstream_key("b", organization=None),
+        upstream_key("c", organization=None),
+    ]
+    marks = {"b": KeyMark("b", "org-1"), "c": KeyMark("c", "org-2")}
+
+    (sentence,) = shared_organizations(keys, marks)
+
+    assert "keys a, b belong to organization org-1" in sentence
+    assert "adds no capacity" in sentence

@@ -1,0 +1,627 @@
+"""The limiter as workers use it: blocks of start times, settled later, through one shared record."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import pytest
+
+from sluice.domain.limits import (
+    DIMENSIONS,
+    SCALE,
+    Cost,
+    Dimension,
+    Group,
+    Seen,
+    advanced,
+    block,
+    group_id,
+)
+from sluice.limiter import Admission, Admitted, Again, Claimant, Later, Limiter, TooLarge
+from sluice.ports import Headers
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    SECOND,
+    DirectCalls,
+    MemoryLimits,
+    RecordingEvents,
+    VirtualClock,
+    VirtualTime,
+    known_group,
+)
+
+T = TypeVar("T")
+PLENTY = Seen(6_000_000, 1_000_000)
+
+
+def limited(limit: int, burst: int) -> dict[Dimension, Seen]:
+    return {"requests": Seen(limit, burst), "input_tokens": PLENTY, "output_tokens": PLENTY}
+
+
+def claimant(organization: str = "org") -> Claimant:
+    return Claimant(group_id(organization, "a"), organization, "a", f"key of {organization}")
+
+
+class Crew:
+    """Some workers on one limits table."""
+
+    def __init__(self) -> None:
+        self.time = VirtualTime(longest_story_ms=60 * MINUTE)
+        self.store = MemoryLimits()
+        self.events = RecordingEvents()
+        self.blocking = DirectCalls(latency_ms=5)
+        self.started: list[int] = []
+
+    def know(self, group: Group) -> None:
+        self.store.stored[group.id] = replace(group, version=group.version + 1)
+
+    def limiter(self, skew_ms: int = 0) -> Limiter:
+        clock = VirtualClock(self.time, skew_ms)
+        return Limiter(self.store, self.blocking, clock, lambda: 0.5, self.events)
+
+    @property
+    def group(self) -> Group:
+        return self.store.stored["org/a"]
+
+    def level(self, dimension: Dimension = "requests") -> float:
+        now = advanced(self.group, self.time.now())
+        return now.bucket(dimension).level / SCALE
+
+    async def admit(
+        self,
+        limiter: Limiter,
+        claimants: Sequence[Claimant] = (claimant(),),
+        within_ms: int = MINUTE,
+        chars: int = 100,
+    ) -> Admitted:
+        return await limiter.admit(claimants, chars, 100, self.time.now() + within_ms)
+
+    async def call(self, limiter: Limiter, takes_ms: int = 500, used: Cost | None = None) -> None:
+        """One job from asking to settling, as often as it is sent back to ask again."""
+        while True:
+            admitted = await self.admit(limiter, within_ms=30 * MINUTE)
+            assert isinstance(admitted, Admission)
+            if await limiter.wait_for_start(admitted):
+                break
+            limiter.settle(admitted, None)
+        self.started.append(self.time.now())
+        await asyncio.sleep(takes_ms / 1000)
+        limiter.settle(admitted, used or admitted.reserved)
+
+    async def settled(self) -> None:
+        """Wait until everything reserved has been settled in the shared record."""
+        await asyncio.sleep(0.5)
+        while self.group.outstanding:
+            await asyncio.sleep(0.5)
+            assert self.time.seconds < 10 * 60, "never settled"
+
+    def play(self, story: Callable[[Limiter], Coroutine[Any, Any, T]]) -> T:
+        """Run one worker's story inside its invocation."""
+
+        async def invocation() -> T:
+            async with self.limiter() as limiter:
+                return await story(limiter)
+
+        return self.time.run(invocation())
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    made = Crew()
+    yield made
+    made.time.close()
+
+
+# Admission -------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_admitted_with_a_start_time_and_a_reservation(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    admitted = crew.play(crew.admit)
+
+    assert isinstance(admitted, Admission)
+    assert (1, "key of org") == (admitted.reserved.requests, admitted.claimant.key_id)
+    assert crew.time.now() - SECOND <= admitted.start <= crew.time.now() + SECOND
+
+
+def test_a_group_nobody_knows_admits_one_and_then_slowly(crew: Crew) -> None:
+    async def story(limiter: Limiter) -> list[Admitted]:
+        return await asyncio.gather(*(crew.admit(limiter) for _ in range(3)))
+
+    starts = [each.start for each in crew.play(story) if isinstance(each, Admission)]
+
+    assert starts[0] <= NOON + SECOND
+    assert starts[2] - starts[0] >= SECOND
+
+
+def test_a_worker_reserves_for_many_jobs_in_one_write(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(6_000, 1_000)))
+
+    async def story(limiter: Limiter) -> int:
+        await asyncio.gather(*(crew.call(limiter) for _ in range(50)))
+        return limiter.writes
+
+    assert crew.play(story) <= 12
+    assert 50 == len(crew.started)
+
+
+def test_what_cannot_start_in_time_is_told_when_it_might(crew: Crew) -> None:
+    crew.know(block(known_group(), NOON + 10 * MINUTE, "rate limited", NOON))
+
+    answer = crew.play(crew.admit)
+
+    assert isinstance(answer, Later)
+    assert "rate limited" == answer.reason
+    assert NOON + 10 * MINUTE <= answer.at <= NOON + 11 * MINUTE
+
+
+def test_jobs_sent_away_together_come_back_one_behind_the_other(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(6, 1)))
+
+    async def story(limiter: Limiter) -> list[Admitted]:
+        return await asyncio.gather(*(crew.admit(limiter, within_ms=10_000) for _ in range(30)))
+
+    later = [each.at for each in crew.play(story) if isinstance(each, Later)]
+
+    assert len(later) >= 25
+    assert max(later) - min(later) >= 3 * MINUTE
+
+
+def test_a_request_larger_than_the_bucket_can_ever_hold_is_told(crew: Crew) -> None:
+    small = Seen(20_000, 3_000)
+    crew.know(
+        known_group(seen={"requests": PLENTY, "input_tokens": small, "output_tokens": PLENTY})
+    )
+
+    answer = crew.play(lambda limiter: crew.admit(limiter, chars=10_000_000))
+
+    assert isinstance(answer, TooLarge)
+    assert 20_000 == answer.limit
+    assert answer.input_tokens > answer.limit
+
+
+def test_the_group_that_can_start_first_is_chosen(crew: Crew) -> None:
+    crew.know(block(known_group("busy"), NOON + 30 * SECOND, "rate limited", NOON))
+    crew.know(known_group("free"))
+
+    answer = crew.play(
+        lambda limiter: crew.admit(limiter, claimants=[claimant("busy"), claimant("free")])
+    )
+
+    assert isinstance(answer, Admission)
+    assert "free" == answer.claimant.organization
+
+
+def test_unequal_groups_are_used_according_to_their_limits(crew: Crew) -> None:
+    crew.know(known_group("small", seen=limited(60, 1)))
+    crew.know(known_group("large", seen=limited(600, 10)))
+    both = [claimant("small"), claimant("large")]
+    used: list[str] = []
+
+    async def one(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter, claimants=both, within_ms=10 * MINUTE)
+        assert isinstance(admitted, Admission)
+        assert await limiter.wait_for_start(admitted)
+        used.append(admitted.claimant.organization)
+        limiter.settle(admitted, admitted.reserved)
+
+    async def story(limiter: Limiter) -> None:
+        await asyncio.gather(*(one(limiter) for _ in range(220)))
+
+    crew.play(story)
+
+    assert 10 <= used.count("small") <= 40
+    assert 150 <= used.count("large")
+    assert crew.time.now() - NOON <= 30 * SECOND
+
+
+# The law ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("skew_ms", [0, 3_000])
+def test_however_many_workers_run_at_the_limit_and_not_above(
+    crew: Crew, workers: int, skew_ms: int
+) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def worker(number: int) -> None:
+        async with crew.limiter(skew_ms * (number % 2)) as limiter:
+            await asyncio.gather(*(crew.call(limiter) for _ in range(300 // workers)))
+
+    async def story() -> None:
+        await asyncio.gather(*(worker(number) for number in range(workers)))
+
+    crew.time.run(story())
+
+    starts = sorted(crew.started)
+    assert 300 == len(starts)
+    # The burst at once, the rest at ten a second; a margin for what is left alone and for the ends.
+    assert starts[-1] - NOON <= 28 * SECOND + skew_ms
+    slack = 2 * SECOND + 2 * skew_ms
+    for first, begin in enumerate(starts):
+        for count, end in enumerate(starts[first:], start=1):
+            assert count <= 100 + (end - begin + slack) / 100
+
+
+def test_slow_groups_share_one_plan_between_workers(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(60, 1)))
+
+    async def worker() -> None:
+        async with crew.limiter() as limiter:
+            await asyncio.gather(*(crew.call(limiter) for _ in range(10)))
+
+    async def story() -> None:
+        await asyncio.gather(*(worker() for _ in range(3)))
+
+    crew.time.run(story())
+
+    starts = sorted(crew.started)
+    assert 30 == len(starts)
+    gaps = [later - sooner for sooner, later in pairwise(starts)]
+    assert sum(gap < 500 for gap in gaps) <= 4
+    assert starts[-1] - starts[0] <= 45 * SECOND
+
+
+# Settling --------------------------------------------------------------------------------------------------
+
+
+def test_a_reservation_that_was_not_used_is_given_back(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+    before = crew.level()
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        limiter.settle(admitted, None)
+        await crew.settled()
+
+    crew.play(story)
+
+    assert crew.level() >= before
+
+
+def test_the_books_show_what_was_really_used(crew: Crew) -> None:
+    tight = Seen(30_000, 50_000)
+    crew.know(known_group(seen={"requests": PLENTY, "input_tokens": tight, "output_tokens": tight}))
+    before = crew.level("output_tokens")
+
+    async def story(limiter: Limiter) -> None:
+        await crew.call(limiter, takes_ms=0, used=Cost(1, 5_000, 40_000))
+        await crew.settled()
+
+    crew.play(story)
+
+    refilled = 500 * crew.time.seconds
+    assert before - 40_000 <= crew.level("output_tokens") <= before - 40_000 + refilled + 1
+
+
+def test_everything_is_settled_when_the_invocation_ends(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        await asyncio.gather(*(crew.call(limiter, takes_ms=7 * n) for n in range(40)))
+
+    crew.play(story)
+
+    assert 0 == crew.group.outstanding
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 20, 2))
+def test_a_job_that_stops_waiting_leaves_nothing_behind(crew: Crew, milliseconds: int) -> None:
+    crew.know(known_group(seen=limited(60, 1)))
+
+    async def story(limiter: Limiter) -> None:
+        asking = [asyncio.create_task(crew.admit(limiter)) for _ in range(10)]
+        await asyncio.sleep(milliseconds / 1000)
+        for each in asking:
+            each.cancel()
+        for admitted in await asyncio.gather(*asking, return_exceptions=True):
+            if isinstance(admitted, Admission):
+                limiter.settle(admitted, None)
+        await crew.settled()
+
+    crew.play(story)
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 60, 4))
+def test_an_invocation_that_ends_in_the_middle_of_a_write_loses_nothing(
+    crew: Crew, milliseconds: int
+) -> None:
+    crew.blocking.latency_ms = 30
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        limiter.throttled(admitted, crew.time.now() + MINUTE, "rate limited")
+        limiter.settle(admitted, None)
+        await asyncio.sleep(milliseconds / 1000)
+
+    crew.play(story)
+
+    assert ("rate limited", 0) == (crew.group.blocked_reason, crew.group.outstanding)
+
+
+# Learning --------------------------------------------------------------------------------------------------
+
+
+def test_the_first_answer_teaches_everybody_the_limits(crew: Crew) -> None:
+    async def story(limiter: Limiter) -> float:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        waiting = [asyncio.create_task(crew.call(limiter)) for _ in range(100)]
+        await asyncio.sleep(1)
+        limiter.heard(admitted, Headers(seen=limited(6_000, 900)), served=True)
+        limiter.settle(admitted, admitted.reserved)
+        await asyncio.gather(*waiting)
+        return crew.time.seconds
+
+    assert crew.play(story) < 10
+    assert all(crew.group.bucket(dimension).learned for dimension in DIMENSIONS)
+    assert 6_000 == crew.group.requests.limit
+
+
+def test_a_stranger_on_the_organization_slows_us_down(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        assert await limiter.wait_for_start(admitted)
+        limiter.heard(admitted, Headers(seen=limited(600, 2)), served=True)
+        limiter.settle(admitted, admitted.reserved)
+        await crew.call(limiter, takes_ms=0)
+        await crew.settled()
+
+    crew.play(story)
+
+    assert crew.level() <= 2 + 10 * (crew.time.seconds + 0.1)
+
+
+def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) -> None:
+    unknown = claimant("key:main")
+
+    async def ask(limiter: Limiter) -> Admitted:
+        while True:
+            admitted = await crew.admit(limiter, claimants=[unknown])
+            if not isinstance(admitted, Admission):
+                return admitted
+            if await limiter.wait_for_start(admitted):
+                return admitted
+            limiter.settle(admitted, None)
+
+    async def story(limiter: Limiter) -> tuple[dict[str, str], list[Admitted]]:
+        admitted = await crew.admit(limiter, claimants=[unknown])
+        assert isinstance(admitted, Admission)
+        waiting = [asyncio.create_task(ask(limiter)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        limiter.belongs(admitted, "org", Headers("org", limited(600, 100)))
+        limiter.settle(admitted, admitted.reserved)
+        return limiter.moved, await asyncio.gather(*waiting)
+
+    moved, answers = crew.play(story)
+
+    assert {"key:main/a": "org"} == moved
+    assert [Again()] * 3 == answers
+    assert "org" == crew.store.stored["key:main/a"].moved_to
+    assert 600 == crew.group.requests.limit
+
+
+# Reactions -------------------------------------------------------------------------------------------------
+
+
+def test_a_429_stops_those_who_already_sleep_towards_their_start(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(60, 1)))
+
+    async def story(limiter: Limiter) -> None:
+        first = await crew.admit(limiter)
+        assert isinstance(first, Admission)
+        sleeping = [asyncio.create_task(crew.call(limiter)) for _ in range(5)]
+        await asyncio.sleep(1.5)
+        before = len(crew.started)
+        blocked_at = crew.time.now()
+        limiter.throttled(first, blocked_at + 20 * SECOND, "rate limited")
+        limiter.settle(first, None)
+        await asyncio.gather(*sleeping)
+        early = [at for at in crew.started[before:] if at < blocked_at + 20 * SECOND]
+        assert [] == early
+
+    crew.play(story)
+
+    assert 5 == len(crew.started)
+
+
+def test_a_429_stops_other_workers_within_a_second(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(60, 1)))
+
+    async def story() -> None:
+        async with crew.limiter() as one, crew.limiter() as two:
+            first = await crew.admit(one)
+            assert isinstance(first, Admission)
+            others = [asyncio.create_task(crew.call(two)) for _ in range(10)]
+            await asyncio.sleep(3)
+            blocked_at = crew.time.now()
+            one.throttled(first, blocked_at + 20 * SECOND, "rate limited")
+            one.settle(first, None)
+            await asyncio.gather(*others)
+            late = [
+                at for at in crew.started if blocked_at + SECOND < at < blocked_at + 20 * SECOND
+            ]
+            assert [] == late
+
+    crew.time.run(story())
+
+    assert 10 == len(crew.started)
+
+
+def test_a_block_is_told_once(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        for _ in range(5):
+            limiter.throttled(admitted, NOON + MINUTE, "rate limited")
+        limiter.settle(admitted, None)
+        await asyncio.sleep(3)
+
+    crew.play(story)
+
+    assert ["limit group blocked"] == [event for event, _ in crew.events.notes]
+
+
+def test_overloads_in_a_row_pause_the_group_and_an_answer_ends_it(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> tuple[str | None, str | None]:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        for _ in range(10):
+            limiter.overloaded(admitted)
+        await asyncio.sleep(0.5)
+        paused = crew.group.blocked_reason
+        limiter.heard(admitted, Headers(), served=True)
+        limiter.settle(admitted, admitted.reserved)
+        await asyncio.sleep(0.5)
+        return paused, crew.group.blocked_reason
+
+    assert ("overloaded", None) == crew.play(story)
+
+
+# Trouble with the store ------------------------------------------------------------------------------------
+
+
+def test_workers_that_race_for_one_record_all_get_their_turn(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(6_000, 1_000)))
+
+    async def worker() -> None:
+        async with crew.limiter() as limiter:
+            await asyncio.gather(*(crew.call(limiter, takes_ms=100) for _ in range(10)))
+            await crew.settled()
+
+    async def story() -> None:
+        await asyncio.gather(*(worker() for _ in range(8)))
+
+    crew.time.run(story())
+
+    assert 80 == len(crew.started)
+    assert [] == crew.events.errors
+
+
+@pytest.mark.parametrize("verb", ["load", "replace"])
+def test_a_store_that_is_busy_for_a_while_only_delays(crew: Crew, verb: str) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+    crew.store.fail_next(verb, times=4)
+
+    async def story(limiter: Limiter) -> None:
+        await asyncio.gather(*(crew.call(limiter) for _ in range(20)))
+        await crew.settled()
+
+    crew.play(story)
+
+    assert 20 == len(crew.started)
+    assert "limits table busy" in crew.events.problem_names
+
+
+def test_a_block_gets_through_a_store_that_was_busy(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        crew.store.fail_next("replace", times=2)
+        limiter.throttled(admitted, NOON + MINUTE, "rate limited")
+        limiter.settle(admitted, None)
+        await asyncio.sleep(5)
+
+    crew.play(story)
+
+    assert "rate limited" == crew.group.blocked_reason
+
+
+def test_a_store_that_is_busy_at_the_end_is_told(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        crew.store.break_down("replace")
+        limiter.throttled(admitted, NOON + MINUTE, "rate limited")
+        limiter.settle(admitted, None)
+
+    crew.play(story)
+
+    assert "limits table busy" in crew.events.problem_names
+
+
+def test_nobody_waits_longer_than_asked_for_a_store_that_is_busy(crew: Crew) -> None:
+    crew.time.longest_story_ms = 10 * MINUTE
+    crew.store.break_down("load")
+
+    assert isinstance(crew.play(crew.admit), Later)
+
+
+def test_a_planner_that_fails_tells_those_who_wait(crew: Crew) -> None:
+    crew.store.fail_next("load", error=ZeroDivisionError("armchair"))
+
+    with pytest.raises(ZeroDivisionError, match="armchair"):
+        crew.play(crew.admit)
+    assert ["limiter failed"] == crew.events.problem_names
+
+
+def test_a_record_that_was_deleted_is_begun_anew(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        await crew.call(limiter)
+        crew.store.stored.clear()
+        await crew.call(limiter)
+
+    crew.play(story)
+
+    assert 2 == len(crew.started)
+    assert "org/a" in crew.store.stored
+
+
+def test_a_second_invocation_starts_from_what_is_shared_by_then(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+    limiter = crew.limiter()
+
+    async def story() -> Admitted:
+        async with limiter:
+            await crew.call(limiter)
+        crew.know(block(crew.group, crew.time.now() + 10 * MINUTE, "spend limit", NOON))
+        async with limiter:
+            return await crew.admit(limiter)
+
+    answer = crew.time.run(story())
+
+    assert isinstance(answer, Later)
+    assert "spend limit" == answer.reason
+
+
+def test_a_worker_with_nothing_to_do_touches_nothing(crew: Crew) -> None:
+    async def story(_: Limiter) -> None:
+        await asyncio.sleep(600)
+
+    crew.play(story)
+
+    assert [] == crew.store.journal
+
+
+def test_what_a_worker_knows_of_a_group_can_be_looked_at(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> tuple[Group | None, Group | None]:
+        await crew.call(limiter)
+        return limiter.group("org/a"), limiter.group("org/b")
+
+    mine, nobodys = crew.play(story)
+
+    assert mine is not None
+    assert (600, None) == (mine.requests.limit, nobodys)

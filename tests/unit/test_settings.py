@@ -1,0 +1,61 @@
+"""The environment, read once, complained about by name."""
+
+import pytest
+
+from sluice.settings import Settings, SettingsError
+
+COMPLETE = {
+    "SLUICE_JOBS_TABLE": "jobs",
+    "SLUICE_PARAMS_TABLE": "params",
+    "SLUICE_LIMITS_TABLE": "limits",
+    "SLUICE_LEDGER_TABLE": "ledger",
+    "SLUICE_USAGE_TABLE": "usage",
+    "SLUICE_CLIENT_KEYS_TABLE": "client-keys",
+    "SLUICE_DATA_BUCKET": "bucket",
+    "SLUICE_JOBS_QUEUE_URL": "https://queue/jobs",
+    "SLUICE_DEAD_LETTERS_QUEUE_URL": "https://queue/dead-letters",
+    "SLUICE_KEY_POOL_SECRET": "key-pool",
+    "SLUICE_PEPPER_SECRET": "pepper",
+    "SLUICE_RETENTION_DAYS": "30",
+    "SLUICE_MAX_ATTEMPTS": "5",
+}
+
+
+def test_a_complete_environment_becomes_one_frozen_object() -> None:
+    settings = Settings.from_environment(COMPLETE)
+
+    assert ("jobs", "https://queue/jobs", "pepper") == (
+        settings.jobs_table,
+        settings.jobs_queue_url,
+        settings.pepper_secret,
+    )
+    assert (30, 5) == (settings.retention_days, settings.max_attempts)
+    with pytest.raises(AttributeError):
+        settings.retention_days = 31  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("value", [None, ""], ids=["missing", "empty"])
+def test_a_missing_setting_is_named(name: str, value: str | None) -> None:
+    environment = {key: text for key, text in COMPLETE.items() if key != name}
+    if value is not None:
+        environment[name] = value
+
+    with pytest.raises(SettingsError, match=f"{name} is not set"):
+        Settings.from_environment(environment)
+
+
+@pytest.mark.parametrize("name", ["SLUICE_RETENTION_DAYS", "SLUICE_MAX_ATTEMPTS"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+def test_a_number_must_be_a_whole_one_from_one_up(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} must be a whole number from 1 up, got '"):
+        Settings.from_environment(COMPLETE | {name: value})
+
+
+def test_without_an_argument_the_process_environment_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in COMPLETE.items():
+        monkeypatch.setenv(name, value)
+
+    assert Settings.from_environment(COMPLETE) == Settings.from_environment()

@@ -1,0 +1,419 @@
+"""Intake: stored first, then sent; a repeat finds what the first time made."""
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+
+from sluice.domain import jobs as life
+from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy
+from sluice.domain.jobs import Job, State, derived_job_id
+from sluice.domain.limits import block, new_group
+from sluice.submit import (
+    NEWEST_VERSION,
+    Accepted,
+    Outcome,
+    Rejected,
+    Sender,
+    Submission,
+    Submit,
+    Waiting,
+)
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    SECOND,
+    FrozenClock,
+    MemoryJobs,
+    MemoryLimits,
+    MemoryParams,
+    MemoryQueue,
+    RecordingEvents,
+)
+
+ACME = Sender("acme")
+
+
+class Intake:
+    def __init__(self) -> None:
+        self.journal: list[str] = []
+        self.clock = FrozenClock()
+        self.jobs = MemoryJobs(journal=self.journal)
+        self.params = MemoryParams(self.journal)
+        self.queue = MemoryQueue(self.clock.now, self.journal)
+        self.events = RecordingEvents()
+        numbers: Iterator[int] = count(1)
+        self.submit = Submit(
+            self.jobs,
+            self.params,
+            self.queue,
+            self.clock,
+            lambda size: next(numbers).to_bytes(size, "big"),
+            self.events,
+        )
+
+    def __call__(
+        self, *submissions: Submission | SluiceError, sender: Sender = ACME
+    ) -> list[Outcome]:
+        return self.submit(submissions, sender)
+
+    def one(self, submission: Submission, sender: Sender = ACME) -> Job:
+        (outcome,) = self(submission, sender=sender)
+        return accepted(outcome)
+
+    @property
+    def sent(self) -> list[str | None]:
+        return [message.job_id for message in self.queue.receive()]
+
+
+@pytest.fixture
+def intake() -> Intake:
+    return Intake()
+
+
+def params(text: str = "Two and two?", **more: Any) -> dict[str, Any]:
+    message = {"role": "user", "content": text}
+    return {"model": "claude-a", "max_tokens": 64, "messages": [message]} | more
+
+
+def ask(text: str = "Two and two?", **facts: Any) -> Submission:
+    return Submission(params(text), **facts)
+
+
+def accepted(outcome: Outcome) -> Job:
+    assert isinstance(outcome, Accepted)
+    return outcome.job
+
+
+def rejected(outcome: Outcome) -> SluiceError:
+    assert isinstance(outcome, Rejected)
+    return outcome.error
+
+
+# One job ---------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_stored_request_first_and_then_sent(intake: Intake) -> None:
+    """A job on record always has its request; a message always has its job."""
+    job = intake.one(ask())
+
+    assert [
+        f"the params table: add {job.job_id}",
+        f"the jobs table: add {job.job_id}",
+        f"the jobs queue: send {job.job_id}",
+    ] == intake.journal
+    assert "acme" == intake.queue.tenants[job.job_id]
+    assert 1 == intake.events.counted("JobsAccepted")
+
+
+def test_a_job_knows_what_was_asked_for(intake: Intake) -> None:
+    job = intake.one(
+        ask(
+            custom_id="row-1",
+            deadline=NOON + MINUTE,
+            fallback_models=("claude-b",),
+            metadata={"run": "7"},
+        ),
+        Sender("acme", anthropic_version="2023-06-01", anthropic_beta="files-api"),
+    )
+
+    assert intake.jobs.stored[job.job_id] == job
+    assert (State.QUEUED, "claude-a", 64, NOON) == (
+        job.state,
+        job.model,
+        job.max_tokens,
+        job.created_at,
+    )
+    assert ("row-1", NOON + MINUTE, ("claude-b",), {"run": "7"}) == (
+        job.custom_id,
+        job.deadline,
+        job.fallback_models,
+        job.metadata,
+    )
+    assert ("2023-06-01", "files-api") == (job.anthropic_version, job.anthropic_beta)
+
+
+def test_the_newest_version_is_used_where_none_is_named(intake: Intake) -> None:
+    assert NEWEST_VERSION == intake.one(ask()).anthropic_version
+
+
+def test_the_request_is_kept_as_it_is(intake: Intake) -> None:
+    request = params("Grüße, 世界", temperature=0.5, unheard_of={"deep": [1, None]})
+
+    job = intake.one(Submission(request))
+
+    assert request == json.loads(intake.params.stored[job.job_id].body)
+    assert list(request) == list(json.loads(intake.params.stored[job.job_id].body))
+
+
+@pytest.mark.parametrize(
+    ("request_", "chars"),
+    [
+        (params("x" * 100), 100 + len("user")),
+        (params("x", system="y" * 50), 1 + 4 + 50),
+        (params("x", tools=[{"name": "z" * 10}]), 1 + 4 + 10),
+        # Numbers and booleans are about a token's worth of nothing.
+        (params("x", tools=[{"strict": True, "max": 5}]), 1 + 4 + 2),
+        # Pictures are long in base64 and short in tokens.
+        (
+            params("x", system=[{"source": {"data": "A" * 2_000}}]),
+            1 + 4 + 100,
+        ),
+        # What is no prompt does not count.
+        (params("x", temperature=1, stop_sequences=["s" * 100]), 1 + 4),
+    ],
+)
+def test_the_characters_that_become_input_tokens_are_counted(
+    intake: Intake, request_: dict[str, Any], chars: int
+) -> None:
+    assert chars == intake.one(Submission(request_)).input_chars
+
+
+# Repeats ---------------------------------------------------------------------------------------------------
+
+
+def test_a_repeat_with_the_same_idempotency_key_returns_the_same_jobs(intake: Intake) -> None:
+    sender = Sender("acme", idempotency_key="run-1")
+    first = [accepted(each) for each in intake(ask("a"), ask("b"), sender=sender)]
+    intake.clock.at += SECOND
+
+    second = [accepted(each) for each in intake(ask("a"), ask("b"), sender=sender)]
+
+    assert first == second
+    assert 2 == len(intake.jobs.stored)
+
+
+def test_a_repeat_with_the_same_custom_id_returns_the_same_job(intake: Intake) -> None:
+    first = intake.one(ask(custom_id="row-1"))
+
+    assert first == intake.one(ask(custom_id="row-1"))
+    assert derived_job_id("acme", "custom_id", "row-1") == first.job_id
+
+
+def test_jobs_without_a_name_are_always_new(intake: Intake) -> None:
+    assert intake.one(ask()).job_id != intake.one(ask()).job_id
+
+
+def test_a_repeat_shows_the_job_as_it_is_by_now(intake: Intake) -> None:
+    job = intake.one(ask(custom_id="row-1"))
+    done = life.finish_waiting(job, State.CANCELED, NOON)
+    intake.jobs.replace(done, job.version)
+
+    assert done == intake.one(ask(custom_id="row-1"))
+
+
+def test_a_repeat_sends_the_message_of_a_job_that_still_waits(intake: Intake) -> None:
+    """The first submit may have died between storing and sending."""
+    sender = Sender("acme", idempotency_key="run-1")
+    intake.queue.fail_next("send")
+    assert isinstance(rejected(intake(ask(), sender=sender)[0]), StoreBusy)
+    assert [] == intake.sent
+
+    job = intake.one(ask(), sender)
+
+    assert [job.job_id] == intake.sent
+
+
+def test_a_repeat_of_a_job_at_work_sends_nothing(intake: Intake) -> None:
+    job = intake.one(ask(custom_id="row-1"))
+    intake.jobs.replace(life.claim(job, "worker-1", NOON, NOON + MINUTE), job.version)
+    assert [job.job_id] == intake.sent
+
+    intake.one(ask(custom_id="row-1"))
+
+    assert [] == intake.sent
+
+
+def test_a_repeat_after_the_job_record_was_not_written_completes_it(intake: Intake) -> None:
+    intake.jobs.fail_next("add")
+    assert isinstance(rejected(intake(ask(custom_id="row-1"))[0]), StoreBusy)
+    assert [] == intake.sent
+
+    job = intake.one(ask(custom_id="row-1"))
+
+    assert [job.job_id] == intake.sent
+
+
+@pytest.mark.parametrize(
+    ("sender", "first", "second", "name"),
+    [
+        (ACME, ask("a", custom_id="row-1"), ask("b", custom_id="row-1"), "custom_id 'row-1'"),
+        (
+            ACME,
+            ask(custom_id="row-1"),
+            ask(custom_id="row-1", metadata={"run": "8"}),
+            "custom_id 'row-1'",
+        ),
+        (
+            ACME,
+            ask(custom_id="row-1"),
+            ask(custom_id="row-1", fallback_models=("claude-b",)),
+            "custom_id 'row-1'",
+        ),
+        (Sender("acme", "run-1"), ask("a"), ask("b"), "this Idempotency-Key"),
+    ],
+)
+def test_another_request_under_the_same_name_is_a_conflict(
+    intake: Intake, sender: Sender, first: Submission, second: Submission, name: str
+) -> None:
+    job = intake.one(first, sender)
+
+    error = rejected(intake(second, sender=sender)[0])
+
+    assert isinstance(error, Conflict)
+    assert f"{name} stands for another request already (job {job.job_id})" in str(error)
+    assert job == intake.jobs.stored[job.job_id]
+    assert [job.job_id] == intake.sent
+
+
+def test_a_conflict_is_found_even_when_the_first_request_has_expired(intake: Intake) -> None:
+    """Job and request expire apart; what is left of either still speaks."""
+    job = intake.one(ask("a", custom_id="row-1"))
+    intake.params.stored.clear()
+
+    assert isinstance(rejected(intake(ask("b", custom_id="row-1"))[0]), Conflict)
+    assert job == intake.jobs.stored[job.job_id]
+
+
+def test_other_headers_make_another_request(intake: Intake) -> None:
+    intake.one(ask(custom_id="row-1"))
+
+    beta = Sender("acme", anthropic_beta="files-api")
+
+    assert isinstance(rejected(intake(ask(custom_id="row-1"), sender=beta)[0]), Conflict)
+
+
+def test_the_order_of_fields_makes_no_other_request(intake: Intake) -> None:
+    request = params()
+    turned = dict(reversed(list(request.items())))
+
+    first = intake.one(Submission(request, custom_id="row-1"))
+
+    assert first == intake.one(Submission(turned, custom_id="row-1"))
+
+
+def test_tenants_do_not_meet(intake: Intake) -> None:
+    first = intake.one(ask("a", custom_id="row-1"))
+    second = intake.one(ask("b", custom_id="row-1"), Sender("zenith"))
+
+    assert first.job_id != second.job_id
+
+
+def test_position_tells_equal_jobs_of_one_list_apart(intake: Intake) -> None:
+    outcomes = intake(ask(), ask(), sender=Sender("acme", idempotency_key="run-1"))
+
+    assert 2 == len({accepted(each).job_id for each in outcomes})
+
+
+# Lists -----------------------------------------------------------------------------------------------------
+
+
+def test_every_item_has_its_own_outcome_in_its_own_place(intake: Intake) -> None:
+    bad_form = InvalidRequest("max_tokens: Field required")
+    intake.one(ask("other", custom_id="taken"))
+
+    outcomes = intake(
+        ask("a", custom_id="row-1"),
+        bad_form,
+        ask("b", custom_id="taken"),
+        ask("c", deadline=NOON),
+        ask("d", custom_id="row-1"),
+        ask("e"),
+    )
+
+    assert [True, False, False, False, False, True] == [
+        isinstance(each, Accepted) for each in outcomes
+    ]
+    assert bad_form is rejected(outcomes[1])
+    assert isinstance(rejected(outcomes[2]), Conflict)
+    assert "deadline: it has passed already" == str(rejected(outcomes[3]))
+    assert "custom_id 'row-1' stands at item 0 of the list already" == str(rejected(outcomes[4]))
+    assert 1 + 2 == len(intake.jobs.stored)
+    assert 1 + 2 == intake.events.counted("JobsAccepted")
+
+
+def test_a_long_list_keeps_its_order(intake: Intake) -> None:
+    outcomes = intake(*(ask(str(n), custom_id=f"row-{n}") for n in range(100)))
+
+    assert [f"row-{n}" for n in range(100)] == [accepted(each).custom_id for each in outcomes]
+    assert [accepted(each).job_id for each in outcomes[:50]] == intake.sent
+
+
+def test_a_list_of_nothing_but_errors_stores_nothing(intake: Intake) -> None:
+    errors = [InvalidRequest("one"), InvalidRequest("two")]
+
+    assert errors == [rejected(each) for each in intake(*errors)]
+    assert not intake.jobs.stored
+    assert 0 == intake.events.counted("JobsAccepted")
+
+
+@pytest.mark.parametrize("store", ["params", "jobs"])
+def test_a_busy_store_rejects_only_what_it_did_not_take(intake: Intake, store: str) -> None:
+    getattr(intake, store).fail_next("add")
+
+    outcomes = intake(ask("a"), ask("b"), ask("c"))
+
+    busy = [each for each in outcomes if isinstance(each, Rejected)]
+    assert [StoreBusy] == [type(each.error) for each in busy]
+    assert 2 == len(intake.sent)
+
+
+def test_only_the_jobs_the_queue_did_not_take_are_rejected(intake: Intake) -> None:
+    """Rejected with "try again": the repeat under the same name finds them stored and sends them."""
+    lost = derived_job_id("acme", "custom_id", "row-1")
+    intake.queue.untaken = {lost}
+
+    outcomes = intake(*(ask(str(n), custom_id=f"row-{n}") for n in range(3)))
+
+    assert isinstance(rejected(outcomes[1]), StoreBusy)
+    assert [0, 2] == [n for n, each in enumerate(outcomes) if isinstance(each, Accepted)]
+    assert 2 == intake.events.counted("JobsAccepted")
+    intake.queue.untaken = set()
+    assert lost == intake.one(ask("1", custom_id="row-1")).job_id
+    assert lost in intake.sent
+
+
+# How long it will take -------------------------------------------------------------------------------------
+
+
+def test_nobody_known_is_about_one_a_second(intake: Intake) -> None:
+    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock)
+    intake(*(ask(str(n)) for n in range(60)))
+
+    assert NOON + MINUTE == waiting.estimated_start("a")
+
+
+def test_a_block_is_waited_out_first(intake: Intake) -> None:
+    group = block(new_group("org", "a", NOON), NOON + MINUTE, "rate limited", NOON)
+
+    waiting = Waiting(intake.queue, MemoryLimits(group), intake.clock)
+
+    assert NOON + MINUTE == waiting.estimated_start("a")
+    assert NOON == waiting.estimated_start("b")
+
+
+def test_the_queue_is_looked_at_every_few_seconds_only(intake: Intake) -> None:
+    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock)
+    before = waiting.estimated_start("a")
+    intake.one(ask())
+
+    assert before == waiting.estimated_start("a")
+    intake.clock.at += Waiting.AGE_MS
+    later = waiting.estimated_start("a")
+    assert later is not None
+    assert later > intake.clock.at
+
+
+@pytest.mark.parametrize("verb", ["depth", "groups"])
+def test_nobody_can_tell_while_a_store_is_busy(intake: Intake, verb: str) -> None:
+    limits = MemoryLimits()
+    waiting = Waiting(intake.queue, limits, intake.clock)
+    for store in (intake.queue, limits):
+        store.fail_next(verb)
+
+    assert waiting.estimated_start("a") is None
+    for store in (intake.queue, limits):
+        store.mend()
+    assert NOON == waiting.estimated_start("a")

@@ -1,0 +1,1279 @@
+"""The worker, message by message: what each outcome writes, what it leaves to others, and what never happens."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+
+import pytest
+
+from sluice.domain import jobs as life
+from sluice.domain.errors import KeyPoolBroken, StoreBusy
+from sluice.domain.jobs import AttemptOutcome, Job, State
+from sluice.domain.keys import KeyMark
+from sluice.domain.limits import Seen, block
+from sluice.domain.pricing import Spend, Usage
+from sluice.domain.retries import RetryPolicy, next_month
+from sluice.ports import Answer, CallRequest, Refused
+from sluice.work import LEASE_MS, LONGEST_DELAY_MS
+from tests.fakes import (
+    MESSAGE,
+    MINUTE,
+    NOON,
+    SECOND,
+    Gateway,
+    a_job,
+    answer,
+    known_group,
+    refused,
+    upstream_key,
+)
+
+DAY = date(2026, 11, 20)
+USED = Usage(input_tokens=10, output_tokens=20)
+COST = 10 + 200
+"""Of USED on claude-a: one micro-dollar per input token, ten per output token."""
+
+RATE_LIMITED = refused(429, "rate_limit_error", retry_after_ms=30_000)
+OVERLOADED = refused(529, "overloaded_error")
+SERVER_ERROR = refused(500, "api_error", message="boom")
+OWN_SPEND_LIMIT = "You have reached your specified API usage limits. More on 2026-12-01."
+
+
+@pytest.fixture
+def gateways() -> Iterator[list[Gateway]]:
+    made: list[Gateway] = []
+    yield made
+    for each in made:
+        each.time.close()
+
+
+class Make:
+    """Makes gateways and closes them after the test."""
+
+    def __init__(self, made: list[Gateway]) -> None:
+        self._made = made
+
+    def __call__(self, *jobs: Job, **facts: object) -> Gateway:
+        gateway = Gateway(*jobs, **facts)  # type: ignore[arg-type]
+        self._made.append(gateway)
+        return gateway
+
+
+@pytest.fixture
+def make(gateways: list[Gateway]) -> Make:
+    return Make(gateways)
+
+
+def no_accident(gateway: Gateway) -> None:
+    """Nothing went wrong that a story did not ask for."""
+    assert [] == gateway.events.errors, gateway.events.problems
+
+
+# Success ---------------------------------------------------------------------------------------------------
+
+
+def test_a_job_succeeds_with_its_answer_its_usage_and_its_cost(make: Make) -> None:
+    gateway = make(a_job())
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1, 0, COST) == (
+        job.state,
+        job.attempts_used,
+        job.snoozes,
+        job.cost_micro_usd,
+    )
+    assert USED == job.usage
+    assert job.result is not None
+    assert MESSAGE == gateway.results.get(job.result)
+    assert 0 == gateway.queue.depth()
+    no_accident(gateway)
+
+
+def test_the_call_is_the_job_as_it_was_submitted(make: Make) -> None:
+    gateway = make(a_job(anthropic_version="2023-06-01", anthropic_beta="files-api"))
+
+    gateway.once()
+
+    request = gateway.claude.calls[0].request
+    assert ("main", "claude-a", '{"for":"job_1"}') == (
+        request.key.id,
+        request.model,
+        request.params,
+    )
+    assert ("2023-06-01", "files-api", 100) == (
+        request.anthropic_version,
+        request.anthropic_beta,
+        request.max_tokens,
+    )
+    assert request.full_window
+
+
+def test_the_order_of_writes_is_the_promise(make: Make) -> None:
+    """Claimed before the call, answer stored before the job is done, ledger and message after."""
+    gateway = make(a_job())
+    gateway.journal.clear()
+    gateway.claude.when = lambda _: gateway.journal.append("Claude: call")
+
+    gateway.once()
+
+    told = [line for line in gateway.journal if "limits" not in line]
+    assert [
+        "the jobs table: get_many",
+        "the jobs table: replace job_1 running",
+        "the params table: get job_1",
+        "Claude: call",
+        "the data bucket: put job_1",
+        "the jobs table: replace job_1 succeeded",
+        "the ledger: record 1",
+        "the ledger: add_up",
+    ] == told
+
+
+def test_a_call_leaves_one_ledger_row_and_its_sums(make: Make) -> None:
+    gateway = make(a_job())
+
+    gateway.once()
+
+    (row,) = gateway.ledger.rows.values()
+    assert ("acme", DAY, "job_1", "claude-a", "live", "org", "main") == (
+        row.tenant,
+        row.day,
+        row.job_id,
+        row.model,
+        row.lane,
+        row.organization,
+        row.key_id,
+    )
+    assert ("req_1", "succeeded", True) == (row.request_id, row.outcome, row.certain)
+    assert Spend.of_call(USED, COST) == row.spend
+    assert {("acme", DAY, "claude-a", "live"): row.spend} == gateway.ledger.sums
+
+
+def test_sums_are_the_sums_of_the_calls(make: Make) -> None:
+    jobs = [a_job(f"job_{n}", tenant=("acme", "zenith")[n % 2]) for n in range(20)]
+    gateway = make(*jobs)
+
+    gateway.once()
+
+    assert {("acme", DAY, "claude-a", "live"), ("zenith", DAY, "claude-a", "live")} == set(
+        gateway.ledger.sums
+    )
+    assert {(10, 10 * COST)} == {
+        (spend.calls, spend.cost_micro_usd) for spend in gateway.ledger.sums.values()
+    }
+    assert 20 == len(gateway.ledger.rows)
+
+
+def test_metrics_tell_what_a_call_was(make: Make) -> None:
+    usage = Usage(
+        input_tokens=10,
+        cache_creation_input_tokens=5,
+        cache_read_input_tokens=7,
+        output_tokens=20,
+    )
+    gateway = make(a_job(created_at=NOON - 3 * SECOND), script=[answer(usage=usage)])
+
+    gateway.once()
+
+    assert {"JobsSucceeded": 1, "UpstreamCalls": 1} == {
+        name: gateway.events.counted(name) for name in ("JobsSucceeded", "UpstreamCalls")
+    }
+    grouped = {
+        "Calls": 1,
+        "CallSeconds": 0.5,
+        "InputTokens": 15,
+        "CacheReadTokens": 7,
+        "OutputTokens": 20,
+    }
+    assert grouped == {
+        name: value / 1_000_000
+        for (name, group), value in gateway.events.by_group.items()
+        if group == "a"
+    }
+    assert 3 <= gateway.events.counted("StartDelaySeconds") < 4
+    assert gateway.job().cost_micro_usd == round(gateway.events.counted("SpendUsd") * 1_000_000)
+
+
+def test_a_whole_batch_runs_side_by_side(make: Make) -> None:
+    """Waiting for Claude is paid once for 50 jobs, not 50 times."""
+    gateway = make(*(a_job(f"job_{n}") for n in range(50)), latency_ms=60 * SECOND)
+    gateway.know(known_group())
+
+    assert [] == gateway.once()
+
+    assert 50 == len(gateway.claude.answered)
+    assert gateway.claude.most_in_flight > 40
+    assert gateway.time.now() - NOON < 2 * MINUTE
+    no_accident(gateway)
+
+
+def test_a_large_answer_goes_to_the_bucket(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.results.inline_bytes = 0
+
+    gateway.once()
+
+    result = gateway.job().result
+    assert result is not None
+    assert result.object_key in gateway.results.objects
+
+
+def test_a_model_without_a_price_succeeds_and_is_told(make: Make) -> None:
+    gateway = make(a_job(model="claude-new"))
+
+    gateway.once()
+
+    assert (State.SUCCEEDED, 0) == (gateway.job().state, gateway.job().cost_micro_usd)
+    assert ["model has no price"] == gateway.events.problem_names
+    assert 1 == len(gateway.ledger.rows)
+
+
+# Retry -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_error_uses_an_attempt_and_comes_back_later(make: Make) -> None:
+    gateway = make(a_job(), script=[SERVER_ERROR])
+
+    assert ["message-1"] == gateway.once()
+
+    job = gateway.job()
+    assert (State.QUEUED, 1, 0) == (job.state, job.attempts_used, job.snoozes)
+    assert (AttemptOutcome.RETRY, 500) == (
+        job.attempts[0].outcome,
+        job.attempts[0].error and job.attempts[0].error.status,
+    )
+    ((_, delay),) = gateway.queue.delays
+    assert 500 <= delay <= 2 * SECOND
+    gateway.drain()
+    assert (State.SUCCEEDED, 2) == (gateway.job().state, gateway.job().attempts_used)
+
+
+def test_attempts_used_up_end_the_job_with_its_last_error(make: Make) -> None:
+    gateway = make(a_job(), max_attempts=3)
+    gateway.claude.otherwise = SERVER_ERROR
+
+    gateway.drain()
+
+    job = gateway.job()
+    assert (State.ERRORED, 3, 3) == (job.state, job.attempts_used, len(gateway.claude.calls))
+    assert job.error == SERVER_ERROR.failure.error
+    outcomes = [attempt.outcome for attempt in job.attempts]
+    assert [AttemptOutcome.RETRY, AttemptOutcome.RETRY, AttemptOutcome.GIVE_UP] == outcomes
+    assert 1 == gateway.events.counted("JobsErrored")
+    assert 3 == gateway.events.counted("UpstreamErrors")
+
+
+def test_a_job_whose_attempts_were_lost_ends_without_a_call(make: Make) -> None:
+    """Workers that die again and again on one job are stopped by its attempts."""
+    job = a_job()
+    for turn in range(3):
+        job = life.claim(job, f"dead-{turn}", NOON - 10 * MINUTE + turn, NOON - 10 * MINUTE + turn)
+    gateway = make(job, max_attempts=3)
+
+    gateway.once()
+
+    ended = gateway.job()
+    assert State.ERRORED == ended.state
+    assert ended.error is not None
+    assert "attempts_used_up" == ended.error.type
+    assert AttemptOutcome.LOST == ended.attempts[-1].outcome
+    assert [] == gateway.claude.calls
+
+
+@pytest.mark.parametrize(
+    ("usage", "may_be_billed", "rows"),
+    [
+        # Lost before it was sent: nothing to account for.
+        (None, False, []),
+        # Sent, and nothing came back: perhaps billed.
+        (None, True, [(False, 0)]),
+        # Broken off midway: what came is known, what was billed is not.
+        (USED, True, [(False, COST)]),
+        # Ended, with its usage, in an error.
+        (USED, False, [(True, COST)]),
+    ],
+)
+def test_a_lost_connection_is_accounted_for_as_far_as_it_is_known(
+    make: Make, usage: Usage | None, *, may_be_billed: bool, rows: list[tuple[bool, int]]
+) -> None:
+    lost = refused(None, "connection_error", usage=usage, may_be_billed=may_be_billed)
+    gateway = make(a_job(), script=[lost])
+
+    gateway.once()
+
+    written = [(row.certain, row.spend.cost_micro_usd) for row in gateway.ledger.rows.values()]
+    assert rows == written
+    assert 1 == gateway.job().attempts_used
+    gateway.drain()
+    assert len(rows) + 1 == len(gateway.ledger.rows)
+    assert State.SUCCEEDED == gateway.job().state
+
+
+def test_an_output_too_long_for_the_time_left_gets_a_whole_invocation(make: Make) -> None:
+    gateway = make(a_job(), script=[refused(None, "output_timeout", may_be_billed=True)])
+
+    gateway.drain()
+
+    assert gateway.job().full_window
+    assert State.SUCCEEDED == gateway.job().state
+    assert gateway.claude.calls[1].request.full_window
+
+
+def test_an_output_too_long_for_a_whole_invocation_is_given_up(make: Make) -> None:
+    too_long = refused(None, "output_timeout", usage=USED, had_full_window=True)
+    gateway = make(a_job(), script=[too_long])
+
+    gateway.once()
+
+    assert (State.ERRORED, COST) == (gateway.job().state, gateway.job().cost_micro_usd)
+
+
+# Give up ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_a_bad_request_ends_at_once(make: Make, status: int) -> None:
+    gateway = make(a_job(), script=[refused(status, "invalid_request_error", message="odd")])
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert (State.ERRORED, 1) == (job.state, len(gateway.claude.calls))
+    assert job.error is not None
+    assert ("invalid_request_error", "odd", status) == (
+        job.error.type,
+        job.error.message,
+        job.error.status,
+    )
+
+
+def test_a_job_whose_request_is_gone_ends_without_a_call(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.params.stored.clear()
+
+    gateway.once()
+
+    job = gateway.job()
+    assert job.error is not None
+    assert (State.ERRORED, "request_lost", []) == (job.state, job.error.type, gateway.claude.calls)
+
+
+def test_a_request_that_can_never_be_admitted_ends_with_a_clear_error(make: Make) -> None:
+    gateway = make(a_job(input_chars=10_000_000))
+    small = {
+        "requests": Seen(60, 10),
+        "input_tokens": Seen(20_000, 3_000),
+        "output_tokens": Seen(8_000, 1_000),
+    }
+    gateway.know(known_group(seen=small))  # type: ignore[arg-type]
+
+    gateway.once()
+
+    job = gateway.job()
+    assert job.error is not None
+    assert (State.ERRORED, 400, []) == (job.state, job.error.status, gateway.claude.calls)
+    assert "it can never be admitted" in job.error.message
+
+
+# Snooze: rate limits ---------------------------------------------------------------------------------------
+
+
+def test_a_429_uses_no_attempt_and_comes_back_after_retry_after(make: Make) -> None:
+    gateway = make(a_job(), script=[RATE_LIMITED])
+
+    assert ["message-1"] == gateway.once()
+
+    job = gateway.job()
+    assert (State.QUEUED, 0, 1, ()) == (job.state, job.attempts_used, job.snoozes, job.attempts)
+    assert job.last_snooze is not None
+    assert "rate limited" == job.last_snooze.reason
+    ((_, delay),) = gateway.queue.delays
+    assert delay >= 30 * SECOND
+    assert [] == gateway.ledger.outcomes
+    assert 1 == gateway.events.counted("RateLimited")
+
+
+def test_a_429_blocks_the_whole_group_for_other_workers_too(make: Make) -> None:
+    gateway = make(a_job("job_1"), a_job("job_2"), a_job("job_3"))
+    gateway.know(known_group())
+    gateway.claude.script.append(RATE_LIMITED)
+    blocked_until = NOON + 500 + 30 * SECOND
+
+    async def story() -> None:
+        one, two = gateway.queue.receive(1), gateway.queue.receive(1)
+        other = gateway.new_worker()
+        # The other worker has called before, so it has a view of the group that is out of date.
+        await gateway.invoke(one_first := gateway.worker, one)
+        assert 1 == len(gateway.claude.calls)
+        await gateway.invoke(other, two)
+        await gateway.invoke(one_first, gateway.queue.receive(1))
+
+    gateway.time.run(story())
+
+    assert all(call.at >= blocked_until for call in gateway.claude.calls[1:])
+    assert {0, 1} == {job.attempts_used for job in gateway.jobs.stored.values()}
+    gateway.drain()
+    assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
+
+
+def test_a_429_stops_jobs_of_other_workers_that_already_sleep_towards_their_start(
+    make: Make,
+) -> None:
+    gateway = make(*(a_job(f"job_{n}") for n in range(20)))
+    slow = {
+        "requests": Seen(60, 2),
+        "input_tokens": Seen(6_000_000, 1_000_000),
+        "output_tokens": Seen(6_000_000, 1_000_000),
+    }
+    gateway.know(known_group(seen=slow))  # type: ignore[arg-type]
+    gateway.claude.otherwise = answer(seen={})
+    gateway.claude.latency_ms = 200
+
+    async def story() -> None:
+        other = gateway.new_worker()
+        one, two = gateway.queue.receive(10), gateway.queue.receive(10)
+        running = asyncio.gather(gateway.invoke(gateway.worker, one), gateway.invoke(other, two))
+        await asyncio.sleep(5)
+        gateway.claude.script.append(RATE_LIMITED)
+        await running
+
+    gateway.time.run(story())
+
+    (blocked,) = [facts["until"] for event, facts in gateway.events.notes
+                  if event == "limit group blocked"][:1]  # fmt: skip
+    assert isinstance(blocked, int)
+    heard = blocked - 30 * SECOND
+    within = [call for call in gateway.claude.calls if heard + SECOND < call.at < blocked]
+    assert [] == within
+    assert all(job.attempts_used <= 1 for job in gateway.jobs.stored.values())
+    assert gateway.events.counted("RateLimited") == 1
+
+
+def test_jobs_that_only_met_429s_have_used_no_attempt(make: Make) -> None:
+    gateway = make(a_job(), max_attempts=1)
+    gateway.claude.script.extend([RATE_LIMITED] * 20)
+
+    gateway.drain()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1, 20) == (job.state, job.attempts_used, job.snoozes)
+
+
+def test_a_blocked_group_keeps_no_other_group_waiting(make: Make) -> None:
+    gateway = make(a_job("job_a"), a_job("job_b", model="claude-b"))
+    gateway.know(block(known_group(), NOON + 10 * MINUTE, "rate limited", NOON))
+
+    gateway.once()
+
+    assert (State.QUEUED, State.SUCCEEDED) == (
+        gateway.job("job_a").state,
+        gateway.job("job_b").state,
+    )
+    assert 0 == gateway.job("job_a").snoozes
+
+
+def test_no_message_waits_longer_than_a_quarter_of_an_hour(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.know(block(known_group(), NOON + 600 * MINUTE, "spend limit", NOON))
+
+    gateway.once()
+
+    assert [("job_1", LONGEST_DELAY_MS)] == gateway.queue.delays
+
+
+# Snooze: money ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "until"),
+    [
+        (refused(429, error_code="enforced_spend_limit_reached"), next_month(NOON)),
+        (
+            refused(400, "invalid_request_error", message=OWN_SPEND_LIMIT),
+            NOON + 500 + RetryPolicy().park_recheck_ms,
+        ),
+        (refused(402, "billing_error"), NOON + 500 + RetryPolicy().park_recheck_ms),
+    ],
+)
+def test_a_spend_cap_parks_the_group_and_somebody_is_told(
+    make: Make, reply: Refused, until: int
+) -> None:
+    gateway = make(*(a_job(f"job_{n}") for n in range(3)), a_job("job_b", model="claude-b"))
+    gateway.claude.when = lambda request: reply if request.model == "claude-a" else None
+
+    gateway.once()
+
+    group = gateway.limits.stored["org/a"]
+    assert "spend limit" == group.blocked_reason
+    assert abs(group.blocked_until - until) < MINUTE
+    assert "limit group parked" in gateway.events.problem_names
+    assert gateway.events.counted("GroupsParked") >= 1
+    assert State.SUCCEEDED == gateway.job("job_b").state
+    for number in range(3):
+        job = gateway.job(f"job_{number}")
+        assert (State.QUEUED, 0) == (job.state, job.attempts_used)
+
+
+# Keys ------------------------------------------------------------------------------------------------------
+
+
+def test_a_rejected_key_leaves_the_rotation_and_the_next_is_tried_at_once(make: Make) -> None:
+    keys = [upstream_key("old", organization="org-1"), upstream_key("new", organization="org-2")]
+    gateway = make(a_job(), keys=keys)
+    gateway.claude.when = lambda request: (
+        refused(401, "authentication_error") if request.key.id == "old" else None
+    )
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1) == (job.state, job.attempts_used)
+    assert ["old", "new"] == [call.key_id for call in gateway.claude.calls]
+    assert keys[0].fingerprint == gateway.limits.known["old"].rejected
+    assert (1, 1) == (gateway.pool.reloads, gateway.events.counted("KeysRejected"))
+    gateway.submit(a_job("job_2"))
+    gateway.once()
+    assert "new" == gateway.claude.calls[-1].key_id
+
+
+def test_another_worker_does_not_try_a_rejected_key(make: Make) -> None:
+    keys = [upstream_key("old", organization="org-1"), upstream_key("new", organization="org-2")]
+    gateway = make(a_job(), keys=keys)
+    gateway.limits.known["old"] = KeyMark("old", rejected=keys[0].fingerprint)
+
+    gateway.time.run(gateway.invoke(gateway.new_worker()))
+
+    assert ["new"] == [call.key_id for call in gateway.claude.calls]
+
+
+def test_with_every_key_rejected_jobs_wait_for_the_secret_to_change(make: Make) -> None:
+    gateway = make(a_job(), script=[refused(401, "authentication_error")])
+
+    assert ["message-1"] == gateway.once()
+
+    job = gateway.job()
+    assert (State.QUEUED, 0, 1) == (job.state, job.attempts_used, len(gateway.claude.calls))
+    gateway.pool.pool = [upstream_key(api_key="sk-ant-test-fresh")]
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job().state
+
+
+def test_a_key_refused_for_a_model_serves_other_models(make: Make) -> None:
+    keys = [upstream_key("a", organization="org-1"), upstream_key("b", organization="org-2")]
+    gateway = make(a_job(model="claude-b"), keys=keys)
+    gateway.claude.when = lambda request: (
+        refused(403, "permission_error")
+        if (request.key.id, request.model) == ("a", "claude-b")
+        else None
+    )
+
+    gateway.once()
+
+    assert ["a", "b"] == [call.key_id for call in gateway.claude.calls]
+    assert State.SUCCEEDED == gateway.job().state
+    gateway.submit(a_job("job_2"))
+    gateway.once()
+    assert "a" == gateway.claude.calls[-1].key_id
+
+
+def test_a_model_refused_to_every_key_ends_the_job(make: Make) -> None:
+    gateway = make(a_job(), script=[refused(403, "permission_error")])
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert job.error is not None
+    assert (State.ERRORED, "permission_error", 403) == (
+        job.state,
+        job.error.type,
+        job.error.status,
+    )
+    assert 1 == len(gateway.claude.calls)
+
+
+def test_a_model_the_pool_allows_nobody_ends_the_job_without_a_call(make: Make) -> None:
+    gateway = make(a_job(), keys=[upstream_key(models=frozenset({"claude-b"}))])
+
+    gateway.once()
+
+    job = gateway.job()
+    assert job.error is not None
+    assert (State.ERRORED, []) == (job.state, gateway.claude.calls)
+    assert "no key of the key pool may be used for model claude-a" in job.error.message
+
+
+def test_an_empty_pool_is_waited_out(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.pool.pool.clear()
+
+    assert ["message-1"] == gateway.once()
+
+    assert (State.QUEUED, 0) == (gateway.job().state, gateway.job().attempts_used)
+
+
+@pytest.mark.parametrize("error", [KeyPoolBroken("not JSON"), StoreBusy("Secrets Manager")])
+def test_a_broken_pool_is_waited_out_and_told(make: Make, error: KeyPoolBroken | StoreBusy) -> None:
+    gateway = make(a_job())
+    gateway.pool.error = error
+
+    assert ["message-1"] == gateway.once()
+
+    assert "key pool not readable" in gateway.events.problem_names
+    assert (State.QUEUED, 0) == (gateway.job().state, gateway.job().attempts_used)
+    gateway.pool.error = None
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job().state
+
+
+def test_an_organization_is_learned_from_the_first_answer_and_kept_for_all(make: Make) -> None:
+    gateway = make(*(a_job(f"job_{n}") for n in range(3)), keys=[upstream_key(organization=None)])
+    gateway.claude.otherwise = answer(organization="org-7")
+
+    gateway.once()
+    gateway.drain()
+
+    assert "org-7" == gateway.limits.known["main"].organization
+    assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
+    assert "org-7" == gateway.limits.stored["key:main/a"].moved_to
+    gateway.submit(a_job("job_9"))
+    gateway.time.run(gateway.invoke(gateway.new_worker()))
+    assert "org-7/a" in gateway.limits.stored
+    no_accident(gateway)
+
+
+def test_a_pool_that_names_the_wrong_organization_is_told(make: Make) -> None:
+    gateway = make(a_job(), script=[answer(organization="org-7")])
+
+    gateway.once()
+
+    assert ["key belongs to another organization than the pool says"] == (
+        gateway.events.problem_names
+    )
+    assert State.SUCCEEDED == gateway.job().state
+
+
+def test_the_group_that_can_start_first_is_chosen(make: Make) -> None:
+    keys = [upstream_key("a", organization="org-1"), upstream_key("b", organization="org-2")]
+    gateway = make(a_job(), keys=keys)
+    gateway.know(block(known_group("org-1"), NOON + MINUTE, "rate limited", NOON))
+
+    gateway.once()
+
+    assert ["b"] == [call.key_id for call in gateway.claude.calls]
+
+
+@pytest.mark.parametrize(("jitter", "chosen"), [(0.0, "light"), (0.24, "light"), (0.26, "heavy")])
+def test_keys_of_one_organization_share_by_weight(make: Make, jitter: float, chosen: str) -> None:
+    keys = [upstream_key("light", weight=1), upstream_key("heavy", weight=3)]
+    gateway = make(a_job(), keys=keys, jitter=jitter)
+
+    gateway.once()
+
+    assert chosen == gateway.claude.calls[0].key_id
+
+
+# Overload and refusal --------------------------------------------------------------------------------------
+
+
+def test_an_overload_uses_no_attempt(make: Make) -> None:
+    gateway = make(a_job(), max_attempts=1, script=[OVERLOADED] * 3)
+
+    gateway.drain()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1, 3) == (job.state, job.attempts_used, job.snoozes)
+    assert 3 == gateway.events.counted("Overloaded")
+
+
+def test_an_overload_moves_on_to_the_fallback_model_at_once(make: Make) -> None:
+    gateway = make(a_job(fallback_models=("claude-b", "claude-c")))
+    gateway.claude.when = lambda request: None if request.model == "claude-c" else OVERLOADED
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert ["claude-a", "claude-b", "claude-c"] == [call.model for call in gateway.claude.calls]
+    assert (State.SUCCEEDED, 1, "claude-c") == (job.state, job.attempts_used, job.current_model)
+    assert "claude-a" == job.model
+    assert 10 * 3 + 20 * 30 == job.cost_micro_usd
+    assert ["claude-c"] == [row.model for row in gateway.ledger.rows.values()]
+
+
+def test_a_refusal_moves_on_to_the_fallback_model_and_both_calls_are_paid(make: Make) -> None:
+    gateway = make(
+        a_job(fallback_models=("claude-b",)), script=[answer(usage=USED, stop_reason="refusal")]
+    )
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 2) == (job.state, job.attempts_used)
+    assert [AttemptOutcome.FALLBACK, AttemptOutcome.SUCCEEDED] == [
+        attempt.outcome for attempt in job.attempts
+    ]
+    assert COST + 2 * COST == job.cost_micro_usd
+    assert ["refusal", "succeeded"] == gateway.ledger.outcomes
+
+
+def test_a_refusal_without_a_fallback_is_an_answer(make: Make) -> None:
+    gateway = make(a_job(), script=[answer(stop_reason="refusal")])
+
+    assert [] == gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state
+    assert gateway.job().result is not None
+
+
+def test_a_refusal_with_no_attempt_left_is_an_answer(make: Make) -> None:
+    gateway = make(
+        a_job(fallback_models=("claude-b",)), max_attempts=1, script=[answer(stop_reason="refusal")]
+    )
+
+    gateway.once()
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+
+
+# Cancel and deadline ---------------------------------------------------------------------------------------
+
+
+def test_a_canceled_job_is_not_called(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.jobs.stored["job_1"] = life.request_cancel(gateway.job(), NOON)
+
+    assert [] == gateway.once()
+
+    assert (State.CANCELED, []) == (gateway.job().state, gateway.claude.calls)
+
+
+def ask_to_stop(gateway: Gateway) -> None:
+    job = gateway.job()
+    gateway.jobs.replace(life.request_cancel(job, gateway.time.now()), job.version)
+
+
+def test_a_cancel_during_the_call_stops_it_and_says_it_may_be_billed(make: Make) -> None:
+    gateway = make(a_job(), latency_ms=5 * MINUTE)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(60)
+        ask_to_stop(gateway)
+        await running
+
+    gateway.time.run(story())
+
+    job = gateway.job()
+    assert (State.CANCELED, 1) == (job.state, len(gateway.claude.stopped))
+    assert AttemptOutcome.CANCELED == job.attempts[0].outcome
+    (row,) = gateway.ledger.rows.values()
+    assert ("canceled", False) == (row.outcome, row.certain)
+    assert gateway.time.now() - NOON < 2 * MINUTE
+    assert 1 == gateway.events.counted("JobsCanceled")
+    assert 0 == gateway.queue.depth()
+
+
+def test_an_answer_that_crosses_a_cancel_is_kept(make: Make) -> None:
+    gateway = make(a_job(), latency_ms=5 * SECOND)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(4)
+        ask_to_stop(gateway)
+        await running
+
+    gateway.time.run(story())
+
+    assert (State.SUCCEEDED, True) == (gateway.job().state, gateway.job().cancel_requested)
+
+
+def test_a_cancel_that_meets_a_throttled_call_ends_the_job_the_next_time(make: Make) -> None:
+    gateway = make(a_job(), script=[RATE_LIMITED], latency_ms=5 * SECOND)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(4)
+        ask_to_stop(gateway)
+        await running
+
+    gateway.time.run(story())
+    gateway.drain()
+
+    assert (State.CANCELED, 1) == (gateway.job().state, len(gateway.claude.calls))
+
+
+def test_a_job_past_its_deadline_expires_without_a_call(make: Make) -> None:
+    gateway = make(a_job(deadline=NOON))
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert job.error is not None
+    assert (State.EXPIRED, "deadline_exceeded", []) == (
+        job.state,
+        job.error.type,
+        gateway.claude.calls,
+    )
+    assert 1 == gateway.events.counted("JobsExpired")
+
+
+def test_a_deadline_that_passes_while_the_job_waits_for_its_start_saves_the_call(
+    make: Make,
+) -> None:
+    gateway = make(a_job(deadline=NOON + 10 * SECOND))
+    gateway.know(block(known_group(), NOON + 30 * SECOND, "rate limited", NOON))
+
+    gateway.drain()
+
+    assert (State.EXPIRED, []) == (gateway.job().state, gateway.claude.calls)
+
+
+def test_not_before_is_respected(make: Make) -> None:
+    gateway = make(a_job(not_before=NOON + 5 * MINUTE))
+
+    gateway.drain()
+
+    assert State.SUCCEEDED == gateway.job().state
+    assert gateway.claude.calls[0].at >= NOON + 5 * MINUTE
+
+
+# Messages --------------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_is_not_ours_is_buried_with_the_reason(make: Make) -> None:
+    gateway = make()
+    gateway.queue.post(body="crunchy armchair")
+
+    assert [] == gateway.once()
+
+    ((message, reason),) = gateway.queue.buried
+    assert ("crunchy armchair", "not a message of Sluice's") == (message.body, reason)
+    assert 0 == gateway.queue.depth()
+
+
+def test_a_message_about_an_unknown_job_is_buried(make: Make) -> None:
+    gateway = make()
+    gateway.queue.post(job_id="job_404")
+
+    assert [] == gateway.once()
+
+    assert ["no such job"] == [reason for _, reason in gateway.queue.buried]
+
+
+def test_a_message_that_cannot_be_buried_comes_back(make: Make) -> None:
+    gateway = make()
+    gateway.queue.post()
+    gateway.queue.fail_next("bury")
+
+    assert 1 == len(gateway.once())
+
+    gateway.drain()
+    assert 1 == len(gateway.queue.buried)
+
+
+def test_a_canary_is_noted_and_calls_nobody(make: Make) -> None:
+    gateway = make()
+    gateway.queue.post(canary="c-1")
+
+    assert [] == gateway.once()
+
+    assert ({"c-1": NOON}, []) == (gateway.limits.canaries, gateway.claude.calls)
+
+
+def test_a_poison_message_takes_no_other_with_it(make: Make) -> None:
+    gateway = make(a_job("job_1"), a_job("job_2"))
+    gateway.claude.when = lambda request: (
+        ZeroDivisionError("armchair") if "job_1" in request.params else None
+    )
+
+    assert ["message-1"] == gateway.once()
+
+    assert State.SUCCEEDED == gateway.job("job_2").state
+    assert ["worker failed on a job"] == gateway.events.problem_names
+    assert State.RUNNING == gateway.job("job_1").state
+
+
+def test_a_job_twice_in_one_batch_is_called_once(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.queue.post(job_id="job_1")
+
+    gateway.drain()
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+    assert 1 == len(gateway.ledger.rows)
+    no_accident(gateway)
+
+
+def test_a_job_at_work_elsewhere_is_left_alone_until_its_lease_has_run_out(make: Make) -> None:
+    gateway = make(life.claim(a_job(), "other", NOON, NOON + LEASE_MS))
+
+    assert ["message-1"] == gateway.once()
+
+    ((_, delay),) = gateway.queue.delays
+    assert LEASE_MS <= delay <= LEASE_MS + 2 * SECOND
+    assert [] == gateway.claude.calls
+
+
+def test_a_job_whose_worker_died_is_run_again_with_the_attempt_counted(make: Make) -> None:
+    gateway = make(life.claim(a_job(), "dead", NOON - LEASE_MS, NOON - 1))
+
+    gateway.once()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 2) == (job.state, job.attempts_used)
+    assert [AttemptOutcome.LOST, AttemptOutcome.SUCCEEDED] == [
+        attempt.outcome for attempt in job.attempts
+    ]
+
+
+def test_a_finished_job_is_only_acknowledged(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.once()
+    done = gateway.job()
+    gateway.queue.post(job_id="job_1")
+
+    assert [] == gateway.once()
+
+    assert done == gateway.job()
+    assert 1 == len(gateway.claude.calls)
+
+
+def test_two_workers_with_the_same_job_call_once(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.queue.post(job_id="job_1")
+
+    async def story() -> None:
+        one, two = gateway.queue.receive(1), gateway.queue.receive(1)
+        await asyncio.gather(
+            gateway.invoke(gateway.worker, one), gateway.invoke(gateway.new_worker(), two)
+        )
+
+    gateway.time.run(story())
+    gateway.drain()
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+
+
+# Time ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_called_that_could_not_end_in_time(make: Make) -> None:
+    """Ten seconds are left and the start would come after five: a fresh invocation has more."""
+    gateway = make(a_job(max_tokens=8_000))
+    gateway.know(block(known_group(), NOON + 5 * SECOND, "rate limited", NOON))
+
+    assert ["message-1"] == gateway.once(minutes=1 / 6)
+
+    job = gateway.job()
+    assert (State.QUEUED, [], 0) == (job.state, gateway.claude.calls, job.snoozes)
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job().state
+
+
+def test_jobs_that_cannot_start_soon_go_back_one_behind_the_other(make: Make) -> None:
+    """Held messages cost time; returned ones come back about when it is their turn."""
+    gateway = make(*(a_job(f"job_{n:02}") for n in range(50)))
+    slow = {
+        "requests": Seen(6, 1),
+        "input_tokens": Seen(6_000_000, 1_000_000),
+        "output_tokens": Seen(6_000_000, 1_000_000),
+    }
+    gateway.know(known_group(seen=slow))  # type: ignore[arg-type]
+    gateway.claude.otherwise = answer(seen={})
+
+    not_done = gateway.once()
+
+    assert 40 <= len(not_done) < 50
+    delays = [delay for _, delay in gateway.queue.delays]
+    assert len(not_done) == len(delays)
+    assert max(delays) > 4 * MINUTE
+    for job in gateway.jobs.stored.values():
+        assert (0, State.QUEUED) == (job.attempts_used, job.state) or job.state is State.SUCCEEDED
+    gateway.claude.otherwise = answer()
+    gateway.drain()
+    assert 50 == len(gateway.claude.calls)
+
+
+def test_no_call_lasts_beyond_the_end_of_the_invocation(make: Make) -> None:
+    windows: list[int] = []
+
+    def note(request: CallRequest) -> None:
+        windows.append(gateway.time.now() + request.window_ms)
+
+    gateway = make(*(a_job(f"job_{n}") for n in range(5)))
+    gateway.claude.when = note
+
+    gateway.once(minutes=14)
+
+    assert {NOON + 14 * MINUTE} == set(windows)
+
+
+def test_a_heartbeat_keeps_the_lease_of_a_long_call(make: Make) -> None:
+    gateway = make(a_job(), latency_ms=10 * MINUTE)
+    gateway.queue.post(job_id="job_1")
+
+    async def story() -> None:
+        one, two = gateway.queue.receive(1), gateway.queue.receive(1)
+        running = asyncio.create_task(gateway.invoke(gateway.worker, one))
+        for _ in range(9):
+            await asyncio.sleep(60)
+            lease = gateway.job().lease
+            assert lease is not None
+            assert lease.until > gateway.time.now() + SECOND
+            await gateway.invoke(gateway.new_worker(), two)
+        await running
+
+    gateway.time.run(story())
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1, 1) == (job.state, job.attempts_used, len(gateway.claude.calls))
+    no_accident(gateway)
+
+
+def test_a_heartbeat_survives_a_store_that_is_busy_for_a_while(make: Make) -> None:
+    gateway = make(a_job(), latency_ms=5 * MINUTE)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(50)
+        gateway.jobs.break_down("get")
+        await asyncio.sleep(45)
+        gateway.jobs.mend()
+        await running
+
+    gateway.time.run(story())
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.answered))
+
+
+def test_a_call_whose_lease_cannot_be_kept_is_stopped_and_accounted_for(make: Make) -> None:
+    gateway = make(a_job(), latency_ms=10 * MINUTE)
+
+    async def story() -> list[str]:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(20)
+        gateway.jobs.break_down("get")
+        await asyncio.sleep(LEASE_MS / 1000)
+        gateway.jobs.mend()
+        return await running
+
+    assert ["message-1"] == gateway.time.run(story())
+
+    (row,) = gateway.ledger.rows.values()
+    assert not row.certain
+    assert "lease lost during a call" in gateway.events.problem_names
+    gateway.drain()
+    job = gateway.job()
+    assert State.SUCCEEDED == job.state
+    assert AttemptOutcome.LOST == job.attempts[0].outcome
+
+
+def test_a_worker_whose_job_was_taken_over_changes_nothing_and_says_what_it_paid(
+    make: Make,
+) -> None:
+    gateway = make(a_job(), latency_ms=10 * SECOND)
+
+    async def story() -> list[str]:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(5)
+        stolen = replace(gateway.job(), lease=life.Lease("other", NOON + LEASE_MS), version=9)
+        gateway.jobs.stored["job_1"] = stolen
+        return await running
+
+    assert ["message-1"] == gateway.time.run(story())
+
+    assert (State.RUNNING, 9) == (gateway.job().state, gateway.job().version)
+    (row,) = gateway.ledger.rows.values()
+    assert ("succeeded", "lease lost") == (row.outcome, row.note)
+
+
+# Stores that are busy --------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_stored_before_its_message_counts_as_done(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.results.fail_next("put", times=5)
+    gateway.jobs.before_replace.extend([lambda: None, lambda: gateway.jobs.fail_next("replace")])
+
+    assert [] == gateway.once()
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+    assert gateway.job().result is not None
+
+
+def test_a_finish_is_retried_until_the_store_takes_it(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.claude.when = lambda _: gateway.jobs.fail_next("replace", times=30)
+
+    assert [] == gateway.once()
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+    assert 1 == len(gateway.ledger.rows)
+
+
+@pytest.mark.parametrize(("store", "verb"), [("jobs", "replace"), ("results", "put")])
+def test_an_answer_that_cannot_be_stored_in_time_is_in_the_ledger(
+    make: Make, store: str, verb: str
+) -> None:
+    """The one way to be billed twice that no rule can close: so the ledger names it."""
+    gateway = make(a_job())
+    gateway.claude.when = lambda _: getattr(gateway, store).break_down(verb)
+
+    assert ["message-1"] == gateway.once()
+
+    assert State.RUNNING == gateway.job().state
+    (row,) = gateway.ledger.rows.values()
+    assert (Spend.of_call(USED, COST), "outcome not stored") == (row.spend, row.note)
+
+
+def test_a_claim_that_cannot_be_written_makes_no_call(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.jobs.fail_next("replace")
+
+    assert ["message-1"] == gateway.once()
+
+    assert (State.QUEUED, []) == (gateway.job().state, gateway.claude.calls)
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job().state
+
+
+def test_a_job_that_vanishes_is_acknowledged(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.jobs.before_replace.append(lambda: gateway.jobs.delete("job_1"))
+
+    assert [] == gateway.once()
+    assert [] == gateway.claude.calls
+
+
+def test_a_job_that_vanishes_during_its_call_is_acknowledged_and_paid(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.claude.when = lambda _: gateway.jobs.delete("job_1")
+
+    assert [] == gateway.once()
+
+    assert 1 == len(gateway.ledger.rows)
+
+
+def test_a_batch_that_cannot_be_read_at_once_is_read_one_by_one(make: Make) -> None:
+    gateway = make(a_job("job_1"), a_job("job_2"))
+    gateway.jobs.fail_next("get_many")
+
+    assert [] == gateway.once()
+
+    assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
+
+
+def test_a_job_that_cannot_be_read_comes_back(make: Make) -> None:
+    gateway = make(a_job("job_1"), a_job("job_2"))
+    gateway.jobs.fail_next("get_many")
+    gateway.jobs.fail_next("get")
+
+    assert ["message-1"] == gateway.once()
+
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job("job_1").state
+
+
+def test_a_ledger_that_is_busy_is_told_and_stops_no_job(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.ledger.break_down("record")
+
+    assert [] == gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state
+    assert "ledger rows not written" in gateway.events.problem_names
+
+
+def test_messages_that_cannot_be_put_back_come_back_by_themselves(make: Make) -> None:
+    gateway = make(a_job(), script=[SERVER_ERROR])
+    gateway.queue.break_down("put_back")
+
+    assert ["message-1"] == gateway.once()
+
+    assert "messages not put back" in gateway.events.problem_names
+    gateway.queue.mend()
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job().state
+
+
+@pytest.mark.parametrize("latency_ms", range(100, 1_200, 100))
+def test_what_is_being_written_when_the_last_job_ends_is_written_to_the_end(
+    make: Make, latency_ms: int
+) -> None:
+    """Whenever the batch ends, also in the middle of the housekeeping's own write."""
+    jobs = [a_job(f"job_{n}") for n in range(8)]
+    gateway = make(*jobs, latency_ms=latency_ms)
+    gateway.blocking.latency_ms = 70
+    gateway.know(known_group())
+    gateway.claude.when = lambda request: SERVER_ERROR if "job_7" in request.params else None
+
+    gateway.once()
+
+    assert 7 == len(gateway.ledger.rows)
+    assert [7] == [spend.calls for spend in gateway.ledger.sums.values()]
+    assert ["job_7"] == [job_id for job_id, _ in gateway.queue.delays]
+
+
+def test_a_limits_table_that_is_busy_to_the_end_returns_the_jobs(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.time.longest_story_ms = 20 * MINUTE
+    gateway.limits.break_down("load")
+
+    assert ["message-1"] == gateway.once()
+
+    assert (State.QUEUED, 0) == (gateway.job().state, gateway.job().attempts_used)
+    assert gateway.time.now() <= NOON + 14 * MINUTE
+
+
+# Everything together ---------------------------------------------------------------------------------------
+
+
+def test_no_job_is_lost_and_none_is_done_without_its_answer(make: Make) -> None:
+    """A bad day: every kind of trouble, several workers, and every job ends once with its result kept."""
+    jobs = [a_job(f"job_{n:02}", fallback_models=("claude-b",) * (n % 3 == 0)) for n in range(60)]
+    keys = [upstream_key("k1", organization="org-1"), upstream_key("k2", organization="org-2")]
+    gateway = make(*jobs, keys=keys, max_attempts=50)
+    gateway.blocking.latency_ms = 5
+    troubles: list[Answer | Refused] = [
+        RATE_LIMITED,
+        OVERLOADED,
+        SERVER_ERROR,
+        refused(None, "connection_error"),
+        refused(None, "connection_error", may_be_billed=True),
+        answer(stop_reason="refusal"),
+        refused(429, "rate_limit_error", error_code="ramp_limit_exceeded", retry_after_ms=2_000),
+        refused(409),
+    ]
+    for number in range(120):
+        gateway.claude.script.append(troubles[number % 8] if number % 3 else answer())
+    for number in range(20):
+        gateway.queue.post(job_id=f"job_{number:02}")
+
+    async def story() -> None:
+        workers = [gateway.worker, gateway.new_worker(-2_000), gateway.new_worker(3_000)]
+        for turn in range(200):
+            due = gateway.queue.next_visible()
+            if due is None:
+                return
+            await asyncio.sleep(max(0, due - gateway.time.now()) / 1000)
+            if turn < 40:
+                gateway.jobs.fail_next("replace", times=turn % 3)
+                gateway.limits.fail_next("replace", times=turn % 3)
+                gateway.results.fail_next("put", times=turn % 2)
+            batches = [(worker, gateway.queue.receive(20)) for worker in workers]
+            await asyncio.gather(
+                *(gateway.invoke(worker, batch) for worker, batch in batches if batch)
+            )
+
+    gateway.time.run(story())
+
+    assert 0 == gateway.queue.depth()
+    for job in gateway.jobs.stored.values():
+        assert State.SUCCEEDED == job.state
+        assert job.result is not None
+        written = gateway.jobs.history[job.job_id]
+        assert 1 == sum(each.state.is_final for each in written)
+        assert [each.version for each in written] == sorted({each.version for each in written})
+    assert 60 == sum(row.outcome == "succeeded" for row in gateway.ledger.rows.values())
