@@ -629,6 +629,16 @@ def test_limits_stated_later_cap_what_was_learned_and_never_raise_it() -> None:
     assert 600 == restated(learned, {"requests": 6_000}, NOON).requests.limit
 
 
+def test_a_stated_limit_that_is_raised_or_taken_away_is_learned_anew() -> None:
+    told = seen(Seen(600, 100))
+    capped = observe(new_group("org", "a", NOON, {"requests": 100}), Observation(NOON, told), NOON)
+
+    for stated, limit in (({"requests": 200}, 200), ({}, 600)):
+        freed = restated(capped, stated, NOON)
+
+        assert limit == observe(freed, Observation(NOON, told), NOON).requests.limit
+
+
 def test_an_upstream_that_names_no_limits_is_explored_and_backed_away_from() -> None:
     """Additive increase while calls are served, multiplicative decrease at a 429."""
     state = new_group("org", "a", NOON)

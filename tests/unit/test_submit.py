@@ -307,6 +307,16 @@ def test_position_tells_equal_jobs_of_one_list_apart(intake: Intake) -> None:
     assert 2 == len({accepted(each).job_id for each in outcomes})
 
 
+def test_a_repeat_finds_its_job_even_after_the_deadline(intake: Intake) -> None:
+    """The first reply may have been lost; the job was accepted while the deadline lay ahead."""
+    urgent = ask(custom_id="row-1", deadline=NOON + MINUTE)
+    job = intake.one(urgent)
+    intake.clock.at = NOON + 2 * MINUTE
+
+    assert job.job_id == intake.one(urgent).job_id
+    assert 1 == intake.events.counted("JobsAccepted")
+
+
 # Lists -----------------------------------------------------------------------------------------------------
 
 

@@ -149,12 +149,21 @@ def test_the_environment_is_what_settings_read() -> None:
     variables = WRITTEN["Globals"]["Function"]["Environment"]["Variables"]
     given = {name for name in variables if not name.startswith("POWERTOOLS_")}
 
-    assert read == given
+    assert read == given | FUNCTIONS["GovernorFunction"]["Environment"]["Variables"].keys()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_no_function_has_an_environment_of_its_own(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - {"GovernorFunction"}))
+def test_no_function_but_the_governor_has_an_environment_of_its_own(name: str) -> None:
     assert "Environment" not in FUNCTIONS[name]
+
+
+def test_only_the_governor_knows_the_mapping_which_would_else_refer_to_itself() -> None:
+    variables = FUNCTIONS["GovernorFunction"]["Environment"]["Variables"]
+
+    assert {
+        "SLUICE_WORKER_MAPPING": {"Ref": "WorkerMapping"},
+        "SLUICE_MAX_CONCURRENCY": {"Ref": "MaxConcurrency"},
+    } == variables
 
 
 # Permissions
@@ -193,7 +202,7 @@ def test_no_function_may_send_to_the_queue_that_wakes_it() -> None:
     }
     woken = {(target_function(each), source_queue(each)) for each in MAPPINGS.values()}
 
-    assert ("ApiFunction", "JobsQueue") in senders
+    assert {("ApiFunction", "JobsQueue"), ("GovernorFunction", "JobsQueue")} <= senders
     assert set() == senders & woken
 
 

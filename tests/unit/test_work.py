@@ -1176,6 +1176,15 @@ def test_a_job_that_cannot_be_read_comes_back(make: Make) -> None:
     assert State.SUCCEEDED == gateway.job("job_1").state
 
 
+def test_a_ledger_that_is_busy_for_a_moment_gets_its_rows_later(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.ledger.fail_next("record")
+
+    assert [] == gateway.once()
+
+    assert 1 == len(gateway.ledger.rows)
+
+
 def test_a_ledger_that_is_busy_is_told_and_stops_no_job(make: Make) -> None:
     gateway = make(a_job())
     gateway.ledger.break_down("record")

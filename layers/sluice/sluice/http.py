@@ -83,6 +83,14 @@ class JobRequest(BaseModel):
     ] = {}
     lane: Annotated[str, Field(description="`live` is the only lane so far.")] = "live"
 
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _as_text(cls, deadline: object) -> object:
+        if deadline is not None and not isinstance(deadline, str):
+            message = "must be RFC 3339 text with a time zone, as in 2026-12-24T18:00:00Z"
+            raise ValueError(message)
+        return deadline
+
     @field_validator("lane")
     @classmethod
     def _known_lane(cls, lane: str) -> str:

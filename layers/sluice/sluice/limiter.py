@@ -485,9 +485,11 @@ class Limiter:
                 if current is None:
                     current = new_group(claimant.organization, claimant.model_group, now, stated)
                 books = self._books[name] = _Books(current, now)
-                if stated and current.stated != stated:
-                    books.change(partial(_restated, stated), now)
             self._learn(books, current or books.group, now)
+        for name, claimant in wanted.items():
+            stated = dict(claimant.stated)
+            if self._books[name].group.stated != stated:
+                self._books[name].change(partial(_restated, stated), now)
 
     def _learn(self, books: _Books, current: Group, now: int) -> None:
         """Take in what the store says, and take back start times that it made void."""

@@ -16,6 +16,7 @@ TOTALS: Final = frozenset(
         "StartDelaySeconds",
         "SpendUsd",
         "KeysRejected",
+        "OldKeys",
         "GroupsParked",
         "DeadLetters",
         "UpstreamCalls",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Protocol, TypeVar
 
+from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.jobs import Job, Result, State
 from sluice.domain.keys import KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, Seen
@@ -79,6 +80,37 @@ class JobStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Parked:
+    """A parked job as the index of due jobs knows it."""
+
+    job_id: str
+    tenant: str
+    model: str
+    """The model its next call goes to."""
+    due_at: int
+    deadline: int | None = None
+
+
+class ParkedJobs(Protocol):
+    """The job records again, as the sweep sees them: those that wait without a message."""
+
+    def due(self, now: int, limit: int) -> Sequence[Parked]:
+        """Return the jobs whose time has come, longest due first.
+
+        Of more than `limit` only the longest and the latest due, so that a large backlog does not hide a new one.
+        """
+        ...
+
+    def hold(self, parked: Parked, until: int) -> Parked | None:
+        """Take the job: it is due again at `until`, unless released. None when somebody else was quicker."""
+        ...
+
+    def release(self, parked: Parked) -> None:
+        """Forget that the job was parked, because its message is sent; nothing happens if it has gone on already."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Params:
     """The request as sent, as JSON text."""
 
@@ -120,6 +152,10 @@ class JobQueue(Protocol):
 
     def depth(self) -> int:
         """Return about how many messages wait or are at work."""
+        ...
+
+    def backlog(self) -> Backlog:
+        """Return the same, told apart."""
         ...
 
 
@@ -173,6 +209,38 @@ class LimitStore(Protocol):
 
     def canary(self, canary_id: str, now: int) -> None:
         """Note that a probe came through."""
+        ...
+
+
+class WorkerMapping(Protocol):
+    """The mapping that wakes workers for messages of the jobs queue."""
+
+    def state(self) -> Consumer:
+        """Return it as it stands."""
+        ...
+
+    def set(self, maximum_concurrency: int, *, enabled: bool) -> bool:
+        """Change it; False when it cannot be changed right now. It takes about a minute to take hold."""
+        ...
+
+
+class GovernorNotes(Protocol):
+    """What the governor remembers from run to run."""
+
+    def turned_off_at(self) -> int | None:
+        """Return when it switched the mapping off; None while it has not."""
+        ...
+
+    def note_turned_off(self, at: int | None) -> None:
+        """Remember that, or forget it."""
+        ...
+
+
+class PoolHistory(Protocol):
+    """What can be known of the key pool without reading it."""
+
+    def changed_at(self) -> int | None:
+        """Return when the pool was last written (epoch ms)."""
         ...
 
 

@@ -28,6 +28,20 @@ class Settings:
     pepper_secret: str
     retention_days: int
     max_attempts: int
+    worker_mapping: str | None = None
+    """The governor's: id of the mapping from jobs queue to worker."""
+    max_concurrency: int | None = None
+    """The governor's: most workers at once."""
+
+    def governed(self) -> tuple[str, int]:
+        """Return the worker's mapping and its ceiling; raises SettingsError in a function that has neither."""
+        if self.worker_mapping is None or self.max_concurrency is None:
+            message = (
+                "SLUICE_WORKER_MAPPING and SLUICE_MAX_CONCURRENCY are not both set; "
+                "the template sets them for the governor alone"
+            )
+            raise SettingsError(message)
+        return self.worker_mapping, self.max_concurrency
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -43,7 +57,7 @@ class Settings:
 
         def number(name: str) -> int:
             value = text(name)
-            if not value.isdigit() or int(value) < 1:
+            if not value.isdecimal() or int(value) < 1:
                 message = f"{name} must be a whole number from 1 up, got {value!r}"
                 raise SettingsError(message)
             return int(value)
@@ -62,4 +76,8 @@ class Settings:
             pepper_secret=text("SLUICE_PEPPER_SECRET"),
             retention_days=number("SLUICE_RETENTION_DAYS"),
             max_attempts=number("SLUICE_MAX_ATTEMPTS"),
+            worker_mapping=env.get("SLUICE_WORKER_MAPPING") or None,
+            max_concurrency=(
+                number("SLUICE_MAX_CONCURRENCY") if env.get("SLUICE_MAX_CONCURRENCY") else None
+            ),
         )

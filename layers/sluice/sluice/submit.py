@@ -57,6 +57,7 @@ class Accepted:
     """The job that stands for one submission: a new one, or the one that an earlier equal submit made."""
 
     job: Job
+    is_repeat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,10 @@ class Submit:
             stored = list(threads.map(self._stored, drafts))
         fresh = [each.job for each in stored if isinstance(each, Accepted) and _waits(each.job)]
         unsent = set(self._queue.send([(job.job_id, job.tenant) for job in fresh]))
-        accepted = sum(isinstance(each, Accepted) for each in stored) - len(unsent)
+        accepted = sum(
+            isinstance(each, Accepted) and not each.is_repeat and each.job.job_id not in unsent
+            for each in stored
+        )
         if accepted:
             self._events.count("JobsAccepted", accepted)
         return [
@@ -130,9 +134,6 @@ class Submit:
                 continue
             if name is not None:
                 seen[name] = position
-            if submission.deadline is not None and submission.deadline <= now:
-                drafts.append(InvalidRequest("deadline: it has passed already"))
-                continue
             drafts.append(self._draft(submission, sender, position, now))
         return drafts
 
@@ -171,24 +172,35 @@ class Submit:
         )
         return job, body
 
-    def _stored(self, draft: tuple[Job, str] | SluiceError) -> Outcome:
+    def _stored(  # noqa: PLR0911 - one return per outcome
+        self, draft: tuple[Job, str] | SluiceError
+    ) -> Outcome:
         """Store params, then the job: a job on record always has its request."""
         if isinstance(draft, SluiceError):
             return Rejected(draft)
         job, body = draft
         try:
+            if job.deadline is not None and job.deadline <= job.created_at:
+                return self._too_late(job)
             self._params.add(Params(job.job_id, body, job.request_hash))
             self._jobs.add(job)
         except Stale as stale:
             earlier = stale.current
             if isinstance(earlier, Job) and earlier.request_hash == job.request_hash:
-                return Accepted(earlier)
+                return Accepted(earlier, is_repeat=True)
             return Rejected(_conflict(job))
         except Conflict:
             return Rejected(_conflict(job))
         except StoreBusy as error:
             return Rejected(error)
         return Accepted(job)
+
+    def _too_late(self, job: Job) -> Outcome:
+        """A deadline in the past is an error, unless the job was accepted when it still lay ahead."""
+        earlier = self._jobs.get(job.job_id)
+        if earlier is not None and earlier.request_hash == job.request_hash:
+            return Accepted(earlier, is_repeat=True)
+        return Rejected(InvalidRequest("deadline: it has passed already"))
 
 
 class Waiting:

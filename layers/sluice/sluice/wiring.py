@@ -15,21 +15,25 @@ from sluice.accounts import Account
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import (
     DynamoClientKeys,
+    DynamoGovernorNotes,
     DynamoJobs,
     DynamoLedger,
     DynamoLimits,
     DynamoParams,
 )
+from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
-from sluice.adapters.secrets import SecretKeyPool, SecretText
+from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
 from sluice.adapters.sqs import SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import SERVICE, Telemetry
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
+from sluice.governor import Governor
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
+from sluice.sweep import Sweep
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -123,6 +127,28 @@ def account(tenant: str) -> Account:
 def take_dead_letter() -> TakeDeadLetter:
     """Return the use case behind the dead-letter queue."""
     return TakeDeadLetter(jobs(), DeadLetterObjects(_objects()), CLOCK, telemetry())
+
+
+@cache
+def governor() -> Governor:
+    """Return the use case that sets how many workers may run."""
+    mapping, ceiling = settings().governed()
+    return Governor(
+        LambdaWorkerMapping(aws.lambdas(), mapping),
+        limits(),
+        _queue(),
+        DynamoGovernorNotes(_dynamodb(), settings().limits_table),
+        SecretHistory(aws.secrets_manager(), settings().key_pool_secret, CLOCK),
+        ceiling,
+        CLOCK,
+        telemetry(),
+    )
+
+
+@cache
+def sweep() -> Sweep:
+    """Return the use case that sends parked jobs again."""
+    return Sweep(jobs(), jobs(), _queue(), limits(), model_groups(), CLOCK, telemetry())
 
 
 @cache

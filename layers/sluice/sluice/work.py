@@ -15,7 +15,13 @@ from typing import Final, assert_never
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, LeaseLost, Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
-from sluice.domain.keys import KeyMark, UpstreamKey, organization_of, shared_organizations
+from sluice.domain.keys import (
+    KeyMark,
+    UpstreamKey,
+    organization_of,
+    shared_organizations,
+    stated_limits,
+)
 from sluice.domain.limits import Cost, group_id, model_group
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, base_model
 from sluice.domain.retries import (
@@ -63,6 +69,9 @@ SLOW_TOKENS_PER_SECOND: Final = 25
 """A pace almost every answer keeps: a call starts only if `max_tokens` at this pace would fit the time left."""
 
 FLUSH_MS: Final = 1_000
+LAST_FLUSHES: Final = 3
+"""How often the end of an invocation tries to write what a busy store has not taken."""
+
 LONGEST_DELAY_MS: Final = 900_000
 NO_KEY_DELAY_MS: Final = 60_000
 
@@ -175,7 +184,7 @@ class _Batch:
                 async with self._flushing:
                     housekeeping.cancel()
                 await asyncio.gather(housekeeping, return_exceptions=True)
-                await self._flush()
+                await self._flush_to_the_end()
         self.events.note(
             "batch done",
             messages=len(messages),
@@ -341,14 +350,15 @@ class _Batch:
             message = f"no key of the key pool may be used for model {model} by this tenant"
             return JobError("permission_error", message, 403)
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
+        stated = stated_limits(keys, self._marks)
         name = model_group(model, self.rules.model_groups)
         for key in allowed:
             mark = self._marks.get(key.id)
             if mark is not None and mark.rejects(key, model):
                 continue
             organization = organization_of(key, mark)
-            organization = self.limiter.moved.get(group_id(organization, name), organization)
-            claimant = claimant_for(organization, name, key.id, key.limits)
+            moved_to = self.limiter.moved.get(group_id(organization, name), organization)
+            claimant = claimant_for(moved_to, name, key.id, stated.get(organization))
             usable.setdefault(claimant.group, []).append((claimant, key))
         if not usable and all(self._may_not_use(key, model) for key in allowed):
             message = f"Claude refused model {model} to every key of the key pool"
@@ -419,31 +429,52 @@ class _Batch:
             await self.tools.clock.sleep(FLUSH_MS)
             await self._flush()
 
-    async def _flush(self) -> None:
+    async def _flush(self, *, last: bool = False) -> None:
         """Write what has gathered: visibility changes, ledger rows and their sums."""
         async with self._flushing:
-            await self._write_gathered()
+            await self._write_gathered(last=last)
 
-    async def _write_gathered(self) -> None:
+    async def _flush_to_the_end(self) -> None:
+        for left in reversed(range(LAST_FLUSHES)):
+            await self._flush(last=left == 0)
+            if not self.rows and not self._to_put_back:
+                return
+            await self.tools.clock.sleep(FLUSH_MS)
+
+    async def _write_gathered(self, *, last: bool) -> None:
         put_back, self._to_put_back = self._to_put_back, []
         rows, self.rows = self.rows, []
         if put_back:
             try:
                 await self.tools.blocking(self.tools.returns.put_back, put_back)
             except StoreBusy:
-                # Not lost: it comes back when the queue's own visibility timeout ends.
-                self.events.problem("messages not put back", messages=len(put_back))
+                if not last:
+                    self._to_put_back[:0] = put_back
+                else:
+                    # Not lost: it comes back when the queue's own visibility timeout ends.
+                    self.events.problem("messages not put back", messages=len(put_back))
         if rows:
             try:
                 await self.tools.blocking(self.tools.ledger.record, rows)
-                sums: dict[tuple[str, date, str, str], Spend] = {}
-                for row in rows:
-                    key = (row.tenant, row.day, row.model, row.lane)
-                    sums[key] = sums.get(key, Spend()) + row.spend
-                await self.tools.blocking(self.tools.ledger.add_up, sums)
             except StoreBusy:
-                # The calls stand in their jobs' attempts; say so, for the sums are short of them.
-                self.events.problem("ledger rows not written", rows=len(rows))
+                if not last:
+                    self.rows[:0] = rows
+                else:
+                    # The calls stand in their jobs' attempts; say so, for the ledger is short of them.
+                    self.events.problem("ledger rows not written", rows=len(rows))
+                return
+            await self._add_up(rows)
+
+    async def _add_up(self, rows: Sequence[LedgerRow]) -> None:
+        sums: dict[tuple[str, date, str, str], Spend] = {}
+        for row in rows:
+            key = (row.tenant, row.day, row.model, row.lane)
+            sums[key] = sums.get(key, Spend()) + row.spend
+        try:
+            await self.tools.blocking(self.tools.ledger.add_up, sums)
+        except StoreBusy:
+            # An addition that may have been done is not done again; the rows can be summed anew.
+            self.events.problem("usage sums not written", rows=len(rows))
 
     async def learn_organization(self, key: UpstreamKey, organization: str) -> None:
         """Keep whose key this is, for all workers."""
@@ -707,7 +738,9 @@ class _Call:
                 # With a rejected key the next one can be tried at once.
                 again = verdict.effect in {Effect.REJECT_KEY, Effect.REJECT_KEY_FOR_MODEL}
                 return await self._write(
-                    lambda job, at: life.snooze(job, self._owner, at, reason=reason),
+                    lambda job, at: life.snooze(
+                        job, self._owner, at, reason=reason, cost_micro_usd=cost
+                    ),
                     None if again else PutBack(after),
                     row,
                 )

@@ -21,6 +21,7 @@ from sluice.domain.errors import StoreBusy
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_lambda import LambdaClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_secretsmanager import SecretsManagerClient
     from mypy_boto3_sqs import SQSClient
@@ -71,6 +72,11 @@ def sqs() -> SQSClient:
 def s3() -> S3Client:
     """Return an S3 client."""
     return boto3.client("s3", config=CONFIG)
+
+
+def lambdas() -> LambdaClient:
+    """Return a Lambda client."""
+    return boto3.client("lambda", config=CONFIG)
 
 
 def secrets_manager() -> SecretsManagerClient:

@@ -6,7 +6,7 @@ import gzip
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import uuid4
@@ -20,7 +20,7 @@ from sluice.domain.jobs import Job, State
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
-from sluice.ports import Clock, Page, Params
+from sluice.ports import Clock, Page, Params, Parked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +40,8 @@ WRITE_AT_ONCE: Final = 25
 
 INLINE_BYTES: Final = 350_000
 """Requests above this size, compressed, go to S3: an item holds 400 KB."""
+
+NOTES_ID: Final = "governor#notes"
 
 FILTERED_AT_ONCE: Final = 1_000
 """Items read per query when only one state is wanted."""
@@ -111,6 +113,66 @@ class DynamoJobs:
             jobs = jobs[:limit]
             last = _index_key(jobs[-1])
         return Page(tuple(jobs), _page(last) if last else None)
+
+    def due(self, now: int, limit: int) -> Sequence[Parked]:
+        """Return the parked jobs whose time has come, longest due first; of many those at both ends."""
+        share = max(1, limit // job_records.DUE_SHARDS // 2)
+        found: dict[str, Parked] = {}
+        for shard in range(job_records.DUE_SHARDS):
+            some = self._due(str(shard), now, share, longest_first=True)
+            if len(some) == share:
+                some += self._due(str(shard), now, share, longest_first=False)
+            found |= {each.job_id: each for each in some}
+        return sorted(found.values(), key=lambda each: (each.due_at, each.job_id))
+
+    def hold(self, parked: Parked, until: int) -> Parked | None:
+        """Take a due job by one conditional write; None when somebody else was quicker."""
+        taken = self._if_due(parked, "SET due_at = :until", {":until": {"N": str(until)}})
+        return replace(parked, due_at=until) if taken else None
+
+    def release(self, parked: Parked) -> None:
+        """Take the job out of the index, unless it has gone on already."""
+        self._if_due(parked, "REMOVE " + ", ".join(job_records.DUE), {})
+
+    def _due(self, shard: str, now: int, limit: int, *, longest_first: bool) -> list[Parked]:
+        answer = aws.patiently(
+            "the jobs table",
+            self._client.query,
+            TableName=self._table,
+            IndexName="by_due",
+            KeyConditionExpression="due_shard = :shard AND due_at <= :now",
+            ExpressionAttributeValues={":shard": {"S": shard}, ":now": {"N": str(now)}},
+            ScanIndexForward=longest_first,
+            Limit=limit,
+        )
+        return [
+            Parked(
+                job_id=item["job_id"]["S"],
+                tenant=item["tenant"]["S"],
+                model=item["due_model"]["S"],
+                due_at=int(item["due_at"]["N"]),
+                deadline=int(item["due_deadline"]["N"]) if "due_deadline" in item else None,
+            )
+            for item in answer["Items"]
+        ]
+
+    def _if_due(self, parked: Parked, change: str, values: Item) -> bool:
+        """Change a parked job if it is still due when it was; the job record itself stays untouched."""
+        try:
+            aws.patiently(
+                "the jobs table",
+                self._client.update_item,
+                TableName=self._table,
+                Key={"job_id": {"S": parked.job_id}},
+                UpdateExpression=change,
+                ConditionExpression="due_at = :seen",
+                ExpressionAttributeValues={":seen": {"N": str(parked.due_at)}, **values},
+            )
+        except ClientError as error:
+            if aws.code(error) != "ConditionalCheckFailedException":
+                raise
+            return False
+        return True
 
     def _put(self, job: Job, condition: str, values: Item) -> None:
         item = job_records.encode(job, self._retention_days)
@@ -202,8 +264,6 @@ class DynamoLimits:
             "kind": {"S": "group"},
             "version": {"N": str(group.version)},
             "record": {"S": json.dumps(asdict(group), separators=(",", ":"))},
-            # Two workers may think of the same change in the same millisecond; only one of them made it.
-            "written_as": {"S": uuid4().hex},
         }
         condition, arguments = "attribute_not_exists(id)", {}
         if expected_version:
@@ -257,6 +317,33 @@ class DynamoLimits:
                 "expires_at": {"N": str(now // 1000 + CANARY_SECONDS)},
             },
         )
+
+
+class DynamoGovernorNotes:
+    """What the governor remembers, in one item of the limits table."""
+
+    def __init__(self, client: DynamoDBClient, table: str) -> None:
+        self._client = client
+        self._table = table
+
+    def turned_off_at(self) -> int | None:
+        """Return when the governor switched the mapping off; None while it has not."""
+        answer = aws.patiently(
+            "the limits table",
+            self._client.get_item,
+            TableName=self._table,
+            Key={"id": {"S": NOTES_ID}},
+            ConsistentRead=True,
+        )
+        noted = answer.get("Item", {}).get("turned_off_at")
+        return None if noted is None else int(noted["N"])
+
+    def note_turned_off(self, at: int | None) -> None:
+        """Remember that, or forget it."""
+        item: Item = {"id": {"S": NOTES_ID}}
+        if at is not None:
+            item["turned_off_at"] = {"N": str(at)}
+        aws.patiently("the limits table", self._client.put_item, TableName=self._table, Item=item)
 
 
 class DynamoLedger:
@@ -383,8 +470,10 @@ def _put(  # noqa: PLR0913, PLR0917 - one conditional write
 ) -> Item | None:
     """Put if the condition holds; return None, or the item that stands there instead (empty when there is none).
 
-    A write whose reply was lost is tried again and then meets itself: that counts as done.
+    A write whose reply was lost is tried again and then meets itself: that counts as done. Its mark tells it from
+    the very same change made by somebody else in the same millisecond, which must not count as done.
     """
+    item = {**item, "written_as": {"S": uuid4().hex}}
     try:
         aws.patiently(
             what,

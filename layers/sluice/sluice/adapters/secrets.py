@@ -58,6 +58,26 @@ class SecretText:
             self._text = None
 
 
+class SecretHistory:
+    """When the secret of the key pool was written; its text is not read. Looked up every five minutes."""
+
+    def __init__(self, client: SecretsManagerClient, name: str, clock: Clock) -> None:
+        self._client = client
+        self._name = name
+        self._clock = clock
+        self._known: tuple[int, int] | None = None
+
+    def changed_at(self) -> int:
+        """Return when the secret was last written (epoch ms)."""
+        now = self._clock.now()
+        if self._known is None or now - self._known[0] >= POOL_AGE_MS:
+            answer = aws.patiently(
+                "Secrets Manager", self._client.describe_secret, SecretId=self._name
+            )
+            self._known = now, int(answer["LastChangedDate"].timestamp() * 1000)
+        return self._known[1]
+
+
 class SecretKeyPool:
     """The upstream keys."""
 

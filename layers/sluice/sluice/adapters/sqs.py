@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
+from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
 from sluice.ports import Received
@@ -56,6 +57,10 @@ class SqsQueue:
 
     def depth(self) -> int:
         """Return about how many messages wait or are at work."""
+        return self.backlog().total
+
+    def backlog(self) -> Backlog:
+        """Return the same, told apart."""
         answer = aws.patiently(
             "the jobs queue",
             self._client.get_queue_attributes,
@@ -66,7 +71,12 @@ class SqsQueue:
                 "ApproximateNumberOfMessagesDelayed",
             ],
         )
-        return sum(int(number) for number in answer["Attributes"].values())
+        numbers = answer["Attributes"]
+        return Backlog(
+            visible=int(numbers["ApproximateNumberOfMessages"]),
+            in_flight=int(numbers["ApproximateNumberOfMessagesNotVisible"]),
+            delayed=int(numbers["ApproximateNumberOfMessagesDelayed"]),
+        )
 
 
 class SqsReturns:

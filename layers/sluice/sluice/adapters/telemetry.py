@@ -13,8 +13,8 @@ from aws_lambda_powertools.metrics import EphemeralMetrics, MetricUnit
 from sluice.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
 
 SERVICE: Final = "sluice"
-VALUES_AT_ONCE: Final = 100
-"""EMF's limit of values per metric in one document."""
+VALUES_AT_ONCE: Final = 99
+"""EMF allows 100 values of a metric in one document; with the hundredth Powertools emits it unasked."""
 
 
 class Telemetry:
@@ -50,14 +50,24 @@ class Telemetry:
         with self._lock:
             values, self._values = self._values, defaultdict(list)
         for model_group in sorted({group for group, _ in values}, key=str):
-            metrics = EphemeralMetrics(namespace=NAMESPACE, service=SERVICE)
-            if model_group is not None:
-                metrics.add_dimension("model_group", model_group)
-            for (group, metric), numbers in values.items():
-                if group == model_group:
-                    for number in numbers[:VALUES_AT_ONCE]:
-                        metrics.add_metric(metric, _unit(metric), number)
-            metrics.flush_metrics()
+            of_group = {
+                metric: numbers
+                for (group, metric), numbers in values.items()
+                if group == model_group
+            }
+            most = max(map(len, of_group.values()))
+            for start in range(0, most, VALUES_AT_ONCE):
+                self._emit(model_group, of_group, start)
+
+    @staticmethod
+    def _emit(model_group: str | None, values: dict[str, list[float]], start: int) -> None:
+        metrics = EphemeralMetrics(namespace=NAMESPACE, service=SERVICE)
+        if model_group is not None:
+            metrics.add_dimension("model_group", model_group)
+        for metric, numbers in values.items():
+            for number in numbers[start : start + VALUES_AT_ONCE]:
+                metrics.add_metric(metric, _unit(metric), number)
+        metrics.flush_metrics()
 
 
 def _unit(metric: str) -> MetricUnit:

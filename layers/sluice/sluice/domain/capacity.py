@@ -77,7 +77,9 @@ class Decision:
     reason: str
 
     def changes(self, consumer: Consumer) -> bool:
-        """Tell whether the mapping is anything else now."""
+        """Tell whether the mapping is anything else now. While it is off, its number does not matter."""
+        if not self.enabled and not consumer.enabled:
+            return False
         return (self.maximum_concurrency, self.enabled) != (
             consumer.maximum_concurrency,
             consumer.enabled,

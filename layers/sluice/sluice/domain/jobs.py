@@ -190,6 +190,16 @@ class Step(StrEnum):
     USED_UP = "used_up"
 
 
+def due_at(job: Job) -> int | None:
+    """Return when a parked job is wanted again: at `not_before`, or to end it when its deadline comes first.
+
+    Parked is a waiting job with a `not_before`. Its message has left the queue; the sweep sends another one.
+    """
+    if job.state is not State.QUEUED or job.not_before is None:
+        return None
+    return job.not_before if job.deadline is None else min(job.not_before, job.deadline)
+
+
 def derived_job_id(tenant: str, scope: str, name: str) -> str:
     """Return the id that a repeat of the same submit finds again.
 
@@ -244,8 +254,19 @@ def renew(job: Job, owner: str, lease_until: int) -> Job:
     return _moved(job, State.RUNNING, lease=Lease(owner, lease_until))
 
 
-def snooze(job: Job, owner: str, now: int, *, reason: str, not_before: int | None = None) -> Job:
-    """Put the job back without using an attempt: throttled, overloaded, or not startable after all."""
+def snooze(  # noqa: PLR0913 - the facts of one wait
+    job: Job,
+    owner: str,
+    now: int,
+    *,
+    reason: str,
+    not_before: int | None = None,
+    cost_micro_usd: int | None = None,
+) -> Job:
+    """Put the job back without using an attempt: throttled, overloaded, or not startable after all.
+
+    An answer that broke off for overload may have cost something all the same.
+    """
     _owned(job, owner)
     return _moved(
         job,
@@ -256,6 +277,7 @@ def snooze(job: Job, owner: str, now: int, *, reason: str, not_before: int | Non
         snoozes=job.snoozes + 1,
         last_snooze=Snooze(now, reason),
         not_before=not_before,
+        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
     )
 
 

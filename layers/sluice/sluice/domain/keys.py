@@ -76,6 +76,18 @@ def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:
     return keys
 
 
+def stated_limits(
+    keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMark]
+) -> dict[str, dict[str, int]]:
+    """Return the limits the pool states per organisation: of several keys' statements the lowest holds."""
+    stated: dict[str, dict[str, int]] = {}
+    for key in keys:
+        limits = stated.setdefault(organization_of(key, marks.get(key.id)), {})
+        for name, limit in key.limits.items():
+            limits[name] = min(limit, limits.get(name, limit))
+    return stated
+
+
 def shared_organizations(keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMark]) -> list[str]:
     """Return a sentence for each organisation with several keys: they add no capacity."""
     by_organization: dict[str, list[str]] = {}

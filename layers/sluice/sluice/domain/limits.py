@@ -216,17 +216,23 @@ def new_group(
 
 
 def restated(group: Group, stated: Mapping[str, int], now: int) -> Group:
-    """Take over the limits that the key pool states now: they hold until headers tell lower ones."""
+    """Take over the limits that the key pool states now: they hold until headers tell lower ones.
+
+    Where a stated limit was raised or taken away, the next answer tells what holds instead.
+    """
     group = advanced(group, now)
     for dimension in DIMENSIONS:
         limit = stated.get(dimension)
         bucket = group.bucket(dimension)
-        if limit is None or (bucket.learned and bucket.limit <= limit):
+        if limit == group.stated.get(dimension):
             continue
-        capacity = _least_capacity(dimension, limit)
-        level = min(bucket.level, capacity * SCALE) if bucket.learned else capacity * SCALE
-        changed = replace(bucket, limit=limit, capacity=capacity, level=level)
-        group = replace(group, **{dimension: changed})  # type: ignore[arg-type]
+        if limit is not None and (not bucket.learned or bucket.limit > limit):
+            capacity = _least_capacity(dimension, limit)
+            level = min(bucket.level, capacity * SCALE) if bucket.learned else capacity * SCALE
+            bucket = replace(bucket, limit=limit, capacity=capacity, level=level)
+        else:
+            bucket = replace(bucket, learned=False)
+        group = replace(group, **{dimension: bucket})  # type: ignore[arg-type]
     return replace(group, stated=dict(stated))
 
 
