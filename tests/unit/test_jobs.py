@@ -59,6 +59,9 @@ FROM_RUNNING: dict[State, Callable[[Job], Job]] = {
     State.CANCELED: lambda job: life.cancel_running(job, "worker-1", LATER),
     State.EXPIRED: lambda job: life.finish_waiting(job, State.EXPIRED, AFTER_LEASE),
 }
+FROM_QUEUED[State.QUEUED] = lambda job: life.park(
+    job, LATER, reason="spend limit", not_before=LATER + 3_600 * SECOND
+)
 WAYS: dict[State, dict[State, Callable[[Job], Job]]] = {
     State.QUEUED: FROM_QUEUED,
     State.RUNNING: FROM_RUNNING,

@@ -15,7 +15,7 @@ from sluice.domain.limits import Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.ports import Answer, CallRequest, Refused
-from sluice.work import LEASE_MS, LONGEST_DELAY_MS
+from sluice.work import LEASE_MS, LONGEST_DELAY_MS, LONGEST_PARK_MS
 from tests.fakes import (
     MESSAGE,
     MINUTE,
@@ -475,13 +475,32 @@ def test_a_blocked_group_keeps_no_other_group_waiting(make: Make) -> None:
     assert 0 == gateway.job("job_a").snoozes
 
 
-def test_no_message_waits_longer_than_a_quarter_of_an_hour(make: Make) -> None:
+def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
+    """Parked messages would fill the in-flight ceiling; the job keeps its attempts and is looked at again."""
     gateway = make(a_job())
     gateway.know(block(known_group(), NOON + 600 * MINUTE, "spend limit", NOON))
 
-    gateway.once()
+    assert [] == gateway.once()
 
-    assert [("job_1", LONGEST_DELAY_MS)] == gateway.queue.delays
+    job = gateway.job()
+    assert (State.QUEUED, 0) == (job.state, job.attempts_used)
+    assert job.not_before is not None
+    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + LONGEST_PARK_MS
+    assert [] == gateway.queue.delays
+
+
+def test_a_429_that_names_hours_leaves_the_queue_too(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.claude.script.append(
+        refused(429, "rate_limit_error", retry_after_ms=2 * LONGEST_DELAY_MS)
+    )
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert (State.QUEUED, 0, 1) == (job.state, job.attempts_used, job.snoozes)
+    assert job.not_before is not None
+    assert NOON + 2 * LONGEST_DELAY_MS <= job.not_before
 
 
 # Snooze: money ---------------------------------------------------------------------------------------------

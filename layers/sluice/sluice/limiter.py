@@ -485,11 +485,23 @@ class Limiter:
                 if current is None:
                     current = new_group(claimant.organization, claimant.model_group, now, stated)
                 books = self._books[name] = _Books(current, now)
+            elif current is None and books.group.version:
+                self._start_anew(books, now)
             self._learn(books, current or books.group, now)
         for name, claimant in wanted.items():
             stated = dict(claimant.stated)
             if self._books[name].group.stated != stated:
                 self._books[name].change(partial(_restated, stated), now)
+
+    @staticmethod
+    def _start_anew(books: _Books, now: int) -> None:
+        """Forget a group whose item somebody deleted, so that its limits and blocks are learned again."""
+        old = books.group
+        fresh = new_group(old.organization, old.model_group, now, old.stated)
+        books.group = replace(fresh, epoch=old.epoch + 1)
+        for admission in books.open:
+            if admission.started_at is None:
+                admission.revoked.set()
 
     def _learn(self, books: _Books, current: Group, now: int) -> None:
         """Take in what the store says, and take back start times that it made void."""
@@ -624,9 +636,11 @@ class Limiter:
                     self.writes += 1
                     await self._blocking(self._store.replace, written, group.version)
                 except Stale as stale:
-                    current = stale.current
-                    group = current if isinstance(current, Group) else replace(group, version=0)
-                    self._learn(books, group, self._clock.now())
+                    if isinstance(stale.current, Group):
+                        self._learn(books, stale.current, self._clock.now())
+                    else:
+                        self._start_anew(books, self._clock.now())
+                    group = books.group
                     await self._clock.sleep(int(CONFLICT_MS * self._jitter()) + 1)
                     continue
                 except StoreBusy:

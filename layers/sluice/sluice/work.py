@@ -73,6 +73,11 @@ LAST_FLUSHES: Final = 3
 """How often the end of an invocation tries to write what a busy store has not taken."""
 
 LONGEST_DELAY_MS: Final = 900_000
+"""A longer wait leaves the queue: the job is parked, and the sweep sends it again."""
+
+LONGEST_PARK_MS: Final = 6 * 3_600_000
+"""A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
+
 NO_KEY_DELAY_MS: Final = 60_000
 
 
@@ -302,8 +307,11 @@ class _Batch:
         match admitted:
             case Again():
                 return job
-            case Later(at=at):
-                return PutBack(max(1_000, at - self.tools.clock.now()) + self._spread(2_000))
+            case Later(at=at, reason=reason):
+                delay = max(1_000, at - self.tools.clock.now()) + self._spread(2_000)
+                if delay > LONGEST_DELAY_MS:
+                    return await self._park(job, delay, reason)
+                return PutBack(delay)
             case TooLarge(input_tokens=tokens, limit=limit):
                 return await self._end(job, State.ERRORED, _too_large(job, tokens, limit))
             case Admission():
@@ -397,6 +405,17 @@ class _Batch:
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
         self.told(ended)
+        return DONE
+
+    async def _park(self, job: Job, delay_ms: int, reason: str) -> Disposition | Job:
+        """Take a waiting job out of the queue: parked messages would fill the in-flight ceiling for everybody."""
+        now = self.tools.clock.now()
+        not_before = now + min(delay_ms, LONGEST_PARK_MS)
+        parked = life.park(job, now, reason=reason, not_before=not_before)
+        try:
+            await self.tools.blocking(self.tools.jobs.replace, parked, job.version)
+        except Stale as stale:
+            return stale.current if isinstance(stale.current, Job) else DONE
         return DONE
 
     def told(self, job: Job) -> None:
@@ -739,9 +758,14 @@ class _Call:
                 again = verdict.effect in {Effect.REJECT_KEY, Effect.REJECT_KEY_FOR_MODEL}
                 return await self._write(
                     lambda job, at: life.snooze(
-                        job, self._owner, at, reason=reason, cost_micro_usd=cost
+                        job,
+                        self._owner,
+                        at,
+                        reason=reason,
+                        not_before=_parked_until(at, after),
+                        cost_micro_usd=cost,
                     ),
-                    None if again else PutBack(after),
+                    None if again else _wait(after),
                     row,
                 )
             case FallBack(reason=reason):
@@ -759,8 +783,9 @@ class _Call:
                         usage=failure.usage,
                         cost_micro_usd=cost,
                         full_window=full_window,
+                        not_before=_parked_until(at, after),
                     ),
-                    PutBack(after),
+                    _wait(after),
                     row,
                 )
             case GiveUp():
@@ -895,6 +920,15 @@ class _Call:
         if written.state.is_final:
             self._batch.told(written)
         return written if disposition is None else disposition
+
+
+def _wait(delay_ms: int) -> Disposition:
+    """Say what becomes of the message of a job that waits: a long wait is spent outside the queue."""
+    return DONE if delay_ms > LONGEST_DELAY_MS else PutBack(delay_ms)
+
+
+def _parked_until(now: int, delay_ms: int) -> int | None:
+    return now + min(delay_ms, LONGEST_PARK_MS) if delay_ms > LONGEST_DELAY_MS else None
 
 
 def _too_large(job: Job, tokens: int, limit: int) -> JobError:

@@ -42,6 +42,7 @@ class State(StrEnum):
 TRANSITIONS: Final[Mapping[State, Mapping[State, str]]] = {
     State.QUEUED: {
         State.RUNNING: "a worker takes the lease",
+        State.QUEUED: "parked: a wait of more than 15 minutes leaves the queue, the sweep sends it again",
         State.CANCELED: "canceled before the call",
         State.EXPIRED: "deadline passed",
         State.ERRORED: "attempts used up, no key allowed, or dead letter",
@@ -279,6 +280,13 @@ def snooze(  # noqa: PLR0913 - the facts of one wait
         not_before=not_before,
         cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
     )
+
+
+def park(job: Job, now: int, *, reason: str, not_before: int) -> Job:
+    """Take a waiting job out of the queue until a time: its message goes, the sweep will send another one."""
+    if job.state is not State.QUEUED:
+        raise IllegalTransition(job.job_id, job.state, "parked")
+    return _moved(job, State.QUEUED, not_before=not_before, last_snooze=Snooze(now, reason))
 
 
 def retry(  # noqa: PLR0913 - the facts of one failed attempt
