@@ -412,6 +412,31 @@ def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) ->
     assert 600 == crew.group.requests.limit
 
 
+def test_a_job_that_comes_while_groups_are_read_gets_its_turn(crew: Crew) -> None:
+    async def story(limiter: Limiter) -> list[Admitted]:
+        first = asyncio.create_task(crew.admit(limiter, claimants=[claimant("one")]))
+        await asyncio.sleep(0.007)
+        second = asyncio.create_task(crew.admit(limiter, claimants=[claimant("two")]))
+        return await asyncio.gather(first, second)
+
+    for each in crew.play(story):
+        assert isinstance(each, Admission)
+
+
+def test_a_429_to_a_keys_first_call_blocks_its_organization(crew: Crew) -> None:
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter, claimants=[claimant("key:main")])
+        assert isinstance(admitted, Admission)
+        limiter.belongs(admitted, "org", Headers("org", limited(600, 100)))
+        limiter.throttled(admitted, NOON + MINUTE, "rate limited")
+        limiter.settle(admitted, None)
+        await asyncio.sleep(1)
+
+    crew.play(story)
+
+    assert NOON + MINUTE == crew.group.blocked_until
+
+
 # Reactions -------------------------------------------------------------------------------------------------
 
 

@@ -238,6 +238,7 @@ class Limiter:
         self._stopping = False
         self.moved: dict[str, str] = {}
         """Groups begun under a key's name, and the organisation each turned out to belong to."""
+        self._successors: dict[str, str] = {}
         self.writes = 0
         """Conditional writes tried since the worker started, for benches."""
 
@@ -373,7 +374,7 @@ class Limiter:
         What the first answer said of the limits is the organisation's, and opens its group.
         """
         claimant = admission.claimant
-        if claimant.group in self.moved:
+        if claimant.group in self._successors:
             return
         now = self._clock.now()
         name = group_id(organization, claimant.model_group)
@@ -383,7 +384,9 @@ class Limiter:
             self._books[name].observations.append((now, headers))
             self._books[name].urgent = True
             self._books[name].gather(now)
-        self._react(admission, lambda group, _: moved(group, organization))
+        self._books[claimant.group].change(lambda group, _: moved(group, organization), now)
+        self._successors[claimant.group] = name
+        self._wake.set()
 
     def group(self, group: str) -> Group | None:
         """Return this worker's view of a group."""
@@ -391,7 +394,10 @@ class Limiter:
         return books.group if books else None
 
     def _react(self, admission: Admission, change: Change) -> None:
-        self._books[admission.claimant.group].change(change, self._clock.now())
+        name = admission.claimant.group
+        # What a first answer says holds for the organisation, not only for the key it was asked with.
+        for each in dict.fromkeys((name, self._successors.get(name, name))):
+            self._books[each].change(change, self._clock.now())
         self._wake.set()
 
     # The planner -----------------------------------------------------------------------------------------------
@@ -527,6 +533,9 @@ class Limiter:
         }
         planned: dict[str, list[_Waiter]] = {}
         for waiter in list(self._waiters):
+            if any(claimant.group not in drafts for claimant in waiter.claimants):
+                # It came while the groups were read: its turn is next.
+                continue
             best: tuple[int, _Draft, Cost] | None = None
             too_large: TooLarge | None = None
             for claimant in waiter.claimants:

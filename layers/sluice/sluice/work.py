@@ -207,7 +207,9 @@ class _Batch:
             return await self.tools.blocking(self.tools.jobs.get_many, list(dict.fromkeys(ids)))
         except (StoreBusy, KeyPoolBroken) as error:
             self.events.problem("batch not readable", reason=str(error))
-            return {}
+        except Exception:  # noqa: BLE001 - each job is read again on its own
+            self.events.problem("batch not readable")
+        return {}
 
     async def _read_marks(self) -> None:
         keys = await self.tools.blocking(self.tools.keys.keys)
@@ -446,7 +448,10 @@ class _Batch:
     async def _housekeeping(self) -> None:
         while True:
             await self.tools.clock.sleep(FLUSH_MS)
-            await self._flush()
+            try:
+                await self._flush()
+            except Exception:  # noqa: BLE001 - what comes later is still to be written
+                self.events.problem("housekeeping failed")
 
     async def _flush(self, *, last: bool = False) -> None:
         """Write what has gathered: visibility changes, ledger rows and their sums."""
@@ -455,7 +460,10 @@ class _Batch:
 
     async def _flush_to_the_end(self) -> None:
         for left in reversed(range(LAST_FLUSHES)):
-            await self._flush(last=left == 0)
+            try:
+                await self._flush(last=left == 0)
+            except Exception:  # noqa: BLE001 - the jobs' own records are written; the batch has its result
+                self.events.problem("housekeeping failed")
             if not self.rows and not self._to_put_back:
                 return
             await self.tools.clock.sleep(FLUSH_MS)
