@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / ".venv-sam" / "bin"
 LAMBDA = ROOT / ".aws-sam" / "build"
 LAYER = LAMBDA / "SluiceLayer" / "python"
-FUNCTIONS = {"ApiFunction", "DeadLettersFunction", "WorkerFunction"}
+FUNCTIONS = {"ApiFunction", "DeadLettersFunction", "GovernorFunction", "WorkerFunction"}
 
 AARCH64 = 183  # e_machine of the ELF header
 ANSWER_SECONDS = 60  # generous: a cold start on a busy machine

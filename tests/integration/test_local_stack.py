@@ -84,6 +84,11 @@ def handler(event, context):
     return {"batchItemFailures": []}
 """
 
+LOOKING_GOVERNOR = """
+def handler(event, context):
+    pass
+"""
+
 SERVE = """
 import sys
 from pathlib import Path
@@ -319,6 +324,7 @@ def _project(folder: Path, *, api: str, worker: str) -> Path:
         ("api", api),
         ("worker", worker),
         ("dead_letters", LOOKING_DEAD_LETTERS),
+        ("governor", LOOKING_GOVERNOR),
     ):
         (folder / "functions" / name).mkdir(parents=True)
         (folder / "functions" / name / "app.py").write_text(source)

@@ -1,0 +1,70 @@
+"""The HTTP API's document: `python -m scripts.openapi` writes docs/openapi.json, `--check` fails on drift."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from aws_lambda_powertools.event_handler.openapi.models import APIKey, HTTPBearer
+
+import sluice
+from functions.api.app import app
+
+DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "openapi.json"
+
+ABOUT: Final = (
+    "A job gateway for Claude. Post Messages API requests as jobs, and collect Claude's answers when they are there: "
+    "as fast as your rate limits allow, each paid for once."
+)
+
+
+def document() -> dict[str, Any]:
+    """Return the OpenAPI document of `functions/api/app.py`, in an order that only changes with the API."""
+    text = app.get_openapi_json_schema(
+        title="Sluice",
+        version=sluice.__version__,
+        description=ABOUT,
+        security_schemes={
+            "x-api-key": APIKey.model_validate(
+                {"name": "x-api-key", "in": "header", "description": "A client key of Sluice."}
+            ),
+            "bearer": HTTPBearer(description="The same key as `Authorization: Bearer`."),
+        },
+    )
+    found: dict[str, Any] = json.loads(text)
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            # Powertools documents its own answer to a request of wrong form; ours is a 400 in Anthropic's shape.
+            del operation["responses"]["422"]
+            operation["responses"] = dict(sorted(operation["responses"].items()))
+    schemas = found["components"]["schemas"]
+    for powertools_own in ("HTTPValidationError", "ValidationError", "ResponseValidationError"):
+        del schemas[powertools_own]
+    found["paths"] = dict(sorted(found["paths"].items()))
+    return found
+
+
+def written() -> str:
+    """Return the text of docs/openapi.json."""
+    return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
+
+
+def main() -> int:
+    """Write the document, or with --check compare it; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare, exit 1 on drift")
+    if not parser.parse_args().check:
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(written(), encoding="utf-8")
+        return 0
+    if DOCUMENT.exists() and DOCUMENT.read_text(encoding="utf-8") == written():
+        return 0
+    print(f"{DOCUMENT} is not what the API says; run python -m scripts.openapi", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,994 @@
+"""The three functions as Lambda calls them: real events in, AWS in memory around them, the simulator for Claude."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode
+
+import boto3
+import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.compat import HTTPHeaders
+from pydantic import TypeAdapter
+
+from functions.api import app as api_app
+from functions.dead_letters import app as dead_letters_app
+from functions.worker import app as worker_app
+from scripts import openapi
+from scripts.claude_simulator import Running, read, running
+from sluice import http, wiring
+from sluice.adapters.claude import SdkClaude
+from sluice.domain.jobs import Job, Lease, State
+from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
+from tests.moto_aws import Aws, in_memory
+
+EVENTS: Final = Path(__file__).resolve().parents[2] / "events"
+UPSTREAM_KEY: Final = "sk-ant-test-sentinel-upstream"
+CLIENT_KEY: Final = "sk-ant-test-sentinel-of-acme"
+OTHER_KEY: Final = "sk-ant-test-sentinel-of-other"
+DISABLED_KEY: Final = "sk-ant-test-sentinel-disabled"
+PROMPT: Final = "The sentinel prompt: how high is the water?"
+ANSWER: Final = re.compile(r"Answer [0-9a-f]{12}")
+OF_THE_GOVERNOR: Final = {"OldKeys"}
+"""Emitted once a day, by what nobody calls here; it has tests of its own."""
+
+ROOMY: Final = {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_000}}
+
+SHAPES: Final[dict[tuple[str, str], TypeAdapter[Any]]] = {
+    ("GET", "/health"): TypeAdapter(http.Health),
+    ("POST", "/jobs"): TypeAdapter(http.SubmittedJob | http.SubmittedList),
+    ("GET", "/jobs"): TypeAdapter(http.Listing),
+    ("GET", "/jobs/{id}"): TypeAdapter(http.Job),
+    ("DELETE", "/jobs/{id}"): TypeAdapter(http.Job),
+    ("GET", "/usage"): TypeAdapter(http.UsageReport),
+    ("GET", "/limits"): TypeAdapter(http.Limits),
+}
+ERROR: Final = TypeAdapter(http.Error)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What Lambda tells of an invocation."""
+
+    aws_request_id: str = "11111111-2222-3333-4444-555555555555"
+    function_name: str = "sluice"
+    memory_limit_in_mb: int = 512
+    invoked_function_arn: str = "arn:aws:lambda:us-east-1:123456789012:function:sluice"
+    milliseconds: int = 120_000
+
+    def get_remaining_time_in_millis(self) -> int:
+        return self.milliseconds
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of the API."""
+
+    status: int
+    body: Any
+    headers: dict[str, str]
+
+    @property
+    def error(self) -> tuple[int, str]:
+        return self.status, self.body["error"]["type"]
+
+    @property
+    def message(self) -> str:
+        return str(self.body["error"]["message"])
+
+
+@dataclass
+class Gateway:
+    """The functions with everything around them."""
+
+    cloud: Aws
+    invocations: int = 0
+    answers: list[Answered] = field(default_factory=list)
+
+    def call(  # noqa: PLR0913 - what a request may have
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        key: str | None = CLIENT_KEY,
+        headers: dict[str, str] | None = None,
+        query: dict[str, str] | None = None,
+        text: str | bytes | None = None,
+    ) -> Answered:
+        """Ask the API; what it says must be what docs/openapi.json promises."""
+        name = "api_get.json" if body is None and text is None else "api_submit.json"
+        event = json.loads((EVENTS / name).read_text())
+        event["rawPath"] = event["requestContext"]["http"]["path"] = path
+        event["requestContext"]["http"]["method"] = method
+        del event["headers"]["x-api-key"]
+        event["headers"].pop("idempotency-key", None)
+        event["headers"] |= ({"x-api-key": key} if key else {}) | (headers or {})
+        if query:
+            event["rawQueryString"] = urlencode(query)
+            event["queryStringParameters"] = dict(parse_qsl(event["rawQueryString"]))
+        if isinstance(text, bytes):
+            event |= {"body": b64encode(text).decode(), "isBase64Encoded": True}
+        elif text is not None or body is not None:
+            event["body"] = json.dumps(body) if text is None else text
+        answer = api_app.handler(event, self.context())  # type: ignore[arg-type]
+        answered = Answered(answer["statusCode"], json.loads(answer["body"]), answer["headers"])
+        self._check(method, path, answered)
+        self.answers.append(answered)
+        return answered
+
+    @staticmethod
+    def _check(method: str, path: str, answered: Answered) -> None:
+        route = re.sub(r"^/jobs/.+", "/jobs/{id}", path)
+        assert "application/json" == answered.headers["Content-Type"]
+        assert answered.headers["request-id"].startswith("req_")
+        shape = SHAPES[method, route] if answered.status < 300 else ERROR
+        shape.validate_json(json.dumps(answered.body), strict=True)
+        if answered.status >= 300:
+            assert answered.headers["request-id"] == answered.body["request_id"]
+            assert "Traceback" not in json.dumps(answered.body)
+
+    def submit(self, *jobs: dict[str, Any]) -> list[str]:
+        """Have jobs accepted; return their ids."""
+        answered = self.call("POST", "/jobs", {"jobs": jobs})
+        assert 202 == answered.status, answered
+        assert 0 == answered.body["rejected"], answered
+        return [item["job"]["id"] for item in answered.body["data"]]
+
+    def job(self, job_id: str) -> Any:
+        return self.call("GET", f"/jobs/{job_id}").body
+
+    def context(self, milliseconds: int = 120_000) -> Context:
+        self.invocations += 1
+        return Context(aws_request_id=f"invocation-{self.invocations}", milliseconds=milliseconds)
+
+    def run_worker(self, milliseconds: int = 120_000) -> list[str]:
+        """Hand what is on the jobs queue to the worker, up to a batch of 50; return what it gave back."""
+        return self._hand_over(
+            self.cloud.jobs_queue,
+            lambda event: worker_app.handler(event, self.context(milliseconds)),  # type: ignore[arg-type]
+        )
+
+    def run_dead_letters(self) -> list[str]:
+        """Hand what is on the dead-letter queue to its function."""
+        return self._hand_over(
+            self.cloud.dead_letters_queue,
+            lambda event: dead_letters_app.handler(event, self.context()),  # type: ignore[arg-type]
+        )
+
+    def _hand_over(
+        self, url: str, handler: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> list[str]:
+        records: list[dict[str, Any]] = []
+        while len(records) < 50:
+            some = self.cloud.sqs.receive_message(
+                QueueUrl=url,
+                MaxNumberOfMessages=10,
+                MessageSystemAttributeNames=["All"],
+                MessageAttributeNames=["All"],
+                VisibilityTimeout=5_400,
+            ).get("Messages", [])
+            if not some:
+                break
+            records += [
+                {
+                    "messageId": each["MessageId"],
+                    "receiptHandle": each["ReceiptHandle"],
+                    "body": each["Body"],
+                    "attributes": each["Attributes"],
+                    "messageAttributes": {
+                        name: {"stringValue": value["StringValue"], "dataType": value["DataType"]}
+                        for name, value in each.get("MessageAttributes", {}).items()
+                    },
+                    "eventSource": "aws:sqs",
+                }
+                for each in some
+            ]
+        answer = handler({"Records": records})
+        assert {"batchItemFailures"} == set(answer)
+        failures = [failure["itemIdentifier"] for failure in answer["batchItemFailures"]]
+        assert all({"itemIdentifier"} == set(each) for each in answer["batchItemFailures"])
+        for each in records:
+            if each["messageId"] not in failures:
+                self.cloud.sqs.delete_message(QueueUrl=url, ReceiptHandle=each["receiptHandle"])
+        return failures
+
+
+@pytest.fixture(scope="module")
+def claude() -> Iterator[Running]:
+    organisation = {"id": "org-one", "keys": [UPSTREAM_KEY], "limits": ROOMY}
+    service = {"ttft_seconds": 0, "tokens_per_second": None}
+    with running(read({"service": service, "organisations": [organisation]})) as started:
+        yield started
+
+
+@pytest.fixture
+def gateway(claude: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    with in_memory() as cloud:
+        monkeypatch.setenv("POWERTOOLS_LOG_LEVEL", "INFO")
+        for name, value in cloud.environment().items():
+            monkeypatch.setenv(name, value)
+        cloud.add_client_key(CLIENT_KEY, "acme")
+        cloud.add_client_key(OTHER_KEY, "other")
+        cloud.add_client_key(DISABLED_KEY, "acme", disabled={"BOOL": True})
+        cloud.set_key_pool({"id": "main", "api_key": UPSTREAM_KEY, "base_url": claude.url})
+        _start_afresh()
+        yield Gateway(cloud)
+        _start_afresh()
+
+
+@pytest.fixture
+def said(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Everything the functions print from here on: log lines and metrics."""
+    del gateway
+    printed: list[str] = []
+
+    def everything() -> str:
+        printed.extend(capsys.readouterr())
+        return "".join(printed)
+
+    return everything
+
+
+class Stdout(io.StringIO):
+    """Where stdout is now: Powertools keeps the first one for good, and pytest changes it from test to test."""
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(text)
+
+
+def _start_afresh() -> None:
+    """Forget what the functions keep between invocations, as a new execution environment does."""
+    if wiring.worker.cache_info().currsize:
+        sdk = wiring.worker()._tools.claude  # noqa: SLF001 - nobody else closes its connections
+        assert isinstance(sdk, SdkClaude)
+        worker_app._loop.run_until_complete(sdk.close())  # noqa: SLF001 - they belong to this loop
+    for made in vars(wiring).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
+    wiring.telemetry()
+    for handler in logging.getLogger("sluice").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.stream = Stdout()
+
+
+def params(marker: str | None = None, **more: Any) -> dict[str, Any]:
+    metadata = {} if marker is None else {"metadata": {"user_id": f"sim:{marker}"}}
+    messages = [{"role": "user", "content": PROMPT}]
+    return {"model": "claude-haiku-5-5", "max_tokens": 20, "messages": messages, **metadata, **more}
+
+
+def a_job(
+    marker: str | None = None, model: str = "claude-haiku-5-5", **more: Any
+) -> dict[str, Any]:
+    return {"params": params(marker, model=model), **more}
+
+
+def throttle(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let DynamoDB answer an operation with a throttling error from now on."""
+
+    class Raw(io.BytesIO):
+        def stream(self, **_: Any) -> Iterator[bytes]:
+            yield self.read()
+
+    def refuse(request: Any, **_: Any) -> Any:
+        body = b'{"__type": "com.amazonaws.dynamodb.v20120810#ThrottlingException"}'
+        return AWSResponse(request.url, 400, HTTPHeaders(), Raw(body))
+
+    session = boto3.Session()
+    session.events.register_first(f"before-send.dynamodb.{operation}", refuse)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
+    _start_afresh()
+
+
+# The API -------------------------------------------------------------------------------------------------------
+
+
+def test_health_needs_no_key(gateway: Gateway) -> None:
+    answered = gateway.call("GET", "/health", key=None)
+
+    assert (200, {"status": "ok", "version": "0.1.0"}) == (answered.status, answered.body)
+
+
+def test_the_recorded_events_are_answered(gateway: Gateway) -> None:
+    gateway.cloud.add_client_key("sk-ant-test-client-key-of-acme", "acme")
+    submit, get = (json.loads((EVENTS / f"api_{x}.json").read_text()) for x in ("submit", "get"))
+
+    accepted = api_app.handler(submit, gateway.context())  # type: ignore[arg-type]
+    missing = api_app.handler(get, gateway.context())  # type: ignore[arg-type]
+
+    assert (202, 404) == (accepted["statusCode"], missing["statusCode"])
+    assert "moons-of-mars" == json.loads(accepted["body"])["custom_id"]
+
+
+def test_a_job_is_accepted_with_its_place_and_everything_it_was_sent_with(gateway: Gateway) -> None:
+    answered = gateway.call(
+        "POST",
+        "/jobs",
+        a_job(
+            custom_id="mine",
+            deadline="2099-01-01T00:00:00+01:00",
+            fallback_models=["claude-haiku-4-5"],
+            metadata={"project": "almanac"},
+            lane="live",
+        ),
+    )
+
+    job = answered.body
+    assert 202 == answered.status
+    assert f"/jobs/{job['id']}" == answered.headers["Location"]
+    assert ("queued", "mine", "live") == (job["state"], job["custom_id"], job["lane"])
+    assert "2098-12-31T23:00:00.000Z" == job["deadline"]
+    assert ["claude-haiku-4-5"] == job["fallback_models"]
+    assert {"project": "almanac"} == job["metadata"]
+    assert job == gateway.job(job["id"]) | {"estimated_start_at": job["estimated_start_at"]}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"authorization": f"Bearer {CLIENT_KEY}"}, {"authorization": f"bearer  {CLIENT_KEY} "},
+     {"x-api-key": f" {CLIENT_KEY} "}],
+)  # fmt: skip
+def test_a_client_key_may_come_either_way(gateway: Gateway, headers: dict[str, str]) -> None:
+    assert 200 == gateway.call("GET", "/jobs", key=None, headers=headers).status
+
+
+STRANGERS: Final[list[dict[str, str]]] = [
+    {},
+    {"x-api-key": ""},
+    {"x-api-key": "  "},
+    {"x-api-key": "sk-ant-test-unknown-key"},
+    {"x-api-key": DISABLED_KEY},
+    {"x-api-key": CLIENT_KEY[:-1]},
+    {"x-api-key": "é" * 20},
+    {"authorization": CLIENT_KEY},
+    {"authorization": f"Basic {CLIENT_KEY}"},
+    {"authorization": "Bearer "},
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/jobs"), ("GET", "/jobs"), ("GET", "/jobs/job_1"), ("DELETE", "/jobs/job_1"),
+     ("GET", "/usage"), ("GET", "/limits")],
+)  # fmt: skip
+def test_without_a_good_client_key_nothing_is_answered(
+    gateway: Gateway, method: str, path: str
+) -> None:
+    body = a_job() if method == "POST" else None
+    for headers in STRANGERS:
+        answered = gateway.call(method, path, body, key=None, headers=headers)
+
+        assert (401, "authentication_error") == answered.error
+        assert "x-api-key" in answered.message
+
+
+def test_whoever_may_not_ask_is_told_nothing_about_the_form(gateway: Gateway) -> None:
+    assert 401 == gateway.call("POST", "/jobs", text="{", key=None).status
+    assert 401 == gateway.call("GET", "/jobs", query={"limit": "many"}, key=None).status
+
+
+BAD: Final[list[tuple[str, Any, str]]] = [
+    ("malformed", '{"params": ', "the body is not JSON: Expecting value at character 11"),
+    ("empty", "", "Field required"),
+    ("null", "null", "Field required"),
+    ("NaN", '{"params": NaN}', "NaN is not JSON"),
+    ("deep", "[" * 100_000, "nested too deeply"),
+    ("long number", "9" * 5_000, "the body is not JSON"),
+    ("bytes", b'{"params": "\xff"}', "not Unicode"),
+    ("half a pair", '{"params": {"model": "\\ud83d"}}', "not Unicode"),
+    ("a list", "[]", "must be a JSON object"),
+    ("a text", '"params"', "must be a JSON object"),
+    ("nothing", {}, "params: Field required"),
+    ("unknown field", a_job(prioirty=1), "prioirty: Extra inputs are not permitted (got 1)"),
+    ("no max_tokens", {"params": {"model": "m", "messages": [{}]}},
+     "params.max_tokens: Field required"),
+    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: Field required"),
+    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: Field required"),
+    ("empty messages", {"params": params(messages=[])}, "params.messages: List should have"),
+    ("text for a number", {"params": params(max_tokens="20")},
+     "params.max_tokens: Input should be a valid integer (got '20')"),
+    ("a float", {"params": params(max_tokens=1.5)}, "params.max_tokens"),
+    ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: Input should be greater"),
+    ("number for a model", {"params": params(model=5)}, "params.model: Input should be a valid"),
+    ("streaming", {"params": params(stream=True)}, "params.stream: Input should be False"),
+    ("params a text", {"params": "hello"}, "params: Input should be"),
+    ("custom_id", a_job(custom_id="not/mine"), "custom_id: String should match"),
+    ("unknown lane", a_job(lane="batch"), "lane: there is no lane 'batch' yet"),
+    ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: Input should have timezone"),
+    ("no time", a_job(deadline="tomorrow"), "deadline: Input should be a valid datetime"),
+    ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline: it has passed already"),
+    ("metadata", a_job(metadata={"n": 1}), "metadata.n: Input should be a valid string (got 1)"),
+    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: List should have at most 5"),
+    ("empty list", {"jobs": []}, "jobs: must be a list of 1 to 100 jobs"),
+    ("no list", {"jobs": a_job()}, "jobs: must be a list of 1 to 100 jobs"),
+    ("101", {"jobs": [a_job()] * 101}, "jobs: 101 jobs in one request, the most is 100"),
+    ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: not known beside jobs"),
+    ("list of rubbish", {"jobs": [5]}, "Input should be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_a_bad_request_is_told_what_is_wrong_with_it(
+    gateway: Gateway, body: Any, message: str
+) -> None:
+    if isinstance(body, str | bytes):
+        answered = gateway.call("POST", "/jobs", text=body)
+    else:
+        answered = gateway.call("POST", "/jobs", body)
+
+    assert (400, "invalid_request_error") == answered.error
+    assert message in answered.message
+    assert PROMPT not in answered.message
+    assert [] == gateway.call("GET", "/jobs").body["data"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"idempotency-key": "k" * 256},
+        {"idempotency-key": ""},
+        {"anthropic-version": "newest"},
+        {"anthropic-beta": "bêta"},
+    ],
+)
+def test_bad_headers_are_told(gateway: Gateway, headers: dict[str, str]) -> None:
+    answered = gateway.call("POST", "/jobs", a_job(), headers=headers)
+
+    assert 400 == answered.status
+    assert next(iter(headers)) in answered.message
+
+
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["text", "base64"])
+def test_a_body_of_five_megabytes_is_too_large(gateway: Gateway, *, as_bytes: bool) -> None:
+    text = json.dumps({"params": params(system="x" * 5_000_000)})
+
+    answered = gateway.call("POST", "/jobs", text=text.encode() if as_bytes else text)
+
+    assert (413, "request_too_large") == answered.error
+    assert "the limit is 4,000,000" in answered.message
+    assert "send fewer jobs in one list" in answered.message
+
+
+def test_a_body_is_measured_as_it_was_sent_not_as_the_gateway_encodes_it(gateway: Gateway) -> None:
+    text = json.dumps({"params": params(system="x" * 3_500_000)}).encode()
+
+    assert 202 == gateway.call("POST", "/jobs", text=text).status
+
+
+def test_what_is_no_json_is_too_large_as_well(gateway: Gateway) -> None:
+    assert 413 == gateway.call("POST", "/jobs", text="[" * 4_000_001).status
+
+
+def test_a_base64_body_is_a_body(gateway: Gateway) -> None:
+    body = {"params": params(system="Wässrig 💧")}
+
+    answered = gateway.call("POST", "/jobs", text=json.dumps(body, ensure_ascii=False).encode())
+
+    assert 202 == answered.status
+
+
+def test_each_item_of_a_list_has_its_own_outcome(gateway: Gateway) -> None:
+    items = [
+        a_job(custom_id="one"),
+        {"params": {"model": "m"}},
+        a_job(custom_id="one"),
+        a_job(deadline="2020-01-01T00:00:00Z"),
+        a_job(metadata={"emoji": "💧"}),
+    ]
+
+    answered = gateway.call("POST", "/jobs", {"jobs": items})
+
+    body = answered.body
+    assert (202, 2, 3) == (answered.status, body["accepted"], body["rejected"])
+    assert "Location" not in answered.headers
+    assert ["accepted", "rejected", "rejected", "rejected", "accepted"] == [
+        item["status"] for item in body["data"]
+    ]
+    assert list(range(5)) == [item["index"] for item in body["data"]]
+    assert "custom_id 'one' stands at item 0" in body["data"][2]["error"]["message"]
+    assert 2 == len(gateway.call("GET", "/jobs").body["data"])
+
+
+def test_a_list_with_nothing_good_in_it_is_a_bad_request_item_by_item(gateway: Gateway) -> None:
+    answered = gateway.call("POST", "/jobs", {"jobs": [{}, a_job(lane="batch")]})
+
+    assert (400, "invalid_request_error") == answered.error
+    assert ["rejected", "rejected"] == [item["status"] for item in answered.body["data"]]
+
+
+def test_a_repeat_under_an_idempotency_key_finds_the_first_jobs(gateway: Gateway) -> None:
+    headers = {"idempotency-key": "one, two"}
+    jobs = {"jobs": [a_job(), a_job()]}
+
+    first = gateway.call("POST", "/jobs", jobs, headers=headers).body
+    again = gateway.call("POST", "/jobs", jobs, headers=headers).body
+    other = gateway.call("POST", "/jobs", jobs, headers={"idempotency-key": "one, three"}).body
+
+    ids = [[item["job"]["id"] for item in each["data"]] for each in (first, again, other)]
+    assert ids[0] == ids[1]
+    assert not set(ids[0]) & set(ids[2])
+    changed = gateway.call("POST", "/jobs", a_job(model="claude-opus-5"), headers=headers)
+    assert (409, "conflict_error") == changed.error
+
+
+def test_a_custom_id_used_twice_is_a_conflict_and_a_repeat_is_not(gateway: Gateway) -> None:
+    first = gateway.call("POST", "/jobs", a_job(custom_id="mine"))
+    repeat = gateway.call("POST", "/jobs", a_job(custom_id="mine"))
+    another = gateway.call("POST", "/jobs", a_job(custom_id="mine", metadata={"a": "b"}))
+    of_another_tenant = gateway.call("POST", "/jobs", a_job(custom_id="mine"), key=OTHER_KEY)
+
+    assert first.body["id"] == repeat.body["id"] != of_another_tenant.body["id"]
+    assert (409, "conflict_error") == another.error
+    assert "custom_id 'mine' stands for another request already" in another.message
+
+
+def test_another_tenants_job_does_not_exist(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+
+    for method in ("GET", "DELETE"):
+        answered = gateway.call(method, f"/jobs/{job_id}", key=OTHER_KEY)
+        assert (404, "not_found_error") == answered.error
+    assert [] == gateway.call("GET", "/jobs", key=OTHER_KEY).body["data"]
+    assert [] == gateway.call("GET", "/jobs", query={"ids": job_id}, key=OTHER_KEY).body["data"]
+    assert "queued" == gateway.job(job_id)["state"]
+
+
+@pytest.mark.parametrize(
+    "job_id", ["job_none", "%2e%2e", "job_" + "é" * 9, "x" * 65, "a b", "a,b", "%00"]
+)
+def test_a_job_that_is_not_there_is_not_found(gateway: Gateway, job_id: str) -> None:
+    assert gateway.call("GET", f"/jobs/{job_id}").status in {400, 404}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("PUT", "/jobs"), ("POST", "/health"), ("GET", "/jobs/a/b"), ("GET", "/v1")],
+)
+def test_what_is_not_served_is_not_found(gateway: Gateway, method: str, path: str) -> None:
+    answered = gateway.call(method, path)
+
+    assert (404, "not_found_error") == answered.error
+    assert f"{method} {path} does not exist" in answered.message
+
+
+def test_jobs_are_listed_page_by_page_and_by_state_and_by_id(gateway: Gateway) -> None:
+    ids = gateway.submit(*[a_job() for _ in range(5)])
+    gateway.call("DELETE", f"/jobs/{ids[0]}")
+
+    first = gateway.call("GET", "/jobs", query={"limit": "3"}).body
+    rest = gateway.call("GET", "/jobs", query={"limit": "3", "page": first["next_page"]}).body
+    canceled = gateway.call("GET", "/jobs", query={"state": "canceled"}).body
+    wanted = [ids[3], "job_none", "x" * 3_000, ids[1], ids[3]]
+    named = gateway.call("GET", "/jobs", query={"ids": ",".join(wanted)}).body
+
+    assert (3, True) == (len(first["data"]), first["has_more"])
+    assert set(ids) == {job["id"] for page in (first, rest) for job in page["data"]}
+    assert (False, None) == (rest["has_more"], rest["next_page"])
+    assert [ids[0]] == [job["id"] for job in canceled["data"]]
+    assert [ids[3], ids[1]] == [job["id"] for job in named["data"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("/jobs", {"limit": "0"}),
+        ("/jobs", {"limit": "101"}),
+        ("/jobs", {"limit": "many"}),
+        ("/jobs", {"state": "sleeping"}),
+        ("/jobs", {"page": "nonsense"}),
+        ("/jobs", {"page": "MSM"}),
+        ("/jobs", {"page": "x" * 300}),
+        ("/jobs", {"ids": ",".join(["job_1"] * 101)}),
+        ("/usage", {"from": "yesterday"}),
+        ("/usage", {"from": "2026-11-02", "to": "2026-11-01"}),
+        ("/usage", {"from": "2020-01-01", "to": "2026-11-01"}),
+        ("/usage", {"group_by": "day,tenant"}),
+    ],
+)
+def test_a_bad_query_is_told(gateway: Gateway, path: str, query: dict[str, str]) -> None:
+    answered = gateway.call("GET", path, query=query)
+
+    assert (400, "invalid_request_error") == answered.error
+    name = "from" if path == "/usage" and "from" in query else next(iter(query))
+    assert name in answered.message
+
+
+def test_a_job_is_canceled_before_its_call_and_never_called(
+    gateway: Gateway, claude: Running
+) -> None:
+    (job_id,) = gateway.submit(a_job())
+    billed = claude.engine.books.counts["billed"]
+
+    canceled = gateway.call("DELETE", f"/jobs/{job_id}")
+    again = gateway.call("DELETE", f"/jobs/{job_id}")
+    assert [] == gateway.run_worker()
+
+    assert ("canceled", True) == (canceled.body["state"], canceled.body["cancel_requested"])
+    assert canceled.body == again.body == gateway.job(job_id)
+    assert billed == claude.engine.books.counts["billed"]
+
+
+def test_a_running_job_is_asked_to_stop(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    job = wiring.jobs().get(job_id)
+    assert job is not None
+    lease = Lease("somebody", wiring.CLOCK.now() + 60_000)
+    wiring.jobs().replace(
+        replace(job, state=State.RUNNING, lease=lease, version=job.version + 1), job.version
+    )
+
+    answered = gateway.call("DELETE", f"/jobs/{job_id}")
+
+    assert ("running", True) == (answered.body["state"], answered.body["cancel_requested"])
+
+
+def test_a_busy_store_is_told_with_a_time_to_come_back(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job_id,) = gateway.submit(a_job())
+    throttle("GetItem", monkeypatch)
+
+    answered = gateway.call("GET", f"/jobs/{job_id}")
+
+    assert (503, "overloaded_error") == answered.error
+    assert "2" == answered.headers["retry-after"]
+
+
+def test_a_busy_store_rejects_what_it_did_not_take(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throttle("PutItem", monkeypatch)
+
+    answered = gateway.call("POST", "/jobs", a_job())
+
+    assert (503, "overloaded_error") == answered.error
+
+
+def test_a_surprise_says_nothing_to_the_caller_and_all_to_the_log(
+    gateway: Gateway, said: Callable[[], str]
+) -> None:
+    gateway.cloud.dynamodb.delete_table(TableName="LimitsTable")
+
+    answered = gateway.call("GET", "/limits")
+
+    assert (500, "api_error") == answered.error
+    assert "Limits" not in answered.message
+    assert answered.body["request_id"] in said()
+    assert "ResourceNotFoundException" in said()
+
+
+# The worker ----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_goes_through_and_shows_everything(gateway: Gateway) -> None:
+    marker = "thinking,input=50,cache_read=10,tokens=20"
+    (job_id,) = gateway.submit(a_job(marker))
+
+    assert [] == gateway.run_worker()
+
+    job = gateway.job(job_id)
+    (attempt,) = job["attempts"]
+    assert ("succeeded", 1, 0) == (job["state"], job["attempts_used"], job["snoozes"])
+    assert ["thinking", "text"] == [block["type"] for block in job["message"]["content"]]
+    assert job["message"]["content"][1]["text"] == job["text"]
+    assert ANSWER.match(job["text"])
+    assert (40, 10, 20) == tuple(
+        job["usage"][each] for each in ("input_tokens", "cache_read_input_tokens", "output_tokens")
+    )
+    assert 0 < job["cost_micro_usd"] == attempt["cost_micro_usd"]
+    assert ("succeeded", job["usage"]) == (attempt["outcome"], attempt["usage"])
+    assert attempt["request_id"].startswith("req_")
+    usage = gateway.call("GET", "/usage", query={"group_by": "model,lane"}).body
+    assert job["cost_micro_usd"] == usage["total"]["cost_micro_usd"]
+    assert [("claude-haiku-5-5", "live", 1)] == [
+        (row["model"], row["lane"], row["calls"]) for row in usage["data"]
+    ]
+
+
+def test_the_limits_that_an_answer_taught_are_shown(gateway: Gateway) -> None:
+    gateway.submit(a_job())
+    assert {"data": []} == gateway.call("GET", "/limits").body
+    gateway.run_worker()
+
+    (group,) = gateway.call("GET", "/limits").body["data"]
+
+    assert "org-one" == group["organization"]
+    assert group["learned"]
+    assert 60_000 == group["limits"]["requests"]
+
+
+def test_a_batch_of_fifty_runs_side_by_side_and_each_is_billed_once(
+    gateway: Gateway, claude: Running
+) -> None:
+    claude.engine.reset()
+    ids = gateway.submit(*[a_job(f"slow=0.3 {number}") for number in range(50)])
+
+    assert [] == gateway.run_worker()
+
+    states = {gateway.job(job_id)["state"] for job_id in ids}
+    stats = claude.engine.stats()
+    assert {"succeeded"} == states
+    assert (50, 0) == (stats["billed"], stats["duplicates"]["count"])
+    assert 1 < stats["organisations"]["org-one"]["model_groups"]["haiku-5-5"]["most_in_flight"]
+
+
+def test_two_messages_of_one_job_in_one_batch_make_one_call(
+    gateway: Gateway, claude: Running
+) -> None:
+    claude.engine.reset()
+    ids = gateway.submit(*[a_job("slow=0.2", custom_id=f"twice-{number}") for number in range(10)])
+    for job_id in ids:
+        gateway.cloud.sqs.send_message(
+            QueueUrl=gateway.cloud.jobs_queue, MessageBody=json.dumps({"v": 1, "job_id": job_id})
+        )
+
+    gateway.run_worker()
+
+    assert 10 == claude.engine.stats()["billed"]
+    assert {("succeeded", 1)} == {
+        (job["state"], job["attempts_used"]) for job in map(gateway.job, ids)
+    }
+
+
+def test_only_what_is_not_done_comes_back(gateway: Gateway) -> None:
+    good, bad, busy = gateway.submit(
+        a_job("tokens=1"),
+        a_job("400", model="claude-opus-5"),
+        a_job("503", model="claude-sonnet-5"),
+    )
+
+    failures = gateway.run_worker()
+
+    assert 1 == len(failures)
+    assert "succeeded" == gateway.job(good)["state"]
+    refused = gateway.job(bad)
+    assert ("errored", "invalid_request_error") == (refused["state"], refused["error"]["type"])
+    waiting = gateway.job(busy)
+    assert ("queued", 1) == (waiting["state"], waiting["attempts_used"])
+    assert [(503, "retry")] == [(a["error"]["status"], a["outcome"]) for a in waiting["attempts"]]
+
+
+def test_a_job_that_only_met_429s_has_used_no_attempt(gateway: Gateway) -> None:
+    gateway.submit(a_job())  # whose answer tells which organisation the key belongs to
+    gateway.run_worker()
+    (job_id,) = gateway.submit(a_job("429x1,retry_after=30"))
+
+    (failure,) = gateway.run_worker()
+
+    job = gateway.job(job_id)
+    assert failure
+    assert ("queued", 0, 1) == (job["state"], job["attempts_used"], job["snoozes"])
+    assert [] == job["attempts"]
+    (group,) = gateway.call("GET", "/limits").body["data"]
+    assert "rate limited" == group["blocked_reason"]
+
+
+def test_a_canary_proves_the_wiring_and_calls_nobody(gateway: Gateway, claude: Running) -> None:
+    claude.engine.reset()
+    gateway.cloud.sqs.send_message(
+        QueueUrl=gateway.cloud.jobs_queue, MessageBody='{"v": 1, "canary": "test-1"}'
+    )
+
+    assert [] == gateway.run_worker()
+
+    key = {"id": {"S": "canary#test-1"}}
+    assert "Item" in gateway.cloud.dynamodb.get_item(TableName="LimitsTable", Key=key)
+    assert 0 == claude.engine.stats()["requests"]
+
+
+FOREIGN: Final = ["hello", '{"v": 1, "job_id": "job_' + "0" * 32 + '"}', '{"v": 7}', "[" * 100_000]
+
+
+def test_a_message_that_is_not_ours_is_kept_with_its_reason(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    for body in FOREIGN:
+        gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=body)
+
+    assert [] == gateway.run_worker()
+    assert [] == gateway.run_dead_letters()
+
+    assert "succeeded" == gateway.job(job_id)["state"]
+    letters = [json.loads(text) for text in gateway.cloud.objects("dead-letters/").values()]
+    assert set(FOREIGN) == {letter["body"] for letter in letters}
+    assert {"not a message of Sluice's", "no such job"} == {letter["reason"] for letter in letters}
+
+
+def test_the_recorded_batch_is_answered(gateway: Gateway) -> None:
+    """Its jobs are unknown here, so it ends on the dead-letter queue, whole."""
+    event = json.loads((EVENTS / "sqs_two_jobs.json").read_text())
+
+    answer = worker_app.handler(event, gateway.context())  # type: ignore[arg-type]
+
+    assert {"batchItemFailures": []} == answer
+    assert [] == gateway.run_dead_letters()
+    assert 2 == len(gateway.cloud.objects("dead-letters/"))
+
+
+def test_a_worker_without_a_readable_pool_gives_its_messages_back(gateway: Gateway) -> None:
+    gateway.cloud.secrets.put_secret_value(SecretId="KeyPoolSecret", SecretString=UPSTREAM_KEY)
+    (job_id,) = gateway.submit(a_job())
+
+    (failure,) = gateway.run_worker()
+
+    assert failure
+    assert ("queued", 0) == tuple(gateway.job(job_id)[x] for x in ("state", "attempts_used"))
+
+
+# Dead letters --------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_letter_ends_its_job_and_keeps_its_body(gateway: Gateway) -> None:
+    event = json.loads((EVENTS / "sqs_dead_letter.json").read_text())
+    record = event["Records"][0]
+    job_id = json.loads(record["body"])["job_id"]
+    wiring.jobs().add(
+        Job(job_id, "acme", "claude-haiku-5-5", wiring.CLOCK.now(), "h", 1, 1, "2026-10-21")
+    )
+
+    answer = dead_letters_app.handler(event, gateway.context())  # type: ignore[arg-type]
+    again = dead_letters_app.handler(event, gateway.context())  # type: ignore[arg-type]
+
+    job = gateway.job(job_id)
+    assert {"batchItemFailures": []} == answer == again
+    assert ("errored", "dead_letter") == (job["state"], job["error"]["type"])
+    assert "received 1001 times without an end" == job["error"]["message"]
+    (text,) = gateway.cloud.objects("dead-letters/").values()
+    assert record["body"] == json.loads(text)["body"]
+
+
+def test_a_job_that_has_ended_is_not_changed_by_its_dead_letter(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    gateway.call("DELETE", f"/jobs/{job_id}")
+    body = json.dumps({"v": 1, "job_id": job_id})
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
+
+    assert [] == gateway.run_dead_letters()
+
+    assert "canceled" == gateway.job(job_id)["state"]
+    assert 1 == len(gateway.cloud.objects("dead-letters/"))
+
+
+def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:
+    gateway.cloud.s3.delete_bucket(Bucket="sluice-data")
+    for body in ("one", "two"):
+        gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
+
+    assert 2 == len(gateway.run_dead_letters())
+
+
+# What is said --------------------------------------------------------------------------------------------------
+
+
+def a_little_of_everything(gateway: Gateway) -> None:
+    """A story in which each metric has its turn, and each kind of log line as well."""
+    gateway.submit(
+        a_job("tokens=5"),
+        a_job("400", model="claude-opus-5"),
+        a_job("429x1,retry_after=1", model="claude-sonnet-5-5"),
+        a_job("529x1", model="claude-sonnet-5"),
+        a_job("500x1", model="claude-opus-4-8"),
+        a_job("spend_cap", model="claude-fable-5"),
+    )
+    deadline = wiring.CLOCK.now() + 1_000
+    (canceled, _) = gateway.submit(a_job(), a_job(deadline=http.time(deadline)))
+    gateway.call("DELETE", f"/jobs/{canceled}")
+    while wiring.CLOCK.now() <= deadline:
+        time.sleep(0.01)
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=PROMPT)
+    gateway.run_worker()
+    gateway.submit(a_job("401", model="claude-opus-5-5"))
+    gateway.run_worker()
+    gateway.run_dead_letters()
+
+
+def test_every_metric_is_emitted_and_every_emitted_one_is_valid(
+    gateway: Gateway, said: Callable[[], str]
+) -> None:
+    a_little_of_everything(gateway)
+
+    documents = [json.loads(line) for line in said().splitlines() if '"_aws"' in line]
+    seen: set[str] = set()
+    for document in documents:
+        seen |= valid_metrics(document)
+    assert METRIC_NAMES - OF_THE_GOVERNOR == seen
+
+
+def valid_metrics(document: dict[str, Any]) -> set[str]:
+    """Check one EMF document against CloudWatch's rules; return the names of its metrics."""
+    about = document["_aws"]
+    assert isinstance(about["Timestamp"], int)
+    (directive,) = about["CloudWatchMetrics"]
+    assert NAMESPACE == directive["Namespace"]
+    (dimensions,) = directive["Dimensions"]
+    assert all(isinstance(document[name], str) and document[name] for name in dimensions)
+    assert "sluice" == document["service"]
+    names = {metric["Name"] for metric in directive["Metrics"]}
+    assert names
+    by_group = set(dimensions) == {"service", "model_group"}
+    assert by_group or {"service"} == set(dimensions)
+    assert names <= (BY_MODEL_GROUP if by_group else TOTALS)
+    for metric in directive["Metrics"]:
+        assert {"Name", "Unit"} == set(metric)
+        assert metric["Unit"] in {"Count", "Seconds", "None"}
+        value = document[metric["Name"]]
+        values = value if isinstance(value, list) else [value]
+        assert 1 <= len(values) <= 100
+        assert all(isinstance(each, int | float) and each >= 0 for each in values)
+    return names
+
+
+def test_no_prompt_answer_or_key_is_ever_logged(gateway: Gateway, said: Callable[[], str]) -> None:
+    """Not even where something goes wrong with it in its hands."""
+    a_little_of_everything(gateway)
+    for row in BAD:
+        if isinstance(row[1], dict):
+            gateway.call("POST", "/jobs", row[1])
+    gateway.call("GET", "/jobs", key=DISABLED_KEY)
+    (job_id,) = gateway.submit(a_job())
+    gateway.cloud.secrets.put_secret_value(
+        SecretId="KeyPoolSecret", SecretString=f'{{"keys": ["{UPSTREAM_KEY}"]}}'
+    )
+    _start_afresh()
+    gateway.run_worker()
+    gateway.cloud.dynamodb.delete_table(TableName="ParamsTable")
+    gateway.call("POST", "/jobs", a_job())
+
+    printed = said()
+    assert job_id
+    assert "request failed" in printed  # the log has been caught at all
+    assert "job succeeded" in printed
+    assert PROMPT not in printed
+    assert "sentinel" not in printed
+    assert not ANSWER.search(printed)
+
+
+def test_more_values_than_a_document_holds_are_all_emitted(said: Callable[[], str]) -> None:
+    for _ in range(250):
+        wiring.telemetry().count("CallSeconds", 0.5, "haiku-5-5")
+    for _ in range(100):
+        wiring.telemetry().count("StartDelaySeconds", 2)
+    wiring.telemetry().flush()
+
+    documents = [json.loads(line) for line in said().splitlines() if '"_aws"' in line]
+    values = [value for each in documents for value in each.get("CallSeconds", [])]
+    delays = [value for each in documents for value in each.get("StartDelaySeconds", [])]
+    assert [0.5] * 250 == values
+    assert [2] * 100 == delays
+    for document in documents:
+        valid_metrics(document)
+
+
+# The document --------------------------------------------------------------------------------------------------
+
+
+def test_the_document_is_what_the_api_says() -> None:
+    assert openapi.DOCUMENT.read_text(encoding="utf-8") == openapi.written()
+
+
+def test_the_document_promises_our_errors_and_no_others() -> None:
+    document = openapi.document()
+
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert {"200", "202"} & set(operation["responses"])
+            assert "422" not in operation["responses"]
+            for status, response in operation["responses"].items():
+                schema = response["content"]["application/json"]["schema"]
+                assert (int(status) >= 400) == (schema.get("$ref", "").endswith("/Error"))
+            assert (path == "/health") == ("security" not in operation)
+    assert {"x-api-key", "bearer"} == set(document["components"]["securitySchemes"])
+
+
+def test_what_the_error_table_knows_is_documented() -> None:
+    assert {status for status, _ in api_app.HTTP_OF.values()} | {500} == set(http.REFUSALS)

@@ -1,0 +1,350 @@
+"""The governor's seams: Lambda's mapping, the secret's age, and the whole function on the local stack."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from botocore.exceptions import ClientError
+from botocore.stub import Stubber
+
+from scripts.local_stack import LocalStack, Ready
+from scripts.local_stack.emulator import call
+from sluice.adapters import aws
+from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs, DynamoLimits
+from sluice.adapters.lambdas import LambdaWorkerMapping
+from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
+from sluice.domain.capacity import Consumer
+from sluice.domain.errors import StoreBusy
+from sluice.domain.jobs import State
+from sluice.domain.limits import Group, Seen
+from tests.fakes import NOON, ROOMY, FrozenClock, known_group
+from tests.moto_aws import Aws, in_memory
+
+UUID: Final = "14e0db71-5d35-4eb5-b481-8945cf9d10c2"
+EVENT: Final = Path(__file__).resolve().parents[2] / "events" / "schedule.json"
+CEILING: Final = 20
+HOUR_MS: Final = 3_600_000
+WITHIN_SECONDS: Final = 30.0
+
+
+@pytest.fixture
+def cloud() -> Iterator[Aws]:
+    with in_memory() as running:
+        yield running
+
+
+# The mapping -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(cloud: Aws) -> Any:  # noqa: ARG001 - its credentials
+    return aws.lambdas()
+
+
+@pytest.fixture
+def stub(client: Any) -> Iterator[Stubber]:
+    with Stubber(client) as stubber:
+        yield stubber
+        stubber.assert_no_pending_responses()
+
+
+def described(state: str, **more: Any) -> dict[str, Any]:
+    return {"UUID": UUID, "State": state, "BatchSize": 50, **more}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            described("Enabled", ScalingConfig={"MaximumConcurrency": 7}),
+            Consumer(7, enabled=True, batch_size=50),
+        ),
+        (
+            described("Disabled", ScalingConfig={"MaximumConcurrency": 2}),
+            Consumer(2, enabled=False, batch_size=50),
+        ),
+        (described("Enabled"), Consumer(None, enabled=True, batch_size=50)),
+        (described("Updating"), Consumer(None, enabled=True, batch_size=50, settled=False)),
+        (described("Enabling"), Consumer(None, enabled=True, batch_size=50, settled=False)),
+        (described("Disabling"), Consumer(None, enabled=False, batch_size=50, settled=False)),
+    ],
+)
+def test_the_mapping_as_lambda_describes_it(
+    client: Any, stub: Stubber, answer: dict[str, Any], expected: Consumer
+) -> None:
+    stub.add_response("get_event_source_mapping", answer, {"UUID": UUID})
+
+    assert expected == LambdaWorkerMapping(client, UUID).state()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_change_names_both_number_and_switch(
+    client: Any, stub: Stubber, *, enabled: bool
+) -> None:
+    expected = {
+        "UUID": UUID,
+        "Enabled": enabled,
+        "ScalingConfig": {"MaximumConcurrency": 5},
+    }
+    stub.add_response("update_event_source_mapping", described("Updating"), expected)
+
+    assert LambdaWorkerMapping(client, UUID).set(5, enabled=enabled)
+
+
+@pytest.mark.parametrize("code", ["ResourceInUseException", "ResourceConflictException"])
+def test_a_mapping_that_is_being_changed_is_tried_next_time(
+    client: Any, stub: Stubber, code: str
+) -> None:
+    stub.add_client_error("update_event_source_mapping", code, http_status_code=400)
+
+    assert not LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+
+
+def test_a_throttled_call_is_busy(client: Any, stub: Stubber) -> None:
+    for _ in range(4):
+        stub.add_client_error("update_event_source_mapping", "TooManyRequestsException")
+
+    with pytest.raises(StoreBusy, match="the worker's mapping"):
+        LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+
+
+def test_what_the_role_may_not_do_is_an_error_and_no_next_time(client: Any, stub: Stubber) -> None:
+    stub.add_client_error("update_event_source_mapping", "AccessDeniedException")
+
+    with pytest.raises(ClientError):
+        LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+
+
+# The secret's age ------------------------------------------------------------------------------------------
+
+
+def test_a_written_pool_tells_when(cloud: Aws) -> None:
+    clock = FrozenClock()
+    history = SecretHistory(cloud.secrets, "KeyPoolSecret", clock)
+    before = history.changed_at()
+
+    cloud.set_key_pool({"id": "main", "api_key": "sk-ant-test-1"})
+    clock.at += POOL_AGE_MS
+    after = history.changed_at()
+
+    now = datetime.now(UTC).timestamp() * 1000
+    assert now - 60_000 < before <= after <= now
+
+
+def test_it_is_looked_up_every_five_minutes(cloud: Aws) -> None:  # noqa: ARG001 - its credentials
+    client = aws.secrets_manager()
+    clock = FrozenClock()
+    history = SecretHistory(client, "KeyPoolSecret", clock)
+    with Stubber(client) as stub:
+        for at in (1_700_000_000, 1_700_000_500):
+            stub.add_response(
+                "describe_secret",
+                {"LastChangedDate": datetime.fromtimestamp(at, UTC)},
+                {"SecretId": "KeyPoolSecret"},
+            )
+        told = [history.changed_at()]
+        clock.at += POOL_AGE_MS - 1
+        told.append(history.changed_at())
+        clock.at += 1
+        told.append(history.changed_at())
+
+    assert [1_700_000_000_000, 1_700_000_000_000, 1_700_000_500_000] == told
+
+
+# On the local stack ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ready() -> Iterator[Ready]:
+    with LocalStack(concurrency=CEILING).running() as running:
+        yield running
+
+
+def now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def govern(ready: Ready) -> None:
+    """Wake the function as the schedule does."""
+    answer = ready.client("lambda").invoke(
+        FunctionName=ready.resources["GovernorFunction"], Payload=EVENT.read_bytes()
+    )
+
+    assert "FunctionError" not in answer, answer["Payload"].read()
+
+
+def mapping(ready: Ready) -> tuple[Any, str]:
+    """The mapping, asked without boto3, which would turn text into a number."""
+    uuid = ready.resources["WorkerMapping"]
+    _status, found = call("GET", f"{ready.endpoint_url}/2015-03-31/event-source-mappings/{uuid}")
+    return found["ScalingConfig"]["MaximumConcurrency"], found["State"]
+
+
+def limits(ready: Ready) -> DynamoLimits:
+    return DynamoLimits(ready.client("dynamodb"), ready.resources["LimitsTable"])
+
+
+def know(ready: Ready, **facts: Any) -> None:
+    """Store a busy limit group as if it had been learned."""
+    store = limits(ready)
+    stored = {group.id: group for group in store.groups()}
+    seen = {**ROOMY, "requests": Seen(facts.pop("rpm"), 10)}
+    group: Group = replace(
+        known_group("governed", "some", seen, at=NOON), last_start=now(), **facts
+    )
+    version = stored[group.id].version if group.id in stored else 0
+    store.replace(replace(group, version=version + 1), version)
+
+
+def lines(ready: Ready, phrase: str) -> list[dict[str, Any]]:
+    """The governor's log lines with one phrase."""
+    configuration = ready.client("lambda").get_function_configuration(
+        FunctionName=ready.resources["GovernorFunction"]
+    )
+    events = ready.client("logs").filter_log_events(
+        logGroupName=configuration["LoggingConfig"]["LogGroup"]
+    )["events"]
+    logged = [json.loads(each["message"]) for each in events if each["message"].startswith("{")]
+    return [line for line in logged if line.get("message") == phrase]
+
+
+def eventually(look: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + WITHIN_SECONDS
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {WITHIN_SECONDS:.0f} s")
+        time.sleep(0.1)
+    return found
+
+
+def canary_passes(ready: Ready, canary: str) -> bool:
+    """Tell whether the worker gets what is on the queue."""
+    ready.client("sqs").send_message(
+        QueueUrl=ready.resources["JobsQueue"], MessageBody=json.dumps({"v": 1, "canary": canary})
+    )
+    key = {"id": {"S": f"canary#{canary}"}}
+    table = ready.resources["LimitsTable"]
+    found = eventually(
+        lambda: ready.client("dynamodb").get_item(TableName=table, Key=key).get("Item")
+    )
+    return found is not None
+
+
+def test_the_schedule_is_there_and_fires_every_minute(ready: Ready) -> None:
+    """That it fires is the emulator's word; here, that it would wake the governor."""
+    (found,) = ready.client("scheduler").list_schedules()["Schedules"]
+    schedule = ready.client("scheduler").get_schedule(Name=found["Name"])
+
+    assert ("rate(1 minute)", "ENABLED") == (schedule["ScheduleExpression"], schedule["State"])
+    assert schedule["Target"]["Arn"].endswith(f":{ready.resources['GovernorFunction']}")
+
+
+def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -> None:
+    govern(ready)
+    unknown = mapping(ready)
+    know(ready, rpm=600, call_ms=2_000)
+    govern(ready)
+    lowered = mapping(ready)
+    know(ready, rpm=4_000, call_ms=10_000)
+    govern(ready)
+    raised = mapping(ready)
+
+    assert [(CEILING, "Enabled"), (3, "Enabled"), (CEILING, "Enabled")] == [
+        unknown,
+        lowered,
+        raised,
+    ]
+    assert type(lowered[0]) is type(raised[0]) is int
+    # A concurrency as text would stop the emulator's poller for all queues.
+    assert canary_passes(ready, "raised")
+    changes = eventually(lambda: lines(ready, "concurrency changed"))
+    assert (CEILING, 3) == (changes[0]["from"], changes[0]["to"])
+    assert "20 calls in flight" in changes[0]["reason"]
+    assert 600 == changes[0]["groups"]["governed/some"]["starts_per_minute"]
+
+
+def test_an_outage_turns_it_down_and_its_end_up(ready: Ready) -> None:
+    """Not off: the local stack has just written its key pool, which may hold keys that nobody knows yet."""
+    know(ready, rpm=4_000, call_ms=10_000, blocked_until=now() + HOUR_MS)
+    govern(ready)
+    down = mapping(ready)
+    know(ready, rpm=4_000, call_ms=10_000)
+    govern(ready)
+
+    assert [(2, "Enabled"), (CEILING, "Enabled")] == [down, mapping(ready)]
+
+
+def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(ready: Ready) -> None:
+    know(ready, rpm=600, call_ms=2_000)
+    uuid = ready.resources["WorkerMapping"]
+    notes = DynamoGovernorNotes(ready.client("dynamodb"), ready.resources["LimitsTable"])
+    ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)
+    govern(ready)
+    by_hand = mapping(ready)[1]
+    notes.note_turned_off(now())
+    govern(ready)
+
+    assert ("Disabled", (3, "Enabled")) == (by_hand, mapping(ready))
+    assert notes.turned_off_at() is None
+    assert canary_passes(ready, "on")
+
+
+def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
+    store = DynamoJobs(ready.client("dynamodb"), ready.resources["JobsTable"], retention_days=30)
+    ids = [submitted_and_parked(ready, store, number) for number in range(5)]
+    late, early = ids[3], ids[4]
+    put(store, late, deadline=now())
+    put(store, early, not_before=now() + HOUR_MS)
+
+    govern(ready)
+
+    def state(job_id: str) -> State:
+        job = store.get(job_id)
+        assert job is not None
+        return job.state
+
+    eventually(lambda: {State.SUCCEEDED} == {state(each) for each in ids[:3]})
+    assert (State.EXPIRED, State.QUEUED) == (state(late), state(early))
+    assert [] == list(store.due(now(), 100))
+    (swept,) = eventually(lambda: lines(ready, "parked jobs swept"))
+    assert (4, 3, 1, 0) == tuple(swept[each] for each in ("due", "sent", "expired", "left"))
+
+
+def submitted_and_parked(ready: Ready, store: DynamoJobs, number: int) -> str:
+    """Submit a job with nobody there to run it, take its message away, and leave it parked."""
+    sqs, queue = ready.client("sqs"), ready.resources["JobsQueue"]
+    uuid = ready.resources["WorkerMapping"]
+    ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)
+    status, job = call(
+        "POST",
+        f"{ready.api_url}/jobs",
+        {
+            "custom_id": f"parked-{number}",
+            "params": {
+                "model": "claude-haiku-5-5",
+                "max_tokens": 20,
+                "messages": [{"role": "user", "content": "Say hello."}],
+            },
+        },
+        {"x-api-key": ready.client_key},
+    )
+    assert 202 == status
+    (message,) = eventually(lambda: sqs.receive_message(QueueUrl=queue).get("Messages"))
+    sqs.delete_message(QueueUrl=queue, ReceiptHandle=message["ReceiptHandle"])
+    ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=True)
+    put(store, job["id"], not_before=now() - 1)
+    return str(job["id"])
+
+
+def put(store: DynamoJobs, job_id: str, **facts: Any) -> None:
+    """Change a waiting job's record."""
+    job = store.get(job_id)
+    assert job is not None
+    store.replace(replace(job, version=job.version + 1, **facts), job.version)

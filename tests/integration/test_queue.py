@@ -1,0 +1,291 @@
+"""The jobs queue: both its sides against SQS, and the reading of what Lambda hands over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+from botocore.stub import Stubber
+
+from sluice.adapters import aws
+from sluice.adapters.sqs import SqsQueue, SqsReturns
+from sluice.domain.errors import StoreBusy
+from sluice.messages import reason_of, received
+from sluice.ports import Received
+from tests.moto_aws import Aws, in_memory
+
+URL: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/JobsQueue"
+DEAD_LETTERS: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/DeadLettersQueue"
+JOB_ID: Final = "job_0123456789abcdef0123456789abcdef"
+
+
+def job_id(number: int) -> str:
+    return f"job_{number:032x}"
+
+
+@pytest.fixture
+def cloud() -> Iterator[Aws]:
+    with in_memory() as running:
+        yield running
+
+
+@pytest.fixture
+def client(cloud: Aws) -> Any:  # noqa: ARG001 - its credentials
+    return aws.sqs()
+
+
+def everything_on(cloud: Aws, url: str) -> list[dict[str, Any]]:
+    messages: list[Any] = []
+    while True:
+        some = cloud.sqs.receive_message(
+            QueueUrl=url,
+            MaxNumberOfMessages=10,
+            MessageSystemAttributeNames=["All"],
+            MessageAttributeNames=["All"],
+        ).get("Messages", [])
+        if not some:
+            return messages
+        messages += some
+
+
+def as_lambda_hands_over(message: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "messageId": message["MessageId"],
+        "receiptHandle": message["ReceiptHandle"],
+        "body": message["Body"],
+        "attributes": message["Attributes"],
+        "messageAttributes": {
+            name: {"stringValue": value["StringValue"], "dataType": value["DataType"]}
+            for name, value in message.get("MessageAttributes", {}).items()
+        },
+    }
+
+
+def a_message(number: int = 1) -> Received:
+    return Received(f"message-{number}", f"receipt-{number}", "{}", job_id(number))
+
+
+# Sending -------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_list_of_jobs_arrives_whole_each_in_its_tenants_group(cloud: Aws) -> None:
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
+    jobs = [(job_id(number), f"tenant-{number % 3}") for number in range(25)]
+
+    assert [] == queue.send(jobs)
+    assert 25 == queue.depth()
+
+    arrived = everything_on(cloud, cloud.jobs_queue)
+    groups = {
+        message.job_id: record["Attributes"]["MessageGroupId"]
+        for record in arrived
+        for message in received([as_lambda_hands_over(record)])
+    }
+    assert dict(jobs) == groups
+    assert all({"v": 1, "job_id": json.loads(r["Body"])["job_id"]} == json.loads(r["Body"])
+               for r in arrived)  # fmt: skip
+
+
+def test_sending_nothing_is_no_call(client: Any) -> None:
+    with Stubber(client):
+        assert [] == SqsQueue(client, URL).send([])
+
+
+def test_entries_that_were_not_taken_are_told_by_their_jobs(client: Any) -> None:
+    with Stubber(client) as stub:
+        failed = [{"Id": each, "SenderFault": False, "Code": "InternalError"} for each in "27"]
+        stub.add_response("send_message_batch", {"Successful": [], "Failed": failed})
+        stub.add_response("send_message_batch", {"Successful": [], "Failed": failed[:1]})
+
+        unsent = SqsQueue(client, URL).send([(job_id(number), "acme") for number in range(15)])
+
+    assert [job_id(2), job_id(7), job_id(12)] == unsent
+
+
+def test_a_busy_queue_keeps_one_ten_and_takes_the_next(client: Any) -> None:
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error("send_message_batch", "RequestThrottled", http_status_code=403)
+        stub.add_response("send_message_batch", {"Successful": [], "Failed": []})
+
+        unsent = SqsQueue(client, URL).send([(job_id(number), "acme") for number in range(12)])
+
+        stub.assert_no_pending_responses()
+    assert [job_id(number) for number in range(10)] == unsent
+
+
+def test_the_depth_counts_what_waits_is_hidden_and_is_delayed(client: Any) -> None:
+    with Stubber(client) as stub:
+        stub.add_response(
+            "get_queue_attributes",
+            {
+                "Attributes": {
+                    "ApproximateNumberOfMessages": "5",
+                    "ApproximateNumberOfMessagesNotVisible": "70",
+                    "ApproximateNumberOfMessagesDelayed": "600",
+                }
+            },
+        )
+
+        assert 675 == SqsQueue(client, URL).depth()
+
+
+# Returning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("delay_ms", "seconds"),
+    [(0, 0), (-5, 0), (1, 1), (1_000, 1), (1_001, 2), (900_000, 900), (10**12, 43_200)],
+)
+def test_a_delay_is_rounded_up_to_what_sqs_knows(client: Any, delay_ms: int, seconds: int) -> None:
+    """Never earlier than asked for, and never more than the twelve hours that SQS allows."""
+    with Stubber(client) as stub:
+        stub.add_response(
+            "change_message_visibility_batch",
+            {"Successful": [], "Failed": []},
+            {
+                "QueueUrl": URL,
+                "Entries": [
+                    {"Id": "0", "ReceiptHandle": "receipt-1", "VisibilityTimeout": seconds}
+                ],
+            },
+        )
+
+        SqsReturns(client, URL, DEAD_LETTERS).put_back([(a_message(), delay_ms)])
+
+        stub.assert_no_pending_responses()
+
+
+def test_messages_come_back_after_their_own_delays(cloud: Aws) -> None:
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
+    queue.send([(job_id(number), "acme") for number in range(25)])
+    messages = received(map(as_lambda_hands_over, everything_on(cloud, cloud.jobs_queue)))
+
+    SqsReturns(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue).put_back(
+        [(each, 0 if position % 2 else 600_000) for position, each in enumerate(messages)]
+    )
+
+    back = received(map(as_lambda_hands_over, everything_on(cloud, cloud.jobs_queue)))
+    assert {each.job_id for each in messages[1::2]} == {each.job_id for each in back}
+    assert {2} == {each.receive_count for each in back}
+    assert 25 == queue.depth()
+
+
+def test_one_busy_call_does_not_keep_the_other_messages(client: Any) -> None:
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error(
+                "change_message_visibility_batch", "ServiceUnavailable", http_status_code=503
+            )
+        stub.add_response("change_message_visibility_batch", {"Successful": [], "Failed": []})
+
+        with pytest.raises(StoreBusy):
+            SqsReturns(client, URL, DEAD_LETTERS).put_back(
+                [(a_message(number), 0) for number in range(12)]
+            )
+
+        stub.assert_no_pending_responses()
+
+
+def test_a_buried_message_keeps_its_body_and_gets_its_reason(cloud: Aws) -> None:
+    cloud.sqs.send_message(QueueUrl=cloud.jobs_queue, MessageBody="Wässrig <b>💧</b>")
+    (record,) = everything_on(cloud, cloud.jobs_queue)
+    (message,) = received([as_lambda_hands_over(record)])
+
+    returns = SqsReturns(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
+    returns.bury(message, "not a message of Sluice's")
+
+    (buried,) = everything_on(cloud, cloud.dead_letters_queue)
+    assert "Wässrig <b>💧</b>" == buried["Body"]
+    assert "not a message of Sluice's" == reason_of(as_lambda_hands_over(buried))
+
+
+def test_a_message_that_cannot_be_buried_now_is_not_lost(client: Any) -> None:
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error("send_message", "InternalError", http_status_code=500)
+
+        with pytest.raises(StoreBusy, match="the dead-letter queue"):
+            SqsReturns(client, URL, DEAD_LETTERS).bury(a_message(), "why")
+
+
+# What Lambda hands over ----------------------------------------------------------------------------------------
+
+
+def record(body: str, **more: Any) -> dict[str, Any]:
+    return {"messageId": "message-1", "receiptHandle": "receipt-1", "body": body, **more}
+
+
+def test_a_pointer_is_read_with_its_history() -> None:
+    attributes = {"ApproximateReceiveCount": "7", "SentTimestamp": "1795338928412"}
+    body = f'{{"v": 1, "job_id": "{JOB_ID}"}}'
+
+    (message,) = received([record(body, attributes=attributes)])
+
+    assert message == Received(
+        "message-1", "receipt-1", body, JOB_ID, None, receive_count=7, sent_at=1795338928412
+    )
+
+
+def test_a_canary_is_read() -> None:
+    (message,) = received([record('{"v": 1, "canary": "local-1"}')])
+
+    assert (None, "local-1") == (message.job_id, message.canary)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "not JSON",
+        "null",
+        "7",
+        "[]",
+        '"job_1"',
+        "{}",
+        "NaN",
+        "\x00",
+        '{"v": 1}',
+        f'{{"job_id": "{JOB_ID}"}}',
+        f'{{"v": 2, "job_id": "{JOB_ID}"}}',
+        '{"v": 1, "job_id": ""}',
+        '{"v": 1, "job_id": 5}',
+        '{"v": 1, "job_id": null}',
+        '{"v": 1, "job_id": "job_1"}',
+        '{"v": 1, "job_id": "job_0123456789ABCDEF0123456789ABCDEF"}',
+        f'{{"v": 1, "job_id": "{JOB_ID}\\n"}}',
+        json.dumps({"v": 1, "job_id": "job_" + "0" * 5_000}),
+        '{"v": 1, "canary": ""}',
+        '{"v": 1, "canary": {"id": 1}}',
+        json.dumps({"v": 1, "canary": "c" * 3_000}),
+        "[" * 100_000,
+        '{"v": ' + "9" * 5_000 + "}",
+    ],
+)  # fmt: skip
+def test_a_body_that_is_not_ours_is_kept_and_nobody_is_hurt(body: str) -> None:
+    """One such message must not keep Lambda from running the forty-nine others of its batch."""
+    ours = f'{{"v": 1, "job_id": "{JOB_ID}"}}'
+
+    messages = received([record(body), record(ours)])
+
+    assert [(None, None, body), (JOB_ID, None, ours)] == [
+        (each.job_id, each.canary, each.body) for each in messages
+    ]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"reason": {"stringValue": "why", "dataType": "String"}}, "why"),
+        ({"reason": {"stringValue": "", "dataType": "String"}}, None),
+        ({"reason": {"binaryValue": "d2h5", "dataType": "Binary"}}, None),
+        ({}, None),
+    ],
+)
+def test_the_reason_is_what_the_worker_wrote(
+    attributes: dict[str, Any], reason: str | None
+) -> None:
+    assert reason == reason_of(record("", messageAttributes=attributes))
+    assert reason_of(record("")) is None

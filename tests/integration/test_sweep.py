@@ -1,0 +1,275 @@
+"""Parked jobs in the store: one suite for the fake the sweep is tested with and for DynamoDB itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, Final, Protocol
+
+import pytest
+from botocore.stub import Stubber
+
+from sluice.adapters import aws, job_records
+from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs
+from sluice.domain import jobs as life
+from sluice.domain.errors import StoreBusy
+from sluice.domain.jobs import Job
+from sluice.ports import GovernorNotes, JobStore, Parked, ParkedJobs
+from sluice.sweep import Sweep, Swept
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    FrozenClock,
+    MemoryGovernorNotes,
+    MemoryJobs,
+    MemoryLimits,
+    MemoryQueue,
+    RecordingEvents,
+    a_job,
+)
+from tests.moto_aws import Aws, in_memory
+
+PLENTY: Final = 10_000
+LATER: Final = NOON + 2 * MINUTE
+
+
+class Store(JobStore, ParkedJobs, Protocol):
+    """The job records as worker and sweep use them together."""
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[Aws]:
+    with in_memory() as running:
+        yield running
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A table that no other test uses: what is due is asked of the whole table."""
+    return f"test-{sha256(request.node.name.encode()).hexdigest()[:16]}"
+
+
+@pytest.fixture(params=["fake", "aws"])
+def jobs(request: pytest.FixtureRequest, cloud: Aws, name: str) -> Store:
+    if request.param == "fake":
+        return MemoryJobs()
+    cloud.create_table(name, like="JobsTable")
+    return DynamoJobs(cloud.dynamodb, name, retention_days=30)
+
+
+@pytest.fixture(params=["fake", "aws"])
+def notes(request: pytest.FixtureRequest, cloud: Aws, name: str) -> GovernorNotes:
+    if request.param == "fake":
+        return MemoryGovernorNotes()
+    cloud.create_table(name, like="LimitsTable")
+    return DynamoGovernorNotes(cloud.dynamodb, name)
+
+
+def parked(job_id: str, due: int = NOON, **facts: Any) -> Job:
+    return a_job(job_id, not_before=due, **facts)
+
+
+def add(jobs: JobStore, *some: Job) -> None:
+    for job in some:
+        jobs.add(job)
+
+
+def due_ids(jobs: ParkedJobs, now: int = NOON, limit: int = PLENTY) -> list[str]:
+    return [each.job_id for each in jobs.due(now, limit)]
+
+
+def the_one_due(jobs: ParkedJobs, now: int = NOON) -> Parked:
+    (found,) = jobs.due(now, PLENTY)
+    return found
+
+
+def test_nothing_is_due_where_nothing_is_parked(jobs: Store) -> None:
+    add(jobs, a_job("job_1"), a_job("job_2", deadline=NOON))
+
+    assert [] == due_ids(jobs)
+
+
+def test_a_parked_job_is_due_when_its_time_has_come(jobs: Store) -> None:
+    add(jobs, parked("job_1", NOON + 1))
+
+    assert [] == due_ids(jobs, NOON)
+    assert ["job_1"] == due_ids(jobs, NOON + 1)
+
+
+def test_a_due_job_comes_with_what_the_sweep_needs(jobs: Store) -> None:
+    fallen_back = parked(
+        "job_1",
+        NOON,
+        tenant="zenith",
+        fallback_models=("claude-b",),
+        fallbacks_used=1,
+        deadline=NOON + MINUTE,
+    )
+    add(jobs, fallen_back)
+
+    assert Parked("job_1", "zenith", "claude-b", NOON, NOON + MINUTE) == the_one_due(jobs)
+
+
+def test_a_deadline_makes_a_job_due_before_its_time(jobs: Store) -> None:
+    add(jobs, parked("job_1", NOON + 60 * MINUTE, deadline=NOON))
+
+    assert (NOON, NOON) == (the_one_due(jobs).due_at, the_one_due(jobs).deadline)
+
+
+def test_the_longest_due_come_first(jobs: Store) -> None:
+    add(jobs, *(parked(f"job_{number:02}", NOON - 7 * number % 50) for number in range(50)))
+
+    found = [each.due_at for each in jobs.due(NOON, PLENTY)]
+
+    assert 50 == len(found)
+    assert sorted(found) == found
+
+
+def test_of_very_many_the_oldest_and_the_newest_are_seen(jobs: Store) -> None:
+    """So that a large backlog does not hide a job that came due just now."""
+    add(jobs, *(parked(f"job_{number:03}", NOON - 200 + number) for number in range(200)))
+    add(jobs, parked("job_new", NOON))
+
+    found = due_ids(jobs, NOON, limit=48)
+
+    assert "job_000" == found[0]
+    assert "job_new" == found[-1]
+    assert len(found) <= 48
+
+
+def test_a_job_that_goes_on_is_not_due_any_more(jobs: Store) -> None:
+    add(jobs, *(parked(f"job_{number}") for number in range(3)))
+    claimed = life.claim(parked("job_0"), "worker", NOON, LATER)
+    jobs.replace(claimed, 1)
+    jobs.replace(life.request_cancel(parked("job_1"), NOON), 1)
+
+    assert ["job_2"] == due_ids(jobs)
+
+
+def test_a_job_parked_again_is_due_at_its_new_time(jobs: Store) -> None:
+    add(jobs, parked("job_1"))
+    claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
+    jobs.replace(claimed, 1)
+
+    snoozed = life.snooze(claimed, "worker", NOON, reason="spend limit", not_before=LATER)
+    jobs.replace(snoozed, 2)
+
+    assert [] == due_ids(jobs)
+    assert ["job_1"] == due_ids(jobs, LATER)
+
+
+def test_one_of_two_takes_a_due_job(jobs: Store) -> None:
+    add(jobs, parked("job_1"))
+    seen = the_one_due(jobs)
+
+    taken = jobs.hold(seen, LATER)
+
+    assert replace(seen, due_at=LATER) == taken
+    assert jobs.hold(seen, LATER + 1) is None
+    assert [] == due_ids(jobs)
+
+
+def test_a_job_that_was_taken_and_not_released_is_due_again(jobs: Store) -> None:
+    add(jobs, parked("job_1"))
+    taken = jobs.hold(the_one_due(jobs), LATER)
+
+    assert taken == the_one_due(jobs, LATER)
+
+
+def test_a_released_job_is_not_due_any_more_and_else_as_it_was(jobs: Store) -> None:
+    job = parked("job_1", deadline=NOON + MINUTE)
+    add(jobs, job)
+    taken = jobs.hold(the_one_due(jobs), LATER)
+    assert taken is not None
+
+    jobs.release(taken)
+
+    assert [] == due_ids(jobs, LATER)
+    assert job == jobs.get("job_1")
+    jobs.replace(life.claim(job, "worker", NOON, LATER), job.version)  # no version was used up
+
+
+def test_a_job_that_went_on_can_be_neither_taken_nor_released(jobs: Store) -> None:
+    add(jobs, parked("job_1"))
+    seen = the_one_due(jobs)
+    claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
+    jobs.replace(claimed, 1)
+
+    assert jobs.hold(seen, LATER) is None
+    jobs.release(seen)
+
+    assert claimed == jobs.get("job_1")
+
+
+def test_a_job_parked_again_meanwhile_is_not_released(jobs: Store) -> None:
+    add(jobs, parked("job_1"))
+    taken = jobs.hold(the_one_due(jobs), LATER)
+    assert taken is not None
+    claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
+    jobs.replace(claimed, 1)
+    again = life.snooze(claimed, "worker", NOON, reason="x", not_before=LATER + 1)
+    jobs.replace(again, 2)
+
+    jobs.release(taken)
+
+    assert ["job_1"] == due_ids(jobs, LATER + 1)
+
+
+def test_nothing_comes_of_a_job_that_is_gone(jobs: Store) -> None:
+    gone = Parked("job_gone", "acme", "claude-a", NOON)
+
+    assert jobs.hold(gone, LATER) is None
+    jobs.release(gone)
+
+    assert jobs.get("job_gone") is None
+
+
+def test_the_sweep_over_the_store(jobs: Store) -> None:
+    add(jobs, *(parked(f"job_{number}") for number in range(30)))
+    add(jobs, parked("job_late", deadline=NOON), parked("job_early", LATER))
+    clock = FrozenClock()
+    queue = MemoryQueue(clock.now)
+    sweep = Sweep(jobs, jobs, queue, MemoryLimits(), {}, clock, RecordingEvents())
+
+    assert Swept(due=31, sent=30, expired=1) == sweep(LATER)
+    assert Swept() == sweep(LATER)
+
+    assert {f"job_{number}" for number in range(30)} == {m.job_id for m in queue.receive(100)}
+
+
+def test_parked_jobs_spread_over_all_parts_of_the_index() -> None:
+    shards = {job_records.due_shard(f"job_{number:032x}") for number in range(200)}
+
+    assert {str(number) for number in range(job_records.DUE_SHARDS)} == shards
+
+
+def test_only_a_parked_job_stands_in_the_index() -> None:
+    waiting = job_records.encode(a_job(), 30)
+    running = job_records.encode(life.claim(parked("job_1"), "worker", NOON, LATER), 30)
+
+    for item in (waiting, running):
+        assert set() == item.keys() & set(job_records.DUE)
+
+
+def test_a_store_that_is_busy_says_so(cloud: Aws) -> None:  # noqa: ARG001 - its credentials
+    client = aws.dynamodb()
+    store = DynamoJobs(client, "JobsTable", retention_days=30)
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error("update_item", "ThrottlingException")
+        with pytest.raises(StoreBusy):
+            store.hold(Parked("job_1", "acme", "claude-a", NOON), LATER)
+
+
+# What the governor remembers -------------------------------------------------------------------------------
+
+
+def test_the_governor_remembers_that_it_switched_off(notes: GovernorNotes) -> None:
+    assert notes.turned_off_at() is None
+
+    notes.note_turned_off(NOON)
+    assert NOON == notes.turned_off_at()
+    notes.note_turned_off(None)
+
+    assert notes.turned_off_at() is None
