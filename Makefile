@@ -16,11 +16,11 @@ DEV := .venv/ready-$(call sum,requirements-dev.txt pyproject.toml)
 SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types template test unit integration acceptance coverage build \
-	deploy local lock clean
+.PHONY: help setup demo check lint types template test unit integration acceptance coverage \
+	bench-limits build deploy local lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(DEV) ## the development environment, with the `sluice` command in .venv/bin
 
@@ -61,6 +61,9 @@ acceptance: $(DEV) $(SAM) ## what the README promises, from outside
 coverage: $(DEV) ## unit tests, with the domain's coverage
 	.venv/bin/pytest tests/unit --cov
 
+bench-limits: $(DEV) ## the limiter beside other clients, under true limits: about an hour
+	.venv/bin/python -m bench.limits --write docs/bench.md --svg docs/limits.svg
+
 build: $(SAM) ## what Lambda runs, in .aws-sam/build
 	PYTHON=$(CURDIR)/.venv-sam/bin/python .venv-sam/bin/sam build
 
@@ -82,7 +85,7 @@ lock_one = $(UV) pip compile --quiet --no-python-downloads --generate-hashes --n
 	--no-header
 
 clean: ## everything these targets made
-	rm -rf .venv .venv-sam .aws-sam .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-sam .venv-litellm .aws-sam .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments. --clear, because an environment that only ever grows hides a package the lock dropped.

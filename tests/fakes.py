@@ -18,7 +18,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any, Final, TypeVar
 
-from sluice.domain.capacity import Backlog
+from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import (
     Conflict,
     InvalidRequest,
@@ -543,6 +543,64 @@ class MemoryQueue(Fragile):
     def bury(self, message: Received, reason: str) -> None:
         self._do("bury", message.message_id)
         self.buried.append((message, reason))
+
+
+# The worker's mapping --------------------------------------------------------------------------------------
+
+
+class MemoryMapping(Fragile):
+    """The mapping from queue to worker; `busy` refuses the next changes, as Lambda does during an earlier one."""
+
+    name = "the worker's mapping"
+
+    def __init__(self, concurrency: int = 10, batch_size: int = 50) -> None:
+        super().__init__()
+        self.stored = Consumer(concurrency, enabled=True, batch_size=batch_size)
+        self.busy = 0
+
+    def state(self) -> Consumer:
+        self._do("state")
+        return self.stored
+
+    def set(self, maximum_concurrency: int, *, enabled: bool) -> bool:
+        self._do("set", f"{maximum_concurrency} {'on' if enabled else 'off'}")
+        if self.busy:
+            self.busy -= 1
+            return False
+        self.stored = replace(self.stored, maximum_concurrency=maximum_concurrency, enabled=enabled)
+        return True
+
+
+class MemoryGovernorNotes(Fragile):
+    """What the governor remembers."""
+
+    name = "the governor's notes"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: int | None = None
+
+    def turned_off_at(self) -> int | None:
+        self._do("turned_off_at")
+        return self.at
+
+    def note_turned_off(self, at: int | None) -> None:
+        self._do("note_turned_off")
+        self.at = at
+
+
+class PoolWritten(Fragile):
+    """A key pool of which only the time of its last change is known."""
+
+    name = "Secrets Manager"
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.at = at
+
+    def changed_at(self) -> int | None:
+        self._do("changed_at")
+        return self.at
 
 
 # Claude ----------------------------------------------------------------------------------------------------

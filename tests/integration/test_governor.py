@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -14,17 +16,21 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 
+from functions.governor import app
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import call
+from sluice import wiring
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs, DynamoLimits
 from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
-from sluice.domain.capacity import Consumer
+from sluice.adapters.sqs import SqsQueue
+from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import State
 from sluice.domain.limits import Group, Seen
-from tests.fakes import NOON, ROOMY, FrozenClock, known_group
+from sluice.settings import SettingsError
+from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
 from tests.moto_aws import Aws, in_memory
 
 UUID: Final = "14e0db71-5d35-4eb5-b481-8945cf9d10c2"
@@ -120,6 +126,67 @@ def test_what_the_role_may_not_do_is_an_error_and_no_next_time(client: Any, stub
 
     with pytest.raises(ClientError):
         LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+
+
+# The queue's depth -----------------------------------------------------------------------------------------
+
+
+def test_the_backlog_tells_waiting_messages_from_those_with_a_worker(cloud: Aws) -> None:
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
+    queue.send([(f"job_{number}", "acme") for number in range(5)])
+    cloud.sqs.send_message(QueueUrl=cloud.jobs_queue, MessageBody="{}", DelaySeconds=60)
+    cloud.sqs.receive_message(QueueUrl=cloud.jobs_queue, MaxNumberOfMessages=2)
+
+    assert Backlog(visible=3, in_flight=2, delayed=1) == queue.backlog()
+    assert 6 == queue.depth()
+
+
+# The function ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """What Lambda tells of an invocation."""
+
+    function_name: str = "sluice-governor"
+    memory_limit_in_mb: int = 512
+    invoked_function_arn: str = "arn:aws:lambda:us-east-1:123456789012:function:sluice"
+    aws_request_id: str = "11111111-2222-3333-4444-555555555555"
+
+    def get_remaining_time_in_millis(self) -> int:
+        return 60_000
+
+
+@pytest.fixture
+def environment(cloud: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the template sets for every function, but nothing of the governor's own."""
+
+    def start_afresh() -> None:
+        for made in vars(wiring).values():
+            if hasattr(made, "cache_clear"):
+                made.cache_clear()
+
+    for name, value in cloud.environment().items():
+        monkeypatch.setenv(name, value)
+    start_afresh()
+    wiring.telemetry()
+    for handler in logging.getLogger("sluice").handlers:
+        # Powertools keeps the first stdout for good, and pytest has closed that one.
+        if isinstance(handler, logging.StreamHandler):
+            monkeypatch.setattr(handler, "stream", io.StringIO())
+    yield
+    start_afresh()
+
+
+@pytest.mark.usefixtures("environment")
+def test_parked_jobs_do_not_wait_for_a_governor_that_fails(cloud: Aws) -> None:
+    DynamoJobs(cloud.dynamodb, "JobsTable", retention_days=30).add(a_job(not_before=NOON))
+
+    with pytest.raises(SettingsError, match="SLUICE_WORKER_MAPPING"):
+        app.handler(json.loads(EVENT.read_text()), Context())  # type: ignore[arg-type]
+
+    (message,) = cloud.sqs.receive_message(QueueUrl=cloud.jobs_queue)["Messages"]
+    assert {"v": 1, "job_id": "job_1"} == json.loads(message["Body"])
 
 
 # The secret's age ------------------------------------------------------------------------------------------
@@ -256,7 +323,7 @@ def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -
     govern(ready)
     raised = mapping(ready)
 
-    assert [(CEILING, "Enabled"), (3, "Enabled"), (CEILING, "Enabled")] == [
+    assert [(CEILING, "Enabled"), (4, "Enabled"), (CEILING, "Enabled")] == [
         unknown,
         lowered,
         raised,
@@ -265,7 +332,7 @@ def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -
     # A concurrency as text would stop the emulator's poller for all queues.
     assert canary_passes(ready, "raised")
     changes = eventually(lambda: lines(ready, "concurrency changed"))
-    assert (CEILING, 3) == (changes[0]["from"], changes[0]["to"])
+    assert (CEILING, 4) == (changes[0]["from"], changes[0]["to"])
     assert "20 calls in flight" in changes[0]["reason"]
     assert 600 == changes[0]["groups"]["governed/some"]["starts_per_minute"]
 
@@ -291,7 +358,7 @@ def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(read
     notes.note_turned_off(now())
     govern(ready)
 
-    assert ("Disabled", (3, "Enabled")) == (by_hand, mapping(ready))
+    assert ("Disabled", (4, "Enabled")) == (by_hand, mapping(ready))
     assert notes.turned_off_at() is None
     assert canary_passes(ready, "on")
 

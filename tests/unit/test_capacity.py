@@ -42,7 +42,7 @@ from tests.fakes import MINUTE, NOON, SECOND
 HOUR = 60 * MINUTE
 
 
-def group(
+def group(  # noqa: PLR0913 - what a situation is made of
     name: str = "a",
     rpm: int = 600,
     *,
@@ -116,30 +116,30 @@ def workers(*groups: Group, present: int = 10, ceiling: int = 100) -> int:
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
-        # 10 a second x 2 s = 20 calls; 50 slots hold 15 of them on average: 2 workers, and one in reserve.
-        ([group(rpm=600)], 3),
+        # 10 a second x 2 s = 20 calls; 50 slots hold 10 of them: 3 workers from batch to batch, and one in reserve.
+        ([group(rpm=600)], 4),
         # 50 a minute need no second worker, but Lambda accepts no less than two.
         ([group(rpm=50)], 2),
         # 66.7 a second x 10 s = 667 calls in flight.
-        ([group(rpm=4_000, call_ms=10_000)], 50),
+        ([group(rpm=4_000, call_ms=10_000)], 71),
         # Slow calls need more workers for the same rate.
-        ([group(rpm=600, call_ms=60_000)], 42),
+        ([group(rpm=600, call_ms=60_000)], 61),
         # Output tokens bind: 60,000 a minute at 1,000 a call are 60 calls a minute, whatever the requests.
-        ([group(rpm=4_000, otpm=60_000, output=1_000, call_ms=10_000)], 2),
+        ([group(rpm=4_000, otpm=60_000, output=1_000, call_ms=10_000)], 3),
         # Groups add up.
-        ([group("a", 600, call_ms=20_000), group("b", 600, call_ms=20_000)], 30),
+        ([group("a", 600, call_ms=20_000), group("b", 600, call_ms=20_000)], 42),
         # An idle group's limits are nobody's work.
         ([group("a", 50), group("b", 4_000, call_ms=10_000, busy=False)], 2),
         # When all are idle there is nothing to go by but all limits.
-        ([group("a", 50, busy=False), group("b", 4_000, call_ms=10_000, busy=False)], 50),
+        ([group("a", 50, busy=False), group("b", 4_000, call_ms=10_000, busy=False)], 71),
         # A blocked group needs none, the other one its own.
-        ([group("a", 4_000, call_ms=10_000, blocked_ms=HOUR), group("b", 600)], 3),
+        ([group("a", 4_000, call_ms=10_000, blocked_ms=HOUR), group("b", 600)], 4),
         # A short block is over before a change has taken hold.
-        ([group("a", 4_000, call_ms=10_000, blocked_ms=20 * SECOND)], 50),
+        ([group("a", 4_000, call_ms=10_000, blocked_ms=20 * SECOND)], 71),
         # A group that turned out to be another one's is none.
-        ([group("a", 600), moved(group("b", 4_000, call_ms=10_000), "other")], 3),
+        ([group("a", 600), moved(group("b", 4_000, call_ms=10_000), "other")], 4),
         # Half the rate after a ramp 429.
-        ([group(rpm=4_000, call_ms=10_000, rate_factor=500, rate_at=NOON)], 26),
+        ([group(rpm=4_000, call_ms=10_000, rate_factor=500, rate_at=NOON)], 36),
     ],
 )
 def test_as_many_workers_as_the_limits_keep_busy(groups: list[Group], expected: int) -> None:
@@ -151,7 +151,7 @@ def test_never_more_than_the_ceiling() -> None:
 
 
 def test_a_lowered_ceiling_is_kept_at_once() -> None:
-    assert 8 == workers(group(rpm=600, call_ms=6_000), present=9, ceiling=8)
+    assert 8 == workers(group(rpm=600, call_ms=10_000), present=9, ceiling=8)
 
 
 def test_a_ceiling_below_what_lambda_accepts_is_two() -> None:
@@ -161,25 +161,26 @@ def test_a_ceiling_below_what_lambda_accepts_is_two() -> None:
 def test_an_unlimited_mapping_gets_a_limit() -> None:
     decision = decided(group(), consumer=Consumer(None, enabled=True, batch_size=50))
 
-    assert 3 == decision.maximum_concurrency
+    assert 4 == decision.maximum_concurrency
     assert decision.changes(Consumer(None, enabled=True, batch_size=50))
 
 
 @pytest.mark.parametrize(
     ("present", "expected"),
     [
-        (2, 3),  # half as many again: a third of the limit would lie idle
-        (3, 3),
-        (4, 4),  # one too many is left alone
-        (5, 3),
-        (100, 3),
+        (2, 4),
+        (3, 4),  # a third as many again: a quarter of the limit would lie idle
+        (4, 4),
+        (5, 5),  # one too many is left alone
+        (6, 4),
+        (100, 4),
     ],
 )
 def test_small_numbers_do_not_flap(present: int, expected: int) -> None:
     assert expected == workers(group(rpm=600), present=present)
 
 
-@pytest.mark.parametrize(("present", "expected"), [(39, 50), (40, 40), (66, 66), (67, 50)])
+@pytest.mark.parametrize(("present", "expected"), [(56, 71), (57, 57), (94, 94), (95, 71)])
 def test_a_quarter_more_or_less_is_left_alone(present: int, expected: int) -> None:
     assert expected == workers(group(rpm=4_000, call_ms=10_000), present=present)
 
@@ -188,7 +189,7 @@ def test_what_is_not_known_is_no_reason_for_fewer_workers() -> None:
     assert 10 == workers()
     assert 10 == workers(unknown())
     assert 10 == workers(unknown(), group(rpm=50))
-    assert 50 == workers(unknown(), group(rpm=4_000, call_ms=10_000))
+    assert 71 == workers(unknown(), group(rpm=4_000, call_ms=10_000))
 
 
 def test_near_the_ceiling_of_messages_in_flight_no_more_workers_take_some() -> None:
@@ -202,7 +203,7 @@ def test_near_the_ceiling_of_messages_in_flight_no_more_workers_take_some() -> N
 
 def test_the_reason_shows_the_arithmetic() -> None:
     assert decided(group(rpm=600)).reason == (
-        "10.0 starts a second keep 20 calls in flight, which is 3 workers with batches of 50"
+        "10.0 starts a second keep 20 calls in flight, which is 4 workers with batches of 50"
     )
 
 
@@ -236,7 +237,7 @@ def test_a_breaker_that_opened_long_ago_says_nothing_about_now() -> None:
     tripped = group(rpm=600, overload_streak=OVERLOAD_STREAK, blocked_until=NOON - ACTIVE_MS)
 
     assert not is_stalled(tripped, NOON)
-    assert 3 == workers(tripped)
+    assert 4 == workers(tripped)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_on_again_a_minute_before_the_first_block_ends() -> None:
 def test_switched_on_again_it_gets_what_the_limits_need() -> None:
     decision = decided(group(rpm=4_000, call_ms=10_000), consumer=OFF, turned_off=True)
 
-    assert (50, True) == (decision.maximum_concurrency, decision.enabled)
+    assert (71, True) == (decision.maximum_concurrency, decision.enabled)
 
 
 def test_what_a_person_switched_off_stays_off() -> None:
@@ -335,7 +336,7 @@ CEILINGS = st.integers(0, 2 * MOST)
 POOL_AGES = st.sampled_from([None, 0, NEW_POOL_MS, HOUR])
 
 
-def decide_so(
+def decide_so(  # noqa: PLR0913 - what varies
     groups: Sequence[Group],
     backlog: Backlog,
     consumer: Consumer,
@@ -458,10 +459,12 @@ def test_a_block_that_reaches_beyond_five_minutes_counts_as_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "measured"), [(1, 1.0), (10, 0.45), (50, 0.30), (100, 0.26), (200, 0.22)]
+    ("batch_size", "light", "heavy"),
+    # The mean of that many durations through the mean of their longest, with sigma 0.6 and 1.2.
+    [(1, 1.0, 1.0), (10, 0.45, 0.25), (50, 0.30, 0.12), (100, 0.26, 0.09)],
 )
-def test_slots_are_used_about_as_measured(batch_size: int, measured: float) -> None:
-    assert slot_efficiency(batch_size) == pytest.approx(measured, abs=0.04)
+def test_slots_are_used_about_as_measured(batch_size: int, light: float, heavy: float) -> None:
+    assert heavy <= slot_efficiency(batch_size) <= light
 
 
 def test_a_reduced_rate_counts_as_such() -> None:

@@ -274,7 +274,7 @@ class _Batch:
                 until = job.lease.until if job.lease else now
                 return PutBack(until - now + self._spread(2_000))
             case Step.EARLY:
-                return PutBack((job.not_before or now) - now + self._spread(1_000))
+                return _wait((job.not_before or now) - now + self._spread(1_000))
             case Step.CANCEL:
                 return await self._end(job, State.CANCELED, None)
             case Step.EXPIRE:

@@ -1,0 +1,189 @@
+"""The table: in the terminal, and as a block of docs/bench.md that the bench itself writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from bench.limits.runners import Run
+from bench.limits.scenarios import Scenario
+
+BEGIN = "<!-- results: written by `python -m bench.limits --write docs/bench.md` -->"
+END = "<!-- end of results -->"
+HEADS = (
+    "scenario",
+    "client",
+    "score",
+    "lost",
+    "429s per answer",
+    "billed twice (avoidable)",
+    "seconds (ideal)",
+    "CPU s (imports)",
+    "limiter writes",
+    "receives per job",
+    "Lambda GB s",
+)
+FOLLOW_SECONDS = 30.0
+"""How soon Sluice is to follow a changed limit."""
+MOST_CPU_SECONDS = 10.0
+"""Per 1,000 jobs, imports apart."""
+MOST_LIMITER_WRITES = 150.0
+"""Per 1,000 jobs in one limit group."""
+PER_THOUSAND = "CPU seconds, limiter writes and Lambda GB seconds are per 1,000 jobs done."
+NONE = "–"  # noqa: RUF001 - a dash that reads as one
+
+
+class NoMarkers(ValueError):
+    """The file does not say where the results go."""
+
+
+def cells(run: Run, scenario: Scenario) -> tuple[str, ...]:
+    """Return the row of one run."""
+    percent = f"{run.score:.1%}"
+    if scenario.stranger_jobs:
+        percent = f"{percent} of what is left, {run.score_alone:.1%} of all"
+    calls = run.calls
+    return (
+        scenario.title,
+        run.client,
+        percent,
+        f"{run.lost:,}",
+        f"{calls.rate_limited_per_answer:.3f}",
+        f"{calls.billed_twice} ({calls.avoidable})",
+        f"{run.seconds:.1f} ({run.ideal_seconds_left:.1f})",
+        *_spent(run),
+    )
+
+
+def _spent(run: Run) -> tuple[str, str, str, str]:
+    done = max(1, run.done)
+    spent = run.spent
+    if spent is None:
+        return _per_thousand(run.client_cpu_seconds, done, 1), NONE, NONE, NONE
+    imports = ""
+    if spent.import_cpu_seconds is not None:
+        imports = f" ({spent.processes} x {spent.import_cpu_seconds:.1f})"
+    writes = spent.limiter_writes
+    return (
+        _per_thousand(spent.cpu_seconds, done, 1) + imports,
+        _per_thousand(spent.limiter_versions if writes is None else writes, done, 0),
+        NONE if spent.receives is None else f"{spent.receives / done:.2f}",
+        _per_thousand(spent.lambda_gb_seconds, done, 0),
+    )
+
+
+def _per_thousand(amount: float | None, done: int, digits: int) -> str:
+    return NONE if amount is None else f"{amount * 1000 / done:,.{digits}f}"
+
+
+def misses(run: Run, scenario: Scenario) -> list[str]:
+    """Return what Sluice was to reach and did not; other clients are to reach nothing."""
+    if run.client != "sluice":
+        return []
+    missed = []
+    target = scenario.target
+    if target is not None and run.score < target.score:
+        missed.append(f"score {run.score:.1%}, at least {target.score:.0%} wanted")
+    if target is not None and run.calls.rate_limited_per_answer > target.rate_limited_per_answer:
+        missed.append(
+            f"{run.calls.rate_limited_per_answer:.3f} 429s per answer, "
+            f"at most {target.rate_limited_per_answer:g} wanted"
+        )
+    if run.lost:
+        missed.append(f"{run.lost} jobs lost, none wanted")
+    if run.calls.avoidable:
+        missed.append(f"{run.calls.avoidable} avoidable double billings, none wanted")
+    missed += _overspent(run, scenario)
+    for each in run.followed:
+        if each.seconds is None or each.seconds > FOLLOW_SECONDS:
+            took = "never" if each.seconds is None else f"only after {each.seconds:.1f} s"
+            missed.append(f"{took} at the new limit of {each.requests_per_minute} RPM")
+    return missed
+
+
+def _overspent(run: Run, scenario: Scenario) -> list[str]:
+    if run.spent is None:
+        return []
+    thousands = max(1, run.done) / 1000
+    missed = []
+    if (run.spent.cpu_seconds or 0.0) > MOST_CPU_SECONDS * thousands:
+        missed.append(
+            f"{(run.spent.cpu_seconds or 0.0) / thousands:.1f} CPU seconds per 1,000 jobs, "
+            f"at most {MOST_CPU_SECONDS:g} wanted"
+        )
+    writes = run.spent.limiter_writes or 0
+    if len(scenario.organisations) == 1 and writes > MOST_LIMITER_WRITES * thousands:
+        missed.append(
+            f"{writes / thousands:.0f} limiter writes per 1,000 jobs, "
+            f"at most {MOST_LIMITER_WRITES:g} wanted"
+        )
+    return missed
+
+
+def remarks(run: Run, scenario: Scenario) -> list[str]:
+    """Return what a run has to say beside its row."""
+    said = [
+        f"at the new limit of {each.requests_per_minute} RPM within 10 % "
+        + ("never" if each.seconds is None else f"after {each.seconds:.1f} s")
+        for each in run.followed
+    ]
+    said += run.notes
+    if run.calls.foreign_bodies:
+        said.append("rewrites its requests: the ideal time is that of the answers it got")
+    said += [f"missed: {miss}" for miss in misses(run, scenario)]
+    return [f"{scenario.name}, {run.client}: {text}" for text in said]
+
+
+def terminal_table(runs: Sequence[Run], scenarios: Mapping[str, Scenario]) -> Table:
+    """Return the table as a person reads it."""
+    table = Table(caption=PER_THOUSAND, caption_justify="left")
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="left" if number < 2 else "right")  # noqa: PLR2004
+    last = None
+    for run in runs:
+        if last is not None and run.scenario != last:
+            table.add_section()
+        last = run.scenario
+        scenario = scenarios[run.scenario]
+        style = "red" if misses(run, scenario) else ""
+        table.add_row(*(Text(cell, style=style) for cell in cells(run, scenario)))
+    return table
+
+
+def markdown(runs: Sequence[Run], scenarios: Mapping[str, Scenario], about: str) -> str:
+    """Return the same as Markdown."""
+    lines = [about, "", _row(HEADS), _row(["---"] * 2 + ["---:"] * (len(HEADS) - 2))]
+    lines += [_row(cells(run, scenarios[run.scenario])) for run in runs]
+    lines += ["", PER_THOUSAND]
+    said = [line for run in runs for line in remarks(run, scenarios[run.scenario])]
+    if said:
+        lines += ["", *(f"- {line}" for line in said)]
+    return "\n".join(lines)
+
+
+def _row(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def write_between_markers(path: Path, block: str) -> None:
+    """Put the block between the file's markers, in place of the last one."""
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise NoMarkers(f"{path} has no lines {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}", encoding="utf-8")
+
+
+def as_json(runs: Sequence[Run], about: str) -> str:
+    """Return everything that was measured."""
+    rows = [
+        asdict(run) | {"lost": run.lost, "score": run.score, "score_alone": run.score_alone}
+        for run in runs
+    ]
+    return json.dumps({"about": about, "runs": rows}, indent=1) + "\n"

@@ -1,0 +1,25 @@
+"""Woken every minute: sets how many workers may run, and sends parked jobs that are due again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from sluice import wiring
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+SAFETY_MS: Final = 10_000
+"""What remains of the invocation for the last step of a sweep."""
+
+
+def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG001 - Lambda's signature
+    """Govern, then sweep; neither waits for the other to succeed."""
+    stop_at = wiring.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
+    try:
+        try:
+            wiring.governor()()
+        finally:
+            wiring.sweep()(stop_at)
+    finally:
+        wiring.telemetry().flush()

@@ -1,0 +1,297 @@
+"""The sweep: parked jobs come back when they are due, each once, and no faster than they can start."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from sluice.domain import jobs as life
+from sluice.domain.errors import StoreBusy
+from sluice.domain.jobs import Job, JobError, Lease, State, due_at
+from sluice.domain.limits import Group, Seen, new_group
+from sluice.sweep import HOLD_MS, Sweep, Swept
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    SECOND,
+    FrozenClock,
+    MemoryJobs,
+    MemoryLimits,
+    MemoryQueue,
+    RecordingEvents,
+    a_job,
+    known_group,
+)
+
+FOREVER = NOON + 24 * 60 * MINUTE
+NO_JOB = Swept()
+
+
+class Scene:
+    """Jobs that a worker parked, some limit groups, and the queue."""
+
+    def __init__(self, *jobs: Job, groups: tuple[Group, ...] = ()) -> None:
+        self.clock = FrozenClock()
+        self.jobs = MemoryJobs(*jobs)
+        self.queue = MemoryQueue(self.clock.now)
+        self.limits = MemoryLimits(*groups)
+        self.events = RecordingEvents()
+
+    def sweep(self, stop_at: int = FOREVER) -> Swept:
+        use_case = Sweep(
+            self.jobs,
+            self.jobs,
+            self.queue,
+            self.limits,
+            {"claude-a": "a", "claude-b": "b"},
+            self.clock,
+            self.events,
+        )
+        return use_case(stop_at)
+
+    def sent(self) -> list[str | None]:
+        return [message.job_id for message in self.queue.receive(10_000)]
+
+
+def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
+    """A job that a worker put aside; due after so many minutes."""
+    owner = Lease("worker", NOON)
+    running = life.claim(a_job(job_id, **facts), owner.owner, NOON - MINUTE, NOON)
+    not_before = NOON + int(minutes * MINUTE)
+    return life.snooze(
+        running, owner.owner, NOON - MINUTE, reason="spend limit", not_before=not_before
+    )
+
+
+def slow_group(rpm: int, model_group: str = "a", **facts: object) -> Group:
+    return replace(
+        known_group(model_group=model_group, seen={"requests": Seen(rpm, 1)}),
+        output_tokens=known_group().output_tokens,
+        **facts,  # type: ignore[arg-type]
+    )
+
+
+def test_a_parked_job_gets_another_message_when_it_is_due() -> None:
+    scene = Scene(parked(minutes=20))
+
+    scene.clock.at = NOON + 20 * MINUTE - 1
+    assert (NO_JOB, []) == (scene.sweep(), scene.sent())
+    scene.clock.at = NOON + 20 * MINUTE
+    swept = scene.sweep()
+
+    assert (Swept(due=1, sent=1), ["job_1"]) == (swept, scene.sent())
+    assert State.QUEUED == scene.jobs.stored["job_1"].state
+    assert "acme" == scene.queue.tenants["job_1"]
+    assert [("parked jobs swept", {"due": 1, "sent": 1, "expired": 0, "left": 0})] == (
+        scene.events.notes
+    )
+
+
+def test_it_is_sent_once() -> None:
+    scene = Scene(parked())
+    scene.sweep()
+    scene.clock.at += 60 * MINUTE
+
+    assert NO_JOB == scene.sweep()
+    assert ["job_1"] == scene.sent()
+
+
+def test_a_job_with_a_message_is_not_the_sweeps_business() -> None:
+    waiting = a_job("job_1")
+    running = life.claim(a_job("job_2"), "worker", NOON, NOON + MINUTE)
+    snoozed = life.snooze(running, "worker", NOON, reason="rate limited")
+    canceled = life.request_cancel(parked("job_3"), NOON)
+    scene = Scene(waiting, replace(running, job_id="job_4"), snoozed, canceled)
+
+    assert NO_JOB == scene.sweep()
+    assert [] == scene.sent()
+
+
+def test_two_sweeps_at_once_send_it_once() -> None:
+    scene = Scene(parked())
+    seen = scene.jobs.due(NOON, 10)
+    scene.sweep()
+
+    (late,) = seen
+    assert scene.jobs.hold(late, NOON + HOLD_MS) is None
+    assert ["job_1"] == scene.sent()
+
+
+def test_what_the_queue_does_not_take_stays_due() -> None:
+    scene = Scene(parked("job_1"), parked("job_2"))
+    scene.queue.untaken = {"job_1"}
+
+    assert Swept(due=2, sent=1, left=1) == scene.sweep()
+    scene.queue.untaken = set()
+    scene.clock.at += HOLD_MS
+    assert Swept(due=1, sent=1) == scene.sweep()
+
+    assert ["job_2", "job_1"] == scene.sent()
+
+
+@pytest.mark.parametrize("verb", ["hold", "release"])
+def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
+    """Dying between sending and releasing sends it twice: the lease decides who runs it."""
+    scene = Scene(parked())
+    scene.jobs.fail_next(verb)
+
+    with pytest.raises(StoreBusy):
+        scene.sweep()
+    scene.clock.at += HOLD_MS
+    scene.sweep()
+
+    assert {"job_1"} == set(scene.sent())
+    assert {} == scene.jobs.parked
+
+
+def test_a_worker_that_was_quicker_than_the_release_keeps_the_job() -> None:
+    scene = Scene(parked())
+
+    def claim() -> None:
+        job = scene.jobs.stored["job_1"]
+        scene.jobs.replace(life.claim(job, "another", NOON, NOON + MINUTE), job.version)
+
+    scene.queue.send = _then(scene.queue.send, claim)  # type: ignore[method-assign]
+    scene.sweep()
+
+    assert State.RUNNING == scene.jobs.stored["job_1"].state
+
+
+def _then(send: Callable[..., list[str]], act: Callable[[], None]) -> Callable[..., list[str]]:
+    def sending(jobs: list[tuple[str, str]]) -> list[str]:
+        unsent = send(jobs)
+        act()
+        return unsent
+
+    return sending
+
+
+# Deadlines -------------------------------------------------------------------------------------------------
+
+
+def test_a_job_past_its_deadline_expires_and_is_not_sent() -> None:
+    scene = Scene(parked(minutes=60, deadline=NOON + 30 * MINUTE))
+
+    scene.clock.at = NOON + 30 * MINUTE
+    swept = scene.sweep()
+
+    job = scene.jobs.stored["job_1"]
+    assert Swept(due=1, expired=1) == swept
+    assert (State.EXPIRED, scene.clock.at) == (job.state, job.finished_at)
+    assert "deadline_exceeded" == (job.error or JobError("", "")).type
+    assert 1 == scene.events.counted("JobsExpired")
+    assert "job expired" == scene.events.notes[0][0]
+    assert [] == scene.sent()
+
+
+def test_a_deadline_ends_a_job_though_its_group_is_blocked() -> None:
+    blocked = slow_group(600, blocked_until=FOREVER)
+    scene = Scene(parked(deadline=NOON + 30 * MINUTE), parked("job_2"), groups=(blocked,))
+
+    assert Swept(due=2, left=2) == scene.sweep()
+    scene.clock.at = NOON + 30 * MINUTE
+
+    assert Swept(due=2, expired=1, left=1) == scene.sweep()
+
+
+def test_a_job_that_went_on_meanwhile_is_not_expired() -> None:
+    job = parked(deadline=NOON + MINUTE)
+    scene = Scene(job)
+    scene.clock.at = NOON + MINUTE
+    scene.jobs.before_replace.append(
+        lambda: scene.jobs._put(life.request_cancel(job, NOON))  # noqa: SLF001 - a fake's door
+    )
+
+    assert Swept(due=1, left=1) == scene.sweep()
+    assert State.CANCELED == scene.jobs.stored["job_1"].state
+
+
+def test_an_index_that_is_behind_expires_nothing() -> None:
+    job = parked(deadline=NOON + MINUTE)
+    scene = Scene(job)
+    scene.clock.at = NOON + MINUTE
+    scene.jobs.stored["job_1"] = life.request_cancel(job, NOON)
+
+    assert Swept(due=1, left=1) == scene.sweep()
+    del scene.jobs.stored["job_1"]
+
+    assert Swept(due=1, left=1) == scene.sweep()
+
+
+# Pace ------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_as_can_start_until_the_next_run_and_a_little_after() -> None:
+    jobs = [parked(f"job_{number:03}", minutes=number / 1000) for number in range(200)]
+    scene = Scene(*jobs, groups=(slow_group(60),))
+    scene.clock.at = NOON + MINUTE
+
+    swept = scene.sweep()
+
+    assert (75, 125) == (swept.sent, swept.left)
+    assert [f"job_{number:03}" for number in range(75)] == sorted(map(str, scene.sent()))
+
+
+def test_nothing_is_sent_into_a_group_that_stays_blocked() -> None:
+    scene = Scene(parked(), groups=(slow_group(60, blocked_until=NOON + 5 * MINUTE),))
+
+    assert Swept(due=1, left=1) == scene.sweep()
+    scene.clock.at = NOON + 5 * MINUTE - 30 * SECOND
+
+    assert Swept(due=1, sent=1) == scene.sweep()
+
+
+def test_one_groups_backlog_does_not_hold_up_another_group() -> None:
+    backlog = [parked(f"job_{number:04}", minutes=0) for number in range(1_000)]
+    other = parked("job_other", minutes=1, model="claude-b")
+    blocked = slow_group(60, blocked_until=FOREVER)
+    scene = Scene(*backlog, other, groups=(blocked, slow_group(60, "b")))
+    scene.clock.at = NOON + MINUTE
+
+    scene.sweep()
+
+    assert ["job_other"] == scene.sent()
+
+
+def test_a_model_that_no_group_is_known_for_goes_at_the_safe_rate() -> None:
+    jobs = [parked(f"job_{number:03}", model="claude-new") for number in range(100)]
+    scene = Scene(*jobs, groups=(slow_group(6_000), new_group("org", "x", NOON)))
+
+    assert 75 == scene.sweep().sent
+
+
+def test_a_full_queue_gets_a_quarter() -> None:
+    jobs = [parked(f"job_{number:03}") for number in range(100)]
+    scene = Scene(*jobs, groups=(slow_group(60),))
+    for number in range(76):
+        scene.queue.post(body=str(number))
+
+    assert 19 == scene.sweep().sent
+
+
+def test_it_stops_between_steps_when_its_time_is_over() -> None:
+    jobs = [parked(f"job_{number:03}") for number in range(300)]
+    scene = Scene(*jobs, groups=(slow_group(6_000),))
+    scene.queue.send = _then(  # type: ignore[method-assign]
+        scene.queue.send, lambda: setattr(scene.clock, "at", scene.clock.at + 10 * SECOND)
+    )
+
+    assert Swept(due=300, sent=200, left=100) == scene.sweep(stop_at=NOON + 15 * SECOND)
+
+
+# What parked means -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        (a_job(), None),
+        (a_job(not_before=NOON), NOON),
+        (a_job(not_before=NOON, deadline=NOON + 1), NOON),
+        (a_job(not_before=NOON, deadline=NOON - 1), NOON - 1),
+        (a_job(not_before=NOON, state=State.RUNNING), None),
+        (a_job(not_before=NOON, state=State.CANCELED), None),
+    ],
+)
+def test_parked_is_a_waiting_job_with_a_time(job: Job, expected: int | None) -> None:
+    assert expected == due_at(job)
