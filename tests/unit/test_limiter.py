@@ -413,7 +413,7 @@ def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) ->
 
 
 def test_a_job_that_comes_while_groups_are_read_gets_its_turn(crew: Crew) -> None:
-    async def story(limiter: Limiter) -> list[Admitted]:
+    async def story(limiter: Limiter) -> tuple[Admitted, Admitted]:
         first = asyncio.create_task(crew.admit(limiter, claimants=[claimant("one")]))
         await asyncio.sleep(0.007)
         second = asyncio.create_task(crew.admit(limiter, claimants=[claimant("two")]))
