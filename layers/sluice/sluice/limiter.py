@@ -26,6 +26,7 @@ from sluice.domain.limits import (
     block,
     group_id,
     grown,
+    known,
     moved,
     new_group,
     next_start,
@@ -341,14 +342,11 @@ class Limiter:
         now = self._clock.now()
         if headers.seen:
             books.observations.append((now, headers))
-            bucket_limits_known = all(
-                books.group.bucket(dimension).learned
-                and books.group.bucket(dimension).limit == seen.limit
-                for dimension, seen in headers.seen.items()
+            books.urgent = books.urgent or not all(
+                known(books.group, dimension, seen) for dimension, seen in headers.seen.items()
             )
-            books.urgent = books.urgent or not bucket_limits_known
-        elif served:
-            # An upstream that names no limits is explored by its answers.
+        if served and len(headers.seen) < len(DIMENSIONS):
+            # Limits that upstream does not name are explored by its answers.
             books.changes.append(lambda group, _: grown(group))
             books.gather(now)
         if served and books.group.overload_streak:

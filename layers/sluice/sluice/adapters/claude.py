@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import anthropic
 import httpx2
-from anthropic import AsyncAnthropic, AsyncStream, Omit
+from anthropic import AsyncAnthropic, AsyncStream, DefaultAsyncHttpxClient, Omit
 
 from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
@@ -23,6 +24,9 @@ from sluice.ports import NO_HEADERS, Answer, CallRequest, Headers, Refused
 
 STREAM_FROM_TOKENS: Final = 8_192
 """Longer outputs are streamed, so that no idle connection is cut on the way."""
+
+CALLS_PER_CLIENT: Final = 8
+"""A client looks at all its connections at every call; small pools keep that from growing with the square."""
 
 SILENCE_SECONDS: Final = 120.0
 """A stream that says nothing for so long (it sends pings) is dead."""
@@ -58,20 +62,31 @@ _NEVER_SENT: Final = (
 )
 
 
+@dataclass(eq=False, slots=True)
+class _Line:
+    """One SDK client and how many calls it has under way."""
+
+    client: AsyncAnthropic
+    calls: int = 0
+
+
 class SdkClaude:
-    """One SDK client per base URL, kept across invocations with its open connections."""
+    """A few SDK clients per base URL, kept across invocations with their open connections."""
 
     def __init__(self) -> None:
-        self._clients: dict[str, AsyncAnthropic] = {}
+        self._lines: dict[str, list[_Line]] = {}
+        self._tls: ssl.SSLContext | None = None
 
     async def send(self, request: CallRequest) -> Answer | Refused:
         """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
         partial = _Partial(Growing())
+        line = self._line(request.key.base_url)
+        line.calls += 1
         try:
             async with asyncio.timeout(request.window_ms / 1000):
                 if request.max_tokens >= STREAM_FROM_TOKENS:
-                    return await self._stream(request, partial)
-                return await self._ask(request)
+                    return await self._stream(line.client, request, partial)
+                return await self._ask(line.client, request)
         except anthropic.APIStatusError as error:
             return _refused(error, partial)
         except (anthropic.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -87,22 +102,32 @@ class SdkClaude:
                 had_full_window=request.full_window,
             )
             return Refused(failure, partial.headers)
+        finally:
+            line.calls -= 1
 
     async def close(self) -> None:
         """Close the connections. A worker never does: its environment just ends."""
-        for client in self._clients.values():
-            await client.close()
-        self._clients.clear()
+        for lines in self._lines.values():
+            for line in lines:
+                await line.client.close()
+        self._lines.clear()
 
-    def _client(self, base_url: str) -> AsyncAnthropic:
-        if base_url not in self._clients:
-            self._clients[base_url] = AsyncAnthropic(
-                base_url=base_url,
-                # Every call carries its own key; this one is never sent.
-                api_key="set-per-call",
-                max_retries=0,
-            )
-        return self._clients[base_url]
+    def _line(self, base_url: str) -> _Line:
+        """Return the first client with room: a few are kept busy, so that their connections stay open."""
+        lines = self._lines.setdefault(base_url, [])
+        for line in lines:
+            if line.calls < CALLS_PER_CLIENT:
+                return line
+        self._tls = self._tls or httpx2.create_ssl_context()
+        client = AsyncAnthropic(
+            base_url=base_url,
+            # Every call carries its own key; this one is never sent.
+            api_key="set-per-call",
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(verify=self._tls),
+        )
+        lines.append(_Line(client))
+        return lines[-1]
 
     @staticmethod
     def _arguments(request: CallRequest, *, stream: bool) -> dict[str, Any]:
@@ -127,8 +152,7 @@ class SdkClaude:
             "timeout": httpx2.Timeout(seconds, connect=5.0, read=read),
         }
 
-    async def _ask(self, request: CallRequest) -> Answer | Refused:
-        client = self._client(request.key.base_url)
+    async def _ask(self, client: AsyncAnthropic, request: CallRequest) -> Answer | Refused:
         raw = await client.messages.with_raw_response.create(
             **self._arguments(request, stream=False)
         )
@@ -140,9 +164,10 @@ class SdkClaude:
             return _not_a_message(partial)
         return _answer(message, text, partial)
 
-    async def _stream(self, request: CallRequest, partial: _Partial) -> Answer | Refused:
+    async def _stream(
+        self, client: AsyncAnthropic, request: CallRequest, partial: _Partial
+    ) -> Answer | Refused:
         """Read the events ourselves: the SDK's own sum of them drops what it does not know."""
-        client = self._client(request.key.base_url)
         call = client.messages.with_streaming_response.create(
             **self._arguments(request, stream=True), stream=True
         )

@@ -438,6 +438,14 @@ class Observation:
     pending: Cost = Cost(requests=0)
 
 
+def known(group: Group, dimension: Dimension, seen: Seen) -> bool:
+    """Tell whether a limit that headers name is the one that is kept to already."""
+    bucket = group.bucket(dimension)
+    return bucket.learned and bucket.limit == min(
+        seen.limit, group.stated.get(dimension, seen.limit)
+    )
+
+
 def observe(group: Group, observation: Observation, now: int) -> Group:
     """Correct the books by what upstream says. Answers come back out of order: an older one than the last is dropped.
 
