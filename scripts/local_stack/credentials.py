@@ -11,6 +11,8 @@ from typing import Any
 
 from scripts.local_stack.emulator import Emulator, StackError
 from sluice.domain import client_keys
+from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.keys import parse_key_pool
 
 TEST_KEY = "sk-ant-test-local"
 """The upstream key the simulator gets when nobody gave a key pool."""
@@ -42,17 +44,13 @@ def read_key_pool(source: Path | KeyPool | None, claude_url: str | None) -> KeyP
 
 
 def _check(name: str, pool: object) -> None:
-    keys = pool.get("keys") if isinstance(pool, Mapping) else None
-    if not isinstance(keys, list):
-        raise StackError(f'{name} is not {{"keys": [...]}}')
+    """Refuse what the worker would refuse later, where only its log shows it."""
+    try:
+        keys = parse_key_pool(pool)
+    except KeyPoolBroken as error:
+        raise StackError(f"{name}: {error}") from error
     if not keys:
         raise StackError(f"{name} has no keys")
-    for place, key in enumerate(keys, start=1):
-        if not isinstance(key, Mapping):
-            raise StackError(f"{name}: key {place} is not an object")
-        for field in ("id", "api_key"):
-            if not isinstance(key.get(field), str) or not key[field]:
-                raise StackError(f"{name}: key {place} has no {field}")
 
 
 def _with_base_url(key: Mapping[str, Any], claude_url: str | None) -> Mapping[str, Any]:

@@ -37,6 +37,14 @@ def complaint(job: object) -> str:
 # Requests --------------------------------------------------------------------------------------------------
 
 
+def test_a_job_nested_too_deeply_is_refused() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    assert "the job is nested too deeply" == complaint({"params": PARAMS | {"system": deep}})
+
+
 def test_a_job_needs_only_its_params() -> None:
     assert Submission(PARAMS) == read()
 

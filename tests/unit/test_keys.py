@@ -16,6 +16,8 @@ from tests.fakes import upstream_key
 
 SECRET = "sk-ant-test-secret"
 
+MAIN = upstream_key().fingerprint
+
 
 def pool(*rows: Any) -> dict[str, Any]:
     return {"keys": list(rows)}
@@ -74,8 +76,8 @@ def test_an_empty_pool_is_a_pool() -> None:
         ("text", "the key pool must be"),
         ({}, "the key pool must be"),
         ({"keys": {}}, "the key pool must be"),
-        (pool("text"), "key 0 of the pool is not an object"),
-        (pool({"api_key": SECRET}, 7), "key 1 of the pool is not an object"),
+        (pool("text"), "key 1 of the pool is not an object"),
+        (pool({"api_key": SECRET}, 7), "key 2 of the pool is not an object"),
         (pool({"api_key": SECRET, "wieght": 2, "a": 1}), "unknown fields: a, wieght"),
         (pool({"id": "main"}), "has no api_key"),
         (pool({"api_key": ""}), "has no api_key"),
@@ -144,33 +146,21 @@ def test_the_pool_says_who_may_use_a_key_for_what(
 # Rejected --------------------------------------------------------------------------------------------------
 
 
-def test_a_rejected_key_is_out_for_every_model() -> None:
+def test_a_rejected_key_is_out() -> None:
     key = upstream_key()
 
-    mark = KeyMark("main", rejected=key.fingerprint)
-
-    assert mark.rejects(key, "claude-a")
-    assert mark.rejects(key, "claude-b")
-
-
-def test_a_key_rejected_for_a_model_still_serves_others() -> None:
-    key = upstream_key()
-
-    mark = KeyMark("main", rejected_models={"claude-a": key.fingerprint})
-
-    assert mark.rejects(key, "claude-a-20260101")
-    assert not mark.rejects(key, "claude-b")
+    assert KeyMark("main", rejected=key.fingerprint).rejects(key)
 
 
 def test_a_new_key_under_the_same_id_is_tried_again() -> None:
     old = upstream_key(api_key="sk-ant-test-old")
-    mark = KeyMark("main", rejected=old.fingerprint, rejected_models={"claude-a": old.fingerprint})
+    mark = KeyMark("main", rejected=old.fingerprint)
 
-    assert not mark.rejects(upstream_key(api_key="sk-ant-test-new"), "claude-a")
+    assert not mark.rejects(upstream_key(api_key="sk-ant-test-new"))
 
 
 def test_a_key_nobody_rejected_is_in() -> None:
-    assert not KeyMark("main", organization="org").rejects(upstream_key(), "claude-a")
+    assert not KeyMark("main", organization="org").rejects(upstream_key())
 
 
 # Organisations ---------------------------------------------------------------------------------------------
@@ -181,11 +171,13 @@ def test_a_key_nobody_rejected_is_in() -> None:
     [
         ("org-1", None, "org-1"),
         # What the pool says goes before what a header said.
-        ("org-1", KeyMark("main", "org-2"), "org-1"),
-        (None, KeyMark("main", "org-2"), "org-2"),
+        ("org-1", KeyMark("main", "org-2", MAIN), "org-1"),
+        (None, KeyMark("main", "org-2", MAIN), "org-2"),
         # Unknown yet: the key stands for itself.
-        (None, KeyMark("main"), "key:main"),
-        (None, None, "key:main"),
+        (None, KeyMark("main"), f"key:main-{MAIN[:8]}"),
+        (None, None, f"key:main-{MAIN[:8]}"),
+        # Learned with another key under the same id, which may have been another organisation's.
+        (None, KeyMark("main", "org-2", "another"), f"key:main-{MAIN[:8]}"),
     ],
 )
 def test_a_key_draws_on_the_limits_of_its_organization(
@@ -200,7 +192,10 @@ def test_two_keys_of_one_organization_are_told_to_add_nothing() -> None:
         upstream_key("b", organization=None),
         upstream_key("c", organization=None),
     ]
-    marks = {"b": KeyMark("b", "org-1"), "c": KeyMark("c", "org-2")}
+    marks = {
+        "b": KeyMark("b", "org-1", keys[1].fingerprint),
+        "c": KeyMark("c", "org-2", keys[2].fingerprint),
+    }
 
     (sentence,) = shared_organizations(keys, marks)
 

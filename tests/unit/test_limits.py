@@ -591,6 +591,16 @@ def test_no_headers_whatever_make_the_group_unusable(
         assert state.bucket(name).level <= state.bucket(name).capacity * SCALE
 
 
+def test_short_requests_do_not_teach_how_long_a_token_is() -> None:
+    """Nine tokens for "Hi" are overhead; a long prompt after many of them must not look four times as large."""
+    state = known_group()
+    for _ in range(100):
+        reserved = state.estimate(2, 100)
+        state = settle(state, [Settlement(state.epoch, reserved, Cost(1, 9, 5), 2, 500)], NOON)
+
+    assert state.estimate(91_000, 100).input_tokens < 30_000
+
+
 # Limits that are stated, or that nobody tells --------------------------------------------------------------
 
 

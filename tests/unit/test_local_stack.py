@@ -58,15 +58,16 @@ def test_only_keys_without_a_base_url_are_sent_to_the_given_claude() -> None:
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", 'is not {"keys": [...]}'),
-        ('{"key": []}', 'is not {"keys": [...]}'),
-        ('{"keys": {}}', 'is not {"keys": [...]}'),
+        ("[]", 'must be {"keys": ['),
+        ('{"key": []}', 'must be {"keys": ['),
+        ('{"keys": {}}', 'must be {"keys": ['),
         ('{"keys": []}', "has no keys"),
-        ('{"keys": ["sk-ant-test-1"]}', "key 1 is not an object"),
-        ('{"keys": [{"api_key": "sk-ant-test-1"}]}', "key 1 has no id"),
+        ('{"keys": ["sk-ant-test-1"]}', "key 1 of the pool is not an object"),
+        ('{"keys": [{"api_key": "sk-ant-test-1", "weight": -1}]}', "weight must be a whole number"),
+        ('{"keys": [{"api_key": "sk-ant-test-1", "foo": 1}]}', "unknown fields: foo"),
         (
             '{"keys": [{"id": "a", "api_key": "sk-ant-test-1"}, {"id": "b"}]}',
-            "key 2 has no api_key",
+            "key 2 of the pool has no api_key",
         ),
     ],
 )

@@ -70,7 +70,7 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("redirect", failed(302), GiveUp, Effect.NONE),
     # The key is wrong: another one may do.
     ("unauthenticated", failed(401, "authentication_error"), Snooze, Effect.REJECT_KEY),
-    ("forbidden", failed(403, "permission_error"), Snooze, Effect.REJECT_KEY_FOR_MODEL),
+    ("forbidden", failed(403, "permission_error"), Snooze, Effect.REFUSED_TO_KEY),
     # Money: the group rests, and somebody has to look.
     ("billing", failed(402, "billing_error"), Snooze, Effect.PARK_GROUP),
     ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.PARK_GROUP),

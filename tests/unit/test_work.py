@@ -122,8 +122,8 @@ def test_the_order_of_writes_is_the_promise(make: Make) -> None:
     told = [line for line in gateway.journal if "limits" not in line]
     assert [
         "the jobs table: get_many",
-        "the jobs table: replace job_1 running",
         "the params table: get job_1",
+        "the jobs table: replace job_1 running",
         "Claude: call",
         "the data bucket: put job_1",
         "the jobs table: replace job_1 succeeded",
@@ -613,6 +613,58 @@ def test_a_model_refused_to_every_key_ends_the_job(make: Make) -> None:
     assert 1 == len(gateway.claude.calls)
 
 
+def test_one_request_that_is_refused_ends_no_other_job(make: Make) -> None:
+    """A 403 is about a file, a beta or a model of this request as often as about the key."""
+    keys = [upstream_key("a", organization="org-1"), upstream_key("b", organization="org-2")]
+    gateway = make(a_job("job_1"), a_job("job_2"), keys=keys)
+    gateway.claude.when = lambda request: (
+        refused(403, "permission_error") if "job_1" in request.params else None
+    )
+
+    gateway.once()
+    gateway.submit(a_job("job_3"))
+    gateway.drain()
+
+    assert State.ERRORED == gateway.job("job_1").state
+    assert {State.SUCCEEDED} == {gateway.job(name).state for name in ("job_2", "job_3")}
+
+
+def test_keys_that_change_places_are_learned_anew(make: Make) -> None:
+    """Setup was run again with the keys in the other order: nobody may wait for ever for the old groups."""
+    gateway = make(
+        a_job("job_1"), keys=[upstream_key("a", organization=None, api_key="sk-ant-test-1")]
+    )
+    gateway.claude.when = lambda request: answer(organization=f"org {request.key.api_key[-1]}")
+    gateway.once()
+
+    for number, text in ((2, "sk-ant-test-2"), (3, "sk-ant-test-1"), (4, "sk-ant-test-2")):
+        gateway.pool.pool = [upstream_key("a", organization=None, api_key=text)]
+        gateway.submit(a_job(f"job_{number}"))
+        gateway.drain()
+
+    assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
+
+
+def test_an_answer_is_kept_when_the_keys_mark_cannot_be_written(make: Make) -> None:
+    gateway = make(a_job(), keys=[upstream_key(organization=None)])
+    gateway.claude.otherwise = answer(organization="org-7")
+    gateway.limits.break_down("mark")
+
+    assert [] == gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state
+    assert 1 == len(gateway.ledger.rows)
+
+
+def test_params_that_cannot_be_read_use_no_attempt(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.params.fail_next("get")
+
+    assert ["message-1"] == gateway.once()
+
+    assert (State.QUEUED, 0) == (gateway.job().state, gateway.job().attempts_used)
+
+
 def test_a_model_the_pool_allows_nobody_ends_the_job_without_a_call(make: Make) -> None:
     gateway = make(a_job(), keys=[upstream_key(models=frozenset({"claude-b"}))])
 
@@ -656,7 +708,7 @@ def test_an_organization_is_learned_from_the_first_answer_and_kept_for_all(make:
 
     assert "org-7" == gateway.limits.known["main"].organization
     assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
-    assert "org-7" == gateway.limits.stored["key:main/a"].moved_to
+    assert "org-7" == gateway.limits.stored[f"key:main-{upstream_key().fingerprint[:8]}/a"].moved_to
     gateway.submit(a_job("job_9"))
     gateway.time.run(gateway.invoke(gateway.new_worker()))
     assert "org-7/a" in gateway.limits.stored

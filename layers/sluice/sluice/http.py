@@ -34,6 +34,8 @@ MOST_JOBS: Final = 100
 MOST_BYTES: Final = 4_000_000
 """Of a request body. Lambda takes 6 MB including the headers and JSON escapes that API Gateway adds."""
 
+NOT_AN_OBJECT: Final = 'the body must be a JSON object: one job, or {"jobs": [...]}'
+
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -86,9 +88,16 @@ class JobRequest(BaseModel):
     @field_validator("deadline", mode="before")
     @classmethod
     def _as_text(cls, deadline: object) -> object:
+        message = "must be RFC 3339 text with a time zone, as in 2026-12-24T18:00:00Z"
         if deadline is not None and not isinstance(deadline, str):
-            message = "must be RFC 3339 text with a time zone, as in 2026-12-24T18:00:00Z"
             raise ValueError(message)
+        if isinstance(deadline, str):
+            try:
+                has_zone = datetime.fromisoformat(deadline).tzinfo is not None
+            except ValueError:
+                has_zone = False
+            if not has_zone:
+                raise ValueError(message)
         return deadline
 
     @field_validator("lane")
@@ -124,25 +133,33 @@ class SubmitBody(RootModel[Any]):
 def read_json(text: str) -> Any:
     """Parse a request body; raises JSONDecodeError, also for NaN and for nesting without end."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        body = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError:
         raise
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", "", 0) from error
     except ValueError as error:
-        raise json.JSONDecodeError(str(error), "", 0) from error
+        what = str(error) if isinstance(error, _Constant) else "a number has too many digits"
+        raise json.JSONDecodeError(what, "", 0) from error
+    if isinstance(body, list):
+        # Powertools would take the first item of a list for the whole body.
+        raise json.JSONDecodeError(NOT_AN_OBJECT, "", 0)
+    return body
+
+
+class _Constant(ValueError):
+    """NaN or an infinity: Python reads them, JSON has none."""
 
 
 def _no_constant(name: str) -> Any:
     message = f"{name} is not JSON"
-    raise ValueError(message)
+    raise _Constant(message)
 
 
 def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
     """Return the submissions and whether they came as a list; InvalidRequest for a bad envelope."""
     if not isinstance(body, dict):
-        message = 'the body must be a JSON object: one job, or {"jobs": [...]}'
-        raise InvalidRequest(message)
+        raise InvalidRequest(NOT_AN_OBJECT)
     if "jobs" not in body:
         return [read_submission(body)], False
     unknown = sorted(set(body) - {"jobs"})
@@ -167,6 +184,9 @@ def read_submission(job: object) -> Submission | SluiceError:
         json.dumps(job, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return InvalidRequest("the job has text that is not Unicode (half a surrogate pair)")
+    except RecursionError:
+        # What the parser can read may still be too deep for the writer, which goes down by more steps a level.
+        return InvalidRequest("the job is nested too deeply")
     try:
         request = JobRequest.model_validate(job)
     except ValidationError as error:
@@ -189,8 +209,14 @@ def explained(errors: Sequence[Mapping[str, Any]]) -> str:
     for error in errors[:5]:
         where = ".".join(str(part) for part in error["loc"] if part != "body")
         if error["type"] == "json_invalid":
-            reason = error.get("ctx", {}).get("error", "")
-            parts.append(f"the body is not JSON: {reason} at character {error['loc'][-1]}")
+            reason, place = error.get("ctx", {}).get("error", ""), error["loc"][-1]
+            at = f" at character {place}" if place else ""
+            parts.append(
+                reason if reason == NOT_AN_OBJECT else f"the body is not JSON: {reason}{at}"
+            )
+            continue
+        if error["type"] == "missing" and not where:
+            parts.append(f"the body is empty; {NOT_AN_OBJECT}")
             continue
         value = error.get("input")
         shown = f" (got {value!r})" if _is_short(value) and error["type"] != "missing" else ""

@@ -14,8 +14,10 @@ from math import inf
 from typing import Final, Self
 
 from sluice.domain.errors import Stale, StoreBusy
+from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
     DIMENSIONS,
+    MOST_CHARS_PER_TOKEN,
     UNUSED,
     Cost,
     Group,
@@ -60,6 +62,9 @@ FRESH_MS: Final = 50
 """How old the view of a group may be when a block is reserved on it: a read is cheaper than a lost race."""
 
 SOON_MS: Final = 100
+PATIENCE_MS: Final = 10_000
+"""After this time a large job stops giving way to small ones that others bring."""
+
 BUSY_MS: Final = 10_000
 """How long jobs stay away that could not be admitted because the limits could not be read."""
 
@@ -121,7 +126,12 @@ class _Waiter:
     input_chars: int
     max_tokens: int
     latest_start: int
+    since: int
     answer: asyncio.Future[Admitted]
+
+    def horizon(self, usual: int, now: int) -> int:
+        """Return how far ahead it may reserve: one that has waited long takes its place in the line."""
+        return max(usual, self.latest_start - now) if now - self.since >= PATIENCE_MS else usual
 
 
 Change = Callable[[Group, int], Group]
@@ -275,7 +285,8 @@ class Limiter:
     ) -> Admitted:
         """Wait for a reservation in the group that can start first; Later if none starts by `latest_start`."""
         answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(claimants, input_chars, max_tokens, latest_start, answer)
+        since = self._clock.now()
+        waiter = _Waiter(claimants, input_chars, max_tokens, latest_start, since, answer)
         self._waiters.append(waiter)
         self._wake.set()
         try:
@@ -372,7 +383,8 @@ class Limiter:
         What the first answer said of the limits is the organisation's, and opens its group.
         """
         claimant = admission.claimant
-        if claimant.group in self._successors:
+        begun_by_key = claimant.organization.startswith(PLACEHOLDER)
+        if not begun_by_key or claimant.group in self._successors:
             return
         now = self._clock.now()
         name = group_id(organization, claimant.model_group)
@@ -507,10 +519,10 @@ class Limiter:
             if admission.started_at is None:
                 admission.revoked.set()
 
-    def _learn(self, books: _Books, current: Group, now: int) -> None:
+    def _learn(self, books: _Books, current: Group, now: int, *, certain: bool = False) -> None:
         """Take in what the store says, and take back start times that it made void."""
         books.read_at = now
-        if current.version < books.group.version:
+        if current.version < books.group.version and not certain:
             return
         if current.epoch != books.group.epoch:
             for admission in books.open:
@@ -539,7 +551,7 @@ class Limiter:
             for claimant in waiter.claimants:
                 draft = drafts[claimant.group]
                 cost = draft.group.estimate(waiter.input_chars, waiter.max_tokens)
-                if _never_fits(draft.group, cost):
+                if _never_fits(draft.group, waiter.input_chars):
                     too_large = TooLarge(cost.input_tokens, draft.group.input_tokens.limit)
                     continue
                 start = draft.start(cost, now)
@@ -550,7 +562,7 @@ class Limiter:
                 self._answer(waiter, too_large)
                 continue
             start, draft, cost = best
-            if start <= min(now + draft.horizon, waiter.latest_start):
+            if start <= min(now + waiter.horizon(draft.horizon, now), waiter.latest_start):
                 draft.group, _ = reserve(draft.group, [cost], now, start - now)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
@@ -631,7 +643,9 @@ class Limiter:
                 waiting = [waiter for waiter in waiters if not waiter.answer.done()]
                 new = self._posted(books, parcel, group, now)
                 costs = [new.estimate(each.input_chars, each.max_tokens) for each in waiting]
-                new, starts = reserve(new, costs, now, self._horizon(new))
+                usual = self._horizon(new)
+                horizons = [waiter.horizon(usual, now) for waiter in waiting]
+                new, starts = reserve(new, costs, now, horizons)
                 if new == group:
                     return
                 if waiters and not must and _too_few(starts, waiting, now):
@@ -644,7 +658,8 @@ class Limiter:
                     await self._blocking(self._store.replace, written, group.version)
                 except Stale as stale:
                     if isinstance(stale.current, Group):
-                        self._learn(books, stale.current, self._clock.now())
+                        # The store is right, even with a lower version: somebody may have deleted the item.
+                        self._learn(books, stale.current, self._clock.now(), certain=True)
                     else:
                         self._start_anew(books, self._clock.now())
                     group = books.group
@@ -722,10 +737,10 @@ def _too_few(starts: Sequence[int], waiting: Sequence[_Waiter], now: int) -> boo
     return len(starts) < min(LEAST_BLOCK, len(waiting)) and starts[0] > now + SOON_MS
 
 
-def _never_fits(group: Group, cost: Cost) -> bool:
-    # Estimates may be off by a third; beyond that the request cannot fit, and would wait for ever.
+def _never_fits(group: Group, input_chars: int) -> bool:
+    # An estimate must not end a job: only what is too large by any count is refused without a call.
     bucket = group.input_tokens
-    return bucket.learned and cost.input_tokens * 3 > bucket.limit * 4
+    return bucket.learned and input_chars > bucket.limit * MOST_CHARS_PER_TOKEN
 
 
 def claimant_for(

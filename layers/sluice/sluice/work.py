@@ -23,7 +23,7 @@ from sluice.domain.keys import (
     stated_limits,
 )
 from sluice.domain.limits import Cost, group_id, model_group
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, base_model
+from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage
 from sluice.domain.retries import (
     Effect,
     Failure,
@@ -91,6 +91,8 @@ class PutBack:
     """The message comes back after a delay in milliseconds."""
 
     delay_ms: int
+    grows: bool = False
+    """Doubled with every receive: a fault that lasts must not use up the queue's 1,000 receives in an afternoon."""
 
 
 Disposition = Done | PutBack
@@ -165,6 +167,8 @@ class _Batch:
         self.stop_at = stop_at
         self._told_once = told_once
         self._marks: dict[str, KeyMark] = {}
+        self._refusals: dict[str, dict[str, JobError]] = {}
+        """By job and key: a 403 is about the request as often as about the key."""
         self.rows: list[LedgerRow] = []
         self._to_put_back: list[tuple[Received, int]] = []
         self._flushing = asyncio.Lock()
@@ -226,12 +230,14 @@ class _Batch:
             disposition = await self._message(message, found)
         except StoreBusy as error:
             self.events.problem("store busy", job_id=message.job_id, what=error.what)
-            disposition = PutBack(self._spread(5_000))
+            disposition = PutBack(5_000 + self._spread(5_000), grows=True)
         except Exception:  # noqa: BLE001 - the message comes back, whatever it was
             self.events.problem("worker failed on a job", job_id=message.job_id)
-            disposition = PutBack(self._spread(30_000))
+            disposition = PutBack(15_000 + self._spread(15_000), grows=True)
         if isinstance(disposition, PutBack):
-            self._to_put_back.append((message, min(disposition.delay_ms, LONGEST_DELAY_MS)))
+            doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
+            delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
+            self._to_put_back.append((message, delay))
             return False
         return True
 
@@ -299,7 +305,7 @@ class _Batch:
         if isinstance(choice, JobError):
             return await self._end(job, State.ERRORED, choice)
         if not choice:
-            return PutBack(NO_KEY_DELAY_MS + self._spread(10_000))
+            return PutBack(NO_KEY_DELAY_MS + self._spread(10_000), grows=True)
         latest = min(self.stop_at - self._window_needed(job), self.started + HOLD_MS)
         if latest < now:
             return PutBack(self._spread(1_000))
@@ -330,6 +336,13 @@ class _Batch:
             self.limiter.settle(admitted, None)
             return job
         try:
+            # Read before the claim: what fails here has used no attempt.
+            params = await self.tools.blocking(self.tools.params.get, job.job_id)
+            if params is None:
+                self.limiter.settle(admitted, None)
+                error = JobError("request_lost", "the stored request is gone; submit the job again")
+                return await self._end(job, State.ERRORED, error)
+            now = self.tools.clock.now()
             claimed = life.claim(job, self.owner, now, now + LEASE_MS)
             await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
         except Stale as stale:
@@ -341,7 +354,7 @@ class _Batch:
             raise
         if job.started_at is None:
             self.events.count("StartDelaySeconds", (now - job.created_at) / 1000)
-        return await _Call(self, claimed, admitted, key).make()
+        return await _Call(self, claimed, admitted, key).make(params.body)
 
     # Choosing a key --------------------------------------------------------------------------------------------
 
@@ -359,25 +372,22 @@ class _Batch:
                 return []
             message = f"no key of the key pool may be used for model {model} by this tenant"
             return JobError("permission_error", message, 403)
+        refusals = self._refusals.get(job.job_id, {})
+        if refusals and all(key.id in refusals for key in allowed):
+            # Every key was asked: it is the request that may not be made.
+            return next(iter(refusals.values()))
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
         stated = stated_limits(keys, self._marks)
         name = model_group(model, self.rules.model_groups)
         for key in allowed:
             mark = self._marks.get(key.id)
-            if mark is not None and mark.rejects(key, model):
+            if key.id in refusals or (mark is not None and mark.rejects(key)):
                 continue
             organization = organization_of(key, mark)
             moved_to = self.limiter.moved.get(group_id(organization, name), organization)
             claimant = claimant_for(moved_to, name, key.id, stated.get(organization))
             usable.setdefault(claimant.group, []).append((claimant, key))
-        if not usable and all(self._may_not_use(key, model) for key in allowed):
-            message = f"Claude refused model {model} to every key of the key pool"
-            return JobError("permission_error", message, 403)
         return [self._by_weight(choices) for choices in usable.values()]
-
-    def _may_not_use(self, key: UpstreamKey, model: str) -> bool:
-        mark = self._marks.get(key.id)
-        return mark is not None and mark.rejected_models.get(base_model(model)) == key.fingerprint
 
     def _by_weight(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
@@ -469,28 +479,28 @@ class _Batch:
             await self.tools.clock.sleep(FLUSH_MS)
 
     async def _write_gathered(self, *, last: bool) -> None:
-        put_back, self._to_put_back = self._to_put_back, []
         rows, self.rows = self.rows, []
-        if put_back:
-            try:
-                await self.tools.blocking(self.tools.returns.put_back, put_back)
-            except StoreBusy:
-                if not last:
-                    self._to_put_back[:0] = put_back
-                else:
-                    # Not lost: it comes back when the queue's own visibility timeout ends.
-                    self.events.problem("messages not put back", messages=len(put_back))
         if rows:
             try:
                 await self.tools.blocking(self.tools.ledger.record, rows)
-            except StoreBusy:
+            except Exception:  # noqa: BLE001 - a row is never dropped for a reason nobody thought of
                 if not last:
                     self.rows[:0] = rows
                 else:
                     # The calls stand in their jobs' attempts; say so, for the ledger is short of them.
                     self.events.problem("ledger rows not written", rows=len(rows))
-                return
-            await self._add_up(rows)
+            else:
+                await self._add_up(rows)
+        put_back, self._to_put_back = self._to_put_back, []
+        if put_back:
+            try:
+                await self.tools.blocking(self.tools.returns.put_back, put_back)
+            except Exception:  # noqa: BLE001 - as above
+                if not last:
+                    self._to_put_back[:0] = put_back
+                else:
+                    # Not lost: it comes back when the queue's own visibility timeout ends.
+                    self.events.problem("messages not put back", messages=len(put_back))
 
     async def _add_up(self, rows: Sequence[LedgerRow]) -> None:
         sums: dict[tuple[str, date, str, str], Spend] = {}
@@ -506,23 +516,34 @@ class _Batch:
     async def learn_organization(self, key: UpstreamKey, organization: str) -> None:
         """Keep whose key this is, for all workers."""
         mark = self._marks.get(key.id) or KeyMark(key.id)
-        if mark.organization != organization:
-            self._marks[key.id] = replace(mark, organization=organization)
-            await self.tools.blocking(self.tools.limits.mark, self._marks[key.id])
+        learned = replace(mark, organization=organization, learned_with=key.fingerprint)
+        if learned != mark and await self._marked(learned):
+            self._marks[key.id] = learned
 
-    async def reject_key(self, key: UpstreamKey, model: str | None) -> None:
-        """Take a key out of the rotation, for all models or for one."""
-        mark = self._marks.get(key.id) or KeyMark(key.id)
-        if model is None:
-            mark = replace(mark, rejected=key.fingerprint)
-        else:
-            rejected = {**mark.rejected_models, base_model(model): key.fingerprint}
-            mark = replace(mark, rejected_models=rejected)
+    async def reject_key(self, key: UpstreamKey) -> None:
+        """Take a key out of the rotation."""
+        mark = replace(self._marks.get(key.id) or KeyMark(key.id), rejected=key.fingerprint)
         self._marks[key.id] = mark
         self.events.count("KeysRejected")
-        self.events.problem("upstream key rejected", key_id=key.id, model=model)
+        self.events.problem("upstream key rejected", key_id=key.id)
         self.tools.keys.reload()
-        await self.tools.blocking(self.tools.limits.mark, mark)
+        await self._marked(mark)
+
+    def refused(self, job: Job, key: UpstreamKey, error: JobError) -> None:
+        """Remember that this key may not make this job's request, so that another one is asked."""
+        self._refusals.setdefault(job.job_id, {})[key.id] = error
+        self.events.problem(
+            "request refused to a key", job_id=job.job_id, key_id=key.id, model=job.current_model
+        )
+
+    async def _marked(self, mark: KeyMark) -> bool:
+        try:
+            await self.tools.blocking(self.tools.limits.mark, mark)
+        except StoreBusy:
+            # Another answer will say it again; the one at hand must not be lost for it.
+            self.events.problem("key mark not written", key_id=mark.key_id)
+            return False
+        return True
 
 
 class _Call:
@@ -541,17 +562,10 @@ class _Call:
         self._canceled = False
         self._settled = False
 
-    async def make(self) -> Disposition | Job:
+    async def make(self, params: str) -> Disposition | Job:
         """Make the call and write down what came of it."""
         try:
-            params = await self._tools.blocking(self._tools.params.get, self._job.job_id)
-            if params is None:
-                self._settle(None)
-                error = JobError("request_lost", "the stored request is gone; submit the job again")
-                return await self._write(
-                    lambda job, now: life.give_up(job, self._owner, now, error=error), DONE
-                )
-            return await self._outcome(await self._send(params.body))
+            return await self._outcome(await self._send(params))
         finally:
             self._settle(None)
 
@@ -763,7 +777,7 @@ class _Call:
         match verdict.outcome:
             case Snooze(after_ms=after, reason=reason):
                 # With a rejected key the next one can be tried at once.
-                again = verdict.effect in {Effect.REJECT_KEY, Effect.REJECT_KEY_FOR_MODEL}
+                again = verdict.effect in {Effect.REJECT_KEY, Effect.REFUSED_TO_KEY}
                 return await self._write(
                     lambda job, at: life.snooze(
                         job,
@@ -839,9 +853,9 @@ class _Call:
                 self._events.count("Overloaded")
                 self._limiter.overloaded(self._admission)
             case Effect.REJECT_KEY:
-                await self._batch.reject_key(self._key, None)
-            case Effect.REJECT_KEY_FOR_MODEL:
-                await self._batch.reject_key(self._key, self._job.current_model)
+                await self._batch.reject_key(self._key)
+            case Effect.REFUSED_TO_KEY:
+                self._batch.refused(self._job, self._key, failure.error)
             case _:
                 assert_never(verdict.effect)
 
@@ -908,7 +922,11 @@ class _Call:
         """Write the job's new state, then let its message go. None as disposition: go on with the job at once."""
         while True:
             try:
-                written = change(self._job, self._tools.clock.now())
+                now = self._tools.clock.now()
+                written = change(self._job, now)
+                if written.state is State.QUEUED and written.cancel_requested:
+                    ended = life.finish_waiting(written, State.CANCELED, now)
+                    written = replace(ended, version=written.version)
                 await self._tools.blocking(self._tools.jobs.replace, written, self._job.version)
             except Stale as stale:
                 # A cancel may have set its flag meanwhile; the call's outcome still stands.
@@ -927,6 +945,8 @@ class _Call:
         self._account(row)
         if written.state.is_final:
             self._batch.told(written)
+        if written.state.is_final:
+            return DONE
         return written if disposition is None else disposition
 
 

@@ -80,9 +80,10 @@ class SdkClaude:
     async def send(self, request: CallRequest) -> Answer | Refused:
         """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
         partial = _Partial(Growing())
-        line = self._line(request.key.base_url)
-        line.calls += 1
+        line: _Line | None = None
         try:
+            line = self._line(request.key.base_url)
+            line.calls += 1
             async with asyncio.timeout(request.window_ms / 1000):
                 if request.max_tokens >= STREAM_FROM_TOKENS:
                     return await self._stream(line.client, request, partial)
@@ -103,7 +104,8 @@ class SdkClaude:
             )
             return Refused(failure, partial.headers)
         finally:
-            line.calls -= 1
+            if line is not None:
+                line.calls -= 1
 
     async def close(self) -> None:
         """Close the connections. A worker never does: its environment just ends."""

@@ -25,7 +25,10 @@ LONG_MS: Final = 60_000
 """A block up to this long changes nothing: it is over before a change of the mapping has taken hold."""
 
 OFF_MS: Final = 300_000
-"""Every group must be blocked for longer than this before the mapping is switched off."""
+"""Every group must be blocked for longer than this before the mapping is switched off, with the queue empty."""
+
+FORGOTTEN_MS: Final = 3_600_000
+"""A group that never got an answer and was not used for this long is a mistyped model, or gone: nobody waits for it."""
 
 BACK_MS: Final = 60_000
 """The mapping is switched on again this long before the first block ends."""
@@ -105,12 +108,17 @@ def decide(  # noqa: PLR0913 - the facts of one moment
         present = consumer.maximum_concurrency or most
         return Decision(present, enabled=False, reason="the mapping was switched off by hand")
     serving = [group for group in groups if group.moved_to is None]
-    new_pool = pool_changed_at is not None and now - pool_changed_at < NEW_POOL_MS
+    new_pool = is_new(pool_changed_at, now)
     patience = OFF_MS if consumer.enabled else BACK_MS
-    if serving and not new_pool and all(_closed(group, now, patience) for group in serving):
-        first = min(group.blocked_until for group in serving) - now
+    awaited = [group for group in serving if not _is_forgotten(group, now)]
+    if awaited and not new_pool and all(_closed(group, now, patience) for group in awaited):
+        first = min(group.blocked_until for group in awaited) - now
         reason = f"every limit group is blocked, the first for another {_span(first)}"
-        return Decision(LEAST, enabled=False, reason=reason)
+        if not backlog.total:
+            return Decision(LEAST, enabled=False, reason=reason)
+        # A message is deleted after 14 days, a parked job is not: somebody must take every job out of the queue.
+        reason = f"{reason}; messages in the queue: {backlog.total:,}"
+        return Decision(LEAST, enabled=True, reason=reason)
     busy = [group for group in serving if has_work(group, now)] or serving
     if busy and all(is_stalled(group, now) for group in busy):
         reason = "every limit group that has work is blocked for longer, or overloaded"
@@ -138,6 +146,11 @@ def is_stalled(group: Group, now: int) -> bool:
     return group.overload_streak >= OVERLOAD_STREAK and group.blocked_until > now - ACTIVE_MS
 
 
+def is_new(pool_changed_at: int | None, now: int, within: int = NEW_POOL_MS) -> bool:
+    """Tell whether the key pool was written lately, so that it may hold keys of groups that nobody knows yet."""
+    return pool_changed_at is not None and now - pool_changed_at < within
+
+
 def starts_per_second(group: Group, now: int) -> float:
     """Return how many calls the group can start in a second, each using what calls have used on average.
 
@@ -159,19 +172,26 @@ def slot_efficiency(batch_size: int) -> float:
     return 1 / (1 + log(max(1, batch_size)))
 
 
-def startable(groups: Iterable[Group], model_group: str, now: int, until: int) -> int:
-    """Return how many calls of a model group can start until a time, rounded up; an unknown group has the safe rate."""
+def startable(
+    groups: Iterable[Group], model_group: str, now: int, until: int, *, new_pool: bool = False
+) -> int:
+    """Return how many calls of a model group can start until a time, rounded up; an unknown group has the safe rate.
+
+    A new key pool may hold a key of an unknown group for any model, so it is never less than that.
+    """
     serving = [
         group for group in groups if group.model_group == model_group and group.moved_to is None
     ]
+    safe = ceil(SAFE_START["requests"] / 60_000 * (until - now))
     if not serving:
-        return ceil(SAFE_START["requests"] / 60_000 * (until - now))
-    return ceil(
+        return safe
+    known = ceil(
         sum(
             starts_per_second(group, now) * max(0, until - max(now, group.blocked_until)) / 1000
             for group in serving
         )
     )
+    return max(safe, known) if new_pool else known
 
 
 def _needed(groups: Sequence[Group], batch_size: int, now: int) -> tuple[int, str]:
@@ -199,6 +219,10 @@ def _steady(present: int, needed: int) -> int:
 
 def _closed(group: Group, now: int, patience: int) -> bool:
     return group.has_answers and group.blocked_until > now + patience
+
+
+def _is_forgotten(group: Group, now: int) -> bool:
+    return not group.has_answers and max(group.last_start, group.observed_at) <= now - FORGOTTEN_MS
 
 
 def _span(milliseconds: int) -> str:

@@ -283,10 +283,17 @@ def snooze(  # noqa: PLR0913 - the facts of one wait
 
 
 def park(job: Job, now: int, *, reason: str, not_before: int) -> Job:
-    """Take a waiting job out of the queue until a time: its message goes, the sweep will send another one."""
-    if job.state is not State.QUEUED:
-        raise IllegalTransition(job.job_id, job.state, "parked")
-    return _moved(job, State.QUEUED, not_before=not_before, last_snooze=Snooze(now, reason))
+    """Take a job that nobody runs out of the queue until a time: its message goes, the sweep will send another one."""
+    if job.lease is not None and job.lease.until > now:
+        raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", "parked")
+    return _moved(
+        job,
+        State.QUEUED,
+        lease=None,
+        attempts=_close_lost(job, now),
+        not_before=not_before,
+        last_snooze=Snooze(now, reason),
+    )
 
 
 def retry(  # noqa: PLR0913 - the facts of one failed attempt
@@ -397,9 +404,11 @@ def finish_waiting(job: Job, state: State, now: int, error: JobError | None = No
 
 def request_cancel(job: Job, now: int) -> Job:
     """Cancel: at once while the job waits, by a flag for the worker while it runs, nothing once it is final."""
-    if job.state.is_final or job.cancel_requested:
+    if job.state.is_final:
         return job
     if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
+        if job.cancel_requested:
+            return job
         return replace(job, cancel_requested=True, version=job.version + 1)
     return finish_waiting(replace(job, cancel_requested=True), State.CANCELED, now)
 

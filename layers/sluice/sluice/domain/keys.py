@@ -11,6 +11,9 @@ from sluice.domain.errors import KeyPoolBroken
 from sluice.domain.limits import DIMENSIONS
 from sluice.domain.pricing import base_model
 
+PLACEHOLDER = "key:"
+"""Begins the name under which a key's limits are kept until its organisation is known."""
+
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 
 
@@ -47,19 +50,24 @@ class KeyMark:
 
     key_id: str
     organization: str | None = None
+    learned_with: str | None = None
+    """Fingerprint of the key whose answers told the organisation; another key under the id may be another's."""
     rejected: str | None = None
     """Fingerprint of the key that upstream rejected with 401; another key under the same id is tried again."""
-    rejected_models: Mapping[str, str] = field(default_factory=dict)
-    """Model to fingerprint: rejected with 403 for that model only."""
 
-    def rejects(self, key: UpstreamKey, model: str) -> bool:
-        """Tell whether this key is out of the rotation for `model`."""
-        return key.fingerprint in {self.rejected, self.rejected_models.get(base_model(model))}
+    def rejects(self, key: UpstreamKey) -> bool:
+        """Tell whether this key is out of the rotation."""
+        return self.rejected == key.fingerprint
 
 
 def organization_of(key: UpstreamKey, mark: KeyMark | None) -> str:
     """Return the organisation whose limits the key draws on; until it is known, one of the key's own."""
-    return key.organization or (mark.organization if mark else None) or f"key:{key.id}"
+    if key.organization:
+        return key.organization
+    if mark is not None and mark.organization and mark.learned_with == key.fingerprint:
+        return mark.organization
+    # With the fingerprint, so that another key under the same id begins anew.
+    return f"{PLACEHOLDER}{key.id}-{key.fingerprint[:8]}"
 
 
 def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:
@@ -103,7 +111,7 @@ def shared_organizations(keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMar
 
 
 def _parse_key(position: int, row: object) -> UpstreamKey:
-    where = f"key {position} of the pool"
+    where = f"key {position + 1} of the pool"
     if not isinstance(row, Mapping):
         message = f"{where} is not an object"
         raise KeyPoolBroken(message)

@@ -59,6 +59,12 @@ OUTSTANDING_SHARE: Final = 3
 OUTSTANDING_DECAY_MS: Final = 600_000
 """What a dead worker left outstanding fades away over this time."""
 
+LEAST_CHARS: Final = 500
+"""Shorter requests do not teach how many characters make a token."""
+
+MOST_CHARS_PER_TOKEN: Final = 8
+"""No text has more: what is too large even so can never be admitted, whatever the estimate says."""
+
 MOST_SAMPLES: Final = 100
 """The output mean follows the last hundred calls or so."""
 
@@ -320,17 +326,19 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
 
 
 def reserve(
-    group: Group, costs: Sequence[Cost], now: int, horizon_ms: int
+    group: Group, costs: Sequence[Cost], now: int, horizon_ms: int | Sequence[int]
 ) -> tuple[Group, list[int]]:
     """Reserve for the first of `costs` that can start within the horizon; return the group and their start times.
 
-    Start times are in order. An open breaker lets one probe through per pause.
+    Start times are in order. `horizon_ms` is one for all, or one for each. An open breaker lets one probe through per
+    pause.
     """
     group = advanced(group, now)
     starts: list[int] = []
-    for cost in costs:
+    horizons = [horizon_ms] * len(costs) if isinstance(horizon_ms, int) else horizon_ms
+    for cost, horizon in zip(costs, horizons, strict=True):
         start = start_on(group, cost, now)
-        if start > now + horizon_ms:
+        if start > now + horizon:
             break
         group = replace(
             group,
@@ -406,8 +414,8 @@ def _taught(group: Group, settlement: Settlement) -> Group:
     """Move the estimates towards what this call used: the mean at first, then slower and slower."""
     used = settlement.used
     ratio = group.chars_per_1000_tokens
-    if used.input_tokens and settlement.input_chars:
-        # Bounds keep one odd request from spoiling the ratio.
+    if used.input_tokens and settlement.input_chars >= LEAST_CHARS:
+        # Bounds keep one odd request from spoiling the ratio; short ones tell only of their fixed overhead.
         seen = min(8_000, max(1_000, settlement.input_chars * 1000 // used.input_tokens))
         ratio += (seen - ratio) // 16
     samples = min(group.samples + 1, MOST_SAMPLES)

@@ -56,8 +56,8 @@ class Effect(StrEnum):
     """A spend cap: the group rests until its date, and somebody has to look."""
     REJECT_KEY = "reject_key"
     """The key is not accepted: out of the rotation until the secret changes."""
-    REJECT_KEY_FOR_MODEL = "reject_key_for_model"
-    """The key may not use this model."""
+    REFUSED_TO_KEY = "refused_to_key"
+    """This key may not make this request (its model, a beta, a file): another key may. Says nothing of other jobs."""
     MODEL_OVERLOADED = "model_overloaded"
     """Everybody's overload: buckets stay as they are."""
 
@@ -173,7 +173,7 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
     if status == 401:  # noqa: PLR2004 - HTTP
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REJECT_KEY)
     if status == 403:  # noqa: PLR2004 - HTTP
-        return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REJECT_KEY_FOR_MODEL)
+        return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REFUSED_TO_KEY)
     if failure.type == "output_timeout" and failure.had_full_window:
         return Verdict(GiveUp())
     if status is None or status in _TRANSIENT or status >= _SERVER_ERRORS:
