@@ -442,3 +442,18 @@ def test_tenants_scopes_and_names_never_share_an_id() -> None:
 
 def test_a_fresh_id_shows_its_random_bytes() -> None:
     assert "job_" + "0a" * 16 == life.random_job_id(b"\x0a" * 16)
+
+
+def test_a_canceled_job_whose_worker_died_ends_at_the_next_cancel() -> None:
+    flagged = life.request_cancel(claimed(), LATER)
+    assert State.RUNNING == flagged.state
+
+    assert flagged is life.request_cancel(flagged, LATER)
+    assert State.CANCELED == life.request_cancel(flagged, AFTER_LEASE).state
+
+
+def test_a_job_whose_worker_died_can_be_parked() -> None:
+    parked = life.park(claimed(), AFTER_LEASE, reason="spend limit", not_before=2 * AFTER_LEASE)
+
+    assert (State.QUEUED, None) == (parked.state, parked.lease)
+    assert AttemptOutcome.LOST == parked.attempts[-1].outcome

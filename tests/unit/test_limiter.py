@@ -437,6 +437,43 @@ def test_a_429_to_a_keys_first_call_blocks_its_organization(crew: Crew) -> None:
     assert NOON + MINUTE == crew.group.blocked_until
 
 
+def test_a_large_job_is_not_starved_by_small_ones(crew: Crew) -> None:
+    """It needs a third of a minute's tokens at once; two workers with small jobs always find room before it."""
+    seen: dict[Dimension, Seen] = {
+        "requests": Seen(6_000, 1_000),
+        "input_tokens": Seen(60_000, 1_000),
+        "output_tokens": PLENTY,
+    }
+    crew.know(known_group(seen=seen))
+    started: list[float] = []
+
+    async def small_ones(limiter: Limiter, until: float) -> None:
+        while crew.time.seconds < until:
+            admitted = await crew.admit(limiter, chars=1_750)
+            if isinstance(admitted, Admission) and await limiter.wait_for_start(admitted):
+                limiter.settle(admitted, admitted.reserved)
+
+    async def large_one(limiter: Limiter) -> None:
+        while not started:
+            admitted = await crew.admit(limiter, chars=70_000)
+            if isinstance(admitted, Admission) and await limiter.wait_for_start(admitted):
+                started.append(crew.time.seconds)
+                limiter.settle(admitted, admitted.reserved)
+
+    async def story() -> None:
+        async with crew.limiter() as one, crew.limiter() as two:
+            busy = [asyncio.create_task(small_ones(one, 300)) for _ in range(20)]
+            await asyncio.sleep(1)
+            await large_one(two)
+            for each in busy:
+                each.cancel()
+            await asyncio.gather(*busy, return_exceptions=True)
+
+    crew.time.run(story())
+
+    assert started[0] < 120
+
+
 # Reactions -------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,9 @@ LEAST_WINDOW_MS: Final = 60_000
 SLOW_TOKENS_PER_SECOND: Final = 25
 """A pace almost every answer keeps: a call starts only if `max_tokens` at this pace would fit the time left."""
 
+OTHER_MODELS: Final = "other"
+"""The metrics' model group for models that are not in the price list."""
+
 FLUSH_MS: Final = 1_000
 LAST_FLUSHES: Final = 3
 """How often the end of an invocation tries to write what a busy store has not taken."""
@@ -209,7 +212,9 @@ class _Batch:
         try:
             await self._read_marks()
             return await self.tools.blocking(self.tools.jobs.get_many, list(dict.fromkeys(ids)))
-        except (StoreBusy, KeyPoolBroken) as error:
+        except KeyPoolBroken as error:
+            self.events.problem("key pool not readable", reason=str(error))
+        except StoreBusy as error:
             self.events.problem("batch not readable", reason=str(error))
         except Exception:  # noqa: BLE001 - each job is read again on its own
             self.events.problem("batch not readable")
@@ -575,6 +580,10 @@ class _Call:
 
     @property
     def _group(self) -> str:
+        """The model group as a metric's dimension; a name that anybody may invent would cost a series each."""
+        today = _day(self._tools.clock.now())
+        if self._rules.prices.price(self._job.current_model, today) is None:
+            return OTHER_MODELS
         return self._admission.claimant.model_group
 
     async def _send(self, params: str) -> Answer | Refused:
