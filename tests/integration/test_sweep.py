@@ -25,6 +25,7 @@ from tests.fakes import (
     MemoryJobs,
     MemoryLimits,
     MemoryQueue,
+    PoolWritten,
     RecordingEvents,
     a_job,
 )
@@ -230,7 +231,8 @@ def test_the_sweep_over_the_store(jobs: Store) -> None:
     add(jobs, parked("job_late", deadline=NOON), parked("job_early", LATER))
     clock = FrozenClock()
     queue = MemoryQueue(clock.now)
-    sweep = Sweep(jobs, jobs, queue, MemoryLimits(), {}, clock, RecordingEvents())
+    pool = PoolWritten(None)
+    sweep = Sweep(jobs, jobs, queue, MemoryLimits(), pool, {}, clock, RecordingEvents())
 
     assert Swept(due=31, sent=30, expired=1) == sweep(LATER)
     assert Swept() == sweep(LATER)

@@ -11,6 +11,7 @@ from sluice.domain.capacity import (
     ACTIVE_MS,
     BACK_MS,
     CROWDED,
+    FORGOTTEN_MS,
     LEAST,
     LONG_MS,
     MOST,
@@ -75,12 +76,13 @@ def group(  # noqa: PLR0913 - what a situation is made of
     return replace(known, **more)  # type: ignore[arg-type]
 
 
-def unknown(name: str = "new") -> Group:
-    return replace(new_group("org", name, NOON), last_start=NOON)
+def unknown(name: str = "new", idle_ms: int = 0) -> Group:
+    return replace(new_group("org", name, NOON), last_start=NOON - idle_ms)
 
 
 ON_TEN = Consumer(10, enabled=True, batch_size=50)
 OFF = Consumer(LEAST, enabled=False, batch_size=50)
+EMPTY = Backlog()
 
 
 def decided(
@@ -249,6 +251,10 @@ def test_a_breaker_that_opened_long_ago_says_nothing_about_now() -> None:
         ([group("a", blocked_ms=HOUR), group("b", busy=False)], True),
         ([group("a", blocked_ms=HOUR), group("b", blocked_ms=OFF_MS)], True),
         ([group("a", blocked_ms=HOUR), replace(unknown(), blocked_until=NOON + HOUR)], True),
+        ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS - 1)], True),
+        # A mistyped model's group is never blocked, and nobody asks for it again.
+        ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS)], False),
+        ([unknown(idle_ms=FORGOTTEN_MS)], True),
         # The open breaker never switches off: its pauses are short.
         ([group(overload_streak=20, blocked_until=NOON + MINUTE)], True),
         ([], True),
@@ -259,21 +265,43 @@ def test_a_breaker_that_opened_long_ago_says_nothing_about_now() -> None:
 def test_off_only_when_every_group_is_blocked_for_more_than_five_minutes(
     groups: list[Group], *, on: bool
 ) -> None:
-    assert on == decided(*groups).enabled
+    assert on == decided(*groups, backlog=EMPTY).enabled
+
+
+@pytest.mark.parametrize(
+    "backlog", [Backlog(visible=1), Backlog(in_flight=1), Backlog(delayed=1)], ids=repr
+)
+@pytest.mark.parametrize(("consumer", "turned_off"), [(ON_TEN, False), (OFF, True)])
+def test_two_workers_park_what_waits_in_the_queue_first(
+    backlog: Backlog, consumer: Consumer, *, turned_off: bool
+) -> None:
+    """Its message would be deleted after 14 days, and a spend limit may last for longer."""
+    blocked = group(blocked_ms=30 * 24 * HOUR)
+
+    decision = decided(blocked, backlog=backlog, consumer=consumer, turned_off=turned_off)
+
+    assert (LEAST, True) == (decision.maximum_concurrency, decision.enabled)
+    assert decision.reason.endswith("messages in the queue: 1")
 
 
 def test_a_fresh_key_pool_may_hold_a_key_that_works() -> None:
     blocked = group(blocked_ms=HOUR)
 
-    assert decided(blocked, pool_changed_at=NOON - NEW_POOL_MS + 1).enabled
-    assert decided(blocked, consumer=OFF, turned_off=True, pool_changed_at=NOON - SECOND).enabled
-    assert not decided(blocked, pool_changed_at=NOON - NEW_POOL_MS).enabled
+    def on(age_ms: int, consumer: Consumer = ON_TEN) -> bool:
+        changed_at, off = NOON - age_ms, not consumer.enabled
+        return decided(
+            blocked, consumer=consumer, backlog=EMPTY, turned_off=off, pool_changed_at=changed_at
+        ).enabled
+
+    assert on(NEW_POOL_MS - 1)
+    assert on(SECOND, OFF)
+    assert not on(NEW_POOL_MS)
 
 
 def test_on_again_a_minute_before_the_first_block_ends() -> None:
     def on(first_ms: int) -> bool:
         groups = [group("a", blocked_ms=first_ms), group("b", blocked_ms=HOUR)]
-        return decided(*groups, consumer=OFF, turned_off=True).enabled
+        return decided(*groups, consumer=OFF, backlog=EMPTY, turned_off=True).enabled
 
     assert not on(BACK_MS + 1)
     assert on(BACK_MS)
@@ -317,7 +345,7 @@ GROUPS = st.lists(
         rate_at=st.just(NOON),
         moved_to=st.sampled_from([None, None, None, "other"]),
     )
-    | st.just(unknown()),
+    | st.sampled_from([unknown(), unknown(idle_ms=FORGOTTEN_MS)]),
     max_size=4,
 )
 CONSUMERS = st.builds(
@@ -331,7 +359,7 @@ BACKLOGS = st.builds(
     visible=st.integers(0, 10**6),
     in_flight=st.sampled_from([0, 100, CROWDED]),
     delayed=st.integers(0, 10),
-)
+) | st.just(EMPTY)
 CEILINGS = st.integers(0, 2 * MOST)
 POOL_AGES = st.sampled_from([None, 0, NEW_POOL_MS, HOUR])
 
@@ -372,16 +400,18 @@ def test_what_is_set_is_always_within_bounds(
 
 @settings(max_examples=300)
 @given(GROUPS, BACKLOGS, CONSUMERS, POOL_AGES)
-def test_off_means_that_every_group_is_blocked(
+def test_off_means_that_every_group_is_blocked_and_nothing_waits(
     groups: list[Group], backlog: Backlog, consumer: Consumer, pool_age: int | None
 ) -> None:
     decision = decide_so(groups, backlog, consumer, 100, turned_off=True, pool_age=pool_age)
 
     if not decision.enabled:
         patience = OFF_MS if consumer.enabled else BACK_MS
-        serving = [each for each in groups if each.moved_to is None]
-        assert serving
-        assert all(each.blocked_until - NOON > patience and each.has_answers for each in serving)
+        forgotten = unknown(idle_ms=FORGOTTEN_MS)
+        awaited = [each for each in groups if each.moved_to is None and each != forgotten]
+        assert awaited
+        assert all(each.blocked_until - NOON > patience and each.has_answers for each in awaited)
+        assert 0 == backlog.total
 
 
 @settings(max_examples=300)
@@ -447,6 +477,13 @@ def test_while_a_group_is_blocked_nothing_starts() -> None:
 def test_a_group_nobody_knows_has_the_safe_rate() -> None:
     assert 60 == startable([], "a", NOON, NOON + MINUTE)
     assert 60 == startable([moved(group("a"), "other")], "a", NOON, NOON + MINUTE)
+
+
+def test_a_new_key_pool_may_serve_any_model_at_the_safe_rate() -> None:
+    blocked = group("a", 600, blocked_ms=HOUR)
+
+    assert 60 == startable([blocked], "a", NOON, NOON + MINUTE, new_pool=True)
+    assert 600 == startable([group("a", 600)], "a", NOON, NOON + MINUTE, new_pool=True)
 
 
 def test_even_the_slowest_group_starts_one() -> None:

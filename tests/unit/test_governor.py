@@ -140,6 +140,24 @@ def test_a_long_outage_switches_off_and_on_again_in_time(scene: Scene) -> None:
     assert 0 == scene.events.notes[1][1]["from"]
 
 
+def test_no_job_is_left_in_the_queue_of_a_mapping_that_is_off(scene: Scene) -> None:
+    scene.block(NOON + 60 * MINUTE)
+    scene.queue.post(job_id="job_1")
+    scene.governor()
+    assert (2, True) == scene.stands()
+    scene.queue.delete(scene.queue.receive()[0])  # parked
+    scene.clock.at += MINUTE
+    scene.governor()
+    assert (2, False) == scene.stands()
+    scene.queue.post(job_id="job_2")
+    scene.clock.at += MINUTE
+
+    scene.governor()
+
+    assert (2, True) == scene.stands()
+    assert scene.notes.at is None
+
+
 def test_the_note_stands_before_the_mapping_is_off(scene: Scene) -> None:
     """Else a governor that dies in between leaves a mapping that looks switched off by hand."""
     scene.block(NOON + 60 * MINUTE)

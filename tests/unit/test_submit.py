@@ -10,8 +10,10 @@ import pytest
 from sluice.domain import jobs as life
 from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy
 from sluice.domain.jobs import Job, State, derived_job_id
-from sluice.domain.limits import block, new_group
+from sluice.domain.limits import SAFE_START, block, new_group
 from sluice.submit import (
+    IMAGE_CHARS,
+    MOST_MEDIA_CHARS,
     NEWEST_VERSION,
     Accepted,
     Outcome,
@@ -76,6 +78,10 @@ def intake() -> Intake:
 def params(text: str = "Two and two?", **more: Any) -> dict[str, Any]:
     message = {"role": "user", "content": text}
     return {"model": "claude-a", "max_tokens": 64, "messages": [message]} | more
+
+
+def media(media_type: str, length: int) -> dict[str, Any]:
+    return {"source": {"type": "base64", "media_type": media_type, "data": "A" * length}}
 
 
 def ask(text: str = "Two and two?", **facts: Any) -> Submission:
@@ -156,11 +162,18 @@ def test_the_request_is_kept_as_it_is(intake: Intake) -> None:
         (params("x", tools=[{"name": "z" * 10}]), 1 + 4 + 10),
         # Numbers and booleans are about a token's worth of nothing.
         (params("x", tools=[{"strict": True, "max": 5}]), 1 + 4 + 2),
-        # Pictures are long in base64 and short in tokens.
-        (
-            params("x", system=[{"source": {"data": "A" * 2_000}}]),
-            1 + 4 + 100,
-        ),
+        # Text is text, whatever it is called.
+        (params("x", system=[{"source": {"type": "text", "data": "A" * 2_000}}]), 1 + 4 + 2_004),
+        # An image has as many tokens as any other, a document by its size.
+        (params("x", system=[media("image/png", 2_000)]), 1 + 4 + IMAGE_CHARS),
+        (params("x", system=[media("image/png", 4_000_000)]), 1 + 4 + IMAGE_CHARS),
+        (params("x", system=[media("application/pdf", 2_000)]), 1 + 4 + IMAGE_CHARS),
+        (params("x", system=[media("application/pdf", 4_000_000)]), 1 + 4 + 50_000),
+        # Also in the result of a tool, and together.
+        (params("x", system=[{"content": [media("image/png", 9)] * 3}]), 1 + 4 + 3 * IMAGE_CHARS),
+        # Never more than a new group can start in a minute.
+        (params("x", system=[media("image/png", 9)] * 100), 1 + 4 + MOST_MEDIA_CHARS),
+        (params("x", system=[media("application/pdf", 9_000_000)]), 1 + 4 + MOST_MEDIA_CHARS),
         # What is no prompt does not count.
         (params("x", temperature=1, stop_sequences=["s" * 100]), 1 + 4),
     ],
@@ -169,6 +182,14 @@ def test_the_characters_that_become_input_tokens_are_counted(
     intake: Intake, request_: dict[str, Any], chars: int
 ) -> None:
     assert chars == intake.one(Submission(request_)).input_chars
+
+
+def test_images_alone_are_not_too_large_for_a_small_organisation() -> None:
+    group = new_group("org", "a", NOON)
+
+    cost = group.estimate(MOST_MEDIA_CHARS, max_tokens=1)
+
+    assert cost.input_tokens < SAFE_START["input_tokens"]
 
 
 # Repeats ---------------------------------------------------------------------------------------------------
@@ -207,13 +228,22 @@ def test_a_repeat_shows_the_job_as_it_is_by_now(intake: Intake) -> None:
 def test_a_repeat_sends_the_message_of_a_job_that_still_waits(intake: Intake) -> None:
     """The first submit may have died between storing and sending."""
     sender = Sender("acme", idempotency_key="run-1")
-    intake.queue.fail_next("send")
-    assert isinstance(rejected(intake(ask(), sender=sender)[0]), StoreBusy)
-    assert [] == intake.sent
+    intake.queue.break_down("send", RuntimeError("died"))
+    with pytest.raises(RuntimeError, match="died"):
+        intake(ask(), sender=sender)
+    intake.queue.mend()
 
     job = intake.one(ask(), sender)
 
     assert [job.job_id] == intake.sent
+
+
+def test_a_repeat_of_a_parked_job_leaves_the_sending_to_the_sweep(intake: Intake) -> None:
+    intake.queue.fail_next("send")
+    parked = intake.one(ask(custom_id="row-1"))
+
+    assert parked == intake.one(ask(custom_id="row-1"))
+    assert [] == intake.sent
 
 
 def test_a_repeat_of_a_job_at_work_sends_nothing(intake: Intake) -> None:
@@ -338,7 +368,7 @@ def test_every_item_has_its_own_outcome_in_its_own_place(intake: Intake) -> None
     ]
     assert bad_form is rejected(outcomes[1])
     assert isinstance(rejected(outcomes[2]), Conflict)
-    assert "deadline: it has passed already" == str(rejected(outcomes[3]))
+    assert str(rejected(outcomes[3])).startswith("deadline: it has passed already")
     assert "custom_id 'row-1' stands at item 0 of the list already" == str(rejected(outcomes[4]))
     assert 1 + 2 == len(intake.jobs.stored)
     assert 1 + 2 == intake.events.counted("JobsAccepted")
@@ -370,19 +400,53 @@ def test_a_busy_store_rejects_only_what_it_did_not_take(intake: Intake, store: s
     assert 2 == len(intake.sent)
 
 
-def test_only_the_jobs_the_queue_did_not_take_are_rejected(intake: Intake) -> None:
-    """Rejected with "try again": the repeat under the same name finds them stored and sends them."""
+def test_a_job_nested_too_deeply_is_refused_and_the_others_are_taken(intake: Intake) -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    outcomes = intake(Submission(params() | {"system": deep}), ask())
+
+    assert "nested too deeply" in str(rejected(outcomes[0]))
+    assert accepted(outcomes[1]).job_id in intake.sent
+
+
+def test_jobs_the_queue_did_not_take_are_parked_for_the_sweep(intake: Intake) -> None:
+    """Accepted all the same: with neither a message nor a due time they would wait for ever."""
     lost = derived_job_id("acme", "custom_id", "row-1")
     intake.queue.untaken = {lost}
 
     outcomes = intake(*(ask(str(n), custom_id=f"row-{n}") for n in range(3)))
 
-    assert isinstance(rejected(outcomes[1]), StoreBusy)
-    assert [0, 2] == [n for n, each in enumerate(outcomes) if isinstance(each, Accepted)]
-    assert 2 == intake.events.counted("JobsAccepted")
-    intake.queue.untaken = set()
-    assert lost == intake.one(ask("1", custom_id="row-1")).job_id
-    assert lost in intake.sent
+    job = accepted(outcomes[1])
+    assert (lost, State.QUEUED, NOON) == (job.job_id, job.state, job.not_before)
+    assert intake.jobs.stored[lost] == job
+    assert [lost] == [each.job_id for each in intake.jobs.due(NOON, 10)]
+    assert 3 == intake.events.counted("JobsAccepted")
+    assert lost not in intake.sent
+
+
+def test_a_job_that_neither_the_queue_nor_the_table_takes_is_rejected(intake: Intake) -> None:
+    """With "try again": the repeat finds it stored and sends it."""
+    intake.queue.fail_next("send")
+    intake.jobs.fail_next("replace")
+
+    assert isinstance(rejected(intake(ask(custom_id="row-1"))[0]), StoreBusy)
+    assert 0 == intake.events.counted("JobsAccepted")
+    assert [intake.one(ask(custom_id="row-1")).job_id] == intake.sent
+
+
+def test_a_job_canceled_before_it_was_parked_stays_canceled(intake: Intake) -> None:
+    lost = derived_job_id("acme", "custom_id", "row-1")
+
+    def cancel() -> None:
+        job = intake.jobs.stored[lost]
+        intake.jobs.replace(life.request_cancel(job, NOON), job.version)
+
+    intake.queue.fail_next("send")
+    intake.jobs.before_replace.append(cancel)
+
+    assert State.CANCELED == intake.one(ask(custom_id="row-1")).state
 
 
 # How long it will take -------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job, JobError, Lease, State, due_at
 from sluice.domain.limits import Group, Seen, new_group
-from sluice.sweep import HOLD_MS, Sweep, Swept
+from sluice.sweep import HOLD_MS, LONGEST_PARK_MS, NEW_KEYS_MS, Sweep, Swept
+from sluice.work import LONGEST_PARK_MS as LONGEST_PARK_OF_WORKERS_MS
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -18,6 +19,7 @@ from tests.fakes import (
     MemoryJobs,
     MemoryLimits,
     MemoryQueue,
+    PoolWritten,
     RecordingEvents,
     a_job,
     known_group,
@@ -35,6 +37,7 @@ class Scene:
         self.jobs = MemoryJobs(*jobs)
         self.queue = MemoryQueue(self.clock.now)
         self.limits = MemoryLimits(*groups)
+        self.pool = PoolWritten(None)
         self.events = RecordingEvents()
 
     def sweep(self, stop_at: int = FOREVER) -> Swept:
@@ -43,6 +46,7 @@ class Scene:
             self.jobs,
             self.queue,
             self.limits,
+            self.pool,
             {"claude-a": "a", "claude-b": "b"},
             self.clock,
             self.events,
@@ -258,6 +262,46 @@ def test_a_model_that_no_group_is_known_for_goes_at_the_safe_rate() -> None:
     scene = Scene(*jobs, groups=(slow_group(6_000), new_group("org", "x", NOON)))
 
     assert 75 == scene.sweep().sent
+
+
+def blocked_for_weeks(number_of_jobs: int, pool_age_ms: int | None) -> Scene:
+    """Jobs that are due, of a model whose only known group has spent its month."""
+    jobs = [parked(f"job_{number:03}") for number in range(number_of_jobs)]
+    scene = Scene(*jobs, groups=(slow_group(600, blocked_until=FOREVER),))
+    scene.pool.at = None if pool_age_ms is None else NOON - pool_age_ms
+    return scene
+
+
+@pytest.mark.parametrize(
+    ("pool_age_ms", "sent"), [(SECOND, 75), (NEW_KEYS_MS - 1, 75), (NEW_KEYS_MS, 0), (None, 0)]
+)
+def test_a_new_key_is_tried_though_the_known_group_stays_blocked(
+    pool_age_ms: int | None, sent: int
+) -> None:
+    scene = blocked_for_weeks(100, pool_age_ms)
+
+    assert sent == scene.sweep().sent
+
+
+def test_a_new_key_slows_nothing_down() -> None:
+    jobs = [parked(f"job_{number:03}") for number in range(200)]
+    scene = Scene(*jobs, groups=(slow_group(120),))
+    scene.pool.at = NOON
+
+    assert 150 == scene.sweep().sent
+
+
+def test_every_parked_job_is_due_once_while_keys_count_as_new() -> None:
+    assert LONGEST_PARK_MS == LONGEST_PARK_OF_WORKERS_MS
+    assert LONGEST_PARK_MS < NEW_KEYS_MS
+
+
+def test_the_sweep_goes_on_when_the_age_of_keys_cannot_be_told() -> None:
+    scene = Scene(parked(), groups=(slow_group(60),))
+    scene.pool.break_down("changed_at")
+
+    assert 1 == scene.sweep().sent
+    assert ["store busy"] == scene.events.problem_names
 
 
 def test_a_full_queue_gets_a_quarter() -> None:

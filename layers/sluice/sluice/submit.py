@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final
 
+from sluice.domain import jobs as life
 from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, Stale, StoreBusy
 from sluice.domain.jobs import Job, derived_job_id, random_job_id
 from sluice.domain.limits import Group, expected_start
@@ -27,6 +28,12 @@ NEWEST_VERSION: Final = "2026-10-21"
 """The newest `anthropic-version` we know; sent upstream for jobs that name none."""
 
 PARALLEL_WRITES: Final = 16
+
+IMAGE_CHARS: Final = 5_600
+"""About 1,600 tokens, what a large image takes, at 3.5 characters per token."""
+
+MOST_MEDIA_CHARS: Final = 100_000
+"""All images and documents of a request count as no more: under 30,000 tokens, the rate a new limit group starts at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +106,34 @@ class Submit:
         now = self._clock.now()
         drafts = self._drafts(submissions, sender, now)
         with ThreadPoolExecutor(max_workers=min(PARALLEL_WRITES, len(drafts))) as threads:
-            stored = list(threads.map(self._stored, drafts))
-        fresh = [each.job for each in stored if isinstance(each, Accepted) and _waits(each.job)]
-        unsent = set(self._queue.send([(job.job_id, job.tenant) for job in fresh]))
-        accepted = sum(
-            isinstance(each, Accepted) and not each.is_repeat and each.job.job_id not in unsent
-            for each in stored
-        )
+            outcomes = list(threads.map(self._stored, drafts))
+            fresh = [
+                each.job for each in outcomes if isinstance(each, Accepted) and _waits(each.job)
+            ]
+            unsent = set(self._queue.send([(job.job_id, job.tenant) for job in fresh]))
+            if unsent:
+                self._events.problem("queue busy, jobs parked", jobs=len(unsent))
+                outcomes = list(threads.map(lambda each: self._parked(each, unsent, now), outcomes))
+        accepted = sum(isinstance(each, Accepted) and not each.is_repeat for each in outcomes)
         if accepted:
             self._events.count("JobsAccepted", accepted)
-        return [
-            Rejected(StoreBusy("the jobs queue"))
-            if isinstance(each, Accepted) and each.job.job_id in unsent
-            else each
-            for each in stored
-        ]
+        return outcomes
+
+    def _parked(self, outcome: Outcome, unsent: set[str], now: int) -> Outcome:
+        """Park a stored job that the queue did not take, so that the sweep sends it: else it would wait for ever."""
+        if not isinstance(outcome, Accepted) or outcome.job.job_id not in unsent:
+            return outcome
+        parked = life.park(outcome.job, now, reason="queue busy", not_before=now)
+        try:
+            self._jobs.replace(parked, outcome.job.version)
+        except StoreBusy as error:
+            return Rejected(error)
+        except Stale as stale:
+            # Somebody went on with it meanwhile: canceled, parked by a repeat, or sent by one and begun.
+            if not isinstance(stale.current, Job):
+                return Rejected(StoreBusy("the jobs table"))
+            return Accepted(stale.current, outcome.is_repeat)
+        return Accepted(parked, outcome.is_repeat)
 
     def _drafts(
         self, submissions: Sequence[Submission | SluiceError], sender: Sender, now: int
@@ -134,7 +154,10 @@ class Submit:
                 continue
             if name is not None:
                 seen[name] = position
-            drafts.append(self._draft(submission, sender, position, now))
+            try:
+                drafts.append(self._draft(submission, sender, position, now))
+            except RecursionError:
+                drafts.append(InvalidRequest("the job is nested too deeply"))
         return drafts
 
     def _draft(
@@ -200,7 +223,9 @@ class Submit:
         earlier = self._jobs.get(job.job_id)
         if earlier is not None and earlier.request_hash == job.request_hash:
             return Accepted(earlier, is_repeat=True)
-        return Rejected(InvalidRequest("deadline: it has passed already"))
+        return Rejected(
+            InvalidRequest("deadline: it has passed already; give a time that lies ahead")
+        )
 
 
 class Waiting:
@@ -233,8 +258,12 @@ class Waiting:
 
 
 def _waits(job: Job) -> bool:
-    """A repeat sends a waiting job's message again: the first submit may have died before it was sent."""
-    return job.attempts_used == 0 and job.snoozes == 0 and job.state == "queued"
+    """A repeat sends a waiting job's message again: the first submit may have died before it was sent.
+
+    Not a parked job's: that one the sweep sends.
+    """
+    began = job.attempts_used > 0 or job.snoozes > 0 or job.not_before is not None
+    return not began and job.state == "queued"
 
 
 def _conflict(job: Job) -> Conflict:
@@ -251,15 +280,29 @@ def _id_by_name(tenant: str, custom_id: str) -> str:
 
 
 def _input_chars(params: Mapping[str, Any]) -> int:
-    """Count the characters that become input tokens; base64 data by a twentieth, as images are small in tokens."""
+    """Count the characters that become input tokens.
 
-    def count(value: object, key: str = "") -> int:
+    Base64 data is no text: its length says little about its tokens. An image counts as the characters of about 1,600
+    tokens whatever its size, a document as one character per 60 bytes and no less than an image. All of a request's
+    data together counts for at most `MOST_MEDIA_CHARS`, so that such a guess alone never makes it too large for a
+    limit group: what more it uses is settled after the call.
+    """
+    media = 0
+
+    def count(value: object) -> int:
+        nonlocal media
         if isinstance(value, str):
-            return len(value) // 20 if key == "data" else len(value)
+            return len(value)
         if isinstance(value, Mapping):
-            return sum(count(each, str(name)) for name, each in value.items())
+            data = value.get("data")
+            if value.get("type") == "base64" and isinstance(data, str):
+                is_image = str(value.get("media_type")).startswith("image/")
+                media += IMAGE_CHARS if is_image else max(IMAGE_CHARS, len(data) * 3 // 4 // 60)
+                return 0
+            return sum(map(count, value.values()))
         if isinstance(value, Sequence):
-            return sum(count(each, key) for each in value)
+            return sum(map(count, value))
         return 1
 
-    return sum(count(params.get(name, "")) for name in ("system", "messages", "tools"))
+    text = sum(count(params.get(name, "")) for name in ("system", "messages", "tools"))
+    return text + min(media, MOST_MEDIA_CHARS)

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from sluice.domain import jobs as life
-from sluice.domain.capacity import Backlog, startable
-from sluice.domain.errors import Stale
+from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
+from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError, State
 from sluice.domain.limits import Group, model_group
-from sluice.ports import Clock, Events, JobQueue, JobStore, LimitStore, Parked, ParkedJobs
+from sluice.ports import (
+    Clock,
+    Events,
+    JobQueue,
+    JobStore,
+    LimitStore,
+    Parked,
+    ParkedJobs,
+    PoolHistory,
+)
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""
@@ -33,6 +42,12 @@ LOOK_AT: Final = 10_000
 
 AT_ONCE: Final = 100
 """Jobs taken, sent and released together; between two such steps the sweep may stop."""
+
+LONGEST_PARK_MS: Final = 6 * 3_600_000
+"""A worker parks no job for longer at a time, see `sluice.work`."""
+
+NEW_KEYS_MS: Final = LONGEST_PARK_MS + NEW_POOL_MS
+"""A key pool written this recently may serve jobs whose known groups are all blocked: until then each was due once."""
 
 PARALLEL_WRITES: Final = 16
 
@@ -57,6 +72,7 @@ class Sweep:
         parked: ParkedJobs,
         queue: JobQueue,
         limits: LimitStore,
+        pool: PoolHistory,
         model_groups: Mapping[str, str],
         clock: Clock,
         events: Events,
@@ -65,6 +81,7 @@ class Sweep:
         self._parked = parked
         self._queue = queue
         self._limits = limits
+        self._pool = pool
         self._model_groups = model_groups
         self._clock = clock
         self._events = events
@@ -120,11 +137,24 @@ class Sweep:
         by_group: dict[str, list[Parked]] = {}
         for each in due:
             by_group.setdefault(model_group(each.model, self._model_groups), []).append(each)
-        room = {name: startable(groups, name, now, now + RUN_MS + MARGIN_MS) for name in by_group}
+        until, new_pool = now + RUN_MS + MARGIN_MS, self._has_new_pool(now)
+        room = {name: startable(groups, name, now, until, new_pool=new_pool) for name in by_group}
         if backlog.visible > sum(room.values()):
             room = {name: -(-count // 4) for name, count in room.items()}
         chosen = [each for name, some in by_group.items() for each in some[: room[name]]]
         return sorted(chosen, key=lambda each: (each.due_at, each.job_id))
+
+    def _has_new_pool(self, now: int) -> bool:
+        """Tell whether a key of another organisation may have come for jobs whose known groups are all blocked.
+
+        Only a job that a worker holds finds that out, so some must be sent though no known group can start them.
+        """
+        try:
+            return is_new(self._pool.changed_at(), now, NEW_KEYS_MS)
+        except StoreBusy as busy:
+            # The next minute will tell; what the known groups can start must not wait for it.
+            self._events.problem("store busy", what=busy.what)
+            return False
 
     def _expire(self, parked: Parked) -> bool:
         """End a job whose deadline passed while it was parked; False when it has gone on meanwhile."""

@@ -26,7 +26,7 @@ from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
 from sluice.adapters.sqs import SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
-from sluice.adapters.telemetry import SERVICE, Telemetry
+from sluice.adapters.telemetry import SERVICE, Telemetry, hush
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
@@ -52,6 +52,7 @@ def settings() -> Settings:
 @cache
 def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
+    hush()
     return Telemetry(Logger(service=SERVICE))
 
 
@@ -130,6 +131,11 @@ def take_dead_letter() -> TakeDeadLetter:
 
 
 @cache
+def _pool_history() -> SecretHistory:
+    return SecretHistory(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
+
+
+@cache
 def governor() -> Governor:
     """Return the use case that sets how many workers may run."""
     mapping, ceiling = settings().governed()
@@ -138,7 +144,7 @@ def governor() -> Governor:
         limits(),
         _queue(),
         DynamoGovernorNotes(_dynamodb(), settings().limits_table),
-        SecretHistory(aws.secrets_manager(), settings().key_pool_secret, CLOCK),
+        _pool_history(),
         ceiling,
         CLOCK,
         telemetry(),
@@ -148,7 +154,9 @@ def governor() -> Governor:
 @cache
 def sweep() -> Sweep:
     """Return the use case that sends parked jobs again."""
-    return Sweep(jobs(), jobs(), _queue(), limits(), model_groups(), CLOCK, telemetry())
+    return Sweep(
+        jobs(), jobs(), _queue(), limits(), _pool_history(), model_groups(), CLOCK, telemetry()
+    )
 
 
 @cache
