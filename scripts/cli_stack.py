@@ -48,8 +48,9 @@ def setup(
     Uses your AWS credentials. Run again, it keeps the upstream keys unless told otherwise, and
     makes another client key.
     """
-    from scripts.setup_stack import Stack
+    from scripts.setup_stack import Stack, check_tenant
 
+    check_tenant(tenant)
     deployed = Stack(stack, region, endpoint_url)
     pool = _key_pool_for(deployed, key_pool)
     if pool is not None:

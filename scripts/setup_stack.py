@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 NEEDED_OUTPUTS = ("ApiUrl", "KeyPoolSecretArn", "PepperSecretArn", "ClientKeysTableName")
 USABLE_STATUSES = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
+
+TENANT = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+"""What a tenant may be called: SQS takes it as a message group id, which allows no spaces."""
 
 KeyPool = dict[str, Any]
 
@@ -103,6 +107,7 @@ class Stack:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> tuple[str, str]:
         """Returns a new client key and its id. Only hashes of the key are stored."""
+        check_tenant(tenant)
         key = client_keys.new_key(random_bytes(32))
         with _said_plainly("read the pepper"):
             pepper = self._secrets.get_secret_value(SecretId=self._pepper_secret)["SecretString"]
@@ -157,6 +162,14 @@ class Stack:
                 raise CommandFailed(
                     f"there is no client key {key_id}; `sluice keys list` shows the key ids"
                 ) from None
+
+
+def check_tenant(tenant: str) -> None:
+    """Says what is wrong with a tenant's name, if anything is."""
+    if not TENANT.fullmatch(tenant):
+        raise CommandFailed(
+            f"{tenant!r} cannot be a tenant: use 1 to 64 letters, digits, hyphens and underscores"
+        )
 
 
 def read_key_pool(text: str, source: str) -> KeyPool:

@@ -206,6 +206,19 @@ def test_client_keys_can_be_made_listed_and_revoked(run: Run) -> None:
     assert "revoked" in table.out
 
 
+@pytest.mark.parametrize("command", [["setup"], ["keys", "create"]])
+@pytest.mark.parametrize("tenant", ["team red", "", "t" * 65, "team\n", "käse"])
+def test_a_tenant_the_queue_would_refuse_is_refused_at_once(
+    run: Run, stack: Deployed, command: list[str], tenant: str
+) -> None:
+    del stack
+
+    ended = run(*command, "--stack", "prod", "--tenant", tenant)
+
+    assert 1 == ended.code
+    assert "cannot be a tenant: use 1 to 64 letters" in ended.err
+
+
 @pytest.mark.usefixtures("stack")
 def test_revoking_a_key_nobody_has_made_makes_none(run: Run) -> None:
     ended = run("keys", "revoke", "0" * 32, "--stack", "prod")

@@ -10,7 +10,7 @@ import pytest
 from botocore.stub import Stubber
 
 from sluice.adapters import aws
-from sluice.adapters.sqs import SqsQueue, SqsReturns
+from sluice.adapters.sqs import ENTRY_ATTEMPTS, SqsQueue, SqsReturns
 from sluice.domain.errors import StoreBusy
 from sluice.messages import reason_of, received
 from sluice.ports import Received
@@ -185,6 +185,51 @@ def test_one_busy_call_does_not_keep_the_other_messages(client: Any) -> None:
             SqsReturns(client, URL, DEAD_LETTERS).put_back(
                 [(a_message(number), 0) for number in range(12)]
             )
+
+        stub.assert_no_pending_responses()
+
+
+def refusals(*positions: str, sender_fault: bool) -> dict[str, Any]:
+    failed = [{"Id": each, "SenderFault": sender_fault, "Code": "Because"} for each in positions]
+    return {"Successful": [], "Failed": failed}
+
+
+def test_messages_sqs_failed_on_are_put_back_again_and_only_they(client: Any) -> None:
+    with Stubber(client) as stub:
+        call = "change_message_visibility_batch"
+        stub.add_response(call, refusals("1", sender_fault=False))
+        again = [{"Id": "1", "ReceiptHandle": "receipt-1", "VisibilityTimeout": 7}]
+        stub.add_response(call, refusals(sender_fault=False), {"QueueUrl": URL, "Entries": again})
+
+        SqsReturns(client, URL, DEAD_LETTERS).put_back(
+            [(a_message(number), 7_000) for number in range(3)]
+        )
+
+        stub.assert_no_pending_responses()
+
+
+def test_messages_sqs_fails_on_every_time_do_not_keep_the_others(client: Any) -> None:
+    with Stubber(client) as stub:
+        call = "change_message_visibility_batch"
+        for _ in range(ENTRY_ATTEMPTS):
+            stub.add_response(call, refusals("0", sender_fault=False))
+        stub.add_response(call, refusals(sender_fault=False))
+
+        with pytest.raises(StoreBusy):
+            SqsReturns(client, URL, DEAD_LETTERS).put_back(
+                [(a_message(number), 0) for number in range(12)]
+            )
+
+        stub.assert_no_pending_responses()
+
+
+def test_a_receipt_that_is_no_longer_valid_is_let_go(client: Any) -> None:
+    with Stubber(client) as stub:
+        stub.add_response("change_message_visibility_batch", refusals("0", "1", sender_fault=True))
+
+        SqsReturns(client, URL, DEAD_LETTERS).put_back(
+            [(a_message(number), 0) for number in range(2)]
+        )
 
         stub.assert_no_pending_responses()
 

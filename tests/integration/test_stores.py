@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import string
 from base64 import urlsafe_b64encode
@@ -50,6 +51,7 @@ from tests.fakes import (
 from tests.moto_aws import BUCKET, PEPPER, Aws, in_memory
 
 DAY: Final = date(2026, 11, 20)
+DAY_SECONDS: Final = 86_400
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +219,68 @@ def test_a_job_comes_back_as_it_was_written(jobs: JobStore, job: Job) -> None:
 @given(job=JOBS)
 def test_a_job_is_the_same_after_encoding(job: Job) -> None:
     assert job == job_records.decode(job_records.encode(job, retention_days=30))
+
+
+@settings(max_examples=200, deadline=None)
+@given(job=JOBS)
+def test_fields_of_a_newer_release_are_passed_over(job: Job) -> None:
+    """So that a roll-back can read what the newer release wrote."""
+    item = job_records.encode(job, retention_days=30)
+
+    def more(value: Any) -> Any:
+        if isinstance(value, list):
+            return [more(each) for each in value]
+        if isinstance(value, dict):
+            return {name: more(each) for name, each in value.items()} | {"news": 1}
+        return value
+
+    record = json.loads(item["record"]["S"])
+    newer = {name: value if name == "metadata" else more(value) for name, value in record.items()}
+    item["record"] = {"S": json.dumps(newer | {"news": 1})}
+
+    assert job == job_records.decode(item)
+
+
+@pytest.mark.parametrize(
+    ("facts", "retention_days", "expires"),
+    [
+        ({}, 1, 45 * DAY_SECONDS),
+        ({}, 90, 90 * DAY_SECONDS),
+        ({"not_before": NOON + 10 * DAY_SECONDS * 1000}, 1, 55 * DAY_SECONDS),
+        ({"deadline": NOON + 60 * DAY_SECONDS * 1000}, 1, 105 * DAY_SECONDS),
+        (
+            {"state": State.RUNNING, "lease": Lease("worker-1", NOON + 44 * DAY_SECONDS * 1000)},
+            1,
+            89 * DAY_SECONDS,
+        ),
+        (
+            {"last_snooze": Snooze(NOON + 44 * DAY_SECONDS * 1000, "rate limited")},
+            1,
+            89 * DAY_SECONDS,
+        ),
+        ({"state": State.SUCCEEDED, "finished_at": NOON + 5_000}, 1, DAY_SECONDS + 5),
+    ],
+)
+def test_a_job_that_has_not_ended_is_kept_far_beyond_its_wait(
+    facts: dict[str, Any], retention_days: int, expires: int
+) -> None:
+    item = job_records.encode(replace(a_job(), created_at=NOON, **facts), retention_days)
+
+    assert str(NOON // 1000 + expires) == item["expires_at"]["N"]
+
+
+@pytest.mark.parametrize(("retention_days", "days"), [(1, 45), (90, 90)])
+def test_a_request_is_kept_as_long_as_its_job_may_wait(
+    cloud: Aws, name: str, retention_days: int, days: int
+) -> None:
+    params = dynamo.DynamoParams(
+        cloud.dynamodb, "ParamsTable", data_bucket(cloud), FrozenClock(), retention_days
+    )
+
+    params.add(Params(name, "{}", "hash"))
+
+    item = cloud.dynamodb.get_item(TableName="ParamsTable", Key={"job_id": {"S": name}})["Item"]
+    assert str(NOON // 1000 + days * DAY_SECONDS) == item["expires_at"]["N"]
 
 
 def test_a_job_that_nobody_added_is_not_there(jobs: JobStore) -> None:
@@ -493,6 +557,26 @@ def test_a_group_comes_back_as_it_was_written(limits: LimitStore) -> None:
     assert {} == limits.load([])
 
 
+def test_what_a_newer_release_knows_of_groups_and_keys_is_passed_over(cloud: Aws) -> None:
+    limits = dynamo.DynamoLimits(cloud.dynamodb, "LimitsTable")
+    group = replace(new_group("newer", "haiku", NOON), version=1)
+    limits.replace(group, 0)
+    limits.mark(KeyMark("newer"))
+    for item_id in ("group#newer/haiku", "key#newer"):
+        key = {"id": {"S": item_id}}
+        item = cloud.dynamodb.get_item(TableName="LimitsTable", Key=key)["Item"]
+        record = json.loads(item["record"]["S"]) | {"news": 1}
+        if "requests" in record:
+            record["requests"]["news"] = 1
+        item["record"] = {"S": json.dumps(record)}
+        cloud.dynamodb.put_item(TableName="LimitsTable", Item=item)
+
+    found = limits.load(["newer/haiku"]), limits.marks(["newer"])
+    cloud.dynamodb.delete_item(TableName="LimitsTable", Key={"id": {"S": "group#newer/haiku"}})
+
+    assert ({"newer/haiku": group}, {"newer": KeyMark("newer")}) == found
+
+
 def test_only_one_of_two_may_begin_a_group(limits: LimitStore) -> None:
     """Two workers that thought of the very same change made it once: the other must look again."""
     limits.replace(a_group(), 0)
@@ -532,7 +616,7 @@ def test_all_groups_are_shown_in_order_and_nothing_else(limits: LimitStore) -> N
 
 
 def test_what_is_known_of_a_key_comes_back(limits: LimitStore) -> None:
-    mark = KeyMark("main", "org", "fingerprint", {"claude-a": "fingerprint"})
+    mark = KeyMark("main", "org", "fingerprint", "fingerprint")
     limits.mark(KeyMark("main"))
     limits.mark(mark)
 

@@ -2,12 +2,13 @@
 
 import io
 import json
+import logging
 from typing import Any
 
 import pytest
 from aws_lambda_powertools import Logger
 
-from sluice.adapters.telemetry import VALUES_AT_ONCE, Telemetry
+from sluice.adapters.telemetry import VALUES_AT_ONCE, Telemetry, hush
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, SAMPLED, TOTALS
 
 
@@ -121,6 +122,17 @@ def test_what_was_flushed_is_not_emitted_again(
     assert 1 == len(flushed(desk, capsys))
 
     assert [] == flushed(desk, capsys)
+
+
+@pytest.mark.parametrize("library", ["httpx2", "anthropic"])
+def test_a_library_that_logs_every_call_is_hushed(library: str) -> None:
+    logger = logging.getLogger(library)
+    logger.setLevel(logging.INFO)
+
+    hush()
+
+    assert not logger.isEnabledFor(logging.INFO)
+    assert logger.isEnabledFor(logging.WARNING)
 
 
 def test_a_metric_nobody_declared_is_refused(desk: Desk) -> None:

@@ -202,7 +202,8 @@ class DynamoParams:
     def add(self, params: Params) -> None:
         """Store the request; raises Conflict if another one is stored under the id already."""
         body = gzip.compress(params.body.encode(), compresslevel=6, mtime=0)
-        expires = self._clock.now() // 1000 + self._retention_days * job_records.DAY_SECONDS
+        days = job_records.waiting_days(self._retention_days)
+        expires = self._clock.now() // 1000 + days * job_records.DAY_SECONDS
         item: Item = {
             "job_id": {"S": params.job_id},
             "request_hash": {"S": params.request_hash},
@@ -290,7 +291,7 @@ class DynamoLimits:
         ids = [f"key#{key}" for key in key_ids]
         items = _get_many(self._client, self._table, "id", ids, "the limits table")
         records = [json.loads(item["record"]["S"]) for item in items]
-        return {record["key_id"]: KeyMark(**record) for record in records}
+        return {record["key_id"]: job_records.made(KeyMark, record) for record in records}
 
     def mark(self, mark: KeyMark) -> None:
         """Write what is known about a key; the last writer wins, for all say the same."""
@@ -514,8 +515,8 @@ def _get_many(
 def _group(item: Item) -> Group:
     record = json.loads(item["record"]["S"])
     for dimension in DIMENSIONS:
-        record[dimension] = Bucket(**record[dimension])
-    return Group(**record)
+        record[dimension] = job_records.made(Bucket, record[dimension])
+    return job_records.made(Group, record)
 
 
 def _ledger_item(row: LedgerRow) -> Item:

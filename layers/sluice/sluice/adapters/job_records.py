@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sluice.domain.jobs import (
     SCHEMA_VERSION,
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
     Item = dict[str, AttributeValueTypeDef]
 
+T = TypeVar("T")
+
 DAY_SECONDS = 86_400
+WAITING_DAYS = 45
+"""Jobs that have not ended, and requests, are kept at least so long: far beyond the 14 days of a message."""
+
 DUE_SHARDS = 8
 """Parts of the index `by_due`: one part takes 1,000 writes a second, and a whole backlog may be parked at once."""
 
@@ -55,10 +60,9 @@ def due_shard(job_id: str) -> str:
 
 def encode(job: Job, retention_days: int) -> Item:
     """Return the item; `expires_at` is when DynamoDB may delete it, in epoch seconds."""
-    kept_from = (job.finished_at or job.created_at) // 1000
     item: Item = {
         "created_key": {"S": created_key(job)},
-        "expires_at": {"N": str(kept_from + retention_days * DAY_SECONDS)},
+        "expires_at": {"N": str(_expires_at(job, retention_days))},
         "schema": {"N": str(SCHEMA_VERSION)},
         "record": {"S": _record(job)},
     }
@@ -83,6 +87,17 @@ def encode(job: Job, retention_days: int) -> Item:
         if job.result.object_key is not None:
             item["result_key"] = {"S": job.result.object_key}
     return item
+
+
+def waiting_days(retention_days: int) -> int:
+    """Return for how many days what a job needs in order to run is kept."""
+    return max(retention_days, WAITING_DAYS)
+
+
+def made(kind: type[T], record: dict[str, Any]) -> T:
+    """Return the dataclass of a record without the fields it does not know: a newer release may have written it."""
+    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in record.items() if name in known})
 
 
 def decode(item: Item) -> Job:
@@ -122,6 +137,21 @@ def decode(item: Item) -> Job:
     )
 
 
+def _expires_at(job: Job, retention_days: int) -> int:
+    """An ended job is kept from its end. One that has not ended must outlive its wait: its last known moment counts."""
+    if job.state.is_final:
+        return (job.finished_at or job.created_at) // 1000 + retention_days * DAY_SECONDS
+    moments = (
+        job.created_at,
+        job.not_before,
+        job.deadline,
+        job.lease.until if job.lease else None,
+        job.last_snooze.at if job.last_snooze else None,
+    )
+    latest = max(moment for moment in moments if moment is not None)
+    return latest // 1000 + waiting_days(retention_days) * DAY_SECONDS
+
+
 def _record(job: Job) -> str:
     """Everything else as JSON, defaults left out: most jobs have few of these, and DynamoDB bills by the kilobyte."""
     rest: dict[str, object] = {}
@@ -146,7 +176,7 @@ def _plain(value: Any) -> object:
 
 
 def _maybe(kind: Any, value: dict[str, Any] | None) -> Any:
-    return None if value is None else kind(**value)
+    return None if value is None else made(kind, value)
 
 
 def _attempt(value: dict[str, Any]) -> Attempt:

@@ -34,7 +34,10 @@ class Objects:
         )
 
     def get(self, key: str) -> bytes | None:
-        """Return an object, None when there is none (any more)."""
+        """Return an object, None when there is none (any more).
+
+        S3 says 404 only to those who may list the bucket, which the template grants; a 403 is a broken policy.
+        """
         try:
             answer = aws.patiently(
                 "the data bucket", self._client.get_object, Bucket=self._bucket, Key=key

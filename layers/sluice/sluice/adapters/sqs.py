@@ -20,6 +20,9 @@ AT_ONCE: Final = 10
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
+ENTRY_ATTEMPTS: Final = 3
+"""How often a message is put back that SQS could not change while it changed others of the same call."""
+
 
 class SqsQueue:
     """The sending side."""
@@ -90,7 +93,8 @@ class SqsReturns:
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """Make each message visible again after its delay in milliseconds, rounded up to seconds.
 
-        What one call cannot change does not keep the others; raises StoreBusy at the end.
+        What one call cannot change does not keep the others; raises StoreBusy at the end. A message whose receipt
+        is no longer valid is somebody else's by now, or gone: nothing is left to do for it.
         """
         busy: StoreBusy | None = None
         for start in range(0, len(delays), AT_ONCE):
@@ -105,16 +109,29 @@ class SqsReturns:
                 for position, (message, delay_ms) in enumerate(delays[start : start + AT_ONCE])
             ]
             try:
-                aws.patiently(
-                    "the jobs queue",
-                    self._client.change_message_visibility_batch,
-                    QueueUrl=self._url,
-                    Entries=entries,
-                )
+                self._change(entries)
             except StoreBusy as error:
                 busy = error
         if busy is not None:
             raise busy
+
+    def _change(self, entries: Any) -> None:
+        """Change the visibility of up to ten messages; raises StoreBusy when SQS fails on some of them every time."""
+        what = "the jobs queue"
+        for _ in range(ENTRY_ATTEMPTS):
+            answer = aws.patiently(
+                what,
+                self._client.change_message_visibility_batch,
+                QueueUrl=self._url,
+                Entries=entries,
+            )
+            failed = {
+                each["Id"] for each in answer.get("Failed", ()) if not each.get("SenderFault")
+            }
+            entries = [entry for entry in entries if entry["Id"] in failed]
+            if not entries:
+                return
+        raise StoreBusy(what)
 
     def bury(self, message: Received, reason: str) -> None:
         """Send a message that is not ours to the dead-letter queue, with the reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections import defaultdict
@@ -15,6 +16,16 @@ from sluice.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
 SERVICE: Final = "sluice"
 VALUES_AT_ONCE: Final = 99
 """EMF allows 100 values of a metric in one document; with the hundredth Powertools emits it unasked."""
+
+
+CHATTY: Final = ("httpx2", "anthropic")
+"""Libraries that log one INFO line per call, with its URL."""
+
+
+def hush() -> None:
+    """Let chatty libraries log warnings only; what they would say is in our own lines."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Telemetry:
