@@ -457,3 +457,16 @@ def test_a_job_whose_worker_died_can_be_parked() -> None:
 
     assert (State.QUEUED, None) == (parked.state, parked.lease)
     assert AttemptOutcome.LOST == parked.attempts[-1].outcome
+
+
+def test_an_answer_that_broke_off_for_overload_counts_its_cost_wherever_the_job_goes() -> None:
+    job = claimed(a_job(fallback_models=("claude-b",)))
+
+    assert (
+        40
+        == life.snooze(
+            job, "worker-1", LATER, reason="overloaded", cost_micro_usd=40
+        ).cost_micro_usd
+    )
+    moved = life.fall_back(job, "worker-1", LATER, reason="overloaded", cost_micro_usd=40)
+    assert ("claude-b", 40, 0) == (moved.current_model, moved.cost_micro_usd, moved.attempts_used)

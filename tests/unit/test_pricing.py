@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.domain.pricing import NOTHING_SPENT, Price, PriceList, Spend, Usage, base_model, usd
+from sluice.domain.pricing import Price, PriceList, Spend, Usage, base_model, usd
 
 DATA = json.loads(files("sluice.data").joinpath("prices.json").read_text(encoding="utf-8"))
 PRICES = PriceList.from_rows(DATA["prices"])
@@ -217,7 +217,7 @@ spends = st.builds(Spend, *[st.integers(0, 10**12)] * 6)
 @given(spends, spends, spends)
 def test_sums_are_the_same_in_any_order(one: Spend, two: Spend, three: Spend) -> None:
     assert (one + two) + three == three + (two + one)
-    assert one == one + NOTHING_SPENT
+    assert one == one + Spend()
 
 
 def test_one_call_adds_its_tokens_and_its_cost() -> None:

@@ -9,8 +9,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job, JobError, Lease, State, due_at
 from sluice.domain.limits import Group, Seen, new_group
-from sluice.sweep import HOLD_MS, LONGEST_PARK_MS, NEW_KEYS_MS, Sweep, Swept
-from sluice.work import LONGEST_PARK_MS as LONGEST_PARK_OF_WORKERS_MS
+from sluice.sweep import HOLD_MS, NEW_KEYS_MS, Sweep, Swept
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -289,11 +288,6 @@ def test_a_new_key_slows_nothing_down() -> None:
     scene.pool.at = NOON
 
     assert 150 == scene.sweep().sent
-
-
-def test_every_parked_job_is_due_once_while_keys_count_as_new() -> None:
-    assert LONGEST_PARK_MS == LONGEST_PARK_OF_WORKERS_MS
-    assert LONGEST_PARK_MS < NEW_KEYS_MS
 
 
 def test_the_sweep_goes_on_when_the_age_of_keys_cannot_be_told() -> None:

@@ -15,7 +15,7 @@ from sluice.domain.limits import Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.ports import Answer, CallRequest, Refused
-from sluice.work import LEASE_MS, LONGEST_DELAY_MS, LONGEST_PARK_MS
+from sluice.work import LEASE_MS, LONGEST_DELAY_MS
 from tests.fakes import (
     MESSAGE,
     MINUTE,
@@ -485,7 +485,7 @@ def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -
     job = gateway.job()
     assert (State.QUEUED, 0) == (job.state, job.attempts_used)
     assert job.not_before is not None
-    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + LONGEST_PARK_MS
+    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + life.LONGEST_PARK_MS
     assert [] == gateway.queue.delays
 
 

@@ -43,10 +43,7 @@ LOOK_AT: Final = 10_000
 AT_ONCE: Final = 100
 """Jobs taken, sent and released together; between two such steps the sweep may stop."""
 
-LONGEST_PARK_MS: Final = 6 * 3_600_000
-"""A worker parks no job for longer at a time, see `sluice.work`."""
-
-NEW_KEYS_MS: Final = LONGEST_PARK_MS + NEW_POOL_MS
+NEW_KEYS_MS: Final = life.LONGEST_PARK_MS + NEW_POOL_MS
 """A key pool written this recently may serve jobs whose known groups are all blocked: until then each was due once."""
 
 PARALLEL_WRITES: Final = 16

@@ -78,9 +78,6 @@ LAST_FLUSHES: Final = 3
 LONGEST_DELAY_MS: Final = 900_000
 """A longer wait leaves the queue: the job is parked, and the sweep sends it again."""
 
-LONGEST_PARK_MS: Final = 6 * 3_600_000
-"""A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
-
 NO_KEY_DELAY_MS: Final = 60_000
 
 
@@ -427,7 +424,7 @@ class _Batch:
     async def _park(self, job: Job, delay_ms: int, reason: str) -> Disposition | Job:
         """Take a waiting job out of the queue: parked messages would fill the in-flight ceiling for everybody."""
         now = self.tools.clock.now()
-        not_before = now + min(delay_ms, LONGEST_PARK_MS)
+        not_before = now + min(delay_ms, life.LONGEST_PARK_MS)
         parked = life.park(job, now, reason=reason, not_before=not_before)
         try:
             await self.tools.blocking(self.tools.jobs.replace, parked, job.version)
@@ -564,6 +561,10 @@ class _Call:
         self._events = batch.events
         self._rules = batch.rules
         self._claim = job.version
+        # A metric's dimension; names that anybody may invent would cost a series each.
+        today = _day(self._tools.clock.now())
+        priced = self._rules.prices.price(job.current_model, today) is not None
+        self._group = admission.claimant.model_group if priced else OTHER_MODELS
         self._canceled = False
         self._settled = False
 
@@ -577,14 +578,6 @@ class _Call:
     @property
     def _owner(self) -> str:
         return self._batch.owner
-
-    @property
-    def _group(self) -> str:
-        """The model group as a metric's dimension; a name that anybody may invent would cost a series each."""
-        today = _day(self._tools.clock.now())
-        if self._rules.prices.price(self._job.current_model, today) is None:
-            return OTHER_MODELS
-        return self._admission.claimant.model_group
 
     async def _send(self, params: str) -> Answer | Refused:
         now = self._tools.clock.now()
@@ -801,7 +794,11 @@ class _Call:
                 )
             case FallBack(reason=reason):
                 return await self._write(
-                    lambda job, at: life.fall_back(job, self._owner, at, reason=reason), None, row
+                    lambda job, at: life.fall_back(
+                        job, self._owner, at, reason=reason, cost_micro_usd=cost
+                    ),
+                    None,
+                    row,
                 )
             case Retry(after_ms=after, full_window=full_window):
                 return await self._write(
@@ -965,7 +962,7 @@ def _wait(delay_ms: int) -> Disposition:
 
 
 def _parked_until(now: int, delay_ms: int) -> int | None:
-    return now + min(delay_ms, LONGEST_PARK_MS) if delay_ms > LONGEST_DELAY_MS else None
+    return now + min(delay_ms, life.LONGEST_PARK_MS) if delay_ms > LONGEST_DELAY_MS else None
 
 
 def _too_large(job: Job, tokens: int, limit: int) -> JobError:

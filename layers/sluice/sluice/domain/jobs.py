@@ -16,6 +16,9 @@ from typing import Final
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 
+LONGEST_PARK_MS: Final = 6 * 3_600_000
+"""A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
+
 SCHEMA_VERSION: Final = 1
 """Of the stored record and of the queue message."""
 
@@ -324,9 +327,11 @@ def retry(  # noqa: PLR0913 - the facts of one failed attempt
     )
 
 
-def fall_back(job: Job, owner: str, now: int, *, reason: str) -> Job:
-    """Move to the next fallback model without using an attempt (Claude was overloaded, nothing was billed)."""
-    put_back = snooze(job, owner, now, reason=reason)
+def fall_back(
+    job: Job, owner: str, now: int, *, reason: str, cost_micro_usd: int | None = None
+) -> Job:
+    """Move to the next fallback model without using an attempt: Claude was overloaded."""
+    put_back = snooze(job, owner, now, reason=reason, cost_micro_usd=cost_micro_usd)
     return replace(put_back, fallbacks_used=job.fallbacks_used + 1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import date
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -228,9 +228,6 @@ class Spend:
         return {each.name: getattr(self, each.name) for each in fields(Spend)}
 
 
-NOTHING_SPENT = Spend()
-
-
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
     """One upstream call that was, or may have been, billed: what an audit needs to match Anthropic's invoice."""
@@ -250,4 +247,3 @@ class LedgerRow:
     certain: bool = True
     """False where a call was sent but its usage never came back; the sums then hold what is known."""
     note: str | None = None
-    details: Mapping[str, int] = field(default_factory=dict)
