@@ -97,9 +97,11 @@ define new_environment
 @$(PYTHON) -m venv --clear $(1)
 endef
 
+# --no-deps: the lock is complete, and older pips take `coverage[toml]` for a package of its own and
+# refuse its newest release, which has no hash here.
 $(DEV_PACKAGES):
 	$(call new_environment,.venv)
-	@.venv/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	@.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements-dev.txt
 	@touch $@
 
 $(DEV): $(DEV_PACKAGES)
