@@ -9,6 +9,9 @@ Claude's API
     POST /v1/messages (JSON and events), POST /v1/messages/count_tokens, GET /v1/models and
     /v1/models/{id}; `x-api-key` or `Authorization: Bearer`; anthropic-version 2023-06-01 or
     2026-10-21.
+    With an admin key: GET /v1/organizations/rate_limits (`group_type`, `model`, `limit`, `page`)
+    and /v1/organizations/workspaces/{id}/rate_limits (`include_inherited` besides), each in the
+    shape of its version. Other keys get a 401 there, as admin keys get everywhere else.
 
 Limits
     Per organisation and model group three buckets: requests, input tokens, output tokens. Each
@@ -37,8 +40,14 @@ Configuration (`--config FILE`; every part has a default)
      "ramp_retry_after_seconds": 5,
      "organisations": [
        {"id": "org-one", "workspace": "wrkspc_default", "keys": ["sk-ant-test-one"],
+        "workspaces": {"wrkspc_two": {"keys": [...],     more of them; their limits are reported,
+                                      "limits": {"opus-5": {"rpm": 50}}}},   not enforced
+        "admin_keys": [],                                each begins with sk-ant-admin
         "limits": {"default": {"rpm": 1000, "itpm": 2000000, "otpm": 400000},     null: no limit
                    "opus-5": {...}},
+        "input_limit_type": "input_tokens_per_minute_cache_aware",   how the Rate Limits API names
+                                                         it; or "input_tokens_per_minute"
+        "batch_limits": {"rpm": 1000, "queued_requests": 200000},
         "count_tokens_rpm": 2000,
         "burst_seconds": 60,
         "request_burst_seconds": null,                   1: 60 a minute enforced as 1 a second

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from scripts.claude_simulator import answers, checks
+from scripts.claude_simulator import answers, checks, rate_limits
 from scripts.claude_simulator import settings as settings_
 from scripts.claude_simulator.answers import Answer
 from scripts.claude_simulator.books import Books, Group, Row, report
@@ -64,10 +64,6 @@ class Account:
         """Take new settings; the groups keep their levels."""
         self.settings = organisation
         self.rules = organisation.rules()
-        self.headers: Headers = [
-            (b"anthropic-organization-id", organisation.id.encode()),
-            (b"anthropic-workspace-id", organisation.workspace.encode()),
-        ]
         for group in self.groups.values():
             group.limits.relimit(self._limits_of(group.name), self.rules, now)
 
@@ -87,12 +83,28 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated request: whose it is and under which version."""
+    """An authenticated request: whose it is and under which version.
+
+    `workspace` is the one the key belongs to; an admin key belongs to none.
+    """
 
     account: Account
+    workspace: str | None
     key: str
     version: str
     at: int
+
+    @property
+    def headers(self) -> Headers:
+        """Return the headers of every answer."""
+        return _identity(self.account, self.workspace)
+
+
+def _identity(account: Account, workspace: str | None) -> Headers:
+    headers = [(b"anthropic-organization-id", account.settings.id.encode())]
+    if workspace is not None:
+        headers.append((b"anthropic-workspace-id", workspace.encode()))
+    return headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,15 +236,17 @@ class Engine:
     def _apply(self, settings: Settings, now: int) -> None:
         self.settings = settings
         self.models = settings_.catalogue(settings)
-        self.keys: dict[str, Account] = {}
+        self.keys: dict[str, tuple[Account, str]] = {}
+        self.admin_keys: dict[str, Account] = {}
         for organisation in settings.organisations:
             account = self.accounts.get(organisation.id)
             if account is None:
                 account = self.accounts[organisation.id] = Account(organisation, now)
             else:
                 account.apply(organisation, now)
-            for key in organisation.keys:
-                self.keys[key] = account
+            for key, workspace in organisation.all_keys().items():
+                self.keys[key] = (account, workspace)
+            self.admin_keys |= dict.fromkeys(organisation.admin_keys, account)
         self.failure_rates = _rates(settings.faults, FAILURES)
         self.kind_rates = _rates(settings.faults, KINDS)
 
@@ -244,19 +258,39 @@ class Engine:
 
     def authenticate(self, key: str | None, version: str | None) -> Caller | Refused:
         """Say who calls; an unknown or revoked key, or a version not known, is refused."""
+        found = None if key is None else self.keys.get(key)
+        return self._caller(key, version, *(found or (None, None)))
+
+    def authenticate_admin(self, key: str | None, version: str | None) -> Caller | Refused:
+        """Say who asks about an organisation; every key but its admin keys is refused."""
+        return self._caller(key, version, None if key is None else self.admin_keys.get(key), None)
+
+    def _caller(
+        self, key: str | None, version: str | None, account: Account | None, workspace: str | None
+    ) -> Caller | Refused:
         now = self.clock()
-        account = None if key is None else self.keys.get(key)
-        if account is None or key is None:
-            self.books.counts["unauthenticated"] += 1
-            return Refused(FAILURES["401"], [])
-        revoked_at = self.revoked.get(key)
-        if revoked_at is not None and revoked_at <= now:
+        revoked_at = None if key is None else self.revoked.get(key)
+        if key is None or account is None or (revoked_at is not None and revoked_at <= now):
             self.books.counts["unauthenticated"] += 1
             return Refused(FAILURES["401"], [])
         try:
-            return Caller(account, key, checks.check_version(version), now)
-        except (checks.RequestError, RecursionError) as error:
-            return Refused(_said(error), account.headers)
+            return Caller(account, workspace, key, checks.check_version(version), now)
+        except checks.RequestError as error:
+            return Refused(_said(error), _identity(account, workspace))
+
+    def rate_limits(
+        self, caller: Caller, query: dict[str, str], workspace: str | None
+    ) -> dict[str, Any] | Refused:
+        """Return a page of the limits of an admin key's organisation, or of one workspace of it."""
+        organisation = caller.account.settings
+        try:
+            if workspace is None:
+                return rate_limits.of_organisation(organisation, self.models, caller.version, query)
+            return rate_limits.of_workspace(
+                organisation, workspace, self.models, caller.version, query
+            )
+        except checks.RequestError as error:
+            return Refused(_said(error), caller.headers)
 
     def count_tokens(self, caller: Caller, body: bytes) -> int | Refused:
         """Return the input tokens of a request; free, with a request limit of its own."""
@@ -266,13 +300,13 @@ class Engine:
             model = checks.check_count(params, caller.version, self.models)
             tokens = checks.measure(params, model, cached=False).tokens
         except (checks.RequestError, RecursionError) as error:
-            return Refused(_said(error), account.headers)
+            return Refused(_said(error), caller.headers)
         group = account.group(COUNT_TOKENS_GROUP, caller.at)
         group.counts["requests"] += 1
         refusal = group.limits.admit(caller.at, 0, 0)
         if refusal is not None:
             group.counts[f"outcome:rate_limited:{refusal.kind}"] += 1
-            return self._rate_limited(refusal, account, group, caller.at)
+            return self._rate_limited(refusal, caller, group)
         group.counts["outcome:answered"] += 1
         return tokens
 
@@ -313,7 +347,7 @@ class Engine:
         if refusal is not None:
             row.status, row.outcome = 429, f"rate_limited:{refusal.kind}"
             self.books.write(row, group, now)
-            return self._rate_limited(refusal, caller.account, group, now)
+            return self._rate_limited(refusal, caller, group)
 
         nth = self.books.calls_of_content[row.body_hash]
         self.books.calls_of_content[row.body_hash] += 1
@@ -366,10 +400,10 @@ class Engine:
 
     def answer_headers(self, call: Call) -> Headers:
         """Return the headers of an answer: the organisation and the limits as they stand now."""
-        account = call.caller.account
-        if not account.settings.limit_headers:
-            return account.headers
-        return [*account.headers, *call.group.limits.headers(self.clock())]
+        headers = call.caller.headers
+        if call.caller.account.settings.limit_headers:
+            headers += call.group.limits.headers(self.clock())
+        return headers
 
     # -- refusals ---------------------------------------------------------------------------
 
@@ -405,12 +439,13 @@ class Engine:
         if group is None:
             account.other["requests"] += 1
             account.other[f"outcome:{outcome}"] += 1
-        headers = account.headers
+        headers = caller.headers
         if failure.status == 429 and group is not None and account.settings.limit_headers:  # noqa: PLR2004
-            headers = [*headers, *group.limits.headers(caller.at)]
+            headers += group.limits.headers(caller.at)
         return Refused(failure, headers)
 
-    def _rate_limited(self, refusal: Refusal, account: Account, group: Group, now: int) -> Refused:
+    def _rate_limited(self, refusal: Refusal, caller: Caller, group: Group) -> Refused:
+        account = caller.account
         failure = Failure(
             429,
             "rate_limit_error",
@@ -420,9 +455,9 @@ class Engine:
             ),
             should_retry=True,
         )
-        headers = account.headers
+        headers = caller.headers
         if account.settings.limit_headers:
-            headers = [*headers, *group.limits.headers(now)]
+            headers += group.limits.headers(caller.at)
         return Refused(failure, headers)
 
     # -- reports ----------------------------------------------------------------------------

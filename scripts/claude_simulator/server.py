@@ -48,6 +48,7 @@ class Exchange:
     body: bytes
     key: str | None
     version: str | None
+    id: str = ""  # what stands for {id} in the route
 
     @property
     def transport(self) -> asyncio.Transport:
@@ -122,12 +123,15 @@ class App:
             ("POST", "/v1/messages/count_tokens"): self.count_tokens,
             ("GET", "/v1/models"): self.list_models,
             ("GET", "/v1/models/{id}"): self.get_model,
+            ("GET", "/v1/organizations/rate_limits"): self.organization_rate_limits,
+            ("GET", "/v1/organizations/workspaces/{id}/rate_limits"): self.workspace_rate_limits,
             ("GET", "/_simulator/stats"): self.stats,
             ("GET", "/_simulator/ledger"): self.ledger,
             ("POST", "/_simulator/config"): self.configure,
             ("POST", "/_simulator/reset"): self.reset,
         }
-        self._paths = {path for _, path in self.routes}
+        self._paths = {path for _, path in self.routes if "{id}" not in path}
+        self._patterns = [path.split("{id}") for _, path in self.routes if "{id}" in path]
 
     async def __call__(
         self,
@@ -151,35 +155,42 @@ class App:
         if event.get("more_body"):
             body = await _rest_of(body, receive)
         exchange = Exchange(scope, send, self.engine.request_id(), body, key, version)
-        await self._route(scope["method"], scope["path"])(exchange)
-
-    def _route(self, method: str, path: str) -> Handler:
-        handler = self.routes.get((method, path))
+        route, exchange.id = self._route(scope["path"])
+        handler = self.routes.get((scope["method"], route))
         if handler is not None:
-            return handler
-        pattern = f"{path.rpartition('/')[0]}/{{id}}"
-        handler = self.routes.get((method, pattern))
-        if handler is not None and path not in self._paths:
-            return handler
-        return self._unknown
-
-    async def _unknown(self, exchange: Exchange) -> None:
-        path = exchange.scope["path"]
-        if path in self._paths:
-            method = exchange.scope["method"]
-            failure = Failure(405, "invalid_request_error", f"{method} is not allowed for {path}")
-            await exchange.refuse(Refused(failure, []))
+            await handler(exchange)
+        elif route:
+            said = f"{scope['method']} is not allowed for {scope['path']}"
+            await exchange.refuse(Refused(Failure(405, "invalid_request_error", said), []))
         else:
-            await exchange.refuse(not_found(path))
+            await exchange.refuse(not_found(scope["path"]))
+
+    def _route(self, path: str) -> tuple[str, str]:
+        """Return the route a path belongs to, empty for none, and what stands for its {id}."""
+        if path in self._paths:
+            return path, ""
+        for before, after in self._patterns:
+            found = path[len(before) : len(path) - len(after)]
+            if found and "/" not in found and path == f"{before}{found}{after}":
+                return f"{before}{{id}}{after}", found
+        return "", ""
 
     # -- Claude's API -----------------------------------------------------------------------
+
+    async def _caller(self, exchange: Exchange, *, admin: bool = False) -> Caller | None:
+        """Return who calls; who may not has been refused."""
+        authenticate = self.engine.authenticate_admin if admin else self.engine.authenticate
+        caller = authenticate(exchange.key, exchange.version)
+        if isinstance(caller, Refused):
+            await exchange.refuse(caller)
+            return None
+        return caller
 
     async def create_message(self, exchange: Exchange) -> None:
         """POST /v1/messages: an answer, as JSON or as events."""
         engine = self.engine
-        caller = engine.authenticate(exchange.key, exchange.version)
-        if isinstance(caller, Refused):
-            await exchange.refuse(caller)
+        caller = await self._caller(exchange)
+        if caller is None:
             return
         call = engine.message(caller, exchange.body, exchange.request_id)
         if isinstance(call, Refused):
@@ -208,21 +219,19 @@ class App:
 
     async def count_tokens(self, exchange: Exchange) -> None:
         """POST /v1/messages/count_tokens: the estimate of a request's input tokens."""
-        caller = self.engine.authenticate(exchange.key, exchange.version)
-        if isinstance(caller, Refused):
-            await exchange.refuse(caller)
+        caller = await self._caller(exchange)
+        if caller is None:
             return
         counted = self.engine.count_tokens(caller, exchange.body)
         if isinstance(counted, Refused):
             await exchange.refuse(counted)
             return
-        await exchange.reply(200, {"input_tokens": counted}, caller.account.headers)
+        await exchange.reply(200, {"input_tokens": counted}, caller.headers)
 
     async def list_models(self, exchange: Exchange) -> None:
         """GET /v1/models: a page of models, newest first."""
-        caller = self.engine.authenticate(exchange.key, exchange.version)
-        if isinstance(caller, Refused):
-            await exchange.refuse(caller)
+        caller = await self._caller(exchange)
+        if caller is None:
             return
         query = exchange.query()
         models = list({model.id: model for model in self.engine.models.values()}.values())
@@ -245,22 +254,38 @@ class App:
                 "first_id": page[0].id if page else None,
                 "last_id": page[-1].id if page else None,
             },
-            caller.account.headers,
+            caller.headers,
         )
 
     async def get_model(self, exchange: Exchange) -> None:
         """GET /v1/models/{id}: one model, by id or alias."""
-        caller = self.engine.authenticate(exchange.key, exchange.version)
-        if isinstance(caller, Refused):
-            await exchange.refuse(caller)
+        caller = await self._caller(exchange)
+        if caller is None:
             return
-        name = exchange.scope["path"].rpartition("/")[2]
-        model = self.engine.models.get(name)
+        model = self.engine.models.get(exchange.id)
         if model is None:
-            failure = Failure(404, "not_found_error", f"model: {name}")
-            await exchange.refuse(Refused(failure, caller.account.headers))
+            failure = Failure(404, "not_found_error", f"model: {exchange.id}")
+            await exchange.refuse(Refused(failure, caller.headers))
             return
-        await exchange.reply(200, model_info(model), caller.account.headers)
+        await exchange.reply(200, model_info(model), caller.headers)
+
+    async def organization_rate_limits(self, exchange: Exchange) -> None:
+        """GET /v1/organizations/rate_limits: the limits of the organisation, for its admin keys."""
+        await self._rate_limits(exchange, None)
+
+    async def workspace_rate_limits(self, exchange: Exchange) -> None:
+        """GET /v1/organizations/workspaces/{id}/rate_limits: those of one of its workspaces."""
+        await self._rate_limits(exchange, exchange.id)
+
+    async def _rate_limits(self, exchange: Exchange, workspace: str | None) -> None:
+        caller = await self._caller(exchange, admin=True)
+        if caller is None:
+            return
+        page = self.engine.rate_limits(caller, exchange.query(), workspace)
+        if isinstance(page, Refused):
+            await exchange.refuse(page)
+            return
+        await exchange.reply(200, page, caller.headers)
 
     # -- answers over time ------------------------------------------------------------------
 
@@ -344,7 +369,7 @@ _OVERLOADED: Final = Failure(529, "overloaded_error", "Overloaded")
 
 
 def _bad(message: str, caller: Caller) -> Refused:
-    return Refused(Failure(400, "invalid_request_error", message), caller.account.headers)
+    return Refused(Failure(400, "invalid_request_error", message), caller.headers)
 
 
 def _is_loopback(exchange: Exchange) -> bool:

@@ -14,6 +14,7 @@ from scripts.claude_simulator.limits import SECOND, Limits, Rules
 
 PerMinute = Annotated[int, Field(ge=1)] | None
 Seconds = Annotated[float, Field(ge=0)]
+InputLimitType = Literal["input_tokens_per_minute_cache_aware", "input_tokens_per_minute"]
 
 
 class SettingsError(ValueError):
@@ -36,13 +37,42 @@ class LimitSettings(_Part):
         return Limits(self.rpm, self.itpm, self.otpm)
 
 
+class WorkspaceLimitSettings(_Part):
+    """Lower limits a workspace sets for one model group; null leaves the organisation's alone."""
+
+    rpm: PerMinute = None
+    itpm: PerMinute = None
+    otpm: PerMinute = None
+
+
+class Workspace(_Part):
+    """One more workspace of an organisation, with keys of its own."""
+
+    keys: tuple[str, ...] = ()
+    limits: dict[str, WorkspaceLimitSettings] = Field(default_factory=dict)
+
+
+class BatchLimitSettings(_Part):
+    """Limits of the Message Batches API, shared by all models; null is no limit of that kind."""
+
+    rpm: PerMinute = 1000
+    queued_requests: Annotated[int, Field(ge=1)] | None = 200_000
+
+
 class Organisation(_Part):
-    """One organisation: its keys, its limits, and how it enforces and reports them."""
+    """One organisation: its keys, its limits, and how it enforces and reports them.
+
+    `keys` belong to `workspace`, the default one; it cannot set limits of its own.
+    """
 
     id: str = Field(default="org-one", min_length=1)
     workspace: str = "wrkspc_default"
     keys: tuple[str, ...] = ("sk-ant-test-one",)
+    workspaces: dict[str, Workspace] = Field(default_factory=dict)
+    admin_keys: tuple[Annotated[str, Field(pattern="^sk-ant-admin")], ...] = ()
     limits: dict[str, LimitSettings] = Field(default_factory=dict)
+    input_limit_type: InputLimitType = "input_tokens_per_minute_cache_aware"
+    batch_limits: BatchLimitSettings = BatchLimitSettings()
     count_tokens_rpm: PerMinute = 2000
     burst_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
     request_burst_seconds: Annotated[float, Field(gt=0, le=3600)] | None = None
@@ -53,11 +83,21 @@ class Organisation(_Part):
     blocked_by: str | None = None
 
     @model_validator(mode="after")
-    def _knows_its_failure(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.blocked_by is not None and self.blocked_by not in FAILURES:
             message = f'blocked_by: no failure "{self.blocked_by}"; there are {", ".join(FAILURES)}'
             raise ValueError(message)
+        if self.workspace in self.workspaces:
+            message = f"workspaces: {self.workspace} is the default one; name it in workspace only"
+            raise ValueError(message)
         return self
+
+    def all_keys(self) -> dict[str, str]:
+        """Return every key that may call Claude, with the workspace it belongs to."""
+        keys = dict.fromkeys(self.keys, self.workspace)
+        for name, workspace in self.workspaces.items():
+            keys |= dict.fromkeys(workspace.keys, name)
+        return keys
 
     def limits_of(self, group: str) -> Limits:
         """Return the limits of a model group: its own, or `default`, or the Start tier's."""
@@ -133,7 +173,8 @@ class Settings(_Part):
                 raise ValueError(message)
         seen: dict[str, str] = {}
         for organisation in self.organisations:
-            for key in organisation.keys:
+            extra = [key for part in organisation.workspaces.values() for key in part.keys]
+            for key in (*organisation.keys, *extra, *organisation.admin_keys):
                 if key in seen:
                     message = (
                         f"organisations: key {key} stands twice ({seen[key]} and {organisation.id})"

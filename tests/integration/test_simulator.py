@@ -379,6 +379,73 @@ def test_a_body_billed_twice_is_reported(claude: Running) -> None:
     } in examples
 
 
+ADMIN_KEY = "sk-ant-admin-test-one"
+
+
+@contextlib.contextmanager
+def administered() -> Iterator[Running]:
+    """A simulator with an admin key and a second workspace."""
+    two = {"keys": ["sk-ant-test-two"], "limits": {"opus-5": {"rpm": 7}}}
+    organisation = limited(rpm=60, itpm=50_000)[0]
+    organisation |= {"admin_keys": [ADMIN_KEY], "workspaces": {"wrkspc_two": two}}
+    with simulator(organisations=[organisation]) as started:
+        yield started
+
+
+def test_the_sdk_reads_the_rate_limits_of_an_organisation() -> None:
+    with administered() as claude, sdk(claude, ADMIN_KEY) as client:
+        every = list(client.organization.rate_limits.list(limit=3))
+        batch = list(client.organization.rate_limits.list(group_type="batch"))
+        opus = list(client.organization.rate_limits.list(model="claude-opus-5"))
+        with pytest.raises(anthropic.NotFoundError):
+            client.organization.rate_limits.list(model="claude-none")
+
+    assert len({entry.id for entry in every}) == len(every) > 8
+    assert [entry.group.type for entry in batch] == ["batch"]
+    assert opus[0].models == ["claude-opus-5"]
+    assert {limit.type: limit.value for limit in opus[0].limits} == {
+        "requests_per_minute": 60,
+        "input_tokens_per_minute_cache_aware": 50_000,
+    }
+
+
+def test_the_sdk_reads_the_rate_limits_of_a_workspace() -> None:
+    with administered() as claude, sdk(claude, ADMIN_KEY) as client:
+        limits = client.organization.workspaces.rate_limits
+        own = list(limits.list("wrkspc_two"))
+        every = list(limits.list("wrkspc_two", include_inherited=True, limit=5))
+        with pytest.raises(anthropic.NotFoundError):
+            limits.list("wrkspc_none")
+
+    assert [(entry.models, entry.limits[0].value) for entry in own] == [(["claude-opus-5"], 7)]
+    assert own[0].limits[0].org_limit == 60
+    assert own[0].limits[0].source.type == "workspace"
+    assert len(every) > 8
+
+
+def test_the_old_version_of_the_rate_limits_has_its_own_shape() -> None:
+    with administered() as claude:
+        reply = httpx.get(
+            f"{claude.url}/v1/organizations/rate_limits?model=claude-opus-5",
+            headers={"x-api-key": ADMIN_KEY, "anthropic-version": "2023-06-01"},
+        )
+
+    assert reply.json()["data"][0]["group_type"] == "model_group"
+    assert reply.headers["anthropic-organization-id"] == "org-one"
+    assert "anthropic-workspace-id" not in reply.headers
+
+
+def test_admin_keys_and_others_open_different_doors() -> None:
+    with administered() as claude:
+        with sdk(claude) as client, pytest.raises(anthropic.AuthenticationError):
+            client.organization.rate_limits.list()
+        with sdk(claude, ADMIN_KEY) as client, pytest.raises(anthropic.AuthenticationError):
+            client.messages.create(**params())
+        httpx.post(f"{claude.url}/_simulator/config", json={"revoke": [ADMIN_KEY]})
+        with sdk(claude, ADMIN_KEY) as client, pytest.raises(anthropic.AuthenticationError):
+            client.organization.rate_limits.list()
+
+
 def test_limits_faults_and_keys_change_at_run_time() -> None:
     with simulator(organisations=limited(rpm=1)) as claude:
         before = [post(claude, params(text)).status_code for text in "ab"]
