@@ -40,8 +40,8 @@ Configuration (`--config FILE`; every part has a default)
      "ramp_retry_after_seconds": 5,
      "organisations": [
        {"id": "org-one", "workspace": "wrkspc_default", "keys": ["sk-ant-test-one"],
-        "workspaces": {"wrkspc_two": {"keys": [...],     more of them; their limits are reported,
-                                      "limits": {"opus-5": {"rpm": 50}}}},   not enforced
+        "workspaces": {"wrkspc_two": {"keys": [...],     more of them; limits of theirs
+                                      "limits": {"opus-5": {"rpm": 50}}}},   hold as well
         "admin_keys": [],                                each begins with sk-ant-admin
         "limits": {"default": {"rpm": 1000, "itpm": 2000000, "otpm": 400000},     null: no limit
                    "opus-5": {...}},
@@ -79,7 +79,7 @@ Stats (times in epoch seconds)
        "in_flight", "without_model_group": COUNTS,
        "model_groups": {GROUP: {
          COUNTS, "in_flight", "most_in_flight", "first_start_at", "last_start_at", "last_end_at",
-         "starts"?: [times],
+         "starts"?: [times], "workspaces"?: {ID: as buckets, where a workspace has its own},
          "buckets": {"requests" | "burst" | "input_tokens" | "output_tokens":
                      {"limit", "capacity", "level"}}}}}}}
     COUNTS = "requests", "answered", "rate_limited": {"total", "requests"?, "input_tokens"?,

@@ -19,10 +19,11 @@ NO_TOKENS: Final = InputTokens(0)
 
 @dataclass(slots=True)
 class Group:
-    """One organisation's model group: its buckets and its counts."""
+    """One organisation's model group: its buckets, those of its workspaces, and its counts."""
 
     name: str
     limits: LimitGroup
+    workspaces: dict[str, LimitGroup] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     in_flight: int = 0
     most_in_flight: int = 0
@@ -211,8 +212,7 @@ def _counts(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def _group_stats(group: Group, now: int, *, starts: bool) -> dict[str, Any]:
-    limits = group.limits
+def _bucket_stats(limits: LimitGroup, now: int) -> dict[str, Any]:
     limits.advance(now)
     buckets: dict[str, Bucket | None] = {
         "requests": limits.requests,
@@ -220,6 +220,18 @@ def _group_stats(group: Group, now: int, *, starts: bool) -> dict[str, Any]:
         "input_tokens": limits.input_tokens,
         "output_tokens": limits.output_tokens,
     }
+    return {
+        name: {
+            "limit": bucket.limit,
+            "capacity": bucket.capacity / UNIT,
+            "level": bucket.level / UNIT,
+        }
+        for name, bucket in buckets.items()
+        if bucket is not None
+    }
+
+
+def _group_stats(group: Group, now: int, *, starts: bool) -> dict[str, Any]:
     report = {
         **_counts(group.counts),
         "in_flight": group.in_flight,
@@ -227,16 +239,12 @@ def _group_stats(group: Group, now: int, *, starts: bool) -> dict[str, Any]:
         "first_start_at": _seconds(group.starts[0]) if group.starts else None,
         "last_start_at": _seconds(group.starts[-1]) if group.starts else None,
         "last_end_at": _seconds(group.last_end),
-        "buckets": {
-            name: {
-                "limit": bucket.limit,
-                "capacity": bucket.capacity / UNIT,
-                "level": bucket.level / UNIT,
-            }
-            for name, bucket in buckets.items()
-            if bucket is not None
-        },
+        "buckets": _bucket_stats(group.limits, now),
     }
+    if group.workspaces:
+        report["workspaces"] = {
+            name: _bucket_stats(limits, now) for name, limits in group.workspaces.items()
+        }
     if starts:
         report["starts"] = [start / SECOND for start in group.starts]
     return report

@@ -66,14 +66,35 @@ class Account:
         self.rules = organisation.rules()
         for group in self.groups.values():
             group.limits.relimit(self._limits_of(group.name), self.rules, now)
+            wanted = self._workspace_limits_of(group.name)
+            for name in group.workspaces.keys() - wanted.keys():
+                del group.workspaces[name]
+            for name, limits in wanted.items():
+                if name in group.workspaces:
+                    group.workspaces[name].relimit(limits, self.rules, now)
+                else:
+                    group.workspaces[name] = LimitGroup(limits, self.rules, now)
 
     def group(self, name: str, now: int) -> Group:
         """Return the model group of that name, with full buckets when it is new."""
         found = self.groups.get(name)
         if found is None:
-            found = Group(name, LimitGroup(self._limits_of(name), self.rules, now))
-            self.groups[name] = found
+            workspaces = {
+                workspace: LimitGroup(limits, self.rules, now)
+                for workspace, limits in self._workspace_limits_of(name).items()
+            }
+            limits = LimitGroup(self._limits_of(name), self.rules, now)
+            found = self.groups[name] = Group(name, limits, workspaces)
         return found
+
+    def _workspace_limits_of(self, name: str) -> dict[str, Limits]:
+        if name == COUNT_TOKENS_GROUP:
+            return {}
+        found = {
+            workspace: settings.limits_of(name)
+            for workspace, settings in self.settings.workspaces.items()
+        }
+        return {workspace: limits for workspace, limits in found.items() if limits is not None}
 
     def _limits_of(self, name: str) -> Limits:
         if name == COUNT_TOKENS_GROUP:
@@ -98,6 +119,16 @@ class Caller:
     def headers(self) -> Headers:
         """Return the headers of every answer."""
         return _identity(self.account, self.workspace)
+
+    def own_limits(self, group: Group) -> LimitGroup | None:
+        """Return the buckets its workspace has in a group, if it has any."""
+        return None if self.workspace is None else group.workspaces.get(self.workspace)
+
+    def limit_headers(self, group: Group, now: int) -> Headers:
+        """Return the headers of every answer, with the limits as they stand at `now`."""
+        if not self.account.settings.limit_headers:
+            return self.headers
+        return [*self.headers, *group.limits.headers(now, self.own_limits(group))]
 
 
 def _identity(account: Account, workspace: str | None) -> Headers:
@@ -343,7 +374,8 @@ class Engine:
         now, max_tokens = caller.at, asked.params["max_tokens"]
         service = self.settings.service_by_group.get(group.name, self.settings.service)
         estimate = ceil_div(asked.prompt_tokens * service.input_estimate_percent, 100)
-        refusal = group.limits.admit(now, estimate, max_tokens)
+        own = caller.own_limits(group)
+        refusal = group.limits.admit(now, estimate, max_tokens, own)
         if refusal is not None:
             row.status, row.outcome = 429, f"rate_limited:{refusal.kind}"
             self.books.write(row, group, now)
@@ -360,17 +392,17 @@ class Engine:
         row.outcome = "answered" if failing is None else failing
         place = None if failing is None else FAILURES[failing].place
         half = place is Place.IN_STREAM
-        group.limits.run(
-            now,
-            Charge(
-                estimated_input=estimate,
-                input_tokens=row.input.uncached + row.input.written,
-                output_tokens=planned.output_tokens // 2 if half else planned.output_tokens,
-                max_tokens=max_tokens,
-                first_token=first_token_at,
-                millitokens_per_second=planned.millitokens_per_second,
-            ),
+        charge = Charge(
+            estimated_input=estimate,
+            input_tokens=row.input.uncached + row.input.written,
+            output_tokens=planned.output_tokens // 2 if half else planned.output_tokens,
+            max_tokens=max_tokens,
+            first_token=first_token_at,
+            millitokens_per_second=planned.millitokens_per_second,
         )
+        for limits in (group.limits, own):
+            if limits is not None:
+                limits.run(now, charge)
         caller.account.in_flight += 1
         group.start(now)
         return Call(
@@ -400,10 +432,7 @@ class Engine:
 
     def answer_headers(self, call: Call) -> Headers:
         """Return the headers of an answer: the organisation and the limits as they stand now."""
-        headers = call.caller.headers
-        if call.caller.account.settings.limit_headers:
-            headers += call.group.limits.headers(self.clock())
-        return headers
+        return call.caller.limit_headers(call.group, self.clock())
 
     # -- refusals ---------------------------------------------------------------------------
 
@@ -439,26 +468,22 @@ class Engine:
         if group is None:
             account.other["requests"] += 1
             account.other[f"outcome:{outcome}"] += 1
-        headers = caller.headers
-        if failure.status == 429 and group is not None and account.settings.limit_headers:  # noqa: PLR2004
-            headers += group.limits.headers(caller.at)
-        return Refused(failure, headers)
+        if failure.status == 429 and group is not None:  # noqa: PLR2004
+            return Refused(failure, caller.limit_headers(group, caller.at))
+        return Refused(failure, caller.headers)
 
     def _rate_limited(self, refusal: Refusal, caller: Caller, group: Group) -> Refused:
         account = caller.account
         failure = Failure(
             429,
             "rate_limit_error",
-            _limit_message(refusal.kind, group, account.settings.id),
+            _limit_message(refusal, caller, group),
             retry_after_seconds=(
                 None if account.rules.retry_after == "none" else refusal.retry_after_seconds
             ),
             should_retry=True,
         )
-        headers = caller.headers
-        if account.settings.limit_headers:
-            headers += group.limits.headers(caller.at)
-        return Refused(failure, headers)
+        return Refused(failure, caller.limit_headers(group, caller.at))
 
     # -- reports ----------------------------------------------------------------------------
 
@@ -500,13 +525,15 @@ def _with_retry_after(failure: Failure, seconds: int | None) -> Failure:
     )
 
 
-def _limit_message(kind: str, group: Group, organization: str) -> str:
-    limits = group.limits.limits
+def _limit_message(refusal: Refusal, caller: Caller, group: Group) -> str:
+    own = caller.own_limits(group) if refusal.by_workspace else None
+    limits = (own or group.limits).limits
     limit, what = {
         "input_tokens": (limits.input_tokens, "input tokens per minute"),
         "output_tokens": (limits.output_tokens, "output tokens per minute"),
-    }.get(kind, (limits.requests, "requests per minute"))
+    }.get(refusal.kind, (limits.requests, "requests per minute"))
+    whose = "workspace" if own is not None else "organization"
     return (
-        f"This request would exceed your organization's rate limit of {limit:,} {what}"
-        f" (org: {organization}, model group: {group.name})."
+        f"This request would exceed your {whose}'s rate limit of {limit:,} {what}"
+        f" (org: {caller.account.settings.id}, model group: {group.name})."
     )

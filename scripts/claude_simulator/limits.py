@@ -151,6 +151,7 @@ class Refusal:
 
     kind: str
     retry_after_seconds: int
+    by_workspace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,10 @@ class Charge:
 
 
 class LimitGroup:
-    """The buckets of one organisation and model group."""
+    """The buckets of one organisation and model group, or what one of its workspaces may use of it.
+
+    Where a workspace has limits `of_its_own`, a call must fit into both and is charged to both.
+    """
 
     __slots__ = ("burst", "input_tokens", "limits", "output_tokens", "requests", "rules")
 
@@ -206,12 +210,32 @@ class LimitGroup:
         self.input_tokens = _relimited(self.input_tokens, limits.input_tokens, rules.burst, now)
         self.output_tokens = _relimited(self.output_tokens, limits.output_tokens, rules.burst, now)
 
-    def admit(self, now: int, estimated_input: int, max_tokens: int) -> Refusal | None:
+    def admit(
+        self,
+        now: int,
+        estimated_input: int,
+        max_tokens: int,
+        of_its_own: LimitGroup | None = None,
+    ) -> Refusal | None:
         """Say whether a call may start at `now`; take its request and estimated input if it may.
 
         A refused call takes nothing. Output asks for a level above zero only, unless `max_tokens`
         is reserved.
         """
+        refusals = self._refusals(now, estimated_input, max_tokens, by_workspace=False)
+        if of_its_own is not None:
+            refusals += of_its_own._refusals(now, estimated_input, max_tokens, by_workspace=True)  # noqa: SLF001
+        if refusals:
+            return max(refusals, key=lambda refusal: refusal.retry_after_seconds)
+        for group in (self, of_its_own):
+            if group is not None:
+                group._take(estimated_input)  # noqa: SLF001
+        return None
+
+    def _refusals(
+        self, now: int, estimated_input: int, max_tokens: int, *, by_workspace: bool
+    ) -> list[Refusal]:
+        """Return one refusal for each bucket that holds too little."""
         self.advance(now)
         reserved = self.rules.reserve_max_tokens
         needs = (
@@ -224,28 +248,23 @@ class LimitGroup:
                 _need(self.output_tokens, max_tokens) if reserved else 1,
             ),
         )
-        wanted = [
-            (kind, bucket, need)
+        to_full = self.rules.retry_after == "full"
+        return [
+            Refusal(
+                kind,
+                bucket.seconds_until(max(need, bucket.capacity) if to_full else need),
+                by_workspace,
+            )
             for kind, bucket, need in needs
             if bucket is not None and bucket.level < need
         ]
-        if wanted:
-            return self._refusal(wanted)
+
+    def _take(self, estimated_input: int) -> None:
         for bucket in (self.requests, self.burst):
             if bucket is not None:
                 bucket.take(UNIT)
         if self.input_tokens is not None:
             self.input_tokens.take(estimated_input * UNIT)
-        return None
-
-    def _refusal(self, wanted: list[tuple[str, Bucket, int]]) -> Refusal:
-        to_full = self.rules.retry_after == "full"
-        waits = [
-            (bucket.seconds_until(max(need, bucket.capacity) if to_full else need), kind)
-            for kind, bucket, need in wanted
-        ]
-        seconds, kind = max(waits, key=lambda wait: wait[0])
-        return Refusal(kind, seconds)
 
     def run(self, now: int, charge: Charge) -> None:
         """Write down what an admitted call will charge as its answer is produced."""
@@ -266,24 +285,27 @@ class LimitGroup:
                 )
         self.advance(now)
 
-    def headers(self, now: int) -> list[tuple[bytes, bytes]]:
+    def headers(self, now: int, of_its_own: LimitGroup | None = None) -> list[tuple[bytes, bytes]]:
         """Return the `anthropic-ratelimit-*` headers as of `now`.
 
         Requests are exact, tokens rounded to the nearest thousand. `tokens-*` is the sum of input
         and output; its reset is the earlier of the two, as captured from the real API, and so no
-        time to rely on.
+        time to rely on. Of two buckets of a kind the one with less in it is shown.
         """
+        shown = [self.requests, self.input_tokens, self.output_tokens]
         self.advance(now)
+        if of_its_own is not None:
+            of_its_own.advance(now)
+            own = (of_its_own.requests, of_its_own.input_tokens, of_its_own.output_tokens)
+            shown = [_lower(*pair) for pair in zip(shown, own, strict=True)]
+        requests, input_tokens, output_tokens = shown
         headers: list[tuple[bytes, bytes]] = []
-        if self.requests is not None:
-            left = min(self.requests.remaining(), self.requests.limit)
-            _add(headers, b"requests", self.requests.limit, left, self.requests.full_at_second())
+        if requests is not None:
+            left = min(requests.remaining(), requests.limit)
+            _add(headers, b"requests", requests.limit, left, requests.full_at_second())
         resets: list[int] = []
         limit = remaining = 0
-        for name, bucket in (
-            (b"input-tokens", self.input_tokens),
-            (b"output-tokens", self.output_tokens),
-        ):
+        for name, bucket in ((b"input-tokens", input_tokens), (b"output-tokens", output_tokens)):
             if bucket is not None:
                 left = bucket.remaining()
                 reset = bucket.full_at_second()
@@ -294,6 +316,12 @@ class LimitGroup:
         if resets:
             _add(headers, b"tokens", limit, _nearest_thousand(remaining), min(resets))
         return headers
+
+
+def _lower(one: Bucket | None, other: Bucket | None) -> Bucket | None:
+    if one is None or other is None:
+        return one or other
+    return other if other.level < one.level else one
 
 
 def _bucket(limit: int | None, burst: int, now: int) -> Bucket | None:

@@ -8,7 +8,8 @@ from itertools import takewhile
 from typing import Any, Final
 
 from scripts.claude_simulator.checks import VERSIONS, RequestError
-from scripts.claude_simulator.settings import Model, Organisation, WorkspaceLimitSettings
+from scripts.claude_simulator.limits import Limits
+from scripts.claude_simulator.settings import Model, Organisation, Workspace
 
 GROUP_TYPES: Final = ("batch", "files", "model_group", "skills", "token_count", "web_search")
 MOST_PER_PAGE: Final = 1000
@@ -100,7 +101,7 @@ def of_workspace(
     if inherited not in {"true", "false"}:
         raise RequestError("include_inherited: Input should be a valid boolean")
     own = organisation.workspaces.get(workspace)
-    found = _of_type(_entries(organisation, models, {} if own is None else own.limits), query)
+    found = _of_type(_entries(organisation, models, own), query)
     entries = [
         entry.of_workspace(organisation.id, workspace, version, inherited=inherited == "true")
         for entry in found
@@ -109,9 +110,7 @@ def of_workspace(
 
 
 def _entries(
-    organisation: Organisation,
-    models: dict[str, Model],
-    overrides: dict[str, WorkspaceLimitSettings] | None,
+    organisation: Organisation, models: dict[str, Model], workspace: Workspace | None
 ) -> list[Entry]:
     """Return every group with a limit: the families of models, then the Batches API and counting."""
     families: dict[str, list[Model]] = {}
@@ -119,41 +118,35 @@ def _entries(
         if model.lifecycle != "retired":
             families.setdefault(model.group, []).append(model)
     input_type = organisation.input_limit_type
-    entries = []
-    for name, family in families.items():
-        limits = organisation.limits_of(name)
-        own = None
-        if overrides is not None:
-            own = overrides.get(name) or overrides.get("default")
-        values = (limits.requests, limits.input_tokens, limits.output_tokens)
-        entries.append(
-            Entry(
-                "model_group",
-                name,
-                _display_name(name, family),
-                tuple(sorted(name for model in family for name in (model.id, *model.aliases))),
-                _named(input_type, *values),
-                {} if own is None else _named(input_type, own.rpm, own.itpm, own.otpm),
-            )
+    entries = [
+        Entry(
+            "model_group",
+            group,
+            _display_name(group, family),
+            tuple(sorted(name for model in family for name in (model.id, *model.aliases))),
+            _named(input_type, organisation.limits_of(group)),
+            _named(input_type, None if workspace is None else workspace.limits_of(group)),
         )
-    batch = _named(input_type, organisation.batch_limits.rpm, None, None)
+        for group, family in families.items()
+    ]
+    batch = _named(input_type, Limits(organisation.batch_limits.rpm, None, None))
     if (queued := organisation.batch_limits.queued_requests) is not None:
         batch["enqueued_batch_requests"] = queued
-    counting = _named(input_type, organisation.count_tokens_rpm, None, None)
+    counting = _named(input_type, Limits(organisation.count_tokens_rpm, None, None))
     entries.append(Entry("batch", "batch", "", None, batch, {}))
     entries.append(Entry("token_count", "token_count", "", None, counting, {}))
     return [entry for entry in entries if entry.limits or entry.overrides]
 
 
-def _named(
-    input_type: str, requests: int | None, input_tokens: int | None, output_tokens: int | None
-) -> dict[str, int]:
-    limits = {
-        "requests_per_minute": requests,
-        input_type: input_tokens,
-        "output_tokens_per_minute": output_tokens,
+def _named(input_type: str, limits: Limits | None) -> dict[str, int]:
+    if limits is None:
+        return {}
+    named = {
+        "requests_per_minute": limits.requests,
+        input_type: limits.input_tokens,
+        "output_tokens_per_minute": limits.output_tokens,
     }
-    return {kind: value for kind, value in limits.items() if value is not None}
+    return {kind: value for kind, value in named.items() if value is not None}
 
 
 def _display_name(group: str, family: list[Model]) -> str:

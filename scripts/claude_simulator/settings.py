@@ -44,12 +44,21 @@ class WorkspaceLimitSettings(_Part):
     itpm: PerMinute = None
     otpm: PerMinute = None
 
+    def limits(self) -> Limits:
+        """Return them in the words of the arithmetic."""
+        return Limits(self.rpm, self.itpm, self.otpm)
+
 
 class Workspace(_Part):
     """One more workspace of an organisation, with keys of its own."""
 
     keys: tuple[str, ...] = ()
     limits: dict[str, WorkspaceLimitSettings] = Field(default_factory=dict)
+
+    def limits_of(self, group: str) -> Limits | None:
+        """Return the limits it sets for a model group, or by `default` for each."""
+        found = self.limits.get(group) or self.limits.get("default")
+        return None if found is None else found.limits()
 
 
 class BatchLimitSettings(_Part):

@@ -145,6 +145,69 @@ def test_keys_of_one_organisation_share_its_buckets() -> None:
     assert isinstance(claude.ask(params("other"), "sk-ant-test-two"), Refused)
 
 
+def in_two_workspaces(**own: int) -> list[dict[str, Any]]:
+    organisations = limited(rpm=4)
+    workspace = {"keys": ["sk-ant-test-two"], "limits": {"opus-5": own}}
+    organisations[0]["workspaces"] = {"wrkspc_two": workspace}
+    return organisations
+
+
+def test_a_workspace_stays_below_its_own_limit_and_the_organisations() -> None:
+    claude = Claude(organisations=in_two_workspaces(rpm=2))
+    for text in "ab":
+        claude.answered(params(text), "sk-ant-test-two")
+    own = claude.ask(params("c"), "sk-ant-test-two")
+    for text in "cd":
+        claude.answered(params(text))
+    shared = claude.ask(params("e"))
+    stats = claude.engine.stats()["organisations"]["org-one"]["model_groups"]["opus-5"]
+
+    assert isinstance(own, Refused)
+    assert "your workspace's rate limit of 2 requests" in own.failure.message
+    assert dict(own.headers)[b"anthropic-ratelimit-requests-limit"] == b"2"
+    assert isinstance(shared, Refused)
+    assert "your organization's rate limit of 4 requests" in shared.failure.message
+    assert dict(shared.headers)[b"anthropic-ratelimit-requests-limit"] == b"4"
+    assert stats["workspaces"]["wrkspc_two"]["requests"]["level"] == 0
+
+
+def test_output_of_a_workspace_is_charged_to_both_limits() -> None:
+    organisations = in_two_workspaces(otpm=60)
+    organisations[0]["limits"]["default"] = {"otpm": 600}
+    claude = Claude(organisations=organisations)
+    claude.answered(params(max_tokens=90), "sk-ant-test-two")
+    stats = claude.engine.stats()["organisations"]["org-one"]["model_groups"]["opus-5"]
+
+    assert stats["buckets"]["output_tokens"]["level"] == 510
+    assert stats["workspaces"]["wrkspc_two"]["output_tokens"]["level"] == -30
+
+
+def limiting_the_workspace(rpm: int | None) -> dict[str, Any]:
+    workspaces = {"wrkspc_two": {"limits": {"opus-5": {"rpm": rpm}}}}
+    return {"organisations": [{"id": "org-one", "workspaces": workspaces}]}
+
+
+def test_limits_of_a_workspace_come_and_go_at_run_time() -> None:
+    claude = Claude(organisations=in_two_workspaces(rpm=1))
+    claude.answered(params("a"), "sk-ant-test-two")
+    claude.engine.configure({"organisations": [{"id": "org-one", "workspaces": {}}]})
+    assert isinstance(claude.ask(params("b"), "sk-ant-test-two"), Refused)
+    claude.engine.configure(limiting_the_workspace(rpm=None))
+    claude.answered(params("b"), "sk-ant-test-two")
+    claude.engine.configure(limiting_the_workspace(rpm=1))
+
+    claude.answered(params("c"), "sk-ant-test-two")
+    assert isinstance(claude.ask(params("d"), "sk-ant-test-two"), Refused)
+
+
+def test_a_key_names_its_workspace_in_every_answer() -> None:
+    claude = Claude(organisations=in_two_workspaces())
+    one, two = (claude.answered(params(key), key) for key in (KEY, "sk-ant-test-two"))
+
+    assert (b"anthropic-workspace-id", b"wrkspc_default") in claude.engine.answer_headers(one)
+    assert (b"anthropic-workspace-id", b"wrkspc_two") in claude.engine.answer_headers(two)
+
+
 def test_a_rate_limited_call_uses_up_none_of_its_scripted_failures() -> None:
     claude = Claude(organisations=limited(rpm=1))
     claude.answered(params())
