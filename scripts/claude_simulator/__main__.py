@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, help="JSON file; the docstring of the package describes it")
     add("--seed", type=int, help="seed of all chance (1)")
     add("--keys", help="keys of one organisation, separated by commas (sk-ant-test-one)")
+    add("--admin-keys", help="admin keys of it, each begins with sk-ant-admin (none)")
     for flag, _, text in LIMIT_FLAGS:
         add(flag, type=int, help=f"{text}; 0 for no limit")
     for flag, _, kind, text in ORGANISATION_FLAGS:
@@ -89,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag, _, text in SERVICE_FLAGS:
         add(flag, type=float, help=text)
-    add("--fast", action="store_true", help="answers take no time (--ttft 0 --tokens-per-second 0)")
+    add("--batch-seconds", type=float, help="time a batch takes (by its size, 100 a second)")
+    add(
+        "--fast",
+        action="store_true",
+        help="answers take no time (--ttft 0 --tokens-per-second 0 --batch-seconds 0)",
+    )
     add("--fault", action="append", default=[], metavar="NAME=RATE", help="for example 529=0.02")
     return parser
 
@@ -109,10 +115,13 @@ def _data(flags: argparse.Namespace) -> dict[str, Any]:
     service = _given(flags, [(name, setting) for name, setting, _ in SERVICE_FLAGS])
     if flags.fast:
         service = {"ttft_seconds": 0, "tokens_per_second": 0, **service}
+        data["batches"] = {"seconds": 0, "cancel_seconds": 0, **data.get("batches", {})}
     if service.get("tokens_per_second") == 0:
         service["tokens_per_second"] = None
     if service:
         data["service"] = {**data.get("service", {}), **service}
+    if flags.batch_seconds is not None:
+        data["batches"] = {**data.get("batches", {}), "seconds": flags.batch_seconds}
     for fault in flags.fault:
         name, _, rate = fault.partition("=")
         try:
@@ -130,6 +139,8 @@ def _organisation(flags: argparse.Namespace) -> dict[str, Any]:
         organisation["limits"] = {"default": limits}
     if flags.keys is not None:
         organisation["keys"] = [key for key in flags.keys.split(",") if key]
+    if flags.admin_keys is not None:
+        organisation["admin_keys"] = [key for key in flags.admin_keys.split(",") if key]
     if flags.no_limit_headers:
         organisation["limit_headers"] = False
     if flags.reserve_max_tokens:

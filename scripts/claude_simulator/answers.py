@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Final
 
+from scripts.claude_simulator.cache import InputTokens
 from scripts.claude_simulator.faults import Script, drawn
 from scripts.claude_simulator.limits import SECOND, duration_of
-from scripts.claude_simulator.settings import Model, Service
+from scripts.claude_simulator.settings import Service
 
 SHORT_HASH: Final = 12
 REFUSAL_TOKENS: Final = 4
@@ -72,6 +73,15 @@ class Plan:
     def duration(self) -> int:
         """Nanoseconds from the call's start to its last token."""
         return self.first_token_after + duration_of(self.output_tokens, self.millitokens_per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the answer to a call that reached the model will be."""
+
+    kind: str
+    plan: Plan
+    message_id: str
 
 
 def plan(
@@ -185,13 +195,34 @@ def _tool_name(params: dict[str, Any]) -> str:
     return str(tools[0].get("name", "simulated_tool"))
 
 
-def message(message_id: str, model: Model, answer: Answer, usage: dict[str, Any]) -> dict[str, Any]:
+def usage(
+    tokens: InputTokens, output_tokens: int, thinking_tokens: int, tier: str
+) -> dict[str, Any]:
+    """Return the usage object of an answer of that service tier."""
+    found: dict[str, Any] = {
+        "input_tokens": tokens.uncached,
+        "cache_creation_input_tokens": tokens.written,
+        "cache_read_input_tokens": tokens.read,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": tokens.written_5m,
+            "ephemeral_1h_input_tokens": tokens.written_1h,
+        },
+        "output_tokens": output_tokens,
+        "service_tier": tier,
+        "inference_geo": "global",
+    }
+    if thinking_tokens:
+        found["output_tokens_details"] = {"thinking_tokens": thinking_tokens}
+    return found
+
+
+def message(message_id: str, model: str, answer: Answer, usage: dict[str, Any]) -> dict[str, Any]:
     """Return the Message object as the API would send it."""
     return {
         "id": message_id,
         "type": "message",
         "role": "assistant",
-        "model": model.id,
+        "model": model,
         "content": list(answer.blocks),
         "stop_reason": answer.stop_reason,
         "stop_sequence": None,

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -44,10 +45,10 @@ class Group:
 
 @dataclass(slots=True)
 class Row:
-    """One line of the ledger, written when the call has ended."""
+    """One line of the ledger, written when the call, or the request of a batch, has ended."""
 
     at: int
-    request_id: str
+    request_id: str | None
     organization: str
     key: str
     model: str
@@ -61,6 +62,8 @@ class Row:
     output_tokens: int = 0
     billed: bool = False
     delivered: bool = False
+    batch_id: str | None = None
+    custom_id: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as the ledger endpoint prints it."""
@@ -74,6 +77,9 @@ class Row:
             "model_group": self.group,
             "body_hash": self.body_hash,
             "user_id": self.user_id,
+            "lane": "live" if self.batch_id is None else "batch",
+            "batch_id": self.batch_id,
+            "custom_id": self.custom_id,
             "status": self.status,
             "outcome": self.outcome,
             "billed": self.billed,
@@ -106,12 +112,11 @@ class Books:
             self.first_request = now
         self.last_request = now
 
-    def write(self, row: Row, group: Group | None, now: int) -> None:
+    def write(self, row: Row, tallies: Iterable[Counter[str]], now: int) -> None:
         """Close a row: put it into the ledger and the counts."""
         row.ended_at = now
         self.rows.append(row)
         self.rows_written += 1
-        tallies = [self.counts] if group is None else [self.counts, group.counts]
         for counts in tallies:
             counts[f"outcome:{row.outcome}"] += 1
             if row.billed:
@@ -126,15 +131,33 @@ class Books:
             if self.billed_of_content[row.body_hash] > 1:
                 self.duplicates.setdefault(row.body_hash, row.user_id)
 
+    def deliver(self, row: Row, counts: Counter[str]) -> None:
+        """Note that the answer of a closed row arrived after all."""
+        if row.billed and not row.delivered:
+            row.delivered = True
+            counts["delivered"] += 1
+            counts["undelivered"] -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How an organisation stands: its calls in flight, what met no model, its groups, its batches."""
+
+    in_flight: int
+    other: Counter[str]
+    groups: list[Group]
+    batches: dict[str, int]
+    batch_items: Counter[str]
+
 
 def report(
     books: Books,
-    organisations: dict[str, tuple[int, Counter[str], list[Group]]],
+    organisations: dict[str, Standing],
     now: int,
     *,
     starts: bool,
 ) -> dict[str, Any]:
-    """Return the stats; each organisation comes as its calls in flight, other counts and groups."""
+    """Return the stats."""
     more_than_once = [
         {
             "body_hash": body_hash,
@@ -149,7 +172,7 @@ def report(
         "process_cpu_seconds": time.process_time(),
         "first_request_at": _seconds(books.first_request),
         "last_request_at": _seconds(books.last_request),
-        "in_flight": sum(in_flight for in_flight, _, _ in organisations.values()),
+        "in_flight": sum(standing.in_flight for standing in organisations.values()),
         "unauthenticated": books.counts["unauthenticated"],
         **_counts(books.counts),
         "duplicates": {
@@ -162,13 +185,14 @@ def report(
         "ledger": {"rows": books.rows_written, "kept": len(books.rows)},
         "organisations": {
             name: {
-                "in_flight": in_flight,
-                "without_model_group": _counts(other),
+                "in_flight": standing.in_flight,
+                "without_model_group": _counts(standing.other),
                 "model_groups": {
-                    group.name: _group_stats(group, now, starts=starts) for group in groups
+                    group.name: _group_stats(group, now, starts=starts) for group in standing.groups
                 },
+                "batches": {**standing.batches, "items": _item_counts(standing.batch_items)},
             }
-            for name, (in_flight, other, groups) in organisations.items()
+            for name, standing in organisations.items()
         },
     }
 
@@ -210,6 +234,11 @@ def _counts(counts: Counter[str]) -> dict[str, Any]:
         "cache_read_input_tokens": counts["cache_read_input_tokens"],
         "output_tokens": counts["output_tokens"],
     }
+
+
+def _item_counts(counts: Counter[str]) -> dict[str, Any]:
+    ended = {name: counts[f"outcome:{name}"] for name in ("canceled", "expired")}
+    return {**_counts(counts), **ended}
 
 
 def _bucket_stats(limits: LimitGroup, now: int) -> dict[str, Any]:

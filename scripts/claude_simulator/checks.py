@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from scripts.claude_simulator.faults import Failure
 from scripts.claude_simulator.settings import Model
 
 VERSIONS: Final = ("2023-06-01", "2026-10-21")
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
+MAX_BATCH_BYTES: Final = 256 * 1024 * 1024
 MAX_MESSAGES: Final = 100_000
 MIN_THINKING_BUDGET: Final = 1024
 MAX_BREAKPOINTS: Final = 4
@@ -33,6 +35,7 @@ MESSAGE_KEYS: Final = COUNTED_KEYS | frozenset(
         *("stop_sequences", "stream", *SAMPLING_KEYS),
     )
 )
+IGNORED_IN_BATCHES: Final = ("fallback_credit_token",)
 
 # An image or a PDF is not counted by the length of its base64 text, but as so many characters.
 MEDIA_CHARACTERS: Final = 6000
@@ -40,15 +43,13 @@ MESSAGE_OVERHEAD_TOKENS: Final = 4
 
 
 class RequestError(Exception):
-    """A request the API refuses; carries the status and the error type it answers with."""
+    """A request the API refuses; `failure` is what it answers."""
 
     def __init__(
         self, message: str, status: int = 400, type_: str = "invalid_request_error"
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.status = status
-        self.type = type_
+        self.failure = Failure(status, type_, message)
 
 
 def check_version(version: str | None) -> str:
@@ -60,12 +61,17 @@ def check_version(version: str | None) -> str:
     return version
 
 
-def parse(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a request body."""
-    if len(body) > MAX_BODY_BYTES:
+def check_size(body: bytes, most: int) -> None:
+    """Refuse a body of more than so many bytes."""
+    if len(body) > most:
         raise RequestError(
             "Request exceeds the maximum allowed number of bytes.", 413, "request_too_large"
         )
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a request body."""
+    check_size(body, MAX_BODY_BYTES)
     try:
         params = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -93,6 +99,24 @@ def check_message(params: dict[str, Any], version: str, models: dict[str, Model]
     _check_extras(params)
     _check_thinking(params, model, max_tokens)
     return model
+
+
+def batch_params(raw: bytes) -> dict[str, Any]:
+    """Return the params of one of a batch's `requests`, whose shape was checked before."""
+    params: dict[str, Any] = json.loads(raw)["params"]
+    return params
+
+
+def check_batch_params(params: dict[str, Any], version: str, models: dict[str, Model]) -> Model:
+    """Return the model of a request in a batch, or raise what its result would say."""
+    if params.get("stream"):
+        raise RequestError("stream: streaming is not supported in a batch")
+    if params.get("speed") is not None:
+        raise RequestError("speed: not supported in a batch")
+    if params.get("max_tokens") == 0:
+        raise RequestError("max_tokens: must be greater than 0 in a batch")
+    kept = {key: value for key, value in params.items() if key not in IGNORED_IN_BATCHES}
+    return check_message(kept, version, models)
 
 
 def _check_extras(params: dict[str, Any]) -> None:

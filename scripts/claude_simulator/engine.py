@@ -1,23 +1,32 @@
 """The message engine: decides every call and keeps the books, without HTTP, sockets or sleeping.
 
 `Engine.message` answers a call at once (`Refused`) or plans it (`Call`); whoever carries the call
-out reports its end with `Engine.finish`. Times are nanoseconds since the epoch. Message Batches can
-use the same engine: a row is checked, planned and composed by the same functions, without buckets.
+out reports its end with `Engine.finish`. A request of a Message Batch is checked, planned and
+composed by the same functions, without buckets: `Engine.advance_batches` does what is due, and
+`Engine.result` writes the line of the results. Times are nanoseconds since the epoch.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from scripts.claude_simulator import answers, checks, rate_limits
 from scripts.claude_simulator import settings as settings_
-from scripts.claude_simulator.answers import Answer
-from scripts.claude_simulator.books import Books, Group, Row, report
+from scripts.claude_simulator.accounts import (
+    BATCHES_GROUP,
+    COUNT_TOKENS_GROUP,
+    Account,
+    Caller,
+    Headers,
+    Refused,
+)
+from scripts.claude_simulator.answers import Answer, Planned
+from scripts.claude_simulator.batches import EXPIRED, Batch, Batches, Item
+from scripts.claude_simulator.books import Books, Group, Row, Standing, report
 from scripts.claude_simulator.cache import InputTokens, PromptCache
 from scripts.claude_simulator.faults import (
     FAILURES,
@@ -27,20 +36,11 @@ from scripts.claude_simulator.faults import (
     Place,
     Script,
     drawn,
+    error_body,
     read_script,
 )
-from scripts.claude_simulator.limits import (
-    SECOND,
-    Charge,
-    LimitGroup,
-    Limits,
-    Refusal,
-    ceil_div,
-)
-from scripts.claude_simulator.settings import Model, Organisation, Settings
-
-Headers = list[tuple[bytes, bytes]]
-COUNT_TOKENS_GROUP: Final = "count_tokens"
+from scripts.claude_simulator.limits import SECOND, Charge, Refusal, ceil_div
+from scripts.claude_simulator.settings import Model, Settings
 
 
 def wall_clock() -> Callable[[], int]:
@@ -49,109 +49,10 @@ def wall_clock() -> Callable[[], int]:
     return lambda: time.monotonic_ns() + offset
 
 
-class Account:
-    """An organisation at run time: its settings, its groups, its prompt cache."""
-
-    def __init__(self, organisation: Organisation, now: int) -> None:
-        self.settings = organisation
-        self.groups: dict[str, Group] = {}
-        self.in_flight = 0
-        self.other: Counter[str] = Counter()
-        self.prompt_cache = PromptCache()
-        self.apply(organisation, now)
-
-    def apply(self, organisation: Organisation, now: int) -> None:
-        """Take new settings; the groups keep their levels."""
-        self.settings = organisation
-        self.rules = organisation.rules()
-        for group in self.groups.values():
-            group.limits.relimit(self._limits_of(group.name), self.rules, now)
-            wanted = self._workspace_limits_of(group.name)
-            for name in group.workspaces.keys() - wanted.keys():
-                del group.workspaces[name]
-            for name, limits in wanted.items():
-                if name in group.workspaces:
-                    group.workspaces[name].relimit(limits, self.rules, now)
-                else:
-                    group.workspaces[name] = LimitGroup(limits, self.rules, now)
-
-    def group(self, name: str, now: int) -> Group:
-        """Return the model group of that name, with full buckets when it is new."""
-        found = self.groups.get(name)
-        if found is None:
-            workspaces = {
-                workspace: LimitGroup(limits, self.rules, now)
-                for workspace, limits in self._workspace_limits_of(name).items()
-            }
-            limits = LimitGroup(self._limits_of(name), self.rules, now)
-            found = self.groups[name] = Group(name, limits, workspaces)
-        return found
-
-    def _workspace_limits_of(self, name: str) -> dict[str, Limits]:
-        if name == COUNT_TOKENS_GROUP:
-            return {}
-        found = {
-            workspace: settings.limits_of(name)
-            for workspace, settings in self.settings.workspaces.items()
-        }
-        return {workspace: limits for workspace, limits in found.items() if limits is not None}
-
-    def _limits_of(self, name: str) -> Limits:
-        if name == COUNT_TOKENS_GROUP:
-            return Limits(self.settings.count_tokens_rpm, None, None)
-        return self.settings.limits_of(name)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """An authenticated request: whose it is and under which version.
-
-    `workspace` is the one the key belongs to; an admin key belongs to none.
-    """
-
-    account: Account
-    workspace: str | None
-    key: str
-    version: str
-    at: int
-
-    @property
-    def headers(self) -> Headers:
-        """Return the headers of every answer."""
-        return _identity(self.account, self.workspace)
-
-    def own_limits(self, group: Group) -> LimitGroup | None:
-        """Return the buckets its workspace has in a group, if it has any."""
-        return None if self.workspace is None else group.workspaces.get(self.workspace)
-
-    def limit_headers(self, group: Group, now: int) -> Headers:
-        """Return the headers of every answer, with the limits as they stand at `now`."""
-        if not self.account.settings.limit_headers:
-            return self.headers
-        return [*self.headers, *group.limits.headers(now, self.own_limits(group))]
-
-
-def _identity(account: Account, workspace: str | None) -> Headers:
-    headers = [(b"anthropic-organization-id", account.settings.id.encode())]
-    if workspace is not None:
-        headers.append((b"anthropic-workspace-id", workspace.encode()))
-    return headers
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A call that ends at once: an error to send, or (`failure.status` 0) a connection to drop."""
-
-    failure: Failure
-    headers: Headers
-
-
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A checked request that may be admitted."""
+    """A checked request."""
 
-    caller: Caller
-    group: Group
     row: Row
     model: Model
     params: dict[str, Any]
@@ -163,7 +64,7 @@ class _Asked:
         """Input tokens of all kinds, as estimated or as its marker says."""
         return round(self.script.settings.get("input", self.prompt.tokens))
 
-    def input_tokens(self, first_token_at: int) -> InputTokens:
+    def input_tokens(self, cache: PromptCache, now: int, first_token_at: int) -> InputTokens:
         """Split the prompt into uncached, written and read tokens."""
         tokens, wanted = self.prompt_tokens, self.script.settings
         if not wanted.keys().isdisjoint(("input", "cache_read", "cache_creation")):
@@ -172,8 +73,7 @@ class _Asked:
             return InputTokens(tokens - read - written, written, 0, read)
         if not self.prompt.breakpoints:
             return InputTokens(tokens)
-        cache = self.caller.account.prompt_cache
-        return cache.use(self.prompt, self.caller.at, first_token_at)
+        return cache.use(self.prompt, now, first_token_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,26 +99,13 @@ class Call:
 
     def usage(self) -> dict[str, Any]:
         """Return the usage object of the whole answer."""
-        tokens = self.row.input
-        usage: dict[str, Any] = {
-            "input_tokens": tokens.uncached,
-            "cache_creation_input_tokens": tokens.written,
-            "cache_read_input_tokens": tokens.read,
-            "cache_creation": {
-                "ephemeral_5m_input_tokens": tokens.written_5m,
-                "ephemeral_1h_input_tokens": tokens.written_1h,
-            },
-            "output_tokens": self.row.output_tokens,
-            "service_tier": "standard",
-            "inference_geo": "global",
-        }
-        if self.answer.thinking_tokens:
-            usage["output_tokens_details"] = {"thinking_tokens": self.answer.thinking_tokens}
-        return usage
+        return answers.usage(
+            self.row.input, self.row.output_tokens, self.answer.thinking_tokens, "standard"
+        )
 
     def message(self) -> dict[str, Any]:
         """Return the whole Message."""
-        return answers.message(self.message_id, self.model, self.answer, self.usage())
+        return answers.message(self.message_id, self.model.id, self.answer, self.usage())
 
 
 class Engine:
@@ -242,6 +129,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._id_prefix = f"{now // 1000:014x}"
         self.accounts: dict[str, Account] = {}
+        self.batches = Batches(self.clock, self._id_prefix)
         self._apply(self.settings, now)
 
     def configure(self, patch: dict[str, Any]) -> None:
@@ -267,6 +155,7 @@ class Engine:
     def _apply(self, settings: Settings, now: int) -> None:
         self.settings = settings
         self.models = settings_.catalogue(settings)
+        self.models_of_long_answers = settings_.with_long_answers(self.models)
         self.keys: dict[str, tuple[Account, str]] = {}
         self.admin_keys: dict[str, Account] = {}
         for organisation in settings.organisations:
@@ -307,7 +196,7 @@ class Engine:
         try:
             return Caller(account, workspace, key, checks.check_version(version), now)
         except checks.RequestError as error:
-            return Refused(_said(error), _identity(account, workspace))
+            return Refused(_said(error), account.headers(workspace))
 
     def rate_limits(
         self, caller: Caller, query: dict[str, str], workspace: str | None
@@ -325,21 +214,24 @@ class Engine:
 
     def count_tokens(self, caller: Caller, body: bytes) -> int | Refused:
         """Return the input tokens of a request; free, with a request limit of its own."""
-        account = caller.account
         try:
             params = checks.parse(body)
             model = checks.check_count(params, caller.version, self.models)
             tokens = checks.measure(params, model, cached=False).tokens
         except (checks.RequestError, RecursionError) as error:
             return Refused(_said(error), caller.headers)
-        group = account.group(COUNT_TOKENS_GROUP, caller.at)
+        return self._count_call(caller, COUNT_TOKENS_GROUP) or tokens
+
+    def _count_call(self, caller: Caller, name: str) -> Refused | None:
+        """Charge a call that has no model to the limit of its kind."""
+        group = caller.account.group(name, caller.at)
         group.counts["requests"] += 1
         refusal = group.limits.admit(caller.at, 0, 0)
         if refusal is not None:
             group.counts[f"outcome:rate_limited:{refusal.kind}"] += 1
             return self._rate_limited(refusal, caller, group)
         group.counts["outcome:answered"] += 1
-        return tokens
+        return None
 
     def message(self, caller: Caller, body: bytes, request_id: str) -> Call | Refused:
         """Decide a Messages request."""
@@ -349,16 +241,13 @@ class Engine:
         try:
             params = checks.parse(body)
             model = checks.check_message(params, caller.version, self.models)
-            prompt = checks.measure(params, model, cached=b"cache_control" in body)
-            row.user_id = (params.get("metadata") or {}).get("user_id")
-            script = read_script(row.user_id)
-            row.body_hash = answers.params_hash(params)
+            asked = _read(row, params, model, cached=b"cache_control" in body)
         except (checks.RequestError, MarkerError, RecursionError) as error:
             failure = _said(error)
             return self._refuse(f"invalid:{failure.status}", failure, row, caller, None)
         group = account.group(model.group, now)
         group.counts["requests"] += 1
-        row.model, row.group = model.id, model.group
+        script = asked.script
         failing = self._failing(row.body_hash, script, account.settings.blocked_by)
         if failing is not None and FAILURES[failing].place in {Place.BEFORE, Place.DROP_BEFORE}:
             self.books.calls_of_content[row.body_hash] += 1
@@ -366,11 +255,12 @@ class Engine:
         if (most := account.settings.max_in_flight) is not None and account.in_flight >= most:
             failure = FAILURES["concurrency"]
             return self._refuse("rate_limited:concurrency", failure, row, caller, group)
-        asked = _Asked(caller, group, row, model, params, prompt, script)
-        return self._admit(asked, failing)
+        return self._admit(caller, group, asked, failing)
 
-    def _admit(self, asked: _Asked, failing: str | None) -> Call | Refused:
-        caller, group, row = asked.caller, asked.group, asked.row
+    def _admit(
+        self, caller: Caller, group: Group, asked: _Asked, failing: str | None
+    ) -> Call | Refused:
+        row = asked.row
         now, max_tokens = caller.at, asked.params["max_tokens"]
         service = self.settings.service_by_group.get(group.name, self.settings.service)
         estimate = ceil_div(asked.prompt_tokens * service.input_estimate_percent, 100)
@@ -378,27 +268,24 @@ class Engine:
         refusal = group.limits.admit(now, estimate, max_tokens, own)
         if refusal is not None:
             row.status, row.outcome = 429, f"rate_limited:{refusal.kind}"
-            self.books.write(row, group, now)
+            self.books.write(row, [self.books.counts, group.counts], now)
             return self._rate_limited(refusal, caller, group)
 
-        nth = self.books.calls_of_content[row.body_hash]
-        self.books.calls_of_content[row.body_hash] += 1
-        draws = answers.chances(self.settings.seed, row.body_hash)
-        kind = answers.kind_of(asked.params, asked.script, self.kind_rates, draws[2])
-        planned = answers.plan(service, asked.script, max_tokens, draws, kind)
-        first_token_at = now + planned.first_token_after
-        row.input = asked.input_tokens(first_token_at)
-        row.output_tokens = planned.output_tokens
+        planned = self._plan(asked)
+        plan = planned.plan
+        first_token_at = now + plan.first_token_after
+        row.input = asked.input_tokens(caller.account.prompt_cache, now, first_token_at)
+        row.output_tokens = plan.output_tokens
         row.outcome = "answered" if failing is None else failing
         place = None if failing is None else FAILURES[failing].place
         half = place is Place.IN_STREAM
         charge = Charge(
             estimated_input=estimate,
             input_tokens=row.input.uncached + row.input.written,
-            output_tokens=planned.output_tokens // 2 if half else planned.output_tokens,
+            output_tokens=plan.output_tokens // 2 if half else plan.output_tokens,
             max_tokens=max_tokens,
             first_token=first_token_at,
-            millitokens_per_second=planned.millitokens_per_second,
+            millitokens_per_second=plan.millitokens_per_second,
         )
         for limits in (group.limits, own):
             if limits is not None:
@@ -409,15 +296,26 @@ class Engine:
             caller=caller,
             group=group,
             row=row,
-            message_id=f"msg_{row.body_hash[:20]}{nth:04x}",
+            message_id=planned.message_id,
             model=asked.model,
             params=asked.params,
-            answer=answers.compose(asked.params, row.body_hash, planned, kind),
+            answer=answers.compose(asked.params, row.body_hash, plan, planned.kind),
             place=place,
             first_token_at=first_token_at,
-            ends_at=now + planned.duration,
+            ends_at=now + plan.duration,
             books=self.books,
         )
+
+    def _plan(self, asked: _Asked) -> Planned:
+        """Plan the answer of a call that reached the model."""
+        body_hash = asked.row.body_hash
+        nth = self.books.calls_of_content[body_hash]
+        self.books.calls_of_content[body_hash] += 1
+        service = self.settings.service_by_group.get(asked.model.group, self.settings.service)
+        draws = answers.chances(self.settings.seed, body_hash)
+        kind = answers.kind_of(asked.params, asked.script, self.kind_rates, draws[2])
+        plan = answers.plan(service, asked.script, asked.params["max_tokens"], draws, kind)
+        return Planned(kind, plan, f"msg_{body_hash[:20]}{nth:04x}")
 
     def finish(self, call: Call, status: int, *, delivered: bool) -> None:
         """Write down the end of a call: billed unless it failed in its stream, delivered or not."""
@@ -428,11 +326,119 @@ class Engine:
         row.delivered = delivered
         call.group.end(now)
         call.caller.account.in_flight -= 1
-        call.books.write(row, call.group, now)
+        call.books.write(row, [call.books.counts, call.group.counts], now)
 
     def answer_headers(self, call: Call) -> Headers:
         """Return the headers of an answer: the organisation and the limits as they stand now."""
         return call.caller.limit_headers(call.group, self.clock())
+
+    # -- Message Batches --------------------------------------------------------------------
+
+    def batch_call(self, caller: Caller) -> Refused | None:
+        """Charge a call of any batch endpoint to the limit they share."""
+        return self._count_call(caller, BATCHES_GROUP)
+
+    def refuse_batch_call(self, caller: Caller, failure: Failure, outcome: str) -> Refused:
+        """Return the refusal of a call that its limit had let pass."""
+        counts = caller.account.group(BATCHES_GROUP, caller.at).counts
+        counts["outcome:answered"] -= 1
+        counts[f"outcome:{outcome}"] += 1
+        return Refused(failure, caller.headers)
+
+    def create_batch(self, caller: Caller, items: list[Item], beta: str) -> Batch | Refused:
+        """Begin a batch of requests not looked at yet, unless the queue has no room for it."""
+        account = caller.account
+        blocked = account.settings.blocked_by
+        if blocked is not None and FAILURES[blocked].place is Place.BEFORE:
+            return self.refuse_batch_call(caller, FAILURES[blocked], blocked)
+        most = account.settings.batch_limits.queued_requests
+        queued = self.batches.queued(account)
+        if most is not None and queued + len(items) > most:
+            wait = self.batches.seconds_to_next_end(account)
+            failure = Failure(
+                429,
+                "rate_limit_error",
+                f"This request would exceed your organization's limit of {most:,} batch requests in"
+                f" the processing queue ({queued:,} are queued).",
+                retry_after_seconds=None if account.rules.retry_after == "none" else wait,
+                should_retry=True,
+            )
+            return self.refuse_batch_call(caller, failure, "rate_limited:queued_requests")
+        return self.batches.create(caller, items, beta, self.settings)
+
+    def advance_batches(self, most: int | None = None) -> bool:
+        """Work off what is due, at most so many requests; say whether more is due already."""
+        return self.batches.advance(self._end_item, most)
+
+    def _end_item(self, batch: Batch, item: Item, fate: str | None) -> str:
+        """Answer a request of a batch, or end it by its fate; return the type of its result."""
+        account, now = batch.account, self.clock()
+        row = Row(batch.accepted_at, None, account.settings.id, batch.key, "", "", "", None)
+        row.batch_id, row.custom_id = batch.id, item.custom_id
+        if fate is None:
+            fate = self._answer_item(batch, item, row)
+        if fate != "succeeded":
+            item.raw = b""
+        item.row = row
+        row.outcome = row.outcome or fate
+        self.books.write(row, [account.batch_items], now)
+        return fate
+
+    def _answer_item(self, batch: Batch, item: Item, row: Row) -> str:
+        models = self.models_of_long_answers if batch.has_long_answers else self.models
+        try:
+            params = checks.batch_params(item.raw)
+            model = checks.check_batch_params(params, batch.version, models)
+            asked = _read(row, params, model, cached=b"cache_control" in item.raw)
+        except (checks.RequestError, MarkerError, RecursionError) as error:
+            item.error = _said(error)
+            row.status, row.outcome = item.error.status, f"invalid:{item.error.status}"
+            return "errored"
+        failing = self._failing_item(asked)
+        if failing is not None:
+            self.books.calls_of_content[row.body_hash] += 1
+        if failing == EXPIRED:
+            return EXPIRED
+        if failing is not None:
+            # A batch has no connection that could break: what would drop one is an error inside.
+            item.error = FAILURES[failing if FAILURES[failing].status else "500"]
+            row.status, row.outcome = item.error.status, failing
+            return "errored"
+        item.planned = self._plan(asked)
+        now = self.clock()
+        row.input = asked.input_tokens(batch.account.prompt_cache, now, now)
+        row.output_tokens = item.planned.plan.output_tokens
+        row.status, row.outcome, row.billed = 200, "answered", True
+        return "succeeded"
+
+    def _failing_item(self, asked: _Asked) -> str | None:
+        body_hash = asked.row.body_hash
+        nth = self.books.calls_of_content[body_hash]
+        forced = asked.script.failure_of_call(nth)
+        if forced is not None:
+            return forced
+        settings = self.settings.batches
+        rates = {"500": settings.errored_rate, EXPIRED: settings.expired_rate}
+        return drawn(rates, answers.chances(self.settings.seed, body_hash, nth)[4])
+
+    def result(self, item: Item) -> dict[str, Any]:
+        """Return the line of a request of an ended batch."""
+        result: dict[str, Any] = {"type": item.outcome}
+        if item.error is not None:
+            result["error"] = error_body(item.error, None)
+        elif item.planned is not None and item.row is not None:
+            planned, row = item.planned, item.row
+            params = checks.batch_params(item.raw)
+            answer = answers.compose(params, row.body_hash, planned.plan, planned.kind)
+            usage = answers.usage(row.input, row.output_tokens, answer.thinking_tokens, "batch")
+            result["message"] = answers.message(planned.message_id, row.model, answer, usage)
+        return {"custom_id": item.custom_id, "result": result}
+
+    def delivered(self, batch: Batch, items: Iterable[Item]) -> None:
+        """Write down that results were read."""
+        for item in items:
+            if item.row is not None:
+                self.books.deliver(item.row, batch.account.batch_items)
 
     # -- refusals ---------------------------------------------------------------------------
 
@@ -464,10 +470,10 @@ class Engine:
     ) -> Refused:
         account = caller.account
         row.status, row.outcome = failure.status, outcome
-        self.books.write(row, group, caller.at)
+        counts = account.other if group is None else group.counts
+        self.books.write(row, [self.books.counts, counts], caller.at)
         if group is None:
             account.other["requests"] += 1
-            account.other[f"outcome:{outcome}"] += 1
         if failure.status == 429 and group is not None:  # noqa: PLR2004
             return Refused(failure, caller.limit_headers(group, caller.at))
         return Refused(failure, caller.headers)
@@ -489,16 +495,33 @@ class Engine:
 
     def stats(self, *, starts: bool = False) -> dict[str, Any]:
         """Return the counts since the start or the last reset."""
-        accounts = {
-            name: (account.in_flight, account.other, list(account.groups.values()))
+        standings = {
+            name: Standing(
+                account.in_flight,
+                account.other,
+                list(account.groups.values()),
+                self.batches.stats(account),
+                account.batch_items,
+            )
             for name, account in self.accounts.items()
         }
-        return report(self.books, accounts, self.clock(), starts=starts)
+        found = report(self.books, standings, self.clock(), starts=starts)
+        return {**found, "batch_clock": self.batches.clock_stats()}
 
     def ledger(self) -> Iterator[dict[str, Any]]:
         """Yield every ended call, oldest first."""
         for row in list(self.books.rows):
             yield row.as_json()
+
+
+def _read(row: Row, params: dict[str, Any], model: Model, *, cached: bool) -> _Asked:
+    """Measure a checked request and read its marker; name it in its row."""
+    prompt = checks.measure(params, model, cached=cached)
+    row.user_id = (params.get("metadata") or {}).get("user_id")
+    script = read_script(row.user_id)
+    row.body_hash = answers.params_hash(params)
+    row.model, row.group = model.id, model.group
+    return _Asked(row, model, params, prompt, script)
 
 
 def _rates(faults: dict[str, float], names: Iterable[str]) -> dict[str, float]:
@@ -510,7 +533,7 @@ def _said(error: checks.RequestError | MarkerError | RecursionError) -> Failure:
         return Failure(400, "invalid_request_error", "The request body is nested too deeply.")
     if isinstance(error, MarkerError):
         return Failure(400, "invalid_request_error", f"metadata.user_id: {error}")
-    return Failure(error.status, error.type, error.message)
+    return error.failure
 
 
 def _with_retry_after(failure: Failure, seconds: int | None) -> Failure:

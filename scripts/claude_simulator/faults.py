@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 
 class Place(StrEnum):
@@ -121,6 +121,15 @@ FAILURES: Final[dict[str, Failure]] = {
     "drop_after_billing": Failure(0, "dropped", "", place=Place.DROP_AFTER),
     "sse_error": Failure(529, "overloaded_error", "Overloaded", place=Place.IN_STREAM),
 }
+
+
+def error_body(failure: Failure, request_id: str | None) -> dict[str, Any]:
+    """Return the error as the API writes it; a request of a batch has no id."""
+    error: dict[str, Any] = {"type": failure.type, "message": failure.message}
+    if failure.error_code is not None:
+        error["details"] = {"error_code": failure.error_code}
+    return {"type": "error", "error": error, "request_id": request_id}
+
 
 KINDS: Final = ("thinking", "redacted_thinking", "refusal", "tool_use")
 SETTINGS: Final = ("slow", "tps", "tokens", "input", "cache_read", "cache_creation", "retry_after")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import signal
 import socket
 import sys
@@ -13,104 +12,29 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import parse_qs
 
 import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from scripts.claude_simulator import checks
-from scripts.claude_simulator.engine import Call, Caller, Engine, Headers, Refused
-from scripts.claude_simulator.faults import Failure, Place
+from scripts.claude_simulator.accounts import Caller, Refused
+from scripts.claude_simulator.batch_api import BatchApi
+from scripts.claude_simulator.engine import Call, Engine
+from scripts.claude_simulator.exchange import Exchange, Handler, encode, is_loopback, not_found
+from scripts.claude_simulator.faults import Failure, Place, error_body
 from scripts.claude_simulator.limits import SECOND
 from scripts.claude_simulator.settings import Model, Settings, SettingsError
 
 HOST: Final = "127.0.0.1"
-JSON_TYPE: Final = (b"content-type", b"application/json")
 SSE_TYPE: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 SSE_STEP: Final = SECOND // 20  # deltas of a slow answer come no closer together than this
 SSE_MOST_STEPS: Final = 200
 SSE_FEWEST_STEPS: Final = 4
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class PortError(OSError):
     """The port cannot be used; the message is one line."""
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One HTTP request and the means to answer it."""
-
-    scope: dict[str, Any]
-    send: Callable[[dict[str, Any]], Awaitable[None]]
-    request_id: str
-    body: bytes
-    key: str | None
-    version: str | None
-    id: str = ""  # what stands for {id} in the route
-
-    @property
-    def transport(self) -> asyncio.Transport:
-        """The connection itself."""
-        transport: asyncio.Transport = self.scope["state"]["transport"]
-        return transport
-
-    def query(self) -> dict[str, str]:
-        """Return the query string's last value of each name."""
-        return {
-            name: values[-1]
-            for name, values in parse_qs(self.scope["query_string"].decode()).items()
-        }
-
-    async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of the answer."""
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [*headers, (b"request-id", self.request_id.encode())],
-            }
-        )
-
-    async def write(self, body: bytes, *, more: bool = False) -> None:
-        """Send a part of the body."""
-        await self.send({"type": "http.response.body", "body": body, "more_body": more})
-
-    async def reply(self, status: int, data: object, headers: Headers) -> None:
-        """Send a whole JSON answer."""
-        body = _encode(data).encode()
-        await self.start(status, [*headers, JSON_TYPE, (b"content-length", b"%d" % len(body))])
-        await self.write(body)
-
-    async def refuse(self, refused: Refused) -> None:
-        """Send an error in the API's shape, or drop the connection."""
-        failure = refused.failure
-        if failure.status == 0:
-            self.transport.abort()
-            return
-        headers = list(refused.headers)
-        if failure.retry_after_seconds is not None:
-            headers.append((b"retry-after", b"%d" % failure.retry_after_seconds))
-        if failure.should_retry is not None:
-            headers.append((b"x-should-retry", b"true" if failure.should_retry else b"false"))
-        await self.reply(failure.status, error_body(failure, self.request_id), headers)
-
-
-def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
-    """Return the error as the API writes it."""
-    error: dict[str, Any] = {"type": failure.type, "message": failure.message}
-    if failure.error_code is not None:
-        error["details"] = {"error_code": failure.error_code}
-    return {"type": "error", "error": error, "request_id": request_id}
-
-
-def not_found(path: str) -> Refused:
-    """Return the answer to a path nobody serves."""
-    return Refused(Failure(404, "not_found_error", f"Not found: {path}"), [])
-
-
-Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class App:
@@ -118,6 +42,7 @@ class App:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.batches = BatchApi(engine)
         self.routes: dict[tuple[str, str], Handler] = {
             ("POST", "/v1/messages"): self.create_message,
             ("POST", "/v1/messages/count_tokens"): self.count_tokens,
@@ -129,6 +54,7 @@ class App:
             ("GET", "/_simulator/ledger"): self.ledger,
             ("POST", "/_simulator/config"): self.configure,
             ("POST", "/_simulator/reset"): self.reset,
+            **self.batches.routes(),
         }
         self._paths = {path for _, path in self.routes if "{id}" not in path}
         self._patterns = [path.split("{id}") for _, path in self.routes if "{id}" in path]
@@ -153,8 +79,10 @@ class App:
         event = await receive()
         body = event.get("body", b"")
         if event.get("more_body"):
-            body = await _rest_of(body, receive)
+            most = self.batches.most_bytes_of(scope["path"]) or checks.MAX_BODY_BYTES
+            body = await _rest_of(body, receive, most)
         exchange = Exchange(scope, send, self.engine.request_id(), body, key, version)
+        del body  # or it would stay until the answer is sent
         route, exchange.id = self._route(scope["path"])
         handler = self.routes.get((scope["method"], route))
         if handler is not None:
@@ -322,7 +250,7 @@ class App:
 
     async def stats(self, exchange: Exchange) -> None:
         """GET /_simulator/stats: the counts."""
-        if _is_loopback(exchange):
+        if is_loopback(exchange):
             starts = exchange.query().get("starts") == "1"
             await exchange.reply(200, self.engine.stats(starts=starts), [])
         else:
@@ -330,13 +258,13 @@ class App:
 
     async def ledger(self, exchange: Exchange) -> None:
         """GET /_simulator/ledger: every ended call as JSON lines."""
-        if not _is_loopback(exchange):
+        if not is_loopback(exchange):
             await exchange.refuse(not_found(exchange.scope["path"]))
             return
         await exchange.start(200, [(b"content-type", b"application/x-ndjson")])
         lines: list[str] = []
         for row in self.engine.ledger():
-            lines.append(_encode(row))
+            lines.append(encode(row))
             if len(lines) == 1000:  # noqa: PLR2004
                 await exchange.write(("\n".join(lines) + "\n").encode(), more=True)
                 lines.clear()
@@ -345,7 +273,7 @@ class App:
 
     async def configure(self, exchange: Exchange) -> None:
         """POST /_simulator/config: changed limits, faults, keys; all of it or nothing."""
-        if not _is_loopback(exchange):
+        if not is_loopback(exchange):
             await exchange.refuse(not_found(exchange.scope["path"]))
             return
         try:
@@ -358,7 +286,7 @@ class App:
 
     async def reset(self, exchange: Exchange) -> None:
         """POST /_simulator/reset: empty books, full buckets; `?config=1` the first settings too."""
-        if not _is_loopback(exchange):
+        if not is_loopback(exchange):
             await exchange.refuse(not_found(exchange.scope["path"]))
             return
         self.engine.reset(to_original=exchange.query().get("config") == "1")
@@ -372,16 +300,14 @@ def _bad(message: str, caller: Caller) -> Refused:
     return Refused(Failure(400, "invalid_request_error", message), caller.headers)
 
 
-def _is_loopback(exchange: Exchange) -> bool:
-    client = exchange.scope.get("client")
-    return client is not None and str(client[0]) in {"127.0.0.1", "::1"}
-
-
 def _halfway(call: Call) -> int:
     return (call.first_token_at + call.ends_at) // 2
 
 
-async def _rest_of(body: bytes, receive: Callable[[], Awaitable[dict[str, Any]]]) -> bytes:
+async def _rest_of(
+    body: bytes, receive: Callable[[], Awaitable[dict[str, Any]]], most: int
+) -> bytes:
+    """Read to the end; of a body that is too large nothing is kept, its length is refused."""
     parts = [body]
     size = len(body)
     more = True
@@ -389,12 +315,11 @@ async def _rest_of(body: bytes, receive: Callable[[], Awaitable[dict[str, Any]]]
         event = await receive()
         part = event.get("body", b"")
         size += len(part)
-        if size <= checks.MAX_BODY_BYTES:
-            parts.append(part)
+        parts.append(part)
+        if size > most:
+            parts.clear()
         more = bool(event.get("more_body"))
-    if size > checks.MAX_BODY_BYTES:  # read to its end, but not kept; its length is what is refused
-        return bytes(checks.MAX_BODY_BYTES + 1)
-    return b"".join(parts)
+    return bytes(most + 1) if size > most else b"".join(parts)
 
 
 def model_info(model: Model) -> dict[str, Any]:
@@ -416,7 +341,7 @@ def model_info(model: Model) -> dict[str, Any]:
 
 def sse(event: dict[str, Any]) -> bytes:
     """Return one server-sent event."""
-    return f"event: {event['type']}\ndata: {_encode(event)}\n\n".encode()
+    return f"event: {event['type']}\ndata: {encode(event)}\n\n".encode()
 
 
 def events(call: Call) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -471,7 +396,7 @@ def _pieces(
         deltas.append({"type": "signature_delta", "signature": block["signature"]})
         return {"type": "thinking", "thinking": "", "signature": ""}, deltas
     if block["type"] == "tool_use":
-        parts = _parts(_encode(block["input"]), 2)
+        parts = _parts(encode(block["input"]), 2)
         return {**block, "input": {}}, [
             {"type": "input_json_delta", "partial_json": part} for part in ("", *parts)
         ]
@@ -497,13 +422,19 @@ class _Connection(HttpToolsProtocol):
 class _Server(uvicorn.Server):
     """uvicorn's server, which ends quietly on a signal and says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(self, app: App, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
+        self._app = app
         self._listening = listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        self._working = asyncio.create_task(self._app.batches.work())
         self._listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._working.cancel()
+        await super().shutdown(sockets=sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -546,8 +477,9 @@ def serve(engine: Engine, bound: socket.socket, listening: Callable[[], None]) -
 
 
 def _server(engine: Engine, listening: Callable[[], None]) -> _Server:
+    app = App(engine)
     config = uvicorn.Config(
-        App(engine),
+        app,
         http=_Connection,
         ws="none",
         lifespan="off",
@@ -561,7 +493,7 @@ def _server(engine: Engine, listening: Callable[[], None]) -> _Server:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
     )
-    return _Server(config, listening)
+    return _Server(app, config, listening)
 
 
 def _run(server: _Server, bound: socket.socket) -> None:

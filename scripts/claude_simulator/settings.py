@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from scripts.claude_simulator.faults import FAILURES, KINDS
+from scripts.claude_simulator.faults import FAILURES, KINDS, Place
 from scripts.claude_simulator.limits import SECOND, Limits, Rules
 
 PerMinute = Annotated[int, Field(ge=1)] | None
 Seconds = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=1)]
 InputLimitType = Literal["input_tokens_per_minute_cache_aware", "input_tokens_per_minute"]
+LONG_ANSWER_TOKENS = 300_000
+MAY_ANSWER_LONG_FROM = 128_000
 
 
 class SettingsError(ValueError):
@@ -66,6 +69,42 @@ class BatchLimitSettings(_Part):
 
     rpm: PerMinute = 1000
     queued_requests: Annotated[int, Field(ge=1)] | None = 200_000
+
+
+class BatchService(_Part):
+    """How Message Batches are worked off; a batch keeps the speed it began with.
+
+    A batch takes `seconds`, whatever its size, or by `items_per_second`; null is at once.
+    """
+
+    start_seconds: Seconds = 0.0
+    seconds: Seconds | None = None
+    items_per_second: Annotated[float, Field(gt=0)] | None = 100.0
+    cancel_seconds: Seconds = 1.0
+    errored_rate: Rate = 0.0
+    expired_rate: Rate = 0.0
+    create_faults: dict[str, Rate] = Field(default_factory=dict)
+    not_found_seconds: Seconds = 0.0
+    not_found_rate: Rate = 0.0
+    results_url: Literal["absolute", "relative"] = "absolute"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name in self.create_faults:
+            if name not in FAILURES or FAILURES[name].place is Place.IN_STREAM:
+                message = f'create_faults: no failure "{name}" of a call without a stream'
+                raise ValueError(message)
+        for rates in (self.create_faults.values(), (self.errored_rate, self.expired_rate)):
+            if sum(rates) > 1:
+                message = "create_faults, or errored_rate and expired_rate, add up to more than 1"
+                raise ValueError(message)
+        return self
+
+    def duration_of(self, items: int) -> int:
+        """Return the nanoseconds a batch of so many requests is worked on."""
+        if self.seconds is not None:
+            return round(self.seconds * SECOND)
+        return 0 if self.items_per_second is None else round(items / self.items_per_second * SECOND)
 
 
 class Organisation(_Part):
@@ -162,7 +201,8 @@ class Settings(_Part):
     seed: int = 1
     service: Service = Service()
     service_by_group: dict[str, Service] = Field(default_factory=dict)
-    faults: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    faults: dict[str, Rate] = Field(default_factory=dict)
+    batches: BatchService = BatchService()
     ramp_retry_after_seconds: Annotated[int, Field(ge=1)] = 5
     organisations: tuple[Organisation, ...] = (Organisation(),)
     models: dict[str, Model] = Field(default_factory=dict)
@@ -276,3 +316,13 @@ def catalogue(settings: Settings) -> dict[str, Model]:
     """Return every model by id and alias: the known ones, with those of the settings over them."""
     by_id = {model.id: model for model in known_models()} | settings.models
     return {name: model for model in by_id.values() for name in (model.id, *model.aliases)}
+
+
+def with_long_answers(models: dict[str, Model]) -> dict[str, Model]:
+    """Return the models as the beta for long answers in batches allows them: up to 300k tokens."""
+    return {
+        name: model.model_copy(update={"max_tokens": LONG_ANSWER_TOKENS})
+        if model.max_tokens >= MAY_ANSWER_LONG_FROM
+        else model
+        for name, model in models.items()
+    }

@@ -18,6 +18,8 @@ import anthropic
 import httpx
 import pytest
 from anthropic import Anthropic
+from anthropic.types import TextBlock
+from anthropic.types.messages import MessageBatch
 from anthropic.types.shared.contract_spend_limit_reached_error import (
     ContractSpendLimitReachedError,
 )
@@ -446,6 +448,218 @@ def test_admin_keys_and_others_open_different_doors() -> None:
             client.organization.rate_limits.list()
 
 
+def requests(*names: str, **more: Any) -> list[Any]:
+    return [{"custom_id": name, "params": params(name, **more)} for name in names]
+
+
+def ended(client: Anthropic, batch_id: str) -> MessageBatch:
+    """Return the batch once it has ended."""
+    for _ in range(500):
+        batch = client.messages.batches.retrieve(batch_id)
+        if batch.processing_status == "ended":
+            return batch
+        time.sleep(0.01)
+    raise TimeoutError("the batch did not end within 5 s")
+
+
+def advance(claude: Running, seconds: float) -> None:
+    reply = httpx.post(f"{claude.url}/_simulator/batch_clock", json={"advance_seconds": seconds})
+    reply.raise_for_status()
+
+
+@contextlib.contextmanager
+def batching(**batches: Any) -> Iterator[Running]:
+    with simulator(batches={"seconds": 0.2, "cancel_seconds": 0, **batches}) as started:
+        yield started
+
+
+def test_the_sdk_takes_a_batch_through_its_life() -> None:
+    with batching(seconds=3600) as claude, sdk(claude) as client:
+        created = client.messages.batches.create(
+            requests=requests("a", "b", "c") + requests("bad", max_tokens=0)
+        )
+        with pytest.raises(anthropic.AnthropicError, match="No `results_url`"):
+            client.messages.batches.results(created.id)
+        advance(claude, 3600)
+        batch = ended(client, created.id)
+        results = {
+            line.custom_id: line.result for line in client.messages.batches.results(batch.id)
+        }
+        deleted = client.messages.batches.delete(batch.id)
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.batches.retrieve(batch.id)
+
+    assert (created.processing_status, created.request_counts.processing) == ("in_progress", 4)
+    assert (created.expires_at - created.created_at).total_seconds() == 24 * 3600
+    assert (batch.request_counts.succeeded, batch.request_counts.errored) == (3, 1)
+    assert batch.results_url == f"{claude.url}/v1/messages/batches/{batch.id}/results"
+    assert set(results) == {"a", "b", "c", "bad"}
+    one, bad = results["a"], results["bad"]
+    assert one.type == "succeeded"
+    assert one.message.usage.service_tier == "batch"
+    assert isinstance(one.message.content[0], TextBlock)
+    assert params_hash(params("a"))[:12] in one.message.content[0].text
+    assert bad.type == "errored"
+    assert bad.error.error.type == "invalid_request_error"
+    assert bad.error.request_id is None
+    assert (deleted.id, deleted.type) == (batch.id, "message_batch_deleted")
+
+
+def test_the_sdk_cancels_a_batch_and_reads_what_was_done() -> None:
+    with batching(seconds=3600, cancel_seconds=1800) as claude, sdk(claude) as client:
+        batch = client.messages.batches.create(requests=requests(*"abcdefgh"))
+        advance(claude, 1800)
+        canceling = client.messages.batches.cancel(batch.id)
+        advance(claude, 1800)
+        counts = ended(client, batch.id).request_counts
+        types = [line.result.type for line in client.messages.batches.results(batch.id)]
+
+    assert canceling.processing_status == "canceling"
+    assert canceling.cancel_initiated_at is not None
+    assert (counts.succeeded, counts.canceled) == (4, 4)
+    assert sorted(types) == ["canceled"] * 4 + ["succeeded"] * 4
+
+
+def test_the_sdk_lists_batches_in_both_directions() -> None:
+    with batching() as claude, sdk(claude) as client:
+        batches = client.messages.batches
+        ids = [batches.create(requests=requests("a")).id for _ in range(5)][::-1]
+        forward = [batch.id for batch in batches.list(limit=2)]
+        back = [batch.id for batch in batches.list(limit=2, before_id=ids[4])]
+
+    assert forward == ids
+    assert sorted(back) == sorted(ids[:4])
+
+
+async def test_the_async_sdk_reads_results() -> None:
+    with batching(seconds=0) as claude:
+        async with anthropic.AsyncAnthropic(api_key=KEY, base_url=claude.url) as client:
+            batch = await client.messages.batches.create(requests=requests("a", "b"))
+            with sdk(claude) as other:
+                ended(other, batch.id)
+            lines = [line async for line in await client.messages.batches.results(batch.id)]
+
+    assert {line.custom_id for line in lines} == {"a", "b"}
+
+
+def test_results_are_lines_without_a_blank_one_and_may_be_relative() -> None:
+    headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01"}
+    with batching(results_url="relative") as claude, sdk(claude) as client:
+        reply = httpx.post(
+            f"{claude.url}/v1/messages/batches",
+            json={"requests": requests(*(f"row-{number}" for number in range(120)))},
+            headers=headers,
+        )
+        batch = ended(client, reply.json()["id"])
+        text = httpx.get(f"{claude.url}{batch.results_url}", headers=headers).text
+        through_the_sdk = list(client.messages.batches.results(batch.id))
+        items = stats(claude)["organisations"]["org-one"]["batches"]["items"]
+        lanes = {(row["lane"], row["batch_id"]) for row in ledger(claude)}
+
+    assert batch.results_url == f"/v1/messages/batches/{batch.id}/results"
+    assert text.endswith("}\n")
+    names = [json.loads(line)["custom_id"] for line in text.removesuffix("\n").split("\n")]
+    assert len(set(names)) == len(names) == len(through_the_sdk) == 120
+    assert names != sorted(names, key=lambda name: int(name[4:]))
+    assert (items["billed"], items["delivered"]) == (120, 120)
+    assert lanes == {("batch", batch.id)}
+
+
+def test_batches_stay_in_their_workspace() -> None:
+    with administered() as claude:
+        with sdk(claude) as client:
+            batch = client.messages.batches.create(requests=requests("a"))
+        with sdk(claude, "sk-ant-test-two") as stranger:
+            seen = list(stranger.messages.batches.list())
+            doors = stranger.messages.batches
+            for door in (doors.retrieve, doors.cancel, doors.delete, doors.results):
+                with pytest.raises(anthropic.NotFoundError):
+                    door(batch.id)
+
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"requests": []}, "at least 1 item"),
+        ({"requests": requests("a", "a")}, "not unique"),
+        ({"requests": requests("not good")}, "custom_id"),
+    ],
+)
+def test_a_batch_of_the_wrong_shape_is_refused_at_once(body: dict[str, Any], said: str) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "anthropic-version": VERSION}
+    with batching() as claude:
+        reply = httpx.post(f"{claude.url}/v1/messages/batches", json=body, headers=headers)
+        counts = stats(claude)["organisations"]["org-one"]
+
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert said in reply.json()["error"]["message"]
+    assert reply.json()["request_id"] == reply.headers["request-id"]
+    assert counts["model_groups"]["batches"]["invalid"] == 1
+    assert counts["batches"]["created"] == 0
+
+
+def test_a_batch_body_above_256_mb_is_too_large_and_one_above_32_is_not() -> None:
+    headers = {"x-api-key": KEY, "anthropic-version": VERSION}
+    megabyte = b" " * (1024 * 1024)
+    fits = json.dumps({"requests": requests("a")}).encode()
+    with batching() as claude:
+        url = f"{claude.url}/v1/messages/batches"
+        too_large = httpx.post(url, content=(megabyte for _ in range(257)), headers=headers)
+        large = httpx.post(url, content=(*(megabyte for _ in range(40)), fits), headers=headers)
+
+    assert (too_large.status_code, large.status_code) == (413, 200)
+    assert too_large.json()["error"]["type"] == "request_too_large"
+
+
+def test_a_batch_may_not_be_found_right_after_its_create() -> None:
+    with batching(not_found_seconds=60) as claude, sdk(claude) as client:
+        batch = client.messages.batches.create(requests=requests("a"))
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.batches.retrieve(batch.id)
+        advance(claude, 60)
+
+        assert ended(client, batch.id).id == batch.id
+
+
+def test_a_create_whose_answer_is_lost_makes_a_batch_all_the_same() -> None:
+    with batching(create_faults={"drop_after_billing": 1}) as claude:
+        with sdk(claude) as client, pytest.raises(anthropic.APIConnectionError):
+            client.messages.batches.create(requests=requests("a"))
+        with sdk(claude) as client:
+            lost = list(client.messages.batches.list())
+
+    assert len(lost) == 1
+
+
+def test_a_create_can_be_made_to_fail() -> None:
+    with batching(create_faults={"529": 1}) as claude, sdk(claude) as client:
+        with pytest.raises(anthropic.OverloadedError):
+            client.messages.batches.create(requests=requests("a"))
+
+        assert list(client.messages.batches.list()) == []
+
+
+def test_a_full_queue_is_a_429() -> None:
+    organisation = limited()[0] | {"batch_limits": {"queued_requests": 2}}
+    slow = {"seconds": 3600}
+    with simulator(organisations=[organisation], batches=slow) as claude, sdk(claude) as client:
+        client.messages.batches.create(requests=requests("a"))
+        with pytest.raises(anthropic.RateLimitError) as caught:
+            client.messages.batches.create(requests=requests("b", "c"))
+
+    assert caught.value.response.headers["retry-after"] == "3600"
+
+
+@pytest.mark.parametrize("body", [{}, {"advance_seconds": -1}, {"advance_seconds": "1"}])
+def test_the_batch_clock_only_goes_ahead(claude: Running, body: dict[str, Any]) -> None:
+    reply = httpx.post(f"{claude.url}/_simulator/batch_clock", json=body)
+
+    assert reply.status_code == 400
+    assert "advance_seconds" in reply.json()["error"]["message"]
+
+
 def test_limits_faults_and_keys_change_at_run_time() -> None:
     with simulator(organisations=limited(rpm=1)) as claude:
         before = [post(claude, params(text)).status_code for text in "ab"]
@@ -532,6 +746,25 @@ def test_the_program_says_when_it_is_ready_and_stops_when_told(stop: signal.Sign
     assert ready["ready"] is True
     assert reply.headers["anthropic-ratelimit-requests-limit"] == "600"
     assert (process.returncode, output, errors) == (0, "", "")
+
+
+def test_the_program_takes_an_admin_key_and_the_time_of_a_batch() -> None:
+    with start("--port", "0", "--admin-keys", ADMIN_KEY, "--batch-seconds", "0") as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        with Anthropic(api_key=ADMIN_KEY, base_url=url) as client:
+            limits = list(client.organization.rate_limits.list(model="claude-opus-5"))
+        with Anthropic(api_key=KEY, base_url=url) as client:
+            batch = client.messages.batches.create(
+                requests=requests(*(f"row-{number}" for number in range(1000)))
+            )
+            counts = ended(client, batch.id).request_counts
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+
+    assert len(limits) == 1
+    assert counts.succeeded == 1000
+    assert process.returncode == 0
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:

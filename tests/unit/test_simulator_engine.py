@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from scripts.claude_simulator import answers
-from scripts.claude_simulator.engine import Call, Caller, Engine, Refused
+from scripts.claude_simulator.accounts import Caller, Refused
+from scripts.claude_simulator.engine import Call, Engine
 from scripts.claude_simulator.limits import SECOND
 from scripts.claude_simulator.settings import Service, Settings, SettingsError, merged, read
 

@@ -158,7 +158,7 @@ def test_a_question_the_api_would_refuse_is_refused(query: dict[str, str], statu
     with pytest.raises(RequestError) as caught:
         listed(NEW, None, **query)
 
-    assert caught.value.status == status
+    assert caught.value.failure.status == status
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_question_about_a_workspace_may_be_refused(
     with pytest.raises(RequestError) as caught:
         of_workspace(workspace=workspace, **query)
 
-    assert caught.value.status == status
+    assert caught.value.failure.status == status
 
 
 @pytest.mark.parametrize(
