@@ -17,7 +17,7 @@ SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check lint types template test unit integration acceptance coverage \
-	bench-limits build deploy local lock clean
+	bench-limits bench-backlog build deploy local lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ coverage: $(DEV) ## unit tests, with the domain's coverage
 
 bench-limits: $(DEV) ## the limiter beside other clients, under true limits: about an hour
 	.venv/bin/python -m bench.limits --write docs/bench.md --svg docs/limits.svg
+
+bench-backlog: $(DEV) ## 100,000 jobs far above the limit, on a virtual clock: some minutes
+	.venv/bin/python -m bench.limits.backlog
 
 build: $(SAM) ## what Lambda runs, in .aws-sam/build
 	PYTHON=$(CURDIR)/.venv-sam/bin/python .venv-sam/bin/sam build

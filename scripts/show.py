@@ -146,29 +146,47 @@ def usage_table(usage: Json) -> Table:
 
 
 def limits_table(groups: Sequence[Json]) -> Table:
-    """Returns one row per limit group."""
+    """Returns one row per limit group: what is left of what, per minute, and what is in the way."""
     table = Table("limit group", box=None)
-    for title in ("requests/min", "input tokens/min", "output tokens/min"):
+    for title in ("requests", "input tokens", "output tokens", "output/call"):
         table.add_column(title, justify="right")
-    for title in ("known from", "pace", "blocked until"):
+    for title in ("known from", "pace", "waits"):
         table.add_column(title)
     for group in groups:
-        limits = group.get("limits") or {}
-        until = group.get("blocked_until")
-        reason = group.get("blocked_reason")
+        limits, levels = group.get("limits") or {}, group.get("level") or {}
+        estimate = (group.get("estimates") or {}).get("output_tokens")
         table.add_row(
             group["group"],
             *(
-                "-" if limits.get(name) is None else f"{limits[name]:,}"
+                "-"
+                if limits.get(name) is None
+                else f"{levels.get(name, limits[name]):,} of {limits[name]:,}"
                 for name in ("requests", "input_tokens", "output_tokens")
             ),
+            "-" if estimate is None else f"~{estimate:,}",
             "answers" if group.get("learned") else "a safe guess",
             f"{group.get('rate_factor', 1.0):.0%}",
-            Text(moment(until) + (f" ({reason})" if reason else ""), style="yellow")
-            if until
-            else "",
+            Text("\n".join(_waits(group)), style="yellow"),
         )
     return table
+
+
+def _waits(group: Json) -> list[str]:
+    """Returns a line for everything that keeps calls of a limit group back: until when, why, and who said so."""
+    lines = []
+    if group.get("blocked_until"):
+        why = [group.get("blocked_reason"), group.get("blocked_by")]
+        facts = ", ".join(each for each in why if each)
+        lines.append(
+            f"all until {moment(group['blocked_until'])}" + (f" ({facts})" if facts else "")
+        )
+    lines += [
+        f"{each['what']} until {moment(each['until'])}" for each in group.get("set_aside") or ()
+    ]
+    day = group.get("tokens_per_day")
+    if day and day["level"] <= 0:
+        lines.append(f"{day['limit']:,} tokens per day are used up")
+    return lines
 
 
 def keys_table(keys: Sequence[Json]) -> Table:

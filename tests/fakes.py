@@ -33,7 +33,17 @@ from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group,
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.metrics import METRIC_NAMES
-from sluice.ports import Answer, CallRequest, Headers, Page, Params, Parked, Received, Refused
+from sluice.ports import (
+    Answer,
+    CallRequest,
+    Headers,
+    Page,
+    Params,
+    Parked,
+    Pointer,
+    Received,
+    Refused,
+)
 from sluice.work import Rules, Tools, Worker
 
 T = TypeVar("T")
@@ -324,9 +334,9 @@ class MemoryParams(Fragile):
         if earlier.request_hash != params.request_hash:
             raise Conflict(f"another request is stored for job {params.job_id}")
 
-    def get(self, job_id: str) -> Params | None:
-        self._do("get", job_id)
-        return self.stored.get(job_id)
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        self._do("get_many", " ".join(job_ids))
+        return {job_id: self.stored[job_id] for job_id in job_ids if job_id in self.stored}
 
 
 class MemoryResults(Fragile):
@@ -367,6 +377,7 @@ class MemoryLimits(Fragile):
         super().__init__(journal)
         self.stored = {group.id: group for group in groups}
         self.known: dict[str, KeyMark] = {}
+        self.learned: dict[str, str] = {}
         self.canaries: dict[str, int] = {}
         self.writes = 0
 
@@ -393,6 +404,14 @@ class MemoryLimits(Fragile):
     def mark(self, mark: KeyMark) -> None:
         self._do("mark", mark.key_id)
         self.known[mark.key_id] = mark
+
+    def learned_groups(self) -> Mapping[str, str]:
+        self._do("learned_groups")
+        return self.learned
+
+    def learn_groups(self, groups: Mapping[str, str]) -> None:
+        self._do("learn_groups")
+        self.learned = dict(groups)
 
     def canary(self, canary_id: str, now: int) -> None:
         self._do("canary", canary_id)
@@ -447,6 +466,10 @@ class _Message:
     receive_count: int = 0
 
 
+def _receipt(message: _Message) -> str:
+    return f"{message.message_id}/{message.receive_count}"
+
+
 class MemoryQueue(Fragile):
     """The jobs queue from both sides, with its dead-letter queue.
 
@@ -466,17 +489,19 @@ class MemoryQueue(Fragile):
         self.delays: list[tuple[str | None, int]] = []
         """Every put-back: job id and delay."""
         self.buried: list[tuple[Received, str]] = []
+        self.receives = 0
 
-    def send(self, jobs: Sequence[tuple[str, str]]) -> list[str]:
+    def send(self, jobs: Sequence[Pointer]) -> list[str]:
+        ids = [job.job_id for job in jobs]
         try:
-            self._do("send", " ".join(job_id for job_id, _ in jobs))
+            self._do("send", " ".join(ids))
         except StoreBusy:
-            return [job_id for job_id, _ in jobs]
-        for job_id, tenant in jobs:
-            if job_id not in self.untaken:
-                self.tenants[job_id] = tenant
-                self.post(job_id=job_id)
-        return [job_id for job_id, _ in jobs if job_id in self.untaken]
+            return ids
+        for job in jobs:
+            if job.job_id not in self.untaken:
+                self.tenants[job.job_id] = job.tenant
+                self.post(job_id=job.job_id)
+        return [job_id for job_id in ids if job_id in self.untaken]
 
     def post(
         self, *, job_id: str | None = None, canary: str | None = None, body: str = "{}"
@@ -498,20 +523,34 @@ class MemoryQueue(Fragile):
         visible = sum(each.visible_at <= now for each in self._messages.values())
         return Backlog(visible=visible, in_flight=len(self._messages) - visible)
 
-    def receive(self, most: int = 50) -> list[Received]:
-        """Return what is visible, oldest first, and hide it for the queue's visibility timeout."""
+    def receive(self, most: int) -> list[Received]:
+        """As a worker takes messages itself: ten at the most."""
+        self._do("receive")
+        return self.hand_over(min(most, 10))
+
+    def delete(self, messages: Sequence[Received]) -> None:
+        """Acknowledge. An old receipt deletes nothing."""
+        self._do("delete", str(len(messages)))
+        for message in messages:
+            waiting = self._messages.get(message.message_id)
+            if waiting is not None and message.receipt == _receipt(waiting):
+                del self._messages[message.message_id]
+
+    def hand_over(self, most: int = 50) -> list[Received]:
+        """As the mapping takes a batch: what is visible, oldest first, hidden for the queue's visibility timeout."""
         now = self._now()
         visible = sorted(
             (each for each in self._messages.values() if each.visible_at <= now),
             key=lambda each: (each.visible_at, each.sent_at),
         )[:most]
+        self.receives += len(visible)
         for each in visible:
             each.receive_count += 1
             each.visible_at = now + VISIBILITY_MS
         return [
             Received(
                 message_id=each.message_id,
-                receipt=f"{each.message_id}/{each.receive_count}",
+                receipt=_receipt(each),
                 body=each.body,
                 job_id=each.job_id,
                 canary=each.canary,
@@ -520,10 +559,6 @@ class MemoryQueue(Fragile):
             )
             for each in visible
         ]
-
-    def delete(self, message: Received) -> None:
-        """Acknowledge."""
-        self._messages.pop(message.message_id, None)
 
     def next_visible(self) -> int | None:
         """Return when the next hidden or waiting message can be received, None when there is none."""
@@ -534,10 +569,7 @@ class MemoryQueue(Fragile):
         for message, delay_ms in delays:
             self.delays.append((message.job_id, delay_ms))
             waiting = self._messages.get(message.message_id)
-            if (
-                waiting is not None
-                and message.receipt == f"{waiting.message_id}/{waiting.receive_count}"
-            ):
+            if waiting is not None and message.receipt == _receipt(waiting):
                 waiting.visible_at = self._now() + -(-delay_ms // 1000) * 1000
 
     def bury(self, message: Received, reason: str) -> None:
@@ -615,6 +647,11 @@ ROOMY: Final[Mapping[Dimension, Seen]] = {
 """Limit headers of an organisation nothing in a story comes near."""
 
 
+def paced(rpm: int, burst: int) -> dict[Dimension, Seen]:
+    """Return limit headers of an organisation in which only requests bind."""
+    return {**ROOMY, "requests": Seen(rpm, burst)}
+
+
 def answer(  # noqa: PLR0913 - the facts of one answer
     message: str = MESSAGE,
     *,
@@ -678,7 +715,8 @@ class Call:
 class ScriptedClaude:
     """Gives the answers of its script in order, then the last-resort one; each after `latency_ms`.
 
-    `when` looks at a call first: what it returns is the reply, None leaves it to the script.
+    `when` looks at a call first: what it returns is the reply, None leaves it to the script. With `headers_after_ms` a
+    call that wants them early is told the headers of its answer then.
     """
 
     def __init__(self, now: Callable[[], int], *script: Reply, latency_ms: int = 500) -> None:
@@ -687,6 +725,7 @@ class ScriptedClaude:
         self.otherwise: Reply = answer()
         self.when: Callable[[CallRequest], Reply | None] = lambda _: None
         self.latency_ms = latency_ms
+        self.headers_after_ms: int | None = None
         self.calls: list[Call] = []
         self.answered: list[Call] = []
         self.stopped: list[Call] = []
@@ -700,8 +739,13 @@ class ScriptedClaude:
         reply = self.when(request) or (self.script.popleft() if self.script else self.otherwise)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        rest_ms = self.latency_ms
         try:
-            await asyncio.sleep(self.latency_ms / 1000)
+            if request.early and self.headers_after_ms is not None and isinstance(reply, Answer):
+                await asyncio.sleep(self.headers_after_ms / 1000)
+                request.heard(reply.headers)
+                rest_ms -= self.headers_after_ms
+            await asyncio.sleep(rest_ms / 1000)
         except asyncio.CancelledError:
             self.stopped.append(call)
             raise
@@ -719,13 +763,19 @@ class StaticKeyPool:
 
     def __init__(self, *keys: UpstreamKey) -> None:
         self.pool = list(keys)
+        self.reads = 0
         self.reloads = 0
+        self.groups: dict[str, str] = {}
         self.error: KeyPoolBroken | StoreBusy | None = None
 
     def keys(self) -> Sequence[UpstreamKey]:
+        self.reads += 1
         if self.error is not None:
             raise self.error
         return tuple(self.pool)
+
+    def model_groups(self) -> Mapping[str, str]:
+        return self.groups
 
     def reload(self) -> None:
         self.reloads += 1
@@ -866,7 +916,7 @@ class Gateway:
             jobs=self.jobs,
             params=self.params,
             results=self.results,
-            returns=self.queue,
+            inbox=self.queue,
             limits=self.limits,
             keys=self.pool,
             claude=self.claude,
@@ -883,7 +933,7 @@ class Gateway:
         for job in jobs:
             self.params.add(Params(job.job_id, f'{{"for":"{job.job_id}"}}', job.request_hash))
             self.jobs.add(job)
-        self.queue.send([(job.job_id, job.tenant) for job in jobs])
+        self.queue.send([Pointer(job.job_id, job.tenant, job.current_model) for job in jobs])
 
     def job(self, job_id: str = "job_1") -> Job:
         """Return the job as stored."""
@@ -897,14 +947,12 @@ class Gateway:
     ) -> list[str]:
         """Run one invocation over what is on the queue; delete what is done, as Lambda does."""
         self._invocations += 1
-        batch = self.queue.receive() if messages is None else messages
+        batch = self.queue.hand_over() if messages is None else messages
         stop_at = self.time.now() + int(minutes * MINUTE)
         not_done = await (worker or self.worker).run(
             batch, stop_at, f"invocation-{self._invocations}"
         )
-        for message in batch:
-            if message.message_id not in not_done:
-                self.queue.delete(message)
+        self.queue.delete([each for each in batch if each.message_id not in not_done])
         return not_done
 
     def once(self, minutes: float = 14) -> list[str]:

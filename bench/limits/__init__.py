@@ -13,5 +13,7 @@ the columns mean.
     child.py         how such a client is told what to do, and tells what it did
     meters.py        what Sluice's workers spent: processor, writes, receives, Lambda time
     report.py        the table, in the terminal and in docs/bench.md
+    virtual.py       the same on a virtual clock, for comparing rules
+    backlog.py       a backlog far above the limit, on a virtual clock
     chart.py         admitted requests per second against the limit, as an SVG
 """

@@ -1,4 +1,4 @@
-"""Woken every minute: sets how many workers may run, and sends parked jobs that are due again."""
+"""Woken every minute: loads limits, sets how many workers may run, and sends parked jobs that are due again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ SAFETY_MS: Final = 10_000
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG001 - Lambda's signature
-    """Govern, then sweep; neither waits for the other to succeed."""
+    """Load, govern, sweep; none waits for another to succeed."""
     stop_at = wiring.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
     try:
         try:
-            wiring.governor()()
+            try:
+                wiring.load_limits()()
+            finally:
+                wiring.governor()()
         finally:
             wiring.sweep()(stop_at)
     finally:

@@ -13,11 +13,13 @@ import httpx
 import pytest
 
 from scripts.claude_simulator import Running, read, running
-from sluice.adapters.claude import STREAM_FROM_TOKENS, SdkClaude
+from sluice.adapters.claude import STREAM_FROM_TOKENS, SdkClaude, limit_headers
+from sluice.adapters.system import SystemClock
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen
 from sluice.domain.pricing import Usage
-from sluice.ports import Answer, CallRequest, Refused
+from sluice.ports import Answer, CallRequest, Headers, Refused
+from tests.fakes import NOON, SECOND
 
 KEY: Final = "sk-ant-test-one"
 VERSION: Final = "2026-10-21"
@@ -35,7 +37,7 @@ def claude() -> Iterator[Running]:
 
 @pytest.fixture
 async def sdk() -> AsyncIterator[SdkClaude]:
-    adapter = SdkClaude()
+    adapter = SdkClaude(SystemClock())
     yield adapter
     await adapter.close()
 
@@ -125,8 +127,68 @@ async def test_an_answer_names_its_request_the_organisation_and_what_is_left(
 
     assert (answer.request_id or "").startswith("req_")
     assert answer.headers.organization == "org-two"
-    assert answer.headers.seen["requests"] == Seen(60, 59)
+    left = answer.headers.seen["requests"]
+    assert (60, 59) == (left.limit, left.remaining)
+    # One request of sixty a minute is back within a second.
+    assert left.full_in_ms is not None
+    assert 0 <= left.full_in_ms <= 2 * SECOND
     assert set(answer.headers.seen) == {"requests", "input_tokens", "output_tokens"}
+
+
+async def test_headers_that_are_wanted_early_come_before_the_answer(sdk: SdkClaude) -> None:
+    """A first answer may take minutes, and nobody knows the limits before."""
+    told: list[Headers | str] = []
+    limits = {"default": {"rpm": 60, "itpm": 100_000, "otpm": 20_000}}
+    organisation = {"id": "org-two", "keys": [KEY], "limits": limits}
+    with running(read({"service": FAST, "organisations": [organisation]})) as claude:
+        asked = request(claude.url, params("tokens=150,tps=300"))
+
+        answer = answered(await sdk.send(replace(asked, early=True, heard=told.append)))
+        told.append(answer.message)
+
+    early, late = told
+    assert isinstance(early, Headers)
+    assert answer.message == late
+    assert "org-two" == early.organization
+    assert (60, 59) == (early.seen["requests"].limit, early.seen["requests"].remaining)
+    assert 150 == answer.usage.output_tokens
+
+
+async def test_a_refusal_tells_no_headers_early(claude: Running, sdk: SdkClaude) -> None:
+    told: list[Headers] = []
+    asked = request(claude.url, params("429,retry_after=7"))
+
+    outcome = refused(await sdk.send(replace(asked, early=True, heard=told.append)))
+
+    assert ([], "org-one") == (told, outcome.headers.organization)
+
+
+@pytest.mark.parametrize(
+    ("reset", "full_in_ms"),
+    [
+        ("2026-11-20T12:01:30Z", 90 * SECOND),
+        ("2026-11-20T13:00:00+01:00", 0),
+        ("2026-11-20T12:00:00.250Z", 250),
+        # No times: gone by, days away, of no place on earth, or none at all.
+        ("2026-11-20T11:59:59Z", None),
+        ("2026-11-30T12:00:00Z", None),
+        ("2026-11-20T12:01:30", None),
+        ("in a minute", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_time_until_a_bucket_is_full_is_read_from_its_reset(
+    reset: str | None, full_in_ms: int | None
+) -> None:
+    prefix = "anthropic-ratelimit-output-tokens"
+    headers = {f"{prefix}-limit": "8000", f"{prefix}-remaining": "0"}
+    if reset is not None:
+        headers[f"{prefix}-reset"] = reset
+
+    read_as = limit_headers(headers, NOON)
+
+    assert Headers(None, {"output_tokens": Seen(8_000, 0, full_in_ms)}) == read_as
 
 
 async def test_connections_are_kept_between_calls(sdk: SdkClaude) -> None:
@@ -193,7 +255,9 @@ async def test_a_429_of_a_bucket_tells_what_the_bucket_holds(sdk: SdkClaude) -> 
 
     assert outcome.failure.status == 429
     assert 0 < (outcome.failure.retry_after_ms or 0) <= 60_000
-    assert outcome.headers.seen["requests"] == Seen(1, 0)
+    left = outcome.headers.seen["requests"]
+    assert (1, 0) == (left.limit, left.remaining)
+    assert 0 < (left.full_in_ms or 0) <= 61 * SECOND
 
 
 async def test_an_error_inside_a_stream_is_the_error_it_names(

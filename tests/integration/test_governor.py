@@ -29,6 +29,7 @@ from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import State
 from sluice.domain.limits import Group, Seen
+from sluice.ports import Pointer
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
 from tests.moto_aws import Aws, in_memory
@@ -132,8 +133,8 @@ def test_what_the_role_may_not_do_is_an_error_and_no_next_time(client: Any, stub
 
 
 def test_the_backlog_tells_waiting_messages_from_those_with_a_worker(cloud: Aws) -> None:
-    queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
-    queue.send([(f"job_{number}", "acme") for number in range(5)])
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue, {})
+    queue.send([Pointer(f"job_{number}", "acme", "claude-a") for number in range(5)])
     cloud.sqs.send_message(QueueUrl=cloud.jobs_queue, MessageBody="{}", DelaySeconds=60)
     cloud.sqs.receive_message(QueueUrl=cloud.jobs_queue, MaxNumberOfMessages=2)
 
@@ -316,7 +317,7 @@ def test_the_schedule_is_there_and_fires_every_minute(ready: Ready) -> None:
 def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -> None:
     govern(ready)
     unknown = mapping(ready)
-    know(ready, rpm=600, call_ms=2_000)
+    know(ready, rpm=600, call_ms=7_500)
     govern(ready)
     lowered = mapping(ready)
     know(ready, rpm=4_000, call_ms=10_000)
@@ -333,7 +334,7 @@ def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -
     assert canary_passes(ready, "raised")
     changes = eventually(lambda: lines(ready, "concurrency changed"))
     assert (CEILING, 4) == (changes[0]["from"], changes[0]["to"])
-    assert "20 calls in flight" in changes[0]["reason"]
+    assert "75 calls in flight" in changes[0]["reason"]
     assert 600 == changes[0]["groups"]["governed/some"]["starts_per_minute"]
 
 
@@ -349,7 +350,7 @@ def test_an_outage_turns_it_down_and_its_end_up(ready: Ready) -> None:
 
 
 def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(ready: Ready) -> None:
-    know(ready, rpm=600, call_ms=2_000)
+    know(ready, rpm=600, call_ms=7_500)
     uuid = ready.resources["WorkerMapping"]
     notes = DynamoGovernorNotes(ready.client("dynamodb"), ready.resources["LimitsTable"])
     ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -10,10 +11,11 @@ import pytest
 from botocore.stub import Stubber
 
 from sluice.adapters import aws
-from sluice.adapters.sqs import ENTRY_ATTEMPTS, SqsQueue, SqsReturns
+from sluice.adapters.sqs import ENTRY_ATTEMPTS, SqsInbox, SqsQueue
 from sluice.domain.errors import StoreBusy
 from sluice.messages import reason_of, received
-from sluice.ports import Received
+from sluice.ports import Inbox, Pointer, Received
+from tests.fakes import NOON, MemoryQueue
 from tests.moto_aws import Aws, in_memory
 
 URL: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/JobsQueue"
@@ -21,8 +23,15 @@ DEAD_LETTERS: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/DeadLett
 JOB_ID: Final = "job_0123456789abcdef0123456789abcdef"
 
 
+GROUPS: Final = {"claude-a": "a", "claude-a-2": "a"}
+
+
 def job_id(number: int) -> str:
     return f"job_{number:032x}"
+
+
+def pointer(number: int, tenant: str = "acme", model: str = "claude-a") -> Pointer:
+    return Pointer(job_id(number), tenant, model)
 
 
 @pytest.fixture
@@ -70,9 +79,11 @@ def a_message(number: int = 1) -> Received:
 # Sending -------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_list_of_jobs_arrives_whole_each_in_its_tenants_group(cloud: Aws) -> None:
-    queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
-    jobs = [(job_id(number), f"tenant-{number % 3}") for number in range(25)]
+def test_a_long_list_of_jobs_arrives_whole_each_in_its_fair_group(cloud: Aws) -> None:
+    """Neither a tenant's backlog nor that of a blocked limit group delays the others."""
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue, GROUPS)
+    models = ("claude-a", "claude-a-2", "claude-a-2-20260101", "claude-new")
+    jobs = [pointer(n, f"tenant-{n % 3}", models[n % 4]) for n in range(25)]
 
     assert [] == queue.send(jobs)
     assert 25 == queue.depth()
@@ -83,14 +94,28 @@ def test_a_long_list_of_jobs_arrives_whole_each_in_its_tenants_group(cloud: Aws)
         for record in arrived
         for message in received([as_lambda_hands_over(record)])
     }
-    assert dict(jobs) == groups
+    names = ("a", "a", "a", "claude-new")
+    assert groups == {job_id(n): f"tenant-{n % 3}/{names[n % 4]}" for n in range(25)}
     assert all({"v": 1, "job_id": json.loads(r["Body"])["job_id"]} == json.loads(r["Body"])
                for r in arrived)  # fmt: skip
 
 
+@pytest.mark.parametrize("model", ["us.anthropic/claude opus", "modèle", "m" * 200])
+def test_a_model_of_any_name_has_a_group_of_its_own_that_sqs_takes(cloud: Aws, model: str) -> None:
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue, GROUPS)
+
+    assert [] == queue.send([pointer(1, model=model), pointer(2, model=model), pointer(3)])
+
+    groups = [
+        record["Attributes"]["MessageGroupId"] for record in everything_on(cloud, cloud.jobs_queue)
+    ]
+    assert 2 == len(set(groups))
+    assert all(re.fullmatch(r"[!-~]{1,128}", each) for each in groups)
+
+
 def test_sending_nothing_is_no_call(client: Any) -> None:
     with Stubber(client):
-        assert [] == SqsQueue(client, URL).send([])
+        assert [] == SqsQueue(client, URL, GROUPS).send([])
 
 
 def test_entries_that_were_not_taken_are_told_by_their_jobs(client: Any) -> None:
@@ -99,7 +124,7 @@ def test_entries_that_were_not_taken_are_told_by_their_jobs(client: Any) -> None
         stub.add_response("send_message_batch", {"Successful": [], "Failed": failed})
         stub.add_response("send_message_batch", {"Successful": [], "Failed": failed[:1]})
 
-        unsent = SqsQueue(client, URL).send([(job_id(number), "acme") for number in range(15)])
+        unsent = SqsQueue(client, URL, GROUPS).send([pointer(number) for number in range(15)])
 
     assert [job_id(2), job_id(7), job_id(12)] == unsent
 
@@ -110,7 +135,7 @@ def test_a_busy_queue_keeps_one_ten_and_takes_the_next(client: Any) -> None:
             stub.add_client_error("send_message_batch", "RequestThrottled", http_status_code=403)
         stub.add_response("send_message_batch", {"Successful": [], "Failed": []})
 
-        unsent = SqsQueue(client, URL).send([(job_id(number), "acme") for number in range(12)])
+        unsent = SqsQueue(client, URL, GROUPS).send([pointer(number) for number in range(12)])
 
         stub.assert_no_pending_responses()
     assert [job_id(number) for number in range(10)] == unsent
@@ -129,7 +154,103 @@ def test_the_depth_counts_what_waits_is_hidden_and_is_delayed(client: Any) -> No
             },
         )
 
-        assert 675 == SqsQueue(client, URL).depth()
+        assert 675 == SqsQueue(client, URL, GROUPS).depth()
+
+
+# Taking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["SQS", "fake"])
+def inbox(request: pytest.FixtureRequest, cloud: Aws) -> Inbox:
+    """A queue of 25 jobs, from the receiving side: what the fake promises, SQS keeps."""
+    jobs = [pointer(number) for number in range(25)]
+    if request.param == "fake":
+        memory = MemoryQueue(lambda: NOON)
+        memory.send(jobs)
+        return memory
+    SqsQueue(cloud.sqs, cloud.jobs_queue, GROUPS).send(jobs)
+    return SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
+
+
+def test_ten_messages_are_taken_at_once_at_the_most_and_each_once(inbox: Inbox) -> None:
+    taken = [inbox.receive(10), inbox.receive(3), inbox.receive(50), inbox.receive(10)]
+
+    assert [10, 3, 10, 2] == [len(each) for each in taken]
+    assert [] == list(inbox.receive(10))
+    messages = [message for some in taken for message in some]
+    assert {job_id(number) for number in range(25)} == {each.job_id for each in messages}
+    assert {1} == {each.receive_count for each in messages}
+    assert all(each.sent_at > 0 for each in messages)
+
+
+def test_what_is_deleted_does_not_come_back_and_what_is_put_back_does(inbox: Inbox) -> None:
+    messages = [*inbox.receive(10), *inbox.receive(10), *inbox.receive(10)]
+
+    inbox.delete(messages[:12])
+    inbox.put_back([(each, 0) for each in messages])
+
+    back = [*inbox.receive(10), *inbox.receive(10)]
+    assert {each.job_id for each in messages[12:]} == {each.job_id for each in back}
+    assert {2} == {each.receive_count for each in back}
+
+
+def test_what_was_deleted_may_be_deleted_again(inbox: Inbox) -> None:
+    messages = inbox.receive(10)
+
+    inbox.delete(messages)
+    inbox.delete(messages)
+
+    assert 15 == sum(len(inbox.receive(10)) for _ in range(3))
+
+
+def test_messages_are_taken_without_waiting_for_any(client: Any) -> None:
+    """A worker has calls in flight; another second will bring what this one does not."""
+    with Stubber(client) as stub:
+        stub.add_response(
+            "receive_message",
+            {},
+            {
+                "QueueUrl": URL,
+                "MaxNumberOfMessages": 10,
+                "WaitTimeSeconds": 1,
+                "MessageSystemAttributeNames": ["ApproximateReceiveCount", "SentTimestamp"],
+            },
+        )
+
+        assert [] == SqsInbox(client, URL, DEAD_LETTERS).receive(50)
+
+
+def test_a_queue_that_is_busy_gives_nothing_and_says_so(client: Any) -> None:
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error("receive_message", "RequestThrottled", http_status_code=403)
+
+        with pytest.raises(StoreBusy, match="the jobs queue"):
+            SqsInbox(client, URL, DEAD_LETTERS).receive(10)
+
+
+def test_one_busy_call_does_not_keep_the_others_from_being_deleted(client: Any) -> None:
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error(
+                "delete_message_batch", "ServiceUnavailable", http_status_code=503
+            )
+        stub.add_response(
+            "delete_message_batch",
+            {"Successful": [], "Failed": []},
+            {
+                "QueueUrl": URL,
+                "Entries": [
+                    {"Id": "0", "ReceiptHandle": "receipt-10"},
+                    {"Id": "1", "ReceiptHandle": "receipt-11"},
+                ],
+            },
+        )
+
+        with pytest.raises(StoreBusy):
+            SqsInbox(client, URL, DEAD_LETTERS).delete([a_message(n) for n in range(12)])
+
+        stub.assert_no_pending_responses()
 
 
 # Returning -----------------------------------------------------------------------------------------------------
@@ -153,17 +274,17 @@ def test_a_delay_is_rounded_up_to_what_sqs_knows(client: Any, delay_ms: int, sec
             },
         )
 
-        SqsReturns(client, URL, DEAD_LETTERS).put_back([(a_message(), delay_ms)])
+        SqsInbox(client, URL, DEAD_LETTERS).put_back([(a_message(), delay_ms)])
 
         stub.assert_no_pending_responses()
 
 
 def test_messages_come_back_after_their_own_delays(cloud: Aws) -> None:
-    queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
-    queue.send([(job_id(number), "acme") for number in range(25)])
+    queue = SqsQueue(cloud.sqs, cloud.jobs_queue, GROUPS)
+    queue.send([pointer(number) for number in range(25)])
     messages = received(map(as_lambda_hands_over, everything_on(cloud, cloud.jobs_queue)))
 
-    SqsReturns(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue).put_back(
+    SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue).put_back(
         [(each, 0 if position % 2 else 600_000) for position, each in enumerate(messages)]
     )
 
@@ -182,7 +303,7 @@ def test_one_busy_call_does_not_keep_the_other_messages(client: Any) -> None:
         stub.add_response("change_message_visibility_batch", {"Successful": [], "Failed": []})
 
         with pytest.raises(StoreBusy):
-            SqsReturns(client, URL, DEAD_LETTERS).put_back(
+            SqsInbox(client, URL, DEAD_LETTERS).put_back(
                 [(a_message(number), 0) for number in range(12)]
             )
 
@@ -201,7 +322,7 @@ def test_messages_sqs_failed_on_are_put_back_again_and_only_they(client: Any) ->
         again = [{"Id": "1", "ReceiptHandle": "receipt-1", "VisibilityTimeout": 7}]
         stub.add_response(call, refusals(sender_fault=False), {"QueueUrl": URL, "Entries": again})
 
-        SqsReturns(client, URL, DEAD_LETTERS).put_back(
+        SqsInbox(client, URL, DEAD_LETTERS).put_back(
             [(a_message(number), 7_000) for number in range(3)]
         )
 
@@ -216,7 +337,7 @@ def test_messages_sqs_fails_on_every_time_do_not_keep_the_others(client: Any) ->
         stub.add_response(call, refusals(sender_fault=False))
 
         with pytest.raises(StoreBusy):
-            SqsReturns(client, URL, DEAD_LETTERS).put_back(
+            SqsInbox(client, URL, DEAD_LETTERS).put_back(
                 [(a_message(number), 0) for number in range(12)]
             )
 
@@ -227,7 +348,7 @@ def test_a_receipt_that_is_no_longer_valid_is_let_go(client: Any) -> None:
     with Stubber(client) as stub:
         stub.add_response("change_message_visibility_batch", refusals("0", "1", sender_fault=True))
 
-        SqsReturns(client, URL, DEAD_LETTERS).put_back(
+        SqsInbox(client, URL, DEAD_LETTERS).put_back(
             [(a_message(number), 0) for number in range(2)]
         )
 
@@ -239,7 +360,7 @@ def test_a_buried_message_keeps_its_body_and_gets_its_reason(cloud: Aws) -> None
     (record,) = everything_on(cloud, cloud.jobs_queue)
     (message,) = received([as_lambda_hands_over(record)])
 
-    returns = SqsReturns(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
+    returns = SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
     returns.bury(message, "not a message of Sluice's")
 
     (buried,) = everything_on(cloud, cloud.dead_letters_queue)
@@ -253,7 +374,7 @@ def test_a_message_that_cannot_be_buried_now_is_not_lost(client: Any) -> None:
             stub.add_client_error("send_message", "InternalError", http_status_code=500)
 
         with pytest.raises(StoreBusy, match="the dead-letter queue"):
-            SqsReturns(client, URL, DEAD_LETTERS).bury(a_message(), "why")
+            SqsInbox(client, URL, DEAD_LETTERS).bury(a_message(), "why")
 
 
 # What Lambda hands over ----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sluice.adapters import aws, job_records
 from sluice.adapters import dynamodb as dynamo
 from sluice.adapters import s3 as objects
+from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id
 from sluice.domain.errors import Conflict, InvalidRequest, JobNotFound, Stale, StoreBusy
 from sluice.domain.jobs import (
@@ -461,8 +462,8 @@ def test_a_request_comes_back_as_it_was_sent(params: ParamsStore, name: str) -> 
     body = '{"model": "claude-a", "text": "Wässrig 💧 \\u0000", "n": 1.50}'
     params.add(Params(name, body, "hash-1"))
 
-    assert Params(name, body, "hash-1") == params.get(name)
-    assert params.get(f"{name}-none") is None
+    assert {name: Params(name, body, "hash-1")} == params.get_many([name, f"{name}-none"])
+    assert {} == params.get_many([])
 
 
 def test_the_same_request_may_be_stored_again_and_another_may_not(
@@ -474,7 +475,7 @@ def test_the_same_request_may_be_stored_again_and_another_may_not(
     with pytest.raises(Conflict, match=name):
         params.add(Params(name, "[]", "hash-2"))
 
-    assert Params(name, "{}", "hash-1") == params.get(name)
+    assert {name: Params(name, "{}", "hash-1")} == params.get_many([name])
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
@@ -484,7 +485,7 @@ def test_a_request_travels_inline_up_to_its_limit(cloud: Aws, name: str, over: i
 
     store.add(Params(name, body, "hash-of-it"))
 
-    assert Params(name, body, "hash-of-it") == store.get(name)
+    assert {name: Params(name, body, "hash-of-it")} == store.get_many([name])
     assert (over > 0) == bool(cloud.objects(f"params/{name}"))
 
 
@@ -496,16 +497,30 @@ def test_another_large_request_under_an_id_does_not_touch_the_first(cloud: Aws, 
     with pytest.raises(Conflict):
         store.add(Params(name, body[::-1], "hash-2"))
 
-    assert Params(name, body, "hash-1") == store.get(name)
+    assert {name: Params(name, body, "hash-1")} == store.get_many([name])
 
 
 def test_a_large_request_whose_object_is_gone_is_gone(cloud: Aws, name: str) -> None:
     store = dynamo_params(cloud)
     store.add(Params(name, noise(600_000), "hash-1"))
+    store.add(Params(f"{name}-small", "{}", "hash-2"))
     for key in cloud.objects(f"params/{name}"):
         cloud.s3.delete_object(Bucket=BUCKET, Key=key)
 
-    assert store.get(name) is None
+    assert [f"{name}-small"] == list(store.get_many([name, f"{name}-small"]))
+
+
+def test_many_requests_are_read_at_once_wherever_each_is_stored(
+    params: ParamsStore, name: str
+) -> None:
+    bodies = {f"{name}-{n}": noise(500_000) if n % 50 == 0 else f"[{n}]" for n in range(120)}
+    for job_id, body in bodies.items():
+        params.add(Params(job_id, body, "hash"))
+
+    found = params.get_many(list(bodies))
+
+    assert bodies == {job_id: each.body for job_id, each in found.items()}
+    assert all(job_id == each.job_id for job_id, each in found.items())
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
@@ -547,9 +562,13 @@ def test_a_group_comes_back_as_it_was_written(limits: LimitStore) -> None:
         blocked_until=NOON + 5,
         blocked_reason="rate limited",
         rate_factor=900,
-        outstanding=12,
+        under_way=12,
+        under_way_at=NOON,
+        warm_since=NOON - 5,
+        drained_at=NOON - 7,
+        blocked_by="main req_1",
         moved_to="another",
-        overload_streak=2,
+        circuits={"model claude-a": Breaker(5, NOON + 5, 1), "endpoint x": Breaker(1)},
     )
     limits.replace(group, 0)
 

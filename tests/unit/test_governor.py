@@ -50,7 +50,7 @@ class Scene:
 
     def group(self, **facts: object) -> Group:
         seen = {**ROOMY, "requests": Seen(600, 10)}
-        known = replace(known_group(seen=seen), call_ms=2_000, last_start=self.clock.at)
+        known = replace(known_group(seen=seen), call_ms=7_500, last_start=self.clock.at)
         return replace(known, **facts)  # type: ignore[arg-type]
 
     def know(self, group: Group) -> None:
@@ -77,9 +77,9 @@ def test_it_gives_the_mapping_what_the_limits_need_and_says_why(scene: Scene) ->
     assert (4, True) == scene.stands()
     assert "concurrency changed" == event
     assert (10, 4) == (facts["from"], facts["to"])
-    assert "keep 20 calls in flight" in str(facts["reason"])
+    assert "keep 75 calls in flight" in str(facts["reason"])
     assert (1, 0) == (facts["waiting"], facts["in_flight"])
-    assert {"org/a": {"starts_per_minute": 600, "call_ms": 2_000, "blocked_seconds": 0}} == facts[
+    assert {"org/a": {"starts_per_minute": 600, "call_ms": 7_500, "blocked_seconds": 0}} == facts[
         "groups"
     ]
 
@@ -145,7 +145,7 @@ def test_no_job_is_left_in_the_queue_of_a_mapping_that_is_off(scene: Scene) -> N
     scene.queue.post(job_id="job_1")
     scene.governor()
     assert (2, True) == scene.stands()
-    scene.queue.delete(scene.queue.receive()[0])  # parked
+    scene.queue.delete(scene.queue.hand_over(1))  # parked
     scene.clock.at += MINUTE
     scene.governor()
     assert (2, False) == scene.stands()

@@ -452,6 +452,11 @@ def test_a_canceled_job_whose_worker_died_ends_at_the_next_cancel() -> None:
     assert State.CANCELED == life.request_cancel(flagged, AFTER_LEASE).state
 
 
+def test_a_job_that_somebody_runs_is_not_parked() -> None:
+    with pytest.raises(IllegalTransition, match="leased to worker-1"):
+        life.park(claimed(), LEASE_END - 1, reason="spend limit", not_before=AFTER_LEASE)
+
+
 def test_a_job_whose_worker_died_can_be_parked() -> None:
     parked = life.park(claimed(), AFTER_LEASE, reason="spend limit", not_before=2 * AFTER_LEASE)
 

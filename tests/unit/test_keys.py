@@ -7,10 +7,14 @@ import pytest
 from sluice.domain.errors import KeyPoolBroken
 from sluice.domain.keys import (
     DEFAULT_BASE_URL,
+    AdminKey,
     KeyMark,
     organization_of,
+    parse_admin_keys,
     parse_key_pool,
+    parse_model_groups,
     shared_organizations,
+    stated_limits,
 )
 from tests.fakes import upstream_key
 
@@ -109,6 +113,79 @@ def test_a_broken_pool_is_named_without_its_keys(document: object, complaint: st
     with pytest.raises(KeyPoolBroken, match=complaint) as broken:
         parse_key_pool(document)
     assert SECRET not in str(broken.value)
+
+
+# Admin keys and model groups -------------------------------------------------------------------------------
+
+
+def test_an_admin_key_names_its_organization() -> None:
+    rows = [
+        {"organization": "org-1", "api_key": f" {SECRET} "},
+        {"organization": "org-2", "api_key": SECRET, "base_url": "http://127.0.0.1:1/"},
+    ]
+
+    assert (
+        AdminKey("org-1", SECRET),
+        AdminKey("org-2", SECRET, "http://127.0.0.1:1"),
+    ) == parse_admin_keys({"keys": [], "admin_keys": rows})
+    assert SECRET not in repr(AdminKey("org-1", SECRET))
+
+
+@pytest.mark.parametrize("document", [pool(), [], None])
+def test_admin_keys_and_model_groups_are_optional(document: object) -> None:
+    assert ((), {}) == (parse_admin_keys(document), parse_model_groups(document))
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ({"org": SECRET}, "admin_keys of the pool must be"),
+        ([SECRET], "admin key 1 of the pool is not an object"),
+        ([{"api_key": SECRET}], "admin key 1 of the pool must name its organization"),
+        ([{"organization": "org"}], "admin key 1 of the pool has no api_key"),
+        (
+            [{"organization": "org", "api_key": SECRET, "weight": 2}],
+            "admin key 1 of the pool has unknown fields: weight",
+        ),
+        (
+            [{"organization": "org", "api_key": SECRET, "base_url": "ftp://x"}],
+            "base_url must start with https://",
+        ),
+    ],
+)
+def test_a_broken_admin_key_is_named_without_its_text(rows: object, complaint: str) -> None:
+    with pytest.raises(KeyPoolBroken, match=complaint) as broken:
+        parse_admin_keys({"admin_keys": rows})
+    assert SECRET not in str(broken.value)
+
+
+def test_the_pool_may_say_which_models_share_limits() -> None:
+    groups = {"claude-x-20260101": "shared", "claude-y": "shared"}
+
+    assert {"claude-x": "shared", "claude-y": "shared"} == parse_model_groups(
+        {"model_groups": groups}
+    )
+
+
+@pytest.mark.parametrize("groups", [[], "a", {"claude-x": ""}, {"": "a"}, {"claude-x": 1}])
+def test_broken_model_groups_are_complained_about(groups: object) -> None:
+    with pytest.raises(KeyPoolBroken, match="model_groups of the pool must be"):
+        parse_model_groups({"model_groups": groups})
+
+
+def test_of_several_statements_about_an_organization_the_lowest_holds() -> None:
+    keys = [
+        upstream_key("a", limits={"requests": 100, "input_tokens": 5_000}),
+        upstream_key("b", limits={"requests": 60}),
+        upstream_key("c", organization="other", limits={"requests": 10}),
+        upstream_key("d", organization=None, limits={"requests": 7}),
+    ]
+    marks = {"d": KeyMark("d", organization="org", learned_with=keys[3].fingerprint)}
+
+    assert {
+        "org": {"requests": 7, "input_tokens": 5_000},
+        "other": {"requests": 10},
+    } == stated_limits(keys, marks)
 
 
 def test_a_key_never_shows_its_text() -> None:

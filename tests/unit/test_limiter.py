@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import (
     DIMENSIONS,
     SCALE,
@@ -19,7 +20,19 @@ from sluice.domain.limits import (
     block,
     group_id,
 )
-from sluice.limiter import Admission, Admitted, Again, Claimant, Later, Limiter, TooLarge
+from sluice.limiter import (
+    BLOCK_MS,
+    REFUND_MS,
+    SETTLE_MS,
+    WATCH_MS,
+    Admission,
+    Admitted,
+    Again,
+    Claimant,
+    Later,
+    Limiter,
+    TooLarge,
+)
 from sluice.ports import Headers
 from tests.fakes import (
     MINUTE,
@@ -39,6 +52,22 @@ PLENTY = Seen(6_000_000, 1_000_000)
 
 def limited(limit: int, burst: int) -> dict[Dimension, Seen]:
     return {"requests": Seen(limit, burst), "input_tokens": PLENTY, "output_tokens": PLENTY}
+
+
+TIGHT: dict[Dimension, Seen] = {
+    "requests": Seen(60, 100),
+    "input_tokens": Seen(60_000, 100_000),
+    "output_tokens": Seen(60_000, 100_000),
+}
+"""Large buckets that fill slowly: what is missing from them shows for a while."""
+
+
+def refilled(levels: Sequence[float], seconds: float) -> list[float]:
+    """Levels of a group that TIGHT has taught, after so long without any use."""
+    return [
+        min(TIGHT[dimension].remaining, level + TIGHT[dimension].limit * seconds / 60)
+        for dimension, level in zip(DIMENSIONS, levels, strict=True)
+    ]
 
 
 def claimant(organization: str = "org") -> Claimant:
@@ -70,6 +99,9 @@ class Crew:
         now = advanced(self.group, self.time.now())
         return now.bucket(dimension).level / SCALE
 
+    def levels(self) -> list[float]:
+        return [self.level(dimension) for dimension in DIMENSIONS]
+
     async def admit(
         self,
         limiter: Limiter,
@@ -91,12 +123,13 @@ class Crew:
         await asyncio.sleep(takes_ms / 1000)
         limiter.settle(admitted, used or admitted.reserved)
 
+    async def refunded(self) -> None:
+        """Wait until what was reserved and not used has been given back in the shared record."""
+        await asyncio.sleep((REFUND_MS + 200) / 1000)
+
     async def settled(self) -> None:
-        """Wait until everything reserved has been settled in the shared record."""
-        await asyncio.sleep(0.5)
-        while self.group.outstanding:
-            await asyncio.sleep(0.5)
-            assert self.time.seconds < 10 * 60, "never settled"
+        """Wait until everything has been settled, even when no reservation takes it along."""
+        await asyncio.sleep((SETTLE_MS + WATCH_MS) / 1000)
 
     def play(self, story: Callable[[Limiter], Coroutine[Any, Any, T]]) -> T:
         """Run one worker's story inside its invocation."""
@@ -270,50 +303,91 @@ def test_slow_groups_share_one_plan_between_workers(crew: Crew) -> None:
 # Settling --------------------------------------------------------------------------------------------------
 
 
-def test_a_reservation_that_was_not_used_is_given_back(crew: Crew) -> None:
-    crew.know(known_group(seen=limited(600, 100)))
-    before = crew.level()
+def test_a_reservation_that_was_not_used_is_given_back_soon(crew: Crew) -> None:
+    crew.know(known_group(seen=TIGHT))
+    before = crew.levels()
 
-    async def story(limiter: Limiter) -> None:
+    async def story(limiter: Limiter) -> list[float]:
         admitted = await crew.admit(limiter)
         assert isinstance(admitted, Admission)
+        taken = crew.levels()
         limiter.settle(admitted, None)
-        await crew.settled()
+        await crew.refunded()
+        return taken
 
-    crew.play(story)
+    taken = crew.play(story)
 
-    assert crew.level() >= before
+    assert all(left < whole for left, whole in zip(taken, before, strict=True))
+    assert crew.time.seconds < 1
+    assert pytest.approx(refilled(before, crew.time.seconds)) == crew.levels()
 
 
-def test_the_books_show_what_was_really_used(crew: Crew) -> None:
-    tight = Seen(30_000, 50_000)
-    crew.know(known_group(seen={"requests": PLENTY, "input_tokens": tight, "output_tokens": tight}))
-    before = crew.level("output_tokens")
+@pytest.mark.parametrize(
+    ("learned", "output"),
+    [
+        # No headers tell what is left: the usage does.
+        (False, 40_000),
+        # Headers have told while it was produced: only the reservation is in the books.
+        (True, 100),
+    ],
+)
+def test_the_books_show_what_was_really_used(crew: Crew, *, learned: bool, output: int) -> None:
+    known = known_group(seen=TIGHT)
+    half = 50_000 * SCALE
+    crew.know(
+        replace(
+            known,
+            input_tokens=replace(known.input_tokens, level=half),
+            output_tokens=replace(known.output_tokens, level=half, learned=learned),
+        )
+    )
 
     async def story(limiter: Limiter) -> None:
-        await crew.call(limiter, takes_ms=0, used=Cost(1, 5_000, 40_000))
+        await crew.call(limiter, takes_ms=0, used=Cost(1, 50_000, 40_000))
         await crew.settled()
 
     crew.play(story)
 
-    refilled = 500 * crew.time.seconds
-    assert before - 40_000 <= crew.level("output_tokens") <= before - 40_000 + refilled + 1
+    refill = 1_000 * crew.time.seconds
+    assert pytest.approx([refill, 50_000 - output + refill]) == crew.levels()[1:]
+
+
+def test_a_settlement_travels_with_the_next_block(crew: Crew) -> None:
+    """A write of its own only when nobody asks for a while."""
+    crew.know(known_group(seen=limited(6_000, 1_000)))
+
+    async def story(limiter: Limiter) -> tuple[int, int, int]:
+        await crew.call(limiter, takes_ms=0)
+        once = limiter.writes
+        await asyncio.sleep(SETTLE_MS / 2000)
+        await crew.call(limiter, takes_ms=0)
+        twice = limiter.writes
+        await crew.settled()
+        return once, twice, limiter.writes
+
+    assert (1, 2, 3) == crew.play(story)
 
 
 def test_everything_is_settled_when_the_invocation_ends(crew: Crew) -> None:
-    crew.know(known_group(seen=limited(600, 100)))
+    crew.know(
+        known_group(seen=TIGHT | limited(6_000, 1_000) | {"input_tokens": TIGHT["input_tokens"]})
+    )
+    before = crew.level("input_tokens")
+    used = Cost(1, 2_000, 10)
 
     async def story(limiter: Limiter) -> None:
-        await asyncio.gather(*(crew.call(limiter, takes_ms=7 * n) for n in range(40)))
+        await asyncio.gather(*(crew.call(limiter, takes_ms=7 * n, used=used) for n in range(40)))
 
     crew.play(story)
 
-    assert 0 == crew.group.outstanding
+    left = before - 40 * 2_000 + crew.time.seconds * 1_000
+    assert pytest.approx(left) == crew.level("input_tokens")
 
 
 @pytest.mark.parametrize("milliseconds", range(0, 20, 2))
 def test_a_job_that_stops_waiting_leaves_nothing_behind(crew: Crew, milliseconds: int) -> None:
-    crew.know(known_group(seen=limited(60, 1)))
+    crew.know(known_group(seen=TIGHT))
+    before = crew.levels()
 
     async def story(limiter: Limiter) -> None:
         asking = [asyncio.create_task(crew.admit(limiter)) for _ in range(10)]
@@ -323,9 +397,12 @@ def test_a_job_that_stops_waiting_leaves_nothing_behind(crew: Crew, milliseconds
         for admitted in await asyncio.gather(*asking, return_exceptions=True):
             if isinstance(admitted, Admission):
                 limiter.settle(admitted, None)
-        await crew.settled()
+        await crew.refunded()
 
     crew.play(story)
+
+    assert crew.time.seconds < 1
+    assert pytest.approx(refilled(before, crew.time.seconds)) == crew.levels()
 
 
 @pytest.mark.parametrize("milliseconds", range(0, 60, 4))
@@ -333,7 +410,8 @@ def test_an_invocation_that_ends_in_the_middle_of_a_write_loses_nothing(
     crew: Crew, milliseconds: int
 ) -> None:
     crew.blocking.latency_ms = 30
-    crew.know(known_group(seen=limited(600, 100)))
+    crew.know(known_group(seen=TIGHT))
+    before = crew.levels()
 
     async def story(limiter: Limiter) -> None:
         admitted = await crew.admit(limiter)
@@ -344,7 +422,10 @@ def test_an_invocation_that_ends_in_the_middle_of_a_write_loses_nothing(
 
     crew.play(story)
 
-    assert ("rate limited", 0) == (crew.group.blocked_reason, crew.group.outstanding)
+    assert "rate limited" == crew.group.blocked_reason
+    expected = refilled(before, crew.time.seconds)
+    assert pytest.approx(expected[1:], abs=110) == crew.levels()[1:]
+    assert crew.level("input_tokens") >= before[1]
 
 
 # Learning --------------------------------------------------------------------------------------------------
@@ -376,7 +457,6 @@ def test_a_stranger_on_the_organization_slows_us_down(crew: Crew) -> None:
         limiter.heard(admitted, Headers(seen=limited(600, 2)), served=True)
         limiter.settle(admitted, admitted.reserved)
         await crew.call(limiter, takes_ms=0)
-        await crew.settled()
 
     crew.play(story)
 
@@ -487,10 +567,10 @@ def test_a_429_stops_those_who_already_sleep_towards_their_start(crew: Crew) -> 
         await asyncio.sleep(1.5)
         before = len(crew.started)
         blocked_at = crew.time.now()
-        limiter.throttled(first, blocked_at + 20 * SECOND, "rate limited")
+        limiter.throttled(first, blocked_at + 10 * SECOND, "rate limited")
         limiter.settle(first, None)
         await asyncio.gather(*sleeping)
-        early = [at for at in crew.started[before:] if at < blocked_at + 20 * SECOND]
+        early = [at for at in crew.started[before:] if at < blocked_at + 10 * SECOND]
         assert [] == early
 
     crew.play(story)
@@ -508,17 +588,29 @@ def test_a_429_stops_other_workers_within_a_second(crew: Crew) -> None:
             others = [asyncio.create_task(crew.call(two)) for _ in range(10)]
             await asyncio.sleep(3)
             blocked_at = crew.time.now()
-            one.throttled(first, blocked_at + 20 * SECOND, "rate limited")
+            one.throttled(first, blocked_at + 10 * SECOND, "rate limited")
             one.settle(first, None)
             await asyncio.gather(*others)
             late = [
-                at for at in crew.started if blocked_at + SECOND < at < blocked_at + 20 * SECOND
+                at for at in crew.started if blocked_at + SECOND < at < blocked_at + 10 * SECOND
             ]
             assert [] == late
 
     crew.time.run(story())
 
     assert 10 == len(crew.started)
+
+
+def test_a_longer_block_is_not_waited_for_by_jobs_that_fill_a_worker(crew: Crew) -> None:
+    """They would keep jobs of other groups out."""
+    crew.know(block(known_group(), NOON + BLOCK_MS + SECOND, "rate limited", NOON))
+
+    longer = crew.play(crew.admit)
+
+    crew.know(block(known_group(at=crew.time.now()), crew.time.now() + BLOCK_MS, "x", NOON))
+    shorter = crew.play(crew.admit)
+    assert isinstance(longer, Later)
+    assert isinstance(shorter, Admission)
 
 
 def test_a_block_is_told_once(crew: Crew) -> None:
@@ -537,22 +629,115 @@ def test_a_block_is_told_once(crew: Crew) -> None:
     assert ["limit group blocked"] == [event for event, _ in crew.events.notes]
 
 
-def test_overloads_in_a_row_pause_the_group_and_an_answer_ends_it(crew: Crew) -> None:
-    crew.know(known_group(seen=limited(600, 100)))
+MODEL = "model claude-a"
 
-    async def story(limiter: Limiter) -> tuple[str | None, str | None]:
-        admitted = await crew.admit(limiter)
-        assert isinstance(admitted, Admission)
-        for _ in range(10):
-            limiter.overloaded(admitted)
-        await asyncio.sleep(0.5)
-        paused = crew.group.blocked_reason
-        limiter.heard(admitted, Headers(), served=True)
+
+def needing(*circuits: str) -> Claimant:
+    return replace(claimant(), circuits=circuits)
+
+
+def test_overloads_in_a_row_set_the_model_aside_for_all_workers_at_once(crew: Crew) -> None:
+    """They come together, from calls in flight together: none of them is written before the others are heard."""
+    crew.know(known_group(seen=limited(6_000, 1_000)))
+
+    async def story() -> tuple[bool, Admitted, Admitted]:
+        async with crew.limiter() as one, crew.limiter() as two:
+            calls = [await crew.admit(one, [needing(MODEL)]) for _ in range(5)]
+            for each in calls:
+                assert isinstance(each, Admission)
+                one.failed(each, MODEL)
+                one.settle(each, None)
+            await asyncio.sleep(0.5)
+            this = await crew.admit(two, [needing(MODEL)], within_ms=SECOND)
+            other = await crew.admit(two, [needing("model claude-b")], within_ms=SECOND)
+            return one.is_open("org/a", MODEL), this, other
+
+    is_open, this, other = crew.time.run(story())
+
+    assert is_open
+    assert isinstance(this, Later)
+    assert isinstance(other, Admission)
+
+
+def test_who_sleeps_towards_a_start_when_a_breaker_opens_does_not_start(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(60, 1)))
+
+    async def story(limiter: Limiter) -> list[bool]:
+        waiting = [asyncio.create_task(crew.admit(limiter, [needing(MODEL)])) for _ in range(3)]
+        admitted = [each for each in await asyncio.gather(*waiting) if isinstance(each, Admission)]
+        assert await limiter.wait_for_start(admitted[0])
+        for _ in range(5):
+            limiter.failed(admitted[0], MODEL)
+        await asyncio.sleep(0.1)
+        return [await limiter.wait_for_start(each) for each in admitted[1:]]
+
+    assert [False, False] == crew.play(story)
+
+
+def test_a_probe_that_is_served_lets_the_next_one_through_and_then_everybody(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(6_000, 1_000)))
+    told: list[tuple[float, bool]] = []
+
+    async def one(limiter: Limiter) -> None:
+        while True:
+            admitted = await crew.admit(limiter, [needing(MODEL)], within_ms=10 * MINUTE)
+            assert isinstance(admitted, Admission)
+            if await limiter.wait_for_start(admitted):
+                break
+            limiter.settle(admitted, None)
+        told.append((crew.time.seconds, admitted.is_probe))
+        await asyncio.sleep(1)
+        limiter.works(admitted, MODEL)
         limiter.settle(admitted, admitted.reserved)
-        await asyncio.sleep(0.5)
-        return paused, crew.group.blocked_reason
 
-    assert ("overloaded", None) == crew.play(story)
+    async def story(limiter: Limiter) -> None:
+        first = await crew.admit(limiter, [needing(MODEL)])
+        assert isinstance(first, Admission)
+        for _ in range(5):
+            limiter.failed(first, MODEL)
+        limiter.settle(first, None)
+        await asyncio.gather(*(one(limiter) for _ in range(10)))
+
+    crew.play(story)
+
+    told.sort()
+    assert [True, True] + [False] * 8 == [is_probe for _, is_probe in told]
+    assert told[1][0] >= told[0][0] + 1
+    assert told[2][0] >= told[1][0] + 1
+
+
+def test_start_times_are_taken_back_when_a_key_is_no_longer_accepted(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(60, 1)))
+
+    async def story() -> bool:
+        async with crew.limiter() as one, crew.limiter() as two:
+            first = await crew.admit(one)
+            second = await crew.admit(two)
+            assert isinstance(first, Admission)
+            assert isinstance(second, Admission)
+            sleeping = asyncio.create_task(two.wait_for_start(replace_start(second, 5)))
+            one.recall(first)
+            return await sleeping
+
+    def replace_start(admission: Admission, seconds: int) -> Admission:
+        admission.start += seconds * SECOND
+        return admission
+
+    assert not crew.time.run(story())
+
+
+def test_an_empty_queue_is_told_with_the_next_block(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(6_000, 1_000)))
+
+    async def story(limiter: Limiter) -> None:
+        await crew.call(limiter, takes_ms=0)
+        for _ in range(5):
+            limiter.drained()
+        await crew.call(limiter, takes_ms=0)
+        assert NOON < crew.group.drained_at <= crew.time.now()
+        assert 2 == limiter.writes
+
+    crew.play(story)
 
 
 # Trouble with the store ------------------------------------------------------------------------------------
@@ -687,3 +872,34 @@ def test_what_a_worker_knows_of_a_group_can_be_looked_at(crew: Crew) -> None:
 
     assert mine is not None
     assert (600, None) == (mine.requests.limit, nobodys)
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_write_whose_reply_was_lost_is_entered_once(crew: Crew, others: int) -> None:
+    """What it reserved is given back, for nobody was told; what it settled is not settled again."""
+    crew.know(known_group(seen=limited(600, 100)))
+    written: list[Group] = []
+    genuine = crew.store.replace
+
+    def lose_the_reply(group: Group, expected_version: int) -> None:
+        genuine(group, expected_version)
+        if not written:
+            written.append(group)
+            for number in range(others):
+                current = crew.store.stored[group.id]
+                recent = (*current.recent_writes, f"other.{number}")
+                changed = replace(current, version=current.version + 1, recent_writes=recent)
+                genuine(changed, current.version)
+            raise StoreBusy("the limits table")
+
+    crew.store.replace = lose_the_reply  # type: ignore[method-assign]
+
+    async def story(limiter: Limiter) -> None:
+        await asyncio.gather(*(crew.call(limiter) for _ in range(5)))
+
+    before = crew.level()
+    crew.play(story)
+
+    assert 5 == len(crew.started)
+    refilled = 10 * (crew.time.now() - NOON) / SECOND
+    assert min(100.0, before - 5 + refilled) == pytest.approx(crew.level(), abs=1)

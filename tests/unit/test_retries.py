@@ -89,12 +89,14 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("timeout", failed(408), Retry, Effect.NONE),
     ("conflict", failed(409), Retry, Effect.NONE),
     ("too early", failed(425), Retry, Effect.NONE),
-    ("server error", failed(500, "api_error"), Retry, Effect.NONE),
-    ("bad gateway", failed(502), Retry, Effect.NONE),
-    ("unavailable", failed(503), Retry, Effect.NONE),
-    ("gateway timeout", failed(504, "timeout_error"), Retry, Effect.NONE),
-    ("unheard of", failed(599), Retry, Effect.NONE),
-    ("connection lost", failed(None, "connection_error"), Retry, Effect.NONE),
+    # The same, and perhaps the endpoint does not work at all.
+    ("server error", failed(500, "api_error"), Retry, Effect.ENDPOINT_FAILED),
+    ("bad gateway", failed(502), Retry, Effect.ENDPOINT_FAILED),
+    ("unavailable", failed(503), Retry, Effect.ENDPOINT_FAILED),
+    ("gateway timeout", failed(504, "timeout_error"), Retry, Effect.ENDPOINT_FAILED),
+    ("unheard of", failed(599), Retry, Effect.ENDPOINT_FAILED),
+    ("connection lost", failed(None, "connection_error"), Retry, Effect.ENDPOINT_FAILED),
+    # A long answer is nobody's fault.
     ("out of time", failed(None, "output_timeout"), Retry, Effect.NONE),
 ]
 
@@ -249,7 +251,7 @@ def test_a_retry_waits_up_to_a_ceiling_that_doubles(
 
 
 @pytest.mark.parametrize(
-    ("snoozes", "ceiling_seconds"), [(0, 5), (1, 10), (5, 160), (6, 300), (10**9, 300)]
+    ("snoozes", "ceiling_seconds"), [(0, 1), (1, 2), (5, 32), (8, 256), (9, 300), (10**9, 300)]
 )
 def test_an_overload_waits_up_to_a_ceiling_that_doubles(snoozes: int, ceiling_seconds: int) -> None:
     longest = overload_backoff_ms(snoozes, failed(529), 0.999_999_9, RetryPolicy())

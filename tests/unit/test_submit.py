@@ -67,7 +67,7 @@ class Intake:
 
     @property
     def sent(self) -> list[str | None]:
-        return [message.job_id for message in self.queue.receive()]
+        return [message.job_id for message in self.queue.hand_over()]
 
 
 @pytest.fixture

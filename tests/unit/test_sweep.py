@@ -8,7 +8,7 @@ import pytest
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job, JobError, Lease, State, due_at
-from sluice.domain.limits import Group, Seen, new_group
+from sluice.domain.limits import Group, new_group
 from sluice.sweep import HOLD_MS, NEW_KEYS_MS, Sweep, Swept
 from tests.fakes import (
     MINUTE,
@@ -22,6 +22,7 @@ from tests.fakes import (
     RecordingEvents,
     a_job,
     known_group,
+    paced,
 )
 
 FOREVER = NOON + 24 * 60 * MINUTE
@@ -53,7 +54,7 @@ class Scene:
         return use_case(stop_at)
 
     def sent(self) -> list[str | None]:
-        return [message.job_id for message in self.queue.receive(10_000)]
+        return [message.job_id for message in self.queue.hand_over(10_000)]
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
@@ -68,8 +69,7 @@ def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
 
 def slow_group(rpm: int, model_group: str = "a", **facts: object) -> Group:
     return replace(
-        known_group(model_group=model_group, seen={"requests": Seen(rpm, 1)}),
-        output_tokens=known_group().output_tokens,
+        known_group(model_group=model_group, seen=paced(rpm, 1)),
         **facts,  # type: ignore[arg-type]
     )
 

@@ -1,9 +1,12 @@
 """The worker, message by message: what each outcome writes, what it leaves to others, and what never happens."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from itertools import pairwise
+from statistics import median
 
 import pytest
 
@@ -15,16 +18,27 @@ from sluice.domain.limits import Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.ports import Answer, CallRequest, Refused
-from sluice.work import LEASE_MS, LONGEST_DELAY_MS
+from sluice.work import (
+    KEYS_MS,
+    LEASE_MS,
+    LINGER_MS,
+    LONGEST_DELAY_MS,
+    REFILL_MS,
+    SCOUT_MS,
+    SLOTS,
+    WAITING,
+)
 from tests.fakes import (
     MESSAGE,
     MINUTE,
     NOON,
+    ROOMY,
     SECOND,
     Gateway,
     a_job,
     answer,
     known_group,
+    paced,
     refused,
     upstream_key,
 )
@@ -34,6 +48,7 @@ USED = Usage(input_tokens=10, output_tokens=20)
 COST = 10 + 200
 """Of USED on claude-a: one micro-dollar per input token, ten per output token."""
 
+SHORT_BLOCK = refused(429, "rate_limit_error", retry_after_ms=10_000)
 RATE_LIMITED = refused(429, "rate_limit_error", retry_after_ms=30_000)
 OVERLOADED = refused(529, "overloaded_error")
 SERVER_ERROR = refused(500, "api_error", message="boom")
@@ -119,16 +134,17 @@ def test_the_order_of_writes_is_the_promise(make: Make) -> None:
 
     gateway.once()
 
-    told = [line for line in gateway.journal if "limits" not in line]
+    told = [line for line in gateway.journal if "limits" not in line and "receive" not in line]
     assert [
         "the jobs table: get_many",
-        "the params table: get job_1",
+        "the params table: get_many job_1",
         "the jobs table: replace job_1 running",
         "Claude: call",
         "the data bucket: put job_1",
         "the jobs table: replace job_1 succeeded",
         "the ledger: record 1",
         "the ledger: add_up",
+        "the jobs queue: delete 1",
     ] == told
 
 
@@ -234,21 +250,67 @@ def test_a_model_without_a_price_succeeds_and_is_told(make: Make) -> None:
 # Retry -----------------------------------------------------------------------------------------------------
 
 
-def test_a_server_error_uses_an_attempt_and_comes_back_later(make: Make) -> None:
+def test_a_server_error_uses_an_attempt_and_a_short_wait_is_spent_with_the_worker(
+    make: Make,
+) -> None:
+    """A receive and a slot of the queue cost more than a sleep."""
     gateway = make(a_job(), script=[SERVER_ERROR])
 
-    assert ["message-1"] == gateway.once()
+    assert [] == gateway.once()
 
     job = gateway.job()
-    assert (State.QUEUED, 1, 0) == (job.state, job.attempts_used, job.snoozes)
+    assert (State.SUCCEEDED, 2, 0) == (job.state, job.attempts_used, job.snoozes)
     assert (AttemptOutcome.RETRY, 500) == (
         job.attempts[0].outcome,
         job.attempts[0].error and job.attempts[0].error.status,
     )
+    first, second = gateway.claude.calls
+    assert 500 <= second.at - (first.at + 500) <= 3 * SECOND
+    assert [] == gateway.queue.delays
+
+
+def test_a_wait_for_which_no_time_is_left_is_spent_in_the_queue(make: Make) -> None:
+    gateway = make(a_job(), script=[SERVER_ERROR])
+
+    assert ["message-1"] == gateway.once(minutes=1)
+
+    job = gateway.job()
+    assert (State.QUEUED, 1, 0) == (job.state, job.attempts_used, job.snoozes)
     ((_, delay),) = gateway.queue.delays
     assert 500 <= delay <= 2 * SECOND
     gateway.drain()
     assert (State.SUCCEEDED, 2) == (gateway.job().state, gateway.job().attempts_used)
+
+
+def test_a_long_wait_is_spent_in_the_queue(make: Make) -> None:
+    """The fourth failure of a job asks for 8 s on average, the fifth for 16."""
+    gateway = make(a_job(), script=[SERVER_ERROR] * 5, max_attempts=6, jitter=0.99)
+
+    gateway.once()
+
+    waits = [later.at - sooner.at - 500 for sooner, later in pairwise(gateway.claude.calls)]
+    assert len(waits) < 4
+    assert max(waits) < 12 * SECOND
+    ((_, delay),) = gateway.queue.delays
+    assert delay > 10 * SECOND
+    gateway.drain()
+    assert (State.SUCCEEDED, 6) == (gateway.job().state, gateway.job().attempts_used)
+
+
+def test_what_is_canceled_while_it_waits_for_another_attempt_is_not_called_again(
+    make: Make,
+) -> None:
+    gateway = make(a_job(), script=[SERVER_ERROR], jitter=0.99)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(1)
+        ask_to_stop(gateway)
+        await running
+
+    gateway.time.run(story())
+
+    assert (State.CANCELED, 1) == (gateway.job().state, len(gateway.claude.calls))
 
 
 def test_attempts_used_up_end_the_job_with_its_last_error(make: Make) -> None:
@@ -304,12 +366,12 @@ def test_a_lost_connection_is_accounted_for_as_far_as_it_is_known(
 
     gateway.once()
 
-    written = [(row.certain, row.spend.cost_micro_usd) for row in gateway.ledger.rows.values()]
+    *written, last = [
+        (row.certain, row.spend.cost_micro_usd) for row in gateway.ledger.rows.values()
+    ]
     assert rows == written
-    assert 1 == gateway.job().attempts_used
-    gateway.drain()
-    assert len(rows) + 1 == len(gateway.ledger.rows)
-    assert State.SUCCEEDED == gateway.job().state
+    assert (True, COST) == last
+    assert (State.SUCCEEDED, 2) == (gateway.job().state, gateway.job().attempts_used)
 
 
 def test_an_output_too_long_for_the_time_left_gets_a_whole_invocation(make: Make) -> None:
@@ -381,42 +443,57 @@ def test_a_request_that_can_never_be_admitted_ends_with_a_clear_error(make: Make
 # Snooze: rate limits ---------------------------------------------------------------------------------------
 
 
-def test_a_429_uses_no_attempt_and_comes_back_after_retry_after(make: Make) -> None:
-    gateway = make(a_job(), script=[RATE_LIMITED])
+def test_a_429_uses_no_attempt_and_is_waited_out_where_the_job_is(make: Make) -> None:
+    gateway = make(a_job(), script=[SHORT_BLOCK])
+
+    assert [] == gateway.once()
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1, 1) == (job.state, job.attempts_used, job.snoozes)
+    assert job.last_snooze is not None
+    assert "rate limited" == job.last_snooze.reason
+    first, second = gateway.claude.calls
+    assert second.at >= first.at + 500 + 10 * SECOND
+    assert ["succeeded"] == gateway.ledger.outcomes
+    assert [] == gateway.queue.delays
+    assert 1 == gateway.events.counted("RateLimited")
+
+
+def test_a_429_that_names_minutes_is_waited_out_in_the_queue(make: Make) -> None:
+    gateway = make(a_job(), script=[refused(429, "rate_limit_error", retry_after_ms=5 * MINUTE)])
 
     assert ["message-1"] == gateway.once()
 
     job = gateway.job()
     assert (State.QUEUED, 0, 1, ()) == (job.state, job.attempts_used, job.snoozes, job.attempts)
-    assert job.last_snooze is not None
-    assert "rate limited" == job.last_snooze.reason
     ((_, delay),) = gateway.queue.delays
-    assert delay >= 30 * SECOND
+    assert NOON + 5 * MINUTE <= gateway.time.now() + delay <= NOON + 6 * MINUTE
     assert [] == gateway.ledger.outcomes
-    assert 1 == gateway.events.counted("RateLimited")
+    gateway.drain()
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, gateway.job().attempts_used)
 
 
 def test_a_429_blocks_the_whole_group_for_other_workers_too(make: Make) -> None:
     gateway = make(a_job("job_1"), a_job("job_2"), a_job("job_3"))
     gateway.know(known_group())
-    gateway.claude.script.append(RATE_LIMITED)
-    blocked_until = NOON + 500 + 30 * SECOND
+    gateway.claude.script.append(SHORT_BLOCK)
+    blocked_until = NOON + 500 + 10 * SECOND
 
     async def story() -> None:
-        one, two = gateway.queue.receive(1), gateway.queue.receive(1)
-        other = gateway.new_worker()
-        # The other worker has called before, so it has a view of the group that is out of date.
-        await gateway.invoke(one_first := gateway.worker, one)
+        first, second, third = (gateway.queue.hand_over(1) for _ in range(3))
+        running = asyncio.create_task(gateway.invoke(gateway.worker, first))
+        await asyncio.sleep(2)
         assert 1 == len(gateway.claude.calls)
-        await gateway.invoke(other, two)
-        await gateway.invoke(one_first, gateway.queue.receive(1))
+        others = [gateway.invoke(gateway.new_worker(), batch) for batch in (second, third)]
+        await asyncio.gather(running, *others)
 
     gateway.time.run(story())
 
+    assert 4 == len(gateway.claude.calls)
     assert all(call.at >= blocked_until for call in gateway.claude.calls[1:])
-    assert {0, 1} == {job.attempts_used for job in gateway.jobs.stored.values()}
-    gateway.drain()
-    assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
+    assert {(State.SUCCEEDED, 1)} == {
+        (job.state, job.attempts_used) for job in gateway.jobs.stored.values()
+    }
 
 
 def test_a_429_stops_jobs_of_other_workers_that_already_sleep_towards_their_start(
@@ -434,7 +511,7 @@ def test_a_429_stops_jobs_of_other_workers_that_already_sleep_towards_their_star
 
     async def story() -> None:
         other = gateway.new_worker()
-        one, two = gateway.queue.receive(10), gateway.queue.receive(10)
+        one, two = gateway.queue.hand_over(10), gateway.queue.hand_over(10)
         running = asyncio.gather(gateway.invoke(gateway.worker, one), gateway.invoke(other, two))
         await asyncio.sleep(5)
         gateway.claude.script.append(RATE_LIMITED)
@@ -657,12 +734,28 @@ def test_an_answer_is_kept_when_the_keys_mark_cannot_be_written(make: Make) -> N
 
 
 def test_params_that_cannot_be_read_use_no_attempt(make: Make) -> None:
-    gateway = make(a_job())
-    gateway.params.fail_next("get")
+    gateway = make(a_job("job_1"), a_job("job_2"))
+    gateway.know(known_group())
+    gateway.params.fail_next("get_many")
 
-    assert ["message-1"] == gateway.once()
+    assert ["message-1", "message-2"] == gateway.once()
 
-    assert (State.QUEUED, 0) == (gateway.job().state, gateway.job().attempts_used)
+    assert {(State.QUEUED, 0)} == {
+        (job.state, job.attempts_used) for job in gateway.jobs.stored.values()
+    }
+    gateway.drain()
+    assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
+
+
+def test_requests_of_jobs_that_are_admitted_together_are_read_together(make: Make) -> None:
+    gateway = make(*(a_job(f"job_{n}") for n in range(50)))
+    gateway.know(known_group())
+
+    gateway.once()
+
+    reads = [line for line in gateway.journal if line.startswith("the params table: get_many")]
+    assert len(reads) <= 12
+    assert 50 == len(gateway.claude.answered)
 
 
 def test_a_model_the_pool_allows_nobody_ends_the_job_without_a_call(make: Make) -> None:
@@ -1016,7 +1109,7 @@ def test_two_workers_with_the_same_job_call_once(make: Make) -> None:
     gateway.queue.post(job_id="job_1")
 
     async def story() -> None:
-        one, two = gateway.queue.receive(1), gateway.queue.receive(1)
+        one, two = gateway.queue.hand_over(1), gateway.queue.hand_over(1)
         await asyncio.gather(
             gateway.invoke(gateway.worker, one), gateway.invoke(gateway.new_worker(), two)
         )
@@ -1056,7 +1149,7 @@ def test_jobs_that_cannot_start_soon_go_back_one_behind_the_other(make: Make) ->
 
     not_done = gateway.once()
 
-    assert 40 <= len(not_done) < 50
+    assert 15 <= len(not_done) < 25
     delays = [delay for _, delay in gateway.queue.delays]
     assert len(not_done) == len(delays)
     assert max(delays) > 4 * MINUTE
@@ -1086,7 +1179,7 @@ def test_a_heartbeat_keeps_the_lease_of_a_long_call(make: Make) -> None:
     gateway.queue.post(job_id="job_1")
 
     async def story() -> None:
-        one, two = gateway.queue.receive(1), gateway.queue.receive(1)
+        one, two = gateway.queue.hand_over(1), gateway.queue.hand_over(1)
         running = asyncio.create_task(gateway.invoke(gateway.worker, one))
         for _ in range(9):
             await asyncio.sleep(60)
@@ -1270,7 +1363,7 @@ def test_messages_that_cannot_be_put_back_come_back_by_themselves(make: Make) ->
     gateway = make(a_job(), script=[SERVER_ERROR])
     gateway.queue.break_down("put_back")
 
-    assert ["message-1"] == gateway.once()
+    assert ["message-1"] == gateway.once(minutes=1)
 
     assert "messages not put back" in gateway.events.problem_names
     gateway.queue.mend()
@@ -1289,7 +1382,7 @@ def test_what_is_being_written_when_the_last_job_ends_is_written_to_the_end(
     gateway.know(known_group())
     gateway.claude.when = lambda request: SERVER_ERROR if "job_7" in request.params else None
 
-    gateway.once()
+    gateway.once(minutes=1)
 
     assert 7 == len(gateway.ledger.rows)
     assert [7] == [spend.calls for spend in gateway.ledger.sums.values()]
@@ -1305,6 +1398,390 @@ def test_a_limits_table_that_is_busy_to_the_end_returns_the_jobs(make: Make) -> 
 
     assert (State.QUEUED, 0) == (gateway.job().state, gateway.job().attempts_used)
     assert gateway.time.now() <= NOON + 14 * MINUTE
+
+
+# Taking more messages --------------------------------------------------------------------------------------
+
+
+def some_jobs(count: int, **facts: object) -> list[Job]:
+    return [a_job(f"job_{number:03}", **facts) for number in range(count)]
+
+
+def states(gateway: Gateway) -> set[State]:
+    return {job.state for job in gateway.jobs.stored.values()}
+
+
+def let_one_take_long(gateway: Gateway, job_id: str) -> None:
+    def look(request: CallRequest) -> None:
+        gateway.claude.latency_ms = 10 * MINUTE if job_id in request.params else 500
+
+    gateway.claude.when = look
+
+
+def test_a_batch_does_not_wait_for_its_slowest_job(make: Make) -> None:
+    """Its free slots are filled from the queue; what the worker took itself it deletes itself."""
+    gateway = make(*some_jobs(200))
+    gateway.know(known_group())
+    slow = "job_000"
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(60)
+        assert 199 == sum(job.state is State.SUCCEEDED for job in gateway.jobs.stored.values())
+        assert 50 == gateway.queue.depth()
+        assert State.RUNNING == gateway.job(slow).state
+        await running
+
+    let_one_take_long(gateway, slow)
+
+    gateway.time.run(story())
+
+    assert {State.SUCCEEDED} == states(gateway)
+    assert 200 == len(gateway.claude.calls) == gateway.queue.receives
+    assert 0 == gateway.queue.depth()
+    ((_, facts),) = [note for note in gateway.events.notes if note[0] == "batch done"]
+    assert (200, 0) == (facts["messages"], facts["put_back"])
+    no_accident(gateway)
+
+
+def test_a_worker_never_has_more_in_hand_than_its_slots(make: Make) -> None:
+    gateway = make(*some_jobs(300), latency_ms=5 * SECOND)
+    gateway.know(known_group())
+    in_hand: list[int] = []
+
+    def count(_: CallRequest) -> None:
+        ended = sum(job.state.is_final for job in gateway.jobs.stored.values())
+        in_hand.append(gateway.queue.receives - ended)
+
+    gateway.claude.when = count
+    gateway.once()
+
+    assert 40 < max(in_hand) <= SLOTS
+    assert {State.SUCCEEDED} == states(gateway)
+
+
+def test_a_worker_takes_no_more_than_can_start_soon(make: Make) -> None:
+    """What waits in a worker's hands waits for others too; in the queue it does not."""
+    gateway = make(*some_jobs(300), latency_ms=200)
+    gateway.know(known_group(seen=paced(120, 2)))
+    gateway.claude.otherwise = answer(seen={})
+    waiting: list[int] = []
+
+    def count(_: CallRequest) -> None:
+        ended = sum(job.state.is_final for job in gateway.jobs.stored.values())
+        returned = len(gateway.queue.delays)
+        waiting.append(gateway.queue.receives - returned - ended - gateway.claude.in_flight)
+
+    gateway.claude.when = count
+
+    gateway.once()
+
+    # The batch brings fifty; ten at a time come to fewer than thirty that wait, and one that looks around.
+    assert max(waiting) <= 51
+    assert median(waiting[60:]) <= WAITING + 10
+    assert len(waiting) > 200
+
+
+@pytest.mark.parametrize(
+    "hinder",
+    [
+        # Whatever the queue holds would be sent away as well.
+        lambda gateway: gateway.know(block(known_group(), NOON + 10 * MINUTE, "x", NOON)),
+        lambda gateway: gateway.pool.pool.clear(),
+    ],
+    ids=["blocked", "no key"],
+)
+def test_nothing_is_taken_that_cannot_start(make: Make, hinder: Callable[[Gateway], None]) -> None:
+    gateway = make(a_job("job_b", model="claude-b"), *some_jobs(100), latency_ms=5 * MINUTE)
+    hinder(gateway)
+
+    gateway.once()
+
+    assert 50 == gateway.queue.receives
+
+
+def test_an_invocation_that_can_start_nothing_ends_soon_but_not_at_once(make: Make) -> None:
+    """At once it would receive the next fifty, and so a whole backlog in minutes."""
+    gateway = make(*some_jobs(50))
+    gateway.know(block(known_group(), NOON + 10 * MINUTE, "rate limited", NOON))
+
+    assert 50 == len(gateway.once())
+
+    assert LINGER_MS <= gateway.time.now() - NOON <= LINGER_MS + 5 * SECOND
+
+
+def test_jobs_that_wait_for_their_limits_keep_no_job_of_another_group_out(make: Make) -> None:
+    """Every few seconds a worker full of them looks whether the queue has one that need not wait."""
+    gateway = make(*some_jobs(50))
+    gateway.know(known_group(seen=paced(20, 1)))
+    gateway.know(known_group(model_group="b"))
+    gateway.claude.otherwise = answer(seen={})
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(20)
+        gateway.submit(a_job("job_b", model="claude-b"))
+        await asyncio.sleep(10)
+        assert State.SUCCEEDED == gateway.job("job_b").state
+        await running
+
+    gateway.time.run(story())
+
+    gateway.drain()
+    assert {State.SUCCEEDED} == states(gateway)
+
+
+def test_a_job_taken_to_look_around_that_has_to_wait_as_well_goes_back_at_once(make: Make) -> None:
+    gateway = make(*some_jobs(70))
+    gateway.know(known_group(seen=paced(20, 1)))
+    gateway.claude.otherwise = answer(seen={})
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(30)
+        assert 1 <= len(gateway.queue.delays) <= 30 * SECOND // SCOUT_MS
+        await running
+
+    gateway.time.run(story())
+
+    # It did not end the worker's taking of others: more than the batch was run.
+    assert sum(job.state is State.SUCCEEDED for job in gateway.jobs.stored.values()) > 50
+
+
+def test_near_its_end_an_invocation_takes_nothing(make: Make) -> None:
+    """Calls need time, and the mapping, and so the governor, is to decide again."""
+    gateway = make(a_job(), latency_ms=8 * MINUTE)
+    taken: list[int] = []
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        for number in range(10):
+            gateway.submit(a_job(f"job_{number}0"))
+            await asyncio.sleep(40)
+            taken.append(gateway.queue.receives)
+        await running
+
+    gateway.time.run(story())
+
+    minutes = REFILL_MS / MINUTE
+    assert 1 + minutes * 60 // 40 <= taken[-1] <= 2 + minutes * 60 // 40
+    gateway.drain()
+    assert {State.SUCCEEDED} == states(gateway)
+
+
+def test_an_empty_queue_is_asked_once_a_second_while_calls_run(make: Make) -> None:
+    gateway = make(a_job(), latency_ms=60 * SECOND)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(30)
+        gateway.submit(a_job("job_2"))
+        await running
+
+    gateway.time.run(story())
+
+    asked = gateway.journal.count("the jobs queue: receive")
+    assert 80 <= asked <= 100
+    assert gateway.claude.calls[1].at - NOON <= 33 * SECOND
+    assert {State.SUCCEEDED} == states(gateway)
+
+
+def test_a_worker_that_finds_the_queue_empty_lets_the_others_know(make: Make) -> None:
+    gateway = make(*some_jobs(3), latency_ms=3 * SECOND)
+    gateway.know(known_group())
+
+    gateway.once()
+
+    assert gateway.limits.stored["org/a"].drained_at >= NOON
+
+
+def test_a_queue_that_is_busy_is_asked_again(make: Make) -> None:
+    gateway = make(*some_jobs(60))
+    gateway.know(known_group())
+    let_one_take_long(gateway, "job_000")
+    gateway.queue.fail_next("receive", times=2)
+
+    gateway.once()
+
+    assert {State.SUCCEEDED} == states(gateway)
+    assert ["store busy"] * 2 == gateway.events.problem_names
+
+
+def test_what_a_worker_took_and_could_not_finish_comes_back(make: Make) -> None:
+    gateway = make(a_job("job_1"), latency_ms=30 * SECOND)
+    gateway.claude.when = lambda request: SERVER_ERROR if "job_2" in request.params else None
+
+    async def story() -> list[str]:
+        batch = gateway.queue.hand_over()
+        gateway.submit(a_job("job_2"))
+        return await gateway.invoke(messages=batch, minutes=2)
+
+    # Lambda knows nothing of it, so it is not among what was not done.
+    assert [] == gateway.time.run(story())
+
+    assert State.QUEUED == gateway.job("job_2").state
+    assert ["job_2"] == [job_id for job_id, _ in gateway.queue.delays]
+    gateway.claude.when = lambda _: None
+    gateway.drain()
+    assert {State.SUCCEEDED} == states(gateway)
+    assert 0 == gateway.queue.depth()
+
+
+def test_a_worker_that_dies_before_it_deletes_what_it_took_leaves_a_job_that_is_done(
+    make: Make,
+) -> None:
+    gateway = make(a_job("job_1"), latency_ms=30 * SECOND)
+    gateway.queue.break_down("delete")
+
+    async def story() -> None:
+        batch = gateway.queue.hand_over()
+        gateway.submit(a_job("job_2"))
+        with suppress(StoreBusy):
+            # Lambda's own delete is broken as well.
+            await gateway.invoke(messages=batch)
+
+    gateway.time.run(story())
+
+    assert 2 == gateway.queue.depth()
+    assert "messages not deleted" in gateway.events.problem_names
+    gateway.queue.mend()
+    gateway.drain()
+    assert 0 == gateway.queue.depth()
+    assert {(State.SUCCEEDED, 1)} == {
+        (job.state, job.attempts_used) for job in gateway.jobs.stored.values()
+    }
+    assert 2 == len(gateway.claude.calls) == len(gateway.ledger.rows)
+
+
+def test_a_delete_that_failed_is_made_again(make: Make) -> None:
+    gateway = make(a_job("job_1"), latency_ms=30 * SECOND)
+    gateway.queue.fail_next("delete", times=2)
+
+    async def story() -> None:
+        batch = gateway.queue.hand_over()
+        gateway.submit(a_job("job_2"))
+        await gateway.invoke(messages=batch)
+
+    gateway.time.run(story())
+
+    assert 0 == gateway.queue.depth()
+    no_accident(gateway)
+
+
+# Headers before the answer ---------------------------------------------------------------------------------
+
+
+def test_the_first_headers_of_an_unknown_group_are_not_waited_for_until_the_answer(
+    make: Make,
+) -> None:
+    """A first answer may take minutes; at the safe rate fifty jobs would start within fifty seconds."""
+    gateway = make(*some_jobs(50), latency_ms=2 * MINUTE)
+    gateway.claude.headers_after_ms = 500
+
+    gateway.once()
+
+    last = max(call.at for call in gateway.claude.calls)
+    assert last - NOON <= 20 * SECOND
+    assert gateway.claude.calls[0].request.early
+    assert not gateway.claude.calls[-1].request.early
+    no_accident(gateway)
+
+
+def test_early_headers_tell_whose_key_it_is(make: Make) -> None:
+    gateway = make(*some_jobs(20), keys=[upstream_key(organization=None)], latency_ms=2 * MINUTE)
+    gateway.claude.otherwise = answer(organization="org-7")
+    gateway.claude.headers_after_ms = 500
+
+    gateway.once()
+
+    assert {State.SUCCEEDED} == states(gateway)
+    assert max(call.at for call in gateway.claude.calls) - NOON <= 20 * SECOND
+    assert ROOMY["requests"].limit == gateway.limits.stored["org-7/a"].requests.limit
+    no_accident(gateway)
+
+
+# The key pool during an invocation -------------------------------------------------------------------------
+
+
+def test_the_key_pool_is_read_every_few_seconds_and_not_for_every_job(make: Make) -> None:
+    gateway = make(*some_jobs(150))
+    gateway.know(known_group())
+
+    gateway.once()
+
+    seconds = (gateway.time.now() - NOON) // SECOND
+    marks = gateway.journal.count("the limits table: marks")
+    assert 150 == len(gateway.claude.calls)
+    assert 1 <= gateway.pool.reads <= 1 + seconds * SECOND // KEYS_MS
+    assert marks == gateway.pool.reads
+
+
+def test_a_key_that_is_put_into_the_pool_is_used_within_seconds(make: Make) -> None:
+    gateway = make(a_job("job_1"), keys=[upstream_key("old")], latency_ms=30 * SECOND)
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(1)
+        gateway.pool.pool = [upstream_key("new")]
+        await asyncio.sleep(KEYS_MS / 1000)
+        gateway.submit(a_job("job_2"))
+        await running
+
+    gateway.time.run(story())
+
+    assert ["old", "new"] == [call.key_id for call in gateway.claude.calls]
+
+
+def test_jobs_that_wait_for_their_start_are_not_sent_with_a_key_that_was_rejected(
+    make: Make,
+) -> None:
+    keys = [upstream_key("old", organization="org-1"), upstream_key("new", organization="org-2")]
+    gateway = make(*some_jobs(20), keys=keys)
+    for key in keys:
+        gateway.know(known_group(key.organization or "", seen=paced(60, 2)))
+    gateway.claude.when = lambda request: (
+        refused(401, "authentication_error") if request.key.id == "old" else answer(seen={})
+    )
+
+    gateway.once()
+
+    assert 1 == [call.key_id for call in gateway.claude.calls].count("old")
+    assert {State.SUCCEEDED} == states(gateway)
+
+
+# Breakers --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_overloaded_is_probed_and_its_jobs_keep_their_attempts(make: Make) -> None:
+    gateway = make(*some_jobs(30), max_attempts=1)
+    gateway.know(known_group())
+    until = NOON + MINUTE
+    gateway.claude.when = lambda _: OVERLOADED if gateway.time.now() < until else None
+
+    gateway.drain()
+
+    assert {(State.SUCCEEDED, 1)} == {
+        (job.state, job.attempts_used) for job in gateway.jobs.stored.values()
+    }
+    during = [call for call in gateway.claude.calls if NOON + 5 * SECOND < call.at < until]
+    assert 1 <= len(during) <= 10
+
+
+def test_an_endpoint_that_does_not_work_is_set_aside_while_another_one_serves(make: Make) -> None:
+    keys = [
+        upstream_key("dead", base_url="http://127.0.0.1:1"),
+        upstream_key("good", base_url="http://127.0.0.1:2"),
+    ]
+    gateway = make(*some_jobs(100), keys=keys, max_attempts=50, jitter=0.25)
+    gateway.know(known_group())
+    gateway.claude.when = lambda request: SERVER_ERROR if request.key.id == "dead" else None
+
+    gateway.drain()
+
+    tried = [call.key_id for call in gateway.claude.calls]
+    assert {State.SUCCEEDED} == states(gateway)
+    assert 100 == tried.count("good")
+    assert tried.count("dead") <= 60
 
 
 # Everything together ---------------------------------------------------------------------------------------
@@ -1342,7 +1819,7 @@ def test_no_job_is_lost_and_none_is_done_without_its_answer(make: Make) -> None:
                 gateway.jobs.fail_next("replace", times=turn % 3)
                 gateway.limits.fail_next("replace", times=turn % 3)
                 gateway.results.fail_next("put", times=turn % 2)
-            batches = [(worker, gateway.queue.receive(20)) for worker in workers]
+            batches = [(worker, gateway.queue.hand_over(20)) for worker in workers]
             await asyncio.gather(
                 *(gateway.invoke(worker, batch) for worker, batch in batches if batch)
             )

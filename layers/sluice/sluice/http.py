@@ -345,10 +345,19 @@ def group_view(group: Group, now: int) -> dict[str, Any]:
         "estimates": {
             "output_tokens": group.output_estimate,
             "chars_per_token": group.chars_per_1000_tokens / 1000,
+            "call_seconds": group.call_ms / 1000,
         },
+        "tokens_per_day": current.day
+        and {"limit": current.day.limit, "level": current.day.level // current.day.scale},
         "rate_factor": current.rate_factor / FULL_RATE,
         "blocked_until": time(current.blocked_until) if blocked else None,
         "blocked_reason": current.blocked_reason if blocked else None,
+        "blocked_by": current.blocked_by if blocked else None,
+        "set_aside": [
+            {"what": name, "until": time(max(now, breaker.open_until))}
+            for name, breaker in sorted(current.circuits.items())
+            if breaker.is_open
+        ],
     }
 
 
@@ -553,6 +562,21 @@ class Estimates(Shape):
 
     output_tokens: int
     chars_per_token: float
+    call_seconds: float
+
+
+class DayLimit(Shape):
+    """A limit on input and output tokens together, per day."""
+
+    limit: int
+    level: int
+
+
+class SetAside(Shape):
+    """A model that is overloaded, or an endpoint that does not work: single calls probe it."""
+
+    what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
+    until: Time
 
 
 class LimitGroup(Shape):
@@ -567,11 +591,16 @@ class LimitGroup(Shape):
         PerDimension, Field(description="What is left; below zero it is given out for later.")
     ]
     estimates: Estimates
+    tokens_per_day: DayLimit | None
     rate_factor: Annotated[
         float, Field(description="Share of the limits in use, lower after 429s.")
     ]
     blocked_until: Time | None
     blocked_reason: str | None
+    blocked_by: Annotated[
+        str | None, Field(description="The key, and the request id of the refusal.")
+    ]
+    set_aside: list[SetAside]
 
 
 class Limits(Shape):

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
     DIMENSIONS,
+    DRAINED_MS,
     MOST_CHARS_PER_TOKEN,
     UNUSED,
     Cost,
@@ -24,8 +25,10 @@ from sluice.domain.limits import (
     Observation,
     Settlement,
     advanced,
-    answered,
     block,
+    circuit_failed,
+    circuit_served,
+    drained,
     group_id,
     grown,
     known,
@@ -33,30 +36,30 @@ from sluice.domain.limits import (
     new_group,
     next_start,
     observe,
-    overloaded,
+    recalled,
     reserve,
     restated,
     settle,
     start_on,
     usual_gap,
 )
-from sluice.ports import Blocking, Clock, Events, Headers, Jitter, LimitStore
+from sluice.ports import NO_HEADERS, Blocking, Clock, Events, Headers, Jitter, LimitStore
 
-HORIZON_MS: Final = 2_000
+HORIZON_MS: Final = 3_000
 """How far ahead start times are given out. Short, so that a correction is soon felt by everybody."""
 
-LEAST_BLOCK: Final = 8
+LEAST_BLOCK: Final = 16
 """Jobs a write should carry where the rate allows it; at slow rates the horizon grows to hold that many."""
 
 LONGEST_HORIZON_MS: Final = 15_000
-WATCH_MS: Final = 500
+WATCH_MS: Final = 800
 """How old the shared state may be while jobs wait for it."""
 
-SETTLE_MS: Final = 15_000
-"""How long small settlements may wait for a reservation to travel with."""
+SETTLE_MS: Final = 10_000
+"""How long settlements may wait for a reservation to travel with."""
 
-SETTLE_LARGE_MS: Final = 1_000
-"""The same for settlements that change what others can start."""
+REFUND_MS: Final = 300
+"""The same for what was reserved and not used."""
 
 FRESH_MS: Final = 50
 """How old the view of a group may be when a block is reserved on it: a read is cheaper than a lost race."""
@@ -67,6 +70,12 @@ PATIENCE_MS: Final = 10_000
 
 BUSY_MS: Final = 10_000
 """How long jobs stay away that could not be admitted because the limits could not be read."""
+
+BLOCK_MS: Final = 15_000
+"""Jobs wait inside a worker for the end of a block up to this long: they must not keep other groups' jobs out."""
+
+MOST_RECENT: Final = 16
+"""Writes that a group remembers; after so many others, one whose reply was lost counts as not done."""
 
 CONFLICT_MS: Final = 20
 
@@ -81,6 +90,8 @@ class Claimant:
     key_id: str
     stated: tuple[tuple[str, int], ...] = ()
     """Limits the key pool states for this key, per dimension."""
+    circuits: tuple[str, ...] = ()
+    """The breakers of what a call needs: its model and its endpoint."""
 
 
 @dataclass(eq=False, slots=True)
@@ -92,6 +103,8 @@ class Admission:
     epoch: int
     reserved: Cost
     input_chars: int
+    is_probe: bool = False
+    """A breaker is open, and this call is to find out whether it still has to be."""
     started_at: int | None = None
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -120,6 +133,19 @@ class Again:
 Admitted = Admission | Later | TooLarge | Again
 
 
+async def until(event: asyncio.Event, clock: Clock, milliseconds: int) -> None:
+    """Wait for the event, but no longer than that."""
+    if milliseconds <= 0 or event.is_set():
+        return
+    sleeping = asyncio.ensure_future(clock.sleep(milliseconds))
+    happened = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({sleeping, happened}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        sleeping.cancel()
+        happened.cancel()
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter:
     claimants: Sequence[Claimant]
@@ -129,9 +155,28 @@ class _Waiter:
     since: int
     answer: asyncio.Future[Admitted]
 
-    def horizon(self, usual: int, now: int) -> int:
-        """Return how far ahead it may reserve: one that has waited long takes its place in the line."""
-        return max(usual, self.latest_start - now) if now - self.since >= PATIENCE_MS else usual
+    def horizon(self, group: Group, now: int) -> int:
+        """Return how far ahead it may reserve.
+
+        At slow rates further, so that a block is worth its write; but not where it could still go to another group
+        that turns out to be quicker. A large one that has waited long takes its place in the line.
+        """
+        usual = HORIZON_MS
+        if len(self.claimants) == 1:
+            usual = min(LONGEST_HORIZON_MS, max(usual, LEAST_BLOCK * usual_gap(group)))
+        if now - self.since < PATIENCE_MS:
+            return usual
+        cost = self.cost(group)
+        is_large = any(
+            cost.of(name) * 60_000 > group.bucket(name).limit * usual for name in DIMENSIONS
+        )
+        return max(usual, self.latest_start - now) if is_large else usual
+
+    def cost(self, group: Group, claimant: Claimant | None = None) -> Cost:
+        """Return what its call will probably take, and the breakers it depends on in this group."""
+        claimant = claimant or next(each for each in self.claimants if each.group == group.id)
+        estimate = group.estimate(self.input_chars, self.max_tokens)
+        return replace(estimate, circuits=claimant.circuits)
 
 
 Change = Callable[[Group, int], Group]
@@ -142,7 +187,6 @@ class _Draft:
     """A group as it would be after what is planned in this turn."""
 
     group: Group
-    horizon: int
     full_at: int | None = None
     behind: int = 0
 
@@ -166,8 +210,18 @@ class _Parcel:
     changes: list[Change]
     settlements: list[Settlement]
     observations: list[tuple[int, Headers]]
-    gathered_at: int | None
+    due_at: float
     urgent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsure:
+    """A write of which nobody knows yet whether it was done."""
+
+    token: str
+    epoch: int
+    parcel: _Parcel
+    reserved: Sequence[Cost]
 
 
 @dataclass(eq=False, slots=True)
@@ -179,9 +233,10 @@ class _Books:
     changes: list[Change] = field(default_factory=list)
     settlements: list[Settlement] = field(default_factory=list)
     observations: list[tuple[int, Headers]] = field(default_factory=list)
-    gathered_at: int | None = None
-    """Since when something waits to be written."""
+    due_at: float = inf
+    """When what has gathered must be written even if no reservation takes it along."""
     urgent: bool = False
+    unsure: list[_Unsure] = field(default_factory=list)
     open: list[Admission] = field(default_factory=list)
     """Reserved and not settled."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -192,13 +247,20 @@ class _Books:
         self.urgent = True
         self.gather(now)
 
+    def foreseen(self, now: int) -> Group:
+        """Return the group as it will be with the changes that wait to be written."""
+        group = self.group
+        for change in self.changes:
+            group = change(group, now)
+        return group
+
     def take(self) -> _Parcel:
         """Take out what waits to be written."""
         parcel = _Parcel(
-            self.changes, self.settlements, self.observations, self.gathered_at, self.urgent
+            self.changes, self.settlements, self.observations, self.due_at, self.urgent
         )
         self.changes, self.settlements, self.observations = [], [], []
-        self.gathered_at, self.urgent = None, False
+        self.due_at, self.urgent = inf, False
         return parcel
 
     def put_back(self, parcel: _Parcel) -> None:
@@ -206,28 +268,17 @@ class _Books:
         self.changes[:0] = parcel.changes
         self.settlements[:0] = parcel.settlements
         self.observations[:0] = parcel.observations
-        self.gathered_at = parcel.gathered_at or self.gathered_at
+        self.due_at = min(parcel.due_at, self.due_at)
         self.urgent = self.urgent or parcel.urgent
 
-    def gather(self, now: int) -> None:
+    def gather(self, now: int, within_ms: int = SETTLE_MS) -> None:
         """Note that something waits to be written."""
-        if self.gathered_at is None:
-            self.gathered_at = now
+        self.due_at = min(self.due_at, now + within_ms)
 
-    def due_at(self) -> float:
-        """Return when what has gathered must be written even if no reservation takes it along."""
-        if self.gathered_at is None:
-            return inf
-        # More than a quarter of a second's worth of some limit is news to the others.
-        large = any(
-            abs(sum(each.reserved.of(name) - each.used.of(name) for each in self.settlements)) * 240
-            > self.group.bucket(name).limit
-            for name in DIMENSIONS
-        ) or (
-            sum(each.reserved.output_tokens for each in self.settlements) * 60
-            > self.group.output_tokens.limit
-        )
-        return self.gathered_at + (SETTLE_LARGE_MS if large else SETTLE_MS)
+    def give_back(self, epoch: int, reserved: Cost, now: int) -> None:
+        """Note a reservation that was not used: what it holds is there for others."""
+        self.settlements.append(Settlement(epoch, reserved, UNUSED))
+        self.gather(now, REFUND_MS)
 
 
 class Limiter:
@@ -240,6 +291,8 @@ class Limiter:
         self._blocking = blocking
         self._clock = clock
         self._jitter = jitter
+        self._name = f"{int(jitter() * 2**48):012x}"
+        """Tells this worker's writes from others'."""
         self._events = events
         self._books: dict[str, _Books] = {}
         self._waiters: list[_Waiter] = []
@@ -273,7 +326,7 @@ class Limiter:
             waiter.answer.cancel()
         self._waiters.clear()
         for books in self._books.values():
-            if books.gathered_at is not None:
+            if books.due_at < inf or books.unsure:
                 try:
                     await self._write(books)
                 except StoreBusy:
@@ -303,19 +356,23 @@ class Limiter:
 
     async def wait_for_start(self, admission: Admission) -> bool:
         """Wait until the start time. False when the plan changed meanwhile: give the reservation back and ask again."""
-        delay = admission.start - self._clock.now()
-        if delay > 0 and not admission.revoked.is_set():
-            sleeping = asyncio.ensure_future(self._clock.sleep(delay))
-            revoked = asyncio.ensure_future(admission.revoked.wait())
-            try:
-                await asyncio.wait({sleeping, revoked}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                sleeping.cancel()
-                revoked.cancel()
-        if admission.revoked.is_set():
+        await until(admission.revoked, self._clock, admission.start - self._clock.now())
+        if admission.revoked.is_set() or self._is_cut_off(admission):
             return False
         admission.started_at = self._clock.now()
         return True
+
+    def _is_cut_off(self, admission: Admission) -> bool:
+        """Tell whether a breaker has opened since the start time was given."""
+        return not admission.is_probe and any(
+            self.is_open(admission.claimant.group, name) for name in admission.claimant.circuits
+        )
+
+    def is_open(self, group: str, circuit: str) -> bool:
+        """Tell whether a breaker is open, as far as this worker knows."""
+        books = self._books.get(group)
+        breaker = books and books.group.circuits.get(circuit)
+        return bool(breaker and breaker.is_open)
 
     def settle(
         self,
@@ -334,16 +391,14 @@ class Limiter:
         books = self._books[admission.claimant.group]
         if admission in books.open:
             books.open.remove(admission)
-        books.settlements.append(
-            Settlement(
-                admission.epoch,
-                admission.reserved,
-                UNUSED if used is None else used,
-                admission.input_chars if answered and not cached else 0,
-                call_ms,
+        if used is None:
+            books.give_back(admission.epoch, admission.reserved, now)
+        else:
+            chars = admission.input_chars if answered and not cached else 0
+            books.settlements.append(
+                Settlement(admission.epoch, admission.reserved, used, chars, call_ms)
             )
-        )
-        books.gather(now)
+            books.gather(now)
         if self._idle:
             self._wake.set()
 
@@ -360,22 +415,53 @@ class Limiter:
             # Limits that upstream does not name are explored by its answers.
             books.changes.append(lambda group, _: grown(group))
             books.gather(now)
-        if served and books.group.overload_streak:
-            books.change(lambda group, _: answered(group), now)
         if headers.seen or books.urgent:
             books.gather(now)
         if books.urgent or self._idle:
             self._wake.set()
 
-    def throttled(
-        self, admission: Admission, until: int, reason: str, *, ramp: bool = False
+    def throttled(  # noqa: PLR0913 - the facts of one 429
+        self,
+        admission: Admission,
+        until: int,
+        reason: str,
+        *,
+        ramp: bool = False,
+        headers: Headers = NO_HEADERS,
+        request_id: str | None = None,
     ) -> None:
         """Stop the whole group until a time: a 429, or a spend cap."""
-        self._react(admission, lambda group, now: block(group, until, reason, now, ramp=ramp))
+        empty = {dimension for dimension, seen in headers.seen.items() if seen.remaining == 0}
+        change = partial(
+            _blocked,
+            until=until,
+            reason=reason,
+            by=" ".join(filter(None, (admission.claimant.key_id, request_id))),
+            ramp=ramp,
+            overdrawn=empty == {"output_tokens"},
+        )
+        self._react(admission, change)
 
-    def overloaded(self, admission: Admission) -> None:
-        """Count a 529 against the group's breaker."""
-        self._react(admission, overloaded)
+    def recall(self, admission: Admission) -> None:
+        """Take back the start times of a call's group, from all workers: its key is no longer accepted."""
+        self._react(admission, recalled)
+
+    def drained(self) -> None:
+        """Note that nobody waits behind the jobs in hand."""
+        now = self._clock.now()
+        for books in self._books.values():
+            if now - books.group.drained_at > DRAINED_MS // 2:
+                books.changes.append(drained)
+
+    def failed(self, admission: Admission, circuit: str) -> None:
+        """Count a failure of a model or an endpoint against its breaker."""
+        change = partial(circuit_failed, name=circuit, was_probe=admission.is_probe)
+        self._react(admission, change)
+
+    def works(self, admission: Admission, circuit: str) -> None:
+        """Note that a model or an endpoint has served a call."""
+        if circuit in self._books[admission.claimant.group].group.circuits:
+            self._react(admission, partial(circuit_served, name=circuit))
 
     def belongs(self, admission: Admission, organization: str, headers: Headers) -> None:
         """Note whose limits a key draws on, for a group that was begun under the key's name.
@@ -398,6 +484,10 @@ class Limiter:
         self._successors[claimant.group] = name
         self._wake.set()
 
+    def knows(self, admission: Admission) -> bool:
+        """Tell whether the limits of the call's group are known, and not a guess."""
+        return self._books[admission.claimant.group].group.has_answers
+
     def group(self, group: str) -> Group | None:
         """Return this worker's view of a group."""
         books = self._books.get(group)
@@ -406,8 +496,16 @@ class Limiter:
     def _react(self, admission: Admission, change: Change) -> None:
         name = admission.claimant.group
         # What a first answer says holds for the organisation, not only for the key it was asked with.
+        now = self._clock.now()
         for each in dict.fromkeys((name, self._successors.get(name, name))):
-            self._books[each].change(change, self._clock.now())
+            books = self._books[each]
+            # What changes nothing for others travels with the next reservation.
+            before = books.foreseen(now)
+            if _is_news(change(before, now), before):
+                books.change(change, now)
+            else:
+                books.changes.append(change)
+                books.gather(now)
         self._wake.set()
 
     # The planner -----------------------------------------------------------------------------------------------
@@ -436,14 +534,7 @@ class Limiter:
             # A moment's rest even when woken at once, so that what arrives together travels together.
             await self._clock.sleep(min(pause, CONFLICT_MS))
             rest = pause - CONFLICT_MS
-            if rest > 0 and not self._wake.is_set():
-                sleeping = asyncio.ensure_future(self._clock.sleep(rest))
-                woken = asyncio.ensure_future(self._wake.wait())
-                try:
-                    await asyncio.wait({sleeping, woken}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    sleeping.cancel()
-                    woken.cancel()
+            await until(self._wake, self._clock, rest)
 
     def _send_late_ones_away(self) -> None:
         now = self._clock.now()
@@ -465,7 +556,7 @@ class Limiter:
         due = [
             books
             for group, books in self._books.items()
-            if planned.get(group) or books.urgent or now >= books.due_at()
+            if planned.get(group) or books.urgent or now >= books.due_at
         ]
         await asyncio.gather(
             *(self._write(books, planned.get(books.group.id, ())) for books in due)
@@ -537,10 +628,7 @@ class Limiter:
 
     def _draft(self, now: int) -> dict[str, list[_Waiter]]:
         """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
-        drafts = {
-            name: _Draft(advanced(books.group, now), self._horizon(books.group))
-            for name, books in self._books.items()
-        }
+        drafts = {name: _Draft(advanced(books.group, now)) for name, books in self._books.items()}
         planned: dict[str, list[_Waiter]] = {}
         for waiter in list(self._waiters):
             if any(claimant.group not in drafts for claimant in waiter.claimants):
@@ -550,7 +638,7 @@ class Limiter:
             too_large: TooLarge | None = None
             for claimant in waiter.claimants:
                 draft = drafts[claimant.group]
-                cost = draft.group.estimate(waiter.input_chars, waiter.max_tokens)
+                cost = waiter.cost(draft.group, claimant)
                 if _never_fits(draft.group, waiter.input_chars):
                     too_large = TooLarge(cost.input_tokens, draft.group.input_tokens.limit)
                     continue
@@ -562,16 +650,16 @@ class Limiter:
                 self._answer(waiter, too_large)
                 continue
             start, draft, cost = best
-            if start <= min(now + waiter.horizon(draft.horizon, now), waiter.latest_start):
+            if start <= min(now + waiter.horizon(draft.group, now), waiter.latest_start):
                 draft.group, _ = reserve(draft.group, [cost], now, start - now)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
             draft.leave_waiting(start)
             # Before the first answer the rate is only a safe guess: who leaves now would come back too late.
-            knows = draft.group.has_answers or draft.group.blocked_until > waiter.latest_start
-            if start > waiter.latest_start and (knows or now > waiter.latest_start):
-                blocked = draft.group.blocked_until > waiter.latest_start
-                reason = draft.group.blocked_reason if blocked else None
+            is_blocked = draft.group.blocked_until > min(waiter.latest_start, now + BLOCK_MS)
+            knows = draft.group.has_answers or now > waiter.latest_start
+            if is_blocked or (start > waiter.latest_start and knows):
+                reason = draft.group.blocked_reason if is_blocked else None
                 self._answer(waiter, Later(start, reason or "no capacity soon"))
         return {
             name: waiters
@@ -587,12 +675,8 @@ class Limiter:
         if len(waiters) >= min(LEAST_BLOCK, waiting):
             return True
         group = self._books[name].group
-        cost = group.estimate(waiters[0].input_chars, waiters[0].max_tokens)
+        cost = waiters[0].cost(group)
         return next_start(group, cost, now) <= now + SOON_MS
-
-    @staticmethod
-    def _horizon(group: Group) -> int:
-        return min(LONGEST_HORIZON_MS, max(HORIZON_MS, LEAST_BLOCK * usual_gap(group)))
 
     def _answer(self, waiter: _Waiter, answer: Admitted) -> None:
         self._waiters.remove(waiter)
@@ -611,8 +695,8 @@ class Limiter:
         for books in self._books.values():
             if books.urgent:
                 times.append(now)
-            elif books.gathered_at is not None:
-                times.append(int(books.due_at()))
+            elif books.due_at < inf:
+                times.append(int(books.due_at))
             if any(admission.started_at is None for admission in books.open):
                 times.append(books.read_at + WATCH_MS)
         return max(CONFLICT_MS, min(times) - now) if times else None
@@ -623,17 +707,19 @@ class Limiter:
         Workers look at different moments, so that they do not all write at once.
         """
         first = self._waiters[0]
-        start = next_start(group, group.estimate(first.input_chars, first.max_tokens), now)
-        horizon = self._horizon(group)
-        lead = horizon * (2 + int(6 * self._jitter())) // 10
+        cost = first.cost(group)
+        start = next_start(group, cost, now)
         block = min(LEAST_BLOCK, len(self._waiters))
-        full = start + (block - 1) * usual_gap(group) - horizon
-        return min(max(start - lead, full), start - SOON_MS // 2)
+        full = start + (block - 1) * usual_gap(group) - first.horizon(group, now)
+        latest = start - SOON_MS // 2
+        return latest if full >= latest else full + int(self._jitter() * (latest - full))
 
     async def _write(self, books: _Books, waiters: Sequence[_Waiter] = ()) -> None:
         """Bring the shared group up to date with all that has gathered, in one conditional write."""
         async with books.writing:
-            must = books.urgent or self._clock.now() >= books.due_at()
+            if books.unsure:
+                await self._make_sure(books)
+            must = books.urgent or self._clock.now() >= books.due_at
             if waiters and not books.urgent:
                 await self._look_again(books)
             parcel = books.take()
@@ -642,9 +728,9 @@ class Limiter:
                 now = self._clock.now()
                 waiting = [waiter for waiter in waiters if not waiter.answer.done()]
                 new = self._posted(books, parcel, group, now)
-                costs = [new.estimate(each.input_chars, each.max_tokens) for each in waiting]
-                usual = self._horizon(new)
-                horizons = [waiter.horizon(usual, now) for waiter in waiting]
+                costs = [each.cost(new) for each in waiting]
+                probes = [bool(_open(new).intersection(cost.circuits)) for cost in costs]
+                horizons = [waiter.horizon(new, now) for waiter in waiting]
                 new, starts = reserve(new, costs, now, horizons)
                 if new == group:
                     return
@@ -652,7 +738,9 @@ class Limiter:
                     # Somebody else was quicker: what there is to settle can travel with the next block.
                     books.put_back(parcel)
                     return
-                written = replace(new, version=group.version + 1)
+                token = f"{self._name}.{self.writes}"
+                recent = (*group.recent_writes, token)[-MOST_RECENT:]
+                written = replace(new, version=group.version + 1, recent_writes=recent)
                 try:
                     self.writes += 1
                     await self._blocking(self._store.replace, written, group.version)
@@ -666,13 +754,30 @@ class Limiter:
                     await self._clock.sleep(int(CONFLICT_MS * self._jitter()) + 1)
                     continue
                 except StoreBusy:
-                    # Keep what was to be said; the planner tries again.
-                    books.put_back(parcel)
+                    # It may have been done all the same: the next write looks before it says anything twice.
+                    reserved = costs[: len(starts)]
+                    books.unsure.append(_Unsure(token, written.epoch, parcel, reserved))
+                    books.due_at = self._clock.now()
                     raise
                 break
             self._learn(books, written, self._clock.now())
             self._tell(group, written, now)
-            self._admit_all(books, written, list(zip(waiting, starts, costs, strict=False)))
+            self._admit_all(books, written, list(zip(waiting, starts, costs, probes, strict=False)))
+
+    async def _make_sure(self, books: _Books) -> None:
+        """Find out which writes whose reply was lost were done; raises StoreBusy when that cannot be read either."""
+        found = await self._blocking(self._store.load, [books.group.id])
+        current = found.get(books.group.id)
+        if current is not None:
+            self._learn(books, current, self._clock.now())
+        unsure, books.unsure = books.unsure, []
+        for each in reversed(unsure):
+            if current is None or each.token not in current.recent_writes:
+                books.put_back(each.parcel)
+                continue
+            for cost in each.reserved:
+                # Nobody was told of these start times.
+                books.give_back(each.epoch, cost, self._clock.now())
 
     async def _look_again(self, books: _Books) -> None:
         """Read the group, unless that has just been done: a read is cheaper than a lost race."""
@@ -697,19 +802,19 @@ class Limiter:
                 until=after.blocked_until,
                 seconds=(after.blocked_until - now) // 1000,
                 reason=after.blocked_reason,
+                by=after.blocked_by,
             )
 
     def _admit_all(
-        self, books: _Books, group: Group, planned: Sequence[tuple[_Waiter, int, Cost]]
+        self, books: _Books, group: Group, planned: Sequence[tuple[_Waiter, int, Cost, bool]]
     ) -> None:
-        for waiter, start, cost in planned:
+        for waiter, start, cost, is_probe in planned:
             if waiter.answer.done():
                 # It went away while its reservation was written: give that back.
-                books.settlements.append(Settlement(group.epoch, cost, UNUSED))
-                books.gather(self._clock.now())
+                books.give_back(group.epoch, cost, self._clock.now())
                 continue
             claimant = next(each for each in waiter.claimants if each.group == group.id)
-            admission = Admission(claimant, start, group.epoch, cost, waiter.input_chars)
+            admission = Admission(claimant, start, group.epoch, cost, waiter.input_chars, is_probe)
             books.open.append(admission)
             self._answer(waiter, admission)
 
@@ -730,6 +835,19 @@ def _restated(stated: Mapping[str, int], group: Group, now: int) -> Group:
     return restated(group, stated, now)
 
 
+def _is_news(after: Group, before: Group) -> bool:
+    """Tell whether others have to know at once: a block, or a breaker that opens or closes."""
+    return after.epoch != before.epoch or _open(after) != _open(before)
+
+
+def _open(group: Group) -> set[str]:
+    return {name for name, breaker in group.circuits.items() if breaker.is_open}
+
+
+def _blocked(group: Group, now: int, **facts: Any) -> Group:
+    return block(group, now=now, **facts)
+
+
 def _too_few(starts: Sequence[int], waiting: Sequence[_Waiter], now: int) -> bool:
     """Tell whether a block is not worth its write yet."""
     if not starts:
@@ -744,7 +862,11 @@ def _never_fits(group: Group, input_chars: int) -> bool:
 
 
 def claimant_for(
-    organization: str, model_group: str, key_id: str, stated: Mapping[str, int] | None = None
+    organization: str,
+    model_group: str,
+    key_id: str,
+    stated: Mapping[str, int] | None = None,
+    circuits: tuple[str, ...] = (),
 ) -> Claimant:
     """Return the claimant of one key of the pool."""
     return Claimant(
@@ -753,4 +875,5 @@ def claimant_for(
         model_group,
         key_id,
         tuple(sorted((stated or {}).items())),
+        circuits,
     )

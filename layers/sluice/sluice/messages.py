@@ -1,4 +1,4 @@
-"""Messages of the jobs queue as Lambda hands them over: small pointers, ours or not."""
+"""Messages of the jobs queue, as Lambda hands them over or as a worker takes them: small pointers, ours or not."""
 
 from __future__ import annotations
 
@@ -16,22 +16,31 @@ _CANARY: Final = re.compile(r"[!-~]{1,100}")
 
 def received(records: Iterable[Mapping[str, Any]]) -> list[Received]:
     """Read the records of a Lambda SQS event. A body that is not ours keeps `job_id` None."""
-    messages = []
-    for record in records:
-        pointer = _pointer(str(record.get("body", "")))
-        attributes = record.get("attributes", {})
-        messages.append(
-            Received(
-                message_id=str(record["messageId"]),
-                receipt=str(record.get("receiptHandle", "")),
-                body=str(record.get("body", "")),
-                job_id=_named(pointer, "job_id", _JOB_ID),
-                canary=_named(pointer, "canary", _CANARY),
-                receive_count=int(attributes.get("ApproximateReceiveCount", 1)),
-                sent_at=int(attributes.get("SentTimestamp", 0)),
-            )
+    return [
+        pointer_of(
+            message_id=str(record["messageId"]),
+            receipt=str(record.get("receiptHandle", "")),
+            body=str(record.get("body", "")),
+            attributes=record.get("attributes", {}),
         )
-    return messages
+        for record in records
+    ]
+
+
+def pointer_of(
+    *, message_id: str, receipt: str, body: str, attributes: Mapping[str, Any]
+) -> Received:
+    """Read one message, whoever took it from the queue. A body that is not ours keeps `job_id` None."""
+    pointer = _pointer(body)
+    return Received(
+        message_id=message_id,
+        receipt=receipt,
+        body=body,
+        job_id=_named(pointer, "job_id", _JOB_ID),
+        canary=_named(pointer, "canary", _CANARY),
+        receive_count=int(attributes.get("ApproximateReceiveCount", 1)),
+        sent_at=int(attributes.get("SentTimestamp", 0)),
+    )
 
 
 def reason_of(record: Mapping[str, Any]) -> str | None:

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.jobs import Job, Result, State
-from sluice.domain.keys import KeyMark, UpstreamKey
-from sluice.domain.limits import Dimension, Group, Seen
+from sluice.domain.keys import AdminKey, KeyMark, UpstreamKey
+from sluice.domain.limits import Dimension, Group, KnownLimits, Seen
 from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.domain.retries import Failure
 
@@ -126,8 +126,8 @@ class ParamsStore(Protocol):
         """Store the request; raises Conflict if another one is stored under the id already."""
         ...
 
-    def get(self, job_id: str) -> Params | None:
-        """Return the request."""
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        """Return those of the requests that exist, by job id."""
         ...
 
 
@@ -143,11 +143,21 @@ class ResultStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """What a message of the jobs queue points to, and between whom the queue is to be fair."""
+
+    job_id: str
+    tenant: str
+    model: str
+    """The model its next call goes to."""
+
+
 class JobQueue(Protocol):
     """The sending side of the jobs queue."""
 
-    def send(self, jobs: Sequence[tuple[str, str]]) -> list[str]:
-        """Send (job id, tenant) pairs; return the ids that were not taken."""
+    def send(self, jobs: Sequence[Pointer]) -> list[str]:
+        """Send a message for each job; return the ids of those that were not taken."""
         ...
 
     def depth(self) -> int:
@@ -172,8 +182,16 @@ class Received:
     sent_at: int = 0
 
 
-class Returns(Protocol):
+class Inbox(Protocol):
     """The receiving side of the jobs queue."""
+
+    def receive(self, most: int) -> Sequence[Received]:
+        """Take up to `most` messages (10 at once) that are visible now; none when there are none."""
+        ...
+
+    def delete(self, messages: Sequence[Received]) -> None:
+        """Acknowledge messages that `receive` returned; one that comes back all the same finds its job done."""
+        ...
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """Make each message visible again after its delay in milliseconds (12 h at most)."""
@@ -205,6 +223,14 @@ class LimitStore(Protocol):
 
     def mark(self, mark: KeyMark) -> None:
         """Write what is known about a key."""
+        ...
+
+    def learned_groups(self) -> Mapping[str, str]:
+        """Return which model belongs to which limit group, where upstream says otherwise than our data."""
+        ...
+
+    def learn_groups(self, groups: Mapping[str, str]) -> None:
+        """Write that."""
         ...
 
     def canary(self, canary_id: str, now: int) -> None:
@@ -251,9 +277,44 @@ class KeyPool(Protocol):
         """Return the keys, at most a few minutes old; raises KeyPoolBroken or StoreBusy."""
         ...
 
+    def model_groups(self) -> Mapping[str, str]:
+        """Return the pool's word on which model belongs to which limit group; raises as `keys`."""
+        ...
+
     def reload(self) -> None:
         """Read the secret anew at the next call, because a key was rejected."""
         ...
+
+
+class AdminKeys(Protocol):
+    """The admin keys of the pool."""
+
+    def admin_keys(self) -> Sequence[AdminKey]:
+        """Return them, at most a few minutes old; raises KeyPoolBroken or StoreBusy."""
+        ...
+
+
+class RateLimits(Protocol):
+    """The Rate Limits API."""
+
+    def load(self, key: AdminKey) -> Sequence[KnownLimits]:
+        """Return an organisation's limits; raises StoreBusy (later), or KeyPoolBroken (the key is not accepted)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What a response said about the organisation and its limits."""
+
+    organization: str | None = None
+    seen: Mapping[Dimension, Seen] = field(default_factory=dict)
+
+
+NO_HEADERS = Headers()
+
+
+def ignore(headers: Headers) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,17 +331,10 @@ class CallRequest:
     """The call is ended when it takes longer."""
     full_window: bool
     """`window_ms` is as much as an invocation can give."""
-
-
-@dataclass(frozen=True, slots=True)
-class Headers:
-    """What a response said about the organisation and its limits."""
-
-    organization: str | None = None
-    seen: Mapping[Dimension, Seen] = field(default_factory=dict)
-
-
-NO_HEADERS = Headers()
+    early: bool = False
+    """The headers are wanted as soon as they are there, whatever that costs."""
+    heard: Callable[[Headers], None] = ignore
+    """Is told the headers when they come before the answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from sluice.ports import (
     LimitStore,
     Params,
     ParamsStore,
+    Pointer,
     RandomBytes,
 )
 
@@ -110,7 +111,11 @@ class Submit:
             fresh = [
                 each.job for each in outcomes if isinstance(each, Accepted) and _waits(each.job)
             ]
-            unsent = set(self._queue.send([(job.job_id, job.tenant) for job in fresh]))
+            unsent = set(
+                self._queue.send(
+                    [Pointer(job.job_id, job.tenant, job.current_model) for job in fresh]
+                )
+            )
             if unsent:
                 self._events.problem("queue busy, jobs parked", jobs=len(unsent))
                 outcomes = list(threads.map(lambda each: self._parked(each, unsent, now), outcomes))

@@ -25,6 +25,7 @@ from sluice.ports import (
     LimitStore,
     Parked,
     ParkedJobs,
+    Pointer,
     PoolHistory,
 )
 
@@ -103,7 +104,11 @@ class Sweep:
                     for each in threads.map(lambda each: self._parked.hold(each, until), some)  # noqa: B023 - used at once
                     if each is not None
                 ]
-                unsent = set(self._queue.send([(each.job_id, each.tenant) for each in taken]))
+                unsent = set(
+                    self._queue.send(
+                        [Pointer(each.job_id, each.tenant, each.model) for each in taken]
+                    )
+                )
                 gone = [each for each in taken if each.job_id not in unsent]
                 list(threads.map(self._parked.release, gone))
                 sent += len(gone)

@@ -24,13 +24,14 @@ from sluice.adapters.dynamodb import (
 from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
-from sluice.adapters.sqs import SqsQueue, SqsReturns
+from sluice.adapters.sqs import SqsInbox, SqsQueue
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import SERVICE, Telemetry, hush
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governor
+from sluice.load_limits import LoadLimits
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
@@ -104,7 +105,7 @@ def client_keys() -> DynamoClientKeys:
 
 @cache
 def _queue() -> SqsQueue:
-    return SqsQueue(aws.sqs(), settings().jobs_queue_url)
+    return SqsQueue(aws.sqs(), settings().jobs_queue_url, model_groups())
 
 
 @cache
@@ -133,6 +134,19 @@ def take_dead_letter() -> TakeDeadLetter:
 @cache
 def _pool_history() -> SecretHistory:
     return SecretHistory(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
+
+
+@cache
+def _key_pool() -> SecretKeyPool:
+    return SecretKeyPool(SecretText(aws.secrets_manager(), settings().key_pool_secret, CLOCK))
+
+
+@cache
+def load_limits() -> LoadLimits:
+    """Return the use case that loads limits. The HTTP client is imported only where it is used."""
+    from sluice.adapters.rate_limits import HttpRateLimits  # noqa: PLC0415
+
+    return LoadLimits(_key_pool(), HttpRateLimits(), limits(), model_groups(), CLOCK, telemetry())
 
 
 @cache
@@ -165,15 +179,14 @@ def worker() -> Worker:
     from sluice.adapters.claude import SdkClaude  # noqa: PLC0415
     from sluice.work import Rules, Tools, Worker  # noqa: PLC0415
 
-    secret = SecretText(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
     tools = Tools(
         jobs=jobs(),
         params=_params(),
         results=_results(),
-        returns=SqsReturns(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url),
+        inbox=SqsInbox(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url),
         limits=limits(),
-        keys=SecretKeyPool(secret),
-        claude=SdkClaude(),
+        keys=_key_pool(),
+        claude=SdkClaude(CLOCK),
         ledger=_ledger(),
         clock=CLOCK,
         jitter=random.Random().random,  # noqa: S311 - jitter, not a secret

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
-from typing import Final, assert_never
+from typing import Final, TypeVar, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, LeaseLost, Stale, StoreBusy
@@ -35,7 +35,16 @@ from sluice.domain.retries import (
     Verdict,
     judge,
 )
-from sluice.limiter import Admission, Again, Claimant, Later, Limiter, TooLarge, claimant_for
+from sluice.limiter import (
+    Admission,
+    Again,
+    Claimant,
+    Later,
+    Limiter,
+    TooLarge,
+    claimant_for,
+    until,
+)
 from sluice.ports import (
     Answer,
     Blocking,
@@ -44,25 +53,35 @@ from sluice.ports import (
     Clock,
     Events,
     Headers,
+    Inbox,
     Jitter,
     JobStore,
     KeyPool,
     Ledger,
     LimitStore,
+    Params,
     ParamsStore,
     Received,
     Refused,
     ResultStore,
-    Returns,
 )
+
+T = TypeVar("T")
 
 LEASE_MS: Final = 120_000
 """Longer than any gap between renewals; a job whose worker died is free again after this time at the latest."""
 
 RENEW_MS: Final = 45_000
 CANCEL_CHECK_MS: Final = 15_000
-HOLD_MS: Final = 60_000
-"""How long a message may wait inside an invocation for its start; beyond that it waits better in the queue."""
+HOLD_MS: Final = 300_000
+"""How long a message may wait inside an invocation for its start; beyond that it waits better in the queue.
+
+An invocation that makes calls is paid anyway, so holding costs nothing more, while a return costs a receive. As long
+as an invocation takes new messages: so the fewest workers there may be (2) hold what a limit of 20 a minute can start.
+"""
+
+LINGER_MS: Final = 15_000
+"""An invocation that can start nothing lasts so long, and no longer."""
 
 LEAST_WINDOW_MS: Final = 60_000
 SLOW_TOKENS_PER_SECOND: Final = 25
@@ -71,7 +90,7 @@ SLOW_TOKENS_PER_SECOND: Final = 25
 OTHER_MODELS: Final = "other"
 """The metrics' model group for models that are not in the price list."""
 
-FLUSH_MS: Final = 1_000
+FLUSH_MS: Final = 3_000
 LAST_FLUSHES: Final = 3
 """How often the end of an invocation tries to write what a busy store has not taken."""
 
@@ -79,6 +98,30 @@ LONGEST_DELAY_MS: Final = 900_000
 """A longer wait leaves the queue: the job is parked, and the sweep sends it again."""
 
 NO_KEY_DELAY_MS: Final = 60_000
+
+REST_MS: Final = 10_000
+"""A wait up to this long is spent inside the invocation."""
+
+SLOTS: Final = 50
+"""Jobs a worker has in hand at once; as many as the mapping's batch brings."""
+
+WAITING: Final = 30
+"""A worker takes more messages while fewer jobs than this wait for their start."""
+
+RECEIVE_AT_ONCE: Final = 10
+"""The most that SQS gives at once."""
+
+SCOUT_MS: Final = 5_000
+"""How often a worker whose jobs all wait looks whether the queue has something that need not."""
+
+REFILL_MS: Final = 300_000
+"""How long an invocation goes on taking messages: then the mapping, and so the governor, decides again."""
+
+REFILL_PAUSE_MS: Final = 1_000
+"""After the queue gave less than asked for."""
+
+KEYS_MS: Final = 5_000
+"""How old the key pool, and what others have learned about its keys, may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +143,21 @@ DONE: Final = Done()
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """The job waits for a short time where it is: a receive and a slot of the queue cost more than a sleep."""
+
+    job: Job
+    delay_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tools:
     """Everything the worker needs of the world."""
 
     jobs: JobStore
     params: ParamsStore
     results: ResultStore
-    returns: Returns
+    inbox: Inbox
     limits: LimitStore
     keys: KeyPool
     claude: Claude
@@ -166,28 +217,41 @@ class _Batch:
         self.started = tools.clock.now()
         self.stop_at = stop_at
         self._told_once = told_once
+        self._keys: Sequence[UpstreamKey] | None = None
+        self._keys_read_at = 0
+        self._reading_keys = asyncio.Lock()
+        self._groups: Mapping[str, str] = rules.model_groups
         self._marks: dict[str, KeyMark] = {}
+        self._own_marks: dict[str, KeyMark] = {}
         self._refusals: dict[str, dict[str, JobError]] = {}
         """By job and key: a 403 is about the request as often as about the key."""
         self.rows: list[LedgerRow] = []
         self._to_put_back: list[tuple[Received, int]] = []
+        """Each with the time at which it shall be visible again."""
+        self._to_delete: list[Received] = []
         self._flushing = asyncio.Lock()
+        self._requests = _Requests(tools)
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._calls = 0
+        self._changed = asyncio.Event()
+        self._refills = True
+        self._put_back = 0
+        self._refill_at = self.started
+        self._scout_at = self.started + SCOUT_MS
+        self._scouts: set[str | None] = set()
+        """Jobs that were taken to see whether they need not wait; if they have to, they go back at once."""
 
     async def run(self, messages: Sequence[Received]) -> list[str]:
-        ours = [message for message in messages if message.job_id is not None]
         writes = self.limiter.writes
         not_done = {message.message_id for message in messages}
+        received = len(messages)
         async with self.limiter:
             housekeeping = asyncio.create_task(self._housekeeping(), name="housekeeping")
             try:
-                found = await self._read(ours)
-                tasks = [
-                    asyncio.create_task(self._settled(message, found), name=message.message_id)
-                    for message in messages
-                ]
-                for message, done in zip(messages, await asyncio.gather(*tasks), strict=True):
-                    if done:
-                        not_done.discard(message.message_id)
+                await self._take(messages, lambda message: not_done.discard(message.message_id))
+                while self._under_way:
+                    await self._until_something_changes()
+                    received += await self._refill()
             finally:
                 # Never in the middle of a write: what it has taken in hand would be lost.
                 async with self._flushing:
@@ -196,37 +260,89 @@ class _Batch:
                 await self._flush_to_the_end()
         self.events.note(
             "batch done",
-            messages=len(messages),
-            put_back=len(not_done),
+            messages=received,
+            put_back=self._put_back,
             seconds=(self.tools.clock.now() - self.started) / 1000,
             limiter_writes=self.limiter.writes - writes,
         )
         return [message.message_id for message in messages if message.message_id in not_done]
 
+    # Messages --------------------------------------------------------------------------------------------------
+
+    async def _take(self, messages: Sequence[Received], done: Callable[[Received], object]) -> None:
+        """Begin a task for each message; `done` is told of those that may be deleted."""
+        found = await self._read([message for message in messages if message.job_id is not None])
+        for message in messages:
+            task = asyncio.create_task(self._settled(message, found, done), name=message.message_id)
+            self._under_way.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._changed.set()
+
+    async def _until_something_changes(self) -> None:
+        self._changed.clear()
+        look_at = self._next_look()
+        if look_at is None:
+            await self._changed.wait()
+        else:
+            await until(self._changed, self.tools.clock, look_at - self.tools.clock.now())
+
+    def _next_look(self) -> int | None:
+        """Return when to look for more messages; None while there is no room, or no use."""
+        room = SLOTS - len(self._under_way)
+        end = min(self.started + REFILL_MS, (self.started + self.stop_at) // 2)
+        if not self._refills or not self._under_way or self.tools.clock.now() >= end:
+            return None
+        if self._has_enough():
+            # One more than the slots, for a job that need not wait for the limits of the others.
+            return max(self._refill_at, self._scout_at) if room >= 0 else None
+        return self._refill_at
+
+    def _has_enough(self) -> bool:
+        """Tell whether more jobs would only wait here instead of in the queue."""
+        waiting = len(self._under_way) - self._calls
+        return waiting >= WAITING or len(self._under_way) + RECEIVE_AT_ONCE > SLOTS
+
+    async def _refill(self) -> int:
+        """Take more messages from the queue if it is time to; return how many."""
+        now, look_at = self.tools.clock.now(), self._next_look()
+        if look_at is None or look_at > now:
+            return 0
+        is_scout = self._has_enough()
+        most = 1 if is_scout else RECEIVE_AT_ONCE
+        self._scout_at = now + SCOUT_MS
+        try:
+            messages = await self.tools.blocking(self.tools.inbox.receive, most)
+        except StoreBusy as busy:
+            self.events.problem("store busy", what=busy.what)
+            self._refill_at = self.tools.clock.now() + REFILL_PAUSE_MS
+            return 0
+        if not messages:
+            self.limiter.drained()
+        if len(messages) < most:
+            self._refill_at = self.tools.clock.now() + REFILL_PAUSE_MS
+        if is_scout:
+            self._scouts.update(message.job_id for message in messages)
+        if messages:
+            await self._take(messages, self._to_delete.append)
+        return len(messages)
+
     async def _read(self, messages: Sequence[Received]) -> Mapping[str, Job]:
-        """Read the jobs and what is known about the keys; on failure the jobs are read one by one later."""
+        """Read the jobs; on failure they are read one by one later."""
         ids = [message.job_id for message in messages if message.job_id is not None]
         try:
-            await self._read_marks()
             return await self.tools.blocking(self.tools.jobs.get_many, list(dict.fromkeys(ids)))
-        except KeyPoolBroken as error:
-            self.events.problem("key pool not readable", reason=str(error))
         except StoreBusy as error:
             self.events.problem("batch not readable", reason=str(error))
         except Exception:  # noqa: BLE001 - each job is read again on its own
             self.events.problem("batch not readable")
         return {}
 
-    async def _read_marks(self) -> None:
-        keys = await self.tools.blocking(self.tools.keys.keys)
-        marks = await self.tools.blocking(self.tools.limits.marks, [key.id for key in keys])
-        self._marks = dict(marks)
-        for sentence in shared_organizations(keys, self._marks):
-            if sentence not in self._told_once:
-                self._told_once.add(sentence)
-                self.events.note("keys share an organization", advice=sentence)
-
-    async def _settled(self, message: Received, found: Mapping[str, Job]) -> bool:
+    async def _settled(
+        self, message: Received, found: Mapping[str, Job], done: Callable[[Received], object]
+    ) -> None:
         """Run one message to its disposition; whatever goes wrong, the message comes back."""
         try:
             disposition = await self._message(message, found)
@@ -239,9 +355,10 @@ class _Batch:
         if isinstance(disposition, PutBack):
             doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
             delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
-            self._to_put_back.append((message, delay))
-            return False
-        return True
+            self._to_put_back.append((message, self.tools.clock.now() + delay))
+            self._put_back += 1
+        else:
+            done(message)
 
     async def _message(self, message: Received, found: Mapping[str, Job]) -> Disposition:
         if message.canary is not None:
@@ -250,13 +367,13 @@ class _Batch:
             )
             return DONE
         if message.job_id is None:
-            await self.tools.blocking(self.tools.returns.bury, message, "not a message of Sluice's")
+            await self.tools.blocking(self.tools.inbox.bury, message, "not a message of Sluice's")
             return DONE
         job = found.get(message.job_id)
         if job is None:
             job = await self.tools.blocking(self.tools.jobs.get, message.job_id)
         if job is None:
-            await self.tools.blocking(self.tools.returns.bury, message, "no such job")
+            await self.tools.blocking(self.tools.inbox.bury, message, "no such job")
             return DONE
         return await self._job(job)
 
@@ -265,10 +382,14 @@ class _Batch:
         while True:
             now = self.tools.clock.now()
             step = life.next_step(job, now, self.rules.policy.max_attempts)
+            outcome: Disposition | Rest | Job
             if step is not Step.RUN:
                 outcome = await self._not_run(job, step, now)
             else:
                 outcome = await self._run(job, now)
+            if isinstance(outcome, Rest):
+                await self.tools.clock.sleep(outcome.delay_ms)
+                outcome = outcome.job
             if not isinstance(outcome, Job):
                 return outcome
             job = outcome
@@ -301,15 +422,19 @@ class _Batch:
 
     async def _run(  # noqa: C901, PLR0911, PLR0912 - one return per way it can go
         self, job: Job, now: int
-    ) -> Disposition | Job:
+    ) -> Disposition | Rest | Job:
         """Get a start time, wait for it, claim, call. A Job means: look again."""
         choice = await self._claimants(job)
         if isinstance(choice, JobError):
             return await self._end(job, State.ERRORED, choice)
         if not choice:
+            self._refills = False
             return PutBack(NO_KEY_DELAY_MS + self._spread(10_000), grows=True)
-        latest = min(self.stop_at - self._window_needed(job), self.started + HOLD_MS)
+        is_scout = job.job_id in self._scouts
+        hold_ms = SCOUT_MS if is_scout else HOLD_MS
+        latest = min(self.stop_at - self._window_needed(job), now + hold_ms)
         if latest < now:
+            self._refills = False
             return PutBack(self._spread(1_000))
         admitted = await self.limiter.admit(
             [claimant for claimant, _ in choice], job.input_chars, job.max_tokens, latest
@@ -317,11 +442,8 @@ class _Batch:
         match admitted:
             case Again():
                 return job
-            case Later(at=at, reason=reason):
-                delay = max(1_000, at - self.tools.clock.now()) + self._spread(2_000)
-                if delay > LONGEST_DELAY_MS:
-                    return await self._park(job, delay, reason)
-                return PutBack(delay)
+            case Later():
+                return await self._later(job, admitted, is_scout=is_scout)
             case TooLarge(input_tokens=tokens, limit=limit):
                 return await self._end(job, State.ERRORED, _too_large(job, tokens, limit))
             case Admission():
@@ -329,22 +451,25 @@ class _Batch:
             case _:
                 assert_never(admitted)
         key = next(key for claimant, key in choice if claimant == admitted.claimant)
-        if not await self.limiter.wait_for_start(admitted):
-            self.limiter.settle(admitted, None)
-            return job
-        now = self.tools.clock.now()
-        if life.next_step(job, now, self.rules.policy.max_attempts) is not Step.RUN:
-            # Its deadline passed while it waited: nobody wants an answer any more.
-            self.limiter.settle(admitted, None)
-            return job
         try:
             # Read before the claim: what fails here has used no attempt.
-            params = await self.tools.blocking(self.tools.params.get, job.job_id)
+            params = await self._requests.get(job.job_id)
             if params is None:
                 self.limiter.settle(admitted, None)
                 error = JobError("request_lost", "the stored request is gone; submit the job again")
                 return await self._end(job, State.ERRORED, error)
+            if not await self.limiter.wait_for_start(admitted):
+                # Whatever took the start time back may have to do with the keys.
+                self._keys_read_at = 0
+                self.limiter.settle(admitted, None)
+                return job
             now = self.tools.clock.now()
+            if life.next_step(
+                job, now, self.rules.policy.max_attempts
+            ) is not Step.RUN or self._is_rejected(key):
+                # Its deadline passed while it waited, or its key was rejected.
+                self.limiter.settle(admitted, None)
+                return job
             claimed = life.claim(job, self.owner, now, now + LEASE_MS)
             await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
         except Stale as stale:
@@ -356,14 +481,41 @@ class _Batch:
             raise
         if job.started_at is None:
             self.events.count("StartDelaySeconds", (now - job.created_at) / 1000)
-        return await _Call(self, claimed, admitted, key).make(params.body)
+        self._calls += 1
+        self._changed.set()
+        try:
+            return await _Call(self, claimed, admitted, key).make(params.body)
+        finally:
+            self._calls -= 1
+
+    async def _later(self, job: Job, later: Later, *, is_scout: bool) -> Disposition | Job:
+        """Give a job back that cannot start soon: to the queue, or out of it."""
+        if not is_scout:
+            # What is behind it in the queue would not start sooner.
+            self._refills = False
+            await self._linger(later.at)
+        spread = 0 if is_scout else self._spread(2_000)
+        delay = max(1_000, later.at - self.tools.clock.now()) + spread
+        if delay > LONGEST_DELAY_MS:
+            return await self._park(job, delay, later.reason)
+        return PutBack(delay)
+
+    async def _linger(self, at: int) -> None:
+        """Keep a job that cannot start soon for a moment before it goes back.
+
+        A worker that gave its batch back at once would receive the next one at once, and so a whole backlog in
+        minutes: paid receives, and messages that count as in flight while they wait. What can start is not kept
+        waiting by it: a fair queue hands it over first, to the next batch at the latest.
+        """
+        latest = min(self.started + LINGER_MS, self.stop_at - LEAST_WINDOW_MS, at)
+        await self.tools.clock.sleep(max(0, latest - self.tools.clock.now()))
 
     # Choosing a key --------------------------------------------------------------------------------------------
 
     async def _claimants(self, job: Job) -> list[tuple[Claimant, UpstreamKey]] | JobError:
         """Return one key for each limit group the job may use; empty while all are rejected."""
         try:
-            keys = await self.tools.blocking(self.tools.keys.keys)
+            keys = await self._pool()
         except (KeyPoolBroken, StoreBusy) as error:
             self.events.problem("key pool not readable", reason=str(error))
             return []
@@ -380,16 +532,56 @@ class _Batch:
             return next(iter(refusals.values()))
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
         stated = stated_limits(keys, self._marks)
-        name = model_group(model, self.rules.model_groups)
+        name = model_group(model, self._groups)
         for key in allowed:
-            mark = self._marks.get(key.id)
-            if key.id in refusals or (mark is not None and mark.rejects(key)):
+            if key.id in refusals or self._is_rejected(key):
                 continue
+            mark = self._marks.get(key.id)
             organization = organization_of(key, mark)
             moved_to = self.limiter.moved.get(group_id(organization, name), organization)
-            claimant = claimant_for(moved_to, name, key.id, stated.get(organization))
+            circuits = (model_circuit(model), endpoint_circuit(key))
+            claimant = claimant_for(moved_to, name, key.id, stated.get(organization), circuits)
             usable.setdefault(claimant.group, []).append((claimant, key))
-        return [self._by_weight(choices) for choices in usable.values()]
+        return [self._by_weight(self._working(choices)) for choices in usable.values()]
+
+    async def _pool(self) -> Sequence[UpstreamKey]:
+        """Return the keys, and know what others have learned about them, both a few seconds old at most."""
+        async with self._reading_keys:
+            now = self.tools.clock.now()
+            if self._keys is None or now - self._keys_read_at >= KEYS_MS:
+                keys = await self.tools.blocking(self.tools.keys.keys)
+                marks = await self.tools.blocking(self.tools.limits.marks, [key.id for key in keys])
+                if self._keys is None:
+                    await self._read_groups()
+                self._keys, self._keys_read_at = keys, now
+                # What this worker has just learned may not be written yet.
+                self._marks = {**marks, **self._own_marks}
+                for sentence in shared_organizations(keys, self._marks):
+                    if sentence not in self._told_once:
+                        self._told_once.add(sentence)
+                        self.events.note("keys share an organization", advice=sentence)
+            return self._keys
+
+    async def _read_groups(self) -> None:
+        """Know which models share limits: our data, corrected by upstream, corrected by whoever wrote the pool."""
+        learned = await self.tools.blocking(self.tools.limits.learned_groups)
+        stated = await self.tools.blocking(self.tools.keys.model_groups)
+        self._groups = {**self.rules.model_groups, **learned, **stated}
+
+    def _is_rejected(self, key: UpstreamKey) -> bool:
+        mark = self._marks.get(key.id)
+        return mark is not None and mark.rejects(key)
+
+    def _working(
+        self, choices: Sequence[tuple[Claimant, UpstreamKey]]
+    ) -> Sequence[tuple[Claimant, UpstreamKey]]:
+        """Leave out endpoints that are set aside, unless there is no other."""
+        working = [
+            (claimant, key)
+            for claimant, key in choices
+            if not self.limiter.is_open(claimant.group, endpoint_circuit(key))
+        ]
+        return working or choices
 
     def _by_weight(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
@@ -452,6 +644,11 @@ class _Batch:
             error_type=job.error.type if job.error else None,
         )
 
+    def wait(self, delay_ms: int) -> Disposition | int:
+        """Say where a job that failed waits: with this worker, in the queue, or outside."""
+        fits = self.tools.clock.now() + delay_ms + LEAST_WINDOW_MS < self.stop_at
+        return delay_ms if delay_ms <= REST_MS and fits else _wait(delay_ms)
+
     def _spread(self, milliseconds: int) -> int:
         return int(self.tools.jitter() * milliseconds)
 
@@ -476,7 +673,7 @@ class _Batch:
                 await self._flush(last=left == 0)
             except Exception:  # noqa: BLE001 - the jobs' own records are written; the batch has its result
                 self.events.problem("housekeeping failed")
-            if not self.rows and not self._to_put_back:
+            if not (self.rows or self._to_put_back or self._to_delete):
                 return
             await self.tools.clock.sleep(FLUSH_MS)
 
@@ -493,16 +690,28 @@ class _Batch:
                     self.events.problem("ledger rows not written", rows=len(rows))
             else:
                 await self._add_up(rows)
-        put_back, self._to_put_back = self._to_put_back, []
-        if put_back:
-            try:
-                await self.tools.blocking(self.tools.returns.put_back, put_back)
-            except Exception:  # noqa: BLE001 - as above
-                if not last:
-                    self._to_put_back[:0] = put_back
-                else:
-                    # Not lost: it comes back when the queue's own visibility timeout ends.
-                    self.events.problem("messages not put back", messages=len(put_back))
+        await self._tell_queue("put back", self._put_back_now, self._to_put_back, last=last)
+        await self._tell_queue("deleted", self.tools.inbox.delete, self._to_delete, last=last)
+
+    def _put_back_now(self, messages: Sequence[tuple[Received, int]]) -> None:
+        now = self.tools.clock.now()
+        self.tools.inbox.put_back([(message, max(0, at - now)) for message, at in messages])
+
+    async def _tell_queue(
+        self, what: str, call: Callable[[Sequence[T]], None], gathered: list[T], *, last: bool
+    ) -> None:
+        some = list(gathered)
+        gathered.clear()
+        if not some:
+            return
+        try:
+            await self.tools.blocking(call, some)
+        except Exception:  # noqa: BLE001 - as above
+            if last:
+                # Not lost: they come back when the queue's own visibility timeout ends.
+                self.events.problem(f"messages not {what}", messages=len(some))
+            else:
+                gathered[:0] = some
 
     async def _add_up(self, rows: Sequence[LedgerRow]) -> None:
         sums: dict[tuple[str, date, str, str], Spend] = {}
@@ -520,16 +729,21 @@ class _Batch:
         mark = self._marks.get(key.id) or KeyMark(key.id)
         learned = replace(mark, organization=organization, learned_with=key.fingerprint)
         if learned != mark and await self._marked(learned):
-            self._marks[key.id] = learned
+            self._marks[key.id] = self._own_marks[key.id] = learned
 
-    async def reject_key(self, key: UpstreamKey) -> None:
-        """Take a key out of the rotation."""
-        mark = replace(self._marks.get(key.id) or KeyMark(key.id), rejected=key.fingerprint)
-        self._marks[key.id] = mark
+    async def reject_key(self, key: UpstreamKey) -> bool:
+        """Take a key out of the rotation; False when it is out already."""
+        known = self._marks.get(key.id) or KeyMark(key.id)
+        if known.rejects(key):
+            return False
+        mark = replace(known, rejected=key.fingerprint)
+        self._marks[key.id] = self._own_marks[key.id] = mark
         self.events.count("KeysRejected")
         self.events.problem("upstream key rejected", key_id=key.id)
         self.tools.keys.reload()
         await self._marked(mark)
+        self._keys_read_at = 0
+        return True
 
     def refused(self, job: Job, key: UpstreamKey, error: JobError) -> None:
         """Remember that this key may not make this job's request, so that another one is asked."""
@@ -546,6 +760,34 @@ class _Batch:
             self.events.problem("key mark not written", key_id=mark.key_id)
             return False
         return True
+
+
+class _Requests:
+    """Reads the stored requests of jobs that were admitted in the same moment at once."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._wanted: dict[str, asyncio.Future[Params | None]] = {}
+
+    async def get(self, job_id: str) -> Params | None:
+        """Return the request, None when it is gone."""
+        first = not self._wanted
+        wanted = self._wanted.setdefault(job_id, asyncio.get_running_loop().create_future())
+        if first:
+            await self._tools.clock.sleep(0)
+            await self._read()
+        return await wanted
+
+    async def _read(self) -> None:
+        wanted, self._wanted = self._wanted, {}
+        try:
+            found = await self._tools.blocking(self._tools.params.get_many, list(wanted))
+        except Exception as error:  # noqa: BLE001 - told to each that waits
+            for future in wanted.values():
+                future.set_exception(error)
+            return
+        for job_id, future in wanted.items():
+            future.set_result(found.get(job_id))
 
 
 class _Call:
@@ -568,7 +810,7 @@ class _Call:
         self._canceled = False
         self._settled = False
 
-    async def make(self, params: str) -> Disposition | Job:
+    async def make(self, params: str) -> Disposition | Rest | Job:
         """Make the call and write down what came of it."""
         try:
             return await self._outcome(await self._send(params))
@@ -593,6 +835,8 @@ class _Call:
             max_tokens=self._job.max_tokens,
             window_ms=window,
             full_window=window * 10 >= whole * 9,
+            early=not self._limiter.knows(self._admission),
+            heard=self._heard,
         )
         call = asyncio.ensure_future(self._tools.claude.send(request))
         watch = asyncio.ensure_future(self._keep_lease())
@@ -637,32 +881,48 @@ class _Call:
                 if now - renewed >= LEASE_MS - CANCEL_CHECK_MS:
                     return
 
-    async def _outcome(self, answer: Answer | Refused) -> Disposition | Job:
+    def _heard(self, headers: Headers) -> None:
+        """Take in headers that came before their answer."""
+        self._limiter.heard(self._admission, headers, served=False)
+        if self._is_of_another(headers.organization):
+            self._limiter.belongs(self._admission, headers.organization or "", headers)
+
+    async def _outcome(self, answer: Answer | Refused) -> Disposition | Rest | Job:
         if answer.headers.organization:
             await self._know_organization(answer.headers)
         self._limiter.heard(self._admission, answer.headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
+            self._limiter.works(self._admission, model_circuit(self._job.current_model))
+        if isinstance(answer, Answer) or answer.failure.is_word_of_upstream:
+            self._limiter.works(self._admission, endpoint_circuit(self._key))
+        if isinstance(answer, Answer):
             return await self._answered(answer)
         if self._canceled or answer.failure.type == "canceled":
             return await self._stopped()
-        return await self._failed(answer.failure)
+        return await self._failed(answer.failure, answer.headers)
 
     async def _know_organization(self, headers: Headers) -> None:
         organization = headers.organization
-        if organization is None or organization == self._admission.claimant.organization:
-            return
-        if self._key.organization is not None:
-            self._events.problem(
-                "key belongs to another organization than the pool says",
-                key_id=self._key.id,
-                stated=self._key.organization,
-                organization=organization,
-            )
+        if organization is None or not self._is_of_another(organization):
             return
         await self._batch.learn_organization(self._key, organization)
         self._limiter.belongs(self._admission, organization, headers)
 
-    async def _answered(self, answer: Answer) -> Disposition | Job:
+    def _is_of_another(self, organization: str | None) -> bool:
+        """Tell whether the key draws on another organisation's limits than it was admitted by."""
+        if organization is None or organization == self._admission.claimant.organization:
+            return False
+        if self._key.organization is None:
+            return True
+        self._events.problem(
+            "key belongs to another organization than the pool says",
+            key_id=self._key.id,
+            stated=self._key.organization,
+            organization=organization,
+        )
+        return False
+
+    async def _answered(self, answer: Answer) -> Disposition | Rest | Job:
         usage = answer.usage
         self._settle(
             Cost(1, usage.limited_input_tokens, usage.output_tokens),
@@ -729,7 +989,7 @@ class _Call:
             raise StoreBusy(what)
         await self._tools.clock.sleep(1_000)
 
-    async def _stopped(self) -> Disposition | Job:
+    async def _stopped(self) -> Disposition | Rest | Job:
         """The call was ended from outside. It may have been billed; what is known goes to the ledger."""
         self._settle(self._admission.reserved)
         row = self._row("canceled", Usage(), None, None, certain=False, note="stopped during call")
@@ -741,7 +1001,7 @@ class _Call:
             lambda job, now: life.cancel_running(job, self._owner, now), DONE, row
         )
 
-    async def _failed(self, failure: Failure) -> Disposition | Job:
+    async def _failed(self, failure: Failure, headers: Headers) -> Disposition | Rest | Job:
         now = self._tools.clock.now()
         verdict = judge(
             failure,
@@ -753,7 +1013,7 @@ class _Call:
             policy=self._rules.policy,
         )
         self._settle(self._used(failure))
-        await self._apply(verdict, failure)
+        await self._apply(verdict, failure, headers)
         cost = self._price(failure.usage) if failure.usage else None
         row = None
         if failure.usage or failure.may_be_billed:
@@ -778,8 +1038,13 @@ class _Call:
         )
         match verdict.outcome:
             case Snooze(after_ms=after, reason=reason):
-                # With a rejected key the next one can be tried at once.
-                again = verdict.effect in {Effect.REJECT_KEY, Effect.REFUSED_TO_KEY}
+                # With a rejected key the next one can be tried at once; how long a group waits, the limiter knows.
+                again = verdict.effect in {
+                    Effect.REJECT_KEY,
+                    Effect.REFUSED_TO_KEY,
+                    Effect.BLOCK_GROUP,
+                    Effect.RAMP_GROUP,
+                }
                 return await self._write(
                     lambda job, at: life.snooze(
                         job,
@@ -789,7 +1054,7 @@ class _Call:
                         not_before=_parked_until(at, after),
                         cost_micro_usd=cost,
                     ),
-                    None if again else _wait(after),
+                    None if again else self._batch.wait(after),
                     row,
                 )
             case FallBack(reason=reason):
@@ -813,7 +1078,7 @@ class _Call:
                         full_window=full_window,
                         not_before=_parked_until(at, after),
                     ),
-                    _wait(after),
+                    self._batch.wait(after),
                     row,
                 )
             case GiveUp():
@@ -833,11 +1098,14 @@ class _Call:
             case _:
                 assert_never(verdict.outcome)
 
-    async def _apply(self, verdict: Verdict, failure: Failure) -> None:
+    async def _apply(self, verdict: Verdict, failure: Failure, headers: Headers) -> None:
         """Let others know what this failure says about the group, the model or the key."""
         match verdict.effect:
             case Effect.NONE:
                 self._events.count("UpstreamErrors")
+            case Effect.ENDPOINT_FAILED:
+                self._events.count("UpstreamErrors")
+                self._limiter.failed(self._admission, endpoint_circuit(self._key))
             case Effect.BLOCK_GROUP | Effect.RAMP_GROUP:
                 self._events.count("RateLimited")
                 self._limiter.throttled(
@@ -845,6 +1113,8 @@ class _Call:
                     verdict.until or 0,
                     "rate limited",
                     ramp=verdict.effect is Effect.RAMP_GROUP,
+                    headers=headers,
+                    request_id=failure.request_id,
                 )
             case Effect.PARK_GROUP:
                 group = self._limiter.group(self._admission.claimant.group)
@@ -854,12 +1124,18 @@ class _Call:
                         "limit group parked", limit_group=self._admission.claimant.group,
                         error_code=failure.error_code, until=verdict.until,
                     )  # fmt: skip
-                self._limiter.throttled(self._admission, verdict.until or 0, "spend limit")
+                self._limiter.throttled(
+                    self._admission,
+                    verdict.until or 0,
+                    "spend limit",
+                    request_id=failure.request_id,
+                )
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")
-                self._limiter.overloaded(self._admission)
+                self._limiter.failed(self._admission, model_circuit(self._job.current_model))
             case Effect.REJECT_KEY:
-                await self._batch.reject_key(self._key)
+                if await self._batch.reject_key(self._key):
+                    self._limiter.recall(self._admission)
             case Effect.REFUSED_TO_KEY:
                 self._batch.refused(self._job, self._key, failure.error)
             case _:
@@ -922,10 +1198,13 @@ class _Call:
     async def _write(
         self,
         change: Callable[[Job, int], Job],
-        disposition: Disposition | None,
+        disposition: Disposition | int | None,
         row: LedgerRow | None = None,
-    ) -> Disposition | Job:
-        """Write the job's new state, then let its message go. None as disposition: go on with the job at once."""
+    ) -> Disposition | Rest | Job:
+        """Write the job's new state, then let its message go.
+
+        None as disposition: go on with the job at once; a number: after so many milliseconds.
+        """
         while True:
             try:
                 now = self._tools.clock.now()
@@ -951,9 +1230,20 @@ class _Call:
         self._account(row)
         if written.state.is_final:
             self._batch.told(written)
-        if written.state.is_final:
             return DONE
+        if isinstance(disposition, int):
+            return Rest(written, disposition)
         return written if disposition is None else disposition
+
+
+def model_circuit(model: str) -> str:
+    """Return the name of a model's breaker: its overload is everybody's."""
+    return f"model {model}"
+
+
+def endpoint_circuit(key: UpstreamKey) -> str:
+    """Return the name of an endpoint's breaker."""
+    return f"endpoint {key.base_url}"
 
 
 def _wait(delay_ms: int) -> Disposition:

@@ -32,6 +32,8 @@ CONFIG = Config(
     connect_timeout=2,
     read_timeout=10,
     max_pool_connections=32,
+    # A tenth of a worker's processor time goes into it, and every call is made by a line that a test runs.
+    parameter_validation=False,
     # One layer retries: `patiently` below, which knows what is worth it.
     retries={"total_max_attempts": 1},
 )

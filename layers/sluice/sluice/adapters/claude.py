@@ -10,6 +10,7 @@ import json
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 import anthropic
@@ -20,7 +21,7 @@ from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure
-from sluice.ports import NO_HEADERS, Answer, CallRequest, Headers, Refused
+from sluice.ports import NO_HEADERS, Answer, CallRequest, Clock, Headers, Refused
 
 STREAM_FROM_TOKENS: Final = 8_192
 """Longer outputs are streamed, so that no idle connection is cut on the way."""
@@ -73,7 +74,8 @@ class _Line:
 class SdkClaude:
     """A few SDK clients per base URL, kept across invocations with their open connections."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._lines: dict[str, list[_Line]] = {}
         self._tls: ssl.SSLContext | None = None
 
@@ -85,11 +87,11 @@ class SdkClaude:
             line = self._line(request.key.base_url)
             line.calls += 1
             async with asyncio.timeout(request.window_ms / 1000):
-                if request.max_tokens >= STREAM_FROM_TOKENS:
+                if request.early or request.max_tokens >= STREAM_FROM_TOKENS:
                     return await self._stream(line.client, request, partial)
                 return await self._ask(line.client, request)
         except anthropic.APIStatusError as error:
-            return _refused(error, partial)
+            return self._refused(error, partial)
         except (anthropic.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL) as error:
             return Refused(_connection_lost(error, partial), partial.headers)
         except TimeoutError:
@@ -106,6 +108,12 @@ class SdkClaude:
         finally:
             if line is not None:
                 line.calls -= 1
+
+    def _refused(self, error: anthropic.APIStatusError, partial: _Partial) -> Refused:
+        headers = error.response.headers
+        partial.headers = limit_headers(headers, self._clock.now())
+        partial.request_id = headers.get("request-id")
+        return _said(error.body, error.status_code, partial, headers.get("retry-after"))
 
     async def close(self) -> None:
         """Close the connections. A worker never does: its environment just ends."""
@@ -159,7 +167,9 @@ class SdkClaude:
             **self._arguments(request, stream=False)
         )
         text = raw.http_response.text
-        partial = _Partial(Growing(), _headers(raw.headers), raw.headers.get("request-id"))
+        partial = _Partial(
+            Growing(), limit_headers(raw.headers, self._clock.now()), raw.headers.get("request-id")
+        )
         try:
             message = json.loads(text)
         except ValueError:
@@ -174,13 +184,14 @@ class SdkClaude:
             **self._arguments(request, stream=True), stream=True
         )
         async with call as response:
-            partial.headers = _headers(response.headers)
+            partial.headers = limit_headers(response.headers, self._clock.now())
             partial.request_id = response.headers.get("request-id")
+            request.heard(partial.headers)
             async for event in AsyncStream.raw_events(response.http_response):
                 try:
                     document = json.loads(event.data) if event.data else {}
                     if document.get("type") == "error":
-                        return _said(document, 200, response.headers, partial)
+                        return _said(document, 200, partial)
                     partial.message.take(document)
                 except (ValueError, LookupError, TypeError, AttributeError):
                     return _not_a_message(partial)
@@ -224,12 +235,8 @@ def _not_a_message(partial: _Partial) -> Refused:
     return Refused(failure, partial.headers)
 
 
-def _refused(error: anthropic.APIStatusError, partial: _Partial) -> Refused:
-    return _said(error.body, error.status_code, error.response.headers, partial)
-
-
-def _said(document: object, status: int, headers: httpx2.Headers, partial: _Partial) -> Refused:
-    """Read an error document; inside a stream it comes after a 200."""
+def _said(document: object, status: int, partial: _Partial, waits: str | None = None) -> Refused:
+    """Read an error document; inside a stream it comes after a 200. `waits` is the text of `retry-after`."""
     body: Any = document if isinstance(document, dict) else {}
     inner: Any = body.get("error") if isinstance(body.get("error"), dict) else {}
     kind = str(inner.get("type") or "api_error")
@@ -242,12 +249,12 @@ def _said(document: object, status: int, headers: httpx2.Headers, partial: _Part
         message=str(inner.get("message") or f"upstream answered {status}"),
         status=status,
         error_code=code if isinstance(code, str) else None,
-        retry_after_ms=_retry_after_ms(headers),
-        request_id=headers.get("request-id") or body.get("request_id"),
+        retry_after_ms=_retry_after_ms(waits),
+        request_id=partial.request_id or body.get("request_id"),
         usage=partial.message.usage(),
         may_be_billed=partial.message.document is not None,
     )
-    return Refused(failure, _headers(headers))
+    return Refused(failure, partial.headers)
 
 
 def _connection_lost(error: Exception, partial: _Partial) -> Failure:
@@ -266,14 +273,20 @@ def _connection_lost(error: Exception, partial: _Partial) -> Failure:
     )
 
 
-def _headers(headers: httpx2.Headers) -> Headers:
+def limit_headers(headers: Mapping[str, str], now: int) -> Headers:
+    """Return what a response's headers say of the organisation and its limits (Anthropic, response headers).
+
+    `now` in epoch milliseconds; times that lie in the past, or days ahead, are no times.
+    """
     seen: dict[Dimension, Seen] = {}
     for dimension in DIMENSIONS:
         prefix = f"anthropic-ratelimit-{_HEADER_OF[dimension]}"
         limit = _whole(headers.get(f"{prefix}-limit"))
         remaining = _whole(headers.get(f"{prefix}-remaining"))
         if limit is not None and remaining is not None:
-            seen[dimension] = Seen(limit, remaining)
+            seen[dimension] = Seen(
+                limit, remaining, _full_in_ms(headers.get(f"{prefix}-reset"), now)
+            )
     return Headers(headers.get("anthropic-organization-id"), seen)
 
 
@@ -284,10 +297,19 @@ def _whole(text: str | None) -> int | None:
         return None
 
 
-def _retry_after_ms(headers: httpx2.Headers) -> int | None:
+def _full_in_ms(reset: str | None, now: int) -> int | None:
+    try:
+        at = datetime.fromisoformat(reset or "")
+    except ValueError:
+        return None
+    full_in = int(at.timestamp() * 1000) - now if at.tzinfo else -1
+    return full_in if 0 <= full_in < 86_400_000 else None  # noqa: PLR2004 - a day
+
+
+def _retry_after_ms(text: str | None) -> int | None:
     """Read `retry-after` (seconds); anything else a relay may send is as good as nothing."""
     try:
-        seconds = float(headers.get("retry-after") or "")
+        seconds = float(text or "")
     except ValueError:
         return None
     return int(seconds * 1000) if 0 < seconds < 40 * 86_400 else None

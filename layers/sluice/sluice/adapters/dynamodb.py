@@ -6,6 +6,7 @@ import gzip
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -14,6 +15,7 @@ from uuid import uuid4
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws, job_records
+from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id, matches
 from sluice.domain.errors import Conflict, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Job, State
@@ -41,6 +43,9 @@ WRITE_AT_ONCE: Final = 25
 INLINE_BYTES: Final = 350_000
 """Requests above this size, compressed, go to S3: an item holds 400 KB."""
 
+OBJECTS_AT_ONCE: Final = 8
+
+LEARNED_ID: Final = "models#learned"
 NOTES_ID: Final = "governor#notes"
 
 FILTERED_AT_ONCE: Final = 1_000
@@ -223,26 +228,26 @@ class DynamoParams:
             message = f"another request is stored for job {params.job_id}"
             raise Conflict(message)
 
-    def get(self, job_id: str) -> Params | None:
-        """Return the request."""
-        answer = aws.patiently(
-            "the params table",
-            self._client.get_item,
-            TableName=self._table,
-            Key={"job_id": {"S": job_id}},
-            ConsistentRead=True,
-        )
-        item = answer.get("Item")
-        if item is None:
-            return None
-        body = (
-            self._objects.get(item["object_key"]["S"])
-            if "object_key" in item
-            else bytes(item["body"]["B"])
-        )
-        if body is None:
-            return None
-        return Params(job_id, gzip.decompress(body).decode(), item["request_hash"]["S"])
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        """Return those of the requests that exist, by job id."""
+        items = _get_many(self._client, self._table, "job_id", job_ids, "the params table")
+        large = {
+            item["job_id"]["S"]: item["object_key"]["S"] for item in items if "object_key" in item
+        }
+        bodies = {item["job_id"]["S"]: bytes(item["body"]["B"]) for item in items if "body" in item}
+        if large:
+            with ThreadPoolExecutor(OBJECTS_AT_ONCE) as threads:
+                objects = threads.map(self._objects.get, large.values())
+                bodies |= {
+                    name: body
+                    for name, body in zip(large, objects, strict=True)
+                    if body is not None
+                }
+        return {
+            name: Params(name, gzip.decompress(bodies[name]).decode(), item["request_hash"]["S"])
+            for item in items
+            if (name := item["job_id"]["S"]) in bodies
+        }
 
 
 class DynamoLimits:
@@ -304,6 +309,21 @@ class DynamoLimits:
                 "kind": {"S": "key"},
                 "record": {"S": json.dumps(asdict(mark))},
             },
+        )
+
+    def learned_groups(self) -> Mapping[str, str]:
+        """Return which model belongs to which limit group, where upstream says otherwise than our data."""
+        items = _get_many(self._client, self._table, "id", [LEARNED_ID], "the limits table")
+        groups: dict[str, str] = json.loads(items[0]["record"]["S"]) if items else {}
+        return groups
+
+    def learn_groups(self, groups: Mapping[str, str]) -> None:
+        """Write that; the last writer wins, for all read the same list."""
+        aws.patiently(
+            "the limits table",
+            self._client.put_item,
+            TableName=self._table,
+            Item={"id": {"S": LEARNED_ID}, "record": {"S": json.dumps(dict(groups))}},
         )
 
     def canary(self, canary_id: str, now: int) -> None:
@@ -516,6 +536,13 @@ def _group(item: Item) -> Group:
     record = json.loads(item["record"]["S"])
     for dimension in DIMENSIONS:
         record[dimension] = job_records.made(Bucket, record[dimension])
+    record["recent_writes"] = tuple(record.get("recent_writes", ()))
+    if record.get("day"):
+        record["day"] = job_records.made(Bucket, record["day"])
+    record["circuits"] = {
+        name: job_records.made(Breaker, breaker)
+        for name, breaker in record.get("circuits", {}).items()
+    }
     return job_records.made(Group, record)
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
 from sluice.domain.errors import KeyPoolBroken
-from sluice.domain.keys import UpstreamKey, parse_key_pool
+from sluice.domain.keys import (
+    AdminKey,
+    UpstreamKey,
+    parse_admin_keys,
+    parse_key_pool,
+    parse_model_groups,
+)
 from sluice.ports import Clock
 
 if TYPE_CHECKING:
@@ -79,14 +86,29 @@ class SecretHistory:
 
 
 class SecretKeyPool:
-    """The upstream keys."""
+    """The upstream keys, and what else stands in their secret."""
 
     def __init__(self, secret: SecretText) -> None:
         self._secret = secret
-        self._parsed: tuple[str, tuple[UpstreamKey, ...]] | None = None
+        self._parsed: tuple[str, _Pool] | None = None
 
     def keys(self) -> Sequence[UpstreamKey]:
         """Return the keys, at most five minutes old; raises KeyPoolBroken or StoreBusy."""
+        return self._pool().keys
+
+    def admin_keys(self) -> Sequence[AdminKey]:
+        """Return the admin keys; raises as `keys`."""
+        return self._pool().admin_keys
+
+    def model_groups(self) -> Mapping[str, str]:
+        """Return the pool's word on which model belongs to which limit group; raises as `keys`."""
+        return self._pool().model_groups
+
+    def reload(self) -> None:
+        """Read the secret anew, because a key was rejected."""
+        self._secret.forget()
+
+    def _pool(self) -> _Pool:
         text = self._secret()
         if self._parsed is None or self._parsed[0] != text:
             try:
@@ -94,9 +116,15 @@ class SecretKeyPool:
             except ValueError:
                 message = "the key-pool secret is not JSON"
                 raise KeyPoolBroken(message) from None
-            self._parsed = (text, parse_key_pool(document))
+            pool = _Pool(
+                parse_key_pool(document), parse_admin_keys(document), parse_model_groups(document)
+            )
+            self._parsed = (text, pool)
         return self._parsed[1]
 
-    def reload(self) -> None:
-        """Read the secret anew, because a key was rejected."""
-        self._secret.forget()
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    keys: tuple[UpstreamKey, ...]
+    admin_keys: tuple[AdminKey, ...]
+    model_groups: Mapping[str, str]

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
-from sluice.ports import Received
+from sluice.domain.limits import model_group
+from sluice.messages import pointer_of
+from sluice.ports import Pointer, Received
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
+_GROUP_ID: Final = re.compile(r"[!-~]{1,128}")
+
 AT_ONCE: Final = 10
 """SQS's limit for batch calls."""
+
+LOOK_SECONDS: Final = 1
+"""Without a wait SQS asks only some of its servers, and what it does not find may be there all the same."""
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
@@ -27,23 +36,23 @@ ENTRY_ATTEMPTS: Final = 3
 class SqsQueue:
     """The sending side."""
 
-    def __init__(self, client: SQSClient, url: str) -> None:
+    def __init__(self, client: SQSClient, url: str, model_groups: Mapping[str, str]) -> None:
         self._client = client
         self._url = url
+        self._model_groups = model_groups
 
-    def send(self, jobs: Sequence[tuple[str, str]]) -> list[str]:
-        """Send (job id, tenant) pairs; return the ids that were not taken."""
+    def send(self, jobs: Sequence[Pointer]) -> list[str]:
+        """Send a message for each job; return the ids of those that were not taken."""
         unsent: list[str] = []
         for start in range(0, len(jobs), AT_ONCE):
             some = jobs[start : start + AT_ONCE]
             entries: Any = [
                 {
                     "Id": str(position),
-                    "MessageBody": json.dumps({"v": SCHEMA_VERSION, "job_id": job_id}),
-                    # A fair queue: one tenant's backlog does not delay the others.
-                    "MessageGroupId": tenant,
+                    "MessageBody": json.dumps({"v": SCHEMA_VERSION, "job_id": job.job_id}),
+                    "MessageGroupId": self._fair_group(job),
                 }
-                for position, (job_id, tenant) in enumerate(some)
+                for position, job in enumerate(some)
             ]
             try:
                 answer = aws.patiently(
@@ -53,10 +62,16 @@ class SqsQueue:
                     Entries=entries,
                 )
             except StoreBusy:
-                unsent.extend(job_id for job_id, _ in some)
+                unsent.extend(job.job_id for job in some)
                 continue
-            unsent.extend(some[int(each["Id"])][0] for each in answer.get("Failed", ()))
+            unsent.extend(some[int(each["Id"])].job_id for each in answer.get("Failed", ()))
         return unsent
+
+    def _fair_group(self, job: Pointer) -> str:
+        """A fair queue: neither a tenant's backlog nor that of a blocked limit group delays the others."""
+        name = f"{job.tenant}/{model_group(job.model, self._model_groups)}"
+        # A relay may name its models as it likes; SQS takes up to 128 letters, digits and punctuation.
+        return name if _GROUP_ID.fullmatch(name) else sha256(name.encode()).hexdigest()
 
     def depth(self) -> int:
         """Return about how many messages wait or are at work."""
@@ -82,13 +97,53 @@ class SqsQueue:
         )
 
 
-class SqsReturns:
+class SqsInbox:
     """The receiving side."""
 
     def __init__(self, client: SQSClient, url: str, dead_letters_url: str) -> None:
         self._client = client
         self._url = url
         self._dead_letters_url = dead_letters_url
+
+    def receive(self, most: int) -> Sequence[Received]:
+        """Take up to ten messages that are visible now. A short wait, so that all of SQS's servers are asked."""
+        answer: Mapping[str, Any] = aws.patiently(
+            "the jobs queue",
+            self._client.receive_message,
+            QueueUrl=self._url,
+            MaxNumberOfMessages=min(most, AT_ONCE),
+            WaitTimeSeconds=LOOK_SECONDS,
+            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+        )
+        return [
+            pointer_of(
+                message_id=each["MessageId"],
+                receipt=each["ReceiptHandle"],
+                body=each["Body"],
+                attributes=each.get("Attributes", {}),
+            )
+            for each in answer.get("Messages", ())
+        ]
+
+    def delete(self, messages: Sequence[Received]) -> None:
+        """Acknowledge messages; raises StoreBusy at the end if SQS could not be asked for some."""
+        busy: StoreBusy | None = None
+        for start in range(0, len(messages), AT_ONCE):
+            entries: Any = [
+                {"Id": str(position), "ReceiptHandle": message.receipt}
+                for position, message in enumerate(messages[start : start + AT_ONCE])
+            ]
+            try:
+                aws.patiently(
+                    "the jobs queue",
+                    self._client.delete_message_batch,
+                    QueueUrl=self._url,
+                    Entries=entries,
+                )
+            except StoreBusy as error:
+                busy = error
+        if busy is not None:
+            raise busy
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """Make each message visible again after its delay in milliseconds, rounded up to seconds.

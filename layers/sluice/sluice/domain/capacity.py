@@ -1,25 +1,25 @@
 """How many workers the limits can keep busy: the governor's arithmetic, with time as an argument.
 
-Little's law says how many calls are in flight: calls started per second x seconds per call. A worker holds a batch
-of them, not all at work at once, because it ends with its slowest call. From that follows the number of workers that
-carries the whole limit; more would only wait inside paid invocations.
+Little's law says how many calls are in flight: calls started per second x seconds per call. A worker refills its
+slots as calls end, so most of them are at work. From that follows the number of workers that carries the whole limit;
+more would only wait inside paid invocations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil
 from typing import Final
 
-from sluice.domain.limits import FULL_RATE, OVERLOAD_STREAK, SAFE_START, Group, advanced
+from sluice.domain.limits import FULL_RATE, SAFE_START, Group, advanced
 
 LEAST: Final = 2
 MOST: Final = 1000
 """What Lambda accepts as the maximum concurrency of a queue mapping."""
 
-RESERVE_SECONDS: Final = 3
-"""From the end of one batch to the first start of the next: poll, batching window, reads. Others' starts bridge it."""
+BUSY: Final = 0.6
+"""The share of a worker's slots that has a call in flight: the others hold jobs that wait for their start."""
 
 LONG_MS: Final = 60_000
 """A block up to this long changes nothing: it is over before a change of the mapping has taken hold."""
@@ -140,10 +140,11 @@ def has_work(group: Group, now: int) -> bool:
 
 
 def is_stalled(group: Group, now: int) -> bool:
-    """Tell whether the group can use no worker for longer: blocked for over a minute, or its breaker is open."""
+    """Tell whether the group can use no worker for longer: blocked for over a minute, or set aside and silent."""
     if group.blocked_until > now + LONG_MS:
         return True
-    return group.overload_streak >= OVERLOAD_STREAK and group.blocked_until > now - ACTIVE_MS
+    is_cut_off = any(breaker.is_open for breaker in group.circuits.values())
+    return is_cut_off and group.observed_at < now - LONG_MS
 
 
 def is_new(pool_changed_at: int | None, now: int, within: int = NEW_POOL_MS) -> bool:
@@ -152,24 +153,13 @@ def is_new(pool_changed_at: int | None, now: int, within: int = NEW_POOL_MS) -> 
 
 
 def starts_per_second(group: Group, now: int) -> float:
-    """Return how many calls the group can start in a second, each using what calls have used on average.
-
-    Input tokens are left out: their mean is not kept, and too many workers are cheaper than too few.
-    """
+    """Return how many calls the group can start in a second, each using what calls have used on average."""
     per_minute = min(
         group.requests.limit,
-        group.output_tokens.limit / group.output_estimate,
+        1000 * group.input_tokens.limit / max(1, group.input_mean),
+        1000 * group.output_tokens.limit / max(1, group.output_mean),
     )
     return per_minute / 60 * advanced(group, now).rate_factor / FULL_RATE
-
-
-def slot_efficiency(batch_size: int) -> float:
-    """Return the share of a batch's calls that is in flight on average, for the batch ends with its slowest call.
-
-    Of 50 log-normal durations it is 0.30 with sigma 0.6, and 0.12 with a heavy tail (sigma 1.2). This is 0.20: a few
-    workers too many hold some jobs for longer, a few too few leave limits unused.
-    """
-    return 1 / (1 + log(max(1, batch_size)))
 
 
 def startable(
@@ -198,9 +188,8 @@ def _needed(groups: Sequence[Group], batch_size: int, now: int) -> tuple[int, st
     rates = [starts_per_second(group, now) for group in groups]
     starts = sum(rates)
     calls = sum(rate * group.call_ms / 1000 for rate, group in zip(rates, groups, strict=True))
-    slots = batch_size * slot_efficiency(batch_size)
     # One more than the arithmetic, so that somebody always has a job ready to start.
-    workers = ceil(calls / slots + starts * RESERVE_SECONDS / batch_size) + 1
+    workers = ceil(calls / (batch_size * BUSY)) + 1
     reason = (
         f"{starts:.1f} starts a second keep {calls:.0f} calls in flight, "
         f"which is {workers} workers with batches of {batch_size}"

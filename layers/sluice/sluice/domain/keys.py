@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from sluice.domain.errors import KeyPoolBroken
-from sluice.domain.limits import DIMENSIONS
+from sluice.domain.limits import DIMENSIONS, TOKENS_PER_DAY
 from sluice.domain.pricing import base_model
 
 PLACEHOLDER = "key:"
@@ -42,6 +42,15 @@ class UpstreamKey:
         if self.tenants is not None and tenant not in self.tenants:
             return False
         return self.models is None or bool({model, base_model(model)} & self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminKey:
+    """An admin key of an organisation: it reads limits, and makes no calls."""
+
+    organization: str
+    api_key: str = field(repr=False)
+    base_url: str = DEFAULT_BASE_URL
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,26 @@ def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:
     return keys
 
 
+def parse_admin_keys(document: object) -> tuple[AdminKey, ...]:
+    """Read the admin keys of the key-pool secret, which are optional; raises KeyPoolBroken."""
+    rows = document.get("admin_keys", []) if isinstance(document, Mapping) else []
+    if not isinstance(rows, list):
+        message = 'admin_keys of the pool must be [{"organization": ..., "api_key": ...}, ...]'
+        raise KeyPoolBroken(message)
+    return tuple(_parse_admin_key(position, row) for position, row in enumerate(rows))
+
+
+def parse_model_groups(document: object) -> Mapping[str, str]:
+    """Read the pool's word on which model belongs to which limit group, which is optional; raises KeyPoolBroken."""
+    groups = document.get("model_groups", {}) if isinstance(document, Mapping) else {}
+    if isinstance(groups, Mapping) and all(
+        isinstance(each, str) and each for pair in groups.items() for each in pair
+    ):
+        return {base_model(model): group for model, group in groups.items()}
+    message = 'model_groups of the pool must be {"<model>": "<limit group>", ...}'
+    raise KeyPoolBroken(message)
+
+
 def stated_limits(
     keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMark]
 ) -> dict[str, dict[str, int]]:
@@ -110,34 +139,60 @@ def shared_organizations(keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMar
     ]
 
 
-def _parse_key(position: int, row: object) -> UpstreamKey:
-    where = f"key {position + 1} of the pool"
-    if not isinstance(row, Mapping):
+def _parse_admin_key(position: int, value: object) -> AdminKey:
+    where = f"admin key {position + 1} of the pool"
+    row = _object(value, where, {"organization", "api_key", "base_url"})
+    organization = _text(row, "organization", where)
+    if organization is None:
+        message = f"{where} must name its organization"
+        raise KeyPoolBroken(message)
+    return AdminKey(organization, _api_key(row, where), _base_url(row, where))
+
+
+def _object(value: object, where: str, fields: set[str]) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
         message = f"{where} is not an object"
         raise KeyPoolBroken(message)
-    unknown = set(row) - {
-        "id", "api_key", "organization", "base_url", "models", "tenants", "weight", "limits",
-    }  # fmt: skip
+    unknown = set(value) - fields
     if unknown:
         message = f"{where} has unknown fields: {', '.join(sorted(unknown))}"
         raise KeyPoolBroken(message)
+    return value
+
+
+def _api_key(row: Mapping[str, Any], where: str) -> str:
     api_key = row.get("api_key")
-    if not isinstance(api_key, str) or not api_key.strip() or not api_key.isascii():
-        message = f"{where} has no api_key, or one that is not plain text"
-        raise KeyPoolBroken(message)
+    if isinstance(api_key, str) and api_key.strip() and api_key.isascii():
+        return api_key.strip()
+    message = f"{where} has no api_key, or one that is not plain text"
+    raise KeyPoolBroken(message)
+
+
+def _base_url(row: Mapping[str, Any], where: str) -> str:
+    base_url = _text(row, "base_url", where) or DEFAULT_BASE_URL
+    if base_url.startswith(("https://", "http://")):
+        return base_url.rstrip("/")
+    message = f"{where}: base_url must start with https:// (or http://), got {base_url!r}"
+    raise KeyPoolBroken(message)
+
+
+def _parse_key(position: int, value: object) -> UpstreamKey:
+    where = f"key {position + 1} of the pool"
+    row = _object(
+        value,
+        where,
+        {"id", "api_key", "organization", "base_url", "models", "tenants", "weight", "limits"},
+    )
+    api_key = _api_key(row, where)
     weight = row.get("weight") or 1
     if not isinstance(weight, int) or weight < 1:
         message = f"{where}: weight must be a whole number from 1 up, got {weight!r}"
         raise KeyPoolBroken(message)
-    base_url = _text(row, "base_url", where) or DEFAULT_BASE_URL
-    if not base_url.startswith(("https://", "http://")):
-        message = f"{where}: base_url must start with https:// (or http://), got {base_url!r}"
-        raise KeyPoolBroken(message)
     return UpstreamKey(
         id=_text(row, "id", where) or f"key-{position + 1}",
-        api_key=api_key.strip(),
+        api_key=api_key,
         organization=_text(row, "organization", where),
-        base_url=base_url.rstrip("/"),
+        base_url=_base_url(row, where),
         models=_names(row, "models", where),
         tenants=_names(row, "tenants", where),
         weight=weight,
@@ -147,8 +202,9 @@ def _parse_key(position: int, row: object) -> UpstreamKey:
 
 def _limits(row: Mapping[str, Any], where: str) -> Mapping[str, int]:
     value = row.get("limits") or {}
-    if not isinstance(value, Mapping) or not set(value) <= set(DIMENSIONS):
-        message = f"{where}: limits may state {', '.join(DIMENSIONS)} per minute, got {value!r}"
+    if not isinstance(value, Mapping) or not set(value) <= {*DIMENSIONS, TOKENS_PER_DAY}:
+        names = f"{', '.join(DIMENSIONS)} per minute, and {TOKENS_PER_DAY}"
+        message = f"{where}: limits may state {names}, got {value!r}"
         raise KeyPoolBroken(message)
     for name, limit in value.items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:

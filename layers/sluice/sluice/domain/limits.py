@@ -15,10 +15,12 @@ Times are epoch milliseconds. Clocks of different workers may differ by seconds:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+from sluice.domain.breakers import Breaker, failed, probed, served
 from sluice.domain.pricing import base_model
 
 SCALE: Final = 60_000_000
@@ -36,16 +38,18 @@ RECOVERY_PER_SECOND: Final = 20
 BURST_PACE: Final = 5
 """Saved-up capacity is spent at most this many times faster than the limit: 60 RPM may be enforced as 1 per second."""
 
+IDLE_MS: Final = 60_000
+"""A group without a start for so long begins slowly again: sharp growth is a limit of its own (acceleration limits)."""
+
+RAMP_MS: Final = 20_000
+"""From the limit's own pace at a slow start to BURST_PACE."""
+
 GROWTH: Final = 60
 GROWTH_AFTER_429: Final = 600
 SHRINK_TO: Final = 70
 """Percent of a guessed limit that remain after a 429."""
 
-OVERLOAD_STREAK: Final = 5
-"""That many 529s in a row open the breaker; a single one is only that job's bad luck."""
-
-OVERLOAD_PAUSE_MS: Final = 5_000
-OVERLOAD_PAUSE_CAP_MS: Final = 60_000
+SAME_EVENT_MS: Final = 500
 
 CORRECT_EVERY_MS: Final = 1_000
 """A correction needs this long to show in the headers; a second one before that would count it twice."""
@@ -53,11 +57,8 @@ CORRECT_EVERY_MS: Final = 1_000
 FLOOR_MS: Final = 1_000
 """Making room for the margin never holds the group back by more than this time."""
 
-OUTSTANDING_SHARE: Final = 3
-"""One part in so many of the output under way is held back, so that heavy tails do not run into a 429."""
-
-OUTSTANDING_DECAY_MS: Final = 600_000
-"""What a dead worker left outstanding fades away over this time."""
+OVERDRAFT_MS: Final = 15_000
+"""Output that nobody waits behind may take a bucket so far below zero: so long nobody who comes later has to wait."""
 
 LEAST_CHARS: Final = 500
 """Shorter requests do not teach how many characters make a token."""
@@ -65,13 +66,21 @@ LEAST_CHARS: Final = 500
 MOST_CHARS_PER_TOKEN: Final = 8
 """No text has more: what is too large even so can never be admitted, whatever the estimate says."""
 
-MOST_SAMPLES: Final = 100
-"""The output mean follows the last hundred calls or so."""
+MOST_SAMPLES: Final = 500
+"""The means follow the last calls, about so many: fewer would follow the short answers, which always come first."""
 
-FIRST_GUESS: Final = 4
+FIRST_GUESS: Final = 8
+
+DRAINED_MS: Final = 3_000
+"""How long an empty queue counts as empty."""
 
 Dimension = Literal["requests", "input_tokens", "output_tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "input_tokens", "output_tokens")
+
+TOKENS_PER_DAY: Final = "tokens_per_day"
+"""A limit that only some organisations have: input and output together (Anthropic, Rate Limits API)."""
+
+MINUTES_OF_A_DAY: Final = 1440
 
 SAFE_START: Final[Mapping[Dimension, int]] = {
     "requests": 60,
@@ -91,6 +100,8 @@ class Cost:
     requests: int = 1
     input_tokens: int = 0
     output_tokens: int = 0
+    circuits: tuple[str, ...] = ()
+    """The breakers it depends on: its model's and its endpoint's."""
 
     def of(self, dimension: Dimension) -> int:
         """Return the units of one dimension."""
@@ -111,24 +122,31 @@ class Bucket:
     """When `level` was true."""
     learned: bool = False
     corrected_at: int = 0
+    minutes: int = 1
+    """What `limit` is for; levels are scaled by so much more, so that a millisecond of refill stays a whole number."""
+
+    @property
+    def scale(self) -> int:
+        """The level's unit."""
+        return SCALE * self.minutes
 
     def advanced(self, now: int, rate_factor: int) -> Bucket:
         """Return the bucket with its refill up to `now`."""
         if now <= self.at:
             return self
         refilled = self.level + self.limit * rate_factor * (now - self.at)
-        return replace(self, level=min(self.capacity * SCALE, refilled), at=now)
+        return replace(self, level=min(self.capacity * self.scale, refilled), at=now)
 
     def ready_at(self, units: int, rate_factor: int) -> int:
         """Return when `units` are there. More than the capacity counts as the capacity: it must start some day."""
-        missing = min(units, self.capacity) * SCALE - self.level
+        missing = min(units, self.capacity) * self.scale - self.level
         if missing <= 0:
             return self.at
         return self.at + -(-missing // (self.limit * rate_factor))
 
     def less(self, units: int) -> Bucket:
         """Return the bucket with `units` taken out; negative units are a refund, which never overfills."""
-        return replace(self, level=min(self.capacity * SCALE, self.level - units * SCALE))
+        return replace(self, level=min(self.capacity * self.scale, self.level - units * self.scale))
 
 
 def starting_bucket(dimension: Dimension, now: int) -> Bucket:
@@ -153,18 +171,27 @@ class Group:
     """Rises when the plan changed under everybody's feet: start times of an older epoch are void."""
     blocked_until: int = 0
     blocked_reason: str | None = None
+    blocked_by: str | None = None
+    """The key, and the request id of the refusal."""
     rate_factor: int = FULL_RATE
     rate_at: int = 0
     last_start: int = 0
-    overload_streak: int = 0
-    outstanding: int = 0
-    """Output tokens reserved by calls that are not settled yet."""
-    outstanding_at: int = 0
+    circuits: Mapping[str, Breaker] = field(default_factory=dict)
+    """By name; what works is not in it."""
+    under_way: int = 0
+    """Output tokens reserved by calls that have probably not produced them yet: it fades as a call does."""
+    under_way_at: int = 0
+    warm_since: int = 0
+    """When the group was first used after it had been idle."""
+    drained_at: int = 0
+    """When a worker last found the queue empty: nobody waits behind the jobs in hand, so nothing is held back."""
     observed_at: int = 0
     chars_per_1000_tokens: int = 3_500
     """Learned: how many characters of request make 1,000 input tokens."""
     output_mean: int = 300_000
     """Learned: the moving mean of output tokens per call, in thousandths."""
+    input_mean: int = 1_000_000
+    """Learned: the moving mean of limited input tokens per call, in thousandths."""
     call_ms: int = 10_000
     """Learned: the moving mean of a call's duration."""
     samples: int = FIRST_GUESS
@@ -173,6 +200,10 @@ class Group:
     """A 429 has come while limits were guessed."""
     stated: Mapping[str, int] = field(default_factory=dict)
     """Limits the key pool states, per dimension: they cap what is learned."""
+    day: Bucket | None = None
+    """Input and output tokens per day, where the key pool or the Rate Limits API names such a limit."""
+    recent_writes: tuple[str, ...] = ()
+    """Tokens of the last writes, the newest last: so a writer whose reply was lost finds out what became of it."""
     moved_to: str | None = None
     """The organisation this group turned out to belong to, when it was begun under the name of a key."""
 
@@ -216,7 +247,7 @@ def new_group(
         input_tokens=starting_bucket("input_tokens", now),
         output_tokens=starting_bucket("output_tokens", now),
         rate_at=now,
-        outstanding_at=now,
+        under_way_at=now,
     )
     return restated(group, stated, now) if stated else group
 
@@ -239,7 +270,45 @@ def restated(group: Group, stated: Mapping[str, int], now: int) -> Group:
         else:
             bucket = replace(bucket, learned=False)
         group = replace(group, **{dimension: bucket})  # type: ignore[arg-type]
+    per_day = stated.get(TOKENS_PER_DAY)
+    if per_day != group.stated.get(TOKENS_PER_DAY):
+        group = replace(group, day=None if per_day is None else _day(per_day, now))
     return replace(group, stated=dict(stated))
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLimits:
+    """What the Rate Limits API says of the models that share one limit group."""
+
+    models: tuple[str, ...]
+    limits: tuple[tuple[str, int], ...]
+    """Per dimension and minute, and TOKENS_PER_DAY; each dimension once."""
+
+
+def loaded(group: Group, limits: Iterable[tuple[str, int]], now: int) -> Group:
+    """Take over limits from the Rate Limits API where nothing better is known: headers speak of this minute.
+
+    Returns the same group when it changes nothing.
+    """
+    known = dict(limits)
+    changed = group
+    for dimension in DIMENSIONS:
+        bucket = group.bucket(dimension)
+        limit = min(known.get(dimension, bucket.limit), group.stated.get(dimension, sys.maxsize))
+        if bucket.learned or dimension not in known or bucket.limit == limit:
+            continue
+        # How much it can save up is not known: a second's worth, until an answer shows more.
+        capacity = _least_capacity(dimension, limit)
+        bucket = replace(bucket.advanced(now, group.rate_factor), limit=limit, capacity=capacity)
+        level = min(capacity * SCALE, max(0, bucket.level))
+        changed = replace(changed, **{dimension: replace(bucket, level=level)})  # type: ignore[arg-type]
+    per_day = min(
+        (each[TOKENS_PER_DAY] for each in (known, group.stated) if TOKENS_PER_DAY in each),
+        default=None,
+    )
+    if per_day != (group.day and group.day.limit):
+        changed = replace(changed, day=None if per_day is None else _day(per_day, now))
+    return group if changed is group else replace(changed, version=group.version + 1)
 
 
 def grown(group: Group) -> Group:
@@ -256,6 +325,12 @@ def grown(group: Group) -> Group:
         capacity = max(bucket.capacity, _least_capacity(dimension, limit))
         group = replace(group, **{dimension: replace(bucket, limit=limit, capacity=capacity)})  # type: ignore[arg-type]
     return group
+
+
+def _day(limit: int, now: int) -> Bucket:
+    """Return a day's bucket: it begins full, and refills continuously like the others."""
+    bucket = Bucket(limit, capacity=limit, level=0, at=now, learned=True, minutes=MINUTES_OF_A_DAY)
+    return bucket.less(-limit)
 
 
 def _shrunk(group: Group) -> Group:
@@ -283,21 +358,18 @@ def model_group(model: str, groups: Mapping[str, str]) -> str:
 def advanced(group: Group, now: int) -> Group:
     """Return the group with all refill, recovery and decay up to `now`."""
     rate_gain = RECOVERY_PER_SECOND * max(0, now - group.rate_at) // 1000
-    outstanding, outstanding_at = group.outstanding, group.outstanding_at
-    if outstanding and now - outstanding_at >= OUTSTANDING_DECAY_MS // 10:
-        elapsed = min(now - outstanding_at, OUTSTANDING_DECAY_MS)
-        outstanding -= outstanding * elapsed // OUTSTANDING_DECAY_MS
-        outstanding_at = now
+    passed = max(0, now - group.under_way_at)
     return replace(
         group,
         requests=group.requests.advanced(now, group.rate_factor),
         input_tokens=group.input_tokens.advanced(now, group.rate_factor),
         output_tokens=group.output_tokens.advanced(now, group.rate_factor),
+        day=group.day and group.day.advanced(now, FULL_RATE),
         rate_factor=min(FULL_RATE, group.rate_factor + rate_gain),
         # Whole gains only, so that frequent calls do not round the recovery away.
         rate_at=now if rate_gain or group.rate_factor == FULL_RATE else group.rate_at,
-        outstanding=outstanding,
-        outstanding_at=outstanding_at,
+        under_way=group.under_way * group.call_ms // (group.call_ms + passed),
+        under_way_at=max(now, group.under_way_at),
     )
 
 
@@ -308,21 +380,55 @@ def next_start(group: Group, cost: Cost, now: int) -> int:
 
 def usual_gap(group: Group) -> int:
     """Return the milliseconds between two starts of ordinary calls at the full rate of the group."""
-    requests, output = group.requests, group.output_tokens
-    return max(1, 60_000 // requests.limit, 60_000 * group.output_estimate // output.limit)
+    return max(
+        1,
+        60_000 // group.requests.limit,
+        60 * group.input_mean // group.input_tokens.limit,
+        60 * group.output_mean // group.output_tokens.limit,
+    )
 
 
 def start_on(group: Group, cost: Cost, now: int) -> int:
     """Return `next_start` for a group that is advanced to `now` already."""
-    gap = max(1, 60_000 * FULL_RATE // (group.requests.limit * group.rate_factor * BURST_PACE))
+    output = group.output_tokens
+    if _is_drained(group, now):
+        # Upstream asks for a level above zero, and nothing else.
+        there = output.ready_at(1 - group.under_way, group.rate_factor)
+        debt = output.limit * OVERDRAFT_MS // 60_000
+        output_at = max(there, output.ready_at(cost.output_tokens - debt, group.rate_factor))
+    else:
+        # While calls under way produce what is reserved for them, the bucket refills: so much need not be there now.
+        credit = min(group.under_way, output.limit * group.call_ms // 60_000)
+        output_at = output.ready_at(cost.output_tokens - credit, group.rate_factor)
     return max(
         now,
         group.blocked_until,
-        group.last_start + gap,
+        group.last_start + _gap(group, cost, now),
         group.requests.ready_at(cost.requests, group.rate_factor),
         group.input_tokens.ready_at(cost.input_tokens, group.rate_factor),
-        group.output_tokens.ready_at(cost.output_tokens, group.rate_factor),
+        output_at,
+        group.day.ready_at(cost.input_tokens + cost.output_tokens, FULL_RATE) if group.day else now,
+        *(group.circuits[name].open_until for name in cost.circuits if name in group.circuits),
     )
+
+
+def _gap(group: Group, cost: Cost, now: int) -> int:
+    """Return the least time between the last start and one of this cost, at the pace of now."""
+    warm = min(RAMP_MS, max(0, now - group.warm_since))
+    pace = FULL_RATE * (RAMP_MS + (BURST_PACE - 1) * warm) // RAMP_MS
+    minute = 60_000 * FULL_RATE * 1000
+    dimensions = ("requests", "input_tokens") if _is_drained(group, now) else DIMENSIONS
+    return max(
+        1,
+        *(
+            cost.of(name) * minute // (group.bucket(name).limit * group.rate_factor * pace)
+            for name in dimensions
+        ),
+    )
+
+
+def _is_drained(group: Group, now: int) -> bool:
+    return now - group.drained_at < DRAINED_MS
 
 
 def reserve(
@@ -330,10 +436,11 @@ def reserve(
 ) -> tuple[Group, list[int]]:
     """Reserve for the first of `costs` that can start within the horizon; return the group and their start times.
 
-    Start times are in order. `horizon_ms` is one for all, or one for each. An open breaker lets one probe through per
-    pause.
+    Start times are in order. `horizon_ms` is one for all, or one for each.
     """
     group = advanced(group, now)
+    if costs and now - group.last_start > IDLE_MS:
+        group = replace(group, warm_since=now)
     starts: list[int] = []
     horizons = [horizon_ms] * len(costs) if isinstance(horizon_ms, int) else horizon_ms
     for cost, horizon in zip(costs, horizons, strict=True):
@@ -345,17 +452,15 @@ def reserve(
             requests=group.requests.less(cost.requests),
             input_tokens=group.input_tokens.less(cost.input_tokens),
             output_tokens=group.output_tokens.less(cost.output_tokens),
+            day=group.day and group.day.less(cost.input_tokens + cost.output_tokens),
             last_start=start,
-            outstanding=group.outstanding + cost.output_tokens,
+            under_way=group.under_way + cost.output_tokens,
         )
         starts.append(start)
-        if group.overload_streak >= OVERLOAD_STREAK:
-            group = replace(
-                group,
-                blocked_until=start + _overload_pause(group.overload_streak),
-                blocked_reason="overloaded",
-            )
-            break
+        for name in cost.circuits:
+            if name in group.circuits:
+                circuits = {**group.circuits, name: probed(group.circuits[name], start)}
+                group = replace(group, circuits=circuits)
     return group, starts
 
 
@@ -389,22 +494,37 @@ UNUSED: Final = Cost(requests=0)
 def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
     """Replace estimates by what was used, and give back what was not.
 
-    A reservation of an older epoch moves no level: the block that ended its epoch has reset the levels already.
+    A reservation of an older epoch moves no level of requests: the block that ended its epoch has reset that already.
     """
     group = advanced(group, now)
     for each in settlements:
+        used, reserved = each.used, each.reserved
         if each.epoch == group.epoch:
+            group = replace(group, requests=group.requests.less(used.requests - reserved.requests))
+        group = replace(
+            group,
+            input_tokens=group.input_tokens.less(used.input_tokens - reserved.input_tokens),
+            day=group.day
+            and group.day.less(
+                used.input_tokens
+                + used.output_tokens
+                - reserved.input_tokens
+                - reserved.output_tokens
+            ),
+        )
+        if used == UNUSED or not group.output_tokens.learned:
+            # Where headers tell what is left, they have counted this output while it was produced.
             group = replace(
                 group,
-                requests=group.requests.less(each.used.requests - each.reserved.requests),
-                input_tokens=group.input_tokens.less(
-                    each.used.input_tokens - each.reserved.input_tokens
-                ),
-                output_tokens=group.output_tokens.less(
-                    each.used.output_tokens - each.reserved.output_tokens
-                ),
+                output_tokens=group.output_tokens.less(used.output_tokens - reserved.output_tokens),
             )
-        group = replace(group, outstanding=max(0, group.outstanding - each.reserved.output_tokens))
+        if used == UNUSED:
+            # Its start time is free again; which of several it was does not matter to a pace.
+            group = replace(
+                group,
+                under_way=max(0, group.under_way - reserved.output_tokens),
+                last_start=min(group.last_start, max(now, group.blocked_until)),
+            )
         if each.call_ms or each.input_chars:
             group = _taught(group, each)
     return group
@@ -421,11 +541,17 @@ def _taught(group: Group, settlement: Settlement) -> Group:
     samples = min(group.samples + 1, MOST_SAMPLES)
     # In thousandths, so that small steps are not rounded away.
     mean = group.output_mean + (used.output_tokens * 1000 - group.output_mean) // samples
+    input_mean = group.input_mean + (used.input_tokens * 1000 - group.input_mean) // samples
     call_ms = group.call_ms
     if settlement.call_ms:
         call_ms += (settlement.call_ms - call_ms) // samples
     return replace(
-        group, chars_per_1000_tokens=ratio, output_mean=mean, call_ms=call_ms, samples=samples
+        group,
+        chars_per_1000_tokens=ratio,
+        output_mean=mean,
+        input_mean=input_mean,
+        call_ms=call_ms,
+        samples=samples,
     )
 
 
@@ -435,6 +561,8 @@ class Seen:
 
     limit: int
     remaining: int
+    full_in_ms: int | None = None
+    """Until the bucket is full again: tells how far it is below zero, which `remaining` does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,20 +629,23 @@ def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for readi
     tolerance = TOKEN_ROUNDING if dimension != "requests" else 1
     if dimension == "output_tokens":
         # Calls under way will produce what upstream has not seen yet, while refill comes in meanwhile.
-        ahead = group.outstanding // OUTSTANDING_SHARE
-        off = (seen.remaining - margin - ahead) * SCALE - bucket.level
-    else:
-        # What upstream should have left, if it sees what we have sent: a level below zero has been
-        # given out, but not sent yet.
-        expected = max(0, bucket.level + pending * SCALE)
-        off = (seen.remaining - margin) * SCALE - expected
-        if off < 0 and expected <= seen.remaining * SCALE:
-            # Nothing is missing, only the margin: make room for it step by step.
-            if now - bucket.corrected_at < CORRECT_EVERY_MS:
-                return bucket
-            floor = -pending * SCALE - bucket.limit * FULL_RATE * FLOOR_MS
-            level = min(bucket.level, max(bucket.level + off, floor))
-            return replace(bucket, level=level, corrected_at=now)
+        there = seen.remaining
+        if there == 0 and seen.full_in_ms is not None:
+            full_in_ms = seen.full_in_ms
+            there = min(0, bucket.capacity - bucket.limit * full_in_ms // 60_000)
+        level = min(bucket.capacity, there - margin - group.under_way) * SCALE
+        return replace(bucket, level=level, corrected_at=now)
+    # What upstream should have left, if it sees what we have sent: a level below zero has been
+    # given out, but not sent yet.
+    expected = max(0, bucket.level + pending * SCALE)
+    off = (seen.remaining - margin) * SCALE - expected
+    if off < 0 and expected <= seen.remaining * SCALE:
+        # Nothing is missing, only the margin: make room for it step by step.
+        if now - bucket.corrected_at < CORRECT_EVERY_MS:
+            return bucket
+        floor = -pending * SCALE - bucket.limit * FULL_RATE * FLOOR_MS
+        level = min(bucket.level, max(bucket.level + off, floor))
+        return replace(bucket, level=level, corrected_at=now)
     if off < -tolerance * SCALE:
         return replace(bucket, level=bucket.level + off, corrected_at=now)
     if off > tolerance * SCALE and now - bucket.corrected_at >= CORRECT_EVERY_MS:
@@ -526,7 +657,7 @@ def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for readi
 def _margin(dimension: Dimension, capacity: int) -> int:
     """Return what is left alone at the bottom of the bucket: a 429 costs more than a fiftieth of a burst."""
     least = 1 if dimension == "requests" else TOKEN_ROUNDING // 2
-    return min(capacity // 2, max(least, capacity // 50))
+    return min(capacity // 2, max(least, capacity // (20 if dimension == "output_tokens" else 50)))
 
 
 def _least_capacity(dimension: Dimension, limit: int) -> int:
@@ -534,31 +665,57 @@ def _least_capacity(dimension: Dimension, limit: int) -> int:
     return max(1 if dimension == "requests" else TOKEN_ROUNDING, limit // 60)
 
 
-def block(group: Group, until: int, reason: str, now: int, *, ramp: bool = False) -> Group:
-    """Stop everybody in the group until a time; afterwards start from empty buckets at a reduced rate.
+def block(  # noqa: PLR0913 - the facts of one 429
+    group: Group,
+    until: int,
+    reason: str,
+    now: int,
+    *,
+    by: str | None = None,
+    ramp: bool = False,
+    overdrawn: bool = False,
+) -> Group:
+    """Stop everybody in the group until a time; afterwards start without saved-up requests, at a reduced rate.
 
-    429s of calls that were in flight together are one event: only the first shrinks the rate.
+    429s of calls that were in flight together are one event: only the first shrinks the rate. `overdrawn`: only the
+    output of calls under way stands in the way, which is our own and known; the rate stays.
     """
     group = advanced(group, now)
-    if until <= group.blocked_until:
+    # Waits are whole seconds: a few hundred milliseconds more are the same event, seen by another worker.
+    if group.blocked_until > now and until <= group.blocked_until + SAME_EVENT_MS:
         return group
     if group.blocked_until <= now and not group.requests.learned:
         group = _shrunk(group)
-    rate = group.rate_factor
-    if group.blocked_until <= now:
+    rate, requests = (
+        group.rate_factor,
+        replace(group.requests, level=0, at=max(until, group.requests.at)),
+    )
+    if overdrawn:
+        requests = _voided(group.requests)
+    elif group.blocked_until <= now:
         rate = max(MIN_RATE, rate * (RATE_AFTER_RAMP if ramp else RATE_AFTER_429) // FULL_RATE)
     return replace(
         group,
         blocked_until=until,
         blocked_reason=reason,
+        blocked_by=by,
         rate_factor=rate,
         rate_at=until,
         epoch=group.epoch + 1,
         last_start=until,
-        requests=replace(group.requests, level=0, at=max(until, group.requests.at)),
-        input_tokens=_voided(group.input_tokens),
-        output_tokens=_voided(group.output_tokens),
+        warm_since=until if ramp else group.warm_since,
+        requests=requests,
     )
+
+
+def drained(group: Group, now: int) -> Group:
+    """Note that the queue was found empty."""
+    return replace(group, drained_at=max(now, group.drained_at))
+
+
+def recalled(group: Group, now: int) -> Group:
+    """Void all start times: whoever waits for one has to ask again."""
+    return replace(group, epoch=group.epoch + 1, last_start=min(group.last_start, now))
 
 
 def moved(group: Group, organization: str) -> Group:
@@ -566,42 +723,24 @@ def moved(group: Group, organization: str) -> Group:
     return replace(group, moved_to=organization, epoch=group.epoch + 1)
 
 
-def overloaded(group: Group, now: int) -> Group:
-    """Count a 529. From the fifth in a row on the group pauses, for 5 s to a minute, then probes with one call.
+def circuit_failed(group: Group, now: int, name: str, *, was_probe: bool = False) -> Group:
+    """Count a failure of a model or an endpoint.
 
-    Buckets and rate stay as they are: the overload is everybody's.
+    Calls that were on their way when its breaker opened are the same event: only probes say more.
     """
-    group = advanced(group, now)
-    streak = group.overload_streak + 1
-    group = replace(group, overload_streak=streak)
-    until = now + _overload_pause(streak)
-    if streak < OVERLOAD_STREAK or until <= group.blocked_until:
+    breaker = group.circuits.get(name, Breaker())
+    if breaker.is_open and not was_probe:
         return group
-    return replace(
-        group,
-        blocked_until=until,
-        blocked_reason="overloaded",
-        epoch=group.epoch + 1,
-        last_start=until,
-        requests=_voided(group.requests),
-        input_tokens=_voided(group.input_tokens),
-        output_tokens=_voided(group.output_tokens),
-    )
+    return replace(group, circuits={**group.circuits, name: failed(breaker, now)})
 
 
-def answered(group: Group) -> Group:
-    """Note a call that upstream served: the breaker closes."""
-    if not group.overload_streak:
+def circuit_served(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 - a change like any other
+    """Note that a model or an endpoint has served a call."""
+    if name not in group.circuits:
         return group
-    closed = replace(group, overload_streak=0)
-    if group.blocked_reason == "overloaded":
-        closed = replace(closed, blocked_until=0, blocked_reason=None)
-    return closed
-
-
-def _overload_pause(streak: int) -> int:
-    doublings = min(max(0, streak - OVERLOAD_STREAK), 10)
-    return min(OVERLOAD_PAUSE_CAP_MS, OVERLOAD_PAUSE_MS << doublings)
+    breaker = served(group.circuits[name])
+    others = {key: value for key, value in group.circuits.items() if key != name}
+    return replace(group, circuits=others if breaker is None else {**others, name: breaker})
 
 
 def _voided(bucket: Bucket) -> Bucket:

@@ -39,6 +39,13 @@ class Failure:
     """For `output_timeout`: the call had as much time as an invocation can give."""
 
     @property
+    def is_word_of_upstream(self) -> bool:
+        """Tell whether a working endpoint said so; a lost connection or a server error says that it does not work."""
+        return self.status is not None and (
+            self.status < _SERVER_ERRORS or self.status == _OVERLOADED
+        )
+
+    @property
     def error(self) -> JobError:
         """The failure as it is kept with the attempt."""
         return JobError(self.type, self.message, self.status)
@@ -60,6 +67,8 @@ class Effect(StrEnum):
     """This key may not make this request (its model, a beta, a file): another key may. Says nothing of other jobs."""
     MODEL_OVERLOADED = "model_overloaded"
     """Everybody's overload: buckets stay as they are."""
+    ENDPOINT_FAILED = "endpoint_failed"
+    """The connection was lost, or the server failed: an endpoint that goes on like that is set aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +117,13 @@ class RetryPolicy:
     """How patient Sluice is. Durations in milliseconds.
 
     Retries wait a random time between 0.5 s and 2 s after the first failure, 4 s after the second, then 8, 16, ... up
-    to 5 minutes (full jitter). Snoozes for 529 wait up to 5, 10, 20, ... 300 s by how often the job was snoozed.
+    to 5 minutes (full jitter). Snoozes for 529 wait up to 1, 2, 4, ... 300 s by how often the job was snoozed.
     """
 
     max_attempts: int = 5
     retry_base_ms: int = 2 * SECOND
     retry_cap_ms: int = 5 * MINUTE
-    overload_base_ms: int = 5 * SECOND
+    overload_base_ms: int = 1 * SECOND
     overload_cap_ms: int = 5 * MINUTE
     throttle_spread_ms: int = 2 * SECOND
     """Full jitter on top of `retry-after`, so that returned jobs do not come back in one moment."""
@@ -174,13 +183,16 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REJECT_KEY)
     if status == 403:  # noqa: PLR2004 - HTTP
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REFUSED_TO_KEY)
-    if failure.type == "output_timeout" and failure.had_full_window:
+    timed_out = failure.type == "output_timeout"
+    if timed_out and failure.had_full_window:
         return Verdict(GiveUp())
     if status is None or status in _TRANSIENT or status >= _SERVER_ERRORS:
+        # A time-out is the answer's length, not the endpoint's fault.
+        effect = Effect.NONE if failure.is_word_of_upstream or timed_out else Effect.ENDPOINT_FAILED
         if attempts_used >= policy.max_attempts:
-            return Verdict(GiveUp())
+            return Verdict(GiveUp(), effect)
         wait = retry_backoff_ms(attempts_used, failure, jitter, policy)
-        return Verdict(Retry(wait, full_window=failure.type == "output_timeout"))
+        return Verdict(Retry(wait, full_window=timed_out), effect)
     return Verdict(GiveUp())
 
 

@@ -1,0 +1,113 @@
+"""Loading limits from the Rate Limits API, for organisations whose admin key is in the pool.
+
+Answers teach the limits as well; this knows them before the first call, knows tokens per day, which no header names,
+and knows which models share their limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from sluice.domain.errors import KeyPoolBroken, Stale, StoreBusy
+from sluice.domain.keys import AdminKey
+from sluice.domain.limits import Group, KnownLimits, group_id, loaded, model_group, new_group
+from sluice.ports import AdminKeys, Clock, Events, LimitStore, RateLimits
+
+EVERY_MS: Final = 3_600_000
+"""Changed limits take effect within about an hour anyway (Anthropic, Rate Limits API)."""
+
+
+class LoadLimits:
+    """The use case behind the schedule, together with governor and sweep."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        admin_keys: AdminKeys,
+        rate_limits: RateLimits,
+        limits: LimitStore,
+        model_groups: Mapping[str, str],
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        self._admin_keys = admin_keys
+        self._rate_limits = rate_limits
+        self._limits = limits
+        self._model_groups = model_groups
+        self._clock = clock
+        self._events = events
+        self._loaded_at: int | None = None
+
+    def __call__(self) -> None:
+        """Load, once an hour. What cannot be loaded is told and left: the answers teach the limits too."""
+        now = self._clock.now()
+        if self._loaded_at is not None and now - self._loaded_at < EVERY_MS:
+            return
+        self._loaded_at = now
+        try:
+            keys = self._admin_keys.admin_keys()
+        except (KeyPoolBroken, StoreBusy) as error:
+            self._events.problem("key pool not readable", reason=str(error))
+            return
+        learned: dict[str, str] = {}
+        for key in keys:
+            try:
+                known = self._rate_limits.load(key)
+            except (KeyPoolBroken, StoreBusy) as error:
+                self._events.problem(
+                    "limits not loaded", organization=key.organization, reason=str(error)
+                )
+                continue
+            learned |= self._shared(known)
+            self._enter(key, known, {**self._model_groups, **learned}, now)
+        if learned and dict(self._limits.learned_groups()) != learned:
+            self._events.note("model groups learned", groups=learned)
+            self._limits.learn_groups(learned)
+
+    def _shared(self, known: Sequence[KnownLimits]) -> dict[str, str]:
+        """Return the model groups that the list of models says differently than the data we came with."""
+        learned: dict[str, str] = {}
+        for each in known:
+            names = {model_group(model, self._model_groups) for model in each.models}
+            if len(names) > 1:
+                # One bucket upstream: the name most of its models have already, or the first.
+                ours = [model_group(model, self._model_groups) for model in each.models]
+                name = max(sorted(names), key=ours.count)
+                learned |= {
+                    model: name
+                    for model in each.models
+                    if model_group(model, self._model_groups) != name
+                }
+        return learned
+
+    def _enter(
+        self, key: AdminKey, known: Sequence[KnownLimits], groups: Mapping[str, str], now: int
+    ) -> None:
+        names = {each: model_group(each.models[0], groups) for each in known if each.models}
+        ids = [group_id(key.organization, name) for name in names.values()]
+        stored = self._limits.load(ids)
+        for each, name in names.items():
+            self._entered(
+                stored.get(group_id(key.organization, name))
+                or new_group(key.organization, name, now),
+                each,
+                now,
+            )
+
+    def _entered(self, group: Group, known: KnownLimits, now: int) -> None:
+        while True:
+            changed = loaded(group, known.limits, now)
+            if changed is group:
+                return
+            try:
+                self._limits.replace(changed, group.version)
+            except Stale as stale:
+                if not isinstance(stale.current, Group):
+                    return
+                group = stale.current
+                continue
+            except StoreBusy as busy:
+                self._events.problem("store busy", what=busy.what)
+                return
+            self._events.note("limits loaded", limit_group=group.id, limits=dict(known.limits))
+            return
