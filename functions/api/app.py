@@ -69,8 +69,14 @@ app.use(middlewares=[named])
 
 
 def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
-    """Let a request through that is not too large and carries a client key."""
+    """Let a request through that is not too large, carries a client key, and asks for nothing that we do not know."""
     app.append_context(tenant=tenant_of_request())  # type: ignore[no-untyped-call]
+    known = sorted(each.alias for each in app.context["_route"].dependant.query_params)
+    unknown = sorted(set(app.current_event.query_string_parameters) - set(known))
+    if unknown:
+        there_is = f"there is {', '.join(known)}" if known else "this route takes none"
+        message = f"{', '.join(unknown)}: no such query parameter; {there_is}"
+        raise errors.InvalidRequest(message)
     return next_middleware(app)
 
 
@@ -134,13 +140,13 @@ def submit(
     anthropic_version: Annotated[
         str | None,
         Header(
-            pattern=r"^\d{4}-\d{2}-\d{2}$",
+            pattern=http.VERSION,
             description="Sent upstream with the jobs; the newest version we know if left out.",
         ),
     ] = None,
     anthropic_beta: Annotated[
         str | None,
-        Header(max_length=1024, pattern=r"^[!-~ ]+$", description="Sent upstream with the jobs."),
+        Header(max_length=1024, pattern=http.PRINTABLE, description="Sent upstream with the jobs."),
     ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
@@ -280,7 +286,7 @@ def show_usage(
     description="The limits of each, what is left, and what blocks it until when.",
     tags=["limits"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "The limit groups.", http.Limits, 401, 503),
+    responses=http.responses(200, "The limit groups.", http.Limits, 400, 401, 503),
     middlewares=[checked],
 )
 def show_limits() -> dict[str, Any]:
@@ -339,7 +345,7 @@ def on_bad_form(error: RequestValidationError) -> Response[Any]:
         tenant_of_request()
     except errors.SluiceError as refused:
         return refusal(refused)
-    return refusal(errors.InvalidRequest(http.explained(error.errors())))
+    return refusal(errors.InvalidRequest(http.explained(error.errors(), of_request=True)))
 
 
 @app.not_found

@@ -383,39 +383,41 @@ BAD: Final[list[tuple[str, Any, str]]] = [
     ("empty", "", "the body is empty"),
     ("null", "null", "the body is empty"),
     ("NaN", '{"params": NaN}', "NaN is not JSON"),
-    ("deep", "[" * 100_000, "nested too deeply"),
+    ("infinite", '{"params": -1e400}', "-1e400 is too large a number"),
+    ("deep job", {"params": params(system=json.loads("[" * 200 + "]" * 200))}, "the job is nested too deeply"),
+    ("deep", "[" * 100_000, "the body is nested too deeply: at most 100 levels"),
     ("long number", "9" * 5_000, "the body is not JSON"),
     ("bytes", b'{"params": "\xff"}', "not Unicode"),
     ("half a pair", '{"params": {"model": "\\ud83d"}}', "not Unicode"),
     ("a list", "[]", "must be a JSON object"),
     ("a list of jobs", [a_job(), a_job()], "must be a JSON object"),
     ("a text", '"params"', "must be a JSON object"),
-    ("nothing", {}, "params: Field required"),
-    ("unknown field", a_job(prioirty=1), "prioirty: Extra inputs are not permitted (got 1)"),
+    ("nothing", {}, "params: is required"),
+    ("unknown field", a_job(prioirty=1), "prioirty: is not known here (got 1)"),
     ("no max_tokens", {"params": {"model": "m", "messages": [{}]}},
-     "params.max_tokens: Field required"),
-    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: Field required"),
-    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: Field required"),
-    ("empty messages", {"params": params(messages=[])}, "params.messages: List should have"),
+     "params.max_tokens: is required"),
+    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: is required"),
+    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: is required"),
+    ("empty messages", {"params": params(messages=[])}, "params.messages: must have at least 1, has 0"),
     ("text for a number", {"params": params(max_tokens="20")},
-     "params.max_tokens: Input should be a valid integer (got '20')"),
+     "params.max_tokens: must be a whole number (got '20')"),
     ("a float", {"params": params(max_tokens=1.5)}, "params.max_tokens"),
-    ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: Input should be greater"),
-    ("number for a model", {"params": params(model=5)}, "params.model: Input should be a valid"),
-    ("streaming", {"params": params(stream=True)}, "params.stream: Input should be False"),
-    ("params a text", {"params": "hello"}, "params: Input should be"),
-    ("custom_id", a_job(custom_id="not/mine"), "custom_id: String should match"),
+    ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: must be at least 1 (got 0)"),
+    ("number for a model", {"params": params(model=5)}, "params.model: must be text (got 5)"),
+    ("streaming", {"params": params(stream=True)}, "params.stream: must be false or left out"),
+    ("params a text", {"params": "hello"}, "params: must be a JSON object"),
+    ("custom_id", a_job(custom_id="not/mine"), "custom_id: must be 1 to 64 letters"),
     ("unknown lane", a_job(lane="batch"), "lane: there is no lane 'batch' yet"),
     ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: must be RFC 3339 text with a time zone"),
     ("no time", a_job(deadline="tomorrow"), "deadline: must be RFC 3339 text with a time zone"),
     ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline: it has passed already"),
-    ("metadata", a_job(metadata={"n": 1}), "metadata.n: Input should be a valid string (got 1)"),
-    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: List should have at most 5"),
+    ("metadata", a_job(metadata={"n": 1}), "metadata.n: must be text (got 1)"),
+    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: may have at most 5, has 6"),
     ("empty list", {"jobs": []}, "jobs: must be a list of 1 to 100 jobs"),
     ("no list", {"jobs": a_job()}, "jobs: must be a list of 1 to 100 jobs"),
     ("101", {"jobs": [a_job()] * 101}, "jobs: 101 jobs in one request, the most is 100"),
     ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: not known beside jobs"),
-    ("list of rubbish", {"jobs": [5]}, "Input should be"),
+    ("list of rubbish", {"jobs": [5]}, "the job must be a JSON object (got 5)"),
 ]  # fmt: skip
 
 
@@ -431,6 +433,17 @@ def test_a_bad_request_is_told_what_is_wrong_with_it(
     assert (400, "invalid_request_error") == answered.error
     assert message in answered.message
     assert PROMPT not in answered.message
+    assert [] == gateway.call("GET", "/jobs").body["data"]
+
+
+def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> None:
+    typo = gateway.call("GET", "/jobs", query={"limits": "5", "state": "queued"})
+    posted = gateway.call("POST", "/jobs", a_job(), query={"dry_run": "true"})
+    stranger = gateway.call("GET", "/jobs", query={"limits": "5"}, key=None)
+
+    assert "limits: no such query parameter; there is ids, limit, page, state" == typo.message
+    assert "dry_run: no such query parameter; this route takes none" == posted.message
+    assert (400, 400, 401) == (typo.status, posted.status, stranger.status)
     assert [] == gateway.call("GET", "/jobs").body["data"]
 
 
@@ -595,6 +608,10 @@ def test_jobs_are_listed_page_by_page_and_by_state_and_by_id(gateway: Gateway) -
         ("/usage", {"from": "2026-11-02", "to": "2026-11-01"}),
         ("/usage", {"from": "2020-01-01", "to": "2026-11-01"}),
         ("/usage", {"group_by": "day,tenant"}),
+        ("/jobs", {"cursor": "x"}),
+        ("/jobs/job_1", {"verbose": "1"}),
+        ("/usage", {"by": "day"}),
+        ("/limits", {"model": "claude-haiku-5-5"}),
     ],
 )
 def test_a_bad_query_is_told(gateway: Gateway, path: str, query: dict[str, str]) -> None:

@@ -283,6 +283,7 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             [POLICY.retry_base_ms / 1000, POLICY.retry_cap_ms / 1000],
         ),
         ("at most {:,} bytes", [http.MOST_BYTES]),
+        ("a job at most {} levels of nesting", [http.DEEPEST]),
         ("a list of up to {}", [http.MOST_JOBS]),
     ],
 )
