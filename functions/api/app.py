@@ -32,8 +32,12 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.Conflict: (409, "conflict_error"),
     errors.RequestTooLarge: (413, "request_too_large"),
     errors.StoreBusy: (503, "overloaded_error"),
+    errors.Unexpected: (500, "api_error"),
 }
 """What each of our errors is in HTTP, in Anthropic's words. Everything else is a 500 that says nothing."""
+
+WORTH_SENDING_AGAIN: Final = (errors.StoreBusy, errors.Unexpected)
+"""What a whole list is answered with if one of its jobs was, first things first: the others are refused once more."""
 
 MOST_ID: Final = 64
 """Characters of a job id."""
@@ -148,10 +152,24 @@ def submit(
         str | None,
         Header(max_length=1024, pattern=http.PRINTABLE, description="Sent upstream with the jobs."),
     ] = None,
+    x_stainless_retry_count: Annotated[
+        int | None,
+        Header(
+            ge=0,
+            description="Sent by Anthropic's SDKs. Above 0, jobs without a name are looked for among those of the "
+            "same request within 10 minutes.",
+        ),
+    ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
     submissions, is_list = http.read_submissions(body.root)
-    sender = Sender(app.context["tenant"], idempotency_key, anthropic_version, anthropic_beta)
+    sender = Sender(
+        app.context["tenant"],
+        idempotency_key,
+        anthropic_version,
+        anthropic_beta,
+        resends=x_stainless_retry_count,
+    )
     outcomes = wiring.submit()(submissions, sender)
     if not is_list:
         (outcome,) = outcomes
@@ -166,9 +184,12 @@ def submit(
     ]
     rejected = [outcome.error for outcome in outcomes if isinstance(outcome, Rejected)]
     if len(rejected) == len(outcomes):
-        return refusal(rejected[0], data=data)
+        again = (
+            each for kind in WORTH_SENDING_AGAIN for each in rejected if isinstance(each, kind)
+        )
+        return refusal(next(again, rejected[0]), data=data)
     counts = {"accepted": len(outcomes) - len(rejected), "rejected": len(rejected)}
-    return answer(202, {"type": "job_list", **counts, "data": data})
+    return answer(202, {"type": "job_list", **counts, "data": data}, retry_after(*rejected))
 
 
 def _accepted(outcome: Accepted) -> dict[str, Any]:
@@ -326,10 +347,13 @@ def error_body(error: errors.SluiceError) -> dict[str, Any]:
 def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
     """Answer with one of our errors."""
     status, _ = HTTP_OF[type(error)]
-    headers = {}
-    if isinstance(error, errors.StoreBusy):
-        headers["retry-after"] = str(error.retry_after_seconds)
-    return answer(status, {**error_body(error), **more}, headers)
+    return answer(status, {**error_body(error), **more}, retry_after(error))
+
+
+def retry_after(*refused: errors.SluiceError) -> dict[str, str]:
+    """Return the header that says when to come back, if one of the errors passes."""
+    seconds = [each.retry_after_seconds for each in refused if isinstance(each, errors.StoreBusy)]
+    return {"retry-after": str(max(seconds))} if seconds else {}
 
 
 @app.exception_handler(list(HTTP_OF))  # type: ignore[untyped-decorator]
@@ -361,6 +385,4 @@ def on_unknown_route(_: NotFoundError) -> Response[Any]:
 def on_surprise(_: Exception) -> Response[Any]:
     """Answer what nobody thought of: the log has the traceback, the caller a request id."""
     wiring.telemetry().problem("request failed", request_id=request_id())
-    message = "something went wrong in the gateway; nothing was accepted"
-    body = {"type": "error", "error": {"type": "api_error", "message": message}}
-    return answer(500, {**body, "request_id": request_id()})
+    return refusal(errors.Unexpected())

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from scripts import cli
 from scripts.state_machine import PAGE, drawing, redrawn
-from sluice import http, limiter, work
+from sluice import http, limiter, submit, work
 from sluice.domain import limits
 from sluice.domain.jobs import TRANSITIONS, AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
@@ -283,6 +283,7 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             [POLICY.retry_base_ms / 1000, POLICY.retry_cap_ms / 1000],
         ),
         ("at most {:,} bytes", [http.MOST_BYTES]),
+        ("sent again within {:.0f} minutes", [submit.RESEND_WINDOW_MS / 60_000]),
         ("a job at most {} levels of nesting", [http.DEEPEST]),
         ("a list of up to {}", [http.MOST_JOBS]),
     ],

@@ -664,6 +664,10 @@ REFUSALS: Final[Mapping[int, str]] = {
 
 _REQUEST_ID: Final = {"description": "This request's id.", "schema": {"type": "string"}}
 _RETRY_AFTER: Final = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+_RETRY_AFTER_SOME: Final = {
+    "description": "Seconds to wait before sending what was rejected as `overloaded_error` again.",
+    "schema": {"type": "integer"},
+}
 _LOCATION: Final = {
     "description": "Of the job, when there was one and no list.",
     "schema": {"type": "string", "examples": ["/jobs/job_0123456789abcdef0123456789abcdef"]},
@@ -677,7 +681,7 @@ def responses(status: int, said: str, shape: Any, *refusals: int) -> dict[int, A
     """Document what a route answers: its shape, and the refusals it knows (500 always)."""
     headers: dict[str, Any] = {"request-id": _REQUEST_ID}
     if status == 202:  # noqa: PLR2004 - the one that makes something
-        headers["Location"] = _LOCATION
+        headers |= {"Location": _LOCATION, "retry-after": _RETRY_AFTER_SOME}
     answers = {status: {"description": said, "headers": headers, "content": _json(shape)}}
     for refusal in sorted({*refusals, 500}):
         headers = {"request-id": _REQUEST_ID}

@@ -116,7 +116,7 @@ def submit() -> Submit:
 @cache
 def waiting() -> Waiting:
     """Return how long new jobs will probably wait."""
-    return Waiting(_queue(), limits(), CLOCK)
+    return Waiting(_queue(), limits(), CLOCK, telemetry())
 
 
 def account(tenant: str) -> Account:
