@@ -185,6 +185,26 @@ def keys_table(keys: Sequence[Json]) -> Table:
     return table
 
 
+def letters_table(letters: Sequence[Json]) -> Table:
+    """Returns one row per dead letter."""
+    table = Table("letter", "kept", "reason", "job", "now", box=None)
+    table.add_column("estimate", justify="right")
+    table.add_column("redrive")
+    for letter in letters:
+        state = letter["state"]
+        cost = letter["estimated_cost_micro_usd"]
+        table.add_row(
+            letter["letter"],
+            moment(letter["kept_at"]),
+            Text(letter["reason"]),
+            letter["job"] or "-",
+            Text(state, style=STATE_STYLES.get(state, "default")) if state else "-",
+            "-" if cost is None else dollars(cost),
+            Text(letter["hindrance"] or "yes"),
+        )
+    return table
+
+
 def moment(text: str) -> str:
     """Writes a time of the API in the person's own time zone; anything else as it is."""
     try:

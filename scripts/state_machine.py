@@ -24,7 +24,7 @@ def drawing(transitions: Mapping[State, Mapping[State, str]]) -> str:
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.QUEUED} : accepted"]
     for state, onward in transitions.items():
         lines += [f"    {state} --> {new} : {why}" for new, why in onward.items()]
-        if not onward:
+        if state.is_final:
             lines.append(f"    {state} --> [*]")
     return "\n".join([*lines, "```"])
 

@@ -12,12 +12,13 @@ import selectors
 import sys
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any, Final, TypeVar
 
+from sluice.dead_letters import KeptLetter
 from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import (
     Conflict,
@@ -356,6 +357,39 @@ class MemoryResults(Fragile):
         if body is None:
             raise JobNotFound(result.object_key or "")
         return gzip.decompress(body).decode()
+
+
+class MemoryGraveyard(Fragile):
+    """The dead letters."""
+
+    name = "the data bucket"
+
+    def __init__(
+        self, now: Callable[[], int] = lambda: NOON, journal: list[str] | None = None
+    ) -> None:
+        super().__init__(journal)
+        self._now = now
+        self.kept: dict[str, KeptLetter] = {}
+
+    def keep(self, message: Received, reason: str) -> None:
+        self._do("keep", message.message_id)
+        self.kept[message.message_id] = KeptLetter(
+            message.message_id,
+            message.job_id,
+            reason,
+            message.receive_count,
+            message.sent_at,
+            message.body,
+            self._now(),
+        )
+
+    def letters(self) -> Iterator[KeptLetter]:
+        self._do("letters")
+        return iter(self.kept.values())
+
+    def letter(self, message_id: str) -> KeptLetter | None:
+        self._do("letter", message_id)
+        return self.kept.get(message_id)
 
 
 class MemoryLimits(Fragile):

@@ -29,6 +29,7 @@ from scripts import openapi
 from scripts.claude_simulator import Running, read, running
 from sluice import http, wiring
 from sluice.adapters.claude import SdkClaude
+from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, Lease, State
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from tests.moto_aws import Aws, in_memory
@@ -1013,6 +1014,40 @@ def test_a_job_that_has_ended_is_not_changed_by_its_dead_letter(gateway: Gateway
 
     assert "canceled" == gateway.job(job_id)["state"]
     assert 1 == len(gateway.cloud.objects("dead-letters/"))
+
+
+def test_a_letter_whose_job_is_at_work_comes_again(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    job = wiring.jobs().get(job_id)
+    assert job is not None
+    running = life.claim(job, "somebody", wiring.CLOCK.now(), wiring.CLOCK.now() + 60_000)
+    wiring.jobs().replace(running, job.version)
+    body = json.dumps({"v": 1, "job_id": job_id})
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
+
+    assert 1 == len(gateway.run_dead_letters())
+
+    assert "running" == gateway.job(job_id)["state"]
+    assert {} == gateway.cloud.objects("dead-letters/")
+
+
+def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    gateway.cloud.sqs.purge_queue(QueueUrl=gateway.cloud.jobs_queue)
+    body = json.dumps({"v": 1, "job_id": job_id})
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
+    gateway.run_dead_letters()
+    dead = wiring.jobs().get(job_id)
+    assert dead is not None
+    wiring.jobs().replace(life.redrive(dead, wiring.CLOCK.now()), dead.version)
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=body)
+
+    assert [] == gateway.run_worker()
+
+    job = gateway.job(job_id)
+    assert ("succeeded", 1) == (job["state"], job["attempts_used"])
+    (redrive,) = job["redrives"]
+    assert "dead_letter" == redrive["error"]["type"]
 
 
 def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:

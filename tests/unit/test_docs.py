@@ -127,7 +127,7 @@ def test_every_route_stands_in_the_readme_and_no_other() -> None:
 
 def test_every_command_stands_in_the_readme_and_no_other() -> None:
     table = section(README, "## Command line")
-    named = re.findall(r"`(sluice [a-z]+(?: [a-z]+)?)", table)
+    named = re.findall(r"`(sluice [a-z-]+(?: [a-z]+)?)", table)
 
     assert set(commands(command_line(), "sluice")) == set(named)
 
@@ -142,7 +142,7 @@ def test_options_named_in_the_documents_exist() -> None:
                 waiting.append(command)
 
     for page in (README, RUNBOOK):
-        for line in re.findall(r"\bsluice [a-z]+[^`\n|]*", page):
+        for line in re.findall(r"\bsluice [a-z-]+[^`\n|]*", page):
             assert set(re.findall(r"(?<=\s)--[a-z-]+", line)) <= known, line
 
 

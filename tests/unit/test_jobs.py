@@ -13,6 +13,7 @@ from sluice.domain.jobs import (
     AttemptOutcome,
     Job,
     JobError,
+    Redrive,
     Result,
     State,
     Step,
@@ -24,6 +25,7 @@ from tests.fakes import NOON, SECOND, a_job
 LATER = NOON + 10 * SECOND
 LEASE_END = NOON + 120 * SECOND
 AFTER_LEASE = LEASE_END + 1
+DEAD = JobError("dead_letter", "received 1001 times without an end")
 BOOM = JobError("api_error", "boom", 500)
 USED = Usage(input_tokens=7, output_tokens=3)
 
@@ -65,12 +67,13 @@ FROM_QUEUED[State.QUEUED] = lambda job: life.park(
 WAYS: dict[State, dict[State, Callable[[Job], Job]]] = {
     State.QUEUED: FROM_QUEUED,
     State.RUNNING: FROM_RUNNING,
+    State.ERRORED: {State.QUEUED: lambda job: life.redrive(job, LATER)},
 }
 IN_STATE: dict[State, Job] = {
     State.QUEUED: a_job(),
     State.RUNNING: claimed(),
     State.SUCCEEDED: succeeded(claimed()),
-    State.ERRORED: life.give_up(claimed(), "worker-1", LATER, error=BOOM),
+    State.ERRORED: life.finish_waiting(a_job(), State.ERRORED, LATER, DEAD),
     State.CANCELED: life.request_cancel(a_job(), LATER),
     State.EXPIRED: life.finish_waiting(a_job(), State.EXPIRED, LATER),
 }
@@ -114,10 +117,70 @@ def test_a_waiting_job_is_not_queued_again() -> None:
 
 
 @pytest.mark.parametrize("state", State)
-def test_final_states_are_those_without_a_way_out(state: State) -> None:
-    final = {State.SUCCEEDED, State.ERRORED, State.CANCELED, State.EXPIRED}
+def test_final_states_have_no_way_out_but_an_operators(state: State) -> None:
+    ways_out = {State.ERRORED: {State.QUEUED}} if state is State.ERRORED else {}
 
-    assert (state in final) == state.is_final
+    assert state.is_final == (set(TRANSITIONS[state]) == ways_out.get(state, set()))
+
+
+# Redriving -------------------------------------------------------------------------------------------------
+
+
+def test_a_redriven_job_is_as_new_and_keeps_its_past() -> None:
+    job = a_job(fallback_models=("claude-b",))
+    for owner in ("worker-1", "worker-2"):
+        job = life.retry(claimed(job, owner), owner, LATER, error=BOOM)
+    job = life.fall_back(claimed(job), "worker-1", LATER, reason="overloaded")
+    dead = life.finish_waiting(job, State.ERRORED, LATER, DEAD)
+
+    redriven = life.redrive(dead, AFTER_LEASE)
+
+    assert (State.QUEUED, 0, "claude-a") == (
+        redriven.state,
+        redriven.attempts_used,
+        redriven.current_model,
+    )
+    assert [BOOM, BOOM] == [attempt.error for attempt in redriven.attempts]
+    assert (Redrive(AFTER_LEASE, DEAD),) == redriven.redrives
+    assert (None, None) == (redriven.error, redriven.finished_at)
+    assert AFTER_LEASE == life.due_at(redriven), "the sweep sends it"
+    assert Step.RUN == next_step(redriven, AFTER_LEASE, 2)
+    assert 3 == claimed(redriven, now=AFTER_LEASE).attempts[-1].number
+
+
+def test_each_redrive_is_counted() -> None:
+    job = a_job()
+    for at in (LATER, AFTER_LEASE):
+        job = life.redrive(life.finish_waiting(job, State.ERRORED, at, DEAD), at)
+
+    assert [LATER, AFTER_LEASE] == [each.at for each in job.redrives]
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (a_job(), "it is queued"),
+        (claimed(), "it is running"),
+        (succeeded(claimed()), "it is succeeded"),
+        (life.finish_waiting(a_job(), State.ERRORED, LATER), "it is errored"),
+        (
+            life.give_up(claimed(), "worker-1", LATER, error=BOOM),
+            "it ended with api_error, not by its letter",
+        ),
+        (
+            life.finish_waiting(a_job(cancel_requested=True), State.ERRORED, LATER, DEAD),
+            "its caller has canceled it",
+        ),
+        (
+            life.finish_waiting(a_job(deadline=LATER), State.ERRORED, NOON, DEAD),
+            "its deadline has passed",
+        ),
+    ],
+)
+def test_what_did_not_end_by_its_letter_is_not_redriven(job: Job, reason: str) -> None:
+    assert reason == life.why_not_redriven(job, LATER)
+    with pytest.raises(IllegalTransition, match="redriven"):
+        life.redrive(job, LATER)
 
 
 # The lease -------------------------------------------------------------------------------------------------

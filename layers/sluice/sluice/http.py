@@ -340,6 +340,10 @@ def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
         "deadline": time(job.deadline),
         "not_before": time(job.not_before),
         "attempts": [_attempt_view(attempt) for attempt in job.attempts],
+        "redrives": [
+            {"at": time(each.at), "error": {"type": each.error.type, "message": each.error.message}}
+            for each in job.redrives
+        ],
         "last_snooze": (
             {"at": time(job.last_snooze.at), "reason": job.last_snooze.reason}
             if job.last_snooze
@@ -513,6 +517,13 @@ class Attempt(Shape):
     cost_micro_usd: MicroUsd | None
 
 
+class Redrive(Shape):
+    """An operator has sent the job back after it ended; `attempts_used` counts from here on."""
+
+    at: Time
+    error: Annotated[JobError, Field(description="What it had ended with.")]
+
+
 class LastSnooze(Shape):
     """The last time the job went back to the queue without using an attempt."""
 
@@ -544,6 +555,7 @@ class Job(JobSummary):
     deadline: Time | None
     not_before: Annotated[Time | None, Field(description="The job rests until then.")]
     attempts: list[Attempt]
+    redrives: list[Redrive]
     last_snooze: LastSnooze | None
     usage: Usage | None
     message: Annotated[

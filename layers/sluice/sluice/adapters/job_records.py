@@ -14,6 +14,7 @@ from sluice.domain.jobs import (
     Job,
     JobError,
     Lease,
+    Redrive,
     Result,
     Snooze,
     State,
@@ -134,6 +135,10 @@ def decode(item: Item) -> Job:
         full_window=record.get("full_window", False),
         usage=_maybe(Usage, record.get("usage")),
         error=_maybe(JobError, record.get("error")),
+        redrives=tuple(
+            Redrive(each["at"], made(JobError, each["error"]))
+            for each in record.get("redrives", ())
+        ),
     )
 
 
@@ -164,7 +169,7 @@ def _record(job: Job) -> str:
 
 
 def _plain(value: Any) -> object:
-    if isinstance(value, Usage | Lease | Snooze | JobError | Attempt):
+    if isinstance(value, Usage | Lease | Snooze | JobError | Attempt | Redrive):
         return {
             name: _plain(each) if isinstance(each, dict) else each
             for name, each in asdict(value).items()

@@ -38,8 +38,8 @@ class State(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Tell whether the job will never change again."""
-        return not TRANSITIONS[self]
+        """Tell whether the job has ended. It never changes again by itself; an operator may redrive an errored one."""
+        return self in FINAL
 
 
 TRANSITIONS: Final[Mapping[State, Mapping[State, str]]] = {
@@ -59,11 +59,16 @@ TRANSITIONS: Final[Mapping[State, Mapping[State, str]]] = {
         State.EXPIRED: "deadline passed",
     },
     State.SUCCEEDED: {},
-    State.ERRORED: {},
+    State.ERRORED: {State.QUEUED: "redriven: an operator takes back the end by a dead letter"},
     State.CANCELED: {},
     State.EXPIRED: {},
 }
 """Every change of state there is, and why it happens. `docs/state_machine.md` is drawn from it."""
+
+FINAL: Final = frozenset({State.SUCCEEDED, State.ERRORED, State.CANCELED, State.EXPIRED})
+
+DEAD_LETTER: Final = "dead_letter"
+"""The error type of a job that ended because its message became a dead letter."""
 
 
 class AttemptOutcome(StrEnum):
@@ -120,6 +125,14 @@ class Snooze:
 
 
 @dataclass(frozen=True, slots=True)
+class Redrive:
+    """An operator has sent an errored job back: when, and what it had ended with."""
+
+    at: int
+    error: JobError
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Where the answer is: the gzipped Message inline, or the key of an object that holds it."""
 
@@ -167,6 +180,8 @@ class Job:
     cost_micro_usd: int = 0
     result: Result | None = None
     error: JobError | None = None
+    redrives: tuple[Redrive, ...] = ()
+    """Oldest first. `attempts_used` counts from the last one on; `attempts` keeps them all."""
 
     @property
     def current_model(self) -> str:
@@ -405,6 +420,39 @@ def finish_waiting(job: Job, state: State, now: int, error: JobError | None = No
     if job.lease is not None and job.lease.until > now:
         raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", state)
     return _finished(job, state, now, attempts=_close_lost(job, now), error=error)
+
+
+def why_not_redriven(job: Job, now: int) -> str | None:
+    """Return why the job may not be redriven, in words for an operator; None when it may."""
+    if job.state is not State.ERRORED or job.error is None:
+        return f"it is {job.state}"
+    if job.error.type != DEAD_LETTER:
+        return f"it ended with {job.error.type}, not by its letter"
+    if job.cancel_requested:
+        return "its caller has canceled it"
+    if job.deadline is not None and job.deadline <= now:
+        return "its deadline has passed"
+    return None
+
+
+def redrive(job: Job, now: int) -> Job:
+    """Make a job that ended by a dead letter runnable again, from its first model and with all its attempts.
+
+    It is parked until now: the sweep sends its message, as fast as the limits can start it.
+    """
+    reason = why_not_redriven(job, now)
+    if reason is not None or job.error is None:
+        raise IllegalTransition(job.job_id, job.state, f"redriven: {reason}")
+    return _moved(
+        job,
+        State.QUEUED,
+        attempts_used=0,
+        fallbacks_used=0,
+        not_before=now,
+        finished_at=None,
+        error=None,
+        redrives=(*job.redrives, Redrive(now, job.error)),
+    )
 
 
 def request_cancel(job: Job, now: int) -> Job:
