@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
 import re
+import string
 import sys
 import time
 from base64 import b64encode
@@ -508,6 +510,102 @@ def test_a_body_is_measured_as_it_was_sent_not_as_the_gateway_encodes_it(gateway
     text = json.dumps({"params": params(system="x" * 3_500_000)}).encode()
 
     assert 202 == gateway.call("POST", "/jobs", text=text).status
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["text", "base64"])
+def test_a_body_of_exactly_the_limit_is_taken(
+    gateway: Gateway, over: int, *, as_bytes: bool
+) -> None:
+    """In bytes, of which an umlaut has two."""
+    frame = json.dumps({"params": params(system="")}, ensure_ascii=False)
+    filling = http.MOST_BYTES - len(frame.encode()) + over
+    text = frame.replace('"system": ""', f'"system": "{"ü" * (filling // 2)}{"x" * (filling % 2)}"')
+    assert http.MOST_BYTES + over == len(text.encode())
+
+    answered = gateway.call("POST", "/jobs", text=text.encode() if as_bytes else text)
+
+    assert (413 if over > 0 else 202) == answered.status
+
+
+LIMITS: Final[list[tuple[str, int, Callable[[int], dict[str, Any]]]]] = [
+    ("custom_id", 64, lambda n: a_job(custom_id="x" * n)),
+    ("metadata", 16, lambda n: a_job(metadata={f"k{each}": "" for each in range(n)})),
+    ("name in metadata", 64, lambda n: a_job(metadata={"k" * n: ""})),
+    ("value in metadata", 512, lambda n: a_job(metadata={"k": "💧" * n})),
+    ("fallback_models", 5, lambda n: a_job(fallback_models=["m"] * n)),
+    ("name of a fallback model", 256, lambda n: a_job(fallback_models=["m" * n])),
+    ("model", 256, lambda n: {"params": params(model="m" * n)}),
+    ("list", 100, lambda n: {"jobs": [a_job() for _ in range(n)]}),
+    ("nesting", 100, lambda n: {"params": params(system=json.loads("[" * (n - 2) + "]" * (n - 2)))}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize(("most", "body"), [x[1:] for x in LIMITS], ids=[x[0] for x in LIMITS])
+def test_a_limit_takes_what_it_says_and_no_more(
+    gateway: Gateway, most: int, body: Callable[[int], dict[str, Any]], over: int
+) -> None:
+    answered = gateway.call("POST", "/jobs", body(most + over))
+
+    assert (400 if over > 0 else 202) == answered.status, answered.body
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize(("name", "most"), [("idempotency-key", 255), ("anthropic-beta", 1_024)])
+def test_a_header_may_be_as_long_as_documented(
+    gateway: Gateway, name: str, most: int, over: int
+) -> None:
+    answered = gateway.call("POST", "/jobs", a_job(), headers={name: "x" * (most + over)})
+
+    assert (400 if over > 0 else 202) == answered.status
+
+
+def noise(length: int) -> str:
+    """Text that does not compress below six bits a letter."""
+    letters = string.ascii_letters + string.digits + "-_"
+    return "".join(random.Random(7).choices(letters, k=length))  # noqa: S311 - not a secret
+
+
+def test_a_request_too_large_for_a_message_travels_by_pointer(
+    gateway: Gateway, claude: Running
+) -> None:
+    """SQS takes 1 MiB in one message and in one call; ours are of one size, whatever the request has."""
+    claude.engine.reset()
+    (job_id,) = gateway.submit(a_job() | {"params": params(system=noise(3_000_000))})
+    (small,) = gateway.submit(a_job())
+    kept = gateway.cloud.objects(f"params/{job_id}")
+
+    bodies = [
+        each["Body"]
+        for each in gateway.cloud.sqs.receive_message(
+            QueueUrl=gateway.cloud.jobs_queue, MaxNumberOfMessages=10, VisibilityTimeout=0
+        )["Messages"]
+    ]
+    gateway.run_worker()
+
+    assert 1 == len(kept)
+    assert 2 == len(bodies)
+    assert all(len(body) < 100 for body in bodies)
+    assert ["succeeded"] * 2 == [gateway.job(each)["state"] for each in (job_id, small)]
+    assert 2 == claude.engine.stats()["billed"]
+
+
+def test_an_answer_too_large_for_a_record_comes_back_as_any_other(gateway: Gateway) -> None:
+    long_name = noise(20_000)
+    tools = [{"name": long_name, "input_schema": {"type": "object"}}]
+    large, small = gateway.submit(
+        {"params": params(tools=tools, tool_choice={"type": "any"})}, a_job()
+    )
+    gateway.run_worker()
+
+    shown = gateway.job(large)
+    assert [f"results/{large}.json.gz"] == list(gateway.cloud.objects("results/"))
+    assert ("succeeded", "tool_use") == (shown["state"], shown["message"]["stop_reason"])
+    assert [long_name] == [
+        x["name"] for x in shown["message"]["content"] if x["type"] == "tool_use"
+    ]
+    assert shown.keys() == gateway.job(small).keys()
 
 
 def test_what_is_no_json_is_too_large_as_well(gateway: Gateway) -> None:
