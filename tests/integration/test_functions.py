@@ -34,7 +34,7 @@ from sluice.adapters.claude import SdkClaude
 from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, Lease, State
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
-from tests.moto_aws import Aws, in_memory
+from tests.moto_aws import STACK, Aws, in_memory
 
 EVENTS: Final = Path(__file__).resolve().parents[2] / "events"
 UPSTREAM_KEY: Final = "sk-ant-test-sentinel-upstream"
@@ -261,7 +261,7 @@ def _start_afresh() -> None:
         if hasattr(made, "cache_clear"):
             made.cache_clear()
     wiring.telemetry()
-    for handler in logging.getLogger("sluice").handlers:
+    for handler in logging.getLogger(STACK).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.stream = Stdout()
 
@@ -1201,7 +1201,7 @@ def valid_metrics(document: dict[str, Any]) -> set[str]:
     assert NAMESPACE == directive["Namespace"]
     (dimensions,) = directive["Dimensions"]
     assert all(isinstance(document[name], str) and document[name] for name in dimensions)
-    assert "sluice" == document["service"]
+    assert STACK == document["service"]
     names = {metric["Name"] for metric in directive["Metrics"]}
     assert names
     by_group = set(dimensions) == {"service", "model_group"}

@@ -31,7 +31,7 @@ from sluice.domain.jobs import State
 from sluice.domain.limits import Group, Seen
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
-from tests.moto_aws import Aws, in_memory
+from tests.moto_aws import STACK, Aws, in_memory
 
 UUID: Final = "14e0db71-5d35-4eb5-b481-8945cf9d10c2"
 EVENT: Final = Path(__file__).resolve().parents[2] / "events" / "schedule.json"
@@ -170,7 +170,7 @@ def environment(cloud: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     start_afresh()
     wiring.telemetry()
-    for handler in logging.getLogger("sluice").handlers:
+    for handler in logging.getLogger(STACK).handlers:
         # Powertools keeps the first stdout for good, and pytest has closed that one.
         if isinstance(handler, logging.StreamHandler):
             monkeypatch.setattr(handler, "stream", io.StringIO())

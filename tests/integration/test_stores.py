@@ -541,6 +541,24 @@ def test_a_request_travels_inline_up_to_its_limit(cloud: Aws, name: str, over: i
     assert (over > 0) == bool(cloud.objects(f"params/{name}"))
 
 
+@pytest.mark.parametrize(
+    ("days", "prefix"), [(1, "params"), (60, "params"), (61, "long-params"), (400, "long-params")]
+)
+def test_a_large_request_is_kept_as_long_as_results_are(
+    cloud: Aws, name: str, days: int, prefix: str
+) -> None:
+    """The template lets objects under the two prefixes expire after 60 days, and after RetentionDays."""
+    store = dynamo.DynamoParams(
+        cloud.dynamodb, "ParamsTable", data_bucket(cloud), FrozenClock(), days
+    )
+    body = noise(600_000)
+
+    store.add(Params(name, body, "hash-1"))
+
+    assert 1 == len(cloud.objects(f"{prefix}/{name}"))
+    assert Params(name, body, "hash-1") == store.get(name)
+
+
 def test_another_large_request_under_an_id_does_not_touch_the_first(cloud: Aws, name: str) -> None:
     store = dynamo_params(cloud)
     body = noise(600_000)

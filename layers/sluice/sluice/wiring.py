@@ -26,7 +26,7 @@ from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
 from sluice.adapters.sqs import SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
-from sluice.adapters.telemetry import SERVICE, Telemetry, hush
+from sluice.adapters.telemetry import Telemetry, hush
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
@@ -53,7 +53,7 @@ def settings() -> Settings:
 def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
     hush()
-    return Telemetry(Logger(service=SERVICE))
+    return Telemetry(Logger())
 
 
 @cache

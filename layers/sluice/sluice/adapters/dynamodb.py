@@ -41,6 +41,9 @@ WRITE_AT_ONCE: Final = 25
 INLINE_BYTES: Final = 350_000
 """Requests above this size, compressed, go to S3: an item holds 400 KB."""
 
+SHORT_DAYS: Final = 60
+"""How long the template keeps objects under params/; those of a longer retention stand under long-params/."""
+
 NOTES_ID: Final = "governor#notes"
 
 FILTERED_AT_ONCE: Final = 1_000
@@ -213,7 +216,8 @@ class DynamoParams:
             item["body"] = {"B": body}
         else:
             # The hash is part of the name, so that another request under the same id cannot overwrite it.
-            key = f"params/{params.job_id}-{params.request_hash[:16]}.json.gz"
+            prefix = "params" if days <= SHORT_DAYS else "long-params"
+            key = f"{prefix}/{params.job_id}-{params.request_hash[:16]}.json.gz"
             self._objects.put(key, body)
             item["object_key"] = {"S": key}
         current = _put(
