@@ -522,6 +522,11 @@ def test_a_job_whose_worker_died_can_be_parked() -> None:
     assert AttemptOutcome.LOST == parked.attempts[-1].outcome
 
 
+def test_a_job_at_work_is_not_parked() -> None:
+    with pytest.raises(IllegalTransition, match="leased to worker-1 and cannot become parked"):
+        life.park(claimed(), LATER, reason="spend limit", not_before=AFTER_LEASE)
+
+
 def test_an_answer_that_broke_off_for_overload_counts_its_cost_wherever_the_job_goes() -> None:
     job = claimed(a_job(fallback_models=("claude-b",)))
 
