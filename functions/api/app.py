@@ -42,6 +42,9 @@ WORTH_SENDING_AGAIN: Final = (errors.StoreBusy, errors.Unexpected)
 MOST_ID: Final = 64
 """Characters of a job id."""
 
+PASSED_OVER: Final = frozenset({"beta"})
+"""Query parameters that mean nothing here: Anthropic's SDKs add `beta=true` to the calls of their beta resources."""
+
 GROUPINGS: Final = ("day", "model", "lane")
 
 
@@ -76,7 +79,7 @@ def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Res
     """Let a request through that is not too large, carries a client key, and asks for nothing that we do not know."""
     app.append_context(tenant=tenant_of_request())  # type: ignore[no-untyped-call]
     known = sorted(each.alias for each in app.context["_route"].dependant.query_params)
-    unknown = sorted(set(app.current_event.query_string_parameters) - set(known))
+    unknown = sorted(set(app.current_event.query_string_parameters) - {*known, *PASSED_OVER})
     if unknown:
         there_is = f"there is {', '.join(known)}" if known else "this route takes none"
         message = f"{', '.join(unknown)}: no such query parameter; {there_is}"

@@ -476,6 +476,7 @@ def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> No
     assert "limits: no such query parameter; there is ids, limit, page, state" == typo.message
     assert "dry_run: no such query parameter; this route takes none" == posted.message
     assert (400, 400, 401) == (typo.status, posted.status, stranger.status)
+    assert 200 == gateway.call("GET", "/jobs", query={"beta": "true"}).status, "as SDKs send it"
     assert [] == gateway.call("GET", "/jobs").body["data"]
 
 
