@@ -56,7 +56,8 @@ def _facts_table(job: Json) -> Table:
     facts["fallback"] = ", ".join(job.get("fallback_models") or [])
     pairs = (job.get("metadata") or {}).items()
     facts["metadata"] = ", ".join(f"{name}={value}" for name, value in pairs)
-    facts["attempts"] = f"{job['attempts_used']} used, {job['snoozes']} snoozes"
+    redriven = f", redriven {len(job['redrives'])} times" if job.get("redrives") else ""
+    facts["attempts"] = f"{job['attempts_used']} used, {job['snoozes']} snoozes{redriven}"
     facts["usage"] = _usage_text(job.get("usage") or {})
     if job.get("cost_micro_usd") is not None:
         facts["cost"] = dollars(job["cost_micro_usd"])

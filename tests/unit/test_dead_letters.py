@@ -306,6 +306,19 @@ def test_a_job_is_redriven_once_whoever_is_quicker(yard: Yard) -> None:
     assert 1 == len(yard.jobs.stored["job_1"].redrives)
 
 
+def test_a_busy_table_is_told_of_one_job_and_the_others_go_on(yard: Yard) -> None:
+    yard.bury("1")
+    yard.bury("2")
+    candidates = yard.redriver.candidates(yard.redriver.letters())
+    yard.jobs.fail_next("replace")
+
+    busy, done = map(yard.redriver.redrive, candidates)
+
+    assert "the jobs table is busy; try again in 2 s" == busy.hindrance
+    assert done.hindrance is None
+    assert {"m-1": None, "m-2": "it is queued"} == yard.hindrances()
+
+
 def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) -> None:
     job = yard.bury("1", deadline=NOON + MINUTE)
     (candidate,) = yard.redriver.candidates(yard.redriver.letters())

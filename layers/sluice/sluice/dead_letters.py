@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from sluice.domain import jobs as life
-from sluice.domain.errors import IllegalTransition, Stale
+from sluice.domain.errors import IllegalTransition, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError, State
 from sluice.domain.limits import model_group, new_group
 from sluice.domain.pricing import PriceList, Usage
@@ -195,7 +195,7 @@ class Redriver:
             return list(threads.map(judged, letters))
 
     def redrive(self, candidate: Candidate) -> Candidate:
-        """Make one job runnable again; return it as it is then, with the hindrance if somebody else was quicker."""
+        """Make one job runnable again; return it as it is then, with the hindrance if there was one after all."""
         job = candidate.job
         if job is None or candidate.hindrance is not None:
             return candidate
@@ -206,6 +206,9 @@ class Redriver:
             return Candidate(candidate.letter, job, str(late))
         except Stale:
             return Candidate(candidate.letter, job, "somebody else changed it meanwhile")
+        except StoreBusy as busy:
+            # The others go on; once more later finds out, and redrives nothing twice.
+            return Candidate(candidate.letter, job, str(busy))
         return Candidate(candidate.letter, redriven, None, candidate.estimate)
 
     def _mean_outputs(self) -> Mapping[str, tuple[int, int]]:
