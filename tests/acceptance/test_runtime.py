@@ -125,10 +125,11 @@ class Freezer:
     def stop(self) -> None:
         async def close() -> None:
             self._server.close()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for each in others:
-                each.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            # Whoever was just let in begins only now.
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                for each in others:
+                    each.cancel()
+                await asyncio.wait(others, timeout=1)
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
