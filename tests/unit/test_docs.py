@@ -10,10 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 from scripts import cli
-from scripts.state_machine import PAGE, drawing, redrawn
+from scripts.state_machine import PAGE, redrawn, up_to_date
 from sluice import http, limiter, work
 from sluice.domain import limits
-from sluice.domain.jobs import TRANSITIONS, AttemptOutcome, State
+from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
 from sluice.metrics import METRIC_NAMES
@@ -171,12 +171,12 @@ def test_every_outcome_of_an_attempt_is_explained(outcome: AttemptOutcome) -> No
 def test_the_state_machine_is_drawn_as_the_code_has_it() -> None:
     page = PAGE.read_text(encoding="utf-8")
 
-    assert redrawn(page, drawing(TRANSITIONS)) == page
+    assert up_to_date(page) == page
 
 
 def test_a_page_without_markers_is_not_drawn_into() -> None:
     with pytest.raises(ValueError, match="drawing:begin"):
-        redrawn("# A page\n", "picture")
+        redrawn("# A page\n", "drawing", "picture")
 
 
 def test_every_alarm_has_an_entry_that_says_what_to_do_and_no_other_has() -> None:

@@ -9,7 +9,7 @@ import pytest
 from sluice.domain import jobs as life
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.jobs import (
-    TRANSITIONS,
+    CHANGES,
     AttemptOutcome,
     Job,
     JobError,
@@ -43,6 +43,8 @@ def succeeded(job: Job) -> Job:
         request_id="req_1",
     )
 
+
+ALLOWED = {(source, rule.target) for rule in CHANGES.values() for source in rule.sources}
 
 # Every way there is to change a job, by the state it starts in.
 FROM_QUEUED: dict[State, Callable[[Job], Job]] = {
@@ -78,7 +80,7 @@ IN_STATE: dict[State, Job] = {
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(before, after) for before in TRANSITIONS for after in TRANSITIONS[before]],
+    sorted(ALLOWED),
 )
 def test_every_transition_can_be_taken(before: State, after: State) -> None:
     job = IN_STATE[before]
@@ -92,7 +94,7 @@ def test_every_transition_can_be_taken(before: State, after: State) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(a, b) for a, b in product(State, State) if b not in TRANSITIONS[a] and b is not State.QUEUED],
+    [(a, b) for a, b in product(State, State) if (a, b) not in ALLOWED and b is not State.QUEUED],
 )
 def test_every_other_transition_is_refused(before: State, after: State) -> None:
     job = IN_STATE[before]
@@ -118,6 +120,7 @@ def test_final_states_are_those_without_a_way_out(state: State) -> None:
     final = {State.SUCCEEDED, State.ERRORED, State.CANCELED, State.EXPIRED}
 
     assert (state in final) == state.is_final
+    assert (state in final) == (state not in {before for before, _ in ALLOWED})
 
 
 # The lease -------------------------------------------------------------------------------------------------
