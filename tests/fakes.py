@@ -27,13 +27,13 @@ from sluice.domain.errors import (
     Stale,
     StoreBusy,
 )
-from sluice.domain.jobs import Job, Result, State, due_at
+from sluice.domain.jobs import DueFor, Job, Result, State, due
 from sluice.domain.keys import KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group, observe
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.metrics import METRIC_NAMES
-from sluice.ports import Answer, CallRequest, Headers, Page, Params, Parked, Received, Refused
+from sluice.ports import Answer, CallRequest, Due, Headers, Page, Params, Received, Refused
 from sluice.work import Rules, Tools, Worker
 
 T = TypeVar("T")
@@ -99,6 +99,10 @@ class VirtualTime:
         self.seconds += seconds
         if self.seconds * 1000 > self.longest_story_ms:
             raise TimeStandsStill(f"not done after {self.seconds:,.0f} s of virtual time")
+
+    def make_tasks_with(self, factory: Callable[..., asyncio.Task[Any]]) -> None:
+        """Let tasks be made by a factory of one's own."""
+        self._loop.set_task_factory(factory)
 
     def run(self, story: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end; tasks left behind by it fail the story."""
@@ -204,7 +208,7 @@ class MemoryJobs(Fragile):
     def __init__(self, *jobs: Job, journal: list[str] | None = None) -> None:
         super().__init__(journal)
         self.stored = {job.job_id: job for job in jobs}
-        self.parked: dict[str, Parked] = {}
+        self.due_jobs: dict[str, tuple[DueFor, Due]] = {}
         """What the index of due jobs holds."""
         self.history: dict[str, list[Job]] = defaultdict(list)
         """Every version that was ever written."""
@@ -212,6 +216,8 @@ class MemoryJobs(Fragile):
             self._index(job)
         self.before_replace: list[Callable[[], None]] = []
         """Each is called once, just before a replace looks at the record: somebody else was quicker."""
+        self.lost_replies = 0
+        """So many replaces are done, but to their caller the store was busy."""
 
     def add(self, job: Job) -> None:
         self._do("add", job.job_id)
@@ -235,6 +241,9 @@ class MemoryJobs(Fragile):
         if current is None or current.version != expected_version:
             raise Stale(current)
         self._put(job)
+        if self.lost_replies:
+            self.lost_replies -= 1
+            raise StoreBusy(self.name)
 
     def listing(self, tenant: str, state: State | None, limit: int, page: str | None) -> Page:
         self._do("listing")
@@ -252,31 +261,37 @@ class MemoryJobs(Fragile):
         next_page = _write_page(rest[limit - 1]) if len(rest) > limit else None
         return Page(tuple(rest[:limit]), next_page)
 
-    def due(self, now: int, limit: int) -> Sequence[Parked]:
+    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
         self._do("due")
         found = sorted(
-            (each for each in self.parked.values() if each.due_at <= now),
+            (
+                each
+                for reason, each in self.due_jobs.values()
+                if reason is why and each.due_at <= now
+            ),
             key=lambda each: (each.due_at, each.job_id),
         )
         half = limit // 2
         return found if len(found) <= limit else [*found[:half], *found[-half:]]
 
-    def hold(self, parked: Parked, until: int) -> Parked | None:
-        self._do("hold", parked.job_id)
-        if self.parked.get(parked.job_id) != parked:
+    def hold(self, due: Due, until: int) -> Due | None:
+        self._do("hold", due.job_id)
+        why, present = self.due_jobs.get(due.job_id, (None, None))
+        if why is None or present != due:
             return None
-        self.parked[parked.job_id] = replace(parked, due_at=until)
-        return self.parked[parked.job_id]
+        held = replace(due, due_at=until)
+        self.due_jobs[due.job_id] = why, held
+        return held
 
-    def release(self, parked: Parked) -> None:
-        self._do("release", parked.job_id)
-        if self.parked.get(parked.job_id) == parked:
-            del self.parked[parked.job_id]
+    def watch(self, due: Due, until: int) -> None:
+        self._do("watch", due.job_id)
+        if self.due_jobs.get(due.job_id, (None, None))[1] == due:
+            self.due_jobs[due.job_id] = DueFor.CARE, replace(due, due_at=until)
 
     def delete(self, job_id: str) -> None:
         """As DynamoDB's TTL does."""
         del self.stored[job_id]
-        self.parked.pop(job_id, None)
+        self.due_jobs.pop(job_id, None)
 
     def _put(self, job: Job) -> None:
         self._index(job)
@@ -284,12 +299,12 @@ class MemoryJobs(Fragile):
         self.history[job.job_id].append(job)
 
     def _index(self, job: Job) -> None:
-        due = due_at(job)
-        self.parked.pop(job.job_id, None)
-        if due is not None:
-            self.parked[job.job_id] = Parked(
-                job.job_id, job.tenant, job.current_model, due, job.deadline
-            )
+        self.due_jobs.pop(job.job_id, None)
+        next_look = due(job)
+        if next_look is not None:
+            why, at = next_look
+            entry = Due(job.job_id, job.tenant, job.current_model, at, job.deadline)
+            self.due_jobs[job.job_id] = why, entry
 
 
 def _listing_key(job: Job) -> tuple[int, str]:
@@ -339,12 +354,12 @@ class MemoryResults(Fragile):
         self.inline_bytes = inline_bytes
         self.objects: dict[str, bytes] = {}
 
-    def put(self, job_id: str, message: str) -> Result:
-        self._do("put", job_id)
+    def put(self, name: str, message: str) -> Result:
+        self._do("put", name)
         body = gzip.compress(message.encode(), mtime=0)
         if len(body) <= self.inline_bytes:
             return Result(inline=body)
-        key = f"results/{job_id}.json.gz"
+        key = f"results/{name}.json.gz"
         self.objects[key] = body
         return Result(object_key=key)
 
@@ -447,6 +462,10 @@ class _Message:
     receive_count: int = 0
 
 
+def _receipt(message: _Message) -> str:
+    return f"{message.message_id}/{message.receive_count}"
+
+
 class MemoryQueue(Fragile):
     """The jobs queue from both sides, with its dead-letter queue.
 
@@ -511,7 +530,7 @@ class MemoryQueue(Fragile):
         return [
             Received(
                 message_id=each.message_id,
-                receipt=f"{each.message_id}/{each.receive_count}",
+                receipt=_receipt(each),
                 body=each.body,
                 job_id=each.job_id,
                 canary=each.canary,
@@ -533,12 +552,22 @@ class MemoryQueue(Fragile):
         self._do("put_back", str(len(delays)))
         for message, delay_ms in delays:
             self.delays.append((message.job_id, delay_ms))
-            waiting = self._messages.get(message.message_id)
-            if (
-                waiting is not None
-                and message.receipt == f"{waiting.message_id}/{waiting.receive_count}"
-            ):
-                waiting.visible_at = self._now() + -(-delay_ms // 1000) * 1000
+            self._hide(message, delay_ms)
+
+    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
+        self._do("keep_hidden", str(len(messages)))
+        for message in messages:
+            self._hide(message, milliseconds)
+
+    def is_held(self, message: Received) -> bool:
+        """Tell whether the receipt is still the last one of its message."""
+        waiting = self._messages.get(message.message_id)
+        return waiting is not None and message.receipt == _receipt(waiting)
+
+    def _hide(self, message: Received, milliseconds: int) -> None:
+        if self.is_held(message):
+            until = self._now() + -(-milliseconds // 1000) * 1000
+            self._messages[message.message_id].visible_at = until
 
     def bury(self, message: Received, reason: str) -> None:
         self._do("bury", message.message_id)

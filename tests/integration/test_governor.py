@@ -27,7 +27,7 @@ from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
 from sluice.adapters.sqs import SqsQueue
 from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import State
+from sluice.domain.jobs import DueFor, State
 from sluice.domain.limits import Group, Seen
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
@@ -379,8 +379,8 @@ def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
 
     eventually(lambda: {State.SUCCEEDED} == {state(each) for each in ids[:3]})
     assert (State.EXPIRED, State.QUEUED) == (state(late), state(early))
-    assert [] == list(store.due(now(), 100))
-    (swept,) = eventually(lambda: lines(ready, "parked jobs swept"))
+    assert [] == list(store.due(DueFor.CALL, now(), 100))
+    (swept,) = eventually(lambda: lines(ready, "due jobs swept"))
     assert (4, 3, 1, 0) == tuple(swept[each] for each in ("due", "sent", "expired", "left"))
 
 

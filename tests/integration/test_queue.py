@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import pytest
 from botocore.stub import Stubber
@@ -13,7 +13,8 @@ from sluice.adapters import aws
 from sluice.adapters.sqs import ENTRY_ATTEMPTS, SqsQueue, SqsReturns
 from sluice.domain.errors import StoreBusy
 from sluice.messages import reason_of, received
-from sluice.ports import Received
+from sluice.ports import JobQueue, Received, Returns
+from tests.fakes import FrozenClock, MemoryQueue
 from tests.moto_aws import Aws, in_memory
 
 URL: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/JobsQueue"
@@ -130,6 +131,129 @@ def test_the_depth_counts_what_waits_is_hidden_and_is_delayed(client: Any) -> No
         )
 
         assert 675 == SqsQueue(client, URL).depth()
+
+
+# Both sides, of the fake the use cases are tested with and of SQS itself ------------------------------------
+
+
+class Side(Protocol):
+    """A queue as its sender, its worker and Lambda's poller use it."""
+
+    @property
+    def queue(self) -> JobQueue: ...
+    @property
+    def returns(self) -> Returns: ...
+    def receive(self) -> list[Received]: ...
+    def delete(self, message: Received) -> None: ...
+
+
+class FakeSide:
+    def __init__(self) -> None:
+        self.queue = MemoryQueue(FrozenClock().now)
+        self.returns = self.queue
+
+    def receive(self) -> list[Received]:
+        return self.queue.receive(1_000)
+
+    def delete(self, message: Received) -> None:
+        self.queue.delete(message)
+
+
+class SqsSide:
+    def __init__(self, cloud: Aws) -> None:
+        self._cloud = cloud
+        self.queue = SqsQueue(cloud.sqs, cloud.jobs_queue)
+        self.returns = SqsReturns(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
+
+    def receive(self) -> list[Received]:
+        records = everything_on(self._cloud, self._cloud.jobs_queue)
+        return received(map(as_lambda_hands_over, records))
+
+    def delete(self, message: Received) -> None:
+        self._cloud.sqs.delete_message(
+            QueueUrl=self._cloud.jobs_queue, ReceiptHandle=message.receipt
+        )
+
+
+@pytest.fixture(params=["fake", "aws"])
+def side(request: pytest.FixtureRequest, cloud: Aws) -> Side:
+    return FakeSide() if request.param == "fake" else SqsSide(cloud)
+
+
+def some_jobs(count: int) -> list[tuple[str, str]]:
+    return [(job_id(number), "acme") for number in range(count)]
+
+
+def test_what_is_sent_is_received_once(side: Side) -> None:
+    assert [] == side.queue.send(some_jobs(25))
+
+    assert {name for name, _ in some_jobs(25)} == {each.job_id for each in side.receive()}
+    assert [] == side.receive()
+
+
+def test_what_is_with_a_worker_is_in_flight(side: Side) -> None:
+    side.queue.send(some_jobs(3))
+    assert (3, 0) == (side.queue.backlog().visible, side.queue.backlog().in_flight)
+
+    side.receive()
+
+    assert (0, 3) == (side.queue.backlog().visible, side.queue.backlog().in_flight)
+    assert 3 == side.queue.depth()
+
+
+def test_what_is_put_back_at_once_is_received_again_under_another_receipt(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (first,) = side.receive()
+
+    side.returns.put_back([(first, 0)])
+
+    (second,) = side.receive()
+    assert (first.message_id, 1, 2) == (
+        second.message_id,
+        first.receive_count,
+        second.receive_count,
+    )
+    assert first.receipt != second.receipt
+
+
+def test_what_is_put_back_with_a_delay_stays_hidden(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (message,) = side.receive()
+
+    side.returns.put_back([(message, 60_000)])
+
+    assert [] == side.receive()
+
+
+def test_what_is_kept_hidden_for_no_time_is_visible(side: Side) -> None:
+    """The time counts from now, whatever it was before."""
+    side.queue.send(some_jobs(12))
+    messages = side.receive()
+
+    side.returns.keep_hidden(messages, 60_000)
+    assert [] == side.receive()
+    side.returns.keep_hidden(messages, 0)
+
+    assert 12 == len(side.receive())
+
+
+def test_what_is_acknowledged_is_gone(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (message,) = side.receive()
+
+    side.delete(message)
+
+    assert 0 == side.queue.depth()
+
+
+def test_a_message_that_is_gone_cannot_be_brought_back(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (message,) = side.receive()
+    side.delete(message)
+
+    side.returns.put_back([(message, 0)])
+
+    assert [] == side.receive()
 
 
 # Returning -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.jobs import (
     CHANGES,
     AttemptOutcome,
+    DueFor,
     Job,
     JobError,
     Result,
@@ -19,7 +20,7 @@ from sluice.domain.jobs import (
     next_step,
 )
 from sluice.domain.pricing import Usage
-from tests.fakes import NOON, SECOND, a_job
+from tests.fakes import MINUTE, NOON, SECOND, a_job
 
 LATER = NOON + 10 * SECOND
 LEASE_END = NOON + 120 * SECOND
@@ -404,21 +405,45 @@ def test_what_a_message_asks_for(job: Job, step: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "due"),
+    ("job", "expected"),
     [
-        # Its message is on the queue: nothing to send.
-        (a_job(), None),
         # Parked: wanted at its time, or earlier to end it.
-        (a_job(not_before=AFTER_LEASE), AFTER_LEASE),
-        (a_job(not_before=AFTER_LEASE, deadline=LATER), LATER),
-        (a_job(not_before=LATER, deadline=AFTER_LEASE), LATER),
-        # With a worker, or ended.
-        (replace(claimed(), not_before=LATER), None),
+        (a_job(not_before=AFTER_LEASE), (DueFor.CALL, AFTER_LEASE)),
+        (a_job(not_before=AFTER_LEASE, deadline=LATER), (DueFor.CALL, LATER)),
+        (a_job(not_before=LATER, deadline=AFTER_LEASE), (DueFor.CALL, LATER)),
+        # Its message will bring it on; looked at long after the last that is known of it.
+        (a_job(), (DueFor.CARE, NOON + 30 * MINUTE)),
+        (a_job(created_at=NOON + 1), (DueFor.CARE, NOON + 45 * MINUTE)),
+        (claimed(now=LATER), (DueFor.CARE, NOON + 45 * MINUTE)),
+        (a_job(created_at=NOON - 60 * MINUTE), (DueFor.CARE, NOON - 30 * MINUTE)),
+        (
+            life.snooze(claimed(), "worker-1", NOON + 5 * MINUTE, reason="overloaded"),
+            (DueFor.CARE, NOON + 45 * MINUTE),
+        ),
+        (
+            life.retry(claimed(), "worker-1", NOON + 20 * MINUTE, error=BOOM),
+            (DueFor.CARE, NOON + 60 * MINUTE),
+        ),
+        # A deadline is kept whether or not its message comes.
+        (a_job(deadline=LATER), (DueFor.CALL, LATER)),
+        (replace(claimed(), deadline=LATER), (DueFor.CALL, LATER)),
+        (a_job(deadline=NOON + 60 * MINUTE), (DueFor.CARE, NOON + 30 * MINUTE)),
+        # Ended.
         (replace(IN_STATE[State.CANCELED], not_before=LATER), None),
+        (IN_STATE[State.SUCCEEDED], None),
     ],
 )
-def test_when_a_parked_job_is_wanted_again(job: Job, due: int | None) -> None:
-    assert due == life.due_at(job)
+def test_when_the_sweep_looks_at_a_job(job: Job, expected: tuple[DueFor, int] | None) -> None:
+    assert expected == life.due(job)
+
+
+def test_most_writes_of_a_job_leave_its_place_among_the_due_jobs_alone() -> None:
+    """An entry that moves costs two writes more."""
+    accepted = a_job(created_at=NOON + MINUTE)
+    running = claimed(accepted, now=NOON + 2 * MINUTE)
+    renewed = life.renew(running, "worker-1", NOON + 6 * MINUTE)
+
+    assert life.due(accepted) == life.due(running) == life.due(renewed)
 
 
 # Ids -------------------------------------------------------------------------------------------------------

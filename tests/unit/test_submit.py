@@ -421,7 +421,7 @@ def test_jobs_the_queue_did_not_take_are_parked_for_the_sweep(intake: Intake) ->
     job = accepted(outcomes[1])
     assert (lost, State.QUEUED, NOON) == (job.job_id, job.state, job.not_before)
     assert intake.jobs.stored[lost] == job
-    assert [lost] == [each.job_id for each in intake.jobs.due(NOON, 10)]
+    assert [lost] == [each.job_id for each in intake.jobs.due(life.DueFor.CALL, NOON, 10)]
     assert 3 == intake.events.counted("JobsAccepted")
     assert lost not in intake.sent
 

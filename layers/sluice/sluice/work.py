@@ -60,6 +60,8 @@ LEASE_MS: Final = 120_000
 """Longer than any gap between renewals; a job whose worker died is free again after this time at the latest."""
 
 RENEW_MS: Final = 45_000
+"""How often a worker says that it is alive: to the jobs it runs, and to the queue about the messages it holds."""
+
 CANCEL_CHECK_MS: Final = 15_000
 HOLD_MS: Final = 60_000
 """How long a message may wait inside an invocation for its start; beyond that it waits better in the queue."""
@@ -72,6 +74,9 @@ OTHER_MODELS: Final = "other"
 """The metrics' model group for models that are not in the price list."""
 
 FLUSH_MS: Final = 1_000
+MOST_ROWS: Final = 10_000
+"""Ledger rows a worker keeps while the ledger is away: 10 MB."""
+
 LAST_FLUSHES: Final = 3
 """How often the end of an invocation tries to write what a busy store has not taken."""
 
@@ -133,6 +138,7 @@ class Worker:
         self._tools = tools
         self._rules = rules
         self._told: set[str] = set()
+        self._rows: list[LedgerRow] = []
         self.limiter = Limiter(
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events
         )
@@ -142,7 +148,9 @@ class Worker:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation in the leases it takes.
         """
-        batch = _Batch(self._tools, self._rules, owner, self.limiter, stop_at, self._told)
+        batch = _Batch(
+            self._tools, self._rules, owner, self.limiter, stop_at, self._told, self._rows
+        )
         return await batch.run(messages)
 
 
@@ -157,6 +165,7 @@ class _Batch:
         limiter: Limiter,
         stop_at: int,
         told_once: set[str],
+        rows: list[LedgerRow],
     ) -> None:
         self.tools = tools
         self.rules = rules
@@ -169,25 +178,34 @@ class _Batch:
         self._marks: dict[str, KeyMark] = {}
         self._refusals: dict[str, dict[str, JobError]] = {}
         """By job and key: a 403 is about the request as often as about the key."""
-        self.rows: list[LedgerRow] = []
+        self.rows = rows
+        """Calls that the ledger does not have yet. Those it did not take in an earlier invocation come first."""
+        self._to_add_up: list[LedgerRow] = []
         self._to_put_back: list[tuple[Received, int]] = []
+        self._held: dict[str, Received] = {}
+        """Messages that are this worker's until the invocation ends."""
+        self._hidden_at: int | None = None
         self._flushing = asyncio.Lock()
 
     async def run(self, messages: Sequence[Received]) -> list[str]:
         ours = [message for message in messages if message.job_id is not None]
+        first, spare = _once_each(messages)
         writes = self.limiter.writes
         not_done = {message.message_id for message in messages}
+        self._held = {message.message_id: message for message in messages}
         async with self.limiter:
             housekeeping = asyncio.create_task(self._housekeeping(), name="housekeeping")
             try:
                 found = await self._read(ours)
                 tasks = [
                     asyncio.create_task(self._settled(message, found), name=message.message_id)
-                    for message in messages
+                    for message in first
                 ]
-                for message, done in zip(messages, await asyncio.gather(*tasks), strict=True):
+                for message, done in zip(first, await asyncio.gather(*tasks), strict=True):
                     if done:
                         not_done.discard(message.message_id)
+                # The job has ended, or its first message is still there.
+                not_done -= {message.message_id for message in spare}
             finally:
                 # Never in the middle of a write: what it has taken in hand would be lost.
                 async with self._flushing:
@@ -240,6 +258,7 @@ class _Batch:
             doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
             delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
             self._to_put_back.append((message, delay))
+            del self._held[message.message_id]
             return False
         return True
 
@@ -345,8 +364,7 @@ class _Batch:
                 error = JobError("request_lost", "the stored request is gone; submit the job again")
                 return await self._end(job, State.ERRORED, error)
             now = self.tools.clock.now()
-            claimed = life.claim(job, self.owner, now, now + LEASE_MS)
-            await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
+            claimed = await self._claim(job, now)
         except Stale as stale:
             self.limiter.settle(admitted, None)
             current = stale.current
@@ -357,6 +375,64 @@ class _Batch:
         if job.started_at is None:
             self.events.count("StartDelaySeconds", (now - job.created_at) / 1000)
         return await _Call(self, claimed, admitted, key).make(params.body)
+
+    async def _claim(self, job: Job, now: int) -> Job:
+        """Take the lease; raises Stale when somebody else was quicker."""
+        claimed = life.claim(job, self.owner, now, now + LEASE_MS)
+        for is_last in (False, True):
+            try:
+                await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
+                break
+            except Stale as stale:
+                if is_last and stale.current == claimed:
+                    # Ours already: only the reply of the first try was lost.
+                    break
+                raise
+            except StoreBusy:
+                # Perhaps it is written: given up now, the attempt would count though no call was made.
+                if is_last:
+                    raise
+                await self.tools.clock.sleep(FLUSH_MS)
+        await self._account_for_lost(job, claimed)
+        return claimed
+
+    async def _account_for_lost(self, before: Job, after: Job) -> None:
+        """Let the ledger name the calls of workers that died, if one more was found: they may be billed.
+
+        At once and not with the other rows: whatever killed that worker may kill this one before it writes them.
+        """
+        if life.open_attempt(before) is None:
+            return
+        # All of them: the worker that found an earlier one may have died before it could tell.
+        rows = [
+            LedgerRow(
+                tenant=after.tenant,
+                day=_day(attempt.at),
+                call_id=f"{after.job_id}#lost-{attempt.number}",
+                job_id=after.job_id,
+                model=attempt.model,
+                lane=after.lane,
+                organization=None,
+                key_id="",
+                request_id=None,
+                outcome="worker_lost",
+                spend=Spend.of_call(Usage(), 0),
+                certain=False,
+                note="the worker died during the call",
+            )
+            for attempt in after.attempts
+            if attempt.outcome is AttemptOutcome.LOST
+        ]
+        await self.record_now(rows, news=rows[-1:])
+
+    async def record_now(self, rows: list[LedgerRow], news: Sequence[LedgerRow]) -> None:
+        """Write rows at once, those of `news` for the first time; if the ledger is busy, with the others."""
+        try:
+            await self.tools.blocking(self.tools.ledger.record, rows)
+        except StoreBusy:
+            self.rows.extend(news)
+        else:
+            self._to_add_up.extend(news)
 
     # Choosing a key --------------------------------------------------------------------------------------------
 
@@ -418,6 +494,7 @@ class _Batch:
             await self.tools.blocking(self.tools.jobs.replace, ended, job.version)
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
+        await self._account_for_lost(job, ended)
         self.told(ended)
         return DONE
 
@@ -430,6 +507,7 @@ class _Batch:
             await self.tools.blocking(self.tools.jobs.replace, parked, job.version)
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
+        await self._account_for_lost(job, parked)
         return DONE
 
     def told(self, job: Job) -> None:
@@ -459,11 +537,26 @@ class _Batch:
 
     async def _housekeeping(self) -> None:
         while True:
+            for chore in (self._keep_hidden, self._flush):
+                try:
+                    await chore()
+                except Exception:  # noqa: BLE001 - what comes later is still to be written
+                    self.events.problem("housekeeping failed")
             await self.tools.clock.sleep(FLUSH_MS)
-            try:
-                await self._flush()
-            except Exception:  # noqa: BLE001 - what comes later is still to be written
-                self.events.problem("housekeeping failed")
+
+    async def _keep_hidden(self) -> None:
+        """Hide the messages for as long as a lease holds, again and again: if this worker dies, they come back soon.
+
+        Left alone they would stay hidden for the queue's own visibility timeout, six times the longest invocation.
+        """
+        now = self.tools.clock.now()
+        if self._hidden_at is not None and now - self._hidden_at < RENEW_MS:
+            return
+        async with self._flushing:
+            held = list(self._held.values())
+            if held:
+                await self.tools.blocking(self.tools.returns.keep_hidden, held, LEASE_MS)
+            self._hidden_at = now
 
     async def _flush(self, *, last: bool = False) -> None:
         """Write what has gathered: visibility changes, ledger rows and their sums."""
@@ -476,23 +569,24 @@ class _Batch:
                 await self._flush(last=left == 0)
             except Exception:  # noqa: BLE001 - the jobs' own records are written; the batch has its result
                 self.events.problem("housekeeping failed")
-            if not self.rows and not self._to_put_back:
+            if not self.rows and not self._to_put_back and not self._to_add_up:
                 return
             await self.tools.clock.sleep(FLUSH_MS)
 
     async def _write_gathered(self, *, last: bool) -> None:
-        rows, self.rows = self.rows, []
+        rows = list(self.rows)
         if rows:
             try:
                 await self.tools.blocking(self.tools.ledger.record, rows)
             except Exception:  # noqa: BLE001 - a row is never dropped for a reason nobody thought of
-                if not last:
-                    self.rows[:0] = rows
-                else:
-                    # The calls stand in their jobs' attempts; say so, for the ledger is short of them.
+                if last:
+                    # They wait for the next invocation. If there is none, the calls stand in their jobs' attempts.
                     self.events.problem("ledger rows not written", rows=len(rows))
+                    del self.rows[: max(0, len(self.rows) - MOST_ROWS)]
             else:
-                await self._add_up(rows)
+                del self.rows[: len(rows)]
+                self._to_add_up.extend(rows)
+        await self._add_up()
         put_back, self._to_put_back = self._to_put_back, []
         if put_back:
             try:
@@ -504,7 +598,10 @@ class _Batch:
                     # Not lost: it comes back when the queue's own visibility timeout ends.
                     self.events.problem("messages not put back", messages=len(put_back))
 
-    async def _add_up(self, rows: Sequence[LedgerRow]) -> None:
+    async def _add_up(self) -> None:
+        rows, self._to_add_up = self._to_add_up, []
+        if not rows:
+            return
         sums: dict[tuple[str, date, str, str], Spend] = {}
         for row in rows:
             key = (row.tenant, row.day, row.model, row.lane)
@@ -567,6 +664,7 @@ class _Call:
         self._group = admission.claimant.model_group if priced else OTHER_MODELS
         self._canceled = False
         self._settled = False
+        self._renewed_at = self._tools.clock.now()
 
     async def make(self, params: str) -> Disposition | Job:
         """Make the call and write down what came of it."""
@@ -615,7 +713,6 @@ class _Call:
 
     async def _keep_lease(self) -> None:
         """Renew the lease while the call runs; return when the job was canceled or taken away."""
-        renewed = self._tools.clock.now()
         while True:
             await self._tools.clock.sleep(CANCEL_CHECK_MS)
             now = self._tools.clock.now()
@@ -627,15 +724,18 @@ class _Call:
                 if current.cancel_requested:
                     self._canceled = True
                     return
-                if now - renewed >= RENEW_MS - CANCEL_CHECK_MS:
-                    kept = life.renew(current, self._owner, now + LEASE_MS)
-                    await self._tools.blocking(self._tools.jobs.replace, kept, current.version)
-                    self._job, renewed = kept, now
+                await self._renew_if_due(now)
             except Stale:
                 continue
             except StoreBusy:
-                if now - renewed >= LEASE_MS - CANCEL_CHECK_MS:
+                if now - self._renewed_at >= LEASE_MS - CANCEL_CHECK_MS:
                     return
+
+    async def _renew_if_due(self, now: int) -> None:
+        if now - self._renewed_at >= RENEW_MS - CANCEL_CHECK_MS:
+            kept = life.renew(self._job, self._owner, now + LEASE_MS)
+            await self._tools.blocking(self._tools.jobs.replace, kept, self._job.version)
+            self._job, self._renewed_at = kept, now
 
     async def _outcome(self, answer: Answer | Refused) -> Disposition | Job:
         if answer.headers.organization:
@@ -710,13 +810,25 @@ class _Call:
         )
 
     async def _store(self, message: str, row: LedgerRow) -> life.Result:
+        # A name for this call alone: one that comes late must not put its answer in the place of another's.
+        name = f"{self._job.job_id}-{self._claim}"
         while True:
             try:
-                return await self._tools.blocking(
-                    self._tools.results.put, self._job.job_id, message
-                )
+                return await self._tools.blocking(self._tools.results.put, name, message)
             except StoreBusy:
                 await self._rest(row)
+                await self._keep_on()
+
+    async def _keep_on(self) -> None:
+        """Keep the lease while the answer waits to be stored: else the job would be run again meanwhile."""
+        try:
+            await self._renew_if_due(self._tools.clock.now())
+        except Stale as stale:
+            if isinstance(stale.current, Job):
+                self._job = stale.current
+        except (StoreBusy, LeaseLost):
+            # The write of the outcome will say what it means.
+            return
 
     async def _rest(self, row: LedgerRow | None) -> None:
         """Wait a moment for a store that is busy; raises StoreBusy when there is no time left to wait.
@@ -919,13 +1031,18 @@ class _Call:
         if row is not None:
             self._batch.rows.append(replace(row, note=note or row.note))
 
-    async def _write(
+    async def _write(  # noqa: C901 - one branch per way it can go
         self,
         change: Callable[[Job, int], Job],
         disposition: Disposition | None,
         row: LedgerRow | None = None,
     ) -> Disposition | Job:
         """Write the job's new state, then let its message go. None as disposition: go on with the job at once."""
+        if row is not None and not row.certain:
+            # What may be billed and is made again must be in the ledger even if this worker dies right after.
+            await self._batch.record_now([row], news=[row])
+            row = None
+        tried: list[Job] = []
         while True:
             try:
                 now = self._tools.clock.now()
@@ -933,8 +1050,13 @@ class _Call:
                 if written.state is State.QUEUED and written.cancel_requested:
                     ended = life.finish_waiting(written, State.CANCELED, now)
                     written = replace(ended, version=written.version)
+                tried.append(written)
                 await self._tools.blocking(self._tools.jobs.replace, written, self._job.version)
             except Stale as stale:
+                if stale.current in tried:
+                    # Written already: only the reply was lost.
+                    written = stale.current
+                    break
                 # A cancel may have set its flag meanwhile; the call's outcome still stands.
                 if not isinstance(stale.current, Job):
                     self._account(row, "job record gone")
@@ -954,6 +1076,23 @@ class _Call:
         if written.state.is_final:
             return DONE
         return written if disposition is None else disposition
+
+
+def _once_each(messages: Sequence[Received]) -> tuple[list[Received], list[Received]]:
+    """Part messages into one for each job, with all that are not ours, and the spare ones of the same jobs.
+
+    A job runs once at a time: under one owner's name nothing would keep its two messages apart.
+    """
+    first: list[Received] = []
+    spare: list[Received] = []
+    seen: set[str] = set()
+    for message in messages:
+        if message.job_id is None or message.job_id not in seen:
+            first.append(message)
+        else:
+            spare.append(message)
+        seen.add(message.job_id or "")
+    return first, spare
 
 
 def _wait(delay_ms: int) -> Disposition:

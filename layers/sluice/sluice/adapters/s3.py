@@ -55,12 +55,12 @@ class Results:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
-    def put(self, job_id: str, message: str) -> Result:
+    def put(self, name: str, message: str) -> Result:
         """Store a Message durably, unless it is small enough to travel in the job record."""
         body = gzip.compress(message.encode(), compresslevel=6, mtime=0)
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
-        key = f"results/{job_id}.json.gz"
+        key = f"results/{name}.json.gz"
         self._objects.put(key, body)
         return Result(object_key=key)
 

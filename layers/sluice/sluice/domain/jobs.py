@@ -19,6 +19,12 @@ from sluice.domain.pricing import Usage
 LONGEST_PARK_MS: Final = 6 * 3_600_000
 """A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
 
+WATCH_MS: Final = 30 * 60_000
+"""A job of which nothing was written for so long may have lost its message: the sweep looks at it."""
+
+WATCH_GRAIN_MS: Final = 15 * 60_000
+"""Such times are rounded up to whole quarters of an hour, so that most writes of a job leave its index entry alone."""
+
 SCHEMA_VERSION: Final = 1
 """Of the stored record and of the queue message."""
 
@@ -297,14 +303,33 @@ class Step(StrEnum):
     USED_UP = "used_up"
 
 
-def due_at(job: Job) -> int | None:
-    """Return when a parked job is wanted again: at `not_before`, or to end it when its deadline comes first.
+class DueFor(StrEnum):
+    """Why the sweep shall look at a job."""
 
-    Parked is a waiting job with a `not_before`. Its message has left the queue; the sweep sends another one.
+    CALL = "call"
+    """It has no message and its time has come, or its deadline has passed: this cannot wait."""
+    CARE = "care"
+    """Its message should have brought it on by now. Perhaps it was never sent, or is lost."""
+
+
+def due(job: Job) -> tuple[DueFor, int] | None:
+    """Return why and when the sweep shall look at the job next; None once it has ended.
+
+    Parked is a waiting job with a `not_before`: its message has left the queue, and the sweep sends another one.
     """
-    if job.state is not State.QUEUED or job.not_before is None:
+    if job.state.is_final:
         return None
-    return job.not_before if job.deadline is None else min(job.not_before, job.deadline)
+    if job.state is State.QUEUED and job.not_before is not None:
+        why, at = DueFor.CALL, job.not_before
+    else:
+        last_snooze = job.last_snooze.at if job.last_snooze else 0
+        last_attempt = job.attempts[-1] if job.attempts else None
+        attempted = (last_attempt.ended_at or last_attempt.at) if last_attempt else 0
+        latest = max(job.created_at, last_snooze, attempted)
+        why, at = DueFor.CARE, -(-(latest + WATCH_MS) // WATCH_GRAIN_MS) * WATCH_GRAIN_MS
+    if job.deadline is not None and job.deadline <= at:
+        return DueFor.CALL, job.deadline
+    return why, at
 
 
 def derived_job_id(tenant: str, scope: str, name: str) -> str:
