@@ -16,8 +16,8 @@ DEV := .venv/ready-$(call sum,requirements-dev.txt pyproject.toml)
 SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types template test unit integration acceptance coverage \
-	bench-limits build deploy local lock clean
+.PHONY: help setup demo check lint types template test unit integration acceptance simulate \
+	coverage bench-limits build deploy local lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,12 @@ integration: $(DEV) ## one seam each, on the emulator and the simulator
 
 acceptance: $(DEV) $(SAM) ## what the README promises, from outside
 	.venv/bin/pytest tests/acceptance
+
+SEEDS ?= 20000
+FIRST_SEED ?= 1
+
+simulate: $(DEV) ## many more stories of the simulation: make simulate SEEDS=200000 FIRST_SEED=1
+	.venv/bin/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED)
 
 coverage: $(DEV) ## unit tests, with the domain's coverage
 	.venv/bin/pytest tests/unit --cov
