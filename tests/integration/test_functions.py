@@ -28,6 +28,8 @@ from scripts import openapi
 from scripts.claude_simulator import Running, read, running
 from sluice import http, wiring
 from sluice.adapters.claude import SdkClaude
+from sluice.adapters.sqs import SqsReturns
+from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job, Lease, State
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from tests.moto_aws import Aws, in_memory
@@ -814,6 +816,35 @@ def test_the_recorded_batch_is_answered(gateway: Gateway) -> None:
     assert {"batchItemFailures": []} == answer
     assert [] == gateway.run_dead_letters()
     assert 2 == len(gateway.cloud.objects("dead-letters/"))
+
+
+def test_a_worker_that_dies_while_it_starts_leaves_its_messages_to_others_soon(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the time of a lease, here none, and not after the queue's 90 minutes."""
+    (job_id,) = gateway.submit(a_job())
+    with monkeypatch.context() as patch:
+        patch.setattr(wiring, "LEASE_MS", 0)
+        patch.setattr(wiring, "prices", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gateway.run_worker()
+
+    assert [] == gateway.run_worker()
+    assert "succeeded" == gateway.job(job_id)["state"]
+
+
+def test_a_worker_that_cannot_reach_its_queue_at_first_works_all_the_same(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job_id,) = gateway.submit(a_job())
+
+    def busy(*_: object) -> None:
+        raise StoreBusy("the jobs queue")
+
+    monkeypatch.setattr(SqsReturns, "keep_hidden", busy)
+
+    assert [] == gateway.run_worker()
+    assert "succeeded" == gateway.job(job_id)["state"]
 
 
 def test_a_worker_without_a_readable_pool_gives_its_messages_back(gateway: Gateway) -> None:

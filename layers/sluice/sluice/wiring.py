@@ -28,17 +28,21 @@ from sluice.adapters.sqs import SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import SERVICE, Telemetry, hush
 from sluice.dead_letters import TakeDeadLetter
+from sluice.domain.errors import StoreBusy
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governor
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
+from sluice.work import LEASE_MS, Rules, Tools, Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from sluice.work import Worker
+    from sluice.ports import Received
 
 CLOCK = SystemClock()
 
@@ -160,17 +164,35 @@ def sweep() -> Sweep:
 
 
 @cache
+def _returns() -> SqsReturns:
+    return SqsReturns(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url)
+
+
+def hold_while_starting(messages: Sequence[Received]) -> None:
+    """Shorten the messages' visibility before the worker is made, which takes a second or two the first time.
+
+    If this environment dies meanwhile, they come back with the lease, and not with the queue's visibility timeout.
+    """
+    if worker.cache_info().currsize:
+        return
+    try:
+        _returns().keep_hidden(messages, LEASE_MS)
+    except StoreBusy:
+        # The worker does it again at once.
+        telemetry().problem("messages not held", messages=len(messages))
+
+
+@cache
 def worker() -> Worker:
     """Return the worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
     from sluice.adapters.claude import SdkClaude  # noqa: PLC0415
-    from sluice.work import Rules, Tools, Worker  # noqa: PLC0415
 
     secret = SecretText(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
     tools = Tools(
         jobs=jobs(),
         params=_params(),
         results=_results(),
-        returns=SqsReturns(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url),
+        returns=_returns(),
         limits=limits(),
         keys=SecretKeyPool(secret),
         claude=SdkClaude(),

@@ -258,7 +258,7 @@ class _Batch:
             doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
             delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
             self._to_put_back.append((message, delay))
-            del self._held[message.message_id]
+            self._held.pop(message.message_id, None)
             return False
         return True
 
@@ -429,7 +429,7 @@ class _Batch:
         """Write rows at once, those of `news` for the first time; if the ledger is busy, with the others."""
         try:
             await self.tools.blocking(self.tools.ledger.record, rows)
-        except StoreBusy:
+        except Exception:  # noqa: BLE001 - the job goes on, and the row is not dropped
             self.rows.extend(news)
         else:
             self._to_add_up.extend(news)
