@@ -17,7 +17,7 @@ SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check lint types template test unit integration acceptance simulate \
-	coverage bench-limits build deploy local lock clean
+	coverage chaos bench-limits build deploy local lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,9 @@ simulate: $(DEV) ## many more stories of the simulation: make simulate SEEDS=200
 
 coverage: $(DEV) ## unit tests, with the domain's coverage
 	.venv/bin/pytest tests/unit --cov
+
+chaos: $(DEV) ## the local stack under kills, restarts, throttling and an outage: about a quarter of an hour
+	.venv/bin/python -m bench.chaos
 
 bench-limits: $(DEV) ## the limiter beside other clients, under true limits: about an hour
 	.venv/bin/python -m bench.limits --write docs/bench.md --svg docs/limits.svg
