@@ -16,8 +16,8 @@ DEV := .venv/ready-$(call sum,requirements-dev.txt pyproject.toml)
 SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types template test unit integration acceptance coverage \
-	bench-limits bench-backlog build deploy local lock clean
+.PHONY: help setup demo check lint types template test unit integration acceptance simulate \
+	coverage chaos bench-limits bench-backlog build deploy local lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,8 +58,17 @@ integration: $(DEV) ## one seam each, on the emulator and the simulator
 acceptance: $(DEV) $(SAM) ## what the README promises, from outside
 	.venv/bin/pytest tests/acceptance
 
+SEEDS ?= 20000
+FIRST_SEED ?= 1
+
+simulate: $(DEV) ## many more stories of the simulation: make simulate SEEDS=200000 FIRST_SEED=1
+	.venv/bin/python -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED)
+
 coverage: $(DEV) ## unit tests, with the domain's coverage
 	.venv/bin/pytest tests/unit --cov
+
+chaos: $(DEV) ## the local stack under kills, restarts, throttling and an outage: about a quarter of an hour
+	.venv/bin/python -m bench.chaos
 
 bench-limits: $(DEV) ## the limiter beside other clients, under true limits: about an hour
 	.venv/bin/python -m bench.limits --write docs/bench.md --svg docs/limits.svg

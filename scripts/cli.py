@@ -1,4 +1,4 @@
-"""The command line: `sluice`. A client of the HTTP API; `setup` and `keys` speak to AWS instead."""
+"""The command line: `sluice`. A client of the HTTP API; `setup`, `keys` and `dead-letters` speak to AWS instead."""
 # ruff: noqa: PLC0415 - what only some commands need is loaded by them, so that --help stays quick
 
 import sys
@@ -335,6 +335,7 @@ def limits(*, as_json: AsJson = False, url: Url = None, key: Key = None) -> None
 
 app.command()(cli_stack.setup)
 app.add_typer(cli_stack.keys_app, name="keys")
+app.add_typer(cli_stack.letters_app, name="dead-letters")
 app.add_typer(local_app, name="local")
 
 

@@ -1,4 +1,4 @@
-"""Commands for a deployed stack: `sluice setup` and `sluice keys`. They speak to AWS."""
+"""Commands for a deployed stack: `sluice setup`, `sluice keys` and `sluice dead-letters`. They speak to AWS."""
 # ruff: noqa: PLC0415 - boto3 takes half a second to load; only these commands pay for it
 
 import sys
@@ -12,8 +12,12 @@ from scripts.cli_errors import CommandFailed
 
 if TYPE_CHECKING:
     from scripts.setup_stack import KeyPool, Stack
+    from sluice.dead_letters import Candidate, KeptLetter, Redriver
 
 keys_app = typer.Typer(no_args_is_help=True, help="Client keys of a deployed stack.")
+letters_app = typer.Typer(
+    no_args_is_help=True, help="Dead letters of a deployed stack. Uses your AWS credentials."
+)
 
 StackName = Annotated[str, typer.Option("--stack", help="Name of the CloudFormation stack.")]
 Region = Annotated[
@@ -120,6 +124,164 @@ def revoke_keys(
     for key_id in key_ids:
         deployed.revoke_client_key(key_id)
         print(f"{key_id} revoked")
+
+
+Reason = Annotated[
+    str | None, typer.Option("--reason", help="Only letters whose reason holds these words.")
+]
+
+
+@letters_app.command("list")
+def list_letters(
+    *,
+    stack: StackName,
+    reason: Reason = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """List dead letters, oldest first: why each died, and what its job is now."""
+    from scripts.setup_stack import Stack, said_plainly
+
+    redriver = Stack(stack, region, endpoint_url).redriver()
+    with said_plainly("read the dead letters"):
+        found = redriver.candidates(redriver.letters(reason))
+    _print_candidates(found, as_json=as_json, nothing="no dead letters")
+
+
+@letters_app.command("show")
+def show_letter(
+    letter: Annotated[str, typer.Argument(help="Letter, as `sluice dead-letters list` shows.")],
+    *,
+    stack: StackName,
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """Show a dead letter as JSON, with its raw body, its job's record, and whether that can be redriven.
+
+    The job's request and answer are not shown.
+    """
+    from scripts.setup_stack import Stack, said_plainly
+    from sluice import http
+
+    redriver = Stack(stack, region, endpoint_url).redriver()
+    with said_plainly("read the dead letter"):
+        (found,) = redriver.candidates(_letters_named(redriver, [letter]))
+    job = None if found.job is None else http.job_view(found.job)
+    shown = _as_json(found) | {"body": found.letter.body, "job_record": job}
+    terminal.print_json(shown)
+
+
+@letters_app.command("redrive")
+def redrive_letters(  # noqa: PLR0913 - a command line has options
+    letters: Annotated[
+        list[str] | None, typer.Argument(help="Letters, as `sluice dead-letters list` shows.")
+    ] = None,
+    *,
+    stack: StackName,
+    reason: Reason = None,
+    every: Annotated[bool, typer.Option("--all", help="All letters.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be redriven, and its cost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    region: Region = None,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """Make jobs that ended by a dead letter runnable again, from their records.
+
+    Shows first which, and what they would cost: an estimate by the price list. They start within
+    about a minute, as fast as the limits allow, with all their attempts.
+    """
+    from scripts.setup_stack import Stack, said_plainly
+
+    if (bool(letters), reason is not None, every).count(True) != 1:
+        raise typer.BadParameter("give letters, --reason or --all")
+    redriver = Stack(stack, region, endpoint_url).redriver()
+    with said_plainly("read the dead letters"):
+        chosen = _letters_named(redriver, letters) if letters else redriver.letters(reason)
+        found = redriver.candidates(chosen)
+    able = [each for each in found if each.hindrance is None]
+    if dry_run or not able:
+        _print_candidates(found, as_json=as_json, nothing="no dead letters")
+        _tell_estimate(able, "would be redriven")
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise CommandFailed("there is no terminal to ask: give --yes, or --dry-run to look")
+        _print_candidates(found, as_json=False, nothing="")
+        _tell_estimate(able, "would be redriven")
+        if not typer.confirm("Redrive?", default=False, err=True):
+            return
+    with said_plainly("redrive jobs"):
+        done = [redriver.redrive(each) for each in able]
+    _print_candidates(done, as_json=as_json, nothing="")
+    _tell_estimate([each for each in done if each.hindrance is None], "redriven")
+    if any(each.hindrance is not None for each in done):
+        raise typer.Exit(1)
+
+
+def _letters_named(redriver: "Redriver", names: list[str]) -> "list[KeptLetter]":
+    found = []
+    for name in names:
+        letter = redriver.letter(name)
+        if letter is None:
+            raise CommandFailed(
+                f"there is no dead letter {name}; `sluice dead-letters list` shows what there is"
+            )
+        found.append(letter)
+    return found
+
+
+def _as_json(found: "Candidate") -> dict[str, object]:
+    from sluice import http
+
+    letter, job, estimate = found.letter, found.job, found.estimate
+    return {
+        "letter": letter.message_id,
+        "kept_at": http.time(letter.kept_at),
+        "reason": letter.reason,
+        "receive_count": letter.receive_count,
+        "job": letter.job_id,
+        "tenant": job.tenant if job else None,
+        "state": job.state.value if job else None,
+        "redrives": len(job.redrives) if job else 0,
+        "redrivable": found.hindrance is None,
+        "hindrance": found.hindrance,
+        "estimated_cost_micro_usd": estimate.likely if estimate else None,
+        "estimated_cost_at_most_micro_usd": estimate.most if estimate else None,
+    }
+
+
+def _print_candidates(found: "list[Candidate]", *, as_json: bool, nothing: str) -> None:
+    rows = [_as_json(each) for each in found]
+    if as_json:
+        terminal.print_json({"data": rows})
+    elif rows:
+        from scripts import show
+
+        show.console().print(show.letters_table(rows))
+    else:
+        terminal.say(nothing)
+
+
+def _tell_estimate(able: "list[Candidate]", what: str) -> None:
+    from scripts.progress import dollars
+    from sluice.dead_letters import Estimate
+
+    total = sum((each.estimate for each in able if each.estimate), Estimate(0, 0))
+    unpriced = sum(each.estimate is None for each in able)
+    jobs = terminal.counted(len(able), "job")
+    without = (
+        f", {terminal.counted(unpriced, 'job')} without a price not counted" if unpriced else ""
+    )
+    terminal.say(
+        f"{jobs} {what}; estimated cost {dollars(total.likely)}, at most {dollars(total.most)} "
+        f"(by the price list{without})"
+        if able
+        else f"{jobs} {what}"
+    )
 
 
 def _key_pool_for(deployed: "Stack", file: Path | None) -> "KeyPool | None":

@@ -18,15 +18,23 @@ from botocore.exceptions import (
 )
 
 from scripts.cli_errors import CommandFailed
+from sluice import wiring
+from sluice.adapters import aws
+from sluice.adapters.dynamodb import DynamoJobs, DynamoLimits, DynamoParams
+from sluice.adapters.s3 import DeadLetterObjects, Objects
+from sluice.adapters.system import SystemClock
+from sluice.dead_letters import Redriver
 from sluice.domain import client_keys
-from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import parse_key_pool
 
 if TYPE_CHECKING:
+    from mypy_boto3_cloudformation.type_defs import StackTypeDef
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_secretsmanager import SecretsManagerClient
 
 NEEDED_OUTPUTS = ("ApiUrl", "KeyPoolSecretArn", "PepperSecretArn", "ClientKeysTableName")
+USUAL_RETENTION_DAYS = 30  # as in template.yaml
 USABLE_STATUSES = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
 
 TENANT = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -41,22 +49,27 @@ class Stack:
     def __init__(
         self, name: str, region: str | None = None, endpoint_url: str | None = None
     ) -> None:
-        with _said_plainly(f"read stack {name}"):
+        with said_plainly(f"read stack {name}"):
             self._session = boto3.Session(region_name=region)
             self._endpoint_url = endpoint_url
-            outputs = self._read_outputs(name)
+            found = self._read(name)
+        outputs = {each["OutputKey"]: each["OutputValue"] for each in found.get("Outputs", [])}
         missing = [output for output in NEEDED_OUTPUTS if output not in outputs]
         if missing:
             raise CommandFailed(
                 f"stack {name} has no output {', '.join(missing)}: is it a Sluice stack?"
             )
         self.name = name
+        self.outputs = outputs
+        self.parameters = {
+            each["ParameterKey"]: each["ParameterValue"] for each in found.get("Parameters", [])
+        }
         self.api_url = outputs["ApiUrl"]
         self._key_pool_secret = outputs["KeyPoolSecretArn"]
         self._pepper_secret = outputs["PepperSecretArn"]
         self._keys_table = outputs["ClientKeysTableName"]
 
-    def _read_outputs(self, name: str) -> dict[str, str]:
+    def _read(self, name: str) -> "StackTypeDef":
         cloudformation = self._session.client("cloudformation", endpoint_url=self._endpoint_url)
         try:
             found = cloudformation.describe_stacks(StackName=name)["Stacks"]
@@ -73,7 +86,31 @@ class Stack:
             raise CommandFailed(
                 f"stack {name} is {found[0]['StackStatus']}: wait or mend the deployment first"
             )
-        return {each["OutputKey"]: each["OutputValue"] for each in found[0].get("Outputs", [])}
+        return found[0]
+
+    def redriver(self) -> Redriver:
+        """Returns the use case behind `sluice dead-letters`, on this stack's tables and bucket."""
+        names = ("JobsTableName", "ParamsTableName", "LimitsTableName", "DataBucketName")
+        missing = [name for name in names if name not in self.outputs]
+        if missing:
+            raise CommandFailed(f"stack {self.name} has no output {', '.join(missing)}")
+        days = int(self.parameters.get("RetentionDays", USUAL_RETENTION_DAYS))
+        jobs, params, limits, bucket = (self.outputs[name] for name in names)
+        with said_plainly("reach the stack's data"):
+            dynamodb = self._session.client(
+                "dynamodb", endpoint_url=self._endpoint_url, config=aws.CONFIG
+            )
+            s3 = self._session.client("s3", endpoint_url=self._endpoint_url, config=aws.CONFIG)
+        objects, clock = Objects(s3, bucket), SystemClock()
+        return Redriver(
+            DynamoJobs(dynamodb, jobs, days),
+            DynamoParams(dynamodb, params, objects, clock, days),
+            DynamoLimits(dynamodb, limits),
+            DeadLetterObjects(objects),
+            wiring.prices(),
+            wiring.model_groups(),
+            clock,
+        )
 
     @property
     def _secrets(self) -> "SecretsManagerClient":
@@ -85,7 +122,7 @@ class Stack:
 
     def key_pool_ids(self) -> list[str]:
         """Returns the ids of the upstream keys the stack has; none when the pool is unusable."""
-        with _said_plainly("read the key pool"):
+        with said_plainly("read the key pool"):
             text = self._secrets.get_secret_value(SecretId=self._key_pool_secret)["SecretString"]
         try:
             return [key.id for key in parse_key_pool(json.loads(text))]
@@ -94,7 +131,7 @@ class Stack:
 
     def write_key_pool(self, pool: Mapping[str, Any]) -> None:
         """Makes `pool` the stack's upstream keys."""
-        with _said_plainly("write the key pool"):
+        with said_plainly("write the key pool"):
             self._secrets.put_secret_value(
                 SecretId=self._key_pool_secret, SecretString=json.dumps(pool)
             )
@@ -109,10 +146,10 @@ class Stack:
         """Returns a new client key and its id. Only hashes of the key are stored."""
         check_tenant(tenant)
         key = client_keys.new_key(random_bytes(32))
-        with _said_plainly("read the pepper"):
+        with said_plainly("read the pepper"):
             pepper = self._secrets.get_secret_value(SecretId=self._pepper_secret)["SecretString"]
         key_id = client_keys.key_id(pepper, key)
-        with _said_plainly("store the client key"):
+        with said_plainly("store the client key"):
             self._dynamodb.put_item(
                 TableName=self._keys_table,
                 Item={
@@ -130,7 +167,7 @@ class Stack:
     def list_client_keys(self) -> list[dict[str, Any]]:
         """Returns every client key without its hash, the oldest first."""
         keys: list[dict[str, Any]] = []
-        with _said_plainly("list the client keys"):
+        with said_plainly("list the client keys"):
             pages = self._dynamodb.get_paginator("scan").paginate(TableName=self._keys_table)
             for page in pages:
                 keys += [
@@ -147,7 +184,7 @@ class Stack:
 
     def revoke_client_key(self, key_id: str) -> None:
         """Disables a client key; its jobs go on."""
-        with _said_plainly("revoke the client key"):
+        with said_plainly("revoke the client key"):
             try:
                 self._dynamodb.update_item(
                     TableName=self._keys_table,
@@ -221,7 +258,7 @@ def _wrong_with_key(key: str, others: list[str]) -> str | None:
 
 
 @contextmanager
-def _said_plainly(doing: str) -> Iterator[None]:
+def said_plainly(doing: str) -> Iterator[None]:
     """Turns what boto3 raises into one line that says what to do."""
     try:
         yield
@@ -237,6 +274,8 @@ def _said_plainly(doing: str) -> Iterator[None]:
         facts = error.response["Error"]
         code, message = facts.get("Code", "error"), facts.get("Message", "")
         raise CommandFailed(f"AWS refused to {doing}: {code}: {message}") from None
+    except StoreBusy as busy:
+        raise CommandFailed(f"AWS was too busy to {doing}: {busy.what}; try again") from None
     except (BotoCoreError, ValueError) as error:
         # ValueError: an endpoint URL that is none.
         raise CommandFailed(f"cannot {doing}: {error}") from None

@@ -56,7 +56,8 @@ def _facts_table(job: Json) -> Table:
     facts["fallback"] = ", ".join(job.get("fallback_models") or [])
     pairs = (job.get("metadata") or {}).items()
     facts["metadata"] = ", ".join(f"{name}={value}" for name, value in pairs)
-    facts["attempts"] = f"{job['attempts_used']} used, {job['snoozes']} snoozes"
+    redriven = f", redriven {len(job['redrives'])} times" if job.get("redrives") else ""
+    facts["attempts"] = f"{job['attempts_used']} used, {job['snoozes']} snoozes{redriven}"
     facts["usage"] = _usage_text(job.get("usage") or {})
     if job.get("cost_micro_usd") is not None:
         facts["cost"] = dollars(job["cost_micro_usd"])
@@ -199,6 +200,26 @@ def keys_table(keys: Sequence[Json]) -> Table:
             key.get("name") or "-",
             moment(key["created_at"]) if key.get("created_at") else "-",
             Text("revoked", style="red") if key.get("disabled") else Text("active"),
+        )
+    return table
+
+
+def letters_table(letters: Sequence[Json]) -> Table:
+    """Returns one row per dead letter."""
+    table = Table("letter", "kept", "reason", "job", "now", box=None)
+    table.add_column("estimate", justify="right")
+    table.add_column("redrive")
+    for letter in letters:
+        state = letter["state"]
+        cost = letter["estimated_cost_micro_usd"]
+        table.add_row(
+            letter["letter"],
+            moment(letter["kept_at"]),
+            Text(letter["reason"]),
+            letter["job"] or "-",
+            Text(state, style=STATE_STYLES.get(state, "default")) if state else "-",
+            "-" if cost is None else dollars(cost),
+            Text(letter["hindrance"] or "yes"),
         )
     return table
 

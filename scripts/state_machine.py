@@ -1,7 +1,7 @@
-"""Draws the job's state machine into docs/state_machine.md, from the table that the code obeys.
+"""Writes the job's state machine into docs/state_machine.md, from the table that the code obeys.
 
-python -m scripts.state_machine            writes the drawing
-python -m scripts.state_machine --check    says whether it is up to date, by the exit code
+python -m scripts.state_machine            writes the drawing and the table
+python -m scripts.state_machine --check    says whether they are up to date, by the exit code
 """
 
 from __future__ import annotations
@@ -12,39 +12,55 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from sluice.domain.jobs import TRANSITIONS, State
+from sluice.domain.jobs import CHANGES, Change, Rule, State
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "state_machine.md"
-BEGIN: Final = "<!-- drawing:begin -->"
-END: Final = "<!-- drawing:end -->"
 
 
-def drawing(transitions: Mapping[State, Mapping[State, str]]) -> str:
+def drawing(changes: Mapping[Change, Rule]) -> str:
     """Return the state machine as a mermaid diagram in a Markdown code block."""
-    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.QUEUED} : accepted"]
-    for state, onward in transitions.items():
-        lines += [f"    {state} --> {new} : {why}" for new, why in onward.items()]
-        if not onward:
-            lines.append(f"    {state} --> [*]")
+    arrows: dict[tuple[State, State], list[str]] = {}
+    for change, rule in changes.items():
+        for source in rule.sources:
+            arrows.setdefault((source, rule.target), []).append(change)
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.QUEUED} : submit"]
+    lines += [f"    {old} --> {new} : {', '.join(names)}" for (old, new), names in arrows.items()]
+    lines += [f"    {state} --> [*]" for state in State if state.is_final]
     return "\n".join([*lines, "```"])
 
 
-def redrawn(page: str, picture: str) -> str:
-    """Return the page with the picture between its markers; raises ValueError without markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs {BEGIN} and, after it, {END}")
-    return f"{before}{BEGIN}\n{picture}\n{END}{after}"
+def table(changes: Mapping[Change, Rule]) -> str:
+    """Return the changes as a Markdown table."""
+    rows = ["| change | from | to | who | the lease | when |", "|---|---|---|---|---|---|"]
+    for change, rule in changes.items():
+        sources = ", ".join(f"`{state}`" for state in rule.sources)
+        cells = (change, sources, f"`{rule.target}`", ", ".join(rule.who), rule.lease, rule.when)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def redrawn(page: str, name: str, content: str) -> str:
+    """Return the page with the content between the markers of that name; raises ValueError without markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the page needs {begin} and, after it, {end}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def up_to_date(page: str) -> str:
+    """Return the page as the code has it."""
+    return redrawn(redrawn(page, "drawing", drawing(CHANGES)), "changes", table(CHANGES))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the drawing, or check it; return the exit code."""
+    """Write drawing and table, or check them; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m scripts.state_machine")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when out of date")
     wanted = parser.parse_args(arguments)
     page = PAGE.read_text(encoding="utf-8")
-    new = redrawn(page, drawing(TRANSITIONS))
+    new = up_to_date(page)
     if page == new:
         return 0
     if wanted.check:

@@ -12,12 +12,13 @@ import selectors
 import sys
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any, Final, TypeVar
 
+from sluice.dead_letters import KeptLetter
 from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import (
     Conflict,
@@ -27,7 +28,7 @@ from sluice.domain.errors import (
     Stale,
     StoreBusy,
 )
-from sluice.domain.jobs import Job, Result, State, due_at
+from sluice.domain.jobs import DueFor, Job, Result, State, due
 from sluice.domain.keys import KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group, observe
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
@@ -36,10 +37,10 @@ from sluice.metrics import METRIC_NAMES
 from sluice.ports import (
     Answer,
     CallRequest,
+    Due,
     Headers,
     Page,
     Params,
-    Parked,
     Pointer,
     Received,
     Refused,
@@ -109,6 +110,10 @@ class VirtualTime:
         self.seconds += seconds
         if self.seconds * 1000 > self.longest_story_ms:
             raise TimeStandsStill(f"not done after {self.seconds:,.0f} s of virtual time")
+
+    def make_tasks_with(self, factory: Callable[..., asyncio.Task[Any]]) -> None:
+        """Let tasks be made by a factory of one's own."""
+        self._loop.set_task_factory(factory)
 
     def run(self, story: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end; tasks left behind by it fail the story."""
@@ -214,7 +219,7 @@ class MemoryJobs(Fragile):
     def __init__(self, *jobs: Job, journal: list[str] | None = None) -> None:
         super().__init__(journal)
         self.stored = {job.job_id: job for job in jobs}
-        self.parked: dict[str, Parked] = {}
+        self.due_jobs: dict[str, tuple[DueFor, Due]] = {}
         """What the index of due jobs holds."""
         self.history: dict[str, list[Job]] = defaultdict(list)
         """Every version that was ever written."""
@@ -222,6 +227,8 @@ class MemoryJobs(Fragile):
             self._index(job)
         self.before_replace: list[Callable[[], None]] = []
         """Each is called once, just before a replace looks at the record: somebody else was quicker."""
+        self.lost_replies = 0
+        """So many replaces are done, but to their caller the store was busy."""
 
     def add(self, job: Job) -> None:
         self._do("add", job.job_id)
@@ -245,6 +252,9 @@ class MemoryJobs(Fragile):
         if current is None or current.version != expected_version:
             raise Stale(current)
         self._put(job)
+        if self.lost_replies:
+            self.lost_replies -= 1
+            raise StoreBusy(self.name, may_be_done=True)
 
     def listing(self, tenant: str, state: State | None, limit: int, page: str | None) -> Page:
         self._do("listing")
@@ -262,31 +272,37 @@ class MemoryJobs(Fragile):
         next_page = _write_page(rest[limit - 1]) if len(rest) > limit else None
         return Page(tuple(rest[:limit]), next_page)
 
-    def due(self, now: int, limit: int) -> Sequence[Parked]:
+    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
         self._do("due")
         found = sorted(
-            (each for each in self.parked.values() if each.due_at <= now),
+            (
+                each
+                for reason, each in self.due_jobs.values()
+                if reason is why and each.due_at <= now
+            ),
             key=lambda each: (each.due_at, each.job_id),
         )
         half = limit // 2
         return found if len(found) <= limit else [*found[:half], *found[-half:]]
 
-    def hold(self, parked: Parked, until: int) -> Parked | None:
-        self._do("hold", parked.job_id)
-        if self.parked.get(parked.job_id) != parked:
+    def hold(self, due: Due, until: int) -> Due | None:
+        self._do("hold", due.job_id)
+        why, present = self.due_jobs.get(due.job_id, (None, None))
+        if why is None or present != due:
             return None
-        self.parked[parked.job_id] = replace(parked, due_at=until)
-        return self.parked[parked.job_id]
+        held = replace(due, due_at=until)
+        self.due_jobs[due.job_id] = why, held
+        return held
 
-    def release(self, parked: Parked) -> None:
-        self._do("release", parked.job_id)
-        if self.parked.get(parked.job_id) == parked:
-            del self.parked[parked.job_id]
+    def watch(self, due: Due, until: int) -> None:
+        self._do("watch", due.job_id)
+        if self.due_jobs.get(due.job_id, (None, None))[1] == due:
+            self.due_jobs[due.job_id] = DueFor.CARE, replace(due, due_at=until)
 
     def delete(self, job_id: str) -> None:
         """As DynamoDB's TTL does."""
         del self.stored[job_id]
-        self.parked.pop(job_id, None)
+        self.due_jobs.pop(job_id, None)
 
     def _put(self, job: Job) -> None:
         self._index(job)
@@ -294,12 +310,12 @@ class MemoryJobs(Fragile):
         self.history[job.job_id].append(job)
 
     def _index(self, job: Job) -> None:
-        due = due_at(job)
-        self.parked.pop(job.job_id, None)
-        if due is not None:
-            self.parked[job.job_id] = Parked(
-                job.job_id, job.tenant, job.current_model, due, job.deadline
-            )
+        self.due_jobs.pop(job.job_id, None)
+        next_look = due(job)
+        if next_look is not None:
+            why, at = next_look
+            entry = Due(job.job_id, job.tenant, job.current_model, at, job.deadline)
+            self.due_jobs[job.job_id] = why, entry
 
 
 def _listing_key(job: Job) -> tuple[int, str]:
@@ -349,12 +365,12 @@ class MemoryResults(Fragile):
         self.inline_bytes = inline_bytes
         self.objects: dict[str, bytes] = {}
 
-    def put(self, job_id: str, message: str) -> Result:
-        self._do("put", job_id)
+    def put(self, name: str, message: str) -> Result:
+        self._do("put", name)
         body = gzip.compress(message.encode(), mtime=0)
         if len(body) <= self.inline_bytes:
             return Result(inline=body)
-        key = f"results/{job_id}.json.gz"
+        key = f"results/{name}.json.gz"
         self.objects[key] = body
         return Result(object_key=key)
 
@@ -366,6 +382,39 @@ class MemoryResults(Fragile):
         if body is None:
             raise JobNotFound(result.object_key or "")
         return gzip.decompress(body).decode()
+
+
+class MemoryGraveyard(Fragile):
+    """The dead letters."""
+
+    name = "the data bucket"
+
+    def __init__(
+        self, now: Callable[[], int] = lambda: NOON, journal: list[str] | None = None
+    ) -> None:
+        super().__init__(journal)
+        self._now = now
+        self.kept: dict[str, KeptLetter] = {}
+
+    def keep(self, message: Received, reason: str) -> None:
+        self._do("keep", message.message_id)
+        self.kept[message.message_id] = KeptLetter(
+            message.message_id,
+            message.job_id,
+            reason,
+            message.receive_count,
+            message.sent_at,
+            message.body,
+            self._now(),
+        )
+
+    def letters(self) -> Iterator[KeptLetter]:
+        self._do("letters")
+        return iter(self.kept.values())
+
+    def letter(self, message_id: str) -> KeptLetter | None:
+        self._do("letter", message_id)
+        return self.kept.get(message_id)
 
 
 class MemoryLimits(Fragile):
@@ -523,20 +572,19 @@ class MemoryQueue(Fragile):
         visible = sum(each.visible_at <= now for each in self._messages.values())
         return Backlog(visible=visible, in_flight=len(self._messages) - visible)
 
-    def receive(self, most: int) -> list[Received]:
+    def receive(self, most: int, hidden_ms: int) -> list[Received]:
         """As a worker takes messages itself: ten at the most."""
         self._do("receive")
-        return self.hand_over(min(most, 10))
+        return self.hand_over(min(most, 10), hidden_ms)
 
     def delete(self, messages: Sequence[Received]) -> None:
         """Acknowledge. An old receipt deletes nothing."""
         self._do("delete", str(len(messages)))
         for message in messages:
-            waiting = self._messages.get(message.message_id)
-            if waiting is not None and message.receipt == _receipt(waiting):
+            if self.is_held(message):
                 del self._messages[message.message_id]
 
-    def hand_over(self, most: int = 50) -> list[Received]:
+    def hand_over(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
         """As the mapping takes a batch: what is visible, oldest first, hidden for the queue's visibility timeout."""
         now = self._now()
         visible = sorted(
@@ -546,7 +594,7 @@ class MemoryQueue(Fragile):
         self.receives += len(visible)
         for each in visible:
             each.receive_count += 1
-            each.visible_at = now + VISIBILITY_MS
+            each.visible_at = now + hidden_ms
         return [
             Received(
                 message_id=each.message_id,
@@ -568,9 +616,22 @@ class MemoryQueue(Fragile):
         self._do("put_back", str(len(delays)))
         for message, delay_ms in delays:
             self.delays.append((message.job_id, delay_ms))
-            waiting = self._messages.get(message.message_id)
-            if waiting is not None and message.receipt == _receipt(waiting):
-                waiting.visible_at = self._now() + -(-delay_ms // 1000) * 1000
+            self._hide(message, delay_ms)
+
+    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
+        self._do("keep_hidden", str(len(messages)))
+        for message in messages:
+            self._hide(message, milliseconds)
+
+    def is_held(self, message: Received) -> bool:
+        """Tell whether the receipt is still the last one of its message."""
+        waiting = self._messages.get(message.message_id)
+        return waiting is not None and message.receipt == _receipt(waiting)
+
+    def _hide(self, message: Received, milliseconds: int) -> None:
+        if self.is_held(message):
+            until = self._now() + -(-milliseconds // 1000) * 1000
+            self._messages[message.message_id].visible_at = until
 
     def bury(self, message: Received, reason: str) -> None:
         self._do("bury", message.message_id)

@@ -33,6 +33,7 @@ TABLES: Final = (
     "JobsTable", "ParamsTable", "LimitsTable", "LedgerTable", "UsageTable", "ClientKeysTable",
 )  # fmt: skip
 BUCKET: Final = "sluice-data"
+STACK: Final = "sluice-of-this-test"
 PEPPER: Final = "a pepper of this test"
 
 
@@ -63,6 +64,7 @@ class Aws:
             "SLUICE_PEPPER_SECRET": "ClientKeyPepper",
             "SLUICE_RETENTION_DAYS": "30",
             "SLUICE_MAX_ATTEMPTS": "5",
+            "POWERTOOLS_SERVICE_NAME": STACK,
         }
 
     def create_table(self, name: str, like: str) -> None:

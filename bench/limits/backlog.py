@@ -101,27 +101,31 @@ class FairQueue:
             self._visible[group].append(_Message(f"m{self._count}", job.job_id, group))
         return []
 
-    def hand_over(self, most: int) -> list[Received]:
+    def hand_over(self, most: int, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
         """As the mapping takes a batch: the group with the least in flight first."""
         self._reappear()
         given: list[Received] = []
         groups = sorted((each for each in self._visible if self._visible[each]), key=self._noise)
         for group in groups:
             while self._visible[group] and len(given) < most and len(self._until) < CEILING:
-                given.append(self._hide(self._visible[group].popleft()))
+                given.append(self._hide(self._visible[group].popleft(), hidden_ms))
         self.receives += len(given)
         self.most_in_flight = max(self.most_in_flight, len(self._until))
         return given
 
-    def receive(self, most: int) -> list[Received]:
+    def receive(self, most: int, hidden_ms: int) -> list[Received]:
         """As a worker takes messages itself."""
-        return self.hand_over(min(most, 10))
+        return self.hand_over(min(most, 10), hidden_ms)
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """As the port."""
         for message, delay_ms in delays:
             if message.message_id in self._until:
                 self._set_until(self._known(message), self._time.now() + delay_ms)
+
+    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
+        """As the port."""
+        self.put_back([(message, milliseconds) for message in messages])
 
     def delete(self, messages: Sequence[Received]) -> None:
         """As the port."""
@@ -145,10 +149,10 @@ class FairQueue:
     def _noise(self, group: str) -> int:
         return self._in_flight[group]
 
-    def _hide(self, message: _Message) -> Received:
+    def _hide(self, message: _Message, hidden_ms: int) -> Received:
         message.receive_count += 1
         self._in_flight[message.group] += 1
-        self._set_until(message, self._time.now() + VISIBILITY_MS)
+        self._set_until(message, self._time.now() + hidden_ms)
         return Received(
             message.message_id,
             "",

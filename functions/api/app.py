@@ -32,11 +32,18 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.Conflict: (409, "conflict_error"),
     errors.RequestTooLarge: (413, "request_too_large"),
     errors.StoreBusy: (503, "overloaded_error"),
+    errors.Unexpected: (500, "api_error"),
 }
 """What each of our errors is in HTTP, in Anthropic's words. Everything else is a 500 that says nothing."""
 
+WORTH_SENDING_AGAIN: Final = (errors.StoreBusy, errors.Unexpected)
+"""What a whole list is answered with if one of its jobs was, first things first: the others are refused once more."""
+
 MOST_ID: Final = 64
 """Characters of a job id."""
+
+PASSED_OVER: Final = frozenset({"beta"})
+"""Query parameters that mean nothing here: Anthropic's SDKs add `beta=true` to the calls of their beta resources."""
 
 GROUPINGS: Final = ("day", "model", "lane")
 
@@ -69,8 +76,14 @@ app.use(middlewares=[named])
 
 
 def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
-    """Let a request through that is not too large and carries a client key."""
+    """Let a request through that is not too large, carries a client key, and asks for nothing that we do not know."""
     app.append_context(tenant=tenant_of_request())  # type: ignore[no-untyped-call]
+    known = sorted(each.alias for each in app.context["_route"].dependant.query_params)
+    unknown = sorted(set(app.current_event.query_string_parameters) - {*known, *PASSED_OVER})
+    if unknown:
+        there_is = f"there is {', '.join(known)}" if known else "this route takes none"
+        message = f"{', '.join(unknown)}: no such query parameter; {there_is}"
+        raise errors.InvalidRequest(message)
     return next_middleware(app)
 
 
@@ -134,18 +147,32 @@ def submit(
     anthropic_version: Annotated[
         str | None,
         Header(
-            pattern=r"^\d{4}-\d{2}-\d{2}$",
+            pattern=http.VERSION,
             description="Sent upstream with the jobs; the newest version we know if left out.",
         ),
     ] = None,
     anthropic_beta: Annotated[
         str | None,
-        Header(max_length=1024, pattern=r"^[!-~ ]+$", description="Sent upstream with the jobs."),
+        Header(max_length=1024, pattern=http.PRINTABLE, description="Sent upstream with the jobs."),
+    ] = None,
+    x_stainless_retry_count: Annotated[
+        int | None,
+        Header(
+            ge=0,
+            description="Sent by Anthropic's SDKs. Above 0, jobs without a name are looked for among those of the "
+            "same request within 10 minutes.",
+        ),
     ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
     submissions, is_list = http.read_submissions(body.root)
-    sender = Sender(app.context["tenant"], idempotency_key, anthropic_version, anthropic_beta)
+    sender = Sender(
+        app.context["tenant"],
+        idempotency_key,
+        anthropic_version,
+        anthropic_beta,
+        resends=x_stainless_retry_count,
+    )
     outcomes = wiring.submit()(submissions, sender)
     if not is_list:
         (outcome,) = outcomes
@@ -160,9 +187,12 @@ def submit(
     ]
     rejected = [outcome.error for outcome in outcomes if isinstance(outcome, Rejected)]
     if len(rejected) == len(outcomes):
-        return refusal(rejected[0], data=data)
+        again = (
+            each for kind in WORTH_SENDING_AGAIN for each in rejected if isinstance(each, kind)
+        )
+        return refusal(next(again, rejected[0]), data=data)
     counts = {"accepted": len(outcomes) - len(rejected), "rejected": len(rejected)}
-    return answer(202, {"type": "job_list", **counts, "data": data})
+    return answer(202, {"type": "job_list", **counts, "data": data}, retry_after(*rejected))
 
 
 def _accepted(outcome: Accepted) -> dict[str, Any]:
@@ -280,7 +310,7 @@ def show_usage(
     description="The limits of each, what is left, and what blocks it until when.",
     tags=["limits"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "The limit groups.", http.Limits, 401, 503),
+    responses=http.responses(200, "The limit groups.", http.Limits, 400, 401, 503),
     middlewares=[checked],
 )
 def show_limits() -> dict[str, Any]:
@@ -320,10 +350,13 @@ def error_body(error: errors.SluiceError) -> dict[str, Any]:
 def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
     """Answer with one of our errors."""
     status, _ = HTTP_OF[type(error)]
-    headers = {}
-    if isinstance(error, errors.StoreBusy):
-        headers["retry-after"] = str(error.retry_after_seconds)
-    return answer(status, {**error_body(error), **more}, headers)
+    return answer(status, {**error_body(error), **more}, retry_after(error))
+
+
+def retry_after(*refused: errors.SluiceError) -> dict[str, str]:
+    """Return the header that says when to come back, if one of the errors passes."""
+    seconds = [each.retry_after_seconds for each in refused if isinstance(each, errors.StoreBusy)]
+    return {"retry-after": str(max(seconds))} if seconds else {}
 
 
 @app.exception_handler(list(HTTP_OF))  # type: ignore[untyped-decorator]
@@ -339,7 +372,7 @@ def on_bad_form(error: RequestValidationError) -> Response[Any]:
         tenant_of_request()
     except errors.SluiceError as refused:
         return refusal(refused)
-    return refusal(errors.InvalidRequest(http.explained(error.errors())))
+    return refusal(errors.InvalidRequest(http.explained(error.errors(), of_request=True)))
 
 
 @app.not_found
@@ -355,6 +388,4 @@ def on_unknown_route(_: NotFoundError) -> Response[Any]:
 def on_surprise(_: Exception) -> Response[Any]:
     """Answer what nobody thought of: the log has the traceback, the caller a request id."""
     wiring.telemetry().problem("request failed", request_id=request_id())
-    message = "something went wrong in the gateway; nothing was accepted"
-    body = {"type": "error", "error": {"type": "api_error", "message": message}}
-    return answer(500, {**body, "request_id": request_id()})
+    return refusal(errors.Unexpected())

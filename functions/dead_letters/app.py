@@ -18,9 +18,11 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
     records = event["Records"]
     for record, message in zip(records, received(records), strict=True):
         try:
-            wiring.take_dead_letter()(DeadLetter(message, reason_of(record)))
+            taken = wiring.take_dead_letter()(DeadLetter(message, reason_of(record)))
         except Exception:  # noqa: BLE001 - one letter must not keep the others
             wiring.telemetry().problem("dead letter not taken", message_id=message.message_id)
+            taken = False
+        if not taken:
             failures.append({"itemIdentifier": message.message_id})
     wiring.telemetry().flush()
     return {"batchItemFailures": failures}

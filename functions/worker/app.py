@@ -24,6 +24,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     # Short time-outs keep a share of their time, so that a test's two seconds are enough to work in.
     stop_at = wiring.CLOCK.now() + remaining - min(SAFETY_MS, remaining // 4)
     messages = received(event["Records"])
+    wiring.hold_while_starting(messages)
     try:
         not_done = _loop.run_until_complete(
             wiring.worker().run(messages, stop_at, owner=context.aws_request_id)

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from scripts.local_stack.emulator_runner import MINISTACK_VERSION
+from scripts.local_stack.emulator_runner import FAULTS_VARIABLE, MINISTACK_VERSION
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -95,14 +95,17 @@ class Child:
 class Emulator:
     """A running ministack on 127.0.0.1."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, dynamodb_faults: Path | None = None) -> None:
         """Start it on `port` (0: any free port); it answers a little later."""
         check_packages()
         self.port = free_port(port)
         self.endpoint_url = f"http://{HOST}:{self.port}"
         self._clients: dict[str, Client] = {}
         self._session: Client = None
-        self.child = Child(str(_RUNNER), environment=_environment(self.port))
+        environment = _environment(self.port)
+        if dynamodb_faults is not None:
+            environment[FAULTS_VARIABLE] = str(dynamodb_faults)
+        self.child = Child(str(_RUNNER), environment=environment)
 
     def wait_until_it_answers(self) -> None:
         """Return when the health endpoint answers; raise `StackError` when it does not."""

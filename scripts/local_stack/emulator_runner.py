@@ -1,17 +1,22 @@
 """The emulator's own process: ministack, pinned, with its SQS polling brought closer to Lambda's.
 
 Everything in Sluice that knows the inside of ministack stands in this file: `lift_batch_cap`
-replaces one function and one event, `shorten_log_wait` one default. Each first checks that what it
-changes is there, because the next release may look different.
+replaces one function and one event, `shorten_log_wait` one default, and `make_dynamodb_fail`, for
+chaos runs alone, one function. Each first checks that what it changes is there, because the next
+release may look different.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import random
 import sys
 import threading
 import time
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 MINISTACK_VERSION = "1.5.33"
@@ -19,6 +24,11 @@ Internals = Any
 """A module or object of the emulator, which has no types."""
 RECEIVE = "_receive_messages_for_esm"
 """The one function of ministack that is replaced: it takes a mapping's next batch."""
+FAULTS_VARIABLE = "SLUICE_DYNAMODB_FAULTS"
+"""Names a file like {"refuse": 0.5, "lose_reply": 0.05}: shares of DynamoDB's calls, read at each."""
+FRAGILE_CALLS = frozenset(
+    {"PutItem", "GetItem", "UpdateItem", "Query", "Scan", "BatchGetItem", "BatchWriteItem"}
+)
 MAX_BATCH = 10_000
 """Messages. Lambda's own ceiling for a standard queue."""
 
@@ -151,6 +161,34 @@ def shorten_log_wait() -> None:
     drain.__defaults__ = (0.010, idle_confirm, hard_cap)
 
 
+def make_dynamodb_fail(file: Path) -> None:
+    """Refuse a share of DynamoDB's calls, and lose the replies of another, as `file` says.
+
+    Refused is as AWS throttles, with nothing done; a lost reply is a 500 after the call was done.
+    Raises `LookupError` as above.
+    """
+    dynamodb: Internals = import_module("ministack.services.dynamodb")
+    handle = _expect(dynamodb, "handle_request")
+    refusal = _expect(import_module("ministack.core.responses"), "error_response_json")
+    if list(inspect.signature(handle).parameters)[2] != "headers":
+        raise LookupError("dynamodb.handle_request takes other arguments")
+    chance = random.Random()  # noqa: S311 - chaos, not a secret
+
+    def shares_of(action: str) -> dict[str, float]:
+        return json.loads(file.read_text()) if action in FRAGILE_CALLS else {}
+
+    async def handle_or_fail(*arguments: Any) -> Any:
+        shares = shares_of(arguments[2].get("x-amz-target", "").rpartition(".")[2])
+        if chance.random() < shares.get("refuse", 0):
+            return refusal("ProvisionedThroughputExceededException", "chaos: throttled", 400)
+        answer = await handle(*arguments)
+        if chance.random() < shares.get("lose_reply", 0):
+            return refusal("InternalServerError", "chaos: the reply is lost", 500)
+        return answer
+
+    dynamodb.handle_request = handle_or_fail
+
+
 def _expect(module: Internals, name: str) -> Internals:
     if not hasattr(module, name):
         raise LookupError(f"{module.__name__}.{name} is gone")
@@ -167,6 +205,8 @@ def main() -> None:
     try:
         lift_batch_cap()
         shorten_log_wait()
+        if FAULTS_VARIABLE in os.environ:
+            make_dynamodb_fail(Path(os.environ[FAULTS_VARIABLE]))
     except LookupError as error:
         sys.exit(f"ministack {version} cannot be brought to real batch sizes: {error}")
     sys.argv = sys.argv[:1]

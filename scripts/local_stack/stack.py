@@ -73,6 +73,8 @@ class LocalStack:
     concurrency: int | None = None
     """Worker invocations at a time; None: the template's default."""
     template: Path = REPOSITORY / "template.yaml"
+    dynamodb_faults: Path | None = None
+    """For chaos runs: a file that says how many of DynamoDB's calls fail (emulator_runner.py)."""
     say: Callable[[str], None] = field(default=lambda _line: None, repr=False)
     """Gets each line of progress."""
 
@@ -81,7 +83,7 @@ class LocalStack:
         """Start it, prove it, hand it over, and leave no process behind. Raises `StackError`."""
         client_key = self._checked()
         with ExitStack() as cleanup:
-            emulator = Emulator(self.port)
+            emulator = Emulator(self.port, self.dynamodb_faults)
             cleanup.callback(emulator.stop)
             children = [emulator.child]
             simulator = None

@@ -14,12 +14,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import anthropic
 import httpx
+import httpx2
 import pytest
 
 from scripts.claude_simulator import Running, read, running
 from scripts.local_stack import LocalStack, Ready
+from scripts.local_stack.emulator import REGION
+from sluice.adapters.dynamodb import DynamoJobs, DynamoParams
+from sluice.adapters.s3 import Objects
+from sluice.adapters.system import SystemClock
 from sluice.domain import client_keys
+from sluice.domain.jobs import Job
+from sluice.ports import Params
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 README: Final = REPOSITORY / "README.md"
@@ -249,6 +257,38 @@ def test_a_repeat_under_an_idempotency_key_makes_no_second_job(gateway: Gateway)
     assert 3 == len(gateway.ledger("repeat-run"))
 
 
+def test_anthropics_own_client_makes_no_second_job_when_a_reply_is_lost(gateway: Gateway) -> None:
+    """It sends no idempotency key, and sends a POST again by itself."""
+    sent: list[str | None] = []
+
+    class LosesTheFirstReply(httpx2.HTTPTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            answer = super().handle_request(request)
+            sent.append(request.headers.get("x-stainless-retry-count"))
+            if len(sent) == 1:
+                answer.read()
+                raise httpx2.ReadError("the reply was lost")
+            return answer
+
+    marker = {"run": "a lost reply"}
+    message = {"role": "user", "content": "Two and two?"}
+    job = {
+        "params": {"model": MODEL, "max_tokens": 20, "messages": [message]},
+        "metadata": marker,
+    }
+    with anthropic.Anthropic(
+        base_url=gateway.ready.api_url,
+        api_key=CLIENT_KEY,
+        http_client=httpx2.Client(transport=LosesTheFirstReply()),
+    ) as client:
+        got: Any = client.post("/jobs", body=job, cast_to=object)
+
+    newest = gateway.http.get("/jobs", params={"limit": 20}).json()["data"]
+    made = [each["id"] for each in newest if gateway.job(each["id"])["metadata"] == marker]
+    assert ["0", "1"] == sent
+    assert [got["id"]] == made
+
+
 def test_a_job_canceled_before_its_call_is_never_called(gateway: Gateway) -> None:
     """Behind jobs that take the whole limit of their group for a while."""
     gateway.submit(*[a_job("busy-run", number=number, model=LIMITED) for number in range(100)])
@@ -425,10 +465,13 @@ def sluice(gateway: Gateway, *arguments: str, expect: int = 0) -> subprocess.Com
     done = subprocess.run(
         [sys.executable, "-m", "scripts.cli", *arguments],
         cwd=REPOSITORY,
-        env=os.environ
+        env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         | {
             "SLUICE_URL": gateway.ready.api_url,
             "SLUICE_KEY": CLIENT_KEY,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": REGION,
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "layers/sluice")]),
         },
         capture_output=True,
@@ -439,6 +482,39 @@ def sluice(gateway: Gateway, *arguments: str, expect: int = 0) -> subprocess.Com
     assert expect == done.returncode, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def test_a_job_that_ended_by_a_dead_letter_is_redriven_and_runs(gateway: Gateway) -> None:
+    """A job on record whose message becomes a dead letter; then the operator's commands, and the sweep."""
+    ready = gateway.ready
+    objects = Objects(ready.client("s3"), ready.resources["DataBucket"])
+    dynamodb, clock = ready.client("dynamodb"), SystemClock()
+    jobs = DynamoJobs(dynamodb, ready.resources["JobsTable"], 30)
+    params = DynamoParams(dynamodb, ready.resources["ParamsTable"], objects, clock, 30)
+    body = json.dumps(a_job("redriven")["params"])
+    job = Job(f"job_{7:032x}", "acme", MODEL, clock.now(), "hash", 20, 20, "2026-10-21")
+    params.add(Params(job.job_id, body, "hash"))
+    jobs.add(job)
+    ready.client("sqs").send_message(
+        QueueUrl=ready.resources["DeadLettersQueue"],
+        MessageBody=json.dumps({"v": 1, "job_id": job.job_id}),
+    )
+    within(PATIENCE_SECONDS, lambda: gateway.job(job.job_id)["state"] == "errored")
+    on_stack = ("--stack", "sluice-local", "--endpoint-url", ready.endpoint_url)
+
+    dry = sluice(gateway, "dead-letters", "redrive", "--all", "--dry-run", *on_stack)
+    assert "errored" == gateway.job(job.job_id)["state"]
+    done = sluice(gateway, "dead-letters", "redrive", "--all", "--yes", *on_stack)
+    ready.client("lambda").invoke(FunctionName=ready.resources["GovernorFunction"])
+
+    assert "1 job would be redriven; estimated cost $0.0" in dry.stderr
+    assert "1 job redriven" in done.stderr
+    (ended,) = gateway.ended(job.job_id)
+    assert ("succeeded", 1, 1) == (
+        ended["state"],
+        ended["attempts_used"],
+        len(ended["redrives"]),
+    )
 
 
 def test_the_command_line_takes_a_file_of_jobs_to_its_results(

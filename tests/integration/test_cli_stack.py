@@ -1,4 +1,4 @@
-"""`sluice setup` and `sluice keys` against the emulated AWS."""
+"""`sluice setup`, `sluice keys` and `sluice dead-letters` against the emulated AWS."""
 
 import json
 import os
@@ -13,10 +13,18 @@ from scripts import cli
 from scripts.cli_errors import CommandFailed
 from scripts.local_stack.emulator import REGION, Emulator
 from scripts.setup_stack import ask_for_key_pool, read_key_pool
+from sluice.adapters.dynamodb import DynamoJobs, DynamoParams
+from sluice.adapters.s3 import DeadLetterObjects, Objects
+from sluice.adapters.system import SystemClock
 from sluice.domain import client_keys
+from sluice.domain import jobs as life
+from sluice.domain.jobs import DueFor, Job, JobError, State
+from sluice.ports import Params, Received
+from tests.expanded_template import template
+from tests.fakes import a_job
 
 PEPPER = "pepper-of-sixty-four-characters"
-TEMPLATE = {
+TEMPLATE: dict[str, Any] = {
     "Resources": {
         "KeyPoolSecret": {
             "Type": "AWS::SecretsManager::Secret",
@@ -40,6 +48,20 @@ TEMPLATE = {
         "KeyPoolSecretArn": {"Value": {"Ref": "KeyPoolSecret"}},
         "PepperSecretArn": {"Value": {"Ref": "ClientKeyPepper"}},
         "ClientKeysTableName": {"Value": {"Ref": "ClientKeysTable"}},
+    },
+}
+
+
+# With what `sluice dead-letters` reads and writes, as the real template has it.
+WITH_JOBS: dict[str, Any] = {
+    "Parameters": {"RetentionDays": template()["Parameters"]["RetentionDays"]},
+    "Resources": TEMPLATE["Resources"]
+    | {name: template()["Resources"][name] for name in ("JobsTable", "ParamsTable", "LimitsTable")}
+    | {"DataBucket": {"Type": "AWS::S3::Bucket"}},
+    "Outputs": TEMPLATE["Outputs"]
+    | {
+        f"{name}Name": {"Value": {"Ref": name}}
+        for name in ("JobsTable", "ParamsTable", "LimitsTable", "DataBucket")
     },
 }
 
@@ -311,3 +333,130 @@ def test_keys_typed_one_after_another_become_the_key_pool() -> None:
 def test_no_key_at_all_changes_nothing() -> None:
     with pytest.raises(CommandFailed, match="nothing was changed"):
         ask_for_key_pool(lambda _: "", lambda _: None)
+
+
+# Dead letters
+
+
+def job_id(number: int) -> str:
+    return f"job_{number:032x}"
+
+
+@dataclass(frozen=True)
+class Yard:
+    """A stack with dead letters: of two jobs, of a job that has gone on since, and of nobody."""
+
+    jobs: DynamoJobs
+
+    def state(self, number: int) -> Job:
+        job = self.jobs.get(job_id(number))
+        assert job is not None
+        return job
+
+
+@pytest.fixture
+def yard(emulator: Emulator) -> Yard:
+    outputs = deploy(emulator, WITH_JOBS).outputs
+    dynamodb = emulator.client("dynamodb")
+    bucket = Objects(emulator.client("s3"), outputs["DataBucketName"])
+    jobs = DynamoJobs(dynamodb, outputs["JobsTableName"], 30)
+    params = DynamoParams(dynamodb, outputs["ParamsTableName"], bucket, SystemClock(), 30)
+    graveyard = DeadLetterObjects(bucket)
+    now = SystemClock().now()
+    for number in (1, 2, 3):
+        facts = {"model": "claude-haiku-5-5", "input_chars": 3_500, "max_tokens": 1_000}
+        job = a_job(job_id(number), created_at=now, **facts)
+        reason = "received 1001 times without an end" if number < 3 else "no such job"
+        if number < 3:
+            error = JobError("dead_letter", reason)
+            job = life.finish_waiting(job, State.ERRORED, now, error)
+        jobs.add(job)
+        params.add(Params(job.job_id, "{}", job.request_hash))
+        graveyard.keep(Received(f"letter-{number}", "", "{}", job.job_id, sent_at=now), reason)
+    graveyard.keep(Received("letter-x", "", "hello", None), "not a message of Sluice's")
+    return Yard(jobs)
+
+
+@pytest.mark.usefixtures("yard")
+def test_dead_letters_are_listed_with_what_their_jobs_are_now(run: Run) -> None:
+    rows = json.loads(run("dead-letters", "list", "--stack", "prod", "--json").out)["data"]
+    table = run("dead-letters", "list", "--stack", "prod", "--reason", "of sluice")
+
+    assert {
+        "letter-1": ("errored", True, None),
+        "letter-2": ("errored", True, None),
+        "letter-3": ("queued", False, "it is queued"),
+        "letter-x": (None, False, "it is no message of Sluice's"),
+    } == {row["letter"]: (row["state"], row["redrivable"], row["hindrance"]) for row in rows}
+    assert "letter-x" in table.out
+    assert "letter-1" not in table.out
+
+
+@pytest.mark.usefixtures("yard")
+def test_a_dead_letter_is_shown_with_its_body_and_its_jobs_record(run: Run) -> None:
+    ours = json.loads(run("dead-letters", "show", "letter-1", "--stack", "prod").out)
+    foreign = json.loads(run("dead-letters", "show", "letter-x", "--stack", "prod").out)
+    missing = run("dead-letters", "show", "letter-9", "--stack", "prod")
+
+    assert (job_id(1), "dead_letter") == (ours["job"], ours["job_record"]["error"]["type"])
+    assert ("hello", None) == (foreign["body"], foreign["job_record"])
+    assert 1 == missing.code
+    assert "there is no dead letter letter-9" in missing.err
+
+
+def test_a_dry_run_shows_what_would_be_redriven_and_its_cost_and_changes_nothing(
+    run: Run, yard: Yard
+) -> None:
+    """For each of two jobs 1,000 tokens at $0.10 a million in, and 300 at $0.50 out, 1,000 at most."""
+    ended = run("dead-letters", "redrive", "--all", "--dry-run", "--stack", "prod")
+
+    assert 0 == ended.code
+    assert "2 jobs would be redriven; estimated cost $0.000500, at most $0.001200" in ended.err
+    assert [State.ERRORED, State.ERRORED] == [yard.state(n).state for n in (1, 2)]
+
+
+def test_a_redrive_makes_runnable_what_was_chosen_and_nothing_else(run: Run, yard: Yard) -> None:
+    ended = run("dead-letters", "redrive", "--reason", "1001", "--yes", "--json", "--stack", "prod")
+    again = run("dead-letters", "redrive", "--all", "--yes", "--stack", "prod")
+
+    rows = json.loads(ended.out)["data"]
+    assert {(job_id(1), "queued", 1), (job_id(2), "queued", 1)} == {
+        (row["job"], row["state"], row["redrives"]) for row in rows
+    }
+    assert "2 jobs redriven; estimated cost $0.000500" in ended.err
+    now = SystemClock().now()
+    assert {job_id(1), job_id(2)} == {each.job_id for each in yard.jobs.due(DueFor.CALL, now, 100)}
+    assert 0 == yard.state(1).attempts_used
+    assert 0 == again.code
+    assert "0 jobs would be redriven" in again.err
+
+
+def test_one_letter_is_redriven_by_its_name(run: Run, yard: Yard) -> None:
+    ended = run("dead-letters", "redrive", "letter-2", "--yes", "--stack", "prod")
+
+    assert 0 == ended.code
+    assert [State.ERRORED, State.QUEUED] == [yard.state(n).state for n in (1, 2)]
+
+
+def test_without_a_terminal_nothing_is_redriven_unasked(run: Run, yard: Yard) -> None:
+    ended = run("dead-letters", "redrive", "--all", "--stack", "prod")
+
+    assert 1 == ended.code
+    assert "give --yes, or --dry-run to look" in ended.err
+    assert State.ERRORED == yard.state(1).state
+
+
+@pytest.mark.parametrize("chosen", [[], ["letter-1", "--all"], ["--all", "--reason", "x"]])
+def test_a_redrive_wants_to_know_of_what(run: Run, chosen: list[str]) -> None:
+    ended = run("dead-letters", "redrive", *chosen, "--stack", "prod")
+
+    assert 2 == ended.code
+    assert "give letters, --reason or --all" in ended.err
+
+
+@pytest.mark.usefixtures("stack")
+def test_a_stack_without_the_tables_is_told_by_their_names(run: Run) -> None:
+    ended = run("dead-letters", "list", "--stack", "prod")
+
+    assert 1 == ended.code
+    assert "stack prod has no output JobsTableName, ParamsTableName" in ended.err

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
 import re
+import string
 import sys
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,9 +31,12 @@ from scripts import openapi
 from scripts.claude_simulator import Running, read, running
 from sluice import http, wiring
 from sluice.adapters.claude import SdkClaude
-from sluice.domain.jobs import Job, Lease, State
+from sluice.adapters.sqs import SqsInbox
+from sluice.domain import jobs as life
+from sluice.domain.errors import StoreBusy
+from sluice.domain.jobs import DueFor, Job, Lease, State
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
-from tests.moto_aws import Aws, in_memory
+from tests.moto_aws import STACK, Aws, in_memory
 
 EVENTS: Final = Path(__file__).resolve().parents[2] / "events"
 UPSTREAM_KEY: Final = "sk-ant-test-sentinel-upstream"
@@ -257,7 +263,7 @@ def _start_afresh() -> None:
         if hasattr(made, "cache_clear"):
             made.cache_clear()
     wiring.telemetry()
-    for handler in logging.getLogger("sluice").handlers:
+    for handler in logging.getLogger(STACK).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.stream = Stdout()
 
@@ -274,19 +280,47 @@ def a_job(
     return {"params": params(marker, model=model), **more}
 
 
-def throttle(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let DynamoDB answer an operation with a throttling error from now on."""
+def throttle(
+    operation: str,
+    monkeypatch: pytest.MonkeyPatch,
+    service: str = "dynamodb",
+    only: Callable[[bytes], bool] = lambda _: True,
+) -> None:
+    """Let AWS refuse an operation as throttled from now on, where the request's body is so. It is not done."""
+
+    def refuse(params: dict[str, Any], **_: Any) -> Any:
+        if not only(params["body"]):
+            return None
+        metadata = {"HTTPStatusCode": 400, "HTTPHeaders": {}}
+        error = {"Code": "ThrottlingException", "Message": "Rate exceeded"}
+        refused = AWSResponse(params["url"], 400, HTTPHeaders(), io.BytesIO())
+        return refused, {"Error": error, "ResponseMetadata": metadata}
+
+    _with_hook(f"before-call.{service}.{operation}", refuse, monkeypatch)
+
+
+def lose_replies(
+    operation: str,
+    monkeypatch: pytest.MonkeyPatch,
+    service: str = "dynamodb",
+    only: Callable[[bytes], bool] = lambda _: True,
+) -> None:
+    """Let AWS do an operation from now on and its answer be lost on the way, every time."""
 
     class Raw(io.BytesIO):
         def stream(self, **_: Any) -> Iterator[bytes]:
             yield self.read()
 
-    def refuse(request: Any, **_: Any) -> Any:
-        body = b'{"__type": "com.amazonaws.dynamodb.v20120810#ThrottlingException"}'
-        return AWSResponse(request.url, 400, HTTPHeaders(), Raw(body))
+    def lose(request: Any, **_: Any) -> Any:
+        # Moto's answer comes second and is dropped; what it has done is done.
+        return AWSResponse(request.url, 500, HTTPHeaders(), Raw()) if only(request.body) else None
 
+    _with_hook(f"before-send.{service}.{operation}", lose, monkeypatch)
+
+
+def _with_hook(event: str, hook: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     session = boto3.Session()
-    session.events.register_first(f"before-send.dynamodb.{operation}", refuse)
+    session.events.register_first(event, hook)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
     _start_afresh()
 
@@ -383,39 +417,41 @@ BAD: Final[list[tuple[str, Any, str]]] = [
     ("empty", "", "the body is empty"),
     ("null", "null", "the body is empty"),
     ("NaN", '{"params": NaN}', "NaN is not JSON"),
-    ("deep", "[" * 100_000, "nested too deeply"),
+    ("infinite", '{"params": -1e400}', "-1e400 is too large a number"),
+    ("deep job", {"params": params(system=json.loads("[" * 200 + "]" * 200))}, "the job is nested too deeply"),
+    ("deep", "[" * 100_000, "the body is nested too deeply: at most 100 levels"),
     ("long number", "9" * 5_000, "the body is not JSON"),
     ("bytes", b'{"params": "\xff"}', "not Unicode"),
     ("half a pair", '{"params": {"model": "\\ud83d"}}', "not Unicode"),
     ("a list", "[]", "must be a JSON object"),
     ("a list of jobs", [a_job(), a_job()], "must be a JSON object"),
     ("a text", '"params"', "must be a JSON object"),
-    ("nothing", {}, "params: Field required"),
-    ("unknown field", a_job(prioirty=1), "prioirty: Extra inputs are not permitted (got 1)"),
+    ("nothing", {}, "params: is required"),
+    ("unknown field", a_job(prioirty=1), "prioirty: is not known here (got 1)"),
     ("no max_tokens", {"params": {"model": "m", "messages": [{}]}},
-     "params.max_tokens: Field required"),
-    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: Field required"),
-    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: Field required"),
-    ("empty messages", {"params": params(messages=[])}, "params.messages: List should have"),
+     "params.max_tokens: is required"),
+    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: is required"),
+    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: is required"),
+    ("empty messages", {"params": params(messages=[])}, "params.messages: must have at least 1, has 0"),
     ("text for a number", {"params": params(max_tokens="20")},
-     "params.max_tokens: Input should be a valid integer (got '20')"),
+     "params.max_tokens: must be a whole number (got '20')"),
     ("a float", {"params": params(max_tokens=1.5)}, "params.max_tokens"),
-    ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: Input should be greater"),
-    ("number for a model", {"params": params(model=5)}, "params.model: Input should be a valid"),
-    ("streaming", {"params": params(stream=True)}, "params.stream: Input should be False"),
-    ("params a text", {"params": "hello"}, "params: Input should be"),
-    ("custom_id", a_job(custom_id="not/mine"), "custom_id: String should match"),
+    ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: must be at least 1 (got 0)"),
+    ("number for a model", {"params": params(model=5)}, "params.model: must be text (got 5)"),
+    ("streaming", {"params": params(stream=True)}, "params.stream: must be false or left out"),
+    ("params a text", {"params": "hello"}, "params: must be a JSON object"),
+    ("custom_id", a_job(custom_id="not/mine"), "custom_id: must be 1 to 64 letters"),
     ("unknown lane", a_job(lane="batch"), "lane: there is no lane 'batch' yet"),
     ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: must be RFC 3339 text with a time zone"),
     ("no time", a_job(deadline="tomorrow"), "deadline: must be RFC 3339 text with a time zone"),
     ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline: it has passed already"),
-    ("metadata", a_job(metadata={"n": 1}), "metadata.n: Input should be a valid string (got 1)"),
-    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: List should have at most 5"),
+    ("metadata", a_job(metadata={"n": 1}), "metadata.n: must be text (got 1)"),
+    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: may have at most 5, has 6"),
     ("empty list", {"jobs": []}, "jobs: must be a list of 1 to 100 jobs"),
     ("no list", {"jobs": a_job()}, "jobs: must be a list of 1 to 100 jobs"),
     ("101", {"jobs": [a_job()] * 101}, "jobs: 101 jobs in one request, the most is 100"),
     ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: not known beside jobs"),
-    ("list of rubbish", {"jobs": [5]}, "Input should be"),
+    ("list of rubbish", {"jobs": [5]}, "the job must be a JSON object (got 5)"),
 ]  # fmt: skip
 
 
@@ -431,6 +467,18 @@ def test_a_bad_request_is_told_what_is_wrong_with_it(
     assert (400, "invalid_request_error") == answered.error
     assert message in answered.message
     assert PROMPT not in answered.message
+    assert [] == gateway.call("GET", "/jobs").body["data"]
+
+
+def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> None:
+    typo = gateway.call("GET", "/jobs", query={"limits": "5", "state": "queued"})
+    posted = gateway.call("POST", "/jobs", a_job(), query={"dry_run": "true"})
+    stranger = gateway.call("GET", "/jobs", query={"limits": "5"}, key=None)
+
+    assert "limits: no such query parameter; there is ids, limit, page, state" == typo.message
+    assert "dry_run: no such query parameter; this route takes none" == posted.message
+    assert (400, 400, 401) == (typo.status, posted.status, stranger.status)
+    assert 200 == gateway.call("GET", "/jobs", query={"beta": "true"}).status, "as SDKs send it"
     assert [] == gateway.call("GET", "/jobs").body["data"]
 
 
@@ -465,6 +513,102 @@ def test_a_body_is_measured_as_it_was_sent_not_as_the_gateway_encodes_it(gateway
     text = json.dumps({"params": params(system="x" * 3_500_000)}).encode()
 
     assert 202 == gateway.call("POST", "/jobs", text=text).status
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["text", "base64"])
+def test_a_body_of_exactly_the_limit_is_taken(
+    gateway: Gateway, over: int, *, as_bytes: bool
+) -> None:
+    """In bytes, of which an umlaut has two."""
+    frame = json.dumps({"params": params(system="")}, ensure_ascii=False)
+    filling = http.MOST_BYTES - len(frame.encode()) + over
+    text = frame.replace('"system": ""', f'"system": "{"ü" * (filling // 2)}{"x" * (filling % 2)}"')
+    assert http.MOST_BYTES + over == len(text.encode())
+
+    answered = gateway.call("POST", "/jobs", text=text.encode() if as_bytes else text)
+
+    assert (413 if over > 0 else 202) == answered.status
+
+
+LIMITS: Final[list[tuple[str, int, Callable[[int], dict[str, Any]]]]] = [
+    ("custom_id", 64, lambda n: a_job(custom_id="x" * n)),
+    ("metadata", 16, lambda n: a_job(metadata={f"k{each}": "" for each in range(n)})),
+    ("name in metadata", 64, lambda n: a_job(metadata={"k" * n: ""})),
+    ("value in metadata", 512, lambda n: a_job(metadata={"k": "💧" * n})),
+    ("fallback_models", 5, lambda n: a_job(fallback_models=["m"] * n)),
+    ("name of a fallback model", 256, lambda n: a_job(fallback_models=["m" * n])),
+    ("model", 256, lambda n: {"params": params(model="m" * n)}),
+    ("list", 100, lambda n: {"jobs": [a_job() for _ in range(n)]}),
+    ("nesting", 100, lambda n: {"params": params(system=json.loads("[" * (n - 2) + "]" * (n - 2)))}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize(("most", "body"), [x[1:] for x in LIMITS], ids=[x[0] for x in LIMITS])
+def test_a_limit_takes_what_it_says_and_no_more(
+    gateway: Gateway, most: int, body: Callable[[int], dict[str, Any]], over: int
+) -> None:
+    answered = gateway.call("POST", "/jobs", body(most + over))
+
+    assert (400 if over > 0 else 202) == answered.status, answered.body
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize(("name", "most"), [("idempotency-key", 255), ("anthropic-beta", 1_024)])
+def test_a_header_may_be_as_long_as_documented(
+    gateway: Gateway, name: str, most: int, over: int
+) -> None:
+    answered = gateway.call("POST", "/jobs", a_job(), headers={name: "x" * (most + over)})
+
+    assert (400 if over > 0 else 202) == answered.status
+
+
+def noise(length: int) -> str:
+    """Text that does not compress below six bits a letter."""
+    letters = string.ascii_letters + string.digits + "-_"
+    return "".join(random.Random(7).choices(letters, k=length))  # noqa: S311 - not a secret
+
+
+def test_a_request_too_large_for_a_message_travels_by_pointer(
+    gateway: Gateway, claude: Running
+) -> None:
+    """SQS takes 1 MiB in one message and in one call; ours are of one size, whatever the request has."""
+    claude.engine.reset()
+    (job_id,) = gateway.submit(a_job() | {"params": params(system=noise(3_000_000))})
+    (small,) = gateway.submit(a_job())
+    kept = gateway.cloud.objects(f"params/{job_id}")
+
+    bodies = [
+        each["Body"]
+        for each in gateway.cloud.sqs.receive_message(
+            QueueUrl=gateway.cloud.jobs_queue, MaxNumberOfMessages=10, VisibilityTimeout=0
+        )["Messages"]
+    ]
+    gateway.run_worker()
+
+    assert 1 == len(kept)
+    assert 2 == len(bodies)
+    assert all(len(body) < 100 for body in bodies)
+    assert ["succeeded"] * 2 == [gateway.job(each)["state"] for each in (job_id, small)]
+    assert 2 == claude.engine.stats()["billed"]
+
+
+def test_an_answer_too_large_for_a_record_comes_back_as_any_other(gateway: Gateway) -> None:
+    long_name = noise(20_000)
+    tools = [{"name": long_name, "input_schema": {"type": "object"}}]
+    large, small = gateway.submit(
+        {"params": params(tools=tools, tool_choice={"type": "any"})}, a_job()
+    )
+    gateway.run_worker()
+
+    shown = gateway.job(large)
+    assert [f"results/{large}-2.json.gz"] == list(gateway.cloud.objects("results/"))
+    assert ("succeeded", "tool_use") == (shown["state"], shown["message"]["stop_reason"])
+    assert [long_name] == [
+        x["name"] for x in shown["message"]["content"] if x["type"] == "tool_use"
+    ]
+    assert shown.keys() == gateway.job(small).keys()
 
 
 def test_what_is_no_json_is_too_large_as_well(gateway: Gateway) -> None:
@@ -595,6 +739,10 @@ def test_jobs_are_listed_page_by_page_and_by_state_and_by_id(gateway: Gateway) -
         ("/usage", {"from": "2026-11-02", "to": "2026-11-01"}),
         ("/usage", {"from": "2020-01-01", "to": "2026-11-01"}),
         ("/usage", {"group_by": "day,tenant"}),
+        ("/jobs", {"cursor": "x"}),
+        ("/jobs/job_1", {"verbose": "1"}),
+        ("/usage", {"by": "day"}),
+        ("/limits", {"model": "claude-haiku-5-5"}),
     ],
 )
 def test_a_bad_query_is_told(gateway: Gateway, path: str, query: dict[str, str]) -> None:
@@ -651,9 +799,118 @@ def test_a_busy_store_rejects_what_it_did_not_take(
 ) -> None:
     throttle("PutItem", monkeypatch)
 
+    one = gateway.call("POST", "/jobs", a_job())
+    some = gateway.call("POST", "/jobs", {"jobs": [{}, *[a_job() for _ in range(20)]]})
+
+    # A list goes by what may go better next time; each item tells its own.
+    for answered in (one, some):
+        assert (503, "overloaded_error") == answered.error
+        assert "2" == answered.headers["retry-after"]
+    kinds = [item["error"]["type"] for item in some.body["data"]]
+    assert ["invalid_request_error", *["overloaded_error"] * 20] == kinds
+    assert [] == gateway.call("GET", "/jobs").body["data"]
+
+
+def test_of_a_list_that_was_half_taken_each_item_says_so(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    throttle("PutItem", monkeypatch, only=lambda body: b"unlucky" in body)
+    jobs = [a_job(metadata={"is": "unlucky" if n % 2 else "lucky"}) for n in range(20)]
+
+    answered = gateway.call("POST", "/jobs", {"jobs": jobs})
+
+    body = answered.body
+    assert (202, 10, 10) == (answered.status, body["accepted"], body["rejected"])
+    assert "2" == answered.headers["retry-after"]
+    assert ["accepted", "rejected"] * 10 == [item["status"] for item in body["data"]]
+    assert 10 == len(gateway.call("GET", "/jobs").body["data"])
+    assert [] == gateway.run_worker()
+    assert {"succeeded"} == {
+        gateway.job(item["job"]["id"])["state"] for item in body["data"] if "job" in item
+    }
+
+
+def test_a_busy_queue_costs_no_job_and_no_500(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does not take is parked: the sweep sends it."""
+    throttle("SendMessageBatch", monkeypatch, service="sqs")
+
+    answered = gateway.call("POST", "/jobs", {"jobs": [a_job() for _ in range(20)]})
+
+    assert (202, 20) == (answered.status, answered.body["accepted"])
+    due = wiring.jobs().due(DueFor.CALL, wiring.CLOCK.now(), 100)
+    assert {each.job_id for each in due} == {item["job"]["id"] for item in answered.body["data"]}
+
+
+@pytest.mark.parametrize(
+    ("service", "operation", "what"),
+    [("dynamodb", "PutItem", b"JobsTable"), ("sqs", "SendMessageBatch", b"")],
+)
+def test_a_lost_reply_costs_no_job_and_makes_none_twice(  # noqa: PLR0913, PLR0917 - a story with a place
+    gateway: Gateway,
+    claude: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    service: str,
+    operation: str,
+    what: bytes,
+) -> None:
+    """Stored and called rejected, a job would run all the same, and again when its caller tries again."""
+    claude.engine.reset()
+    with monkeypatch.context() as lossy:
+        lose_replies(operation, lossy, service, lambda body: what in body)
+        answered = gateway.call("POST", "/jobs", {"jobs": [a_job() for _ in range(10)]})
+    _start_afresh()
+
+    assert (202, 10) == (answered.status, answered.body["accepted"])
+    gateway.run_worker()  # of several messages about a job, one is done and the others come back
+    states = [gateway.job(item["job"]["id"])["state"] for item in answered.body["data"]]
+    assert (10 * ["succeeded"], 10) == (states, claude.engine.stats()["billed"])
+
+
+def test_a_submit_is_answered_though_nobody_can_tell_when_it_starts(gateway: Gateway) -> None:
+    gateway.cloud.dynamodb.delete_table(TableName="LimitsTable")
+
     answered = gateway.call("POST", "/jobs", a_job())
 
-    assert (503, "overloaded_error") == answered.error
+    assert (202, None) == (answered.status, answered.body["estimated_start_at"])
+
+
+def test_an_sdk_that_sends_again_makes_no_second_job(gateway: Gateway) -> None:
+    first, again, other = (
+        gateway.call("POST", "/jobs", a_job(), headers={"x-stainless-retry-count": count})
+        for count in ("0", "1", "0")
+    )
+
+    assert first.body["id"] == again.body["id"] != other.body["id"]
+    assert 2 == len(gateway.call("GET", "/jobs").body["data"])
+
+
+def test_a_submit_makes_as_many_calls_to_aws_whatever_waits_already(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its latency is theirs, so it does not grow with the backlog."""
+    calls: list[str] = []
+    session = boto3.Session()
+    session.events.register("before-call", lambda model, **_: calls.append(model.name))
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
+
+    def cost_of(*jobs: dict[str, Any]) -> Counter[str]:
+        _start_afresh()
+        calls.clear()
+        gateway.submit(*jobs)
+        return Counter(calls)
+
+    one, many = [a_job()], [a_job() for _ in range(100)]
+    before = cost_of(*one), cost_of(*many)
+    for _ in range(5):
+        gateway.submit(*many)
+    after = cost_of(*one), cost_of(*many)
+
+    around = {"GetSecretValue": 1, "GetItem": 1, "GetQueueAttributes": 1, "Scan": 1}
+    assert before == after
+    assert around | {"PutItem": 2, "SendMessageBatch": 1} == before[0]
+    assert around | {"PutItem": 200, "SendMessageBatch": 10} == before[1]
 
 
 def test_a_surprise_says_nothing_to_the_caller_and_all_to_the_log(
@@ -743,22 +1000,25 @@ def test_two_messages_of_one_job_in_one_batch_make_one_call(
 
 
 def test_only_what_is_not_done_comes_back(gateway: Gateway) -> None:
-    good, bad, busy = gateway.submit(
+    good, bad, failing, throttled = gateway.submit(
         a_job("tokens=1"),
         a_job("400", model="claude-opus-5"),
-        a_job("503", model="claude-sonnet-5"),
+        a_job("503x1", model="claude-sonnet-5"),
+        a_job("429x1,retry_after=30", model="claude-opus-4-8"),
     )
 
     # No time is left to wait for another try.
     failures = gateway.run_worker(milliseconds=60_000)
 
-    assert 1 == len(failures)
+    assert 2 == len(failures)
     assert "succeeded" == gateway.job(good)["state"]
     refused = gateway.job(bad)
     assert ("errored", "invalid_request_error") == (refused["state"], refused["error"]["type"])
-    waiting = gateway.job(busy)
-    assert ("queued", 1) == (waiting["state"], waiting["attempts_used"])
-    assert [(503, "retry")] == [(a["error"]["status"], a["outcome"]) for a in waiting["attempts"]]
+    tries = gateway.job(failing)
+    assert ("queued", 1) == (tries["state"], tries["attempts_used"])
+    assert [(503, "retry")] == [(a["error"]["status"], a["outcome"]) for a in tries["attempts"]]
+    waiting = gateway.job(throttled)
+    assert ("queued", 0, 1) == (waiting["state"], waiting["attempts_used"], waiting["snoozes"])
 
 
 def test_a_job_that_only_met_429s_has_used_no_attempt(gateway: Gateway) -> None:
@@ -817,6 +1077,35 @@ def test_the_recorded_batch_is_answered(gateway: Gateway) -> None:
     assert 2 == len(gateway.cloud.objects("dead-letters/"))
 
 
+def test_a_worker_that_dies_while_it_starts_leaves_its_messages_to_others_soon(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the time of a lease, here none, and not after the queue's 90 minutes."""
+    (job_id,) = gateway.submit(a_job())
+    with monkeypatch.context() as patch:
+        patch.setattr(wiring, "LEASE_MS", 0)
+        patch.setattr(wiring, "prices", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gateway.run_worker()
+
+    assert [] == gateway.run_worker()
+    assert "succeeded" == gateway.job(job_id)["state"]
+
+
+def test_a_worker_that_cannot_reach_its_queue_at_first_works_all_the_same(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job_id,) = gateway.submit(a_job())
+
+    def busy(*_: object) -> None:
+        raise StoreBusy("the jobs queue")
+
+    monkeypatch.setattr(SqsInbox, "keep_hidden", busy)
+
+    assert [] == gateway.run_worker()
+    assert "succeeded" == gateway.job(job_id)["state"]
+
+
 def test_a_worker_without_a_readable_pool_gives_its_messages_back(gateway: Gateway) -> None:
     gateway.cloud.secrets.put_secret_value(SecretId="KeyPoolSecret", SecretString=UPSTREAM_KEY)
     (job_id,) = gateway.submit(a_job())
@@ -859,6 +1148,40 @@ def test_a_job_that_has_ended_is_not_changed_by_its_dead_letter(gateway: Gateway
 
     assert "canceled" == gateway.job(job_id)["state"]
     assert 1 == len(gateway.cloud.objects("dead-letters/"))
+
+
+def test_a_letter_whose_job_is_at_work_comes_again(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    job = wiring.jobs().get(job_id)
+    assert job is not None
+    running = life.claim(job, "somebody", wiring.CLOCK.now(), wiring.CLOCK.now() + 60_000)
+    wiring.jobs().replace(running, job.version)
+    body = json.dumps({"v": 1, "job_id": job_id})
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
+
+    assert 1 == len(gateway.run_dead_letters())
+
+    assert "running" == gateway.job(job_id)["state"]
+    assert {} == gateway.cloud.objects("dead-letters/")
+
+
+def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
+    (job_id,) = gateway.submit(a_job())
+    gateway.cloud.sqs.purge_queue(QueueUrl=gateway.cloud.jobs_queue)
+    body = json.dumps({"v": 1, "job_id": job_id})
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
+    gateway.run_dead_letters()
+    dead = wiring.jobs().get(job_id)
+    assert dead is not None
+    wiring.jobs().replace(life.redrive(dead, wiring.CLOCK.now()), dead.version)
+    gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=body)
+
+    assert [] == gateway.run_worker()
+
+    job = gateway.job(job_id)
+    assert ("succeeded", 1) == (job["state"], job["attempts_used"])
+    (redrive,) = job["redrives"]
+    assert "dead_letter" == redrive["error"]["type"]
 
 
 def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:
@@ -914,7 +1237,7 @@ def valid_metrics(document: dict[str, Any]) -> set[str]:
     assert NAMESPACE == directive["Namespace"]
     (dimensions,) = directive["Dimensions"]
     assert all(isinstance(document[name], str) and document[name] for name in dimensions)
-    assert "sluice" == document["service"]
+    assert STACK == document["service"]
     names = {metric["Name"] for metric in directive["Metrics"]}
     assert names
     by_group = set(dimensions) == {"service", "model_group"}
@@ -948,7 +1271,7 @@ def test_no_prompt_answer_or_key_is_ever_logged(gateway: Gateway, said: Callable
 
     printed = said()
     assert job_id
-    assert "request failed" in printed  # the log has been caught at all
+    assert "job not stored" in printed  # the log has been caught at all
     assert "job succeeded" in printed
     assert PROMPT not in printed
     assert "sentinel" not in printed

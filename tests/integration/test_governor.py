@@ -27,12 +27,12 @@ from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
 from sluice.adapters.sqs import SqsQueue
 from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import State
+from sluice.domain.jobs import DueFor, State
 from sluice.domain.limits import Group, Seen
 from sluice.ports import Pointer
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
-from tests.moto_aws import Aws, in_memory
+from tests.moto_aws import STACK, Aws, in_memory
 
 UUID: Final = "14e0db71-5d35-4eb5-b481-8945cf9d10c2"
 EVENT: Final = Path(__file__).resolve().parents[2] / "events" / "schedule.json"
@@ -171,7 +171,7 @@ def environment(cloud: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     start_afresh()
     wiring.telemetry()
-    for handler in logging.getLogger("sluice").handlers:
+    for handler in logging.getLogger(STACK).handlers:
         # Powertools keeps the first stdout for good, and pytest has closed that one.
         if isinstance(handler, logging.StreamHandler):
             monkeypatch.setattr(handler, "stream", io.StringIO())
@@ -380,8 +380,8 @@ def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
 
     eventually(lambda: {State.SUCCEEDED} == {state(each) for each in ids[:3]})
     assert (State.EXPIRED, State.QUEUED) == (state(late), state(early))
-    assert [] == list(store.due(now(), 100))
-    (swept,) = eventually(lambda: lines(ready, "parked jobs swept"))
+    assert [] == list(store.due(DueFor.CALL, now(), 100))
+    (swept,) = eventually(lambda: lines(ready, "due jobs swept"))
     assert (4, 3, 1, 0) == tuple(swept[each] for each in ("due", "sent", "expired", "left"))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from scripts.local_stack import LocalStack, Ready, StackError
-from scripts.local_stack.emulator import call
+from scripts.local_stack.emulator import Emulator, call
 from sluice.domain import client_keys
 
 if TYPE_CHECKING:
@@ -212,6 +212,34 @@ def test_metrics_in_logs_become_metrics(ready: Ready) -> None:
 
     assert refused() - before == 3
     assert refused() - before == 3  # carried over once
+
+
+def test_dynamodb_fails_as_often_as_the_file_says(tmp_path: Path) -> None:
+    faults = tmp_path / "faults.json"
+    faults.write_text("{}")
+    emulator = Emulator(dynamodb_faults=faults)
+    try:
+        emulator.wait_until_it_answers()
+        dynamodb = emulator.client("dynamodb")
+        dynamodb.create_table(
+            TableName="Table",
+            BillingMode="PAY_PER_REQUEST",
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+        )
+
+        faults.write_text('{"refuse": 1}')
+        with pytest.raises(dynamodb.exceptions.ProvisionedThroughputExceededException):
+            dynamodb.put_item(TableName="Table", Item={"id": {"S": "refused"}})
+        faults.write_text('{"lose_reply": 1}')
+        with pytest.raises(dynamodb.exceptions.InternalServerError):
+            dynamodb.put_item(TableName="Table", Item={"id": {"S": "done"}})
+        faults.write_text("{}")
+
+        stored = [item["id"]["S"] for item in dynamodb.scan(TableName="Table")["Items"]]
+        assert ["done"] == stored
+    finally:
+        emulator.stop()
 
 
 def test_a_function_that_does_not_start_is_named_with_what_it_logged(tmp_path: Path) -> None:

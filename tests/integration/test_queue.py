@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import pytest
 from botocore.stub import Stubber
@@ -14,11 +14,12 @@ from sluice.adapters import aws
 from sluice.adapters.sqs import ENTRY_ATTEMPTS, SqsInbox, SqsQueue
 from sluice.domain.errors import StoreBusy
 from sluice.messages import reason_of, received
-from sluice.ports import Inbox, Pointer, Received
-from tests.fakes import NOON, MemoryQueue
+from sluice.ports import Inbox, JobQueue, Pointer, Received
+from tests.fakes import NOON, SECOND, FrozenClock, MemoryQueue
 from tests.moto_aws import Aws, in_memory
 
 URL: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/JobsQueue"
+HIDDEN_MS: Final = 120 * SECOND
 DEAD_LETTERS: Final = "https://sqs.us-east-1.amazonaws.com/123456789012/DeadLettersQueue"
 JOB_ID: Final = "job_0123456789abcdef0123456789abcdef"
 
@@ -173,10 +174,15 @@ def inbox(request: pytest.FixtureRequest, cloud: Aws) -> Inbox:
 
 
 def test_ten_messages_are_taken_at_once_at_the_most_and_each_once(inbox: Inbox) -> None:
-    taken = [inbox.receive(10), inbox.receive(3), inbox.receive(50), inbox.receive(10)]
+    taken = [
+        inbox.receive(10, HIDDEN_MS),
+        inbox.receive(3, HIDDEN_MS),
+        inbox.receive(50, HIDDEN_MS),
+        inbox.receive(10, HIDDEN_MS),
+    ]
 
     assert [10, 3, 10, 2] == [len(each) for each in taken]
-    assert [] == list(inbox.receive(10))
+    assert [] == list(inbox.receive(10, HIDDEN_MS))
     messages = [message for some in taken for message in some]
     assert {job_id(number) for number in range(25)} == {each.job_id for each in messages}
     assert {1} == {each.receive_count for each in messages}
@@ -184,23 +190,27 @@ def test_ten_messages_are_taken_at_once_at_the_most_and_each_once(inbox: Inbox) 
 
 
 def test_what_is_deleted_does_not_come_back_and_what_is_put_back_does(inbox: Inbox) -> None:
-    messages = [*inbox.receive(10), *inbox.receive(10), *inbox.receive(10)]
+    messages = [
+        *inbox.receive(10, HIDDEN_MS),
+        *inbox.receive(10, HIDDEN_MS),
+        *inbox.receive(10, HIDDEN_MS),
+    ]
 
     inbox.delete(messages[:12])
     inbox.put_back([(each, 0) for each in messages])
 
-    back = [*inbox.receive(10), *inbox.receive(10)]
+    back = [*inbox.receive(10, HIDDEN_MS), *inbox.receive(10, HIDDEN_MS)]
     assert {each.job_id for each in messages[12:]} == {each.job_id for each in back}
     assert {2} == {each.receive_count for each in back}
 
 
 def test_what_was_deleted_may_be_deleted_again(inbox: Inbox) -> None:
-    messages = inbox.receive(10)
+    messages = inbox.receive(10, HIDDEN_MS)
 
     inbox.delete(messages)
     inbox.delete(messages)
 
-    assert 15 == sum(len(inbox.receive(10)) for _ in range(3))
+    assert 15 == sum(len(inbox.receive(10, HIDDEN_MS)) for _ in range(3))
 
 
 def test_messages_are_taken_without_waiting_for_any(client: Any) -> None:
@@ -212,12 +222,13 @@ def test_messages_are_taken_without_waiting_for_any(client: Any) -> None:
             {
                 "QueueUrl": URL,
                 "MaxNumberOfMessages": 10,
+                "VisibilityTimeout": 120,
                 "WaitTimeSeconds": 1,
                 "MessageSystemAttributeNames": ["ApproximateReceiveCount", "SentTimestamp"],
             },
         )
 
-        assert [] == SqsInbox(client, URL, DEAD_LETTERS).receive(50)
+        assert [] == SqsInbox(client, URL, DEAD_LETTERS).receive(50, HIDDEN_MS)
 
 
 def test_a_queue_that_is_busy_gives_nothing_and_says_so(client: Any) -> None:
@@ -226,7 +237,7 @@ def test_a_queue_that_is_busy_gives_nothing_and_says_so(client: Any) -> None:
             stub.add_client_error("receive_message", "RequestThrottled", http_status_code=403)
 
         with pytest.raises(StoreBusy, match="the jobs queue"):
-            SqsInbox(client, URL, DEAD_LETTERS).receive(10)
+            SqsInbox(client, URL, DEAD_LETTERS).receive(10, HIDDEN_MS)
 
 
 def test_one_busy_call_does_not_keep_the_others_from_being_deleted(client: Any) -> None:
@@ -251,6 +262,120 @@ def test_one_busy_call_does_not_keep_the_others_from_being_deleted(client: Any) 
             SqsInbox(client, URL, DEAD_LETTERS).delete([a_message(n) for n in range(12)])
 
         stub.assert_no_pending_responses()
+
+
+# Both sides, of the fake the use cases are tested with and of SQS itself ------------------------------------
+
+
+class Side(Protocol):
+    """A queue as its sender, its worker and Lambda's poller use it."""
+
+    @property
+    def queue(self) -> JobQueue: ...
+    @property
+    def inbox(self) -> Inbox: ...
+    def receive(self) -> list[Received]: ...
+
+
+class FakeSide:
+    def __init__(self) -> None:
+        self.queue = MemoryQueue(FrozenClock().now)
+        self.inbox = self.queue
+
+    def receive(self) -> list[Received]:
+        return self.queue.hand_over(1_000)
+
+
+class SqsSide:
+    def __init__(self, cloud: Aws) -> None:
+        self._cloud = cloud
+        self.queue = SqsQueue(cloud.sqs, cloud.jobs_queue, GROUPS)
+        self.inbox = SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
+
+    def receive(self) -> list[Received]:
+        records = everything_on(self._cloud, self._cloud.jobs_queue)
+        return received(map(as_lambda_hands_over, records))
+
+
+@pytest.fixture(params=["fake", "aws"])
+def side(request: pytest.FixtureRequest, cloud: Aws) -> Side:
+    return FakeSide() if request.param == "fake" else SqsSide(cloud)
+
+
+def some_jobs(count: int) -> list[Pointer]:
+    return [pointer(number) for number in range(count)]
+
+
+def test_what_is_sent_is_received_once(side: Side) -> None:
+    assert [] == side.queue.send(some_jobs(25))
+
+    assert {each.job_id for each in some_jobs(25)} == {each.job_id for each in side.receive()}
+    assert [] == side.receive()
+
+
+def test_what_is_with_a_worker_is_in_flight(side: Side) -> None:
+    side.queue.send(some_jobs(3))
+    assert (3, 0) == (side.queue.backlog().visible, side.queue.backlog().in_flight)
+
+    side.receive()
+
+    assert (0, 3) == (side.queue.backlog().visible, side.queue.backlog().in_flight)
+    assert 3 == side.queue.depth()
+
+
+def test_what_is_put_back_at_once_is_received_again_under_another_receipt(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (first,) = side.receive()
+
+    side.inbox.put_back([(first, 0)])
+
+    (second,) = side.receive()
+    assert (first.message_id, 1, 2) == (
+        second.message_id,
+        first.receive_count,
+        second.receive_count,
+    )
+    assert first.receipt != second.receipt
+
+
+def test_what_is_put_back_with_a_delay_stays_hidden(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (message,) = side.receive()
+
+    side.inbox.put_back([(message, 60_000)])
+
+    assert [] == side.receive()
+
+
+def test_what_is_kept_hidden_for_no_time_is_visible(side: Side) -> None:
+    """The time counts from now, whatever it was before."""
+    side.queue.send(some_jobs(12))
+    messages = side.receive()
+
+    side.inbox.keep_hidden(messages, 60_000)
+    assert [] == side.receive()
+    side.inbox.keep_hidden(messages, 0)
+
+    assert 12 == len(side.receive())
+
+
+def test_what_is_acknowledged_is_gone(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (message,) = side.receive()
+
+    side.inbox.delete([message])
+
+    assert 0 == side.queue.depth()
+
+
+def test_a_message_that_is_gone_cannot_be_brought_back(side: Side) -> None:
+    side.queue.send(some_jobs(1))
+    (message,) = side.receive()
+    side.inbox.delete([message])
+
+    side.inbox.put_back([(message, 0)])
+
+    assert [] == side.receive()
 
 
 # Returning -----------------------------------------------------------------------------------------------------
@@ -415,7 +540,9 @@ def test_a_canary_is_read() -> None:
         "\x00",
         '{"v": 1}',
         f'{{"job_id": "{JOB_ID}"}}',
-        f'{{"v": 2, "job_id": "{JOB_ID}"}}',
+        f'{{"v": 0, "job_id": "{JOB_ID}"}}',
+        f'{{"v": true, "job_id": "{JOB_ID}"}}',
+        f'{{"v": "1", "job_id": "{JOB_ID}"}}',
         '{"v": 1, "job_id": ""}',
         '{"v": 1, "job_id": 5}',
         '{"v": 1, "job_id": null}',

@@ -14,7 +14,12 @@ from hashlib import sha256
 from typing import Any, Final
 
 import pytest
-from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError
+from botocore.exceptions import (
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
 from botocore.stub import Stubber
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +27,7 @@ from hypothesis import strategies as st
 from sluice.adapters import aws, job_records
 from sluice.adapters import dynamodb as dynamo
 from sluice.adapters import s3 as objects
+from sluice.dead_letters import Graveyard
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id
 from sluice.domain.errors import Conflict, InvalidRequest, JobNotFound, Stale, StoreBusy
@@ -31,6 +37,7 @@ from sluice.domain.jobs import (
     Job,
     JobError,
     Lease,
+    Redrive,
     Result,
     Snooze,
     State,
@@ -38,10 +45,11 @@ from sluice.domain.jobs import (
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Group, new_group
 from sluice.domain.pricing import LedgerRow, Spend, Usage
-from sluice.ports import JobStore, Ledger, LimitStore, Params, ParamsStore, ResultStore
+from sluice.ports import JobStore, Ledger, LimitStore, Params, ParamsStore, Received, ResultStore
 from tests.fakes import (
     NOON,
     FrozenClock,
+    MemoryGraveyard,
     MemoryJobs,
     MemoryLedger,
     MemoryLimits,
@@ -180,6 +188,7 @@ JOBS = st.builds(
         | st.builds(Result, object_key=WORD)
     ),
     error=maybe(ERRORS),
+    redrives=st.lists(st.builds(Redrive, at=TIME, error=ERRORS), max_size=2).map(tuple),
 ).map(lambda job: replace(job, fallbacks_used=min(job.fallbacks_used, len(job.fallback_models))))
 
 
@@ -436,6 +445,50 @@ def test_a_page_of_another_tenant_shows_nothing_of_it(jobs: JobStore, name: str)
     assert () == jobs.listing(f"{name}-b", None, 20, page).jobs
 
 
+# Dead letters --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=KINDS)
+def graveyard(request: pytest.FixtureRequest, cloud: Aws) -> Graveyard:
+    if request.param == "fake":
+        return MemoryGraveyard()
+    return objects.DeadLetterObjects(data_bucket(cloud))
+
+
+def test_a_letter_comes_back_as_it_was_kept(graveyard: Graveyard, name: str) -> None:
+    ours = Received(f"{name}-1", "receipt", '{"v": 1}', "job_1", receive_count=1_001, sent_at=NOON)
+    foreign = Received(f"{name}-2", "receipt", "\x00 ü 💧", None)
+    for message, reason in ((ours, "one"), (foreign, "two"), (foreign, "two")):
+        graveyard.keep(message, reason)
+
+    first, second = graveyard.letter(f"{name}-1"), graveyard.letter(f"{name}-2")
+
+    assert first is not None
+    assert second is not None
+    assert ("job_1", "one", 1_001, NOON, '{"v": 1}') == (
+        first.job_id, first.reason, first.receive_count, first.sent_at, first.body,
+    )  # fmt: skip
+    assert (None, "two", "\x00 ü 💧") == (second.job_id, second.reason, second.body)
+    assert first.kept_at > 0
+    found = [each for each in graveyard.letters() if each.message_id.startswith(name)]
+    assert [first, second] == sorted(found, key=lambda each: each.message_id)
+    assert graveyard.letter(name) is None, "no letter by the beginning of its name"
+
+
+def test_more_letters_than_one_page_lists_are_all_found(cloud: Aws, name: str) -> None:
+    # On a client of its own, which lists ten at a time.
+    client = aws.s3()
+    client.meta.events.register(
+        "provide-client-params.s3.ListObjectsV2", lambda params, **_: params | {"MaxKeys": 10}
+    )
+    yard = objects.DeadLetterObjects(objects.Objects(client, BUCKET))
+    for number in range(25):
+        yard.keep(Received(f"{name}-{number}", "", "", None), "why not")
+
+    assert 25 == sum(each.message_id.startswith(name) for each in yard.letters())
+    del cloud
+
+
 # Requests and answers ------------------------------------------------------------------------------------------
 
 
@@ -487,6 +540,24 @@ def test_a_request_travels_inline_up_to_its_limit(cloud: Aws, name: str, over: i
 
     assert {name: Params(name, body, "hash-of-it")} == store.get_many([name])
     assert (over > 0) == bool(cloud.objects(f"params/{name}"))
+
+
+@pytest.mark.parametrize(
+    ("days", "prefix"), [(1, "params"), (60, "params"), (61, "long-params"), (400, "long-params")]
+)
+def test_a_large_request_is_kept_as_long_as_results_are(
+    cloud: Aws, name: str, days: int, prefix: str
+) -> None:
+    """The template lets objects under the two prefixes expire after 60 days, and after RetentionDays."""
+    store = dynamo.DynamoParams(
+        cloud.dynamodb, "ParamsTable", data_bucket(cloud), FrozenClock(), days
+    )
+    body = noise(600_000)
+
+    store.add(Params(name, body, "hash-1"))
+
+    assert 1 == len(cloud.objects(f"{prefix}/{name}"))
+    assert {name: Params(name, body, "hash-1")} == store.get_many([name])
 
 
 def test_another_large_request_under_an_id_does_not_touch_the_first(cloud: Aws, name: str) -> None:
@@ -803,6 +874,11 @@ BUSY: Final = [
 ]
 
 
+def client_error(code: str, status: int) -> ClientError:
+    facts: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(facts, "PutItem")
+
+
 @pytest.fixture
 def client(cloud: Aws) -> Any:  # noqa: ARG001 - its credentials
     return aws.dynamodb()
@@ -895,6 +971,32 @@ def test_a_store_that_does_not_answer_is_busy(error: Exception) -> None:
 
     with pytest.raises(StoreBusy, match="the store is busy"):
         aws.patiently("the store", call)
+
+
+@pytest.mark.parametrize(
+    ("errors", "may_be_done"),
+    [
+        # Refused before anything was done, every time.
+        ([ConnectTimeoutError(endpoint_url="https://aws")], False),
+        ([EndpointConnectionError(endpoint_url="https://aws")], False),
+        ([client_error("ThrottlingException", 400)], False),
+        # Nobody knows, and the later tries do not tell either.
+        ([ReadTimeoutError(endpoint_url="https://aws"), client_error("Throttling", 400)], True),
+        ([client_error("InternalServerError", 500), client_error("Throttling", 400)], True),
+    ],
+)
+def test_a_busy_store_says_whether_it_may_have_done_it(
+    errors: list[Exception], *, may_be_done: bool
+) -> None:
+    said = iter(errors + errors[-1:] * 3)
+
+    def call(**_: Any) -> None:
+        raise next(said)
+
+    with pytest.raises(StoreBusy) as busy:
+        aws.patiently("the store", call)
+
+    assert may_be_done == busy.value.may_be_done
 
 
 def test_what_a_batch_left_over_is_asked_for_again(client: Any) -> None:

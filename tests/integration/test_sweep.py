@@ -1,4 +1,4 @@
-"""Parked jobs in the store: one suite for the fake the sweep is tested with and for DynamoDB itself."""
+"""Due jobs in the store: one suite for the fake the sweep is tested with and for DynamoDB itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sluice.adapters import aws, job_records
 from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import Job
-from sluice.ports import GovernorNotes, JobStore, Parked, ParkedJobs
+from sluice.domain.jobs import DueFor, Job, JobError
+from sluice.ports import Due, DueJobs, GovernorNotes, JobStore
 from sluice.sweep import Sweep, Swept
 from tests.fakes import (
     MINUTE,
@@ -35,7 +35,7 @@ PLENTY: Final = 10_000
 LATER: Final = NOON + 2 * MINUTE
 
 
-class Store(JobStore, ParkedJobs, Protocol):
+class Store(JobStore, DueJobs, Protocol):
     """The job records as worker and sweep use them together."""
 
 
@@ -76,17 +76,19 @@ def add(jobs: JobStore, *some: Job) -> None:
         jobs.add(job)
 
 
-def due_ids(jobs: ParkedJobs, now: int = NOON, limit: int = PLENTY) -> list[str]:
-    return [each.job_id for each in jobs.due(now, limit)]
+def due_ids(
+    jobs: DueJobs, now: int = NOON, limit: int = PLENTY, why: DueFor = DueFor.CALL
+) -> list[str]:
+    return [each.job_id for each in jobs.due(why, now, limit)]
 
 
-def the_one_due(jobs: ParkedJobs, now: int = NOON) -> Parked:
-    (found,) = jobs.due(now, PLENTY)
+def the_one_due(jobs: DueJobs, now: int = NOON) -> Due:
+    (found,) = jobs.due(DueFor.CALL, now, PLENTY)
     return found
 
 
 def test_nothing_is_due_where_nothing_is_parked(jobs: Store) -> None:
-    add(jobs, a_job("job_1"), a_job("job_2", deadline=NOON))
+    add(jobs, a_job("job_1"), a_job("job_2", deadline=NOON + 1))
 
     assert [] == due_ids(jobs)
 
@@ -109,7 +111,7 @@ def test_a_due_job_comes_with_what_the_sweep_needs(jobs: Store) -> None:
     )
     add(jobs, fallen_back)
 
-    assert Parked("job_1", "zenith", "claude-b", NOON, NOON + MINUTE) == the_one_due(jobs)
+    assert Due("job_1", "zenith", "claude-b", NOON, NOON + MINUTE) == the_one_due(jobs)
 
 
 def test_a_deadline_makes_a_job_due_before_its_time(jobs: Store) -> None:
@@ -121,7 +123,7 @@ def test_a_deadline_makes_a_job_due_before_its_time(jobs: Store) -> None:
 def test_the_longest_due_come_first(jobs: Store) -> None:
     add(jobs, *(parked(f"job_{number:02}", NOON - 7 * number % 50) for number in range(50)))
 
-    found = [each.due_at for each in jobs.due(NOON, PLENTY)]
+    found = [each.due_at for each in jobs.due(DueFor.CALL, NOON, PLENTY)]
 
     assert 50 == len(found)
     assert sorted(found) == found
@@ -171,39 +173,41 @@ def test_one_of_two_takes_a_due_job(jobs: Store) -> None:
     assert [] == due_ids(jobs)
 
 
-def test_a_job_that_was_taken_and_not_released_is_due_again(jobs: Store) -> None:
+def test_a_job_that_was_taken_and_not_watched_is_due_again(jobs: Store) -> None:
     add(jobs, parked("job_1"))
     taken = jobs.hold(the_one_due(jobs), LATER)
 
     assert taken == the_one_due(jobs, LATER)
 
 
-def test_a_released_job_is_not_due_any_more_and_else_as_it_was(jobs: Store) -> None:
+def test_a_watched_job_is_not_due_for_its_call_any_more_and_else_as_it_was(jobs: Store) -> None:
     job = parked("job_1", deadline=NOON + MINUTE)
     add(jobs, job)
     taken = jobs.hold(the_one_due(jobs), LATER)
     assert taken is not None
 
-    jobs.release(taken)
+    jobs.watch(taken, LATER + 1)
 
-    assert [] == due_ids(jobs, LATER)
+    assert [] == due_ids(jobs, PLENTY + LATER)
+    assert [] == due_ids(jobs, LATER, why=DueFor.CARE)
+    assert ["job_1"] == due_ids(jobs, LATER + 1, why=DueFor.CARE)
     assert job == jobs.get("job_1")
     jobs.replace(life.claim(job, "worker", NOON, LATER), job.version)  # no version was used up
 
 
-def test_a_job_that_went_on_can_be_neither_taken_nor_released(jobs: Store) -> None:
+def test_a_job_that_went_on_can_be_neither_taken_nor_watched(jobs: Store) -> None:
     add(jobs, parked("job_1"))
     seen = the_one_due(jobs)
     claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
     jobs.replace(claimed, 1)
 
     assert jobs.hold(seen, LATER) is None
-    jobs.release(seen)
+    jobs.watch(seen, LATER)
 
     assert claimed == jobs.get("job_1")
 
 
-def test_a_job_parked_again_meanwhile_is_not_released(jobs: Store) -> None:
+def test_a_job_parked_again_meanwhile_keeps_its_time(jobs: Store) -> None:
     add(jobs, parked("job_1"))
     taken = jobs.hold(the_one_due(jobs), LATER)
     assert taken is not None
@@ -212,16 +216,16 @@ def test_a_job_parked_again_meanwhile_is_not_released(jobs: Store) -> None:
     again = life.snooze(claimed, "worker", NOON, reason="x", not_before=LATER + 1)
     jobs.replace(again, 2)
 
-    jobs.release(taken)
+    jobs.watch(taken, LATER)
 
     assert ["job_1"] == due_ids(jobs, LATER + 1)
 
 
 def test_nothing_comes_of_a_job_that_is_gone(jobs: Store) -> None:
-    gone = Parked("job_gone", "acme", "claude-a", NOON)
+    gone = Due("job_gone", "acme", "claude-a", NOON)
 
     assert jobs.hold(gone, LATER) is None
-    jobs.release(gone)
+    jobs.watch(gone, LATER)
 
     assert jobs.get("job_gone") is None
 
@@ -240,18 +244,29 @@ def test_the_sweep_over_the_store(jobs: Store) -> None:
     assert {f"job_{number}" for number in range(30)} == {m.job_id for m in queue.hand_over(100)}
 
 
-def test_parked_jobs_spread_over_all_parts_of_the_index() -> None:
-    shards = {job_records.due_shard(f"job_{number:032x}") for number in range(200)}
+def test_due_jobs_spread_over_all_parts_of_the_index() -> None:
+    parts = {job_records.due_part(f"job_{number:032x}") for number in range(200)}
 
-    assert {str(number) for number in range(job_records.DUE_SHARDS)} == shards
+    assert set(range(job_records.DUE_SHARDS)) == parts
 
 
-def test_only_a_parked_job_stands_in_the_index() -> None:
-    waiting = job_records.encode(a_job(), 30)
-    running = job_records.encode(life.claim(parked("job_1"), "worker", NOON, LATER), 30)
+def test_the_parts_of_each_reason_are_its_own() -> None:
+    names = {job_records.due_shard(why, part) for why in DueFor for part in range(8)}
 
-    for item in (waiting, running):
-        assert set() == item.keys() & set(job_records.DUE)
+    assert 16 == len(names)
+    # Those of parked jobs have been called so since before there were others: a roll-back still finds them.
+    assert "3" == job_records.due_shard(DueFor.CALL, 3)
+
+
+def test_a_job_is_watched_until_it_has_ended(jobs: Store) -> None:
+    add(jobs, a_job("job_1"), a_job("job_2"))
+    claimed = life.claim(a_job("job_1"), "worker", NOON, LATER)
+    jobs.replace(claimed, 1)
+
+    assert ["job_1", "job_2"] == due_ids(jobs, NOON + 45 * MINUTE, why=DueFor.CARE)
+    jobs.replace(life.give_up(claimed, "worker", NOON, error=JobError("x", "y")), 2)
+
+    assert ["job_2"] == due_ids(jobs, NOON + 45 * MINUTE, why=DueFor.CARE)
 
 
 def test_a_store_that_is_busy_says_so(cloud: Aws) -> None:  # noqa: ARG001 - its credentials
@@ -261,7 +276,7 @@ def test_a_store_that_is_busy_says_so(cloud: Aws) -> None:  # noqa: ARG001 - its
         for _ in range(4):
             stub.add_client_error("update_item", "ThrottlingException")
         with pytest.raises(StoreBusy):
-            store.hold(Parked("job_1", "acme", "claude-a", NOON), LATER)
+            store.hold(Due("job_1", "acme", "claude-a", NOON), LATER)
 
 
 # What the governor remembers -------------------------------------------------------------------------------

@@ -1,34 +1,37 @@
-"""Dead letters are kept, and their jobs end with the reason."""
+"""Dead letters are kept, and their jobs end with the reason; what ended so can be redriven."""
+
+from dataclasses import replace
 
 import pytest
 
-from sluice.dead_letters import DeadLetter, TakeDeadLetter
+from sluice.dead_letters import DeadLetter, Estimate, Redriver, TakeDeadLetter
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import AttemptOutcome, JobError, State
-from sluice.ports import Received
-from tests.fakes import NOON, SECOND, FrozenClock, MemoryJobs, RecordingEvents, a_job
+from sluice.domain.jobs import AttemptOutcome, DueFor, Job, JobError, State
+from sluice.domain.limits import new_group
+from sluice.ports import Params, Received
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    SECOND,
+    FrozenClock,
+    MemoryGraveyard,
+    MemoryJobs,
+    MemoryLimits,
+    MemoryParams,
+    RecordingEvents,
+    a_job,
+    price_list,
+)
 
 LEASE_END = NOON + 120 * SECOND
-
-
-class Graveyard:
-    """Keeps letters; `busy` makes it refuse."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[Received, str]] = []
-        self.busy = False
-
-    def keep(self, message: Received, reason: str) -> None:
-        if self.busy:
-            raise StoreBusy("the data bucket")
-        self.kept.append((message, reason))
+DEAD = JobError("dead_letter", "received 1001 times without an end")
 
 
 class Scene:
     def __init__(self) -> None:
         self.jobs = MemoryJobs()
-        self.graveyard = Graveyard()
+        self.graveyard = MemoryGraveyard()
         self.clock = FrozenClock()
         self.events = RecordingEvents()
         self.take = TakeDeadLetter(self.jobs, self.graveyard, self.clock, self.events)
@@ -39,8 +42,11 @@ def scene() -> Scene:
     return Scene()
 
 
-def letter(job_id: str | None = "job_1", reason: str | None = None) -> DeadLetter:
-    return DeadLetter(Received("m-1", "receipt", "{}", job_id, receive_count=1_001), reason)
+def letter(
+    job_id: str | None = "job_1", reason: str | None = None, sent_at: int = NOON
+) -> DeadLetter:
+    message = Received("m-1", "receipt", "{}", job_id, receive_count=1_001, sent_at=sent_at)
+    return DeadLetter(message, reason)
 
 
 def test_the_job_ends_as_errored_with_the_reason(scene: Scene) -> None:
@@ -58,7 +64,8 @@ def test_the_job_ends_as_errored_with_the_reason(scene: Scene) -> None:
 def test_the_workers_own_reason_goes_first(scene: Scene) -> None:
     scene.take(letter(None, "not a message of Sluice's"))
 
-    assert [(letter(None).message, "not a message of Sluice's")] == scene.graveyard.kept
+    (kept,) = scene.graveyard.kept.values()
+    assert ("m-1", "{}", "not a message of Sluice's") == (kept.message_id, kept.body, kept.reason)
     assert 0 == scene.events.counted("JobsErrored")
 
 
@@ -79,13 +86,54 @@ def test_a_job_that_has_ended_stays_as_it_is(scene: Scene, state: State) -> None
     assert 1 == len(scene.graveyard.kept)
 
 
-def test_a_job_at_work_is_left_to_its_worker(scene: Scene) -> None:
+def test_while_a_worker_is_at_the_job_its_letter_waits(scene: Scene) -> None:
+    """It will end the job; or put it back, with a message that is not in the queue any more."""
     running = life.claim(a_job(), "worker-1", NOON, LEASE_END)
     scene.jobs.add(running)
 
-    scene.take(letter())
-
+    assert not scene.take(letter())
     assert running == scene.jobs.stored["job_1"]
+    assert not scene.graveyard.kept
+
+    scene.jobs.replace(life.snooze(running, "worker-1", NOON, reason="rate limited"), 2)
+
+    assert scene.take(letter())
+    assert State.ERRORED == scene.jobs.stored["job_1"].state
+
+
+def test_a_worker_that_takes_the_job_meanwhile_is_waited_for(scene: Scene) -> None:
+    scene.jobs.add(a_job())
+    running = life.claim(a_job(), "worker-1", NOON, LEASE_END)
+    scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=running))
+
+    assert not scene.take(letter())
+    assert running == scene.jobs.stored["job_1"]
+
+
+def test_a_job_that_rests_is_left_to_the_sweep_that_sends_it_another_message(scene: Scene) -> None:
+    parked = life.park(a_job(), NOON, reason="spend limit", not_before=NOON + SECOND)
+    scene.jobs.add(parked)
+
+    assert scene.take(letter())
+    assert parked == scene.jobs.stored["job_1"]
+    assert 1 == len(scene.graveyard.kept)
+
+
+def test_a_job_whose_rest_is_over_ends(scene: Scene) -> None:
+    scene.jobs.add(life.park(a_job(), NOON, reason="spend limit", not_before=NOON))
+
+    assert scene.take(letter())
+    assert State.ERRORED == scene.jobs.stored["job_1"].state
+
+
+@pytest.mark.parametrize(("sent_at", "state"), [(NOON, State.QUEUED), (NOON + 1, State.ERRORED)])
+def test_a_letter_from_before_a_redrive_does_not_end_the_job_again(
+    scene: Scene, sent_at: int, state: State
+) -> None:
+    scene.jobs.add(life.redrive(life.finish_waiting(a_job(), State.ERRORED, NOON, DEAD), NOON))
+
+    assert scene.take(letter(sent_at=sent_at))
+    assert state == scene.jobs.stored["job_1"].state
 
 
 def test_a_job_whose_worker_died_ends_with_its_attempt_lost(scene: Scene) -> None:
@@ -132,7 +180,7 @@ def test_a_job_that_vanishes_meanwhile_is_no_trouble(scene: Scene) -> None:
 
 def test_a_letter_that_cannot_be_kept_comes_again_with_its_job_untouched(scene: Scene) -> None:
     scene.jobs.add(a_job())
-    scene.graveyard.busy = True
+    scene.graveyard.break_down("keep")
 
     with pytest.raises(StoreBusy):
         scene.take(letter())
@@ -148,3 +196,157 @@ def test_a_letter_taken_twice_changes_nothing_more(scene: Scene) -> None:
 
     assert ended == scene.jobs.stored["job_1"]
     assert 1 == scene.events.counted("JobsErrored")
+
+
+# Redriving -------------------------------------------------------------------------------------------------
+
+
+class Yard:
+    """Jobs that ended by a letter, and the operator's use case."""
+
+    def __init__(self) -> None:
+        self.clock = FrozenClock()
+        self.jobs = MemoryJobs()
+        self.params = MemoryParams()
+        self.limits = MemoryLimits()
+        self.graveyard = MemoryGraveyard(self.clock.now)
+        self.redriver = Redriver(
+            self.jobs,
+            self.params,
+            self.limits,
+            self.graveyard,
+            price_list(claude_a="10"),
+            {"claude-a": "a"},
+            self.clock,
+        )
+
+    def bury(self, name: str, reason: str = "received 1001 times", **facts: object) -> Job:
+        job = life.finish_waiting(a_job(f"job_{name}", **facts), State.ERRORED, NOON, DEAD)
+        self.jobs.add(job)
+        self.params.add(Params(job.job_id, "{}", job.request_hash))
+        self.keep(name, job.job_id, reason)
+        return job
+
+    def keep(self, name: str, job_id: str | None, reason: str = "received 1001 times") -> None:
+        self.graveyard.keep(Received(f"m-{name}", "", "body", job_id, receive_count=1_001), reason)
+        self.clock.at += 1
+
+    def hindrances(self) -> dict[str, str | None]:
+        found = self.redriver.candidates(self.redriver.letters())
+        return {each.letter.message_id: each.hindrance for each in found}
+
+
+@pytest.fixture
+def yard() -> Yard:
+    return Yard()
+
+
+def test_letters_are_found_by_words_of_their_reason_oldest_first(yard: Yard) -> None:
+    yard.bury("b")
+    yard.keep("c", None, "not a message of Sluice's")
+    yard.bury("a")
+
+    assert ["m-b", "m-c", "m-a"] == [each.message_id for each in yard.redriver.letters()]
+    assert ["m-b", "m-a"] == [each.message_id for each in yard.redriver.letters("Received 1001")]
+    assert [] == yard.redriver.letters("no such job")
+    assert yard.redriver.letter("m-c") is not None
+    assert yard.redriver.letter("m-d") is None
+
+
+def test_what_can_be_redriven_is_redriven_and_the_sweep_finds_it(yard: Yard) -> None:
+    job = yard.bury("1")
+    (candidate,) = yard.redriver.candidates(yard.redriver.letters())
+    assert candidate.hindrance is None
+    assert job == yard.jobs.stored["job_1"], "looking changes nothing"
+
+    done = yard.redriver.redrive(candidate)
+
+    stored = yard.jobs.stored["job_1"]
+    assert (None, stored) == (done.hindrance, done.job)
+    assert (State.QUEUED, 1) == (stored.state, len(stored.redrives))
+    assert ["job_1"] == [each.job_id for each in yard.jobs.due(DueFor.CALL, yard.clock.now(), 10)]
+    assert {"m-1": "it is queued"} == yard.hindrances()
+
+
+def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
+    yard.keep("foreign", None, "not a message of Sluice's")
+    yard.keep("unknown", "job_404", "no such job")
+    yard.bury("late", deadline=NOON + 1)
+    lost = yard.bury("lost")
+    del yard.params.stored[lost.job_id]
+    yard.bury("twice")
+    yard.keep("again", "job_twice")
+
+    assert {
+        "m-foreign": "it is no message of Sluice's",
+        "m-unknown": "its job is not on record",
+        "m-late": "its deadline has passed",
+        "m-lost": "its request is not kept any more",
+        "m-twice": None,
+        "m-again": "letter m-twice is about the same job",
+    } == yard.hindrances()
+    for each in yard.redriver.candidates(yard.redriver.letters()):
+        if each.hindrance is not None:
+            assert each == yard.redriver.redrive(each)
+    assert {"twice"} == {
+        name.removeprefix("job_")
+        for name, job in yard.jobs.stored.items()
+        if life.why_not_redriven(job, yard.clock.now()) is None and name in yard.params.stored
+    }
+
+
+def test_a_job_is_redriven_once_whoever_is_quicker(yard: Yard) -> None:
+    yard.bury("1")
+    (first,) = yard.redriver.candidates(yard.redriver.letters())
+    (second,) = yard.redriver.candidates(yard.redriver.letters())
+
+    yard.redriver.redrive(first)
+
+    assert "somebody else changed it meanwhile" == yard.redriver.redrive(second).hindrance
+    assert 1 == len(yard.jobs.stored["job_1"].redrives)
+
+
+def test_a_busy_table_is_told_of_one_job_and_the_others_go_on(yard: Yard) -> None:
+    yard.bury("1")
+    yard.bury("2")
+    candidates = yard.redriver.candidates(yard.redriver.letters())
+    yard.jobs.fail_next("replace")
+
+    busy, done = map(yard.redriver.redrive, candidates)
+
+    assert "the jobs table is busy; try again in 2 s" == busy.hindrance
+    assert done.hindrance is None
+    assert {"m-1": None, "m-2": "it is queued"} == yard.hindrances()
+
+
+def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) -> None:
+    job = yard.bury("1", deadline=NOON + MINUTE)
+    (candidate,) = yard.redriver.candidates(yard.redriver.letters())
+    yard.clock.at = NOON + MINUTE
+
+    done = yard.redriver.redrive(candidate)
+
+    assert "its deadline has passed" in str(done.hindrance)
+    assert job == yard.jobs.stored["job_1"]
+
+
+def test_the_estimate_goes_by_the_price_list_and_what_the_group_has_learned(yard: Yard) -> None:
+    """35 characters are 10 tokens at 3.5 each; a token costs 1 micro-dollar in and 10 out."""
+    yard.bury("1", max_tokens=2_000)
+    yard.bury("short", max_tokens=20)
+    yard.bury("other", model="claude-of-a-relay")
+    guess, short, unpriced = yard.redriver.candidates(yard.redriver.letters())
+
+    assert Estimate(10 + 10 * new_group("", "a", 0).output_estimate, 10 + 20_000) == guess.estimate
+    assert Estimate(10 + 200, 10 + 200) == short.estimate
+    assert (None, None) == (unpriced.hindrance, unpriced.estimate)
+    assert Estimate(3, 5) == Estimate(1, 2) + Estimate(2, 3)
+
+    yard.limits.stored["org/a"] = replace(
+        new_group("org", "a", NOON), output_mean=50_000, chars_per_1000_tokens=7_000, samples=99
+    )
+    learned, *_ = yard.redriver.candidates(yard.redriver.letters())
+
+    mean = yard.limits.stored["org/a"].output_estimate
+    assert Estimate(5 + 10 * mean, 5 + 20_000) == learned.estimate
+    assert mean < new_group("", "a", 0).output_estimate

@@ -10,10 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 from scripts import cli
-from scripts.state_machine import PAGE, drawing, redrawn
-from sluice import http, limiter, work
+from scripts.state_machine import PAGE, redrawn, up_to_date
+from sluice import http, limiter, submit, work
 from sluice.domain import breakers, limits
-from sluice.domain.jobs import TRANSITIONS, AttemptOutcome, State
+from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
 from sluice.metrics import METRIC_NAMES
@@ -108,8 +108,8 @@ def test_every_parameter_of_the_stack_is_documented_with_its_default() -> None:
 def test_the_fields_of_the_key_pool_are_documented_and_no_others() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", section(SETTINGS, "## The key pool"), re.MULTILINE)
 
-    beside = ["admin_keys", "model_groups"]
-    assert [field.name for field in fields(UpstreamKey)] + beside == documented
+    beside_the_keys = ["admin_keys", "model_groups"]
+    assert [*(field.name for field in fields(UpstreamKey)), *beside_the_keys] == documented
 
 
 # Routes and commands
@@ -128,7 +128,7 @@ def test_every_route_stands_in_the_readme_and_no_other() -> None:
 
 def test_every_command_stands_in_the_readme_and_no_other() -> None:
     table = section(README, "## Command line")
-    named = re.findall(r"`(sluice [a-z]+(?: [a-z]+)?)", table)
+    named = re.findall(r"`(sluice [a-z-]+(?: [a-z]+)?)", table)
 
     assert set(commands(command_line(), "sluice")) == set(named)
 
@@ -143,7 +143,7 @@ def test_options_named_in_the_documents_exist() -> None:
                 waiting.append(command)
 
     for page in (README, RUNBOOK):
-        for line in re.findall(r"\bsluice [a-z]+[^`\n|]*", page):
+        for line in re.findall(r"\bsluice [a-z-]+[^`\n|]*", page):
             assert set(re.findall(r"(?<=\s)--[a-z-]+", line)) <= known, line
 
 
@@ -172,12 +172,12 @@ def test_every_outcome_of_an_attempt_is_explained(outcome: AttemptOutcome) -> No
 def test_the_state_machine_is_drawn_as_the_code_has_it() -> None:
     page = PAGE.read_text(encoding="utf-8")
 
-    assert redrawn(page, drawing(TRANSITIONS)) == page
+    assert up_to_date(page) == page
 
 
 def test_a_page_without_markers_is_not_drawn_into() -> None:
     with pytest.raises(ValueError, match="drawing:begin"):
-        redrawn("# A page\n", "picture")
+        redrawn("# A page\n", "drawing", "picture")
 
 
 def test_every_alarm_has_an_entry_that_says_what_to_do_and_no_other_has() -> None:
@@ -290,6 +290,8 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             [POLICY.retry_base_ms / 1000, POLICY.retry_cap_ms / 1000],
         ),
         ("at most {:,} bytes", [http.MOST_BYTES]),
+        ("sent again within {:.0f} minutes", [submit.RESEND_WINDOW_MS / 60_000]),
+        ("a job at most {} levels of nesting", [http.DEEPEST]),
         ("a list of up to {}", [http.MOST_JOBS]),
     ],
 )

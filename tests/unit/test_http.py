@@ -42,7 +42,19 @@ def test_a_job_nested_too_deeply_is_refused() -> None:
     for _ in range(100_000):
         deep = [deep]
 
-    assert "the job is nested too deeply" == complaint({"params": PARAMS | {"system": deep}})
+    assert "the job is nested too deeply: at most 100 levels" in complaint(
+        {"params": PARAMS | {"system": deep}}
+    )
+
+
+@pytest.mark.parametrize(("levels", "is_taken"), [(99, True), (100, True), (101, False)])
+def test_a_hundred_levels_are_not_too_deep(levels: int, *, is_taken: bool) -> None:
+    deep: Any = {}
+    for _ in range(levels - 3):
+        deep = {"next": deep} if isinstance(deep, list) else [deep]
+    job = {"params": PARAMS | {"system": deep}}
+
+    assert is_taken == isinstance(http.read_submission(job), Submission)
 
 
 def test_a_job_needs_only_its_params() -> None:
@@ -82,14 +94,14 @@ def test_stream_false_is_taken_and_left_out() -> None:
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        ({}, "params: Field required"),
-        ([], "valid dictionary"),
-        ("text", "valid dictionary"),
-        (None, "valid dictionary"),
-        ({"params": {}}, "params.model: Field required"),
-        ({"params": {"model": "a", "messages": [{}]}}, "params.max_tokens: Field required"),
-        ({"params": PARAMS | {"max_tokens": "64"}}, "params.max_tokens: "),
-        ({"params": PARAMS | {"max_tokens": 0}}, "greater than or equal to 1 (got 0)"),
+        ({}, "params: is required"),
+        ([], "the job must be a JSON object"),
+        ("text", "the job must be a JSON object (got 'text')"),
+        (None, "the job must be a JSON object"),
+        ({"params": {}}, "params.model: is required"),
+        ({"params": {"model": "a", "messages": [{}]}}, "params.max_tokens: is required"),
+        ({"params": PARAMS | {"max_tokens": "64"}}, "must be a whole number (got '64')"),
+        ({"params": PARAMS | {"max_tokens": 0}}, "params.max_tokens: must be at least 1 (got 0)"),
         ({"params": PARAMS | {"max_tokens": 1.5}}, "params.max_tokens: "),
         ({"params": PARAMS | {"max_tokens": True}}, "params.max_tokens: "),
         ({"params": PARAMS | {"messages": []}}, "params.messages: "),
@@ -97,13 +109,22 @@ def test_stream_false_is_taken_and_left_out() -> None:
         ({"params": PARAMS | {"messages": ["hi"]}}, "params.messages.0: "),
         ({"params": PARAMS | {"model": ""}}, "params.model: "),
         ({"params": PARAMS | {"stream": True}}, "params.stream: "),
-        ({"params": PARAMS, "prams": {}}, "prams: Extra inputs are not permitted"),
-        ({"params": PARAMS, "custom_id": "no spaces"}, "(got 'no spaces')"),
+        ({"params": PARAMS, "prams": {}}, "prams: is not known here"),
+        ({"params": PARAMS, "body": {}}, "body: is not known here"),
+        (
+            {"params": PARAMS, "custom_id": "no spaces"},
+            "must be 1 to 64 letters, digits, hyphens and underscores (got 'no spaces')",
+        ),
         ({"params": PARAMS, "custom_id": "x" * 65}, "custom_id: "),
         ({"params": PARAMS, "custom_id": ""}, "custom_id: "),
         ({"params": PARAMS, "custom_id": 7}, "custom_id: "),
         ({"params": PARAMS, "deadline": "2026-11-20T13:00:00"}, "deadline: "),
         ({"params": PARAMS, "deadline": "soon"}, "(got 'soon')"),
+        ({"params": PARAMS, "deadline": 5}, "deadline: must be RFC 3339 text with a time zone"),
+        # The year 10,000 in UTC: it could be stored and never be shown.
+        ({"params": PARAMS, "deadline": "9999-12-31T23:59:59-14:00"}, "deadline: "),
+        # Python reads more forms of a time than pydantic.
+        ({"params": PARAMS, "deadline": "2099-W01-1T00:00:00Z"}, "as in 2026-12-24T18:00:00Z"),
         ({"params": PARAMS, "fallback_models": ["m"] * 6}, "fallback_models: "),
         ({"params": PARAMS, "metadata": {"k": 7}}, "metadata.k: "),
         ({"params": PARAMS, "metadata": {str(n): "" for n in range(17)}}, "metadata: "),

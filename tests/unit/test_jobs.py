@@ -9,21 +9,24 @@ import pytest
 from sluice.domain import jobs as life
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.jobs import (
-    TRANSITIONS,
+    CHANGES,
     AttemptOutcome,
+    DueFor,
     Job,
     JobError,
+    Redrive,
     Result,
     State,
     Step,
     next_step,
 )
 from sluice.domain.pricing import Usage
-from tests.fakes import NOON, SECOND, a_job
+from tests.fakes import MINUTE, NOON, SECOND, a_job
 
 LATER = NOON + 10 * SECOND
 LEASE_END = NOON + 120 * SECOND
 AFTER_LEASE = LEASE_END + 1
+DEAD = JobError("dead_letter", "received 1001 times without an end")
 BOOM = JobError("api_error", "boom", 500)
 USED = Usage(input_tokens=7, output_tokens=3)
 
@@ -43,6 +46,8 @@ def succeeded(job: Job) -> Job:
         request_id="req_1",
     )
 
+
+ALLOWED = {(source, rule.target) for rule in CHANGES.values() for source in rule.sources}
 
 # Every way there is to change a job, by the state it starts in.
 FROM_QUEUED: dict[State, Callable[[Job], Job]] = {
@@ -65,12 +70,13 @@ FROM_QUEUED[State.QUEUED] = lambda job: life.park(
 WAYS: dict[State, dict[State, Callable[[Job], Job]]] = {
     State.QUEUED: FROM_QUEUED,
     State.RUNNING: FROM_RUNNING,
+    State.ERRORED: {State.QUEUED: lambda job: life.redrive(job, LATER)},
 }
 IN_STATE: dict[State, Job] = {
     State.QUEUED: a_job(),
     State.RUNNING: claimed(),
     State.SUCCEEDED: succeeded(claimed()),
-    State.ERRORED: life.give_up(claimed(), "worker-1", LATER, error=BOOM),
+    State.ERRORED: life.finish_waiting(a_job(), State.ERRORED, LATER, DEAD),
     State.CANCELED: life.request_cancel(a_job(), LATER),
     State.EXPIRED: life.finish_waiting(a_job(), State.EXPIRED, LATER),
 }
@@ -78,7 +84,7 @@ IN_STATE: dict[State, Job] = {
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(before, after) for before in TRANSITIONS for after in TRANSITIONS[before]],
+    sorted(ALLOWED),
 )
 def test_every_transition_can_be_taken(before: State, after: State) -> None:
     job = IN_STATE[before]
@@ -92,7 +98,7 @@ def test_every_transition_can_be_taken(before: State, after: State) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(a, b) for a, b in product(State, State) if b not in TRANSITIONS[a] and b is not State.QUEUED],
+    [(a, b) for a, b in product(State, State) if (a, b) not in ALLOWED and b is not State.QUEUED],
 )
 def test_every_other_transition_is_refused(before: State, after: State) -> None:
     job = IN_STATE[before]
@@ -114,10 +120,72 @@ def test_a_waiting_job_is_not_queued_again() -> None:
 
 
 @pytest.mark.parametrize("state", State)
-def test_final_states_are_those_without_a_way_out(state: State) -> None:
+def test_final_states_have_no_way_out_but_an_operators(state: State) -> None:
     final = {State.SUCCEEDED, State.ERRORED, State.CANCELED, State.EXPIRED}
+    ways_out = {after for before, after in ALLOWED if before is state}
+    an_operators = {State.QUEUED} if state is State.ERRORED else set()
 
-    assert (state in final) == state.is_final
+    assert (state in final) == state.is_final == (ways_out == an_operators)
+
+
+# Redriving -------------------------------------------------------------------------------------------------
+
+
+def test_a_redriven_job_is_as_new_and_keeps_its_past() -> None:
+    job = a_job(fallback_models=("claude-b",))
+    for owner in ("worker-1", "worker-2"):
+        job = life.retry(claimed(job, owner), owner, LATER, error=BOOM)
+    job = life.fall_back(claimed(job), "worker-1", LATER, reason="overloaded")
+    dead = life.finish_waiting(job, State.ERRORED, LATER, DEAD)
+
+    redriven = life.redrive(dead, AFTER_LEASE)
+
+    assert (State.QUEUED, 0, "claude-a") == (
+        redriven.state,
+        redriven.attempts_used,
+        redriven.current_model,
+    )
+    assert [BOOM, BOOM] == [attempt.error for attempt in redriven.attempts]
+    assert (Redrive(AFTER_LEASE, DEAD),) == redriven.redrives
+    assert (None, None) == (redriven.error, redriven.finished_at)
+    assert (DueFor.CALL, AFTER_LEASE) == life.due(redriven), "the sweep sends it"
+    assert Step.RUN == next_step(redriven, AFTER_LEASE, 2)
+    assert 3 == claimed(redriven, now=AFTER_LEASE).attempts[-1].number
+
+
+def test_each_redrive_is_counted() -> None:
+    job = a_job()
+    for at in (LATER, AFTER_LEASE):
+        job = life.redrive(life.finish_waiting(job, State.ERRORED, at, DEAD), at)
+
+    assert [LATER, AFTER_LEASE] == [each.at for each in job.redrives]
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (a_job(), "it is queued"),
+        (claimed(), "it is running"),
+        (succeeded(claimed()), "it is succeeded"),
+        (life.finish_waiting(a_job(), State.ERRORED, LATER), "it is errored"),
+        (
+            life.give_up(claimed(), "worker-1", LATER, error=BOOM),
+            "it ended with api_error, not by its letter",
+        ),
+        (
+            life.finish_waiting(a_job(cancel_requested=True), State.ERRORED, LATER, DEAD),
+            "its caller has canceled it",
+        ),
+        (
+            life.finish_waiting(a_job(deadline=LATER), State.ERRORED, NOON, DEAD),
+            "its deadline has passed",
+        ),
+    ],
+)
+def test_what_did_not_end_by_its_letter_is_not_redriven(job: Job, reason: str) -> None:
+    assert reason == life.why_not_redriven(job, LATER)
+    with pytest.raises(IllegalTransition, match="redriven"):
+        life.redrive(job, LATER)
 
 
 # The lease -------------------------------------------------------------------------------------------------
@@ -401,21 +469,45 @@ def test_what_a_message_asks_for(job: Job, step: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "due"),
+    ("job", "expected"),
     [
-        # Its message is on the queue: nothing to send.
-        (a_job(), None),
         # Parked: wanted at its time, or earlier to end it.
-        (a_job(not_before=AFTER_LEASE), AFTER_LEASE),
-        (a_job(not_before=AFTER_LEASE, deadline=LATER), LATER),
-        (a_job(not_before=LATER, deadline=AFTER_LEASE), LATER),
-        # With a worker, or ended.
-        (replace(claimed(), not_before=LATER), None),
+        (a_job(not_before=AFTER_LEASE), (DueFor.CALL, AFTER_LEASE)),
+        (a_job(not_before=AFTER_LEASE, deadline=LATER), (DueFor.CALL, LATER)),
+        (a_job(not_before=LATER, deadline=AFTER_LEASE), (DueFor.CALL, LATER)),
+        # Its message will bring it on; looked at long after the last that is known of it.
+        (a_job(), (DueFor.CARE, NOON + 30 * MINUTE)),
+        (a_job(created_at=NOON + 1), (DueFor.CARE, NOON + 45 * MINUTE)),
+        (claimed(now=LATER), (DueFor.CARE, NOON + 45 * MINUTE)),
+        (a_job(created_at=NOON - 60 * MINUTE), (DueFor.CARE, NOON - 30 * MINUTE)),
+        (
+            life.snooze(claimed(), "worker-1", NOON + 5 * MINUTE, reason="overloaded"),
+            (DueFor.CARE, NOON + 45 * MINUTE),
+        ),
+        (
+            life.retry(claimed(), "worker-1", NOON + 20 * MINUTE, error=BOOM),
+            (DueFor.CARE, NOON + 60 * MINUTE),
+        ),
+        # A deadline is kept whether or not its message comes.
+        (a_job(deadline=LATER), (DueFor.CALL, LATER)),
+        (replace(claimed(), deadline=LATER), (DueFor.CALL, LATER)),
+        (a_job(deadline=NOON + 60 * MINUTE), (DueFor.CARE, NOON + 30 * MINUTE)),
+        # Ended.
         (replace(IN_STATE[State.CANCELED], not_before=LATER), None),
+        (IN_STATE[State.SUCCEEDED], None),
     ],
 )
-def test_when_a_parked_job_is_wanted_again(job: Job, due: int | None) -> None:
-    assert due == life.due_at(job)
+def test_when_the_sweep_looks_at_a_job(job: Job, expected: tuple[DueFor, int] | None) -> None:
+    assert expected == life.due(job)
+
+
+def test_most_writes_of_a_job_leave_its_place_among_the_due_jobs_alone() -> None:
+    """An entry that moves costs two writes more."""
+    accepted = a_job(created_at=NOON + MINUTE)
+    running = claimed(accepted, now=NOON + 2 * MINUTE)
+    renewed = life.renew(running, "worker-1", NOON + 6 * MINUTE)
+
+    assert life.due(accepted) == life.due(running) == life.due(renewed)
 
 
 # Ids -------------------------------------------------------------------------------------------------------
@@ -462,6 +554,11 @@ def test_a_job_whose_worker_died_can_be_parked() -> None:
 
     assert (State.QUEUED, None) == (parked.state, parked.lease)
     assert AttemptOutcome.LOST == parked.attempts[-1].outcome
+
+
+def test_a_job_at_work_is_not_parked() -> None:
+    with pytest.raises(IllegalTransition, match="leased to worker-1 and cannot become queued"):
+        life.park(claimed(), LATER, reason="spend limit", not_before=AFTER_LEASE)
 
 
 def test_an_answer_that_broke_off_for_overload_counts_its_cost_wherever_the_job_goes() -> None:

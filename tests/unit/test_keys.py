@@ -278,3 +278,15 @@ def test_two_keys_of_one_organization_are_told_to_add_nothing() -> None:
 
     assert "keys a, b belong to organization org-1" in sentence
     assert "adds no capacity" in sentence
+
+
+def test_of_several_stated_limits_of_one_organization_the_lowest_holds() -> None:
+    keys = [
+        upstream_key("a", limits={"requests": 100}),
+        upstream_key("b", limits={"requests": 50, "input_tokens": 7}),
+        upstream_key("c", organization="other", limits={"requests": 10}),
+    ]
+
+    stated = stated_limits(keys, {})
+
+    assert {"org": {"requests": 50, "input_tokens": 7}, "other": {"requests": 10}} == stated

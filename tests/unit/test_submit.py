@@ -3,18 +3,22 @@
 import json
 from collections.abc import Iterator
 from itertools import count
+from threading import Lock
 from typing import Any
 
 import pytest
 
 from sluice.domain import jobs as life
-from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy
-from sluice.domain.jobs import Job, State, derived_job_id
+from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy, Unexpected
+from sluice.domain.jobs import DueFor, Job, State, derived_job_id
 from sluice.domain.limits import SAFE_START, block, new_group
+from sluice.ports import Params
 from sluice.submit import (
+    BEGIN_WITHIN_MS,
     IMAGE_CHARS,
     MOST_MEDIA_CHARS,
     NEWEST_VERSION,
+    PARALLEL_WRITES,
     Accepted,
     Outcome,
     Rejected,
@@ -38,12 +42,16 @@ from tests.fakes import (
 ACME = Sender("acme")
 
 
+class Killed(BaseException):
+    """The function's environment is gone."""
+
+
 class Intake:
-    def __init__(self) -> None:
+    def __init__(self, jobs: Any = None, params: MemoryParams | None = None) -> None:
         self.journal: list[str] = []
         self.clock = FrozenClock()
-        self.jobs = MemoryJobs(journal=self.journal)
-        self.params = MemoryParams(self.journal)
+        self.jobs = MemoryJobs(journal=self.journal) if jobs is None else jobs
+        self.params = MemoryParams(self.journal) if params is None else params
         self.queue = MemoryQueue(self.clock.now, self.journal)
         self.events = RecordingEvents()
         numbers: Iterator[int] = count(1)
@@ -228,8 +236,8 @@ def test_a_repeat_shows_the_job_as_it_is_by_now(intake: Intake) -> None:
 def test_a_repeat_sends_the_message_of_a_job_that_still_waits(intake: Intake) -> None:
     """The first submit may have died between storing and sending."""
     sender = Sender("acme", idempotency_key="run-1")
-    intake.queue.break_down("send", RuntimeError("died"))
-    with pytest.raises(RuntimeError, match="died"):
+    intake.queue.break_down("send", Killed())  # type: ignore[arg-type]
+    with pytest.raises(Killed):
         intake(ask(), sender=sender)
     intake.queue.mend()
 
@@ -347,6 +355,110 @@ def test_a_repeat_finds_its_job_even_after_the_deadline(intake: Intake) -> None:
     assert 1 == intake.events.counted("JobsAccepted")
 
 
+# SDKs that send again ----------------------------------------------------------------------------------------
+
+
+FIRST, AGAIN = Sender("acme", resends=0), Sender("acme", resends=1)
+
+
+def test_an_sdk_that_sends_again_finds_the_jobs_of_its_first_try(intake: Intake) -> None:
+    """Its requests carry no Idempotency-Key, and the reply to the first one may have been lost."""
+    first = [accepted(each) for each in intake(ask("a"), ask("b"), ask("a"), sender=FIRST)]
+    intake.clock.at += SECOND
+
+    again = [accepted(each) for each in intake(ask("a"), ask("b"), ask("a"), sender=AGAIN)]
+
+    assert first == again
+    assert 3 == len({job.job_id for job in first}) == len(intake.jobs.stored)
+    assert 3 == intake.events.counted("JobsAccepted")
+
+
+def test_a_resend_whose_first_try_never_arrived_makes_the_job(intake: Intake) -> None:
+    job = intake.one(ask(), AGAIN)
+
+    assert [job.job_id] == intake.sent
+    assert job == intake.one(ask(), Sender("acme", resends=2))
+
+
+def test_two_equal_requests_of_an_sdk_are_two_jobs(intake: Intake) -> None:
+    first, second = intake.one(ask(), FIRST), intake.one(ask(), FIRST)
+
+    assert first.job_id != second.job_id
+    assert first.request_hash == second.request_hash
+    assert {first.job_id, second.job_id} == set(intake.sent)
+    assert intake.one(ask(), AGAIN) == first
+
+
+@pytest.mark.parametrize(
+    ("later", "is_the_same"),
+    [(0, True), (599_999, True), (600_000, False), (20 * MINUTE, False)],
+)
+@pytest.mark.parametrize("start", [NOON, NOON + 300_000, NOON + 599_999])
+def test_a_resend_is_looked_for_among_the_last_ten_minutes(
+    intake: Intake, start: int, later: int, *, is_the_same: bool
+) -> None:
+    intake.clock.at = start
+    first = intake.one(ask(), FIRST)
+    intake.clock.at += later
+
+    assert is_the_same == (first.job_id == intake.one(ask(), AGAIN).job_id)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (ask("a"), ask("c")),
+        (ask("a"),),
+        (ask("b"), ask("a")),
+        (ask("a"), ask("b"), InvalidRequest("a third")),
+        (ask("a", metadata={"run": "8"}), ask("b")),
+    ],
+)
+def test_a_resend_of_another_body_is_another_request(
+    intake: Intake, other: tuple[Submission | SluiceError, ...]
+) -> None:
+    first = {accepted(each).job_id for each in intake(ask("a"), ask("b"), sender=FIRST)}
+
+    again = {each.job.job_id for each in intake(*other, sender=AGAIN) if isinstance(each, Accepted)}
+
+    assert not first & again
+
+
+def test_a_resend_of_another_tenant_finds_nothing(intake: Intake) -> None:
+    first = intake.one(ask(), FIRST)
+
+    assert first.job_id != intake.one(ask(), Sender("zenith", resends=1)).job_id
+
+
+def test_a_name_goes_before_the_count_of_resends(intake: Intake) -> None:
+    named = intake.one(ask(custom_id="row-1"), FIRST)
+    keyed = intake.one(ask(), Sender("acme", "run-1", resends=0))
+
+    assert derived_job_id("acme", "custom_id", "row-1") == named.job_id
+    assert keyed == intake.one(ask(), Sender("acme", "run-1", resends=1))
+    assert keyed.job_id != intake.one(ask(), AGAIN).job_id
+
+
+def test_a_resend_sends_the_message_that_the_first_try_did_not_come_to(intake: Intake) -> None:
+    intake.queue.break_down("send", Killed())  # type: ignore[arg-type]
+    with pytest.raises(Killed):
+        intake(ask(), sender=FIRST)
+    intake.queue.mend()
+
+    job = intake.one(ask(), AGAIN)
+
+    assert [job.job_id] == intake.sent
+    assert 1 == len(intake.jobs.stored)
+
+
+def test_a_resend_finds_its_job_after_the_deadline(intake: Intake) -> None:
+    urgent = ask(deadline=NOON + SECOND)
+    job = intake.one(urgent, FIRST)
+    intake.clock.at += MINUTE
+
+    assert job == intake.one(urgent, AGAIN)
+
+
 # Lists -----------------------------------------------------------------------------------------------------
 
 
@@ -421,18 +533,24 @@ def test_jobs_the_queue_did_not_take_are_parked_for_the_sweep(intake: Intake) ->
     job = accepted(outcomes[1])
     assert (lost, State.QUEUED, NOON) == (job.job_id, job.state, job.not_before)
     assert intake.jobs.stored[lost] == job
-    assert [lost] == [each.job_id for each in intake.jobs.due(NOON, 10)]
+    assert [lost] == [each.job_id for each in intake.jobs.due(life.DueFor.CALL, NOON, 10)]
     assert 3 == intake.events.counted("JobsAccepted")
     assert lost not in intake.sent
 
 
-def test_a_job_that_neither_the_queue_nor_the_table_takes_is_rejected(intake: Intake) -> None:
-    """With "try again": the repeat finds it stored and sends it."""
+def test_a_job_that_neither_the_queue_nor_the_table_takes_is_left_to_the_sweep(
+    intake: Intake,
+) -> None:
+    """It is stored and will run, so that "rejected" would be untrue; a repeat sends it sooner."""
     intake.queue.fail_next("send")
     intake.jobs.fail_next("replace")
 
-    assert isinstance(rejected(intake(ask(custom_id="row-1"))[0]), StoreBusy)
-    assert 0 == intake.events.counted("JobsAccepted")
+    job = intake.one(ask(custom_id="row-1"))
+
+    assert 1 == intake.events.counted("JobsAccepted")
+    assert "job not parked" in intake.events.problem_names
+    cared_for = intake.jobs.due(DueFor.CARE, NOON + 45 * MINUTE, 10)
+    assert [job.job_id] == [each.job_id for each in cared_for]
     assert [intake.one(ask(custom_id="row-1")).job_id] == intake.sent
 
 
@@ -449,11 +567,125 @@ def test_a_job_canceled_before_it_was_parked_stays_canceled(intake: Intake) -> N
     assert State.CANCELED == intake.one(ask(custom_id="row-1")).state
 
 
+# Stores that do not answer as they should ---------------------------------------------------------------------
+
+
+class LostReply(MemoryJobs):
+    """Writes, and then the reply is lost, on all four tries."""
+
+    lost: int = 0
+
+    def add(self, job: Job) -> None:
+        super().add(job)
+        self._lose()
+
+    def replace(self, job: Job, expected_version: int) -> None:
+        super().replace(job, expected_version)
+        self._lose()
+
+    def _lose(self) -> None:
+        if self.lost:
+            self.lost -= 1
+            raise StoreBusy("the jobs table", may_be_done=True)
+
+
+@pytest.mark.parametrize("sender", [ACME, FIRST])
+def test_a_job_that_was_stored_though_the_reply_was_lost_is_accepted_and_sent(
+    sender: Sender,
+) -> None:
+    """Called rejected, it would run all the same, and once more when its caller tries again."""
+    jobs = LostReply()
+    jobs.lost = 1
+    intake = Intake(jobs)
+
+    job = intake.one(ask(), sender)
+
+    assert [job.job_id] == list(intake.jobs.stored) == intake.sent
+
+
+def test_a_job_that_was_parked_though_the_reply_was_lost_is_accepted() -> None:
+    jobs = LostReply()
+    intake = Intake(jobs)
+    intake.queue.break_down("send")
+    jobs.before_replace.append(lambda: setattr(jobs, "lost", 1))
+
+    job = intake.one(ask())
+
+    assert NOON == job.not_before
+    assert [job.job_id] == [each.job_id for each in intake.jobs.due(DueFor.CALL, NOON, 10)]
+
+
+@pytest.mark.parametrize("may_be_done", [True, False])
+def test_a_job_that_was_not_stored_is_rejected(intake: Intake, *, may_be_done: bool) -> None:
+    error = StoreBusy("the jobs table", may_be_done=may_be_done)
+    intake.jobs.fail_next("add", error=error)
+
+    assert error is rejected(intake(ask())[0])
+    assert not intake.jobs.stored
+    assert [] == intake.sent
+
+
+def test_nobody_can_look_after_a_lost_reply_and_the_repeat_settles_it() -> None:
+    jobs = LostReply()
+    jobs.lost = 1
+    intake = Intake(jobs)
+    intake.jobs.fail_next("get")
+
+    assert isinstance(rejected(intake(ask(custom_id="row-1"))[0]), StoreBusy)
+    assert [intake.one(ask(custom_id="row-1")).job_id] == intake.sent
+
+
+@pytest.mark.parametrize("store", ["params", "jobs"])
+def test_a_fault_nobody_thought_of_is_the_outcome_of_one_job_only(
+    intake: Intake, store: str
+) -> None:
+    getattr(intake, store).fail_next("add", error=RuntimeError("item too large"))
+
+    outcomes = intake(ask("a"), ask("b"), ask("c"))
+
+    (failed,) = [each for each in outcomes if isinstance(each, Rejected)]
+    assert isinstance(failed.error, Unexpected)
+    assert "item too large" not in str(failed.error)
+    assert 2 == len(intake.sent)
+    assert ["job not stored"] == intake.events.problem_names
+
+
+def test_jobs_are_parked_whatever_keeps_the_queue_from_taking_them(intake: Intake) -> None:
+    intake.queue.break_down("send", RuntimeError("no such queue"))
+
+    job = intake.one(ask())
+
+    assert [job.job_id] == [each.job_id for each in intake.jobs.due(DueFor.CALL, NOON, 10)]
+    assert {"messages not sent", "queue busy, jobs parked"} == set(intake.events.problem_names)
+
+
+def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent() -> None:
+    """The function has 28 seconds in all, and what is stored must still be sent."""
+    one_at_a_time = Lock()
+
+    class Slow(MemoryParams):
+        def add(self, params: Params) -> None:
+            with one_at_a_time:
+                super().add(params)
+                scene.clock.at += BEGIN_WITHIN_MS // 10
+
+    scene = Intake(params=Slow())
+
+    outcomes = scene(*(ask(str(n)) for n in range(100)))
+
+    taken = [accepted(each).job_id for each in outcomes if isinstance(each, Accepted)]
+    late = [each.error for each in outcomes if isinstance(each, Rejected)]
+    assert 10 <= len(taken) < 10 + PARALLEL_WRITES
+    assert {"the gateway"} == {error.what for error in late if isinstance(error, StoreBusy)}
+    assert 100 == len(taken) + len(late)
+    assert set(taken) == set(scene.jobs.stored) == set(scene.sent)
+
+
 # How long it will take -------------------------------------------------------------------------------------
 
 
 def test_nobody_known_is_about_one_a_second(intake: Intake) -> None:
-    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock)
+    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock, intake.events)
     intake(*(ask(str(n)) for n in range(60)))
 
     assert NOON + MINUTE == waiting.estimated_start("a")
@@ -462,14 +694,14 @@ def test_nobody_known_is_about_one_a_second(intake: Intake) -> None:
 def test_a_block_is_waited_out_first(intake: Intake) -> None:
     group = block(new_group("org", "a", NOON), NOON + MINUTE, "rate limited", NOON)
 
-    waiting = Waiting(intake.queue, MemoryLimits(group), intake.clock)
+    waiting = Waiting(intake.queue, MemoryLimits(group), intake.clock, intake.events)
 
     assert NOON + MINUTE == waiting.estimated_start("a")
     assert NOON == waiting.estimated_start("b")
 
 
 def test_the_queue_is_looked_at_every_few_seconds_only(intake: Intake) -> None:
-    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock)
+    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock, intake.events)
     before = waiting.estimated_start("a")
     intake.one(ask())
 
@@ -480,14 +712,20 @@ def test_the_queue_is_looked_at_every_few_seconds_only(intake: Intake) -> None:
     assert later > intake.clock.at
 
 
+@pytest.mark.parametrize("error", [StoreBusy("the store"), RuntimeError("no such table")])
 @pytest.mark.parametrize("verb", ["depth", "groups"])
-def test_nobody_can_tell_while_a_store_is_busy(intake: Intake, verb: str) -> None:
+def test_nobody_can_tell_while_a_store_does_not_answer(
+    intake: Intake, verb: str, error: Exception
+) -> None:
+    """The jobs are accepted by then, and an accepted job is never answered with an error."""
     limits = MemoryLimits()
-    waiting = Waiting(intake.queue, limits, intake.clock)
+    waiting = Waiting(intake.queue, limits, intake.clock, intake.events)
     for store in (intake.queue, limits):
-        store.fail_next(verb)
+        store.fail_next(verb, error=error)
 
     assert waiting.estimated_start("a") is None
     for store in (intake.queue, limits):
         store.mend()
-    assert NOON == waiting.estimated_start("a")
+    assert waiting.estimated_start("a") is None, "not asked again by every submit"
+    intake.clock.at += Waiting.AGE_MS
+    assert intake.clock.at == waiting.estimated_start("a")

@@ -7,9 +7,9 @@ import pytest
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import Job, JobError, Lease, State, due_at
+from sluice.domain.jobs import DueFor, Job, JobError, Lease, State
 from sluice.domain.limits import Group, new_group
-from sluice.sweep import HOLD_MS, NEW_KEYS_MS, Sweep, Swept
+from sluice.sweep import HOLD_MS, NEW_KEYS_MS, QUIET_MS, Sweep, Swept
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -85,15 +85,14 @@ def test_a_parked_job_gets_another_message_when_it_is_due() -> None:
     assert (Swept(due=1, sent=1), ["job_1"]) == (swept, scene.sent())
     assert State.QUEUED == scene.jobs.stored["job_1"].state
     assert "acme" == scene.queue.tenants["job_1"]
-    assert [("parked jobs swept", {"due": 1, "sent": 1, "expired": 0, "left": 0})] == (
-        scene.events.notes
-    )
+    counts = {"due": 1, "sent": 1, "expired": 0, "left": 0, "rescued": 0}
+    assert [("due jobs swept", counts)] == scene.events.notes
 
 
 def test_it_is_sent_once() -> None:
     scene = Scene(parked())
     scene.sweep()
-    scene.clock.at += 60 * MINUTE
+    scene.clock.at += 10 * MINUTE
 
     assert NO_JOB == scene.sweep()
     assert ["job_1"] == scene.sent()
@@ -112,7 +111,7 @@ def test_a_job_with_a_message_is_not_the_sweeps_business() -> None:
 
 def test_two_sweeps_at_once_send_it_once() -> None:
     scene = Scene(parked())
-    seen = scene.jobs.due(NOON, 10)
+    seen = scene.jobs.due(DueFor.CALL, NOON, 10)
     scene.sweep()
 
     (late,) = seen
@@ -132,9 +131,9 @@ def test_what_the_queue_does_not_take_stays_due() -> None:
     assert ["job_2", "job_1"] == scene.sent()
 
 
-@pytest.mark.parametrize("verb", ["hold", "release"])
+@pytest.mark.parametrize("verb", ["hold", "watch"])
 def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
-    """Dying between sending and releasing sends it twice: the lease decides who runs it."""
+    """Dying right after sending sends it twice: the lease decides who runs it."""
     scene = Scene(parked())
     scene.jobs.fail_next(verb)
 
@@ -144,10 +143,10 @@ def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
     scene.sweep()
 
     assert {"job_1"} == set(scene.sent())
-    assert {} == scene.jobs.parked
+    assert [] == scene.jobs.due(DueFor.CALL, FOREVER, 10)
 
 
-def test_a_worker_that_was_quicker_than_the_release_keeps_the_job() -> None:
+def test_a_worker_that_was_quicker_than_the_sweep_keeps_the_job() -> None:
     scene = Scene(parked())
 
     def claim() -> None:
@@ -317,19 +316,107 @@ def test_it_stops_between_steps_when_its_time_is_over() -> None:
     assert Swept(due=300, sent=200, left=100) == scene.sweep(stop_at=NOON + 15 * SECOND)
 
 
-# What parked means -----------------------------------------------------------------------------------------
+# Jobs whose message may be lost ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("job", "expected"),
-    [
-        (a_job(), None),
-        (a_job(not_before=NOON), NOON),
-        (a_job(not_before=NOON, deadline=NOON + 1), NOON),
-        (a_job(not_before=NOON, deadline=NOON - 1), NOON - 1),
-        (a_job(not_before=NOON, state=State.RUNNING), None),
-        (a_job(not_before=NOON, state=State.CANCELED), None),
-    ],
-)
-def test_parked_is_a_waiting_job_with_a_time(job: Job, expected: int | None) -> None:
-    assert expected == due_at(job)
+ROOMY = slow_group(6_000)
+
+
+def unheard(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
+    """A job that was accepted so long ago that the sweep looks at it after so many minutes."""
+    return a_job(job_id, created_at=NOON - life.WATCH_MS + int(minutes * MINUTE), **facts)
+
+
+def test_a_job_whose_message_was_never_sent_is_found_and_sent() -> None:
+    scene = Scene(unheard(), groups=(ROOMY,))
+
+    assert Swept(rescued=1) == scene.sweep()
+    assert ["job_1"] == scene.sent()
+    assert State.QUEUED == scene.jobs.stored["job_1"].state
+
+
+def test_it_is_looked_at_again_after_twice_the_time() -> None:
+    scene = Scene(unheard(), groups=(ROOMY,))
+    sweeps = []
+
+    for _ in range(10 * 60):
+        if scene.sweep().rescued:
+            sweeps.append((scene.clock.at - NOON) // MINUTE)
+            scene.queue.delete(scene.queue.hand_over())
+        scene.clock.at += MINUTE
+
+    assert [0, 30, 90, 210, 450] == sweeps
+
+
+def test_a_job_whose_worker_died_and_whose_message_is_lost_is_sent() -> None:
+    dead = life.claim(unheard(), "dead worker", NOON - life.WATCH_MS, NOON - 28 * MINUTE)
+    scene = Scene(dead, groups=(ROOMY,))
+
+    assert 1 == scene.sweep().rescued
+
+
+def test_a_job_that_somebody_is_at_is_left_alone_for_a_while() -> None:
+    busy = life.claim(unheard(), "worker", NOON - life.WATCH_MS, NOON + 1)
+    scene = Scene(busy, groups=(ROOMY,))
+
+    assert (Swept(), []) == (scene.sweep(), scene.sent())
+    scene.clock.at = NOON + life.WATCH_MS
+
+    assert 1 == scene.sweep().rescued
+
+
+def test_what_waits_in_a_long_queue_is_not_taken_for_lost() -> None:
+    scene = Scene(unheard(), groups=(slow_group(60),))
+    for number in range(76):
+        scene.queue.post(body=str(number))
+
+    assert Swept() == scene.sweep()
+    scene.clock.at = NOON + QUIET_MS
+
+    assert 1 == scene.sweep().rescued
+
+
+def test_snoozed_messages_count_as_waiting_too() -> None:
+    scene = Scene(unheard(), groups=(slow_group(60),))
+    for number in range(76):
+        scene.queue.post(body=str(number))
+    scene.queue.hand_over(100)
+
+    assert Swept() == scene.sweep()
+
+
+def test_a_job_that_ended_before_the_index_knew_is_not_sent() -> None:
+    scene = Scene(unheard("job_1"), unheard("job_2"), groups=(ROOMY,))
+    scene.jobs.stored["job_1"] = life.request_cancel(unheard("job_1"), NOON)
+    del scene.jobs.stored["job_2"]
+
+    assert (Swept(), []) == (scene.sweep(), scene.sent())
+
+
+def test_a_parked_job_whose_new_message_is_lost_is_sent_again() -> None:
+    scene = Scene(parked(), groups=(ROOMY,))
+    scene.sweep()
+    scene.sent()
+    scene.clock.at = NOON + life.WATCH_MS
+
+    assert 1 == scene.sweep().rescued
+
+
+def test_a_job_with_a_message_expires_at_its_deadline_all_the_same() -> None:
+    scene = Scene(a_job(deadline=NOON + MINUTE))
+    scene.clock.at = NOON + MINUTE
+
+    assert 1 == scene.sweep().expired
+    assert State.EXPIRED == scene.jobs.stored["job_1"].state
+
+
+def test_a_call_under_way_may_end_after_the_deadline_and_a_dead_workers_job_expires_then() -> None:
+    running = life.claim(a_job(deadline=NOON), "worker", NOON - MINUTE, NOON + MINUTE)
+    scene = Scene(running)
+
+    assert Swept(due=1, left=1) == scene.sweep()
+    assert State.RUNNING == scene.jobs.stored["job_1"].state
+    assert Swept() == scene.sweep()
+    scene.clock.at = NOON + MINUTE
+
+    assert Swept(due=1, expired=1) == scene.sweep()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sluice.adapters.dynamodb import SHORT_DAYS
 from sluice.adapters.job_records import WAITING_DAYS
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
 from tests.expanded_template import expanded_template, template
@@ -381,8 +382,9 @@ def test_the_bucket_is_private_encrypted_and_forgets() -> None:
 
     assert {True} == set(bucket["PublicAccessBlockConfiguration"].values())
     assert "BucketEncryption" in bucket
-    assert {"results/", "dead-letters/"} == expiring
+    assert {"results/", "dead-letters/", "long-params/"} == expiring
     assert WAITING_DAYS < params["ExpirationInDays"], "a job may wait longer than RetentionDays"
+    assert SHORT_DAYS == params["ExpirationInDays"]
 
 
 def test_the_bucket_refuses_plain_http() -> None:
@@ -398,6 +400,13 @@ def test_the_key_pool_starts_empty() -> None:
 
 
 # Alarms and dashboard
+
+
+def test_metrics_and_log_lines_bear_the_stacks_name() -> None:
+    """So that two stacks in one account and region do not watch each other's numbers."""
+    variables = WRITTEN["Globals"]["Function"]["Environment"]["Variables"]
+
+    assert {"Ref": "AWS::StackName"} == variables["POWERTOOLS_SERVICE_NAME"]
 
 
 @pytest.mark.parametrize("name", ALARMS)
@@ -440,8 +449,9 @@ def test_letters_left_in_the_dead_letter_queue_raise_an_alarm() -> None:
 
 
 def dashboard() -> Properties:
-    """The dashboard's body, with 1 for every reference."""
+    """The dashboard's body, with STACK for the stack's name and 1 for every other reference."""
     body = RESOURCES["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    body = body.replace("${AWS::StackName}", "STACK")
     parsed: Properties = json.loads(re.sub(r"\$\{[^}]+\}", "1", body))
     return parsed
 
@@ -451,11 +461,12 @@ def shown() -> Iterator[tuple[str, bool]]:
     for widget in dashboard()["widgets"]:
         for metric in widget["properties"]["metrics"]:
             if metric[0] == "Sluice":
-                assert metric[2:4] == ["service", "sluice"]
+                assert metric[2:4] == ["service", "STACK"]
                 yield metric[1], False
             elif isinstance(metric[0], dict):
                 expression = metric[0]["expression"]
                 assert "{Sluice,service,model_group}" in expression
+                assert ' service="STACK"' in expression, "not of every stack in the account"
                 for name in re.findall(r'MetricName="(\w+)"', expression):
                     yield name, True
 
@@ -466,7 +477,9 @@ def watched() -> Iterator[str]:
         stats = [entry["MetricStat"] for entry in alarm.get("Metrics", []) if "MetricStat" in entry]
         for metric in [alarm, *(stat["Metric"] for stat in stats)]:
             if metric.get("Namespace") == "Sluice":
-                assert [{"Name": "service", "Value": "sluice"}] == metric["Dimensions"]
+                assert [{"Name": "service", "Value": {"Ref": "AWS::StackName"}}] == metric[
+                    "Dimensions"
+                ]
                 yield metric["MetricName"]
 
 

@@ -17,13 +17,14 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
-from sluice.ports import Answer, CallRequest, Refused
+from sluice.ports import Answer, CallRequest, Received, Refused
 from sluice.work import (
     KEYS_MS,
     LEASE_MS,
     LINGER_MS,
     LONGEST_DELAY_MS,
     REFILL_MS,
+    RENEW_MS,
     SCOUT_MS,
     SLOTS,
     WAITING,
@@ -137,10 +138,11 @@ def test_the_order_of_writes_is_the_promise(make: Make) -> None:
     told = [line for line in gateway.journal if "limits" not in line and "receive" not in line]
     assert [
         "the jobs table: get_many",
+        "the jobs queue: keep_hidden 1",
         "the params table: get_many job_1",
         "the jobs table: replace job_1 running",
         "Claude: call",
-        "the data bucket: put job_1",
+        "the data bucket: put job_1-2",
         "the jobs table: replace job_1 succeeded",
         "the ledger: record 1",
         "the ledger: add_up",
@@ -1292,9 +1294,64 @@ def test_an_answer_that_cannot_be_stored_in_time_is_in_the_ledger(
     assert (Spend.of_call(USED, COST), "outcome not stored") == (row.spend, row.note)
 
 
+def test_the_lease_is_kept_while_an_answer_waits_to_be_stored(make: Make) -> None:
+    """Else another worker would make the call again."""
+    gateway = make(a_job())
+    gateway.claude.when = lambda _: gateway.results.break_down("put")
+
+    async def story() -> list[str]:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(3 * LEASE_MS / 1000)
+        gateway.queue.post(job_id="job_1")
+        await gateway.invoke(gateway.new_worker())
+        gateway.results.mend()
+        return await running
+
+    assert [] == gateway.time.run(story())
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+
+
+def test_each_call_has_a_place_of_its_own_for_its_answer(make: Make) -> None:
+    """One that comes late must not put its answer in the place of another's."""
+    gateway = make(a_job(fallback_models=("claude-b",)), script=[answer(stop_reason="refusal")])
+    gateway.results.inline_bytes = 0
+
+    gateway.once()
+
+    assert ["results/job_1-4.json.gz"] == list(gateway.results.objects)
+
+
+def test_a_claim_whose_reply_was_lost_is_a_claim(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.jobs.lost_replies = 1
+
+    assert [] == gateway.once()
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, gateway.job().attempts_used)
+    assert 1 == len(gateway.claude.calls)
+
+
+def test_an_outcome_whose_reply_was_lost_is_stored_once_and_no_problem(make: Make) -> None:
+    gateway = make(a_job())
+
+    def lose(_: object) -> None:
+        gateway.jobs.lost_replies = 1
+
+    gateway.claude.when = lose
+
+    assert [] == gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state
+    assert 1 == len(gateway.claude.calls)
+    (row,) = gateway.ledger.rows.values()
+    assert row.note is None
+    assert "lease lost" not in gateway.events.problem_names
+
+
 def test_a_claim_that_cannot_be_written_makes_no_call(make: Make) -> None:
     gateway = make(a_job())
-    gateway.jobs.fail_next("replace")
+    gateway.jobs.fail_next("replace", times=2)
 
     assert ["message-1"] == gateway.once()
 
@@ -1357,6 +1414,124 @@ def test_a_ledger_that_is_busy_is_told_and_stops_no_job(make: Make) -> None:
 
     assert State.SUCCEEDED == gateway.job().state
     assert "ledger rows not written" in gateway.events.problem_names
+
+
+def test_rows_the_ledger_did_not_take_wait_for_the_workers_next_invocation(make: Make) -> None:
+    gateway = make(a_job("job_1"))
+    gateway.ledger.break_down("record")
+    gateway.once()
+    gateway.ledger.mend()
+    gateway.submit(a_job("job_2"))
+
+    gateway.once()
+
+    assert {"job_1", "job_2"} == {row.job_id for row in gateway.ledger.rows.values()}
+    (total,) = gateway.ledger.sums.values()
+    assert 2 == total.calls
+
+
+def test_a_call_that_may_be_billed_is_in_the_ledger_before_it_can_be_made_again(make: Make) -> None:
+    """The worker may die a moment later."""
+    lost = refused(None, "connection_lost", may_be_billed=True)
+    gateway = make(a_job(), script=[lost])
+
+    gateway.once()
+
+    told = [line for line in gateway.journal if "ledger: record" in line or "queued" in line]
+    assert ["the ledger: record 1", "the jobs table: replace job_1 queued"] == told[:2]
+    (total,) = gateway.ledger.sums.values()
+    assert 2 == total.calls
+
+
+# Messages ------------------------------------------------------------------------------------------------------
+
+
+def hidden_for(gateway: Gateway) -> int:
+    due = gateway.queue.next_visible()
+    assert due is not None
+    return due - gateway.time.now()
+
+
+@pytest.mark.parametrize("dies_after_seconds", [1, 44, 90, 300, 600])
+def test_whenever_a_worker_dies_its_messages_come_back_within_a_lease(
+    make: Make, dies_after_seconds: int
+) -> None:
+    """Also those of jobs it had not begun, and not only after the queue's visibility timeout."""
+    gateway = make(a_job("job_1"), a_job("job_2"), latency_ms=700_000)
+
+    async def die() -> int:
+        invocation = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(dies_after_seconds)
+        left = hidden_for(gateway)
+        await invocation
+        return left
+
+    left = gateway.time.run(die())
+
+    assert LEASE_MS - RENEW_MS - 2 * SECOND <= left <= LEASE_MS
+
+
+def test_messages_are_hidden_for_as_long_as_their_batch_runs(make: Make) -> None:
+    """Also of jobs that have ended: Lambda deletes them only with the last."""
+    gateway = make(a_job("job_1"), a_job("job_2", cancel_requested=True), latency_ms=700_000)
+    seen: list[Received] = []
+
+    async def look() -> None:
+        invocation = asyncio.create_task(gateway.invoke())
+        for _ in range(69):
+            await asyncio.sleep(10)
+            seen.extend(gateway.queue.hand_over())
+        await invocation
+
+    gateway.time.run(look())
+
+    assert [] == seen
+
+
+def test_a_message_put_back_early_is_visible_again_though_its_batch_runs_on(make: Make) -> None:
+    """So that whoever looks first takes it: here the same worker, which has a slot free."""
+    early = a_job("job_2", not_before=NOON + 60 * SECOND)
+    gateway = make(a_job("job_1"), early, latency_ms=300_000)
+
+    async def look() -> list[State]:
+        invocation = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(70)
+        found = [gateway.job(name).state for name in ("job_1", "job_2")]
+        await invocation
+        return found
+
+    assert [State.RUNNING, State.RUNNING] == gateway.time.run(look())
+
+
+def test_a_second_message_of_a_job_in_the_same_batch_goes_away(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.queue.post(job_id="job_1")
+
+    assert [] == gateway.once()
+
+    assert (1, 0) == (len(gateway.claude.calls), gateway.queue.depth())
+
+
+def test_of_two_messages_of_a_job_that_waits_one_is_left(make: Make) -> None:
+    gateway = make(a_job(), script=[refused(429, "rate_limit_error", retry_after_ms=5 * MINUTE)])
+    gateway.queue.post(job_id="job_1")
+
+    assert ["message-1"] == gateway.once()
+
+    assert 1 == gateway.queue.depth()
+
+
+def test_the_ledger_names_a_call_whose_worker_died_before_it_is_made_again(make: Make) -> None:
+    dead = life.claim(a_job(), "dead worker", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
+    gateway = make(dead)
+
+    gateway.once()
+
+    lost, made = gateway.ledger.rows.values()
+    assert ("worker_lost", "job_1#lost-1", False) == (lost.outcome, lost.call_id, lost.certain)
+    assert "succeeded" == made.outcome
+    told = [line for line in gateway.journal if "ledger: record" in line or "put" in line]
+    assert ["the ledger: record 1", "the data bucket: put job_1-3"] == told[:2]
 
 
 def test_messages_that_cannot_be_put_back_come_back_by_themselves(make: Make) -> None:

@@ -1,14 +1,34 @@
-"""Dead letters: mark the job, keep the raw body, so that a redrive can work from the record."""
+"""Dead letters: each is kept and ends its job with the reason; an operator may redrive what ended so."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from datetime import UTC, datetime
+from typing import Final, Protocol
 
 from sluice.domain import jobs as life
-from sluice.domain.errors import Stale
+from sluice.domain.errors import IllegalTransition, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError, State
-from sluice.ports import Clock, Events, JobStore, Received
+from sluice.domain.limits import model_group, new_group
+from sluice.domain.pricing import PriceList, Usage
+from sluice.ports import Clock, Events, JobStore, LimitStore, ParamsStore, Received
+
+PARALLEL_READS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLetter:
+    """A dead letter as it is kept: what came, why it died, and when it was kept (epoch ms)."""
+
+    message_id: str
+    job_id: str | None
+    reason: str
+    receive_count: int
+    sent_at: int
+    body: str
+    kept_at: int
 
 
 class Graveyard(Protocol):
@@ -16,6 +36,14 @@ class Graveyard(Protocol):
 
     def keep(self, message: Received, reason: str) -> None:
         """Store the body with its reason; keeping it again changes nothing."""
+        ...
+
+    def letters(self) -> Iterator[KeptLetter]:
+        """Return all that are kept, in no order."""
+        ...
+
+    def letter(self, message_id: str) -> KeptLetter | None:
+        """Return one of them."""
         ...
 
 
@@ -36,28 +64,170 @@ class TakeDeadLetter:
         self._clock = clock
         self._events = events
 
-    def __call__(self, letter: DeadLetter) -> None:
-        """Keep the letter and end its job as errored, unless the job has ended or a worker is at it."""
+    def __call__(self, letter: DeadLetter) -> bool:
+        """Keep the letter and end its job as errored, unless the job goes on without this message.
+
+        False: a worker is at the job. It may end it, or put it back and find its message gone, so the letter must
+        come again.
+        """
         message = letter.message
+        job = self._jobs.get(message.job_id) if message.job_id is not None else None
+        if job is not None and self._is_at_work(job):
+            return False
         reason = letter.reason or f"received {message.receive_count} times without an end"
         self._graveyard.keep(message, reason)
         self._events.count("DeadLetters")
         self._events.problem(
             "dead letter", message_id=message.message_id, job_id=message.job_id, reason=reason
         )
-        if message.job_id is None:
-            return
-        job = self._jobs.get(message.job_id)
-        while job is not None and not job.state.is_final:
+        while job is not None and self._depends_on(job, message):
             now = self._clock.now()
-            if job.lease is not None and job.lease.until > now:
-                # A worker has it by another message; it will end the job itself.
-                return
-            ended = life.finish_waiting(job, State.ERRORED, now, JobError("dead_letter", reason))
+            error = JobError(life.DEAD_LETTER, reason)
+            ended = life.finish_waiting(job, State.ERRORED, now, error)
             try:
                 self._jobs.replace(ended, job.version)
             except Stale as stale:
                 job = stale.current if isinstance(stale.current, Job) else None
+                if job is not None and self._is_at_work(job):
+                    return False
             else:
                 self._events.count("JobsErrored")
-                return
+                break
+        return True
+
+    def _is_at_work(self, job: Job) -> bool:
+        return job.lease is not None and job.lease.until > self._clock.now()
+
+    def _depends_on(self, job: Job, message: Received) -> bool:
+        """Tell whether the job may wait for this message: it has not ended, and no other message is to come."""
+        if job.state.is_final:
+            return False
+        if job.not_before is not None and job.not_before > self._clock.now():
+            return False  # the sweep sends it another one
+        return not job.redrives or message.sent_at > job.redrives[-1].at
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a job would cost, by the price list, in micro-dollars. It is an estimate: the bill is Anthropic's."""
+
+    likely: int
+    """With as much output as its limit group's answers have on average."""
+    most: int
+    """With `max_tokens` of output."""
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(self.likely + other.likely, self.most + other.most)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A letter's job as it is now, and whether it can be redriven."""
+
+    letter: KeptLetter
+    job: Job | None
+    hindrance: str | None = None
+    """Why it cannot; None: it can."""
+    estimate: Estimate | None = None
+    """None when it cannot, or its model has no price."""
+
+
+class Redriver:
+    """The operator's use case: look at dead letters, and make the jobs that ended by them runnable again.
+
+    It works from the records: the request is stored, the message was only a pointer to it.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        jobs: JobStore,
+        params: ParamsStore,
+        limits: LimitStore,
+        graveyard: Graveyard,
+        prices: PriceList,
+        model_groups: Mapping[str, str],
+        clock: Clock,
+    ) -> None:
+        self._jobs = jobs
+        self._params = params
+        self._limits = limits
+        self._graveyard = graveyard
+        self._prices = prices
+        self._model_groups = model_groups
+        self._clock = clock
+
+    def letters(self, reason: str | None = None) -> list[KeptLetter]:
+        """Return the letters whose reason holds the words given, oldest first."""
+        wanted = (reason or "").casefold()
+        found = [each for each in self._graveyard.letters() if wanted in each.reason.casefold()]
+        return sorted(found, key=lambda each: (each.kept_at, each.message_id))
+
+    def letter(self, message_id: str) -> KeptLetter | None:
+        """Return one letter."""
+        return self._graveyard.letter(message_id)
+
+    def candidates(self, letters: Sequence[KeptLetter]) -> list[Candidate]:
+        """Tell of each letter whether its job can be redriven, and what that would cost. Writes nothing."""
+        ids = [each.job_id for each in letters if each.job_id is not None]
+        found = self._jobs.get_many(list(dict.fromkeys(ids)))
+        means = self._mean_outputs()
+        first: dict[str, str] = {}
+        for each in letters:
+            if each.job_id is not None:
+                first.setdefault(each.job_id, each.message_id)
+
+        def judged(letter: KeptLetter) -> Candidate:
+            if letter.job_id is None:
+                return Candidate(letter, None, "it is no message of Sluice's")
+            job = found.get(letter.job_id)
+            if job is None:
+                return Candidate(letter, None, "its job is not on record")
+            hindrance = life.why_not_redriven(job, self._clock.now())
+            if hindrance is None and first[job.job_id] != letter.message_id:
+                hindrance = f"letter {first[job.job_id]} is about the same job"
+            if hindrance is None and not self._params.get_many([job.job_id]):
+                hindrance = "its request is not kept any more"
+            if hindrance is not None:
+                return Candidate(letter, job, hindrance)
+            return Candidate(letter, job, None, self._estimate(job, means))
+
+        with ThreadPoolExecutor(PARALLEL_READS) as threads:
+            return list(threads.map(judged, letters))
+
+    def redrive(self, candidate: Candidate) -> Candidate:
+        """Make one job runnable again; return it as it is then, with the hindrance if there was one after all."""
+        job = candidate.job
+        if job is None or candidate.hindrance is not None:
+            return candidate
+        try:
+            redriven = life.redrive(job, self._clock.now())
+            self._jobs.replace(redriven, job.version)
+        except IllegalTransition as late:
+            return Candidate(candidate.letter, job, str(late))
+        except Stale:
+            return Candidate(candidate.letter, job, "somebody else changed it meanwhile")
+        except StoreBusy as busy:
+            # The others go on; once more later finds out, and redrives nothing twice.
+            return Candidate(candidate.letter, job, str(busy))
+        return Candidate(candidate.letter, redriven, None, candidate.estimate)
+
+    def _mean_outputs(self) -> Mapping[str, tuple[int, int]]:
+        """Return what a model group's answers taught: characters per 1,000 tokens and the mean output."""
+        groups = sorted(self._limits.groups(), key=lambda group: group.samples)
+        return {
+            each.model_group: (each.chars_per_1000_tokens, each.output_estimate) for each in groups
+        }
+
+    def _estimate(self, job: Job, means: Mapping[str, tuple[int, int]]) -> Estimate | None:
+        name = model_group(job.model, self._model_groups)
+        guess = new_group("", name, 0)
+        chars, output = means.get(name, (guess.chars_per_1000_tokens, guess.output_estimate))
+        prompt = -(-job.input_chars * 1000 // chars)
+        day = datetime.fromtimestamp(self._clock.now() / 1000, UTC).date()
+
+        def cost(output_tokens: int) -> int | None:
+            usage = Usage(input_tokens=prompt, output_tokens=output_tokens)
+            return self._prices.cost_micro_usd(job.model, usage, day, batch=job.lane == "batch")
+
+        likely, most = cost(min(output, job.max_tokens)), cost(job.max_tokens)
+        return None if likely is None or most is None else Estimate(likely, most)

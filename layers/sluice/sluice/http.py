@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from math import isinf
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -34,7 +35,16 @@ MOST_JOBS: Final = 100
 MOST_BYTES: Final = 4_000_000
 """Of a request body. Lambda takes 6 MB including the headers and JSON escapes that API Gateway adds."""
 
+DEEPEST: Final = 100
+"""Levels of objects and lists in one job, itself the first. A Messages request has about ten."""
+
 NOT_AN_OBJECT: Final = 'the body must be a JSON object: one job, or {"jobs": [...]}'
+TOO_DEEP: Final = f"nested too deeply: at most {DEEPEST} levels of objects and lists"
+
+CUSTOM_ID: Final = r"^[a-zA-Z0-9_-]{1,64}$"
+VERSION: Final = r"^\d{4}-\d{2}-\d{2}$"
+PRINTABLE: Final = r"^[!-~ ]+$"
+A_TIME: Final = "must be RFC 3339 text with a time zone, as in 2026-12-24T18:00:00Z"
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -62,7 +72,7 @@ class JobRequest(BaseModel):
     custom_id: Annotated[
         str | None,
         Field(
-            pattern=r"^[a-zA-Z0-9_-]{1,64}$",
+            pattern=CUSTOM_ID,
             description="Your own name for the job. Without an Idempotency-Key it also makes a repeat find it.",
         ),
     ] = None
@@ -88,16 +98,17 @@ class JobRequest(BaseModel):
     @field_validator("deadline", mode="before")
     @classmethod
     def _as_text(cls, deadline: object) -> object:
-        message = "must be RFC 3339 text with a time zone, as in 2026-12-24T18:00:00Z"
         if deadline is not None and not isinstance(deadline, str):
-            raise ValueError(message)
+            raise ValueError(A_TIME)
         if isinstance(deadline, str):
             try:
-                has_zone = datetime.fromisoformat(deadline).tzinfo is not None
-            except ValueError:
+                time = datetime.fromisoformat(deadline)
+                # In UTC the year may be 10,000, which could be stored and never be shown.
+                has_zone = time.tzinfo is not None and time.astimezone(UTC) is not None
+            except (ValueError, OverflowError):
                 has_zone = False
             if not has_zone:
-                raise ValueError(message)
+                raise ValueError(A_TIME)
         return deadline
 
     @field_validator("lane")
@@ -131,15 +142,15 @@ class SubmitBody(RootModel[Any]):
 
 
 def read_json(text: str) -> Any:
-    """Parse a request body; raises JSONDecodeError, also for NaN and for nesting without end."""
+    """Parse a request body; raises JSONDecodeError, also for NaN, numbers beyond all floats and nesting without end."""
     try:
-        body = json.loads(text, parse_constant=_no_constant)
+        body = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError:
         raise
     except RecursionError as error:
-        raise json.JSONDecodeError("nested too deeply", "", 0) from error
+        raise json.JSONDecodeError(TOO_DEEP, "", 0) from error
     except ValueError as error:
-        what = str(error) if isinstance(error, _Constant) else "a number has too many digits"
+        what = str(error) if isinstance(error, _NoNumber) else "a number has too many digits"
         raise json.JSONDecodeError(what, "", 0) from error
     if isinstance(body, list):
         # Powertools would take the first item of a list for the whole body.
@@ -147,13 +158,21 @@ def read_json(text: str) -> Any:
     return body
 
 
-class _Constant(ValueError):
-    """NaN or an infinity: Python reads them, JSON has none."""
+class _NoNumber(ValueError):
+    """NaN or an infinity: Python reads and writes them, JSON has none."""
 
 
 def _no_constant(name: str) -> Any:
     message = f"{name} is not JSON"
-    raise _Constant(message)
+    raise _NoNumber(message)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if isinf(number):
+        message = f"{digits[:20]} is too large a number"
+        raise _NoNumber(message)
+    return number
 
 
 def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
@@ -180,13 +199,12 @@ def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool
 
 def read_submission(job: object) -> Submission | SluiceError:
     """Check one job; return the error instead when its form is wrong."""
+    if _is_too_deep(job):
+        return InvalidRequest(f"the job is {TOO_DEEP}")
     try:
         json.dumps(job, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return InvalidRequest("the job has text that is not Unicode (half a surrogate pair)")
-    except RecursionError:
-        # What the parser can read may still be too deep for the writer, which goes down by more steps a level.
-        return InvalidRequest("the job is nested too deeply")
     try:
         request = JobRequest.model_validate(job)
     except ValidationError as error:
@@ -203,27 +221,81 @@ def read_submission(job: object) -> Submission | SluiceError:
     )
 
 
-def explained(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Put pydantic's findings into one line: where, what, and the value where it is short."""
+def _is_too_deep(job: object) -> bool:
+    """Tell whether there are more levels than DEEPEST. Goes by levels, so that no depth is too deep for it."""
+    level = [job] if isinstance(job, dict | list) else []
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
+
+
+PHRASES: Final[Mapping[str, str]] = {
+    "missing": "is required",
+    "extra_forbidden": "is not known here",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "dict_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+    "too_short": "must have at least {min_length}, has {actual_length}",
+    "too_long": "may have at most {max_length}, has {actual_length}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "may have at most {max_length} characters",
+    "literal_error": "must be false or left out: a job shows its answer when it is complete",  # `stream`
+    "enum": "must be {expected}",
+    "date_from_datetime_parsing": "must be a day, as in 2026-12-24",
+    "date_parsing": "must be a day, as in 2026-12-24",
+}
+"""What we say for pydantic, which speaks to programmers. What is missing here is said in its words."""
+
+PATTERNS: Final[Mapping[str, str]] = {
+    CUSTOM_ID: "must be 1 to 64 letters, digits, hyphens and underscores",
+    VERSION: "must be a day, as in 2026-10-21",
+    PRINTABLE: "must be printable ASCII",
+}
+
+
+def explained(errors: Sequence[Mapping[str, Any]], *, of_request: bool = False) -> str:
+    """Put pydantic's findings into one line: where, what, and the value where it is short.
+
+    Those of a whole request say first which part of it they mean (body, query, header), which nobody needs to read.
+    """
     parts = []
     for error in errors[:5]:
-        where = ".".join(str(part) for part in error["loc"] if part != "body")
+        where = ".".join(str(part) for part in error["loc"][of_request:])
         if error["type"] == "json_invalid":
             reason, place = error.get("ctx", {}).get("error", ""), error["loc"][-1]
             at = f" at character {place}" if place else ""
-            parts.append(
-                reason if reason == NOT_AN_OBJECT else f"the body is not JSON: {reason}{at}"
-            )
+            whole = {NOT_AN_OBJECT: NOT_AN_OBJECT, TOO_DEEP: f"the body is {TOO_DEEP}"}
+            parts.append(whole.get(reason, f"the body is not JSON: {reason}{at}"))
             continue
         if error["type"] == "missing" and not where:
             parts.append(f"the body is empty; {NOT_AN_OBJECT}")
             continue
         value = error.get("input")
         shown = f" (got {value!r})" if _is_short(value) and error["type"] != "missing" else ""
-        what = str(error["msg"]).removeprefix("Value error, ")
-        parts.append(f"{where}: {what}{shown}" if where else f"{what}{shown}")
+        parts.append(f"{f'{where}:' if where else 'the job'} {_phrase(error)}{shown}")
     more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""  # noqa: PLR2004 - as above
     return "; ".join(parts) + more
+
+
+def _phrase(error: Mapping[str, Any]) -> str:
+    kind, context = str(error["type"]), error.get("ctx", {})
+    said = PATTERNS.get(context.get("pattern", "")) or PHRASES.get(kind)
+    if said is None and kind.startswith(("datetime", "timezone")):
+        said = A_TIME
+    if said is None:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return said.format(**context)
 
 
 def _is_short(value: object) -> bool:
@@ -268,6 +340,10 @@ def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
         "deadline": time(job.deadline),
         "not_before": time(job.not_before),
         "attempts": [_attempt_view(attempt) for attempt in job.attempts],
+        "redrives": [
+            {"at": time(each.at), "error": {"type": each.error.type, "message": each.error.message}}
+            for each in job.redrives
+        ],
         "last_snooze": (
             {"at": time(job.last_snooze.at), "reason": job.last_snooze.reason}
             if job.last_snooze
@@ -450,6 +526,13 @@ class Attempt(Shape):
     cost_micro_usd: MicroUsd | None
 
 
+class Redrive(Shape):
+    """An operator has sent the job back after it ended; `attempts_used` counts from here on."""
+
+    at: Time
+    error: Annotated[JobError, Field(description="What it had ended with.")]
+
+
 class LastSnooze(Shape):
     """The last time the job went back to the queue without using an attempt."""
 
@@ -481,6 +564,7 @@ class Job(JobSummary):
     deadline: Time | None
     not_before: Annotated[Time | None, Field(description="The job rests until then.")]
     attempts: list[Attempt]
+    redrives: list[Redrive]
     last_snooze: LastSnooze | None
     usage: Usage | None
     message: Annotated[
@@ -621,6 +705,10 @@ REFUSALS: Final[Mapping[int, str]] = {
 
 _REQUEST_ID: Final = {"description": "This request's id.", "schema": {"type": "string"}}
 _RETRY_AFTER: Final = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+_RETRY_AFTER_SOME: Final = {
+    "description": "Seconds to wait before sending what was rejected as `overloaded_error` again.",
+    "schema": {"type": "integer"},
+}
 _LOCATION: Final = {
     "description": "Of the job, when there was one and no list.",
     "schema": {"type": "string", "examples": ["/jobs/job_0123456789abcdef0123456789abcdef"]},
@@ -634,7 +722,7 @@ def responses(status: int, said: str, shape: Any, *refusals: int) -> dict[int, A
     """Document what a route answers: its shape, and the refusals it knows (500 always)."""
     headers: dict[str, Any] = {"request-id": _REQUEST_ID}
     if status == 202:  # noqa: PLR2004 - the one that makes something
-        headers["Location"] = _LOCATION
+        headers |= {"Location": _LOCATION, "retry-after": _RETRY_AFTER_SOME}
     answers = {status: {"description": said, "headers": headers, "content": _json(shape)}}
     for refusal in sorted({*refusals, 500}):
         headers = {"request-id": _REQUEST_ID}

@@ -55,9 +55,12 @@ def _pointer(body: str) -> Mapping[str, Any]:
         pointer = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(pointer, dict) or pointer.get("v") != SCHEMA_VERSION:
+    if not isinstance(pointer, dict):
         return {}
-    return pointer
+    version = pointer.get("v")
+    # A later release may write more, and be rolled back: its pointer still names the job.
+    is_ours = type(version) is int and version >= SCHEMA_VERSION
+    return pointer if is_ours else {}
 
 
 def _named(pointer: Mapping[str, Any], name: str, form: re.Pattern[str]) -> str | None:

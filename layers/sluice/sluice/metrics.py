@@ -25,7 +25,7 @@ TOTALS: Final = frozenset(
         "UpstreamErrors",
     }
 )
-"""With the dimension `service` only."""
+"""With the dimension `service` only: the name of the stack."""
 
 BY_MODEL_GROUP: Final = frozenset(
     {"Calls", "CallSeconds", "InputTokens", "CacheReadTokens", "OutputTokens"}

@@ -12,7 +12,7 @@ from datetime import date
 from typing import Any, Protocol, TypeVar
 
 from sluice.domain.capacity import Backlog, Consumer
-from sluice.domain.jobs import Job, Result, State
+from sluice.domain.jobs import DueFor, Job, Result, State
 from sluice.domain.keys import AdminKey, KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, KnownLimits, Seen
 from sluice.domain.pricing import LedgerRow, Spend, Usage
@@ -80,8 +80,8 @@ class JobStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Parked:
-    """A parked job as the index of due jobs knows it."""
+class Due:
+    """A job as the index of due jobs knows it."""
 
     job_id: str
     tenant: str
@@ -91,22 +91,22 @@ class Parked:
     deadline: int | None = None
 
 
-class ParkedJobs(Protocol):
-    """The job records again, as the sweep sees them: those that wait without a message."""
+class DueJobs(Protocol):
+    """The job records again, as the sweep sees them: every job that has not ended, by when it shall be looked at."""
 
-    def due(self, now: int, limit: int) -> Sequence[Parked]:
+    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
         """Return the jobs whose time has come, longest due first.
 
         Of more than `limit` only the longest and the latest due, so that a large backlog does not hide a new one.
         """
         ...
 
-    def hold(self, parked: Parked, until: int) -> Parked | None:
-        """Take the job: it is due again at `until`, unless released. None when somebody else was quicker."""
+    def hold(self, due: Due, until: int) -> Due | None:
+        """Take the job: it is due again at `until`. None when somebody else was quicker."""
         ...
 
-    def release(self, parked: Parked) -> None:
-        """Forget that the job was parked, because its message is sent; nothing happens if it has gone on already."""
+    def watch(self, due: Due, until: int) -> None:
+        """Look at the job again at `until`, in case its message is lost; nothing happens if it has gone on already."""
         ...
 
 
@@ -134,8 +134,11 @@ class ParamsStore(Protocol):
 class ResultStore(Protocol):
     """The answers."""
 
-    def put(self, job_id: str, message: str) -> Result:
-        """Store Claude's Message (JSON text) durably, unless it is small enough to travel in the job record."""
+    def put(self, name: str, message: str) -> Result:
+        """Store Claude's Message (JSON text) durably, unless it is small enough to travel in the job record.
+
+        `name` is the call's own: the same name may be stored again, and then holds the later Message.
+        """
         ...
 
     def get(self, result: Result) -> str:
@@ -185,8 +188,8 @@ class Received:
 class Inbox(Protocol):
     """The receiving side of the jobs queue."""
 
-    def receive(self, most: int) -> Sequence[Received]:
-        """Take up to `most` messages (10 at once) that are visible now; none when there are none."""
+    def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
+        """Take up to `most` messages (10 at once) of those visible now, perhaps none, and hide them from others."""
         ...
 
     def delete(self, messages: Sequence[Received]) -> None:
@@ -195,6 +198,10 @@ class Inbox(Protocol):
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """Make each message visible again after its delay in milliseconds (12 h at most)."""
+        ...
+
+    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
+        """Let nobody else receive these messages for a time from now, however long they were hidden before."""
         ...
 
     def bury(self, message: Received, reason: str) -> None:

@@ -1,16 +1,27 @@
-"""Accepting jobs: stored first, then sent, so that nothing is accepted and forgotten."""
+"""Accepting jobs: stored first, then sent, so that nothing is accepted and forgotten.
+
+Whatever a store or the queue does meanwhile, each job has an outcome of its own: accepted, and then it is on record
+and has a message or a due time; or rejected, and then sending it again under its name does no harm.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Final
 
 from sluice.domain import jobs as life
-from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, Stale, StoreBusy
+from sluice.domain.errors import (
+    Conflict,
+    InvalidRequest,
+    SluiceError,
+    Stale,
+    StoreBusy,
+    Unexpected,
+)
 from sluice.domain.jobs import Job, derived_job_id, random_job_id
 from sluice.domain.limits import Group, expected_start
 from sluice.ports import (
@@ -29,6 +40,15 @@ NEWEST_VERSION: Final = "2026-10-21"
 """The newest `anthropic-version` we know; sent upstream for jobs that name none."""
 
 PARALLEL_WRITES: Final = 16
+
+SENT_AT_ONCE: Final = 10
+"""Messages in one call to SQS."""
+
+BEGIN_WITHIN_MS: Final = 8_000
+"""Jobs whose turn has not come by then are rejected as busy: what was stored is still to be sent in the time left."""
+
+RESEND_WINDOW_MS: Final = 600_000
+"""An SDK that sends a request again does so within this time; later it is another request."""
 
 IMAGE_CHARS: Final = 5_600
 """About 1,600 tokens, what a large image takes, at 3.5 characters per token."""
@@ -58,6 +78,8 @@ class Sender:
     idempotency_key: str | None = None
     anthropic_version: str | None = None
     anthropic_beta: str | None = None
+    resends: int | None = None
+    """How often an SDK has sent this request before, as it counts itself; None: the caller does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +98,17 @@ class Rejected:
 
 
 Outcome = Accepted | Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A job that is not stored yet."""
+
+    job: Job
+    body: str
+    slots: tuple[str, ...] = ()
+    """For a nameless job of a caller who counts its resends: the ids under which a resend finds it, newest first."""
+    is_resend: bool = False
 
 
 class Submit:
@@ -111,11 +144,8 @@ class Submit:
             fresh = [
                 each.job for each in outcomes if isinstance(each, Accepted) and _waits(each.job)
             ]
-            unsent = set(
-                self._queue.send(
-                    [Pointer(job.job_id, job.tenant, job.current_model) for job in fresh]
-                )
-            )
+            some = [fresh[n : n + SENT_AT_ONCE] for n in range(0, len(fresh), SENT_AT_ONCE)]
+            unsent = {job_id for unsent in threads.map(self._sent, some) for job_id in unsent}
             if unsent:
                 self._events.problem("queue busy, jobs parked", jobs=len(unsent))
                 outcomes = list(threads.map(lambda each: self._parked(each, unsent, now), outcomes))
@@ -124,15 +154,28 @@ class Submit:
             self._events.count("JobsAccepted", accepted)
         return outcomes
 
+    def _sent(self, jobs: Sequence[Job]) -> list[str]:
+        """Send the messages of stored jobs; return the ids of those that have none. Never raises."""
+        try:
+            pointers = [Pointer(job.job_id, job.tenant, job.current_model) for job in jobs]
+            return self._queue.send(pointers)
+        except Exception:  # noqa: BLE001 - the jobs are stored: whatever it was, they must not be forgotten
+            self._events.problem("messages not sent", jobs=len(jobs))
+            return [job.job_id for job in jobs]
+
     def _parked(self, outcome: Outcome, unsent: set[str], now: int) -> Outcome:
-        """Park a stored job that the queue did not take, so that the sweep sends it: else it would wait for ever."""
+        """Park a stored job that the queue did not take, so that the sweep sends it soon."""
         if not isinstance(outcome, Accepted) or outcome.job.job_id not in unsent:
             return outcome
         parked = life.park(outcome.job, now, reason="queue busy", not_before=now)
         try:
             self._jobs.replace(parked, outcome.job.version)
         except StoreBusy as error:
-            return Rejected(error)
+            after_all = self._taken_after_all(parked, error)
+            if after_all is None:
+                # It is stored all the same, and the sweep looks after jobs that nobody has touched for long.
+                self._events.problem("job not parked", job_id=outcome.job.job_id)
+            return after_all or outcome
         except Stale as stale:
             # Somebody went on with it meanwhile: canceled, parked by a repeat, or sent by one and begun.
             if not isinstance(stale.current, Job):
@@ -142,9 +185,9 @@ class Submit:
 
     def _drafts(
         self, submissions: Sequence[Submission | SluiceError], sender: Sender, now: int
-    ) -> list[tuple[Job, str] | SluiceError]:
+    ) -> list[_Draft | SluiceError]:
         seen: dict[str, int] = {}
-        drafts: list[tuple[Job, str] | SluiceError] = []
+        drafts: list[_Draft | SluiceError] = []
         for position, submission in enumerate(submissions):
             if isinstance(submission, SluiceError):
                 drafts.append(submission)
@@ -163,11 +206,11 @@ class Submit:
                 drafts.append(self._draft(submission, sender, position, now))
             except RecursionError:
                 drafts.append(InvalidRequest("the job is nested too deeply"))
-        return drafts
+        if sender.resends is None or sender.idempotency_key is not None:
+            return drafts
+        return _findable(drafts, sender.resends, now)
 
-    def _draft(
-        self, submission: Submission, sender: Sender, position: int, now: int
-    ) -> tuple[Job, str]:
+    def _draft(self, submission: Submission, sender: Sender, position: int, now: int) -> _Draft:
         body = json.dumps(submission.params, ensure_ascii=False, separators=(",", ":"))
         version = sender.anthropic_version or NEWEST_VERSION
         if sender.idempotency_key is not None:
@@ -198,18 +241,42 @@ class Submit:
             fallback_models=submission.fallback_models,
             metadata=submission.metadata,
         )
-        return job, body
+        return _Draft(job, body)
 
-    def _stored(  # noqa: PLR0911 - one return per outcome
-        self, draft: tuple[Job, str] | SluiceError
-    ) -> Outcome:
-        """Store params, then the job: a job on record always has its request."""
+    def _stored(self, draft: _Draft | SluiceError) -> Outcome:
+        """Store one job; whatever goes wrong is its own outcome and no other's."""
         if isinstance(draft, SluiceError):
             return Rejected(draft)
-        job, body = draft
         try:
-            if job.deadline is not None and job.deadline <= job.created_at:
-                return self._too_late(job)
+            return self._found_or_added(draft)
+        except SluiceError as error:
+            return Rejected(error)
+        except Exception:  # noqa: BLE001 - the other jobs of the list are stored, and are to be sent
+            self._events.problem("job not stored", job_id=draft.job.job_id)
+            return Rejected(Unexpected())
+
+    def _found_or_added(self, draft: _Draft) -> Outcome:
+        job = draft.job
+        if self._clock.now() - job.created_at >= BEGIN_WITHIN_MS:
+            what = "the gateway"
+            raise StoreBusy(what)
+        if draft.is_resend:
+            earlier = self._sent_before(draft)
+            if earlier is not None:
+                return Accepted(earlier, is_repeat=True)
+        if job.deadline is not None and job.deadline <= job.created_at:
+            return self._too_late(job)
+        if not draft.slots:
+            return self._added(job, draft.body)
+        # The place where a resend looks. It may be taken by an equal request that is another one.
+        in_place = self._added(replace(job, job_id=draft.slots[0]), draft.body)
+        if isinstance(in_place, Accepted) and in_place.is_repeat and not draft.is_resend:
+            return self._added(job, draft.body)
+        return in_place
+
+    def _added(self, job: Job, body: str) -> Outcome:
+        """Store params, then the job: a job on record always has its request."""
+        try:
             self._params.add(Params(job.job_id, body, job.request_hash))
             self._jobs.add(job)
         except Stale as stale:
@@ -220,8 +287,27 @@ class Submit:
         except Conflict:
             return Rejected(_conflict(job))
         except StoreBusy as error:
-            return Rejected(error)
+            return self._taken_after_all(job, error) or Rejected(error)
         return Accepted(job)
+
+    def _sent_before(self, draft: _Draft) -> Job | None:
+        """Return the job that an SDK's earlier sending of the same request made."""
+        found = self._jobs.get_many(draft.slots)
+        since = draft.job.created_at - RESEND_WINDOW_MS
+        recent = (found[each] for each in draft.slots if each in found)
+        return next((job for job in recent if job.created_at > since), None)
+
+    def _taken_after_all(self, job: Job, error: StoreBusy) -> Accepted | None:
+        """Look whether a write was done whose reply was lost: a job that will run must not be called rejected."""
+        if not error.may_be_done:
+            return None
+        try:
+            written = self._jobs.get(job.job_id)
+        except StoreBusy:
+            return None
+        if written is None or written.version < job.version:
+            return None
+        return Accepted(written) if written.request_hash == job.request_hash else None
 
     def _too_late(self, job: Job) -> Outcome:
         """A deadline in the past is an error, unless the job was accepted when it still lay ahead."""
@@ -238,28 +324,60 @@ class Waiting:
 
     AGE_MS: Final = 5_000
 
-    def __init__(self, queue: JobQueue, limits: LimitStore, clock: Clock) -> None:
+    def __init__(self, queue: JobQueue, limits: LimitStore, clock: Clock, events: Events) -> None:
         self._queue = queue
         self._limits = limits
         self._clock = clock
+        self._events = events
         self._looked_at = -self.AGE_MS
-        self._depth = 0
-        self._groups: Sequence[Group] = ()
+        self._seen: tuple[int, Sequence[Group]] | None = None
 
     def estimated_start(self, model_group: str) -> int | None:
-        """Return about when a job submitted now starts (epoch ms), or None when nobody can tell.
+        """Return about when a job submitted now starts (epoch ms), or None when nobody can tell. Never raises.
 
         The whole backlog is taken to go the same way at the requests per minute that are known for it.
         """
         now = self._clock.now()
         if now - self._looked_at >= self.AGE_MS:
-            try:
-                self._depth = self._queue.depth()
-                self._groups = self._limits.groups()
-            except StoreBusy:
-                return None
+            # Also a look that failed is the last for some seconds: a busy store is not asked by every submit.
             self._looked_at = now
-        return expected_start(self._groups, model_group, self._depth, now)
+            self._seen = self._look()
+        if self._seen is None:
+            return None
+        depth, groups = self._seen
+        return expected_start(groups, model_group, depth, now)
+
+    def _look(self) -> tuple[int, Sequence[Group]] | None:
+        try:
+            return self._queue.depth(), self._limits.groups()
+        except Exception:  # noqa: BLE001 - the jobs are accepted: an estimate is no reason to say otherwise
+            self._events.problem("start not estimated")
+            return None
+
+
+def _findable(
+    drafts: Sequence[_Draft | SluiceError], resends: int, now: int
+) -> list[_Draft | SluiceError]:
+    """Give the nameless jobs of a request the ids under which the same request sent again looks for them.
+
+    "The same" is: of one tenant, with equal jobs in equal order, and at most ten minutes ago. Such a place is derived
+    from these, with the time in steps of ten minutes, so that it needs no table of past requests.
+    """
+    whole = sha256()
+    for draft in drafts:
+        whole.update((draft.job.request_hash if isinstance(draft, _Draft) else "-").encode())
+    step = now // RESEND_WINDOW_MS
+
+    def with_slots(position: int, draft: _Draft | SluiceError) -> _Draft | SluiceError:
+        if not isinstance(draft, _Draft) or draft.job.custom_id is not None:
+            return draft
+        slots = tuple(
+            derived_job_id(draft.job.tenant, "sent", f"{when}\x00{position}\x00{whole.hexdigest()}")
+            for when in (step, step - 1)
+        )
+        return replace(draft, slots=slots, is_resend=resends > 0)
+
+    return [with_slots(position, draft) for position, draft in enumerate(drafts)]
 
 
 def _waits(job: Job) -> bool:

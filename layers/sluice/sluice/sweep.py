@@ -1,13 +1,17 @@
-"""The sweep: sends jobs that waited outside the queue again, as fast as their limits can start them.
+"""The sweep: sends jobs that wait without a message, as fast as their limits can start them.
 
 A worker parks a job that must wait for longer than 15 minutes: it acknowledges the message and leaves the job `queued`
 with `not_before`. Workers never re-send; only here a parked job gets another message. Taken before it is sent, so
-that two sweeps at once send it once; due again later unless it was released, so that a sweep that dies loses nothing.
+that two sweeps at once send it once; due again soon unless the send was seen to the end, so that a sweep that dies
+loses nothing.
+
+Every other job that has not ended is looked at when nothing was written of it for long: its message may never have
+been sent, or be lost. One message too many does no harm, for the lease decides who runs the job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -15,16 +19,16 @@ from typing import Final
 from sluice.domain import jobs as life
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import Stale, StoreBusy
-from sluice.domain.jobs import Job, JobError, State
+from sluice.domain.jobs import DueFor, Job, JobError, State
 from sluice.domain.limits import Group, model_group
 from sluice.ports import (
     Clock,
+    Due,
+    DueJobs,
     Events,
     JobQueue,
     JobStore,
     LimitStore,
-    Parked,
-    ParkedJobs,
     Pointer,
     PoolHistory,
 )
@@ -41,13 +45,21 @@ HOLD_MS: Final = 120_000
 LOOK_AT: Final = 10_000
 """Due jobs looked at per run."""
 
+CARE_FOR: Final = 1_000
+"""Jobs looked at per run whose message may be lost."""
+
+QUIET_MS: Final = life.LONGEST_PARK_MS
+"""While more waits in the queue than can start, a job's message is probably there: it is believed for so long."""
+
 AT_ONCE: Final = 100
-"""Jobs taken, sent and released together; between two such steps the sweep may stop."""
+"""Jobs taken, sent and noted together; between two such steps the sweep may stop."""
 
 NEW_KEYS_MS: Final = life.LONGEST_PARK_MS + NEW_POOL_MS
 """A key pool written this recently may serve jobs whose known groups are all blocked: until then each was due once."""
 
 PARALLEL_WRITES: Final = 16
+
+Pause = Callable[[Due], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,8 @@ class Swept:
     expired: int = 0
     left: int = 0
     """Due, but beyond what can start soon, or not sent; they stay due."""
+    rescued: int = 0
+    """Sent in case their message was lost."""
 
 
 class Sweep:
@@ -67,7 +81,7 @@ class Sweep:
     def __init__(  # noqa: PLR0913, PLR0917 - its tools
         self,
         jobs: JobStore,
-        parked: ParkedJobs,
+        due: DueJobs,
         queue: JobQueue,
         limits: LimitStore,
         pool: PoolHistory,
@@ -76,7 +90,7 @@ class Sweep:
         events: Events,
     ) -> None:
         self._jobs = jobs
-        self._parked = parked
+        self._due = due
         self._queue = queue
         self._limits = limits
         self._pool = pool
@@ -87,56 +101,99 @@ class Sweep:
     def __call__(self, stop_at: int) -> Swept:
         """Send what is due and can start soon, end what is past its deadline; begin no further step after `stop_at`."""
         now = self._clock.now()
-        due = self._parked.due(now, LOOK_AT)
-        if not due:
+        due = self._due.due(DueFor.CALL, now, LOOK_AT)
+        unheard = self._due.due(DueFor.CARE, now, CARE_FOR)
+        if not due and not unheard:
             return Swept()
         late = [each for each in due if each.deadline is not None and each.deadline <= now]
         waiting = [each for each in due if each.deadline is None or each.deadline > now]
-        chosen = self._paced(waiting, self._limits.groups(), self._queue.backlog(), now)
-        sent = expired = 0
+        groups, backlog = self._limits.groups(), self._queue.backlog()
+        chosen = self._paced(waiting, groups, backlog, now)
+        lost = self._probably_lost(unheard, groups, backlog, now)
+        sent = expired = rescued = 0
         with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
             for some in self._steps(late, stop_at):
                 expired += sum(threads.map(self._expire, some))
             for some in self._steps(chosen, stop_at):
-                until = self._clock.now() + HOLD_MS
-                taken = [
-                    each
-                    for each in threads.map(lambda each: self._parked.hold(each, until), some)  # noqa: B023 - used at once
-                    if each is not None
-                ]
-                unsent = set(
-                    self._queue.send(
-                        [Pointer(each.job_id, each.tenant, each.model) for each in taken]
-                    )
-                )
-                gone = [each for each in taken if each.job_id not in unsent]
-                list(threads.map(self._parked.release, gone))
-                sent += len(gone)
-        swept = Swept(len(due), sent, expired, len(due) - sent - expired)
+                sent += self._send(threads, some, lambda _: life.WATCH_MS)
+            for some in self._steps(lost, stop_at):
+                rescued += self._send(threads, some, self._look_after)
+        swept = Swept(len(due), sent, expired, len(due) - sent - expired, rescued)
         self._events.note(
-            "parked jobs swept",
+            "due jobs swept",
             due=swept.due,
             sent=swept.sent,
             expired=swept.expired,
             left=swept.left,
+            rescued=swept.rescued,
         )
         return swept
 
-    def _steps(self, parked: Sequence[Parked], stop_at: int) -> Iterator[Sequence[Parked]]:
-        for start in range(0, len(parked), AT_ONCE):
+    def _send(self, threads: ThreadPoolExecutor, due: Sequence[Due], pause: Pause) -> int:
+        """Take jobs, send them, and have those watched that were sent; return how many.
+
+        `pause` says after which time to look at a job again; None: it needs no message.
+        """
+        until = self._clock.now() + HOLD_MS
+        pauses = {
+            each: after
+            for each, after in zip(due, threads.map(pause, due), strict=True)
+            if after is not None
+        }
+        held = list(threads.map(lambda each: self._due.hold(each, until), pauses))
+        after = {
+            taken: pause_ms
+            for taken, pause_ms in zip(held, pauses.values(), strict=True)
+            if taken is not None
+        }
+        pointers = [Pointer(each.job_id, each.tenant, each.model) for each in after]
+        unsent = set(self._queue.send(pointers))
+        gone = [each for each in after if each.job_id not in unsent]
+        now = self._clock.now()
+        list(threads.map(lambda each: self._due.watch(each, now + after[each]), gone))
+        return len(gone)
+
+    def _probably_lost(
+        self, unheard: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
+    ) -> list[Due]:
+        """Choose jobs that nobody has written for so long that their message may be lost.
+
+        What waits in a long queue is not lost: then only those that have waited for hours are looked at.
+        """
+        names = {model_group(each.model, self._model_groups) for each in unheard}
+        until = now + RUN_MS + MARGIN_MS
+        room = sum(startable(groups, name, now, until) for name in names)
+        if backlog.visible + backlog.in_flight <= room:
+            return list(unheard)
+        return [each for each in unheard if each.due_at <= now - QUIET_MS]
+
+    def _look_after(self, due: Due) -> int | None:
+        """Return after which time to look again at a job nobody is at; None when it is well, or has ended."""
+        job = self._jobs.get(due.job_id)
+        now = self._clock.now()
+        if job is None or job.state.is_final:
+            return None
+        if job.lease is not None and job.lease.until > now:
+            self._due.hold(due, now + life.WATCH_MS)
+            return None
+        # Twice as long each time: a job that waits for hours for its turn gets a handful of messages, not hundreds.
+        return max(life.WATCH_MS, now - job.created_at)
+
+    def _steps(self, due: Sequence[Due], stop_at: int) -> Iterator[Sequence[Due]]:
+        for start in range(0, len(due), AT_ONCE):
             if self._clock.now() >= stop_at:
                 return
-            yield parked[start : start + AT_ONCE]
+            yield due[start : start + AT_ONCE]
 
     def _paced(
-        self, due: Sequence[Parked], groups: Sequence[Group], backlog: Backlog, now: int
-    ) -> list[Parked]:
+        self, due: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
+    ) -> list[Due]:
         """Choose the longest due of each model group, as many as it can start until the next run and a little after.
 
         While more waits in the queue than that, a quarter of them: parked jobs are the older ones, so they never
         stand still behind new ones, but a queue that is full already gets no fuller by them.
         """
-        by_group: dict[str, list[Parked]] = {}
+        by_group: dict[str, list[Due]] = {}
         for each in due:
             by_group.setdefault(model_group(each.model, self._model_groups), []).append(each)
         until, new_pool = now + RUN_MS + MARGIN_MS, self._has_new_pool(now)
@@ -158,11 +215,15 @@ class Sweep:
             self._events.problem("store busy", what=busy.what)
             return False
 
-    def _expire(self, parked: Parked) -> bool:
-        """End a job whose deadline passed while it was parked; False when it has gone on meanwhile."""
-        job = self._jobs.get(parked.job_id)
+    def _expire(self, due: Due) -> bool:
+        """End a job whose deadline has passed; False when it has ended already, or is at work."""
+        job = self._jobs.get(due.job_id)
         now = self._clock.now()
-        if job is None or life.due_at(job) is None or job.deadline is None or job.deadline > now:
+        if job is None or job.state.is_final or job.deadline is None or job.deadline > now:
+            return False
+        if job.lease is not None and job.lease.until > now:
+            # Its call may still bring an answer; if its worker is dead, nobody else will end it.
+            self._due.hold(due, job.lease.until)
             return False
         error = JobError("deadline_exceeded", "the deadline passed before an answer came")
         ended = life.finish_waiting(job, State.EXPIRED, now, error)

@@ -26,8 +26,9 @@ from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
 from sluice.adapters.sqs import SqsInbox, SqsQueue
 from sluice.adapters.system import SystemClock, Threads
-from sluice.adapters.telemetry import SERVICE, Telemetry, hush
+from sluice.adapters.telemetry import Telemetry, hush
 from sluice.dead_letters import TakeDeadLetter
+from sluice.domain.errors import StoreBusy
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governor
@@ -35,11 +36,14 @@ from sluice.load_limits import LoadLimits
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
+from sluice.work import LEASE_MS, Rules, Tools, Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from sluice.work import Worker
+    from sluice.ports import Received
 
 CLOCK = SystemClock()
 
@@ -54,7 +58,7 @@ def settings() -> Settings:
 def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
     hush()
-    return Telemetry(Logger(service=SERVICE))
+    return Telemetry(Logger())
 
 
 @cache
@@ -117,7 +121,7 @@ def submit() -> Submit:
 @cache
 def waiting() -> Waiting:
     """Return how long new jobs will probably wait."""
-    return Waiting(_queue(), limits(), CLOCK)
+    return Waiting(_queue(), limits(), CLOCK, telemetry())
 
 
 def account(tenant: str) -> Account:
@@ -174,16 +178,34 @@ def sweep() -> Sweep:
 
 
 @cache
+def _inbox() -> SqsInbox:
+    return SqsInbox(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url)
+
+
+def hold_while_starting(messages: Sequence[Received]) -> None:
+    """Shorten the messages' visibility before the worker is made, which takes a second or two the first time.
+
+    If this environment dies meanwhile, they come back with the lease, and not with the queue's visibility timeout.
+    """
+    if worker.cache_info().currsize:
+        return
+    try:
+        _inbox().keep_hidden(messages, LEASE_MS)
+    except StoreBusy:
+        # The worker does it again at once.
+        telemetry().problem("messages not held", messages=len(messages))
+
+
+@cache
 def worker() -> Worker:
     """Return the worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
     from sluice.adapters.claude import SdkClaude  # noqa: PLC0415
-    from sluice.work import Rules, Tools, Worker  # noqa: PLC0415
 
     tools = Tools(
         jobs=jobs(),
         params=_params(),
         results=_results(),
-        inbox=SqsInbox(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url),
+        inbox=_inbox(),
         limits=limits(),
         keys=_key_pool(),
         claude=SdkClaude(CLOCK),

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
-from typing import Final, TypeVar, assert_never
+from functools import partial
+from typing import Any, Final, TypeVar, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, LeaseLost, Stale, StoreBusy
@@ -72,6 +73,8 @@ LEASE_MS: Final = 120_000
 """Longer than any gap between renewals; a job whose worker died is free again after this time at the latest."""
 
 RENEW_MS: Final = 45_000
+"""How often a worker says that it is alive: to the jobs it runs, and to the queue about the messages it holds."""
+
 CANCEL_CHECK_MS: Final = 15_000
 HOLD_MS: Final = 300_000
 """How long a message may wait inside an invocation for its start; beyond that it waits better in the queue.
@@ -91,6 +94,12 @@ OTHER_MODELS: Final = "other"
 """The metrics' model group for models that are not in the price list."""
 
 FLUSH_MS: Final = 3_000
+MOST_ROWS: Final = 10_000
+"""Ledger rows a worker keeps while the ledger is away: 10 MB."""
+
+BUSY_MS: Final = 1_000
+"""How long a store that is busy is left alone before a write that cannot wait is tried again."""
+
 LAST_FLUSHES: Final = 3
 """How often the end of an invocation tries to write what a busy store has not taken."""
 
@@ -184,6 +193,7 @@ class Worker:
         self._tools = tools
         self._rules = rules
         self._told: set[str] = set()
+        self._rows: list[LedgerRow] = []
         self.limiter = Limiter(
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events
         )
@@ -193,7 +203,9 @@ class Worker:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation in the leases it takes.
         """
-        batch = _Batch(self._tools, self._rules, owner, self.limiter, stop_at, self._told)
+        batch = _Batch(
+            self._tools, self._rules, owner, self.limiter, stop_at, self._told, self._rows
+        )
         return await batch.run(messages)
 
 
@@ -208,6 +220,7 @@ class _Batch:
         limiter: Limiter,
         stop_at: int,
         told_once: set[str],
+        rows: list[LedgerRow],
     ) -> None:
         self.tools = tools
         self.rules = rules
@@ -225,13 +238,19 @@ class _Batch:
         self._own_marks: dict[str, KeyMark] = {}
         self._refusals: dict[str, dict[str, JobError]] = {}
         """By job and key: a 403 is about the request as often as about the key."""
-        self.rows: list[LedgerRow] = []
+        self.rows = rows
+        """Calls that the ledger does not have yet. Those it did not take in an earlier invocation come first."""
+        self._to_add_up: list[LedgerRow] = []
         self._to_put_back: list[tuple[Received, int]] = []
         """Each with the time at which it shall be visible again."""
         self._to_delete: list[Received] = []
+        self._held: dict[str, Received] = {}
+        """Messages that are this worker's until it is done with them, with the receipt of their last delivery."""
+        self._hidden_at: int | None = None
         self._flushing = asyncio.Lock()
         self._requests = _Requests(tools)
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], str | None] = {}
+        """The tasks of messages, each with its job's id."""
         self._calls = 0
         self._changed = asyncio.Event()
         self._refills = True
@@ -271,14 +290,41 @@ class _Batch:
 
     async def _take(self, messages: Sequence[Received], done: Callable[[Received], object]) -> None:
         """Begin a task for each message; `done` is told of those that may be deleted."""
-        found = await self._read([message for message in messages if message.job_id is not None])
-        for message in messages:
+        first, spare = self._once_each(messages)
+        found = await self._read([message for message in first if message.job_id is not None])
+        for message in first:
             task = asyncio.create_task(self._settled(message, found, done), name=message.message_id)
-            self._under_way.add(task)
+            self._under_way[task] = message.job_id
             task.add_done_callback(self._ended)
+        for message in spare:
+            # When its task is over the job has ended, or the job's first message is still there.
+            tasks = [task for task, name in self._under_way.items() if name == message.job_id]
+            for task in tasks:
+                task.add_done_callback(partial(_let_go, message, done))
+            if not tasks:
+                done(message)
+
+    def _once_each(self, messages: Sequence[Received]) -> tuple[list[Received], list[Received]]:
+        """Part messages into one for each job, with all that are not ours, and the spare ones of the same jobs.
+
+        A job runs once at a time: under one owner's name nothing would keep its two messages apart. A message that
+        was shown again while it is at work here is the same one still, under its new receipt.
+        """
+        first: list[Received] = []
+        spare: list[Received] = []
+        seen = {name for name in self._under_way.values() if name is not None}
+        for message in messages:
+            shown_again = message.message_id in self._held
+            self._held[message.message_id] = message
+            if shown_again:
+                continue
+            (spare if message.job_id in seen else first).append(message)
+            if message.job_id is not None:
+                seen.add(message.job_id)
+        return first, spare
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(task)
+        del self._under_way[task]
         self._changed.set()
 
     async def _until_something_changes(self) -> None:
@@ -314,7 +360,7 @@ class _Batch:
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = now + SCOUT_MS
         try:
-            messages = await self.tools.blocking(self.tools.inbox.receive, most)
+            messages = await self.tools.blocking(self.tools.inbox.receive, most, LEASE_MS)
         except StoreBusy as busy:
             self.events.problem("store busy", what=busy.what)
             self._refill_at = self.tools.clock.now() + REFILL_PAUSE_MS
@@ -326,8 +372,12 @@ class _Batch:
         if is_scout:
             self._scouts.update(message.job_id for message in messages)
         if messages:
-            await self._take(messages, self._to_delete.append)
+            await self._take(messages, self._delete)
         return len(messages)
+
+    def _delete(self, message: Received) -> None:
+        """Let a message go that this worker took itself."""
+        self._to_delete.append(self._held.pop(message.message_id, message))
 
     async def _read(self, messages: Sequence[Received]) -> Mapping[str, Job]:
         """Read the jobs; on failure they are read one by one later."""
@@ -355,7 +405,8 @@ class _Batch:
         if isinstance(disposition, PutBack):
             doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
             delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
-            self._to_put_back.append((message, self.tools.clock.now() + delay))
+            latest = self._held.pop(message.message_id, message)
+            self._to_put_back.append((latest, self.tools.clock.now() + delay))
             self._put_back += 1
         else:
             done(message)
@@ -470,8 +521,7 @@ class _Batch:
                 # Its deadline passed while it waited, or its key was rejected.
                 self.limiter.settle(admitted, None)
                 return job
-            claimed = life.claim(job, self.owner, now, now + LEASE_MS)
-            await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
+            claimed = await self._claim(job, now)
         except Stale as stale:
             self.limiter.settle(admitted, None)
             current = stale.current
@@ -509,6 +559,64 @@ class _Batch:
         """
         latest = min(self.started + LINGER_MS, self.stop_at - LEAST_WINDOW_MS, at)
         await self.tools.clock.sleep(max(0, latest - self.tools.clock.now()))
+
+    async def _claim(self, job: Job, now: int) -> Job:
+        """Take the lease; raises Stale when somebody else was quicker."""
+        claimed = life.claim(job, self.owner, now, now + LEASE_MS)
+        for is_last in (False, True):
+            try:
+                await self.tools.blocking(self.tools.jobs.replace, claimed, job.version)
+                break
+            except Stale as stale:
+                if is_last and stale.current == claimed:
+                    # Ours already: only the reply of the first try was lost.
+                    break
+                raise
+            except StoreBusy:
+                # Perhaps it is written: given up now, the attempt would count though no call was made.
+                if is_last:
+                    raise
+                await self.tools.clock.sleep(BUSY_MS)
+        await self._account_for_lost(job, claimed)
+        return claimed
+
+    async def _account_for_lost(self, before: Job, after: Job) -> None:
+        """Let the ledger name the calls of workers that died, if one more was found: they may be billed.
+
+        At once and not with the other rows: whatever killed that worker may kill this one before it writes them.
+        """
+        if life.open_attempt(before) is None:
+            return
+        # All of them: the worker that found an earlier one may have died before it could tell.
+        rows = [
+            LedgerRow(
+                tenant=after.tenant,
+                day=_day(attempt.at),
+                call_id=f"{after.job_id}#lost-{attempt.number}",
+                job_id=after.job_id,
+                model=attempt.model,
+                lane=after.lane,
+                organization=None,
+                key_id="",
+                request_id=None,
+                outcome="worker_lost",
+                spend=Spend.of_call(Usage(), 0),
+                certain=False,
+                note="the worker died during the call",
+            )
+            for attempt in after.attempts
+            if attempt.outcome is AttemptOutcome.LOST
+        ]
+        await self.record_now(rows, news=rows[-1:])
+
+    async def record_now(self, rows: list[LedgerRow], news: Sequence[LedgerRow]) -> None:
+        """Write rows at once, those of `news` for the first time; if the ledger is busy, with the others."""
+        try:
+            await self.tools.blocking(self.tools.ledger.record, rows)
+        except Exception:  # noqa: BLE001 - the job goes on, and the row is not dropped
+            self.rows.extend(news)
+        else:
+            self._to_add_up.extend(news)
 
     # Choosing a key --------------------------------------------------------------------------------------------
 
@@ -610,6 +718,7 @@ class _Batch:
             await self.tools.blocking(self.tools.jobs.replace, ended, job.version)
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
+        await self._account_for_lost(job, ended)
         self.told(ended)
         return DONE
 
@@ -622,6 +731,7 @@ class _Batch:
             await self.tools.blocking(self.tools.jobs.replace, parked, job.version)
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
+        await self._account_for_lost(job, parked)
         return DONE
 
     def told(self, job: Job) -> None:
@@ -656,11 +766,26 @@ class _Batch:
 
     async def _housekeeping(self) -> None:
         while True:
+            for chore in (self._keep_hidden, self._flush):
+                try:
+                    await chore()
+                except Exception:  # noqa: BLE001 - what comes later is still to be written
+                    self.events.problem("housekeeping failed")
             await self.tools.clock.sleep(FLUSH_MS)
-            try:
-                await self._flush()
-            except Exception:  # noqa: BLE001 - what comes later is still to be written
-                self.events.problem("housekeeping failed")
+
+    async def _keep_hidden(self) -> None:
+        """Hide the messages for as long as a lease holds, again and again: if this worker dies, they come back soon.
+
+        Left alone they would stay hidden for the queue's own visibility timeout, six times the longest invocation.
+        """
+        now = self.tools.clock.now()
+        if self._hidden_at is not None and now - self._hidden_at < RENEW_MS:
+            return
+        async with self._flushing:
+            held = list(self._held.values())
+            if held:
+                await self.tools.blocking(self.tools.inbox.keep_hidden, held, LEASE_MS)
+            self._hidden_at = now
 
     async def _flush(self, *, last: bool = False) -> None:
         """Write what has gathered: visibility changes, ledger rows and their sums."""
@@ -673,39 +798,47 @@ class _Batch:
                 await self._flush(last=left == 0)
             except Exception:  # noqa: BLE001 - the jobs' own records are written; the batch has its result
                 self.events.problem("housekeeping failed")
-            if not (self.rows or self._to_put_back or self._to_delete):
+            if not (self.rows or self._to_add_up or self._to_put_back or self._to_delete):
                 return
             await self.tools.clock.sleep(FLUSH_MS)
 
     async def _write_gathered(self, *, last: bool) -> None:
-        rows, self.rows = self.rows, []
+        rows = list(self.rows)
         if rows:
             try:
                 await self.tools.blocking(self.tools.ledger.record, rows)
             except Exception:  # noqa: BLE001 - a row is never dropped for a reason nobody thought of
-                if not last:
-                    self.rows[:0] = rows
-                else:
-                    # The calls stand in their jobs' attempts; say so, for the ledger is short of them.
+                if last:
+                    # They wait for the next invocation. If there is none, the calls stand in their jobs' attempts.
                     self.events.problem("ledger rows not written", rows=len(rows))
+                    del self.rows[: max(0, len(self.rows) - MOST_ROWS)]
             else:
-                await self._add_up(rows)
-        await self._tell_queue("put back", self._put_back_now, self._to_put_back, last=last)
-        await self._tell_queue("deleted", self.tools.inbox.delete, self._to_delete, last=last)
-
-    def _put_back_now(self, messages: Sequence[tuple[Received, int]]) -> None:
+                del self.rows[: len(rows)]
+                self._to_add_up.extend(rows)
+        await self._add_up()
         now = self.tools.clock.now()
-        self.tools.inbox.put_back([(message, max(0, at - now)) for message, at in messages])
+        delays = [(message, max(0, at - now)) for message, at in self._to_put_back]
+        put_back, delete = self.tools.inbox.put_back, self.tools.inbox.delete
+        await self._tell_queue("put back", put_back, delays, self._to_put_back, last=last)
+        await self._tell_queue(
+            "deleted", delete, tuple(self._to_delete), self._to_delete, last=last
+        )
 
     async def _tell_queue(
-        self, what: str, call: Callable[[Sequence[T]], None], gathered: list[T], *, last: bool
+        self,
+        what: str,
+        call: Callable[[Sequence[T]], None],
+        told: Sequence[T],
+        gathered: list[Any],
+        *,
+        last: bool,
     ) -> None:
         some = list(gathered)
         gathered.clear()
         if not some:
             return
         try:
-            await self.tools.blocking(call, some)
+            await self.tools.blocking(call, told)
         except Exception:  # noqa: BLE001 - as above
             if last:
                 # Not lost: they come back when the queue's own visibility timeout ends.
@@ -713,7 +846,10 @@ class _Batch:
             else:
                 gathered[:0] = some
 
-    async def _add_up(self, rows: Sequence[LedgerRow]) -> None:
+    async def _add_up(self) -> None:
+        rows, self._to_add_up = self._to_add_up, []
+        if not rows:
+            return
         sums: dict[tuple[str, date, str, str], Spend] = {}
         for row in rows:
             key = (row.tenant, row.day, row.model, row.lane)
@@ -809,6 +945,7 @@ class _Call:
         self._group = admission.claimant.model_group if priced else OTHER_MODELS
         self._canceled = False
         self._settled = False
+        self._renewed_at = self._tools.clock.now()
 
     async def make(self, params: str) -> Disposition | Rest | Job:
         """Make the call and write down what came of it."""
@@ -859,7 +996,6 @@ class _Call:
 
     async def _keep_lease(self) -> None:
         """Renew the lease while the call runs; return when the job was canceled or taken away."""
-        renewed = self._tools.clock.now()
         while True:
             await self._tools.clock.sleep(CANCEL_CHECK_MS)
             now = self._tools.clock.now()
@@ -871,15 +1007,18 @@ class _Call:
                 if current.cancel_requested:
                     self._canceled = True
                     return
-                if now - renewed >= RENEW_MS - CANCEL_CHECK_MS:
-                    kept = life.renew(current, self._owner, now + LEASE_MS)
-                    await self._tools.blocking(self._tools.jobs.replace, kept, current.version)
-                    self._job, renewed = kept, now
+                await self._renew_if_due(now)
             except Stale:
                 continue
             except StoreBusy:
-                if now - renewed >= LEASE_MS - CANCEL_CHECK_MS:
+                if now - self._renewed_at >= LEASE_MS - CANCEL_CHECK_MS:
                     return
+
+    async def _renew_if_due(self, now: int) -> None:
+        if now - self._renewed_at >= RENEW_MS - CANCEL_CHECK_MS:
+            kept = life.renew(self._job, self._owner, now + LEASE_MS)
+            await self._tools.blocking(self._tools.jobs.replace, kept, self._job.version)
+            self._job, self._renewed_at = kept, now
 
     def _heard(self, headers: Headers) -> None:
         """Take in headers that came before their answer."""
@@ -970,13 +1109,25 @@ class _Call:
         )
 
     async def _store(self, message: str, row: LedgerRow) -> life.Result:
+        # A name for this call alone: one that comes late must not put its answer in the place of another's.
+        name = f"{self._job.job_id}-{self._claim}"
         while True:
             try:
-                return await self._tools.blocking(
-                    self._tools.results.put, self._job.job_id, message
-                )
+                return await self._tools.blocking(self._tools.results.put, name, message)
             except StoreBusy:
                 await self._rest(row)
+                await self._keep_on()
+
+    async def _keep_on(self) -> None:
+        """Keep the lease while the answer waits to be stored: else the job would be run again meanwhile."""
+        try:
+            await self._renew_if_due(self._tools.clock.now())
+        except Stale as stale:
+            if isinstance(stale.current, Job):
+                self._job = stale.current
+        except (StoreBusy, LeaseLost):
+            # The write of the outcome will say what it means.
+            return
 
     async def _rest(self, row: LedgerRow | None) -> None:
         """Wait a moment for a store that is busy; raises StoreBusy when there is no time left to wait.
@@ -987,7 +1138,7 @@ class _Call:
             self._account(row, "outcome not stored")
             what = "the store, until the end of the invocation,"
             raise StoreBusy(what)
-        await self._tools.clock.sleep(1_000)
+        await self._tools.clock.sleep(BUSY_MS)
 
     async def _stopped(self) -> Disposition | Rest | Job:
         """The call was ended from outside. It may have been billed; what is known goes to the ledger."""
@@ -1195,7 +1346,7 @@ class _Call:
         if row is not None:
             self._batch.rows.append(replace(row, note=note or row.note))
 
-    async def _write(
+    async def _write(  # noqa: C901 - one branch per way it can go
         self,
         change: Callable[[Job, int], Job],
         disposition: Disposition | int | None,
@@ -1205,6 +1356,11 @@ class _Call:
 
         None as disposition: go on with the job at once; a number: after so many milliseconds.
         """
+        if row is not None and not row.certain:
+            # What may be billed and is made again must be in the ledger even if this worker dies right after.
+            await self._batch.record_now([row], news=[row])
+            row = None
+        tried: list[Job] = []
         while True:
             try:
                 now = self._tools.clock.now()
@@ -1212,8 +1368,13 @@ class _Call:
                 if written.state is State.QUEUED and written.cancel_requested:
                     ended = life.finish_waiting(written, State.CANCELED, now)
                     written = replace(ended, version=written.version)
+                tried.append(written)
                 await self._tools.blocking(self._tools.jobs.replace, written, self._job.version)
             except Stale as stale:
+                if stale.current in tried:
+                    # Written already: only the reply was lost.
+                    written = stale.current
+                    break
                 # A cancel may have set its flag meanwhile; the call's outcome still stands.
                 if not isinstance(stale.current, Job):
                     self._account(row, "job record gone")
@@ -1234,6 +1395,10 @@ class _Call:
         if isinstance(disposition, int):
             return Rest(written, disposition)
         return written if disposition is None else disposition
+
+
+def _let_go(message: Received, done: Callable[[Received], object], _: object) -> None:
+    done(message)
 
 
 def model_circuit(model: str) -> str:

@@ -10,12 +10,20 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
     HTTPClientError,
 )
 from botocore.exceptions import (
     ConnectionError as BotoConnectionError,
 )
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from sluice.domain.errors import StoreBusy
 
@@ -99,17 +107,34 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, (BotoConnectionError, HTTPClientError))
 
 
+def may_be_done(error: BaseException) -> bool:
+    """Tell whether AWS may have done the call all the same: the reply was lost, or was a 5xx."""
+    if isinstance(error, ClientError):
+        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500  # noqa: PLR2004 - HTTP
+    return not isinstance(error, ConnectTimeoutError | EndpointConnectionError)
+
+
 def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     """Call AWS; hiccups are tried again up to 4 times within about a second, then it is StoreBusy(what)."""
+    doubtful = False
+
+    def is_worth_it(error: BaseException) -> bool:
+        nonlocal doubtful
+        if not is_passing(error):
+            return False
+        doubtful = doubtful or may_be_done(error)
+        return True
+
     attempts = Retrying(
-        stop=stop_after_attempt(4),
+        # A call that hangs has taken its time already: no second one after five seconds.
+        stop=stop_after_attempt(4) | stop_after_delay(5),
         wait=wait_random_exponential(multiplier=0.05, max=0.5),
-        retry=retry_if_exception(is_passing),
+        retry=retry_if_exception(is_worth_it),
         reraise=True,
     )
     try:
         return attempts(call, **arguments)
     except (ClientError, BotoCoreError) as error:
         if is_passing(error):
-            raise StoreBusy(what) from error
+            raise StoreBusy(what, may_be_done=doubtful) from error
         raise

@@ -18,11 +18,11 @@ from sluice.adapters import aws, job_records
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id, matches
 from sluice.domain.errors import Conflict, InvalidRequest, Stale, StoreBusy
-from sluice.domain.jobs import Job, State
+from sluice.domain.jobs import DueFor, Job, State
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
-from sluice.ports import Clock, Page, Params, Parked
+from sluice.ports import Clock, Due, Page, Params
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,9 @@ INLINE_BYTES: Final = 350_000
 """Requests above this size, compressed, go to S3: an item holds 400 KB."""
 
 OBJECTS_AT_ONCE: Final = 8
+
+SHORT_DAYS: Final = 60
+"""How long the template keeps objects under params/; those of a longer retention stand under long-params/."""
 
 LEARNED_ID: Final = "models#learned"
 NOTES_ID: Final = "governor#notes"
@@ -119,27 +122,30 @@ class DynamoJobs:
             last = _index_key(jobs[-1])
         return Page(tuple(jobs), _page(last) if last else None)
 
-    def due(self, now: int, limit: int) -> Sequence[Parked]:
-        """Return the parked jobs whose time has come, longest due first; of many those at both ends."""
+    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
+        """Return the jobs whose time has come, longest due first; of many those at both ends."""
         share = max(1, limit // job_records.DUE_SHARDS // 2)
-        found: dict[str, Parked] = {}
-        for shard in range(job_records.DUE_SHARDS):
-            some = self._due(str(shard), now, share, longest_first=True)
+        found: dict[str, Due] = {}
+        for part in range(job_records.DUE_SHARDS):
+            shard = job_records.due_shard(why, part)
+            some = self._due(shard, now, share, longest_first=True)
             if len(some) == share:
-                some += self._due(str(shard), now, share, longest_first=False)
+                some += self._due(shard, now, share, longest_first=False)
             found |= {each.job_id: each for each in some}
         return sorted(found.values(), key=lambda each: (each.due_at, each.job_id))
 
-    def hold(self, parked: Parked, until: int) -> Parked | None:
+    def hold(self, due: Due, until: int) -> Due | None:
         """Take a due job by one conditional write; None when somebody else was quicker."""
-        taken = self._if_due(parked, "SET due_at = :until", {":until": {"N": str(until)}})
-        return replace(parked, due_at=until) if taken else None
+        taken = self._if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
+        return replace(due, due_at=until) if taken else None
 
-    def release(self, parked: Parked) -> None:
-        """Take the job out of the index, unless it has gone on already."""
-        self._if_due(parked, "REMOVE " + ", ".join(job_records.DUE), {})
+    def watch(self, due: Due, until: int) -> None:
+        """Move the job to the jobs that are looked at in case their message is lost, unless it has gone on already."""
+        shard = job_records.due_shard(DueFor.CARE, job_records.due_part(due.job_id))
+        values: Item = {":until": {"N": str(until)}, ":shard": {"S": shard}}
+        self._if_due(due, "SET due_at = :until, due_shard = :shard", values)
 
-    def _due(self, shard: str, now: int, limit: int, *, longest_first: bool) -> list[Parked]:
+    def _due(self, shard: str, now: int, limit: int, *, longest_first: bool) -> list[Due]:
         answer = aws.patiently(
             "the jobs table",
             self._client.query,
@@ -151,7 +157,7 @@ class DynamoJobs:
             Limit=limit,
         )
         return [
-            Parked(
+            Due(
                 job_id=item["job_id"]["S"],
                 tenant=item["tenant"]["S"],
                 model=item["due_model"]["S"],
@@ -161,17 +167,17 @@ class DynamoJobs:
             for item in answer["Items"]
         ]
 
-    def _if_due(self, parked: Parked, change: str, values: Item) -> bool:
-        """Change a parked job if it is still due when it was; the job record itself stays untouched."""
+    def _if_due(self, due: Due, change: str, values: Item) -> bool:
+        """Change when a job is due if it is still due when it was; the job record itself stays untouched."""
         try:
             aws.patiently(
                 "the jobs table",
                 self._client.update_item,
                 TableName=self._table,
-                Key={"job_id": {"S": parked.job_id}},
+                Key={"job_id": {"S": due.job_id}},
                 UpdateExpression=change,
                 ConditionExpression="due_at = :seen",
-                ExpressionAttributeValues={":seen": {"N": str(parked.due_at)}, **values},
+                ExpressionAttributeValues={":seen": {"N": str(due.due_at)}, **values},
             )
         except ClientError as error:
             if aws.code(error) != "ConditionalCheckFailedException":
@@ -218,7 +224,8 @@ class DynamoParams:
             item["body"] = {"B": body}
         else:
             # The hash is part of the name, so that another request under the same id cannot overwrite it.
-            key = f"params/{params.job_id}-{params.request_hash[:16]}.json.gz"
+            prefix = "params" if days <= SHORT_DAYS else "long-params"
+            key = f"{prefix}/{params.job_id}-{params.request_hash[:16]}.json.gz"
             self._objects.put(key, body)
             item["object_key"] = {"S": key}
         current = _put(

@@ -11,13 +11,15 @@ from sluice.domain.jobs import (
     SCHEMA_VERSION,
     Attempt,
     AttemptOutcome,
+    DueFor,
     Job,
     JobError,
     Lease,
+    Redrive,
     Result,
     Snooze,
     State,
-    due_at,
+    due,
 )
 from sluice.domain.pricing import Usage
 
@@ -33,10 +35,7 @@ WAITING_DAYS = 45
 """Jobs that have not ended, and requests, are kept at least so long: far beyond the 14 days of a message."""
 
 DUE_SHARDS = 8
-"""Parts of the index `by_due`: one part takes 1,000 writes a second, and a whole backlog may be parked at once."""
-
-DUE = ("due_shard", "due_at", "due_model", "due_deadline")
-"""Attributes that only a parked job has, so that the index `by_due` holds nothing else."""
+"""Parts of the index `by_due` for each reason: one part takes 1,000 writes a second, and a backlog may park at once."""
 
 _FLAT_TEXT = ("job_id", "tenant", "state", "model", "lane", "custom_id")
 _FLAT_NUMBERS = (
@@ -53,9 +52,14 @@ def created_key(job: Job) -> str:
     return f"{job.created_at:015d}#{job.job_id}"
 
 
-def due_shard(job_id: str) -> str:
-    """Return the part of the index `by_due` that the job stands in while it is parked."""
-    return str(sha256(job_id.encode()).digest()[0] % DUE_SHARDS)
+def due_part(job_id: str) -> int:
+    """Return the number of the part of the index `by_due` that the job stands in."""
+    return sha256(job_id.encode()).digest()[0] % DUE_SHARDS
+
+
+def due_shard(why: DueFor, part: int) -> str:
+    """Return the name of a part of the index `by_due`. Parked jobs have had parts without a word before the number."""
+    return str(part) if why is DueFor.CALL else f"{why}{part}"
 
 
 def encode(job: Job, retention_days: int) -> Item:
@@ -74,10 +78,11 @@ def encode(job: Job, retention_days: int) -> Item:
         number = getattr(job, name)
         if number is not None:
             item[name] = {"N": str(number)}
-    due = due_at(job)
-    if due is not None:
-        item["due_shard"] = {"S": due_shard(job.job_id)}
-        item["due_at"] = {"N": str(due)}
+    next_look = due(job)
+    if next_look is not None:
+        why, at = next_look
+        item["due_shard"] = {"S": due_shard(why, due_part(job.job_id))}
+        item["due_at"] = {"N": str(at)}
         item["due_model"] = {"S": job.current_model}
         if job.deadline is not None:
             item["due_deadline"] = {"N": str(job.deadline)}
@@ -134,6 +139,10 @@ def decode(item: Item) -> Job:
         full_window=record.get("full_window", False),
         usage=_maybe(Usage, record.get("usage")),
         error=_maybe(JobError, record.get("error")),
+        redrives=tuple(
+            Redrive(each["at"], made(JobError, each["error"]))
+            for each in record.get("redrives", ())
+        ),
     )
 
 
@@ -164,7 +173,7 @@ def _record(job: Job) -> str:
 
 
 def _plain(value: Any) -> object:
-    if isinstance(value, Usage | Lease | Snooze | JobError | Attempt):
+    if isinstance(value, Usage | Lease | Snooze | JobError | Attempt | Redrive):
         return {
             name: _plain(each) if isinstance(each, dict) else each
             for name, each in asdict(value).items()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
+from sluice.adapters.job_records import made
+from sluice.dead_letters import KeptLetter
 from sluice.domain.errors import JobNotFound
 from sluice.domain.jobs import Result
 from sluice.ports import Received
@@ -48,6 +52,17 @@ class Objects:
             raise
         return answer["Body"].read()
 
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Return the keys that begin so, each with when it was written (epoch ms)."""
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": prefix}
+        while True:
+            page = aws.patiently("the data bucket", self._client.list_objects_v2, **arguments)
+            for each in page.get("Contents", ()):
+                yield each["Key"], int(each["LastModified"].timestamp() * 1000)
+            if not page["IsTruncated"]:
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
 
 class Results:
     """Claude's Messages, gzipped: inline in the job record or as an object."""
@@ -55,12 +70,12 @@ class Results:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
-    def put(self, job_id: str, message: str) -> Result:
+    def put(self, name: str, message: str) -> Result:
         """Store a Message durably, unless it is small enough to travel in the job record."""
         body = gzip.compress(message.encode(), compresslevel=6, mtime=0)
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
-        key = f"results/{job_id}.json.gz"
+        key = f"results/{name}.json.gz"
         self._objects.put(key, body)
         return Result(object_key=key)
 
@@ -78,6 +93,9 @@ class Results:
 class DeadLetterObjects:
     """The raw bodies of dead letters."""
 
+    PREFIX: Final = "dead-letters/"
+    PARALLEL_READS: Final = 16
+
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
@@ -91,4 +109,23 @@ class DeadLetterObjects:
             "sent_at": message.sent_at,
             "body": message.body,
         }
-        self._objects.put(f"dead-letters/{message.message_id}.json", json.dumps(document).encode())
+        self._objects.put(self._key(message.message_id), json.dumps(document).encode())
+
+    def letters(self) -> Iterator[KeptLetter]:
+        """Return all that are kept: a list call per thousand, and a read of each."""
+        with ThreadPoolExecutor(self.PARALLEL_READS) as threads:
+            read = threads.map(lambda name: self._read(*name), self._objects.names(self.PREFIX))
+            yield from (letter for letter in read if letter is not None)
+
+    def letter(self, message_id: str) -> KeptLetter | None:
+        """Return one of them."""
+        key = self._key(message_id)
+        found = (at for name, at in self._objects.names(key) if name == key)
+        return next((self._read(key, at) for at in found), None)
+
+    def _key(self, message_id: str) -> str:
+        return f"{self.PREFIX}{message_id}.json"
+
+    def _read(self, key: str, at: int) -> KeptLetter | None:
+        body = self._objects.get(key)
+        return None if body is None else made(KeptLetter, {**json.loads(body), "kept_at": at})

@@ -105,13 +105,17 @@ class SqsInbox:
         self._url = url
         self._dead_letters_url = dead_letters_url
 
-    def receive(self, most: int) -> Sequence[Received]:
-        """Take up to ten messages that are visible now. A short wait, so that all of SQS's servers are asked."""
+    def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
+        """Take up to ten messages that are visible now, and hide them so long.
+
+        A short wait, so that all of SQS's servers are asked.
+        """
         answer: Mapping[str, Any] = aws.patiently(
             "the jobs queue",
             self._client.receive_message,
             QueueUrl=self._url,
             MaxNumberOfMessages=min(most, AT_ONCE),
+            VisibilityTimeout=_seconds(hidden_ms),
             WaitTimeSeconds=LOOK_SECONDS,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
         )
@@ -157,9 +161,7 @@ class SqsInbox:
                 {
                     "Id": str(position),
                     "ReceiptHandle": message.receipt,
-                    "VisibilityTimeout": min(
-                        LONGEST_VISIBILITY_SECONDS, max(0, -(-delay_ms // 1000))
-                    ),
+                    "VisibilityTimeout": _seconds(delay_ms),
                 }
                 for position, (message, delay_ms) in enumerate(delays[start : start + AT_ONCE])
             ]
@@ -188,6 +190,10 @@ class SqsInbox:
                 return
         raise StoreBusy(what)
 
+    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
+        """Hide messages that are at work for a time from now; as `put_back`, ten per call."""
+        self.put_back([(message, milliseconds) for message in messages])
+
     def bury(self, message: Received, reason: str) -> None:
         """Send a message that is not ours to the dead-letter queue, with the reason."""
         aws.patiently(
@@ -197,3 +203,7 @@ class SqsInbox:
             MessageBody=message.body,
             MessageAttributes={"reason": {"DataType": "String", "StringValue": reason}},
         )
+
+
+def _seconds(milliseconds: int) -> int:
+    return min(LONGEST_VISIBILITY_SECONDS, max(0, -(-milliseconds // 1000)))

@@ -13,7 +13,6 @@ from aws_lambda_powertools.metrics import EphemeralMetrics, MetricUnit
 
 from sluice.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
 
-SERVICE: Final = "sluice"
 VALUES_AT_ONCE: Final = 99
 """EMF allows 100 values of a metric in one document; with the hundredth Powertools emits it unasked."""
 
@@ -70,9 +69,9 @@ class Telemetry:
             for start in range(0, most, VALUES_AT_ONCE):
                 self._emit(model_group, of_group, start)
 
-    @staticmethod
-    def _emit(model_group: str | None, values: dict[str, list[float]], start: int) -> None:
-        metrics = EphemeralMetrics(namespace=NAMESPACE, service=SERVICE)
+    def _emit(self, model_group: str | None, values: dict[str, list[float]], start: int) -> None:
+        # The stack's name, which the template puts into Powertools' own variable.
+        metrics = EphemeralMetrics(namespace=NAMESPACE, service=self._logger.service)
         if model_group is not None:
             metrics.add_dimension("model_group", model_group)
         for metric, numbers in values.items():

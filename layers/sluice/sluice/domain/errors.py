@@ -9,6 +9,7 @@
     ├── Conflict             the same name or Idempotency-Key stands for another request
     ├── RequestTooLarge      the body is above the size the gateway takes
     ├── StoreBusy            a store or queue did not take the write; try again later
+    ├── Unexpected           a fault nobody thought of; the log has it
     ├── Stale                somebody else changed the record first (carries what it is now)
     ├── IllegalTransition    a change of state that the state machine does not know
     ├── LeaseLost            the job no longer belongs to this worker
@@ -64,12 +65,22 @@ class RequestTooLarge(SluiceError):
 
 
 class StoreBusy(SluiceError):
-    """A store or queue did not take the write."""
+    """A store or queue did not take the write, or its reply was lost: then `may_be_done` says so."""
 
-    def __init__(self, what: str, retry_after_seconds: int = 2) -> None:
+    def __init__(
+        self, what: str, retry_after_seconds: int = 2, *, may_be_done: bool = False
+    ) -> None:
         super().__init__(f"{what} is busy; try again in {retry_after_seconds} s")
         self.what = what
         self.retry_after_seconds = retry_after_seconds
+        self.may_be_done = may_be_done
+
+
+class Unexpected(SluiceError):
+    """Something went wrong in the gateway. Send it again under the same Idempotency-Key or custom_id."""
+
+    def __init__(self) -> None:
+        super().__init__(type(self).__doc__)
 
 
 class Stale(SluiceError, Generic[Record]):

@@ -19,6 +19,12 @@ from sluice.domain.pricing import Usage
 LONGEST_PARK_MS: Final = 6 * 3_600_000
 """A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
 
+WATCH_MS: Final = 30 * 60_000
+"""A job of which nothing was written for so long may have lost its message: the sweep looks at it."""
+
+WATCH_GRAIN_MS: Final = 15 * 60_000
+"""Such times are rounded up to whole quarters of an hour, so that most writes of a job leave its index entry alone."""
+
 SCHEMA_VERSION: Final = 1
 """Of the stored record and of the queue message."""
 
@@ -38,32 +44,137 @@ class State(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Tell whether the job will never change again."""
-        return not TRANSITIONS[self]
+        """Tell whether the job has ended. It never changes again by itself; an operator may redrive an errored one."""
+        return self not in _WAITING
 
 
-TRANSITIONS: Final[Mapping[State, Mapping[State, str]]] = {
-    State.QUEUED: {
-        State.RUNNING: "a worker takes the lease",
-        State.QUEUED: "parked: a wait of more than 15 minutes leaves the queue, the sweep sends it again",
-        State.CANCELED: "canceled before the call",
-        State.EXPIRED: "deadline passed",
-        State.ERRORED: "attempts used up, no key allowed, or dead letter",
-    },
-    State.RUNNING: {
-        State.RUNNING: "lease renewed, or taken over after it ran out",
-        State.QUEUED: "snooze (attempt given back) or retry (attempt used)",
-        State.SUCCEEDED: "answer stored",
-        State.ERRORED: "give up",
-        State.CANCELED: "canceled during the call",
-        State.EXPIRED: "deadline passed",
-    },
-    State.SUCCEEDED: {},
-    State.ERRORED: {},
-    State.CANCELED: {},
-    State.EXPIRED: {},
+class Party(StrEnum):
+    """Who changes jobs."""
+
+    API = "api"
+    WORKER = "worker"
+    SWEEP = "sweep"
+    DEAD_LETTERS = "dead letters"
+    OPERATOR = "operator"
+
+
+class Hold(StrEnum):
+    """What must be true of the lease for a change to be allowed."""
+
+    NOBODY = "no live lease"
+    """Nobody has the job, or the lease of the one who had it has run out."""
+    WRITER = "the writer's own"
+    """Also after it ran out, for as long as nobody has taken the job over."""
+    SOMEBODY = "a live lease"
+
+
+class Change(StrEnum):
+    """Every change a stored job can go through."""
+
+    CLAIM = "claim"
+    TAKE_OVER = "take over"
+    RENEW = "renew"
+    ASK_TO_CANCEL = "ask to cancel"
+    SNOOZE = "snooze"
+    RETRY = "retry"
+    FALL_BACK = "fall back"
+    PARK = "park"
+    SUCCEED = "succeed"
+    GIVE_UP = "give up"
+    STOP = "stop"
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+    FAIL = "fail"
+    REDRIVE = "redrive"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """From where to where a change leads, who may make it, and what the lease must be."""
+
+    sources: tuple[State, ...]
+    target: State
+    who: tuple[Party, ...]
+    lease: Hold
+    when: str
+
+
+_WAITING: Final = (State.QUEUED, State.RUNNING)
+"""A job whose worker died is `running` on record until somebody finds it: as good as waiting once its lease is over."""
+
+CHANGES: Final[Mapping[Change, Rule]] = {
+    Change.CLAIM: Rule(
+        (State.QUEUED,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
+        "it has a start time from the limiter, and the time has come: a worker takes the lease",
+    ),
+    Change.TAKE_OVER: Rule(
+        (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
+        "the same, after the lease of a worker that died ran out: its attempt is closed as lost",
+    ),
+    Change.RENEW: Rule(
+        (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.WRITER,
+        "the call goes on: the lease is renewed",
+    ),
+    Change.ASK_TO_CANCEL: Rule(
+        (State.RUNNING,), State.RUNNING, (Party.API,), Hold.SOMEBODY,
+        "canceled during the call: a flag, which the worker finds within 15 s",
+    ),
+    Change.SNOOZE: Rule(
+        (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
+        "rate limited, overloaded, key rejected, spend limit: the attempt is given back",
+    ),
+    Change.RETRY: Rule(
+        (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
+        "the call failed, or Claude refused and there is a fallback model: the attempt is used",
+    ),
+    Change.FALL_BACK: Rule(
+        (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
+        "overloaded, and there is a fallback model: the attempt is given back",
+    ),
+    Change.PARK: Rule(
+        _WAITING, State.QUEUED, (Party.API, Party.WORKER), Hold.NOBODY,
+        "it must wait for more than 15 minutes, or the queue did not take its message: the sweep sends it",
+    ),
+    Change.SUCCEED: Rule(
+        (State.RUNNING,), State.SUCCEEDED, (Party.WORKER,), Hold.WRITER,
+        "the answer is stored",
+    ),
+    Change.GIVE_UP: Rule(
+        (State.RUNNING,), State.ERRORED, (Party.WORKER,), Hold.WRITER,
+        "the call failed for good, or failed at the last attempt",
+    ),
+    Change.STOP: Rule(
+        (State.RUNNING,), State.CANCELED, (Party.WORKER,), Hold.WRITER,
+        "canceled during the call, which is ended",
+    ),
+    Change.CANCEL: Rule(
+        _WAITING, State.CANCELED, (Party.API, Party.WORKER), Hold.NOBODY,
+        "canceled before a call",
+    ),
+    Change.EXPIRE: Rule(
+        _WAITING, State.EXPIRED, (Party.WORKER, Party.SWEEP), Hold.NOBODY,
+        "its deadline has passed",
+    ),
+    Change.FAIL: Rule(
+        _WAITING, State.ERRORED, (Party.WORKER, Party.DEAD_LETTERS), Hold.NOBODY,
+        "attempts used up, no key allowed, too large for the limit, or its message is a dead letter",
+    ),
+    Change.REDRIVE: Rule(
+        (State.ERRORED,), State.QUEUED, (Party.OPERATOR,), Hold.NOBODY,
+        "it ended by a dead letter, its deadline lies ahead, and nobody canceled it: parked until now",
+    ),
+}  # fmt: skip
+"""The state machine. Every function below that changes a job obeys it, and `docs/state_machine.md` is made from it."""
+
+ENDINGS: Final[Mapping[State, Change]] = {
+    State.CANCELED: Change.CANCEL,
+    State.EXPIRED: Change.EXPIRE,
+    State.ERRORED: Change.FAIL,
 }
-"""Every change of state there is, and why it happens. `docs/state_machine.md` is drawn from it."""
+"""How a job ends that nobody runs."""
+
+DEAD_LETTER: Final = "dead_letter"
+"""The error type of a job that ended because its message became a dead letter."""
 
 
 class AttemptOutcome(StrEnum):
@@ -120,6 +231,14 @@ class Snooze:
 
 
 @dataclass(frozen=True, slots=True)
+class Redrive:
+    """An operator has sent an errored job back: when, and what it had ended with."""
+
+    at: int
+    error: JobError
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Where the answer is: the gzipped Message inline, or the key of an object that holds it."""
 
@@ -167,6 +286,8 @@ class Job:
     cost_micro_usd: int = 0
     result: Result | None = None
     error: JobError | None = None
+    redrives: tuple[Redrive, ...] = ()
+    """Oldest first. `attempts_used` counts from the last one on; `attempts` keeps them all."""
 
     @property
     def current_model(self) -> str:
@@ -177,6 +298,13 @@ class Job:
     def has_fallback(self) -> bool:
         """Tell whether there is another model to move to."""
         return self.fallbacks_used < len(self.fallback_models)
+
+
+def open_attempt(job: Job) -> Attempt | None:
+    """Return the attempt that is running, or that its worker never ended."""
+    if job.attempts and job.attempts[-1].outcome is None:
+        return job.attempts[-1]
+    return None
 
 
 class Step(StrEnum):
@@ -194,14 +322,33 @@ class Step(StrEnum):
     USED_UP = "used_up"
 
 
-def due_at(job: Job) -> int | None:
-    """Return when a parked job is wanted again: at `not_before`, or to end it when its deadline comes first.
+class DueFor(StrEnum):
+    """Why the sweep shall look at a job."""
 
-    Parked is a waiting job with a `not_before`. Its message has left the queue; the sweep sends another one.
+    CALL = "call"
+    """It has no message and its time has come, or its deadline has passed: this cannot wait."""
+    CARE = "care"
+    """Its message should have brought it on by now. Perhaps it was never sent, or is lost."""
+
+
+def due(job: Job) -> tuple[DueFor, int] | None:
+    """Return why and when the sweep shall look at the job next; None once it has ended.
+
+    Parked is a waiting job with a `not_before`: its message has left the queue, and the sweep sends another one.
     """
-    if job.state is not State.QUEUED or job.not_before is None:
+    if job.state.is_final:
         return None
-    return job.not_before if job.deadline is None else min(job.not_before, job.deadline)
+    if job.state is State.QUEUED and job.not_before is not None:
+        why, at = DueFor.CALL, job.not_before
+    else:
+        last_snooze = job.last_snooze.at if job.last_snooze else 0
+        last_attempt = job.attempts[-1] if job.attempts else None
+        attempted = (last_attempt.ended_at or last_attempt.at) if last_attempt else 0
+        latest = max(job.created_at, last_snooze, attempted)
+        why, at = DueFor.CARE, -(-(latest + WATCH_MS) // WATCH_GRAIN_MS) * WATCH_GRAIN_MS
+    if job.deadline is not None and job.deadline <= at:
+        return DueFor.CALL, job.deadline
+    return why, at
 
 
 def derived_job_id(tenant: str, scope: str, name: str) -> str:
@@ -237,13 +384,12 @@ def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 -
 
 def claim(job: Job, owner: str, now: int, lease_until: int) -> Job:
     """Take the lease: `queued` becomes `running`; a lease that ran out is taken over, its attempt closed as lost."""
-    if job.lease is not None and job.lease.until > now:
-        raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", State.RUNNING)
     attempts = _close_lost(job, now)
     number = (attempts[-1].number if attempts else 0) + 1
-    return _moved(
+    return _changed(
         job,
-        State.RUNNING,
+        Change.TAKE_OVER if job.state is State.RUNNING else Change.CLAIM,
+        now=now,
         lease=Lease(owner, lease_until),
         attempts_used=job.attempts_used + 1,
         attempts=(*attempts, Attempt(number, job.current_model, now)),
@@ -254,8 +400,7 @@ def claim(job: Job, owner: str, now: int, lease_until: int) -> Job:
 
 def renew(job: Job, owner: str, lease_until: int) -> Job:
     """Extend the owner's lease (heartbeat); raises LeaseLost when it is somebody else's by now."""
-    _owned(job, owner)
-    return _moved(job, State.RUNNING, lease=Lease(owner, lease_until))
+    return _changed(job, Change.RENEW, owner=owner, lease=Lease(owner, lease_until))
 
 
 def snooze(  # noqa: PLR0913 - the facts of one wait
@@ -271,27 +416,15 @@ def snooze(  # noqa: PLR0913 - the facts of one wait
 
     An answer that broke off for overload may have cost something all the same.
     """
-    _owned(job, owner)
-    return _moved(
-        job,
-        State.QUEUED,
-        lease=None,
-        attempts_used=job.attempts_used - 1,
-        attempts=job.attempts[:-1],
-        snoozes=job.snoozes + 1,
-        last_snooze=Snooze(now, reason),
-        not_before=not_before,
-        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
-    )
+    return _given_back(job, Change.SNOOZE, owner, Snooze(now, reason), not_before, cost_micro_usd)
 
 
 def park(job: Job, now: int, *, reason: str, not_before: int) -> Job:
     """Take a job that nobody runs out of the queue until a time: its message goes, the sweep will send another one."""
-    if job.lease is not None and job.lease.until > now:
-        raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", "parked")
-    return _moved(
+    return _changed(
         job,
-        State.QUEUED,
+        Change.PARK,
+        now=now,
         lease=None,
         attempts=_close_lost(job, now),
         not_before=not_before,
@@ -313,13 +446,12 @@ def retry(  # noqa: PLR0913 - the facts of one failed attempt
     full_window: bool = False,
 ) -> Job:
     """Put the job back with one attempt used; with `outcome=FALLBACK` its next model is up."""
-    _owned(job, owner)
-    closed = _closed(job, now, outcome, error, request_id, usage, cost_micro_usd)
-    return _moved(
+    return _changed(
         job,
-        State.QUEUED,
+        Change.RETRY,
+        owner=owner,
         lease=None,
-        attempts=closed,
+        attempts=_closed(job, now, outcome, error, request_id, usage, cost_micro_usd),
         not_before=not_before,
         cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
         fallbacks_used=job.fallbacks_used + (outcome is AttemptOutcome.FALLBACK),
@@ -331,8 +463,10 @@ def fall_back(
     job: Job, owner: str, now: int, *, reason: str, cost_micro_usd: int | None = None
 ) -> Job:
     """Move to the next fallback model without using an attempt: Claude was overloaded."""
-    put_back = snooze(job, owner, now, reason=reason, cost_micro_usd=cost_micro_usd)
-    return replace(put_back, fallbacks_used=job.fallbacks_used + 1)
+    given_back = _given_back(
+        job, Change.FALL_BACK, owner, Snooze(now, reason), None, cost_micro_usd
+    )
+    return replace(given_back, fallbacks_used=job.fallbacks_used + 1)
 
 
 def succeed(  # noqa: PLR0913 - the facts of one answer
@@ -346,11 +480,11 @@ def succeed(  # noqa: PLR0913 - the facts of one answer
     request_id: str | None,
 ) -> Job:
     """Store the answer. It is kept even if a cancel arrived meanwhile: the call was made and paid."""
-    _owned(job, owner)
     return _finished(
         job,
-        State.SUCCEEDED,
+        Change.SUCCEED,
         now,
+        owner=owner,
         attempts=_closed(
             job, now, AttemptOutcome.SUCCEEDED, None, request_id, usage, cost_micro_usd
         ),
@@ -371,11 +505,11 @@ def give_up(  # noqa: PLR0913 - the facts of one failed attempt
     cost_micro_usd: int | None = None,
 ) -> Job:
     """End the job as errored, whatever attempts remain."""
-    _owned(job, owner)
     return _finished(
         job,
-        State.ERRORED,
+        Change.GIVE_UP,
         now,
+        owner=owner,
         attempts=_closed(
             job, now, AttemptOutcome.GIVE_UP, error, request_id, usage, cost_micro_usd
         ),
@@ -389,11 +523,11 @@ def cancel_running(
     job: Job, owner: str, now: int, *, usage: Usage | None = None, cost_micro_usd: int | None = None
 ) -> Job:
     """End a running job whose call was stopped because the caller canceled it."""
-    _owned(job, owner)
     return _finished(
         job,
-        State.CANCELED,
+        Change.STOP,
         now,
+        owner=owner,
         attempts=_closed(job, now, AttemptOutcome.CANCELED, None, None, usage, cost_micro_usd),
         usage=usage,
         cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
@@ -402,9 +536,41 @@ def cancel_running(
 
 def finish_waiting(job: Job, state: State, now: int, error: JobError | None = None) -> Job:
     """End a job that no worker holds: canceled, expired, out of attempts, or found as a dead letter."""
-    if job.lease is not None and job.lease.until > now:
-        raise IllegalTransition(job.job_id, f"leased to {job.lease.owner}", state)
-    return _finished(job, state, now, attempts=_close_lost(job, now), error=error)
+    return _finished(job, ENDINGS[state], now, attempts=_close_lost(job, now), error=error)
+
+
+def why_not_redriven(job: Job, now: int) -> str | None:
+    """Return why the job may not be redriven, in words for an operator; None when it may."""
+    if job.state is not State.ERRORED or job.error is None:
+        return f"it is {job.state}"
+    if job.error.type != DEAD_LETTER:
+        return f"it ended with {job.error.type}, not by its letter"
+    if job.cancel_requested:
+        return "its caller has canceled it"
+    if job.deadline is not None and job.deadline <= now:
+        return "its deadline has passed"
+    return None
+
+
+def redrive(job: Job, now: int) -> Job:
+    """Make a job that ended by a dead letter runnable again, from its first model and with all its attempts.
+
+    It is parked until now: the sweep sends its message, as fast as the limits can start it.
+    """
+    reason = why_not_redriven(job, now)
+    if reason is not None or job.error is None:
+        raise IllegalTransition(job.job_id, job.state, f"redriven: {reason}")
+    return _changed(
+        job,
+        Change.REDRIVE,
+        now=now,
+        attempts_used=0,
+        fallbacks_used=0,
+        not_before=now,
+        finished_at=None,
+        error=None,
+        redrives=(*job.redrives, Redrive(now, job.error)),
+    )
 
 
 def request_cancel(job: Job, now: int) -> Job:
@@ -414,13 +580,30 @@ def request_cancel(job: Job, now: int) -> Job:
     if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
         if job.cancel_requested:
             return job
-        return replace(job, cancel_requested=True, version=job.version + 1)
+        return _changed(job, Change.ASK_TO_CANCEL, now=now, cancel_requested=True)
     return finish_waiting(replace(job, cancel_requested=True), State.CANCELED, now)
 
 
-def _owned(job: Job, owner: str) -> None:
-    if job.state is not State.RUNNING or job.lease is None or job.lease.owner != owner:
-        raise LeaseLost(job.job_id)
+def _given_back(  # noqa: PLR0913, PLR0917 - private, the facts of one wait
+    job: Job,
+    change: Change,
+    owner: str,
+    why: Snooze,
+    not_before: int | None,
+    cost_micro_usd: int | None,
+) -> Job:
+    return _changed(
+        job,
+        change,
+        owner=owner,
+        lease=None,
+        attempts_used=job.attempts_used - 1,
+        attempts=job.attempts[:-1],
+        snoozes=job.snoozes + 1,
+        last_snooze=why,
+        not_before=not_before,
+        cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
+    )
 
 
 def _closed(  # noqa: PLR0913, PLR0917 - private, the facts of one attempt
@@ -432,23 +615,27 @@ def _closed(  # noqa: PLR0913, PLR0917 - private, the facts of one attempt
     usage: Usage | None,
     cost_micro_usd: int | None,
 ) -> tuple[Attempt, ...]:
-    *before, attempt = job.attempts
-    closed = replace(
-        attempt,
-        ended_at=now,
-        outcome=outcome,
-        error=error,
-        request_id=request_id,
-        usage=usage,
-        cost_micro_usd=cost_micro_usd,
-    )
-    return (*before, closed)
+    # Of a job without an attempt nothing is closed: whoever asks for it does not own the job, and is told so.
+    closed = [
+        replace(
+            attempt,
+            ended_at=now,
+            outcome=outcome,
+            error=error,
+            request_id=request_id,
+            usage=usage,
+            cost_micro_usd=cost_micro_usd,
+        )
+        for attempt in job.attempts[-1:]
+    ]
+    return (*job.attempts[:-1], *closed)
 
 
 def _close_lost(job: Job, now: int) -> tuple[Attempt, ...]:
-    if not job.attempts or job.attempts[-1].outcome is not None:
+    attempt = open_attempt(job)
+    if attempt is None:
         return job.attempts
-    *before, attempt = job.attempts
+    before = job.attempts[:-1]
     error = JobError("worker_lost", "the worker died during the call, which may have been billed")
     lost = replace(attempt, ended_at=now, outcome=AttemptOutcome.LOST, error=error)
     return (*before, lost)
@@ -456,18 +643,21 @@ def _close_lost(job: Job, now: int) -> tuple[Attempt, ...]:
 
 def _finished(  # noqa: PLR0913 - private, what a final state sets
     job: Job,
-    state: State,
+    change: Change,
     now: int,
     *,
     attempts: tuple[Attempt, ...],
+    owner: str | None = None,
     result: Result | None = None,
     usage: Usage | None = None,
     cost_micro_usd: int | None = None,
     error: JobError | None = None,
 ) -> Job:
-    return _moved(
+    return _changed(
         job,
-        state,
+        change,
+        now=now,
+        owner=owner,
         lease=None,
         not_before=None,
         finished_at=now,
@@ -479,7 +669,16 @@ def _finished(  # noqa: PLR0913 - private, what a final state sets
     )
 
 
-def _moved(job: Job, state: State, **changes: object) -> Job:
-    if state not in TRANSITIONS[job.state]:
-        raise IllegalTransition(job.job_id, job.state, state)
-    return replace(job, state=state, version=job.version + 1, **changes)  # type: ignore[arg-type]
+def _changed(
+    job: Job, change: Change, *, now: int | None = None, owner: str | None = None, **facts: object
+) -> Job:
+    """Return the job after a change, if its rule allows it; `now` judges a lease, `owner` is the writer's name."""
+    rule = CHANGES[change]
+    holder = job.lease.owner if job.lease is not None else None
+    if rule.lease is Hold.WRITER and (job.state is not State.RUNNING or holder != owner):
+        raise LeaseLost(job.job_id)
+    if rule.lease is Hold.NOBODY and job.lease is not None and job.lease.until > (now or 0):
+        raise IllegalTransition(job.job_id, f"leased to {holder}", rule.target)
+    if job.state not in rule.sources:
+        raise IllegalTransition(job.job_id, job.state, rule.target)
+    return replace(job, state=rule.target, version=job.version + 1, **facts)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Sluice under chaos: `python -m bench.chaos`, or `make chaos`."""

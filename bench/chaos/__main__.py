@@ -1,0 +1,508 @@
+"""`make chaos`: the real local stack, 2,000 jobs, and everything that can be broken from outside.
+
+While jobs flow, worker processes are killed with SIGKILL in the middle of their batches, the Claude simulator is
+restarted, DynamoDB throttles and loses replies. Then, with no governor to help, Claude is overloaded for every call
+until the jobs of that time were received more than a hundred times each. At the end the books of both sides are
+compared.
+
+The exit code is 0 when nothing was lost, nothing billed twice without a cause, no dead letter came, and every job of a
+killed worker went on within the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from botocore.exceptions import BotoCoreError, ClientError
+from rich.console import Console
+from rich.table import Table
+
+from scripts.client import Gateway, Json
+from scripts.local_stack import LocalStack, Ready
+from scripts.local_stack.emulator import Child, call, clean_environment, free_port
+from scripts.submission import read_jobs, send
+from sluice.adapters import job_records
+from sluice.domain.jobs import Job
+from sluice.work import LEASE_MS
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+KEY: Final = "sk-ant-test-chaos"
+MODEL: Final = "claude-haiku-5-5"
+RPM: Final = 1_200
+CHAOS_SECONDS: Final = 150
+"""Over this time the jobs come, and what can break is broken."""
+
+TURN_SECONDS: Final = 5
+LIST: Final = 50
+"""Jobs in one submit."""
+
+OUTAGE_JOBS: Final = 60
+OUTAGE_RECEIVES: Final = 101
+OUTAGE_SECONDS: Final = 1_800
+MAX_ATTEMPTS: Final = 20
+"""More than the deployment's 5: killing at this rate takes several attempts from some jobs."""
+
+MIDWAY_SECONDS: Final = 1.0
+"""A batch this old is in the middle of its work."""
+
+EVERY: Final = {
+    "throttle": (5, 0),
+    "mend": (5, 2),
+    "restart": (8, 4),
+    "govern": (12, 0),
+    "say": (4, 0),
+}
+"""In which turns what is done: `(5, 2)` is in the second of every five."""
+
+BOUND_SECONDS: Final = LEASE_MS / 1000 + 60
+"""A lease; a poll and a batching window; and 10 to 40 s when the next worker puts it back for a throttled store."""
+
+
+@dataclass(slots=True)
+class Kill:
+    """One worker process that was killed, with what it had in hand."""
+
+    at: float
+    job_ids: Sequence[str]
+
+
+@dataclass(slots=True)
+class Damage:
+    """What was done to the stack."""
+
+    kills: list[Kill] = field(default_factory=list)
+    restarts: int = 0
+    throttled_seconds: float = 0
+    outage_seconds: float = 0
+    outage_receives: int = 0
+
+
+class Simulator:
+    """Claude, on one port for the whole run, however often it is restarted."""
+
+    def __init__(self) -> None:
+        self._port = free_port(0)
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._books: list[Json] = []
+        self._child = self._started()
+
+    def _started(self) -> Child:
+        child = Child(
+            "scripts.claude_simulator",
+            *("--port", str(self._port), "--rpm", str(RPM), "--keys", KEY),
+            *("--ttft", "2", "--tokens-per-second", "0", "--output-tokens", "30"),
+            environment=clean_environment(),
+        )
+        for _ in range(400):
+            with suppress(OSError):
+                call("GET", f"{self.url}/_simulator/stats")
+                return child
+            time.sleep(0.05)
+        raise RuntimeError(f"the simulator does not start: {child.last_words()}")
+
+    def restart(self) -> None:
+        """Kill it with the calls it is serving, and start another one. Calls that were cut are billed to nobody."""
+        self._books += self._read()
+        self._child.kill()
+        self._child = self._started()
+
+    def fail(self, share: float) -> None:
+        """Answer 529 to a share of all calls."""
+        call("POST", f"{self.url}/_simulator/config", {"faults": {"529": share}})
+
+    def books(self) -> list[Json]:
+        """Return every call that ended, also those before a restart."""
+        return self._books + self._read()
+
+    def _read(self) -> list[Json]:
+        import httpx  # noqa: PLC0415 - only here
+
+        text = httpx.get(f"{self.url}/_simulator/ledger", trust_env=False).text
+        return [json.loads(line) for line in text.splitlines()]
+
+    def stop(self) -> None:
+        """End it."""
+        self._child.kill()
+
+
+class Notes:
+    """What the workers say about their batches."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        file.touch()
+        self._read = 0
+        self.running: dict[str, Json] = {}
+        """By request id, the batches that have begun and not ended."""
+        self.receives: Counter[str] = Counter()
+
+    def look(self) -> None:
+        """Read what is new."""
+        text = self._file.read_text()
+        end = text.rfind("\n") + 1
+        for line in text[self._read : end].splitlines():
+            note = json.loads(line)
+            if "begins" in note:
+                self.running[note["begins"]] = note
+                for job_id, count in note["receives"].items():
+                    self.receives[job_id] = max(count, self.receives[job_id])
+            else:
+                self.running.pop(note["ends"], None)
+        self._read = end
+
+    def forget(self, request_id: str) -> None:
+        """A batch has ended with its process."""
+        self.running.pop(request_id, None)
+
+
+class Run:
+    """The whole of it."""
+
+    def __init__(self, ready: Ready, simulator: Simulator, folder: Path, jobs: int) -> None:
+        self._ready = ready
+        self._simulator = simulator
+        self._faults = folder / "dynamodb.json"
+        self.notes = Notes(folder / "notes.jsonl")
+        self._jobs = jobs
+        self._random = random.Random(1)  # noqa: S311 - chaos
+        self.accepted: dict[str, str] = {}
+        """Job ids and the names they were submitted under."""
+        self.damage = Damage()
+
+    # Load --------------------------------------------------------------------------------------------------
+
+    def submit(self, names: Sequence[str]) -> None:
+        """Submit jobs, as patiently as any client; the gateway may refuse for a while."""
+        lines = [
+            json.dumps(
+                {
+                    "custom_id": name,
+                    "params": {
+                        "model": MODEL,
+                        "max_tokens": 64,
+                        "metadata": {"user_id": name},
+                        "messages": [{"role": "user", "content": f"Number {name}, please."}],
+                    },
+                }
+            ).encode()
+            for name in names
+        ]
+        left = dict(zip(names, lines, strict=True))
+        with Gateway(self._ready.api_url, self._ready.client_key) as gateway:
+            for _ in range(20):
+                outcome = send(gateway, read_jobs(left.values(), {}), f"chaos-{time.time_ns()}")
+                for job in outcome.accepted:
+                    self.accepted[job.job_id] = str(job.custom_id)
+                    left.pop(str(job.custom_id))
+                if not left:
+                    return
+                time.sleep(1)
+        say(f"{len(left)} jobs were not accepted")
+
+    # Damage ------------------------------------------------------------------------------------------------
+
+    def kill_one(self) -> None:
+        """Kill a worker that is in the middle of a batch."""
+        self.notes.look()
+        now = time.time()
+        busy = [note for note in self.notes.running.values() if now - note["at"] > MIDWAY_SECONDS]
+        if not busy:
+            return
+        note = self._random.choice(busy)
+        with suppress(ProcessLookupError):
+            os.kill(note["pid"], signal.SIGKILL)
+            self.damage.kills.append(Kill(time.time(), list(note["receives"])))
+        self.notes.forget(note["begins"])
+
+    def throttle(self, refuse: float, lose_reply: float) -> None:
+        """Let DynamoDB refuse a share of all calls, and lose the reply of another."""
+        self._faults.write_text(json.dumps({"refuse": refuse, "lose_reply": lose_reply}))
+
+    def flow(self, names: Sequence[str]) -> None:
+        """Let jobs flow while everything breaks; return when all have ended, the last of them in peace."""
+        pause = CHAOS_SECONDS * LIST / len(names)
+
+        def load() -> None:
+            for start in range(0, len(names), LIST):
+                self.submit(names[start : start + LIST])
+                time.sleep(pause)
+
+        loader = threading.Thread(target=load)
+        loader.start()
+        began = time.monotonic()
+        turn, throttled_at = 0, None
+        while loader.is_alive():
+            turn += 1
+            time.sleep(max(0.0, began + turn * TURN_SECONDS - time.monotonic()))
+            self.kill_one()
+            if _is_turn("throttle", turn):
+                self.throttle(0.5, 0.05)
+                throttled_at = time.monotonic()
+            if _is_turn("mend", turn) and throttled_at is not None:
+                self.throttle(0, 0.02)
+                self.damage.throttled_seconds += time.monotonic() - throttled_at
+            if _is_turn("restart", turn):
+                self._simulator.restart()
+                self.damage.restarts += 1
+            if _is_turn("govern", turn):
+                self.govern()
+            if _is_turn("say", turn):
+                say(f"{time.monotonic() - began:4.0f} s: {self._progress()}")
+        loader.join()
+        self.throttle(0, 0)
+        self.wait_until_all_ended(began)
+
+    def outage(self, names: Sequence[str]) -> None:
+        """Overload Claude for every call until each job was received often, then mend it."""
+        self._simulator.fail(1.0)
+        began = time.monotonic()
+        self.submit(names)
+        ours = [job_id for job_id, name in self.accepted.items() if name in set(names)]
+        while True:
+            time.sleep(2)
+            self.notes.look()
+            least = min(self.notes.receives[job_id] for job_id in ours)
+            if least >= OUTAGE_RECEIVES or time.monotonic() - began > OUTAGE_SECONDS:
+                break
+            if int(time.monotonic() - began) % 20 in {0, 1}:
+                say(f"{time.monotonic() - began:4.0f} s of 529s: received {least} times at least")
+        self.damage.outage_receives = least
+        self.damage.outage_seconds = time.monotonic() - began
+        self._simulator.fail(0.0)
+        self.wait_until_all_ended(began)
+
+    def govern(self) -> None:
+        """Wake governor and sweep, as the schedule does."""
+        event = (REPOSITORY / "events" / "schedule.json").read_bytes()
+        with suppress(ClientError, BotoCoreError):
+            self._ready.client("lambda").invoke(
+                FunctionName=self._ready.resources["GovernorFunction"], Payload=event
+            )
+
+    def wait_until_all_ended(self, began: float, seconds: float = 600) -> None:
+        """Wait for what is still on its way, for as long as anything can take."""
+        until = time.monotonic() + seconds
+        while (left := self.open_jobs()) and time.monotonic() < until:
+            say(f"{time.monotonic() - began:4.0f} s: {left} jobs to go")
+            time.sleep(10)
+            self.govern()
+
+    # Books -------------------------------------------------------------------------------------------------
+
+    def records(self) -> dict[str, Job]:
+        """Return every job record."""
+        table = self._ready.resources["JobsTable"]
+        items = _patiently(lambda: _scanned(self._ready, table))
+        return {job.job_id: job for job in map(job_records.decode, items)}
+
+    def ledger(self) -> list[Json]:
+        """Return every row of the ledger."""
+        items = _patiently(lambda: _scanned(self._ready, self._ready.resources["LedgerTable"]))
+        return [
+            {name: next(iter(value.values())) for name, value in item.items()} for item in items
+        ]
+
+    def open_jobs(self) -> int:
+        """Return how many accepted jobs have not ended."""
+        records = self.records()
+        ended = sum(
+            job_id in records and records[job_id].state.is_final for job_id in list(self.accepted)
+        )
+        return len(self.accepted) - ended
+
+    def dead_letters(self) -> int:
+        """Return how many messages were dead letters."""
+        bucket = self._ready.resources["DataBucket"]
+        listed = self._ready.client("s3").list_objects_v2(Bucket=bucket, Prefix="dead-letters/")
+        return int(listed.get("KeyCount", 0))
+
+    def _progress(self) -> str:
+        states = Counter(str(job.state) for job in self.records().values())
+        told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        return f"{len(self.damage.kills)} workers killed; {told}"
+
+    def verdict(self) -> tuple[Table, bool]:
+        """Compare the books; return the table, and whether every promise was kept."""
+        records, rows, books = self.records(), self.ledger(), self._simulator.books()
+        ours = [records[job_id] for job_id in self.accepted if job_id in records]
+        states = Counter(str(job.state) for job in ours)
+        lost = len(self.accepted) - sum(job.state.is_final for job in ours)
+        explained, unexplained = _billed_twice(ours, rows, books)
+        recovery = _recovery(self.damage.kills, records)
+        dead = self.dead_letters()
+        worst = max(recovery, default=0.0)
+        table = Table("chaos", "", title="What came of it", title_justify="left")
+        for name, value in (
+            ("accepted", f"{len(self.accepted)} jobs"),
+            ("succeeded", f"{states['succeeded']}"),
+            ("ended otherwise", f"{len(ours) - lost - states['succeeded']}"),
+            ("lost", f"{lost}"),
+            ("billed twice, explained", f"{explained} calls"),
+            ("billed twice, unexplained", f"{unexplained} calls"),
+            ("dead letters", f"{dead}"),
+            ("workers killed", f"{len(self.damage.kills)}"),
+            ("jobs in their hands", f"{len(recovery)}"),
+            ("recovery after a kill, median", f"{median(recovery or [0.0]):.1f} s"),
+            ("recovery after a kill, worst", f"{worst:.1f} s (bound {BOUND_SECONDS:.0f} s)"),
+            ("simulator restarts", f"{self.damage.restarts}"),
+            ("DynamoDB throttled", f"{self.damage.throttled_seconds:.0f} s"),
+            (
+                "outage of 529s",
+                f"{self.damage.outage_seconds:.0f} s, {self.damage.outage_receives} receives or more",
+            ),
+        ):
+            table.add_row(name, value)
+        kept = (
+            len(self.accepted) == self._jobs
+            and states["succeeded"] == self._jobs
+            and not (lost or unexplained or dead)
+            and worst <= BOUND_SECONDS
+            and self.damage.outage_receives >= OUTAGE_RECEIVES
+            and bool(self.damage.kills)
+        )
+        return table, kept
+
+
+def _is_turn(what: str, turn: int) -> bool:
+    every, which = EVERY[what]
+    return turn % every == which
+
+
+def _billed_twice(
+    jobs: Sequence[Job], rows: Sequence[Json], books: Sequence[Json]
+) -> tuple[int, int]:
+    """Return how many billed calls brought no result, with and without a cause that Sluice's ledger names."""
+    billed: dict[str, list[str]] = defaultdict(list)
+    for each in books:
+        if each["billed"]:
+            billed[each["user_id"]].append(each["request_id"])
+    named = {row["request_id"] for row in rows if row.get("note") and row.get("request_id")}
+    nameless = Counter(row["job_id"] for row in rows if not row.get("request_id"))
+    explained = unexplained = 0
+    for job in jobs:
+        kept = {attempt.request_id for attempt in job.attempts}
+        extra = [call_id for call_id in billed[job.custom_id or ""] if call_id not in kept]
+        for call_id in extra:
+            if call_id in named:
+                explained += 1
+            elif nameless[job.job_id]:
+                nameless[job.job_id] -= 1
+                explained += 1
+            else:
+                unexplained += 1
+    return explained, unexplained
+
+
+def _recovery(kills: Sequence[Kill], records: dict[str, Job]) -> list[float]:
+    """Return after how many seconds each job of a killed worker went on; if that worker was killed too, until then."""
+    killed: dict[str, list[float]] = defaultdict(list)
+    for kill in kills:
+        for job_id in kill.job_ids:
+            killed[job_id].append(kill.at * 1000)
+    seconds = []
+    for kill in kills:
+        at = kill.at * 1000
+        for job_id in kill.job_ids:
+            job = records.get(job_id)
+            if job is None or job.finished_at is None or job.finished_at <= at:
+                continue
+            signs = [attempt.at for attempt in job.attempts] + killed[job_id]
+            went_on = min((sign for sign in signs if sign > at), default=job.finished_at)
+            seconds.append((went_on - at) / 1000)
+    return seconds
+
+
+def _scanned(ready: Ready, table: str) -> list[Any]:
+    pages = ready.client("dynamodb").get_paginator("scan").paginate(TableName=table)
+    return [item for page in pages for item in page["Items"]]
+
+
+def _patiently(read: Callable[[], list[Any]]) -> list[Any]:
+    """Read through the throttling that we have ordered ourselves."""
+    for _ in range(200):
+        with suppress(ClientError, BotoCoreError):
+            return read()
+        time.sleep(0.1)
+    return read()
+
+
+@contextmanager
+def stack(simulator: Simulator, folder: Path) -> Iterator[Ready]:
+    """Start the local stack with the chaos worker in the place of the deployed one."""
+    worker = folder / "worker"
+    worker.mkdir()
+    shutil.copy(REPOSITORY / "functions" / "worker" / "app.py", worker / "deployed.py")
+    shutil.copy(Path(__file__).with_name("worker.py"), worker / "app.py")
+    settings = {"notes": str(folder / "notes.jsonl"), "hold_ms": 1_000, "pause_ms": 300}
+    (worker / "chaos.json").write_text(json.dumps(settings))
+    text = (REPOSITORY / "template.yaml").read_text()
+    for before, after in (
+        ("CodeUri: functions/worker/", f"CodeUri: {worker}/"),
+        ("CodeUri: functions/", f"CodeUri: {REPOSITORY}/functions/"),
+        ("ContentUri: layers/", f"ContentUri: {REPOSITORY}/layers/"),
+    ):
+        if before not in text:
+            raise LookupError(f"template.yaml has no {before!r}")
+        text = text.replace(before, after)
+    head, parameter, rest = text.partition("  MaxAttempts:\n")
+    template = folder / "template.yaml"
+    template.write_text(
+        head + parameter + rest.replace("Default: 5", f"Default: {MAX_ATTEMPTS}", 1)
+    )
+    (folder / "dynamodb.json").write_text("{}")
+    pool = {"keys": [{"id": "chaos", "api_key": KEY, "base_url": simulator.url}]}
+    local = LocalStack(
+        key_pool=pool,
+        concurrency=4,
+        template=template,
+        dynamodb_faults=folder / "dynamodb.json",
+        say=say,
+    )
+    with local.running() as ready:
+        yield ready
+
+
+def say(line: str) -> None:
+    """Tell how it goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Do it; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.chaos")
+    parser.add_argument("--jobs", type=int, default=2_000)
+    jobs = parser.parse_args().jobs
+    names = [f"chaos-{number:05}" for number in range(jobs)]
+    with tempfile.TemporaryDirectory(prefix="sluice-chaos-") as name:
+        folder = Path(name)
+        simulator = Simulator()
+        try:
+            with stack(simulator, folder) as ready:
+                run = Run(ready, simulator, folder, jobs)
+                run.flow(names[OUTAGE_JOBS:])
+                run.outage(names[:OUTAGE_JOBS])
+                table, kept = run.verdict()
+        finally:
+            simulator.stop()
+    Console().print(table)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

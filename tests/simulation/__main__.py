@@ -1,0 +1,87 @@
+"""Plays stories by their seeds.
+
+python -m tests.simulation --seeds 20000 --first-seed 1    plays them on all cores; says which broke a promise
+python -m tests.simulation --seed 4711                      plays one and prints its history
+python -m tests.simulation --bug NAME --seeds 2000          looks for a deliberate bug
+
+The exit code is 0 when every promise was kept (with --bug: when the bug was found).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+from tests.simulation.bugs import BUGS
+from tests.simulation.playing import first_failure, play, shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Play what was asked for; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation")
+    parser.add_argument("--seeds", type=int, default=2_000, help="how many stories")
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, help="play this one and print its history")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--bug", choices=sorted(BUGS), help="with this deliberate bug")
+    parser.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
+    wanted = parser.parse_args(arguments)
+    bug = BUGS[wanted.bug].applied() if wanted.bug else nullcontext()
+    if wanted.seed is not None:
+        with bug:
+            return _one(wanted.seed)
+    seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds, wanted.step)
+    if wanted.bug:
+        with bug:
+            found = first_failure(seeds)
+        print(f"{wanted.bug}: {shown(found) if found else 'not found'}")
+        return 0 if found else 1
+    if wanted.processes > 1:
+        return _shared(wanted.first_seed, wanted.seeds, wanted.processes)
+    return _all(seeds)
+
+
+def _one(seed: int) -> int:
+    played = play(seed)
+    for line in played.world.lines():
+        print(line)
+    print(shown(played))
+    return 1 if played.violations else 0
+
+
+def _all(seeds: Iterable[int]) -> int:
+    began, count, broken = time.monotonic(), 0, 0
+    for seed in seeds:
+        played = play(seed)
+        count += 1
+        if played.violations:
+            broken += 1
+            print(shown(played), flush=True)
+    print(
+        f"{count} stories, {broken} broke a promise, {time.monotonic() - began:.0f} s", flush=True
+    )
+    return 1 if broken else 0
+
+
+def _shared(first_seed: int, seeds: int, processes: int) -> int:
+    """Deal the seeds out to processes of their own, so that none of them shares anything."""
+    children = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "tests.simulation", "--processes", "1",
+                "--first-seed", str(first_seed + number), "--step", str(processes),
+                "--seeds", str(max(0, seeds - number)),
+            ]
+        )
+        for number in range(processes)
+    ]  # fmt: skip
+    return max(child.wait() for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

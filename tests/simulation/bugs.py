@@ -1,0 +1,263 @@
+"""Deliberate bugs: each breaks one rule or adapter while it is applied, and the simulation must notice.
+
+To add one: write a function that changes something and puts it back, and enter it in `BUGS`.
+`python -m tests.simulation --bug NAME` shows which story finds it, and by which check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from sluice import limiter, work
+from sluice.domain import jobs as life
+from sluice.domain.jobs import Job, State, Step
+from sluice.domain.limits import Cost, Group, Observation, observe
+from sluice.limiter import Admission, Limiter
+from sluice.ports import Due, Received
+from sluice.submit import Outcome, Submit
+from tests.fakes import MemoryJobs, MemoryQueue
+from tests.simulation.upstream import Upstream
+from tests.simulation.world import StoryQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """One of them: what it does, in words, and how it is applied."""
+
+    what: str
+    applied: Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def _instead(owner: Any, name: str, bad: object) -> Iterator[None]:
+    """Put something else in the place of a function, or a constant, for a while."""
+    good = vars(owner)[name]
+    setattr(owner, name, bad)
+    try:
+        yield
+    finally:
+        setattr(owner, name, good)
+
+
+@contextmanager
+def _skip_the_claim() -> Iterator[None]:
+    next_step, put = life.next_step, MemoryJobs.replace
+
+    def never_busy(job: Job, now: int, max_attempts: int) -> Step:
+        step = next_step(job, now, max_attempts)
+        return Step.RUN if step is Step.BUSY else step
+
+    def claimed_by_nobody(job: Job, owner: str, now: int, lease_until: int) -> Job:
+        return life_claim(replace(job, lease=None), owner, now, lease_until)
+
+    def unconditional(store: MemoryJobs, job: Job, expected_version: int) -> None:
+        current = store.stored.get(job.job_id)
+        began = job.state is State.RUNNING and job.attempts and job.attempts[-1].outcome is None
+        put(store, job, current.version if began and current else expected_version)
+
+    life_claim = life.claim
+    with (
+        _instead(life, "next_step", never_busy),
+        _instead(life, "claim", claimed_by_nobody),
+        _instead(MemoryJobs, "replace", unconditional),
+    ):
+        yield
+
+
+@contextmanager
+def _acknowledge_before_storing() -> Iterator[None]:
+    send = Upstream.send
+
+    async def acknowledge_and_send(
+        upstream: Upstream, machine: Any, owner: str, request: Any
+    ) -> Any:
+        answer = await send(upstream, machine, owner, request)
+        environment = upstream.world.environment_of(machine)
+        for message in list(environment.held.values()) if environment else ():
+            if upstream.calls[-1].name == upstream.world.name_of(message.job_id or ""):
+                upstream.world.acknowledge(machine, message)
+        return answer
+
+    with _instead(Upstream, "send", acknowledge_and_send):
+        yield
+
+
+@contextmanager
+def _count_a_snooze() -> Iterator[None]:
+    snooze = life.snooze
+
+    def counting(job: Job, owner: str, now: int, **facts: Any) -> Job:
+        snoozed = snooze(job, owner, now, **facts)
+        return replace(snoozed, attempts_used=job.attempts_used, attempts=job.attempts)
+
+    with _instead(life, "snooze", counting):
+        yield
+
+
+@contextmanager
+def _lease_shorter_than_the_call() -> Iterator[None]:
+    with _instead(work, "LEASE_MS", 10_000):
+        yield
+
+
+@contextmanager
+def _settle_twice() -> Iterator[None]:
+    settle = Limiter.settle
+
+    def twice(self: Limiter, admission: Admission, used: Cost | None, **facts: bool) -> None:
+        settle(self, admission, used, **facts)
+        settle(self, admission, used, **facts)
+
+    with _instead(Limiter, "settle", twice):
+        yield
+
+
+@contextmanager
+def _lose_a_refund() -> Iterator[None]:
+    settle = Limiter.settle
+
+    def forgetful(self: Limiter, admission: Admission, used: Cost | None, **facts: bool) -> None:
+        if used is not None:
+            settle(self, admission, used, **facts)
+
+    with _instead(Limiter, "settle", forgetful):
+        yield
+
+
+@contextmanager
+def _trust_a_stale_header() -> Iterator[None]:
+    def trusting(group: Group, observation: Observation, now: int) -> Group:
+        return observe(replace(group, observed_at=0), observation, now)
+
+    with _instead(limiter, "observe", trusting):
+        yield
+
+
+@contextmanager
+def _two_sweeps_at_once() -> Iterator[None]:
+    def hold(store: MemoryJobs, due: Due, until: int) -> Due:
+        held = replace(due, due_at=until)
+        why, _ = store.due_jobs.get(due.job_id, (life.DueFor.CALL, due))
+        store.due_jobs[due.job_id] = why, held
+        return held
+
+    with _instead(MemoryJobs, "hold", hold):
+        yield
+
+
+@contextmanager
+def _reuse_a_receipt_handle() -> Iterator[None]:
+    run = work.Worker.run
+
+    async def with_old_receipts(
+        self: work.Worker, messages: list[Received], stop_at: int, owner: str
+    ) -> list[str]:
+        known = vars(self).setdefault("_receipts", {})
+        old = [known.setdefault(message.message_id, message) for message in messages]
+        return await run(self, old, stop_at, owner)
+
+    with _instead(work.Worker, "run", with_old_receipts):
+        yield
+
+
+@contextmanager
+def _forget_what_was_not_sent() -> Iterator[None]:
+    def forget(self: Submit, outcome: Outcome, *_: object) -> Outcome:
+        del self
+        return outcome
+
+    with _instead(Submit, "_parked", forget):
+        yield
+
+
+@contextmanager
+def _release_the_lease_on_cancel() -> Iterator[None]:
+    request_cancel = life.request_cancel
+
+    def at_once(job: Job, now: int) -> Job:
+        is_running = job.state is State.RUNNING
+        return request_cancel(replace(job, lease=None) if is_running else job, now)
+
+    with _instead(life, "request_cancel", at_once):
+        yield
+
+
+# Real ones: the simulation, or the first look at what it should know, found them in Sluice itself ------------
+
+
+@contextmanager
+def _leave_messages_to_the_queue() -> Iterator[None]:
+    def keep_hidden(_: MemoryQueue, __: Sequence[Received], ___: int) -> None:
+        return
+
+    with _instead(StoryQueue, "keep_hidden", keep_hidden):
+        yield
+
+
+@contextmanager
+def _care_for_parked_jobs_only() -> Iterator[None]:
+    due = MemoryJobs.due
+
+    def parked_only(store: MemoryJobs, why: life.DueFor, now: int, limit: int) -> Sequence[Due]:
+        return due(store, why, now, limit) if why is life.DueFor.CALL else []
+
+    with _instead(MemoryJobs, "due", parked_only):
+        yield
+
+
+@contextmanager
+def _keep_silent_about_lost_calls() -> Iterator[None]:
+    async def silent(*_: object) -> None:
+        return
+
+    with _instead(work._Batch, "_account_for_lost", silent):  # noqa: SLF001 - what a bug may do
+        yield
+
+
+BUGS: Final[Mapping[str, Bug]] = {
+    "skip_the_claim": Bug(
+        "a worker begins a job without the condition that nobody else has it", _skip_the_claim
+    ),
+    "acknowledge_before_storing": Bug(
+        "the message is deleted when the answer comes, before it is stored",
+        _acknowledge_before_storing,
+    ),
+    "count_a_snooze": Bug("a snooze uses up an attempt", _count_a_snooze),
+    "lease_shorter_than_the_call": Bug(
+        "a lease holds for 10 s, shorter than most calls and than the time to its renewal",
+        _lease_shorter_than_the_call,
+    ),
+    "settle_twice": Bug("a reservation of the limiter is settled twice", _settle_twice),
+    "lose_a_refund": Bug(
+        "a reservation whose call was never sent is not given back", _lose_a_refund
+    ),
+    "trust_a_stale_header": Bug(
+        "limit headers are believed though newer ones came before", _trust_a_stale_header
+    ),
+    "two_sweeps_at_once": Bug(
+        "a sweep takes a due job without the condition that nobody else did", _two_sweeps_at_once
+    ),
+    "reuse_a_receipt_handle": Bug(
+        "a worker keeps the receipt of a message's first delivery", _reuse_a_receipt_handle
+    ),
+    "forget_what_was_not_sent": Bug(
+        "a job is accepted though storing succeeded and sending failed, and not parked",
+        _forget_what_was_not_sent,
+    ),
+    "release_the_lease_on_cancel": Bug(
+        "a cancel ends a running job at once, while its call goes on", _release_the_lease_on_cancel
+    ),
+    "leave_messages_to_the_queue": Bug(
+        "a worker does not shorten the visibility of its messages, so they outlive it by 90 minutes",
+        _leave_messages_to_the_queue,
+    ),
+    "care_for_parked_jobs_only": Bug(
+        "the sweep does not look at jobs whose message is lost", _care_for_parked_jobs_only
+    ),
+    "keep_silent_about_lost_calls": Bug(
+        "no ledger row for a call whose worker died", _keep_silent_about_lost_calls
+    ),
+}

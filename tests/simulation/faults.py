@@ -1,0 +1,538 @@
+"""What can go wrong. A story draws some of these; each strikes until the story's calm, then stops.
+
+To add one: write a class with any of the four hooks and put it into `FAULTS`.
+
+    strike   a coroutine beside everything else, for what happens at a time of its own
+    before   at every call to a store, before it is made: raise StoreBusy, kill, or let time pass
+    after    the same, when the call is made and its reply is on its way
+    reply    what a call to Claude shall meet; None leaves it to others
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from sluice.domain.errors import KeyPoolBroken, StoreBusy
+from sluice.domain.limits import settle
+from sluice.domain.retries import Failure
+from sluice.ports import Headers, Refused
+from tests.fakes import MINUTE, SECOND
+from tests.simulation.machines import Killed, Point
+from tests.simulation.upstream import REFUSED_MS, Call, Plan
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+WRITES: Final = frozenset(
+    {
+        "add", "replace", "hold", "watch", "put", "mark", "record", "add_up", "put_back",
+        "note_turned_off", "keep", "keep_hidden", "receive", "delete",
+    }
+)  # fmt: skip
+"""The verbs whose reply can be lost after they were done."""
+
+
+class Fault:
+    """Something that can go wrong; strikes from the beginning of the story to its calm."""
+
+    patience_ms = 0
+    """How long after the calm its effects may last."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        self.calm_at_ms = calm_at_ms
+        self.struck = 0
+        """How often it did something."""
+        self.rng = random.Random(rng.random())  # noqa: S311 - chance that can be repeated
+        self.often = rng.choice((0.02, 0.1, 0.3))
+        begins = rng.randrange(calm_at_ms // 2)
+        self.window = (begins, begins + rng.randrange(calm_at_ms))
+
+    async def strike(self, world: World) -> None:
+        """Happen."""
+
+    async def before(self, point: Point) -> None:
+        """Strike at a call before it is made."""
+
+    async def after(self, point: Point) -> None:
+        """Strike at a call that was made."""
+
+    def reply(self, call: Call) -> Plan | None:  # noqa: ARG002 - a hook
+        """Say what a call to Claude meets."""
+        return None
+
+    def calm(self, world: World) -> None:
+        """Mend what would not mend by itself."""
+
+    def chance(self) -> bool:
+        """Tell whether to strike now."""
+        return self.rng.random() < self.often
+
+    def is_time(self, world: World) -> bool:
+        """Tell whether an outage that lasts for a while is under way."""
+        return self.window[0] <= world.time.now() - world.time.start < self.window[1]
+
+    def hit(self, point: Point, what: str) -> None:
+        """Note that a call to a store is hit; it may explain what the machine cannot write."""
+        self.struck += 1
+        point.machine.troubles.append(what)
+        point.machine.world.tell(point.machine, f"FAULT {what}", point.verb, point.args)
+
+    def note(self, world: World, what: str) -> None:
+        """Note that something happened beside the calls."""
+        self.struck += 1
+        world.note(f"FAULT {what}")
+
+    async def now_and_then(self, every_ms: int) -> None:
+        """Wait for a random time."""
+        await asyncio.sleep(self.rng.randrange(1, 2 * every_ms) / 1000)
+
+
+# Machines --------------------------------------------------------------------------------------------------
+
+
+class KilledAtAStoreCall(Fault):
+    """A worker, the api or the sweep dies just before a store call, or with the reply on its way."""
+
+    async def before(self, point: Point) -> None:
+        self._perhaps(point, "killed before a call")
+
+    async def after(self, point: Point) -> None:
+        self._perhaps(point, "killed after a call")
+
+    def _perhaps(self, point: Point, what: str) -> None:
+        if self.rng.random() < self.often / 5:
+            self.struck += 1
+            point.machine.world.tell(point.machine, f"FAULT {what}", point.verb, point.args)
+            point.machine.kill(what)
+            raise Killed(point.machine.name)
+
+
+class KilledAtAnyMoment(Fault):
+    """A worker dies in the middle of anything: a call to Claude, a wait, a frozen pause."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            if world.busy:
+                self.note(world, "a worker is killed")
+                self.rng.choice(world.busy).machine.kill("killed")
+
+
+class TimedOutInvocation(Fault):
+    """A store call hangs for so long that Lambda ends the invocation, or the lease is over."""
+
+    async def before(self, point: Point) -> None:
+        if self.rng.random() < self.often / 5:
+            self.hit(point, "hangs")
+            await asyncio.sleep(self.rng.choice((20, 150, 900)))
+
+
+class ClockSkew(Fault):
+    """A machine's clock jumps; clocks that are off by up to 3 s are part of every other story anyway."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 4)
+            self.note(world, "clocks jump")
+            for environment in world.environments:
+                environment.machine.skew_ms = self.rng.randrange(-2 * SECOND, 2 * SECOND)
+
+
+# The queue -------------------------------------------------------------------------------------------------
+
+
+class DuplicateDelivery(Fault):
+    """SQS delivers a message again that somebody holds, or there are two messages for one job."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 8)
+            if self.rng.random() < 0.5:
+                self.note(world, f"{world.queue.show_early(self.rng)} is visible again")
+            elif world.names:
+                name = self.rng.choice(sorted(world.names))
+                self.note(world, f"a second message for {name}")
+                world.queue.post(job_id=world.names[name])
+
+
+class LateDelivery(Fault):
+    """A message that could be received is not, for a while."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 8)
+            late = world.queue.hide_longer(self.rng, self.rng.randrange(10 * MINUTE))
+            self.note(world, f"{late} is late")
+
+
+class VisibilityRunsOut(Fault):
+    """Visibility cannot be changed for a while, so that messages come back in the middle of their calls."""
+
+    async def before(self, point: Point) -> None:
+        if point.verb in {"keep_hidden", "put_back"} and self.is_time(point.machine.world):
+            self.hit(point, "visibility cannot be changed")
+            raise StoreBusy(point.store)
+
+
+class LostMessage(Fault):
+    """A message is gone: a purge by mistake, say."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 4)
+            self.note(world, f"{world.queue.lose_one(self.rng)} is lost")
+
+
+class PoisonMessage(Fault):
+    """Messages that are not ours, and jobs whose answer no worker survives."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.poisonous = rng.choice(("job-0-0", "job-1-0", ""))
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 4)
+            self.note(world, "a message that is not ours")
+            world.queue.post(body=self.rng.choice(("", "not JSON", '{"v": 9}')))
+
+    def reply(self, call: Call) -> Plan | None:
+        return Plan(latency_ms=500, kills=True) if call.name == self.poisonous else None
+
+
+class QueueBusy(Fault):
+    """The queue takes no messages, or only some."""
+
+    async def before(self, point: Point) -> None:
+        if point.verb == "send" and self.is_time(point.machine.world):
+            self.hit(point, "the queue takes nothing")
+            point.machine.world.queue.fail_next("send")
+
+
+# Stores ----------------------------------------------------------------------------------------------------
+
+
+class Throttled(Fault):
+    """DynamoDB, S3 or SQS refuse calls now and then: nothing was done."""
+
+    async def before(self, point: Point) -> None:
+        if point.store != "the key pool" and self.chance():
+            self.hit(point, "throttled")
+            raise StoreBusy(point.store)
+
+
+class StoreOutage(Fault):
+    """One store refuses everything for a while."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.store = rng.choice(
+            (
+                "the jobs table",
+                "the params table",
+                "the limits table",
+                "the ledger",
+                "the data bucket",
+                "the jobs queue",
+            )
+        )
+
+    async def before(self, point: Point) -> None:
+        if point.store == self.store and self.is_time(point.machine.world):
+            self.hit(point, "store outage")
+            raise StoreBusy(point.store)
+
+
+class LostReply(Fault):
+    """A write is done, and its reply is lost: the caller does not know."""
+
+    async def before(self, point: Point) -> None:
+        if point.verb == "send" and self.chance():
+            self.hit(point, "lost reply")
+            point.machine.world.queue.reply_is_lost = True
+
+    async def after(self, point: Point) -> None:
+        if point.verb in WRITES and self.chance():
+            self.hit(point, "lost reply")
+            raise StoreBusy(point.store, may_be_done=True)
+
+
+class ConditionFails(Fault):
+    """Somebody else writes the limit group between read and write, again and again."""
+
+    async def before(self, point: Point) -> None:
+        world = point.machine.world
+        if point.verb == "replace" and point.store == world.limits.name and self.chance():
+            group = world.limits.stored.get(point.args[0].id)
+            if group is not None:
+                self.struck += 1
+                world.tell(point.machine, "FAULT the group was changed by somebody else")
+                now = world.time.now()
+                changed = settle(group, (), now)
+                world.limits.stored[group.id] = replace(changed, version=group.version + 1)
+
+
+class SecretsOutage(Fault):
+    """Secrets Manager does not answer, or the secret is not what it should be."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.broken = rng.random() < 0.3
+
+    async def before(self, point: Point) -> None:
+        if point.store in {"the key pool", "Secrets Manager"} and self.is_time(point.machine.world):
+            self.hit(point, "secrets outage")
+            if self.broken and point.store == "the key pool":
+                raise KeyPoolBroken("no key pool in the secret")
+            raise StoreBusy(point.store)
+
+
+# Claude ----------------------------------------------------------------------------------------------------
+
+
+def _refused(  # noqa: PLR0913 - the facts of one failure
+    call: Call,
+    status: int | None,
+    kind: str,
+    message: str = "no",
+    *,
+    error_code: str | None = None,
+    retry_after_ms: int | None = None,
+    may_be_billed: bool = False,
+) -> Refused:
+    failure = Failure(
+        kind,
+        message,
+        status,
+        error_code,
+        retry_after_ms,
+        call.request_id,
+        may_be_billed=may_be_billed,
+    )
+    return Refused(failure, Headers(call.request.key.organization))
+
+
+class RateLimited(Fault):
+    """429: with a time, without one, because usage grew too fast."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        code, wait = self.rng.choice(
+            ((None, 1_000), (None, 40_000), (None, None), ("ramp_limit_exceeded", 3_000))
+        )
+        reply = _refused(call, 429, "rate_limit_error", error_code=code, retry_after_ms=wait)
+        return Plan(reply, REFUSED_MS)
+
+
+class SpendLimit(Fault):
+    """The tier's cap, a limit the organisation set itself, or an unpaid bill: the group is parked."""
+
+    patience_ms = 9 * 60 * MINUTE
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.kind = rng.choice((0, 1, 1, 2))
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.is_time(call.machine.world):
+            return None
+        kinds = (
+            _refused(call, 429, "rate_limit_error", error_code="enforced_spend_limit_reached"),
+            _refused(
+                call, 400, "invalid_request_error",
+                "You have reached your specified API usage limits. You will regain access soon.",
+            ),
+            _refused(call, 402, "billing_error"),
+        )  # fmt: skip
+        return Plan(kinds[self.kind], REFUSED_MS)
+
+
+class OverloadStorm(Fault):
+    """529 for everybody, for a while."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.is_time(call.machine.world):
+            return None
+        return Plan(_refused(call, 529, "overloaded_error"), REFUSED_MS)
+
+
+class ServerErrors(Fault):
+    """5xx, 408, 409: a real failure of the attempt."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        status = self.rng.choice((500, 502, 504, 408, 409))
+        wait = self.rng.choice((None, 2_000))
+        return Plan(_refused(call, status, "api_error", retry_after_ms=wait), 1_000)
+
+
+class BadRequest(Fault):
+    """Claude will never take this request."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        return Plan(_refused(call, 400, "invalid_request_error", "no such thing"), REFUSED_MS)
+
+
+class ConnectionLost(Fault):
+    """The connection breaks, before Claude has begun or when it has finished: nobody here can tell."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        billed = self.rng.random() < 0.5
+        reply = _refused(call, None, "connection_lost", may_be_billed=True)
+        return Plan(reply, self.rng.choice((10, 3_000)), billed=billed)
+
+
+class NoConnection(Fault):
+    """No connection is made: certainly nothing is billed."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        return Plan(_refused(call, None, "connection_failed"), 10)
+
+
+class SlowAnswers(Fault):
+    """Calls that last longer than the lease, or than the invocation."""
+
+    def reply(self, call: Call) -> Plan | None:  # noqa: ARG002
+        return Plan(latency_ms=self.rng.choice((100, 250, 700)) * SECOND) if self.chance() else None
+
+
+class Refusals(Fault):
+    """Claude refuses to answer; with a fallback model the job goes on there."""
+
+    def reply(self, call: Call) -> Plan | None:  # noqa: ARG002
+        return Plan(stop_reason="refusal") if self.chance() else None
+
+
+class RevokedKey(Fault):
+    """401 from a key until somebody puts another one into the pool; or 403 for some requests."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.status = rng.choice((401, 401, 403))
+        self.whose = rng.choice(("key-0", "key-1"))
+
+    def reply(self, call: Call) -> Plan | None:
+        key = call.request.key
+        if key.id != self.whose or key.api_key.endswith("-new"):
+            return None
+        if self.status == 401 and not self.is_time(call.machine.world):
+            return None
+        return Plan(_refused(call, self.status, "authentication_error"), REFUSED_MS)
+
+    def calm(self, world: World) -> None:
+        world.pool.pool = [replace(key, api_key=f"{key.api_key}-new") for key in world.pool.pool]
+
+
+class Surprise(Fault):
+    """Something nobody thought of is raised out of the call."""
+
+    def reply(self, call: Call) -> Plan | None:  # noqa: ARG002
+        return Plan(latency_ms=100, raises=RuntimeError("surprise")) if self.chance() else None
+
+
+class OtherTraffic(Fault):
+    """Somebody else uses the organisation's limits."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(5 * SECOND)
+            self.note(world, "somebody else calls")
+            for buckets in world.upstream.buckets.values():
+                buckets.take(world.time.now(), requests=self.rng.randrange(20), input_tokens=2_000)
+
+
+class ChangedLimits(Fault):
+    """The organisation's limits are raised or lowered."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 4)
+            factor = self.rng.choice((0.5, 2))
+            self.note(world, f"the organization's limits change by {factor}")
+            for buckets in world.upstream.buckets.values():
+                buckets.limits = {
+                    name: max(60, int(limit * factor)) for name, limit in buckets.limits.items()
+                }
+
+
+# People and schedules --------------------------------------------------------------------------------------
+
+
+class Canceled(Fault):
+    """A caller cancels, at any moment of a job's life."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 8)
+            if world.names:
+                name = self.rng.choice(sorted(world.names))
+                self.note(world, f"{name} is canceled")
+                world.begin(world.cancel(name))
+
+
+class TwoSweeps(Fault):
+    """The schedule fires twice, or more often than it should."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(20 * SECOND)
+            self.note(world, "two runs of the schedule at once")
+            for _ in range(2):
+                world.begin(world.tick())
+
+
+class ParkedByHand(Fault):
+    """A group is blocked for longer than a message may wait, so that its jobs are parked and swept."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.is_time(call.machine.world):
+            return None
+        reply = _refused(call, 429, "rate_limit_error", retry_after_ms=20 * MINUTE)
+        return Plan(reply, REFUSED_MS)
+
+
+FAULTS: Final[Sequence[type[Fault]]] = (
+    KilledAtAStoreCall,
+    KilledAtAnyMoment,
+    TimedOutInvocation,
+    ClockSkew,
+    DuplicateDelivery,
+    LateDelivery,
+    VisibilityRunsOut,
+    LostMessage,
+    PoisonMessage,
+    QueueBusy,
+    Throttled,
+    StoreOutage,
+    LostReply,
+    ConditionFails,
+    SecretsOutage,
+    RateLimited,
+    SpendLimit,
+    OverloadStorm,
+    ServerErrors,
+    BadRequest,
+    ConnectionLost,
+    NoConnection,
+    SlowAnswers,
+    Refusals,
+    RevokedKey,
+    Surprise,
+    OtherTraffic,
+    ChangedLimits,
+    Canceled,
+    TwoSweeps,
+    ParkedByHand,
+)

@@ -1,0 +1,156 @@
+"""What a seed tells: jobs, keys, limits, machines, and which faults will strike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Final
+
+from sluice.domain.keys import UpstreamKey
+from sluice.domain.limits import DIMENSIONS, SCALE, Dimension, Group, new_group
+from sluice.submit import Submission
+from tests.fakes import MINUTE, SECOND, upstream_key
+from tests.simulation.faults import FAULTS, Fault
+from tests.simulation.upstream import ORGANIZATION
+
+START: Final = int(datetime(2026, 11, 30, 21, tzinfo=UTC).timestamp()) * 1000
+"""When every story begins: three hours before the end of a day and a month, when spend caps are lifted."""
+
+MODELS: Final = ("claude-a", "claude-b", "claude-c")
+
+STATED: Final[Mapping[Dimension, int]] = {
+    "requests": 600,
+    "input_tokens": 600_000,
+    "output_tokens": 600_000,
+}
+
+DEEP: Final = 10**9
+"""A bucket's capacity that is never full, so that every unit can be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One submit of a caller."""
+
+    at_ms: int
+    names: Sequence[str]
+    model: str = "claude-a"
+    fallback_models: tuple[str, ...] = ()
+    deadline_ms: int | None = None
+    """After the beginning of the story."""
+    cancel_after_ms: int | None = None
+    tries: int = 4
+    try_again_ms: int = 7_000
+    max_tokens: int = 100
+
+    def submission(self, name: str) -> Submission:
+        """Return one of its jobs."""
+        return Submission(
+            params={
+                "model": self.model,
+                "max_tokens": self.max_tokens,
+                "messages": [{"role": "user", "content": name}],
+            },
+            custom_id=name,
+            deadline=None if self.deadline_ms is None else START + self.deadline_ms,
+            fallback_models=self.fallback_models,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Everything that is known before a story begins."""
+
+    seed: int
+    orders: Sequence[Order]
+    keys: Sequence[UpstreamKey]
+    faults: Sequence[Fault]
+    headers: str = "roomy"
+    limits: Mapping[Dimension, int] = field(default_factory=lambda: dict(STATED))
+    groups: Sequence[Group] = ()
+    """Limit groups that are known already."""
+    counted: bool = False
+    """Every unit of the limiter's capacity is counted in this story."""
+    fleet: int = 3
+    batch_size: int = 50
+    timeouts_ms: Sequence[int] = (900_000,)
+    call_ms: Sequence[int] = (1_000,)
+    skew_ms: int = 0
+    large_answers: bool = False
+    calm_at_ms: int = 5 * MINUTE
+    patience_ms: int = 150 * MINUTE
+    """How long after the last fault everything may take to come right."""
+
+
+def told_by(seed: int) -> Story:
+    """Return the story of a seed."""
+    rng = random.Random(f"story {seed}")  # noqa: S311 - chance that can be repeated
+    calm_at_ms = rng.choice((1, 2, 4, 8)) * MINUTE
+    orders = [_order(rng, number, calm_at_ms) for number in range(rng.randrange(1, 4))]
+    # Few kinds of fault at once, often: each then strikes in many states that the others would have hidden.
+    kinds = rng.sample(FAULTS, min(len(FAULTS), rng.choice((0, 1, 1, 2, 2, 3, 4, 6))))
+    faults = [kind(rng, calm_at_ms) for kind in kinds]
+    counted = rng.random() < 0.25
+    headers = "none" if counted else rng.choice(("roomy", "true", "true", "none"))
+    keys = _keys(rng, stated=headers == "none")
+    groups = [_countable(organization, name) for organization in ("org", "other") for name in "abc"]
+    rpm = rng.choice((60, 120, 600))
+    return Story(
+        seed=seed,
+        orders=orders,
+        keys=keys,
+        faults=faults,
+        headers=headers,
+        limits={
+            "requests": rpm,
+            "input_tokens": 30_000,
+            "output_tokens": rng.choice((3_000, 60_000)),
+        },
+        groups=groups if counted else (),
+        counted=counted,
+        fleet=rng.choice((2, 2, 3, 5)),
+        batch_size=rng.choice((1, 3, 50)),
+        timeouts_ms=rng.choice(((900_000,), (900_000, 120_000), (60_000, 30_000))),
+        call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (500, 90_000), (2_000, 200_000))),
+        skew_ms=rng.choice((0, 0, 500, 3 * SECOND)),
+        large_answers=rng.random() < 0.2,
+        calm_at_ms=calm_at_ms,
+        patience_ms=max([150 * MINUTE, *(fault.patience_ms for fault in faults)]),
+    )
+
+
+def _order(rng: random.Random, number: int, calm_at_ms: int) -> Order:
+    names = [f"job-{number}-{position}" for position in range(rng.choice((1, 1, 2, 4)))]
+    model, *others = rng.sample(MODELS, 3)
+    return Order(
+        at_ms=rng.randrange(calm_at_ms // 2),
+        names=names,
+        model=model,
+        fallback_models=tuple(others[: rng.choice((0, 0, 0, 1, 2))]),
+        deadline_ms=rng.randrange(calm_at_ms * 2) if rng.random() < 0.15 else None,
+        cancel_after_ms=rng.randrange(calm_at_ms) if rng.random() < 0.2 else None,
+    )
+
+
+def _keys(rng: random.Random, *, stated: bool) -> list[UpstreamKey]:
+    limits = dict(STATED) if stated else {}
+    organizations = rng.choice(
+        ((ORGANIZATION,), (ORGANIZATION, ORGANIZATION), (ORGANIZATION, "other"))
+    )
+    return [
+        upstream_key(f"key-{position}", organization=organization, limits=limits)
+        for position, organization in enumerate(organizations)
+    ]
+
+
+def _countable(organization: str, model_group: str) -> Group:
+    group = new_group(
+        organization, model_group, START, {str(name): limit for name, limit in STATED.items()}
+    )
+    deep = {
+        name: replace(group.bucket(name), capacity=DEEP, level=10_000 * SCALE)
+        for name in DIMENSIONS
+    }
+    return replace(group, version=1, **deep)  # type: ignore[arg-type]

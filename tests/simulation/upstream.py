@@ -1,0 +1,208 @@
+"""Claude, as the story's truth knows it: which calls came, which are billed, and whether anybody heard the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from sluice.domain.limits import DIMENSIONS, Dimension, Seen
+from sluice.domain.pricing import Usage
+from sluice.domain.retries import Failure
+from sluice.ports import Answer, CallRequest, Headers, Refused
+from tests.fakes import ROOMY
+from tests.simulation.machines import Killed, Machine
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+ORGANIZATION: Final = "org"
+
+REFUSED_MS: Final = 150
+"""A call that is turned away ends this soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What shall become of a call."""
+
+    reply: Refused | None = None
+    """None: an answer."""
+    latency_ms: int = 1_000
+    billed: bool = True
+    """For an answer, and for a connection that is lost: whether Claude has done the work by then."""
+    raises: Exception | None = None
+    kills: bool = False
+    """The worker does not survive the answer."""
+    stop_reason: str = "end_turn"
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call, and what became of it."""
+
+    number: int
+    name: str
+    """The `custom_id` of its job."""
+    request: CallRequest
+    machine: Machine
+    owner: str
+    at: int
+    plan: Plan = field(default_factory=Plan)
+    usage: Usage = field(default_factory=Usage)
+    billed: bool = False
+    fate: str = "running"
+    """Then `answered`, `refused`, `lost`, `timed out`, `stopped` (by its worker) or `died` (with it)."""
+    ended_at: int | None = None
+
+    @property
+    def request_id(self) -> str:
+        return f"req_{self.number}"
+
+    @property
+    def is_snooze(self) -> bool:
+        """Tell whether it was turned away in a way that uses no attempt."""
+        if self.fate != "refused" or self.plan.reply is None:
+            return False
+        failure = self.plan.reply.failure
+        return failure.status in {401, 402, 403, 429, 529} or "usage limits" in failure.message
+
+
+class Buckets:
+    """What the organisation really has left: continuous token buckets."""
+
+    def __init__(self, limits: Mapping[Dimension, int], now: int) -> None:
+        self.limits = dict(limits)
+        self.levels = {name: float(limit) for name, limit in limits.items()}
+        self.at = now
+
+    def take(self, now: int, **units: int) -> bool:
+        """Take a call's requests and input if there is some of everything; output may go below zero."""
+        for name, limit in self.limits.items():
+            refilled = self.levels[name] + limit * (now - self.at) / 60_000
+            self.levels[name] = min(limit, refilled)
+        self.at = now
+        if any(self.levels[name] < 1 for name in self.levels):
+            return False
+        for name in DIMENSIONS:
+            self.levels[name] -= units.get(name, 0)
+        return True
+
+    def seen(self) -> Mapping[Dimension, Seen]:
+        return {
+            name: Seen(limit, max(0, int(self.levels[name]))) for name, limit in self.limits.items()
+        }
+
+
+class Upstream:
+    """The Messages API of one story."""
+
+    def __init__(self, world: World, headers: str, limits: Mapping[Dimension, int]) -> None:
+        self.world = world
+        self.headers = headers
+        """`none` as of a relay, `roomy`, or `true` from the buckets."""
+        self.limits = limits
+        self.buckets: dict[str, Buckets] = {}
+        self.calls: list[Call] = []
+
+    async def send(self, machine: Machine, owner: str, request: CallRequest) -> Answer | Refused:
+        """Serve one call as its plan says."""
+        world, rng = self.world, self.world.rng
+        name = json.loads(request.params)["messages"][0]["content"]
+        call = Call(len(self.calls) + 1, name, request, machine, owner, world.time.now())
+        self.calls.append(call)
+        call.usage = Usage(input_tokens=rng.randrange(5, 50), output_tokens=rng.randrange(1, 100))
+        call.plan = self._plan(call)
+        world.tell(
+            machine, f"call {call.number} for {name} ({request.model}, key {request.key.id})"
+        )
+        goes_on_alone = rng.random() < 0.5
+        try:
+            answer = await self._served(call)
+            machine.check()
+        except (asyncio.CancelledError, Killed):
+            call.fate = "stopped" if machine.is_alive else "died"
+            if call.plan.reply is None and call.plan.raises is None and goes_on_alone:
+                call.billed = True
+            raise
+        finally:
+            call.ended_at = world.time.now()
+            billed = ", billed" if call.billed else ""
+            world.tell(machine, f"call {call.number} for {name}: {call.fate}{billed}")
+        return answer
+
+    def _plan(self, call: Call) -> Plan:
+        world = self.world
+        plan = None
+        if world.strikes:
+            for fault in world.faults:
+                plan = fault.reply(call)
+                if plan is not None:
+                    fault.struck += 1
+                    break
+        if plan is not None:
+            return plan
+        if self.headers == "true" and not self._bucket(call).take(
+            world.time.now(), requests=1, input_tokens=call.usage.input_tokens
+        ):
+            failure = Failure(
+                "rate_limit_error",
+                "too fast",
+                429,
+                retry_after_ms=1_000,
+                request_id=call.request_id,
+            )
+            return Plan(Refused(failure, self._headers(call)), REFUSED_MS)
+        return Plan(latency_ms=world.draw_call_ms())
+
+    async def _served(self, call: Call) -> Answer | Refused:
+        plan, window = call.plan, call.request.window_ms
+        if plan.latency_ms > window:
+            await asyncio.sleep(window / 1000)
+            call.fate = "timed out"
+            call.billed = True
+            failure = Failure(
+                "output_timeout",
+                "no end within the time of the invocation",
+                request_id=call.request_id,
+                may_be_billed=True,
+                had_full_window=call.request.full_window,
+            )
+            return Refused(failure)
+        await asyncio.sleep(plan.latency_ms / 1000)
+        if plan.raises is not None:
+            call.fate = "lost"
+            raise plan.raises
+        if plan.reply is not None:
+            call.billed = plan.reply.failure.may_be_billed and plan.billed
+            call.fate = "lost" if plan.reply.failure.status is None else "refused"
+            return plan.reply
+        call.billed = True
+        if self.headers == "true":
+            self._bucket(call).levels["output_tokens"] -= call.usage.output_tokens
+        headers = self._headers(call)
+        # The answer is on its way; it may come late, or find nobody.
+        await asyncio.sleep(self.world.rng.randrange(1, 40) / 1000)
+        if plan.kills:
+            call.machine.kill("the answer is poison")
+        call.fate = "answered"
+        text = f"{call.name} by call {call.number}"
+        message = {"content": [{"type": "text", "text": text}], "stop_reason": plan.stop_reason}
+        return Answer(json.dumps(message), call.usage, plan.stop_reason, call.request_id, headers)
+
+    def _bucket(self, call: Call) -> Buckets:
+        organization = call.request.key.organization or ORGANIZATION
+        name = f"{organization}/{call.request.model}"
+        if name not in self.buckets:
+            self.buckets[name] = Buckets(self.limits, self.world.time.now())
+        return self.buckets[name]
+
+    def _headers(self, call: Call) -> Headers:
+        if self.headers == "none":
+            return Headers()
+        organization = call.request.key.organization or ORGANIZATION
+        if self.headers == "roomy":
+            return Headers(organization, ROOMY)
+        return Headers(organization, self._bucket(call).seen())
