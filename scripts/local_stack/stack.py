@@ -92,7 +92,9 @@ class LocalStack:
 
             # Read while the children start; importing the transform takes as long as they do.
             template = deploy.prepared(
-                deploy.read_template(self.template), concurrency=self.concurrency
+                deploy.read_template(self.template),
+                concurrency=self.concurrency,
+                public_url=deploy.api_url(emulator.endpoint_url),
             )
             emulator.wait_until_it_answers()
             deployed = deploy.deploy(emulator, template, self.template.parent)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from aws_lambda_powertools import Logger
 
 from sluice.accounts import Account
-from sluice.adapters import aws
+from sluice.adapters import aws, job_records, system
+from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import (
     DynamoClientKeys,
     DynamoGovernorNotes,
@@ -24,13 +25,15 @@ from sluice.adapters.dynamodb import (
 from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
-from sluice.adapters.sqs import SqsQueue, SqsReturns
+from sluice.adapters.sqs import SqsBatchQueues, SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import SERVICE, Telemetry, hush
+from sluice.assemble import Assemble
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governor
+from sluice.plan import PlanBatch
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
@@ -38,6 +41,8 @@ from sluice.sweep import Sweep
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
+    from sluice.ports import Answers, CallBooks, JobRecords, Requests, Returns
+    from sluice.ranges import RunRange
     from sluice.work import Worker
 
 CLOCK = SystemClock()
@@ -54,6 +59,11 @@ def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
     hush()
     return Telemetry(Logger(service=SERVICE))
+
+
+def peak_mb() -> int:
+    """Return the most memory this function ever held, in megabytes."""
+    return system.peak_mb()
 
 
 @cache
@@ -125,6 +135,29 @@ def account(tenant: str) -> Account:
 
 
 @cache
+def batches() -> DynamoBatches:
+    """Return the records of batches and ranges."""
+    return DynamoBatches(_dynamodb(), settings().batches_table, settings().retention_days, CLOCK)
+
+
+@cache
+def _batch_queues() -> SqsBatchQueues:
+    return SqsBatchQueues(aws.sqs(), settings().batches_queue_url, settings().ranges_queue_url)
+
+
+@cache
+def assemble() -> Assemble:
+    """Return the use case that puts results together."""
+    return Assemble(batches(), _objects(), CLOCK, telemetry())
+
+
+@cache
+def plan_batch() -> PlanBatch:
+    """Return the use case that cuts files into ranges."""
+    return PlanBatch(batches(), _objects(), _batch_queues(), assemble(), CLOCK, telemetry())
+
+
+@cache
 def take_dead_letter() -> TakeDeadLetter:
     """Return the use case behind the dead-letter queue."""
     return TakeDeadLetter(jobs(), DeadLetterObjects(_objects()), CLOCK, telemetry())
@@ -161,23 +194,66 @@ def sweep() -> Sweep:
 
 @cache
 def worker() -> Worker:
-    """Return the worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
+    """Return the worker for messages of the jobs queue."""
+    returns = SqsReturns(
+        aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url, "the jobs queue"
+    )
+    return _worker(jobs(), _params(), _results(), returns, _ledger(), Threads())
+
+
+@cache
+def run_range() -> RunRange:
+    """Return the use case behind the ranges queue, with a worker for the rows of a range."""
+    from sluice.ranges import Desk, RangeTools, RowRequests, RunRange  # noqa: PLC0415
+
+    desk = Desk(_ledger(), prices(), CLOCK)
+    threads = Threads()
+    returns = SqsReturns(
+        aws.sqs(),
+        settings().ranges_queue_url,
+        settings().range_dead_letters_queue_url,
+        "the ranges queue",
+    )
+    tools = RangeTools(
+        batches=batches(),
+        objects=_objects(),
+        queues=_batch_queues(),
+        returns=returns,
+        text_of_job=job_records.as_text,
+        job_of_text=job_records.of_text,
+        clock=CLOCK,
+        blocking=threads,
+        events=telemetry(),
+    )
+    rows = _worker(desk, RowRequests(desk), desk, desk, desk, threads)
+    return RunRange(tools, rows, desk)
+
+
+def _worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the queue and rows of a range
+    records: JobRecords,
+    requests: Requests,
+    answers: Answers,
+    returns: Returns,
+    books: CallBooks,
+    threads: Threads,
+) -> Worker:
+    """Return a worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
     from sluice.adapters.claude import SdkClaude  # noqa: PLC0415
     from sluice.work import Rules, Tools, Worker  # noqa: PLC0415
 
     secret = SecretText(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
     tools = Tools(
-        jobs=jobs(),
-        params=_params(),
-        results=_results(),
-        returns=SqsReturns(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url),
+        jobs=records,
+        params=requests,
+        results=answers,
+        returns=returns,
         limits=limits(),
         keys=SecretKeyPool(secret),
         claude=SdkClaude(),
-        ledger=_ledger(),
+        ledger=books,
         clock=CLOCK,
         jitter=random.Random().random,  # noqa: S311 - jitter, not a secret
-        blocking=Threads(),
+        blocking=threads,
         events=telemetry(),
     )
     rules = Rules(

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
-from typing import Final, assert_never
+from typing import Final, Protocol, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, LeaseLost, Stale, StoreBusy
@@ -38,21 +38,21 @@ from sluice.domain.retries import (
 from sluice.limiter import Admission, Again, Claimant, Later, Limiter, TooLarge, claimant_for
 from sluice.ports import (
     Answer,
+    Answers,
     Blocking,
+    CallBooks,
     CallRequest,
     Claude,
     Clock,
     Events,
     Headers,
     Jitter,
-    JobStore,
+    JobRecords,
     KeyPool,
-    Ledger,
     LimitStore,
-    ParamsStore,
     Received,
     Refused,
-    ResultStore,
+    Requests,
     Returns,
 )
 
@@ -93,24 +93,41 @@ class PutBack:
     delay_ms: int
     grows: bool = False
     """Doubled with every receive: a fault that lasts must not use up the queue's 1,000 receives in an afternoon."""
+    leaves: bool = False
+    """This invocation has too little time left for it, however long it waits."""
 
 
 Disposition = Done | PutBack
 DONE: Final = Done()
 
 
+class Room(Protocol):
+    """Where an invocation that holds all its messages itself lets them in: the rows of a range."""
+
+    longest_stay_ms: int
+    """Messages put back for no longer wait in the invocation; the others leave it."""
+
+    async def enter(self, message: Received) -> None:
+        """Wait until the message may be worked on."""
+        ...
+
+    def leave(self, message: Received) -> None:
+        """Note that nobody works on it any more: it is done, waits, or leaves."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """Everything the worker needs of the world."""
 
-    jobs: JobStore
-    params: ParamsStore
-    results: ResultStore
+    jobs: JobRecords
+    params: Requests
+    results: Answers
     returns: Returns
     limits: LimitStore
     keys: KeyPool
     claude: Claude
-    ledger: Ledger
+    ledger: CallBooks
     clock: Clock
     jitter: Jitter
     blocking: Blocking
@@ -137,12 +154,15 @@ class Worker:
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events
         )
 
-    async def run(self, messages: Sequence[Received], stop_at: int, owner: str) -> list[str]:
+    async def run(
+        self, messages: Sequence[Received], stop_at: int, owner: str, room: Room | None = None
+    ) -> list[str]:
         """Run the batch; return the ids of the messages that are not done.
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation in the leases it takes.
+        With a `room`, short waits are spent in it, not in a queue.
         """
-        batch = _Batch(self._tools, self._rules, owner, self.limiter, stop_at, self._told)
+        batch = _Batch(self._tools, self._rules, owner, self.limiter, stop_at, self._told, room)
         return await batch.run(messages)
 
 
@@ -157,7 +177,9 @@ class _Batch:
         limiter: Limiter,
         stop_at: int,
         told_once: set[str],
+        room: Room | None = None,
     ) -> None:
+        self._room = room
         self.tools = tools
         self.rules = rules
         self.owner = owner
@@ -228,20 +250,39 @@ class _Batch:
 
     async def _settled(self, message: Received, found: Mapping[str, Job]) -> bool:
         """Run one message to its disposition; whatever goes wrong, the message comes back."""
-        try:
-            disposition = await self._message(message, found)
-        except StoreBusy as error:
-            self.events.problem("store busy", job_id=message.job_id, what=error.what)
-            disposition = PutBack(5_000 + self._spread(5_000), grows=True)
-        except Exception:  # noqa: BLE001 - the message comes back, whatever it was
-            self.events.problem("worker failed on a job", job_id=message.job_id)
-            disposition = PutBack(15_000 + self._spread(15_000), grows=True)
-        if isinstance(disposition, PutBack):
+        while True:
+            if self._room is not None:
+                await self._room.enter(message)
+            try:
+                disposition = await self._tried(message, found)
+            finally:
+                if self._room is not None:
+                    self._room.leave(message)
+            if isinstance(disposition, Done):
+                return True
             doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
             delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
-            self._to_put_back.append((message, delay))
+            if disposition.leaves or not self._stays(delay):
+                self._to_put_back.append((message, delay))
+                return False
+            await self.tools.clock.sleep(delay)
+            message = replace(message, receive_count=message.receive_count + 1)
+            found = {}
+
+    def _stays(self, delay_ms: int) -> bool:
+        if self._room is None or delay_ms > self._room.longest_stay_ms:
             return False
-        return True
+        return self.tools.clock.now() + delay_ms + LEAST_WINDOW_MS <= self.stop_at
+
+    async def _tried(self, message: Received, found: Mapping[str, Job]) -> Disposition:
+        try:
+            return await self._message(message, found)
+        except StoreBusy as error:
+            self.events.problem("store busy", job_id=message.job_id, what=error.what)
+            return PutBack(5_000 + self._spread(5_000), grows=True)
+        except Exception:  # noqa: BLE001 - the message comes back, whatever it was
+            self.events.problem("worker failed on a job", job_id=message.job_id)
+            return PutBack(15_000 + self._spread(15_000), grows=True)
 
     async def _message(self, message: Received, found: Mapping[str, Job]) -> Disposition:
         if message.canary is not None:
@@ -308,9 +349,11 @@ class _Batch:
             return await self._end(job, State.ERRORED, choice)
         if not choice:
             return PutBack(NO_KEY_DELAY_MS + self._spread(10_000), grows=True)
-        latest = min(self.stop_at - self._window_needed(job), self.started + HOLD_MS)
+        # Where messages come back to this very invocation, each holding begins anew.
+        holds_from = self.started if self._room is None else now
+        latest = min(self.stop_at - self._window_needed(job), holds_from + HOLD_MS)
         if latest < now:
-            return PutBack(self._spread(1_000))
+            return PutBack(self._spread(1_000), leaves=True)
         admitted = await self.limiter.admit(
             [claimant for claimant, _ in choice], job.input_chars, job.max_tokens, latest
         )

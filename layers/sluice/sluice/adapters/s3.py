@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import gzip
 import json
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
-from sluice.domain.errors import JobNotFound
+from sluice.domain.batches import Copied, Streamed, parts
+from sluice.domain.errors import InputGone, JobNotFound
 from sluice.domain.jobs import Result
-from sluice.ports import Received
+from sluice.ports import Received, Stored
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+WHAT: Final = "the data bucket"
+
+LEAST_PART_BYTES: Final = 5 * 1024 * 1024
+"""S3 takes no smaller part of an object but the last."""
+
+PIECE_BYTES: Final = 8 * 1024 * 1024
+"""What is read or written of a large object at once."""
+
+PARTS_AT_ONCE: Final = 8
 
 INLINE_BYTES: Final = 8_000
 """Compressed answers up to this size travel in the job record: one S3 PUT costs as much as 8 kilobytes of writes."""
@@ -29,9 +42,7 @@ class Objects:
 
     def put(self, key: str, body: bytes) -> None:
         """Store an object."""
-        aws.patiently(
-            "the data bucket", self._client.put_object, Bucket=self._bucket, Key=key, Body=body
-        )
+        aws.patiently(WHAT, self._client.put_object, Bucket=self._bucket, Key=key, Body=body)
 
     def get(self, key: str) -> bytes | None:
         """Return an object, None when there is none (any more).
@@ -39,14 +50,159 @@ class Objects:
         S3 says 404 only to those who may list the bucket, which the template grants; a 403 is a broken policy.
         """
         try:
-            answer = aws.patiently(
-                "the data bucket", self._client.get_object, Bucket=self._bucket, Key=key
-            )
+            answer = aws.patiently(WHAT, self._client.get_object, Bucket=self._bucket, Key=key)
         except ClientError as error:
             if aws.code(error) in {"NoSuchKey", "404"}:
                 return None
             raise
         return answer["Body"].read()
+
+    def head(self, key: str) -> Stored | None:
+        """Return what is known of an object, None when there is none."""
+        try:
+            answer = aws.patiently(WHAT, self._client.head_object, Bucket=self._bucket, Key=key)
+        except ClientError as error:
+            if aws.code(error) in {"NoSuchKey", "404"}:
+                return None
+            raise
+        return Stored(
+            key, answer["ContentLength"], answer["ETag"].strip('"'), answer.get("Metadata", {})
+        )
+
+    def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
+        """Return a piece of an object; raises InputGone when it is not there, or not the one with this ETag."""
+        if size <= 0:
+            return b""
+        match: Any = {} if etag is None else {"IfMatch": f'"{etag}"'}
+
+        def fetched() -> bytes:
+            # Reading the body belongs to the call: a connection may break on the way.
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=key, Range=f"bytes={first}-{first + size - 1}", **match
+            )
+            return answer["Body"].read()
+
+        try:
+            return aws.patiently(WHAT, fetched)
+        except ClientError as error:
+            if aws.code(error) in {"NoSuchKey", "404", "PreconditionFailed", "412"}:
+                raise InputGone(key) from error
+            if aws.code(error) == "InvalidRange":
+                return b""
+            raise
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Yield the object piece by piece; raises InputGone."""
+        first = 0
+        while piece := self.read(key, first, PIECE_BYTES):
+            yield piece
+            first += len(piece)
+            if len(piece) < PIECE_BYTES:
+                return
+
+    def writer(self, key: str) -> ObjectWriter:
+        """Begin an object."""
+        return ObjectWriter(self._client, self._bucket, key)
+
+    def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
+        """Make one object of several, in order; return its size. Large ones are copied by S3, side by side."""
+        total = sum(sizes.values())
+        if total < LEAST_PART_BYTES:
+            self.put(key, b"".join(self.read(sources[n], 0, size) for n, size in sizes.items()))
+            return total
+        where: Any = {"Bucket": self._bucket, "Key": key}
+        upload = aws.patiently(WHAT, self._client.create_multipart_upload, **where)["UploadId"]
+        where["UploadId"] = upload
+
+        def made(numbered: tuple[int, Copied | Streamed]) -> Any:
+            number, part = numbered
+            if isinstance(part, Copied):
+                source = {"Bucket": self._bucket, "Key": sources[part.section]}
+                last = part.first + part.size - 1
+                copy = aws.patiently(
+                    WHAT,
+                    self._client.upload_part_copy,
+                    **where,
+                    PartNumber=number,
+                    CopySource=source,
+                    CopySourceRange=f"bytes={part.first}-{last}",
+                )
+                return {"PartNumber": number, "ETag": copy["CopyPartResult"]["ETag"]}
+            body = b"".join(
+                self.read(sources[each.section], each.first, each.size) for each in part.slices
+            )
+            sent = aws.patiently(
+                WHAT, self._client.upload_part, **where, PartNumber=number, Body=body
+            )
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+                numbered = enumerate(parts(sizes, LEAST_PART_BYTES), start=1)
+                done = list(threads.map(made, numbered))
+            aws.patiently(
+                WHAT,
+                self._client.complete_multipart_upload,
+                **where,
+                MultipartUpload={"Parts": done},
+            )
+        except BaseException:
+            self._client.abort_multipart_upload(**where)
+            raise
+        return total
+
+
+class ObjectWriter:
+    """An object being written in parts; a small one in a single call, at its end."""
+
+    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+        self._client = client
+        self._where: Any = {"Bucket": bucket, "Key": key}
+        self._buffer = bytearray()
+        self._size = 0
+        self._parts: list[Any] = []
+        self._is_open = True
+
+    def write(self, data: bytes) -> None:
+        """Write on."""
+        self._size += len(data)
+        self._buffer += data
+        while len(self._buffer) >= PIECE_BYTES:
+            self._send(bytes(self._buffer[:PIECE_BYTES]))
+            del self._buffer[:PIECE_BYTES]
+
+    def close(self) -> int:
+        """Finish the object; return its size."""
+        if not self._parts:
+            aws.patiently(WHAT, self._client.put_object, **self._where, Body=bytes(self._buffer))
+        else:
+            if self._buffer:
+                self._send(bytes(self._buffer))
+            aws.patiently(
+                WHAT,
+                self._client.complete_multipart_upload,
+                **self._where,
+                MultipartUpload={"Parts": self._parts},
+            )
+        self._is_open = False
+        self._buffer.clear()
+        return self._size
+
+    def abort(self) -> None:
+        """Leave nothing behind; nothing happens after `close`."""
+        if self._is_open and self._parts:
+            aws.patiently(WHAT, self._client.abort_multipart_upload, **self._where)
+        self._is_open = False
+
+    def _send(self, body: bytes) -> None:
+        if not self._parts:
+            begun = aws.patiently(WHAT, self._client.create_multipart_upload, **self._where)
+            self._where["UploadId"] = begun["UploadId"]
+        number = len(self._parts) + 1
+        sent = aws.patiently(
+            WHAT, self._client.upload_part, **self._where, PartNumber=number, Body=body
+        )
+        self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
 
 
 class Results:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
+from sluice.domain.batches import Batch
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 AT_ONCE: Final = 10
 """SQS's limit for batch calls."""
+
+SENDS_AT_ONCE: Final = 32
+"""Calls in flight while a large batch is planned."""
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
@@ -82,13 +87,71 @@ class SqsQueue:
         )
 
 
+class SqsBatchQueues:
+    """The sending side of the queues of batches and of ranges."""
+
+    def __init__(self, client: SQSClient, batches_url: str, ranges_url: str) -> None:
+        self._client = client
+        self._batches_url = batches_url
+        self._ranges_url = ranges_url
+
+    def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
+        """Send a pointer for each range, ten at a time and many calls at once; return the numbers not taken."""
+        some = [numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)]
+        with ThreadPoolExecutor(SENDS_AT_ONCE) as threads:
+            unsent = threads.map(lambda each: self._send_ten(batch, each), some)
+            return [number for each in unsent for number in each]
+
+    def _send_ten(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
+        entries: Any = [
+            {
+                "Id": str(number),
+                "MessageBody": json.dumps(
+                    {"v": SCHEMA_VERSION, "batch_id": batch.batch_id, "range": number}
+                ),
+                # A fair queue: one tenant's large batch does not delay the others' small ones.
+                "MessageGroupId": batch.tenant,
+            }
+            for number in numbers
+        ]
+        try:
+            answer = aws.patiently(
+                "the ranges queue",
+                self._client.send_message_batch,
+                QueueUrl=self._ranges_url,
+                Entries=entries,
+            )
+        except StoreBusy:
+            return list(numbers)
+        return [int(each["Id"]) for each in answer.get("Failed", ())]
+
+    def send_plan(self, batch_id: str) -> None:
+        """Have a batch planned; raises StoreBusy."""
+        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id})
+
+    def send_join(self, batch_id: str, section: int) -> None:
+        """Have a section's results joined; raises StoreBusy."""
+        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id, "join": section})
+
+    def _send(self, body: object) -> None:
+        aws.patiently(
+            "the batches queue",
+            self._client.send_message,
+            QueueUrl=self._batches_url,
+            MessageBody=json.dumps(body),
+        )
+
+
 class SqsReturns:
     """The receiving side."""
 
-    def __init__(self, client: SQSClient, url: str, dead_letters_url: str) -> None:
+    def __init__(
+        self, client: SQSClient, url: str, dead_letters_url: str, name: str = "the jobs queue"
+    ) -> None:
         self._client = client
         self._url = url
         self._dead_letters_url = dead_letters_url
+        self._name = name
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """Make each message visible again after its delay in milliseconds, rounded up to seconds.
@@ -117,10 +180,9 @@ class SqsReturns:
 
     def _change(self, entries: Any) -> None:
         """Change the visibility of up to ten messages; raises StoreBusy when SQS fails on some of them every time."""
-        what = "the jobs queue"
         for _ in range(ENTRY_ATTEMPTS):
             answer = aws.patiently(
-                what,
+                self._name,
                 self._client.change_message_visibility_batch,
                 QueueUrl=self._url,
                 Entries=entries,
@@ -131,7 +193,7 @@ class SqsReturns:
             entries = [entry for entry in entries if entry["Id"] in failed]
             if not entries:
                 return
-        raise StoreBusy(what)
+        raise StoreBusy(self._name)
 
     def bury(self, message: Received, reason: str) -> None:
         """Send a message that is not ours to the dead-letter queue, with the reason."""

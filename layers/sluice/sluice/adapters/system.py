@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,3 +38,10 @@ class Threads:
     def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
         """Return what the call returns."""
         return asyncio.get_running_loop().run_in_executor(self._pool, partial(call, *args))
+
+
+def peak_mb() -> int:
+    """Return the most memory this process ever held, in megabytes."""
+    # Linux counts in kilobytes, macOS in bytes.
+    unit = 1024 if sys.platform.startswith("linux") else 1024 * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit

@@ -1,0 +1,289 @@
+"""The planner: from an object in the bucket to messages for its ranges, without reading the object."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Final
+
+from sluice.assemble import Assemble
+from sluice.domain import batches as life
+from sluice.domain.batches import (
+    SAMPLE_BYTES,
+    Batch,
+    Options,
+    Phase,
+    Source,
+    file_batch_id,
+    planned,
+)
+from sluice.domain.errors import InputGone, Stale, StoreBusy
+from sluice.ports import BatchQueues, BatchStore, Clock, Events, Objects, Stored
+
+FILE_MS: Final = 13 * 86_400_000
+"""How long the rows of a file may wait, unless its options say less: below the 14 days of a message."""
+
+OPTIONS_ENDING: Final = ".options.json"
+METADATA_PREFIX: Final = "sluice-"
+MOST_OPTIONS_BYTES: Final = 256 * 1024
+SEND_ROUNDS: Final = 5
+
+_KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
+_JSONL: Final = re.compile(r"\.(jsonl|ndjson)$", re.IGNORECASE)
+
+
+class BadOptions(Exception):
+    """The options of a file cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An object under `in/`."""
+
+    tenant: str
+    stem: str
+    """The path without its ending: the name of the batch."""
+    stored: Stored
+
+
+class PlanBatch:
+    """The use case behind the batches queue, together with `Assemble`."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        batches: BatchStore,
+        objects: Objects,
+        queues: BatchQueues,
+        assemble: Assemble,
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        self._batches = batches
+        self._objects = objects
+        self._queues = queues
+        self._assemble = assemble
+        self._clock = clock
+        self._events = events
+
+    def arrived(self, key: str) -> None:
+        """Make a batch of an object under `in/`, once per content, however often it is said."""
+        match = _KEY.fullmatch(key)
+        if match is None or key.endswith(("/", OPTIONS_ENDING)):
+            return
+        if not _JSONL.search(key):
+            self._events.problem("file of unknown kind", key=key, tenant=match["tenant"])
+            return
+        stored = self._objects.head(key)
+        if stored is None:
+            self._events.note("file gone", key=key)
+            return
+        file = _File(match["tenant"], _JSONL.sub("", match["path"]), stored)
+        problem = None
+        try:
+            options = self._options(file)
+        except BadOptions as error:
+            options, problem = Options(), str(error)
+        batch = self._batch(file, options)
+        try:
+            self._batches.add(batch)
+        except Stale as stale:
+            if not isinstance(stale.current, Batch) or stale.current.phase is not Phase.PLANNING:
+                self._events.note("file known already", key=key, batch_id=batch.batch_id)
+                return
+            batch = stale.current
+        else:
+            self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
+        if problem is not None:
+            self._assemble.fail(batch, problem)
+            return
+        self._plan(batch)
+
+    def plan(self, batch_id: str) -> None:
+        """Plan a batch that is on record, or whatever it lacks: messages that were lost are sent again."""
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.phase is Phase.ENDED:
+            return
+        self._plan(batch)
+
+    def again(self, batch_id: str, number: int) -> None:
+        """Send a range again whose message became a dead letter: it waited for very long, or nobody could run it.
+
+        A row that kills its workers ends by the range's own count of them.
+        """
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.phase is Phase.ENDED:
+            return
+        self._events.count("DeadLetters")
+        self._events.problem("range sent again", batch_id=batch_id, range=number)
+        if self._queues.send_ranges(batch, [number]):
+            what = "the ranges queue"
+            raise StoreBusy(what)
+
+    def _batch(self, file: _File, options: Options) -> Batch:
+        now = self._clock.now()
+        latest = now + FILE_MS
+        return Batch(
+            batch_id=file_batch_id(file.tenant, file.stored.key, file.stored.etag, options.run),
+            tenant=file.tenant,
+            name=file.stem,
+            source=Source.FILE,
+            created_at=now,
+            expires_at=min(options.deadline or latest, latest),
+            input_key=file.stored.key,
+            input_etag=file.stored.etag,
+            options=options,
+            due_at=now + life.WATCH_MS,
+        )
+
+    def _plan(self, batch: Batch) -> None:
+        try:
+            batch = batch if batch.plan else self._cut(batch)
+        except InputGone as gone:
+            self._assemble.fail(batch, str(gone))
+            return
+        plan = batch.plan
+        if plan is None:
+            # Ended meanwhile, by whoever was quicker.
+            return
+        if not plan.ranges:
+            self._assemble.fail(batch, "the file is empty")
+            return
+        numbers = self._missing(batch)
+        for _ in range(SEND_ROUNDS):
+            if not numbers:
+                break
+            numbers = self._queues.send_ranges(batch, numbers)
+        else:
+            what = "the ranges queue"
+            raise StoreBusy(what)
+        self._changed(batch, life.begin)
+        self._events.note(
+            "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
+            bytes=plan.size,
+        )  # fmt: skip
+
+    def _missing(self, batch: Batch) -> list[int]:
+        """Return the ranges that want a message: all of them at first, those of sections that lack some later."""
+        assert batch.plan is not None  # noqa: S101 - it was just made
+        if batch.phase is Phase.PLANNING:
+            return list(range(batch.plan.ranges))
+        groups = self._batches.groups(batch.batch_id, "section#")
+        numbers: list[int] = []
+        for section in range(batch.plan.sections):
+            members = batch.plan.members(section)
+            found = groups.get(f"section#{section:06d}")
+            if found is None or found.members < len(members):
+                numbers.extend(members)
+            else:
+                self._queues.send_join(batch.batch_id, section)
+        return numbers
+
+    def _cut(self, batch: Batch) -> Batch:
+        stored = self._objects.head(batch.input_key)
+        if stored is None or stored.etag != batch.input_etag:
+            raise InputGone(batch.input_key)
+        sample = self._objects.read(batch.input_key, 0, SAMPLE_BYTES, batch.input_etag)
+        plan = planned(stored.size, sample)
+        problem = _unreadable(sample)
+        if problem is not None:
+            self._assemble.fail(batch, problem)
+            return batch
+        return self._changed(batch, lambda current: life.plan_batch(current, plan))
+
+    def _changed(self, batch: Batch, change: Any) -> Batch:
+        while True:
+            changed: Batch = change(batch)
+            if changed is batch:
+                return batch
+            try:
+                self._batches.replace(changed, batch.version)
+            except Stale as stale:
+                if not isinstance(stale.current, Batch):
+                    raise
+                batch = stale.current
+                if batch.phase is Phase.ENDED or (batch.plan and changed.phase is Phase.PLANNING):
+                    return batch
+            else:
+                return changed
+
+    # Options ---------------------------------------------------------------------------------------------------
+
+    def _options(self, file: _File) -> Options:
+        """Read what stands beside the file, and in its metadata, which wins."""
+        said: dict[str, Any] = {}
+        key = f"in/{file.tenant}/{file.stem}{OPTIONS_ENDING}"
+        stored = self._objects.head(key)
+        if stored is not None:
+            if stored.size > MOST_OPTIONS_BYTES:
+                raise BadOptions(f"{key} has more than {MOST_OPTIONS_BYTES:,} bytes")
+            try:
+                said = json.loads(self._objects.read(key, 0, stored.size))
+            except (ValueError, RecursionError) as error:
+                raise BadOptions(f"{key} is not JSON: {error}") from error
+            if not isinstance(said, dict):
+                raise BadOptions(f"{key} is no JSON object")
+        metadata = {
+            name.removeprefix(METADATA_PREFIX).replace("-", "_"): _from_metadata(name, value)
+            for name, value in file.stored.metadata.items()
+            if name.startswith(METADATA_PREFIX)
+        }
+        return read_options({**said, **metadata})
+
+
+def read_options(said: Mapping[str, Any]) -> Options:
+    """Return the options; raises BadOptions with what is wrong."""
+    known = {each.name for each in fields(Options)}
+    for name in said:
+        if name not in known:
+            raise BadOptions(f"options: {name!r} is not one of {', '.join(sorted(known))}")
+    read: dict[str, Any] = {}
+    for name, value in said.items():
+        read[name] = value
+        match name:
+            case "max_tokens":
+                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            case "fallback_models":
+                good = isinstance(value, list) and all(isinstance(each, str) for each in value)
+                read[name] = tuple(value) if good else ()
+            case "deadline":
+                read[name] = read_moment(value)
+                good = read[name] is not None
+            case _:
+                good = isinstance(value, str) and bool(value)
+        if not good:
+            raise BadOptions(f"options: {name} cannot be {json.dumps(value)[:80]}")
+    return Options(**read)
+
+
+def read_moment(value: object) -> int | None:
+    """Return epoch milliseconds of RFC 3339 text with a time zone, None for anything else."""
+    if not isinstance(value, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return None if moment.tzinfo is None else int(moment.timestamp() * 1000)
+
+
+def _from_metadata(name: str, value: str) -> Any:
+    """Metadata is text: numbers and lists are written as such."""
+    if name.endswith("max-tokens") and value.isdecimal():
+        return int(value)
+    if name.endswith("fallback-models"):
+        return [each.strip() for each in value.split(",") if each.strip()]
+    return value
+
+
+def _unreadable(sample: bytes) -> str | None:
+    """Tell what the object is when it is not lines of JSON in UTF-8."""
+    if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "the file is UTF-16; save it as UTF-8"
+    if sample.startswith(b"PK\x03\x04"):
+        return "the file is a ZIP archive; upload the JSONL itself, or gzip it"
+    if not sample.removeprefix(life.BOM).strip() and len(sample) < SAMPLE_BYTES:
+        return "the file is empty"
+    return None
