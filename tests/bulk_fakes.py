@@ -181,9 +181,13 @@ class MemoryObjects(Fragile):
         self.stored: dict[str, bytes] = {}
         self.metadata: dict[str, dict[str, str]] = {}
 
-    def put(self, key: str, body: bytes) -> None:
+    def put(self, key: str, body: bytes) -> str:
         self._do("put", key)
         self.stored[key] = body
+        return _etag(body)
+
+    def link(self, key: str, seconds: int) -> str:
+        return f"https://bucket.example/{key}?seconds={seconds}"
 
     def get(self, key: str) -> bytes | None:
         self._do("get", key)

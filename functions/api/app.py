@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from datetime import UTC, date, datetime
+from gzip import decompress
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from aws_lambda_powertools.event_handler import APIGatewayHttpResolver, Response, content_types
@@ -14,7 +15,9 @@ from aws_lambda_powertools.event_handler.openapi.params import Body, Header, Pat
 import sluice
 from sluice import http, wiring
 from sluice.accounts import Account
+from sluice.batches import MOST_INLINE_BYTES, Batches, Create, Link
 from sluice.domain import errors
+from sluice.domain.batches import Batch, Options
 from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
 from sluice.submit import Accepted, Rejected, Sender
@@ -29,6 +32,7 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.InvalidRequest: (400, "invalid_request_error"),
     errors.Unauthenticated: (401, "authentication_error"),
     errors.JobNotFound: (404, "not_found_error"),
+    errors.BatchNotFound: (404, "not_found_error"),
     errors.Conflict: (409, "conflict_error"),
     errors.RequestTooLarge: (413, "request_too_large"),
     errors.StoreBusy: (503, "overloaded_error"),
@@ -72,6 +76,13 @@ def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Res
     """Let a request through that is not too large and carries a client key."""
     app.append_context(tenant=tenant_of_request())  # type: ignore[no-untyped-call]
     return next_middleware(app)
+
+
+def as_it_is(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
+    """Put a body of bytes into the answer behind Powertools' back, which takes every body for text."""
+    response = next_middleware(app)
+    response.body = app.context.pop("body", response.body)
+    return response
 
 
 def tenant_of_request() -> str:
@@ -289,6 +300,167 @@ def show_limits() -> dict[str, Any]:
     return {"data": [http.group_view(group, now) for group in account().groups()]}
 
 
+# Batches, as Anthropic's API has them --------------------------------------------------------------------------
+
+BATCHES: Final = "/v1/messages/batches"
+
+
+@app.post(
+    BATCHES,
+    summary="Create a batch",
+    description="Anthropic's Message Batches API, served by Sluice's own engine. "
+    "A create that an SDK sends again makes no second batch.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.MessageBatch, *(400, 401, 409, 413, 503)),
+    middlewares=[checked],
+)
+def create_batch(  # noqa: PLR0913, PLR0917 - its headers
+    body: Annotated[http.BatchBody, Body()],
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, description="Names this create, for good."),
+    ] = None,
+    anthropic_version: Annotated[str | None, Header(pattern=r"^\d{4}-\d{2}-\d{2}$")] = None,
+    anthropic_beta: Annotated[
+        str | None, Header(max_length=1024, pattern=r"^[!-~ ]+$", description="Sent upstream.")
+    ] = None,
+    sluice_deadline: Annotated[
+        str | None,
+        Header(description="RFC 3339: rows not begun by then are `expired`; default 24 hours."),
+    ] = None,
+    x_stainless_retry_count: Annotated[
+        int, Header(ge=0, description="Says that an SDK sends the very same create again.")
+    ] = 0,
+) -> dict[str, Any]:
+    """Create a batch."""
+    headers = app.current_event.headers
+    asked = Create(
+        http.read_requests(body.root),
+        Options(
+            deadline=http.read_deadline(sluice_deadline),
+            anthropic_version=anthropic_version,
+            anthropic_beta=anthropic_beta,
+        ),
+        idempotency_key=idempotency_key,
+        retries=x_stainless_retry_count,
+        client=headers.get("user-agent") or "",
+    )
+    return shown(batches().create(asked))
+
+
+@app.get(
+    BATCHES,
+    summary="List batches",
+    description="Newest first, files among them.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "A page.", http.MessageBatchList, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def list_batches(
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    after_id: Annotated[str | None, Query(max_length=MOST_ID)] = None,
+    before_id: Annotated[str | None, Query(max_length=MOST_ID)] = None,
+) -> dict[str, Any]:
+    """List batches."""
+    page = batches().page(limit, after_id, before_id)
+    data = [shown(batch) for batch in page.batches]
+    return {
+        "data": data,
+        "has_more": page.has_more,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
+
+
+@app.get(
+    f"{BATCHES}/<batch_id>",
+    summary="Show a batch",
+    description="As Anthropic's API does; counts move when the whole batch has ended.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.MessageBatch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def show_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Show a batch."""
+    return shown(batches().get(batch_id))
+
+
+@app.post(
+    f"{BATCHES}/<batch_id>/cancel",
+    summary="Cancel a batch",
+    description="Rows that wait are canceled, calls under way are stopped; what was answered stays.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.MessageBatch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def cancel_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Cancel a batch."""
+    return shown(batches().cancel(batch_id))
+
+
+@app.delete(
+    f"{BATCHES}/<batch_id>",
+    summary="Delete a batch",
+    description="Only once it has ended.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "It is gone.", http.DeletedMessageBatch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def delete_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Delete a batch."""
+    batches().delete(batch_id)
+    return {"id": batch_id, "type": "message_batch_deleted"}
+
+
+@app.get(
+    f"{BATCHES}/<batch_id>/results",
+    summary="Fetch the results of a batch",
+    description="A line of JSON per row, in the order of the rows: gzipped while it fits into an answer, else "
+    "a redirect to the bucket for clients that send a bearer token.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The results.", http.ResultLine, 400, 401, 404, 503),
+    middlewares=[as_it_is, checked],
+)
+def batch_results(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> Response[Any]:
+    """Fetch results."""
+    headers = app.current_event.headers
+    may_follow = not headers.get("x-api-key")
+    found = batches().results(batch_id, may_follow=may_follow)
+    if isinstance(found, Link):
+        return answer(302, {}, {"Location": found.url})
+    body, coding = found.packed, {"content-encoding": "gzip"}
+    if "gzip" not in (headers.get("accept-encoding") or ""):
+        body, coding = decompress(found.packed), {}
+        if len(body) > MOST_INLINE_BYTES:
+            message = (
+                f"the results have {len(body):,} bytes, more than one answer takes; "
+                "send Accept-Encoding: gzip"
+            )
+            raise errors.InvalidRequest(message)
+    more = {"request-id": request_id(), **coding}
+    app.append_context(body=body)  # type: ignore[no-untyped-call]
+    return Response(200, content_type="application/x-jsonl", headers=more)
+
+
+def batches() -> Batches:
+    """Return the caller's batches."""
+    return wiring.batches_of(app.context["tenant"])
+
+
+def shown(batch: Batch) -> dict[str, Any]:
+    """Show a batch in Anthropic's shape."""
+    view: dict[str, Any] = http.message_batch(
+        batch, wiring.CLOCK.now(), wiring.settings().public_url
+    )
+    return view
+
+
 # Answers -------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +495,9 @@ def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
     headers = {}
     if isinstance(error, errors.StoreBusy):
         headers["retry-after"] = str(error.retry_after_seconds)
+    if isinstance(error, errors.Conflict):
+        # Anthropic's SDKs try a 409 again; this one stays.
+        headers["x-should-retry"] = "false"
     return answer(status, {**error_body(error), **more}, headers)
 
 

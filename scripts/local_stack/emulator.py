@@ -95,14 +95,18 @@ class Child:
 class Emulator:
     """A running ministack on 127.0.0.1."""
 
-    def __init__(self, port: int = 0) -> None:
-        """Start it on `port` (0: any free port); it answers a little later."""
+    def __init__(self, port: int = 0, *, bucket_url: str | None = None) -> None:
+        """Start it on `port` (0: any free port); it answers a little later.
+
+        `bucket_url`: where the functions find S3, when that is to be another address than the rest of AWS.
+        """
         check_packages()
         self.port = free_port(port)
         self.endpoint_url = f"http://{HOST}:{self.port}"
         self._clients: dict[str, Client] = {}
         self._session: Client = None
-        self.child = Child(str(_RUNNER), environment=_environment(self.port))
+        more = {"AWS_ENDPOINT_URL_S3": bucket_url} if bucket_url else {}
+        self.child = Child(str(_RUNNER), environment=_environment(self.port) | more)
 
     def wait_until_it_answers(self) -> None:
         """Return when the health endpoint answers; raise `StackError` when it does not."""

@@ -72,6 +72,8 @@ class LocalStack:
     tenant: str = "local"
     concurrency: int | None = None
     """Worker invocations at a time; None: the template's default."""
+    bucket_url: str | None = None
+    """Where the functions find S3, when that is to be another address than the rest of the emulated AWS."""
     template: Path = REPOSITORY / "template.yaml"
     say: Callable[[str], None] = field(default=lambda _line: None, repr=False)
     """Gets each line of progress."""
@@ -81,7 +83,7 @@ class LocalStack:
         """Start it, prove it, hand it over, and leave no process behind. Raises `StackError`."""
         client_key = self._checked()
         with ExitStack() as cleanup:
-            emulator = Emulator(self.port)
+            emulator = Emulator(self.port, bucket_url=self.bucket_url)
             cleanup.callback(emulator.stop)
             children = [emulator.child]
             simulator = None

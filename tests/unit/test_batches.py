@@ -199,6 +199,7 @@ def test_how_many_rows_there_are_is_estimated_until_the_end() -> None:
 
     assert 0 == batch.rows_expected
     assert 5 == life.plan_batch(batch, planned(10, b"a\n")).rows_expected
+    assert 9 == a_batch(rows=9).rows_expected
     assert 7 == life.end(batch, NOON, Tally(succeeded=3, errored=4), 0, 0).rows_expected
 
 

@@ -21,11 +21,15 @@ from pydantic import (
 from pydantic_core import core_schema as core
 
 from sluice.accounts import UsageRow
+from sluice.assemble import moment
+from sluice.batches import ARCHIVED_MS, is_archived, status
 from sluice.domain import jobs as life
+from sluice.domain.batches import Batch, Phase, Tally
 from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
+from sluice.plan import read_moment
 from sluice.submit import Submission
 
 MOST_JOBS: Final = 100
@@ -154,6 +158,61 @@ class _Constant(ValueError):
 def _no_constant(name: str) -> Any:
     message = f"{name} is not JSON"
     raise _Constant(message)
+
+
+class BatchRequest(BaseModel):
+    """One row of a batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    params: dict[str, Any]
+
+
+class BatchRequests(BaseModel):
+    """Up to 100,000 rows, as many as fit into a body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests: Annotated[list[BatchRequest], Field(min_length=1, max_length=100_000)]
+
+
+class BatchBody(RootModel[Any]):
+    """The body of a create; its items are checked one by one later."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: core.CoreSchema, handler: Any) -> Any:
+        """Show what is really expected."""
+        del schema
+        return handler(TypeAdapter(BatchRequests).core_schema)
+
+
+def read_requests(body: object) -> list[object]:
+    """Return the items of a create; InvalidRequest for a bad envelope, in Anthropic's words."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    for name in body:
+        if name != "requests":
+            raise InvalidRequest(f"{name}: Extra inputs are not permitted")
+    if "requests" not in body:
+        raise InvalidRequest("requests: Field required")
+    requests = body["requests"]
+    if not isinstance(requests, list):
+        raise InvalidRequest("requests: Input should be a valid list")
+    return requests
+
+
+def read_deadline(text: str | None) -> int | None:
+    """Return the deadline in epoch milliseconds; InvalidRequest when it is none."""
+    if text is None:
+        return None
+    deadline = read_moment(text)
+    if deadline is None:
+        raise InvalidRequest(
+            "sluice-deadline: must be RFC 3339 with a time zone, as in 2026-12-24T18:00:00Z "
+            f"(got {text!r})"
+        )
+    return deadline
 
 
 def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
@@ -299,6 +358,32 @@ def _attempt_view(attempt: life.Attempt) -> dict[str, Any]:
         "request_id": attempt.request_id,
         "usage": attempt.usage.as_dict() if attempt.usage else None,
         "cost_micro_usd": attempt.cost_micro_usd,
+    }
+
+
+def message_batch(batch: Batch, now: int, public_url: str) -> dict[str, Any]:
+    """Show a batch as Anthropic's API does."""
+    ended = batch.phase is Phase.ENDED
+    archived = is_archived(batch, now)
+    counts = batch.tally if ended else Tally()
+    path = f"/v1/messages/batches/{batch.batch_id}/results"
+    return {
+        "id": batch.batch_id,
+        "type": "message_batch",
+        "processing_status": status(batch),
+        "request_counts": {
+            "processing": 0 if ended else batch.rows_expected,
+            "succeeded": counts.succeeded,
+            "errored": counts.errored,
+            "canceled": counts.canceled,
+            "expired": counts.expired,
+        },
+        "created_at": moment(batch.created_at),
+        "expires_at": moment(batch.expires_at),
+        "ended_at": moment(batch.ended_at),
+        "cancel_initiated_at": moment(batch.cancel_initiated_at),
+        "archived_at": moment(batch.created_at + ARCHIVED_MS) if archived else None,
+        "results_url": f"{public_url}{path}" if ended and not archived else None,
     }
 
 
@@ -580,10 +665,63 @@ class Limits(Shape):
     data: list[LimitGroup]
 
 
+class RequestCounts(Shape):
+    """All `processing` until the whole batch has ended."""
+
+    processing: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+
+
+class MessageBatch(Shape):
+    """A batch in Anthropic's shape."""
+
+    id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
+    type: Literal["message_batch"]
+    processing_status: Literal["in_progress", "canceling", "ended"]
+    request_counts: RequestCounts
+    created_at: Time
+    expires_at: Time
+    ended_at: Time | None
+    cancel_initiated_at: Time | None
+    archived_at: Time | None
+    results_url: Annotated[
+        str | None, Field(description="Of this gateway. Null until the batch has ended.")
+    ]
+
+
+class MessageBatchList(Shape):
+    """Some batches, newest first."""
+
+    data: list[MessageBatch]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class ResultLine(Shape):
+    """One line of the results."""
+
+    custom_id: str
+    result: Annotated[
+        dict[str, Any],
+        Field(description="`type` is succeeded, errored, canceled or expired, as Anthropic's."),
+    ]
+
+
+class DeletedMessageBatch(Shape):
+    """A batch that is out of sight."""
+
+    id: str
+    type: Literal["message_batch_deleted"]
+
+
 REFUSALS: Final[Mapping[int, str]] = {
     400: "The request is wrong; the message says where.",
     401: "No client key, or one that is unknown or disabled.",
-    404: "No such job for this client key.",
+    404: "No such job or batch for this client key.",
     409: "The custom_id or Idempotency-Key stands for another request already.",
     413: f"The body has more than {MOST_BYTES:,} bytes.",
     500: "Something went wrong in the gateway; the log has it under this request_id.",

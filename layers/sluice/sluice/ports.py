@@ -325,8 +325,8 @@ class Writer(Protocol):
 class Objects(Protocol):
     """The data bucket."""
 
-    def put(self, key: str, body: bytes) -> None:
-        """Store an object."""
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object; return its ETag."""
         ...
 
     def get(self, key: str) -> bytes | None:
@@ -347,6 +347,10 @@ class Objects(Protocol):
 
     def writer(self, key: str) -> Writer:
         """Begin an object."""
+        ...
+
+    def link(self, key: str, seconds: int) -> str:
+        """Return an address from which anybody may read the object for so long."""
         ...
 
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:

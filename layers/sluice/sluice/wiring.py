@@ -29,6 +29,7 @@ from sluice.adapters.sqs import SqsBatchQueues, SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import SERVICE, Telemetry, hush
 from sluice.assemble import Assemble
+from sluice.batches import Batches
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
@@ -155,6 +156,11 @@ def assemble() -> Assemble:
 def plan_batch() -> PlanBatch:
     """Return the use case that cuts files into ranges."""
     return PlanBatch(batches(), _objects(), _batch_queues(), assemble(), CLOCK, telemetry())
+
+
+def batches_of(tenant: str) -> Batches:
+    """Return one tenant's batches."""
+    return Batches(tenant, batches(), _objects(), _batch_queues(), CLOCK, os.urandom, telemetry())
 
 
 @cache

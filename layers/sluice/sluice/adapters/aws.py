@@ -71,7 +71,8 @@ def sqs() -> SQSClient:
 
 def s3() -> S3Client:
     """Return an S3 client."""
-    return boto3.client("s3", config=CONFIG)
+    # Links are signed in the old way unless told otherwise, which newer regions do not take.
+    return boto3.client("s3", config=CONFIG.merge(Config(signature_version="s3v4")))
 
 
 def lambdas() -> LambdaClient:

@@ -40,9 +40,12 @@ class Objects:
         self._client = client
         self._bucket = bucket
 
-    def put(self, key: str, body: bytes) -> None:
-        """Store an object."""
-        aws.patiently(WHAT, self._client.put_object, Bucket=self._bucket, Key=key, Body=body)
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object; return its ETag."""
+        answer = aws.patiently(
+            WHAT, self._client.put_object, Bucket=self._bucket, Key=key, Body=body
+        )
+        return answer["ETag"].strip('"')
 
     def get(self, key: str) -> bytes | None:
         """Return an object, None when there is none (any more).
@@ -103,6 +106,12 @@ class Objects:
     def writer(self, key: str) -> ObjectWriter:
         """Begin an object."""
         return ObjectWriter(self._client, self._bucket, key)
+
+    def link(self, key: str, seconds: int) -> str:
+        """Return an address from which anybody may read the object for so long."""
+        return self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=seconds
+        )
 
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
         """Make one object of several, in order; return its size. Large ones are copied by S3, side by side."""

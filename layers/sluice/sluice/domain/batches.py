@@ -168,6 +168,8 @@ class Batch:
     """The JSONL object that is cut into ranges."""
     input_etag: str
     options: Options = field(default_factory=Options)
+    rows: int | None = None
+    """How many there are, where that was known from the start."""
     version: int = 1
     phase: Phase = Phase.PLANNING
     plan: Plan | None = None
@@ -209,6 +211,8 @@ class Batch:
         """How many rows there are: known at the end, estimated before."""
         if self.phase is Phase.ENDED:
             return self.tally.rows
+        if self.rows is not None:
+            return self.rows
         return self.plan.estimated_rows if self.plan else 0
 
     def part_key(self, number: int) -> str:

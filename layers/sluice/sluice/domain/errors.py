@@ -55,7 +55,8 @@ class BatchNotFound(SluiceError):
 
     def __init__(self, batch_id: str) -> None:
         super().__init__(
-            f"no batch {batch_id!r} for this client key; GET /v1/messages/batches lists what there is"
+            f"message_batch: {batch_id} is not there for this client key; "
+            "GET /v1/messages/batches lists those that are"
         )
         self.batch_id = batch_id
 
@@ -70,7 +71,7 @@ class RequestTooLarge(SluiceError):
     def __init__(self, size: int, limit: int) -> None:
         super().__init__(
             f"the body has {size:,} bytes, the limit is {limit:,}; "
-            "send fewer jobs in one list, or each job in a request of its own"
+            "send fewer jobs in one list, or all of them as a file: `sluice upload FILE`, or POST /uploads"
         )
         self.size = size
         self.limit = limit

@@ -179,7 +179,7 @@ def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
 def checked_params(params: dict[str, Any]) -> dict[str, Any]:
     """Check only what we need ourselves, in Anthropic's words; all else is for Claude to judge, row by row."""
     if params.get("stream"):
-        raise _Unusable("stream: streaming is not supported in batches")
+        raise _Unusable("stream: streaming is not supported in a batch")
     model = params.get("model")
     if "model" not in params:
         raise _Unusable("model: Field required")
@@ -191,7 +191,7 @@ def checked_params(params: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
         raise _Unusable("max_tokens: Input should be a valid integer")
     if max_tokens < 1:
-        raise _Unusable("max_tokens: Input should be greater than or equal to 1")
+        raise _Unusable("max_tokens: must be greater than 0 in a batch")
     if "messages" not in params:
         raise _Unusable("messages: Field required")
     return {name: value for name, value in params.items() if name != "stream"}
