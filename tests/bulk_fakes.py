@@ -12,7 +12,7 @@ from typing import Any
 from sluice.adapters import job_records
 from sluice.assemble import Assemble
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
-from sluice.domain.errors import InputGone, Stale, StoreBusy
+from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.plan import PlanBatch
 from sluice.ports import BatchPage, Due, Received, Stored
 from sluice.ranges import Desk, Pointer, RangeTools, RowRequests, RunRange
@@ -223,6 +223,43 @@ class MemoryObjects(Fragile):
 
 def _etag(body: bytes) -> str:
     return sha256(body).hexdigest()[:32]
+
+
+class MemoryLinks(Fragile):
+    """Uploads by links: parts are put by the test itself."""
+
+    name = "the data bucket"
+
+    def __init__(self, objects: MemoryObjects) -> None:
+        super().__init__()
+        self._objects = objects
+        self.going: dict[str, dict[int, bytes]] = {}
+
+    def begin(self, key: str) -> str:
+        self._do("begin", key)
+        upload_id = f"upload-{len(self.going) + 1}"
+        self.going[upload_id] = {}
+        return upload_id
+
+    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
+        return {part: f"https://bucket.example/{key}?{upload_id}&{part}" for part in parts}
+
+    def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
+        parts = self.going.pop(upload_id, None)
+        if parts is None and key in self._objects.stored:
+            return
+        if parts is None or {n: _etag(body) for n, body in parts.items()} != etags:
+            raise InvalidRequest("parts: S3 says InvalidPart")
+        self._objects.put(key, b"".join(parts[number] for number in sorted(parts)))
+
+    def abort(self, key: str, upload_id: str) -> None:
+        del key
+        self.going.pop(upload_id, None)
+
+    def send(self, upload_id: str, part: int, body: bytes) -> str:
+        """PUT a part to its link; return its ETag."""
+        self.going[upload_id][part] = body
+        return _etag(body)
 
 
 class MemoryBatchQueues(Fragile):

@@ -21,6 +21,7 @@ from sluice.domain.batches import Batch, Options
 from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
 from sluice.submit import Accepted, Rejected, Sender
+from sluice.uploads import Uploads
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.event_handler.middlewares import NextMiddleware
@@ -446,6 +447,142 @@ def batch_results(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> Respons
     more = {"request-id": request_id(), **coding}
     app.append_context(body=body)  # type: ignore[no-untyped-call]
     return Response(200, content_type="application/x-jsonl", headers=more)
+
+
+# Batches with their progress, and files -----------------------------------------------------------------------
+
+
+@app.get(
+    "/batches",
+    summary="List batches with their progress",
+    description="Newest first.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "A page.", http.BatchListing, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def list_progress(
+    limit: Annotated[int, Query(ge=1, le=100, description="Batches on a page.")] = 20,
+    page: Annotated[
+        str | None, Query(max_length=MOST_ID, description="The `next_page` of the answer before.")
+    ] = None,
+) -> dict[str, Any]:
+    """List batches."""
+    found = batches().page(limit, page, None)
+    return {
+        "data": [with_progress(batch) for batch in found.batches],
+        "has_more": found.has_more,
+        "next_page": found.batches[-1].batch_id if found.has_more else None,
+    }
+
+
+@app.get(
+    "/batches/<batch_id>",
+    summary="Show a batch with its progress",
+    description="Rows done, tokens, cost, and when it will probably end.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.Batch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def show_progress(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Show a batch."""
+    return with_progress(batches().get(batch_id))
+
+
+@app.get(
+    "/batches/<batch_id>/links",
+    summary="Get links to the files of a batch",
+    description="Results, errors and summary of a batch that has ended; to be fetched without a key.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The links.", http.BatchLinks, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def batch_links(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Get links."""
+    return dict(batches().links(batch_id))
+
+
+@app.post(
+    "/uploads",
+    summary="Begin an upload",
+    description="Of a file of any size, by links that need no AWS credentials. PUT each part to its link, "
+    "without a key, and keep the ETag of each answer.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "Where its parts go.", http.Upload, 400, 401, 413, 503),
+    middlewares=[checked],
+)
+def begin_upload(body: Annotated[http.UploadRequest, Body()]) -> dict[str, Any]:
+    """Begin an upload."""
+    begun = uploads().begin(body.name, body.bytes, body.options)
+    return {
+        "type": "upload",
+        "id": begun.upload_id,
+        "name": begun.name,
+        "part_bytes": begun.part_bytes,
+        "parts": begun.parts,
+        "links": http.part_links(begun.links),
+    }
+
+
+@app.post(
+    "/uploads/parts",
+    summary="Get links of more parts",
+    description="Up to a hundred at once.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "Where they go.", http.UploadLinks, 400, 401, 413, 503),
+    middlewares=[checked],
+)
+def upload_parts(body: Annotated[http.UploadParts, Body()]) -> dict[str, Any]:
+    """Get more links."""
+    return {"links": http.part_links(uploads().links(body.name, body.id, body.first, body.last))}
+
+
+@app.post(
+    "/uploads/complete",
+    summary="Complete an upload",
+    description="Puts the parts together; the file is a batch from then on. May be sent again.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.Batch, 400, 401, 413, 503),
+    middlewares=[checked],
+)
+def complete_upload(body: Annotated[http.UploadDone, Body()]) -> dict[str, Any]:
+    """Complete an upload."""
+    etags = {part.part: part.etag for part in body.parts}
+    return with_progress(uploads().complete(body.name, body.id, etags))
+
+
+@app.delete(
+    "/uploads",
+    summary="Abort an upload",
+    description="Forgets its parts.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "It is forgotten.", http.AbortedUpload, 400, 401, 503),
+    middlewares=[checked],
+)
+def abort_upload(
+    upload_id: Annotated[str, Query(alias="id", max_length=1024)],
+    name: Annotated[str, Query(max_length=512)],
+) -> dict[str, Any]:
+    """Abort an upload."""
+    uploads().abort(name, upload_id)
+    return {"type": "upload_aborted", "id": upload_id}
+
+
+def uploads() -> Uploads:
+    """Return the caller's uploads."""
+    return wiring.uploads_of(app.context["tenant"])
+
+
+def with_progress(batch: Batch) -> dict[str, Any]:
+    """Show a batch with its progress."""
+    view: dict[str, Any] = http.batch_view(batch, batches().progress(batch), wiring.CLOCK.now())
+    return view
 
 
 def batches() -> Batches:

@@ -1,4 +1,4 @@
-"""Woken every minute: sets how many workers may run, and sends parked jobs that are due again."""
+"""Woken every minute: sets how many workers may run, and sends parked jobs and ranges that are due again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ SAFETY_MS: Final = 10_000
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG001 - Lambda's signature
-    """Govern, then sweep; neither waits for the other to succeed."""
+    """Govern, then sweep jobs, then ranges; none waits for another to succeed."""
     stop_at = wiring.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
     try:
         try:
             wiring.governor()()
         finally:
-            wiring.sweep()(stop_at)
+            try:
+                wiring.sweep()(stop_at)
+            finally:
+                wiring.resume()(stop_at)
     finally:
         wiring.telemetry().flush()

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from typing import Final
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import requests
+from botocore.stub import Stubber
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sluice.adapters import s3
+from sluice.adapters import aws, s3
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.job_records import as_text, of_text
 from sluice.adapters.sqs import SqsBatchQueues
 from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, Tally, planned
-from sluice.domain.errors import InputGone, Stale
+from sluice.domain.errors import InputGone, InvalidRequest, Stale
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.messages import batch_messages
 from sluice.ports import BatchStore, Due, Objects, WaitingRanges
@@ -362,3 +365,60 @@ def test_a_row_that_waits_is_the_same_job_afterwards(
 
     assert "\n" not in text
     assert job == of_text(text)
+
+
+# Links ---------------------------------------------------------------------------------------------------------
+
+
+def put(url: str, body: bytes) -> str:
+    """PUT to a signed link, as anybody can; return the ETag."""
+    answer = requests.put(url, data=body, timeout=10)
+    assert 200 == answer.status_code
+    return answer.headers["etag"]
+
+
+def test_parts_go_into_the_bucket_by_links_and_become_an_object(cloud: Aws, name: str) -> None:
+    links = s3.Links(cloud.s3, BUCKET, 60)
+    upload = links.begin(name)
+    where = links.links(name, upload, range(1, 3))
+    etags = {1: put(where[1], b"x" * 5 * MIB), 2: put(where[2], b"end")}
+
+    links.complete(name, upload, etags)
+    links.complete(name, upload, etags)
+
+    assert 5 * MIB + 3 == len(cloud.objects(name)[name])
+    assert {"X-Amz-Signature", "partNumber"} <= set(parse_qs(urlsplit(where[1]).query))
+
+
+def test_parts_that_make_no_object_are_the_callers_fault(cloud: Aws, name: str) -> None:
+    links = s3.Links(cloud.s3, BUCKET, 60)
+    upload = links.begin(name)
+
+    with pytest.raises(InvalidRequest, match="parts: S3 says InvalidPart"):
+        links.complete(name, upload, {1: '"no such part"'})
+    links.abort(name, upload)
+
+
+@pytest.mark.usefixtures("cloud")
+def test_an_upload_that_is_gone_is_done_when_its_object_is_there(name: str) -> None:
+    """The emulated S3 does not know what to say here."""
+    client = aws.s3()
+    links = s3.Links(client, BUCKET, 60)
+    with Stubber(client) as stub:
+        stub.add_client_error("complete_multipart_upload", "NoSuchUpload", "gone")
+        stub.add_response("head_object", {"ContentLength": 1, "ETag": '"x"'})
+        stub.add_client_error("complete_multipart_upload", "NoSuchUpload", "gone")
+        stub.add_client_error("head_object", "404")
+        stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
+
+        links.complete(name, "upload", {1: "x"})
+        with pytest.raises(InvalidRequest, match="parts: S3 says NoSuchUpload: gone"):
+            links.complete(name, "upload", {1: "x"})
+        links.abort(name, "upload")
+
+
+def test_results_are_read_by_a_link(cloud: Aws, name: str) -> None:
+    store = s3.Objects(cloud.s3, BUCKET)
+    store.put(name, b"results")
+
+    assert b"results" == requests.get(store.link(name, 60), timeout=10).content

@@ -247,11 +247,19 @@ class Batches:
                 "Authorization: Bearer (Anthropic's SDKs from version 2, TypeScript 1), run "
                 f"`sluice batches results {batch_id}`, or read s3://<DataBucketName>/{batch.results_key}"
             )
-        return Link(self.link(batch))
+        return Link(self._objects.link(batch.results_key, LINK_SECONDS))
 
-    def link(self, batch: Batch) -> str:
-        """Return an address of the results that needs no key, for a quarter of an hour."""
-        return self._objects.link(batch.results_key, LINK_SECONDS)
+    def links(self, batch_id: str) -> dict[str, str]:
+        """Return addresses of an ended batch's files that need no key, for a quarter of an hour."""
+        batch = self.get(batch_id)
+        if batch.phase is not Phase.ENDED:
+            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
+        keys = {
+            "results": batch.results_key,
+            "errors": batch.errors_key,
+            "summary": batch.summary_key,
+        }
+        return {name: self._objects.link(key, LINK_SECONDS) for name, key in keys.items()}
 
 
 def status(batch: Batch) -> str:

@@ -23,8 +23,9 @@ from pydantic_core import core_schema as core
 from sluice.accounts import UsageRow
 from sluice.assemble import moment
 from sluice.batches import ARCHIVED_MS, is_archived, status
+from sluice.domain import batches as life_of_batches
 from sluice.domain import jobs as life
-from sluice.domain.batches import Batch, Phase, Tally
+from sluice.domain.batches import Phase, Source, Tally
 from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
@@ -158,6 +159,49 @@ class _Constant(ValueError):
 def _no_constant(name: str) -> Any:
     message = f"{name} is not JSON"
     raise _Constant(message)
+
+
+class UploadRequest(BaseModel):
+    """A file to come."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=512, examples=["reviews.jsonl"])]
+    bytes: Annotated[int, Field(ge=1, description="Its size.")]
+    options: Annotated[
+        dict[str, Any],
+        Field(description="What holds for all its rows: model, max_tokens, deadline ..."),
+    ] = {}
+
+
+class UploadParts(BaseModel):
+    """Some of an upload's parts, up to a hundred."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(min_length=1, max_length=1024)]
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    first: Annotated[int, Field(ge=1)]
+    last: Annotated[int, Field(ge=1)]
+
+
+class UploadedPart(BaseModel):
+    """A part that was sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    part: Annotated[int, Field(ge=1, le=10_000)]
+    etag: Annotated[str, Field(min_length=1, max_length=256, description="S3 answered with it.")]
+
+
+class UploadDone(BaseModel):
+    """All parts are sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(min_length=1, max_length=1024)]
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    parts: Annotated[list[UploadedPart], Field(min_length=1, max_length=10_000)]
 
 
 class BatchRequest(BaseModel):
@@ -361,7 +405,52 @@ def _attempt_view(attempt: life.Attempt) -> dict[str, Any]:
     }
 
 
-def message_batch(batch: Batch, now: int, public_url: str) -> dict[str, Any]:
+def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[str, Any]:
+    """Show a batch with its progress: `so_far` are the sums of the ranges that are done."""
+    ended = batch.phase is Phase.ENDED
+    state = "planning" if batch.phase is Phase.PLANNING else "running"
+    if status(batch) != "in_progress":
+        state = status(batch)
+    done = so_far.rows + so_far.invalid
+    expected = done if ended else max(batch.rows_expected, done)
+    eta = None
+    if not ended and done:
+        eta = now + (now - batch.created_at) * max(0, expected - done) // done
+    return {
+        "id": batch.batch_id,
+        "type": "batch",
+        "name": batch.name,
+        "source": batch.source.value,
+        "state": state,
+        "rows": {
+            "expected": expected,
+            "done": done,
+            "succeeded": so_far.succeeded,
+            "errored": so_far.errored,
+            "canceled": so_far.canceled,
+            "expired": so_far.expired,
+            "invalid": so_far.invalid,
+            "duplicates": batch.duplicates,
+        },
+        "calls": so_far.calls,
+        "input_tokens": so_far.input_tokens,
+        "output_tokens": so_far.output_tokens,
+        "cost_micro_usd": so_far.cost_micro_usd,
+        "cost_usd": usd(so_far.cost_micro_usd),
+        "created_at": time(batch.created_at),
+        "expires_at": time(batch.expires_at),
+        "ended_at": time(batch.ended_at),
+        "estimated_end_at": time(eta),
+        "problem": batch.problem,
+    }
+
+
+def part_links(links: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Show where parts go."""
+    return [{"part": part, "url": url} for part, url in links.items()]
+
+
+def message_batch(batch: life_of_batches.Batch, now: int, public_url: str) -> dict[str, Any]:
     """Show a batch as Anthropic's API does."""
     ended = batch.phase is Phase.ENDED
     archived = is_archived(batch, now)
@@ -663,6 +752,89 @@ class Limits(Shape):
     """All limit groups in use."""
 
     data: list[LimitGroup]
+
+
+class PartLink(Shape):
+    """Where a part is to be PUT, without a key, within an hour."""
+
+    part: int
+    url: str
+
+
+class Upload(Shape):
+    """An upload that has begun."""
+
+    type: Literal["upload"]
+    id: str
+    name: str
+    part_bytes: Annotated[int, Field(description="Of every part but the last.")]
+    parts: int
+    links: Annotated[list[PartLink], Field(description="Of the first hundred parts.")]
+
+
+class UploadLinks(Shape):
+    """Where more parts go."""
+
+    links: list[PartLink]
+
+
+class AbortedUpload(Shape):
+    """An upload that is forgotten."""
+
+    type: Literal["upload_aborted"]
+    id: str
+
+
+class BatchRows(Shape):
+    """What became of the rows so far."""
+
+    expected: Annotated[int, Field(description="An estimate until the batch has ended.")]
+    done: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+    invalid: Annotated[int, Field(description="Lines that could not become a job.")]
+    duplicates: int
+
+
+class Batch(Shape):
+    """A batch with its progress and cost."""
+
+    id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
+    type: Literal["batch"]
+    name: str
+    source: Source
+    state: Literal["planning", "running", "canceling", "ended"]
+    rows: BatchRows
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+    created_at: Time
+    expires_at: Time
+    ended_at: Time | None
+    estimated_end_at: Annotated[
+        Time | None, Field(description="By the pace so far; null while nobody can tell.")
+    ]
+    problem: Annotated[str | None, Field(description="Why the file as a whole could not be run.")]
+
+
+class BatchListing(Shape):
+    """Some batches, newest first."""
+
+    data: list[Batch]
+    has_more: bool
+    next_page: Annotated[str | None, Field(description="Send it as `page` to go on.")]
+
+
+class BatchLinks(Shape):
+    """Where the files of an ended batch are, for a quarter of an hour; no key is needed there."""
+
+    results: str
+    errors: str
+    summary: str
 
 
 class RequestCounts(Shape):

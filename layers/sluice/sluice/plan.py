@@ -69,18 +69,36 @@ class PlanBatch:
         self._events = events
 
     def arrived(self, key: str) -> None:
-        """Make a batch of an object under `in/`, once per content, however often it is said."""
+        """Make a batch of an object under `in/` and plan it, once per content, however often it is said."""
         match = _KEY.fullmatch(key)
         if match is None or key.endswith(("/", OPTIONS_ENDING)):
             return
-        if not _JSONL.search(key):
+        if not is_known(key):
             self._events.problem("file of unknown kind", key=key, tenant=match["tenant"])
             return
-        stored = self._objects.head(key)
-        if stored is None:
+        try:
+            batch, problem = self._registered(key)
+        except InputGone:
             self._events.note("file gone", key=key)
             return
-        file = _File(match["tenant"], _JSONL.sub("", match["path"]), stored)
+        if batch.phase is not Phase.PLANNING:
+            self._events.note("file known already", key=key, batch_id=batch.batch_id)
+        elif problem is not None:
+            self._assemble.fail(batch, problem)
+        else:
+            self._plan(batch)
+
+    def register(self, key: str) -> Batch:
+        """Put the batch of an object under `in/` on record, for whoever uploaded it; the object's event plans it."""
+        return self._registered(key)[0]
+
+    def _registered(self, key: str) -> tuple[Batch, str | None]:
+        """Return the batch of a file, and what is wrong with its options."""
+        match = _KEY.fullmatch(key)
+        stored = self._objects.head(key)
+        if match is None or stored is None:
+            raise InputGone(key)
+        file = _File(match["tenant"], stem_of(match["path"]), stored)
         problem = None
         try:
             options = self._options(file)
@@ -90,16 +108,11 @@ class PlanBatch:
         try:
             self._batches.add(batch)
         except Stale as stale:
-            if not isinstance(stale.current, Batch) or stale.current.phase is not Phase.PLANNING:
-                self._events.note("file known already", key=key, batch_id=batch.batch_id)
-                return
-            batch = stale.current
-        else:
-            self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
-        if problem is not None:
-            self._assemble.fail(batch, problem)
-            return
-        self._plan(batch)
+            if not isinstance(stale.current, Batch):
+                raise
+            return stale.current, problem
+        self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
+        return batch, problem
 
     def plan(self, batch_id: str) -> None:
         """Plan a batch that is on record, or whatever it lacks: messages that were lost are sent again."""
@@ -231,6 +244,16 @@ class PlanBatch:
             if name.startswith(METADATA_PREFIX)
         }
         return read_options({**said, **metadata})
+
+
+def is_known(path: str) -> bool:
+    """Tell whether a file of this name can be run."""
+    return _JSONL.search(path) is not None
+
+
+def stem_of(path: str) -> str:
+    """Return the path without its ending."""
+    return _JSONL.sub("", path)
 
 
 def read_options(said: Mapping[str, Any]) -> Options:

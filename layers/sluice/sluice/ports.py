@@ -358,6 +358,26 @@ class Objects(Protocol):
         ...
 
 
+class PartLinks(Protocol):
+    """Uploads by signed links: the parts go into the bucket past us."""
+
+    def begin(self, key: str) -> str:
+        """Begin an upload; return its id."""
+        ...
+
+    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
+        """Return where each part is to be PUT, by number."""
+        ...
+
+    def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
+        """Put the parts together; raises InvalidRequest when they do not make an object."""
+        ...
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Forget the parts; nothing happens when there is no such upload."""
+        ...
+
+
 class LimitStore(Protocol):
     """What all workers share about limit groups and keys."""
 

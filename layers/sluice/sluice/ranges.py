@@ -57,11 +57,11 @@ SAVE_MS: Final = 2_000
 STAY_MS: Final = 60_000
 """A row that waits for no longer waits in the invocation."""
 
-LEASE_MS: Final = 60_000
-KEEP_MS: Final = 20_000
+LEASE_MS: Final = 30_000
+KEEP_MS: Final = 10_000
 """How often the owner renews its lease, hides its message anew, and looks whether the batch was canceled."""
 
-HIDE_MS: Final = 75_000
+HIDE_MS: Final = 40_000
 """A range whose worker died is visible again after this time at the latest, and its lease has run out then."""
 
 TICK_MS: Final = 100

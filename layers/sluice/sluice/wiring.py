@@ -23,7 +23,7 @@ from sluice.adapters.dynamodb import (
     DynamoParams,
 )
 from sluice.adapters.lambdas import LambdaWorkerMapping
-from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
+from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
 from sluice.adapters.sqs import SqsBatchQueues, SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
@@ -35,9 +35,11 @@ from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governor
 from sluice.plan import PlanBatch
+from sluice.resume import Resume
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
+from sluice.uploads import LINK_SECONDS, Uploads
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -156,6 +158,20 @@ def assemble() -> Assemble:
 def plan_batch() -> PlanBatch:
     """Return the use case that cuts files into ranges."""
     return PlanBatch(batches(), _objects(), _batch_queues(), assemble(), CLOCK, telemetry())
+
+
+def uploads_of(tenant: str) -> Uploads:
+    """Return one tenant's uploads."""
+    links = Links(aws.s3(), settings().data_bucket, LINK_SECONDS)
+    return Uploads(tenant, _objects(), links, plan_batch())
+
+
+@cache
+def resume() -> Resume:
+    """Return the use case that sends ranges again, and looks after batches that stand still."""
+    return Resume(
+        batches(), batches(), _batch_queues(), limits(), model_groups(), CLOCK, telemetry()
+    )
 
 
 def batches_of(tenant: str) -> Batches:

@@ -36,6 +36,13 @@ CONFIG = Config(
     retries={"total_max_attempts": 1},
 )
 
+S3_CONFIG = Config(
+    # Links are signed in the old way unless told otherwise, which newer regions do not take.
+    signature_version="s3v4",
+    # A link cannot demand a checksum of whoever uses it.
+    request_checksum_calculation="when_required",
+)
+
 _PASSING = frozenset(
     {
         "InternalError",
@@ -71,8 +78,7 @@ def sqs() -> SQSClient:
 
 def s3() -> S3Client:
     """Return an S3 client."""
-    # Links are signed in the old way unless told otherwise, which newer regions do not take.
-    return boto3.client("s3", config=CONFIG.merge(Config(signature_version="s3v4")))
+    return boto3.client("s3", config=CONFIG.merge(S3_CONFIG))
 
 
 def lambdas() -> LambdaClient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
 from sluice.domain.batches import Copied, Streamed, parts
-from sluice.domain.errors import InputGone, JobNotFound
+from sluice.domain.errors import InputGone, InvalidRequest, JobNotFound
 from sluice.domain.jobs import Result
 from sluice.ports import Received, Stored
 
@@ -159,6 +159,76 @@ class Objects:
             self._client.abort_multipart_upload(**where)
             raise
         return total
+
+
+class Links:
+    """Uploads by signed links."""
+
+    def __init__(self, client: S3Client, bucket: str, seconds: int) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._seconds = seconds
+
+    def begin(self, key: str) -> str:
+        """Begin an upload; return its id."""
+        answer = aws.patiently(
+            WHAT, self._client.create_multipart_upload, Bucket=self._bucket, Key=key
+        )
+        return answer["UploadId"]
+
+    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
+        """Return where each part is to be PUT, by number."""
+        where = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
+        return {
+            part: self._client.generate_presigned_url(
+                "upload_part", Params={**where, "PartNumber": part}, ExpiresIn=self._seconds
+            )
+            for part in parts
+        }
+
+    def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
+        """Put the parts together; raises InvalidRequest when they do not make an object."""
+        done: Any = [{"PartNumber": part, "ETag": etags[part]} for part in sorted(etags)]
+        try:
+            aws.patiently(
+                WHAT,
+                self._client.complete_multipart_upload,
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": done},
+            )
+        except ClientError as error:
+            if aws.code(error) == "NoSuchUpload" and self._is_there(key):
+                # Completed already, by a request whose answer was lost.
+                return
+            if aws.code(error) in {
+                "NoSuchUpload",
+                "InvalidPart",
+                "InvalidPartOrder",
+                "EntityTooSmall",
+            }:
+                said = error.response["Error"].get("Message", aws.code(error))
+                message = f"parts: S3 says {aws.code(error)}: {said}"
+                raise InvalidRequest(message) from error
+            raise
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Forget the parts; nothing happens when there is no such upload."""
+        try:
+            aws.patiently(
+                WHAT,
+                self._client.abort_multipart_upload,
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+            )
+        except ClientError as error:
+            if aws.code(error) != "NoSuchUpload":
+                raise
+
+    def _is_there(self, key: str) -> bool:
+        return Objects(self._client, self._bucket).head(key) is not None
 
 
 class ObjectWriter:
