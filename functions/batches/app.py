@@ -20,7 +20,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
             wiring.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})
-    wiring.telemetry().note("memory", peak_mb=wiring.peak_mb())
+    wiring.telemetry().note("used", peak_mb=wiring.peak_mb(), aws_calls=wiring.aws_calls())
     wiring.telemetry().flush()
     return {"batchItemFailures": failures}
 

@@ -32,6 +32,6 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             if not _loop.run_until_complete(run):
                 failures.append({"itemIdentifier": each.message.message_id})
     finally:
-        wiring.telemetry().note("memory", peak_mb=wiring.peak_mb())
+        wiring.telemetry().note("used", peak_mb=wiring.peak_mb(), aws_calls=wiring.aws_calls())
         wiring.telemetry().flush()
     return {"batchItemFailures": failures}

@@ -69,6 +69,11 @@ def peak_mb() -> int:
     return system.peak_mb()
 
 
+def aws_calls() -> dict[str, int]:
+    """Return how often this function called AWS so far, by what the calls were about."""
+    return dict(aws.CALLS)
+
+
 @cache
 def _dynamodb() -> DynamoDBClient:
     return aws.dynamodb()

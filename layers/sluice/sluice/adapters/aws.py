@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,6 +67,10 @@ _PASSING = frozenset(
 )
 
 
+CALLS: Counter[str] = Counter()
+"""Calls made so far, repeats among them, by what they were about; for benches. Threads may lose a few."""
+
+
 def dynamodb() -> DynamoDBClient:
     """Return a DynamoDB client."""
     return boto3.client("dynamodb", config=CONFIG)
@@ -106,6 +111,11 @@ def is_passing(error: BaseException) -> bool:
 
 def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     """Call AWS; hiccups are tried again up to 4 times within about a second, then it is StoreBusy(what)."""
+
+    def counted(**arguments: Any) -> T:
+        CALLS[what] += 1
+        return call(**arguments)
+
     attempts = Retrying(
         stop=stop_after_attempt(4),
         wait=wait_random_exponential(multiplier=0.05, max=0.5),
@@ -113,7 +123,7 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
         reraise=True,
     )
     try:
-        return attempts(call, **arguments)
+        return attempts(counted, **arguments)
     except (ClientError, BotoCoreError) as error:
         if is_passing(error):
             raise StoreBusy(what) from error
