@@ -56,6 +56,12 @@ def upload(  # noqa: PLR0913 - a command line has options
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="For rows that name none.")
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", help="For a CSV file: what to ask, with {column} where a field goes."
+        ),
+    ] = None,
     deadline: Annotated[
         str | None,
         typer.Option("--deadline", help="Give up after this: 90m, 2h, 1d or 2026-12-24T18:00:00Z."),
@@ -89,6 +95,7 @@ def upload(  # noqa: PLR0913 - a command line has options
     asked = {
         "model": model,
         "max_tokens": max_tokens,
+        "prompt": prompt,
         "deadline": deadline_at(deadline, datetime.now(UTC)) if deadline else None,
         "fallback_models": fallback_model,
         "run": again,

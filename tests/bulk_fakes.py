@@ -212,6 +212,12 @@ class MemoryObjects(Fragile):
         for start in range(0, len(body), 1_000):
             yield body[start : start + 1_000]
 
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        self._do("listing", prefix)
+        for key, body in sorted(self.stored.items()):
+            if key.startswith(prefix):
+                yield Stored(key, len(body), _etag(body))
+
     def writer(self, key: str) -> MemoryWriter:
         return MemoryWriter(self, key)
 

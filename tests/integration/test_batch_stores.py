@@ -288,6 +288,29 @@ def test_large_objects_are_copied_and_never_read(cloud: Aws, name: str) -> None:
     assert [] == read
 
 
+def test_objects_are_listed_by_the_beginning_of_their_keys(objects: Objects, name: str) -> None:
+    for number in (3, 1, 2):
+        objects.put(f"{name}/{number}", b"x" * number)
+    objects.put(f"{name}-other", b"")
+
+    found = list(objects.listing(f"{name}/"))
+
+    assert [(f"{name}/{number}", number) for number in (1, 2, 3)] == [
+        (each.key, each.size) for each in found
+    ]
+    first = objects.head(f"{name}/1")
+    assert first is not None
+    assert first.etag == found[0].etag
+
+
+def test_a_long_listing_comes_page_by_page(cloud: Aws, name: str) -> None:
+    store = s3.Objects(cloud.s3, BUCKET)
+    for number in range(1_005):
+        store.put(f"{name}/{number:04}", b"")
+
+    assert 1_005 == len(list(store.listing(f"{name}/")))
+
+
 # Queues --------------------------------------------------------------------------------------------------------
 
 

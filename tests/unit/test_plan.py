@@ -1,5 +1,6 @@
 """From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever comes again."""
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -247,6 +248,106 @@ def test_a_file_that_changed_before_it_was_planned_says_so(make: Make) -> None:
     bulk.planner.plan("msgbatch_1")
 
     assert "was deleted or replaced" in (bulk.batch.problem or "")
+
+
+# Files that cannot be cut ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["first.jsonl.gz", "first.jsonl"])
+def test_a_gzipped_file_runs_as_what_it_holds(make: Make, name: str) -> None:
+    bulk = make()
+    rows: list[Any] = [a_row(number) for number in range(250)]
+    rows[100] = b"{broken"
+
+    bulk.upload(gzip.compress(jsonl(*rows)), name)
+    bulk.drain()
+
+    assert [f"row-{n}" for n in range(250) if n != 100] == ids(bulk.results())
+    assert [101] == [error["line"] for error in bulk.errors()]
+    assert ("first", f"in/acme/{name}") == (bulk.batch.name, bulk.summary()["input"])
+
+
+def test_a_broken_gzip_file_says_so(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(gzip.compress(jsonl(a_row(1)))[:-4], "first.jsonl.gz")
+
+    assert "the gzip file ends in the middle; upload it again" == bulk.batch.problem
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_csv_file_runs_under_its_prompt(make: Make, *, packed: bool) -> None:
+    bulk = make()
+    options = {"prompt": "Say {word}", "model": "claude-a", "max_tokens": 5}
+    bulk.objects.put("in/acme/first.options.json", json.dumps(options).encode())
+    body = b'custom_id,word\na,"one\ntwo"\nb,three\nc\n'
+
+    bulk.upload(gzip.compress(body) if packed else body, f"first.csv{'.gz' if packed else ''}")
+    bulk.drain()
+
+    assert ["a", "b", "row-3"] == ids(bulk.results())
+    said = [json.loads(call.request.params)["messages"][0]["content"] for call in bulk.claude.calls]
+    assert ["Say one\ntwo", "Say three"] == said
+    assert "the record has 1 fields" in bulk.errors()[0]["error"]["message"]
+
+
+def test_a_folder_of_documents_runs_when_its_options_arrive(make: Make) -> None:
+    bulk = make()
+    for name, text in (("b.txt", b"B"), ("a.md", b"A"), ("sub/c.pdf", b"%PDF"), ("d.bin", b"D")):
+        bulk.objects.put(f"in/acme/docs/{name}", text)
+        if name != "d.bin":
+            bulk.planner.arrived(f"in/acme/docs/{name}")
+    assert {} == bulk.batches.stored
+    options = {"prompt": "What does {name} say?", "model": "claude-a", "max_tokens": 5}
+
+    bulk.upload(json.dumps(options).encode(), "docs/options.json")
+    bulk.drain()
+
+    assert "docs" == bulk.batch.name
+    contents = [
+        json.loads(call.request.params)["messages"][0]["content"] for call in bulk.claude.calls
+    ]
+    assert [
+        ("a.md", "What does a.md say?"),
+        ("b.txt", "What does b.txt say?"),
+        ("sub/c.pdf", "What does sub/c.pdf say?"),
+    ] == [(document["title"], prompt["text"]) for document, prompt in contents]
+    assert 3 == len(bulk.results())
+
+
+def test_a_folder_runs_again_when_a_document_changed_and_not_otherwise(make: Make) -> None:
+    bulk = make()
+    options = json.dumps({"prompt": "Say", "model": "claude-a", "max_tokens": 5}).encode()
+    bulk.objects.put("in/acme/docs/a.txt", b"A")
+    bulk.upload(options, "docs/options.json")
+    bulk.upload(options, "docs/options.json")
+    assert 1 == len(bulk.batches.stored)
+
+    bulk.objects.put("in/acme/docs/a.txt", b"another")
+    bulk.upload(options, "docs/options.json")
+
+    assert 2 == len(bulk.batches.stored)
+
+
+def test_a_folder_without_a_prompt_says_so(make: Make) -> None:
+    bulk = make()
+    bulk.objects.put("in/acme/docs/a.txt", b"A")
+
+    bulk.upload(b'{"model": "claude-a"}', "docs/options.json")
+
+    assert (bulk.batch.problem or "").startswith('in/acme/docs/options.json needs a "prompt"')
+
+
+def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    bulk.time.pass_seconds(60)
+
+    bulk.planner.plan("msgbatch_1")
+
+    assert Phase.ENDED == bulk.batch.phase
 
 
 # Sending ---------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def summary(batch: Batch) -> dict[str, Any]:
         "name": batch.name,
         "tenant": batch.tenant,
         "source": batch.source.value,
-        "input": batch.input_key,
+        "input": batch.given_key or batch.input_key,
         "counts": {
             "lines": tally.lines,
             "succeeded": tally.succeeded,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from hashlib import sha256
 from typing import Any, Final
 
 from sluice.assemble import Assemble
 from sluice.domain import batches as life
 from sluice.domain.batches import (
+    MOST_LINE_BYTES,
     SAMPLE_BYTES,
     Batch,
     Options,
@@ -21,6 +23,15 @@ from sluice.domain.batches import (
     planned,
 )
 from sluice.domain.errors import InputGone, Stale, StoreBusy
+from sluice.domain.forms import (
+    DOCUMENT_TYPES,
+    FOLDER_OPTIONS,
+    BadForm,
+    csv_rows,
+    document_row,
+    ending_of,
+    unpacked,
+)
 from sluice.ports import BatchQueues, BatchStore, Clock, Events, Objects, Stored
 
 FILE_MS: Final = 13 * 86_400_000
@@ -32,7 +43,8 @@ MOST_OPTIONS_BYTES: Final = 256 * 1024
 SEND_ROUNDS: Final = 5
 
 _KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
-_JSONL: Final = re.compile(r"\.(jsonl|ndjson)$", re.IGNORECASE)
+_ENDING: Final = re.compile(r"\.(jsonl|ndjson|csv)(\.gz)?$", re.IGNORECASE)
+_GZIP: Final = b"\x1f\x8b"
 
 
 class BadOptions(Exception):
@@ -47,6 +59,8 @@ class _File:
     stem: str
     """The path without its ending: the name of the batch."""
     stored: Stored
+    is_folder: bool = False
+    """Then the object is the folder's options, and the ETag stands for all its documents."""
 
 
 class PlanBatch:
@@ -73,7 +87,10 @@ class PlanBatch:
         match = _KEY.fullmatch(key)
         if match is None or key.endswith(("/", OPTIONS_ENDING)):
             return
-        if not is_known(key):
+        if ending_of(key) in DOCUMENT_TYPES:
+            # One of a folder; they are run when the folder's options arrive.
+            return
+        if not _is_folder(key) and not is_known(key):
             self._events.problem("file of unknown kind", key=key, tenant=match["tenant"])
             return
         try:
@@ -98,7 +115,7 @@ class PlanBatch:
         stored = self._objects.head(key)
         if match is None or stored is None:
             raise InputGone(key)
-        file = _File(match["tenant"], stem_of(match["path"]), stored)
+        file = self._file(match["tenant"], match["path"], stored)
         problem = None
         try:
             options = self._options(file)
@@ -114,10 +131,28 @@ class PlanBatch:
         self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
         return batch, problem
 
+    def _file(self, tenant: str, path: str, stored: Stored) -> _File:
+        folder, _, name = path.rpartition("/")
+        if name != FOLDER_OPTIONS:
+            return _File(tenant, stem_of(path), stored)
+        # A folder is the same again when its options and all its documents are.
+        documents = self._documents(f"in/{tenant}/{folder}/")
+        told = json.dumps([stored.etag, *([each.key, each.etag] for each in documents)])
+        etag = sha256(told.encode()).hexdigest()
+        return _File(tenant, folder, replace(stored, etag=etag), is_folder=True)
+
+    def _documents(self, prefix: str) -> Iterator[Stored]:
+        for each in self._objects.listing(prefix):
+            if ending_of(each.key) in DOCUMENT_TYPES:
+                yield each
+
     def plan(self, batch_id: str) -> None:
         """Plan a batch that is on record, or whatever it lacks: messages that were lost are sent again."""
         batch = self._batches.get(batch_id)
         if batch is None or batch.phase is Phase.ENDED:
+            return
+        if batch.phase is Phase.PLANNING and self._clock.now() >= batch.expires_at:
+            self._assemble.fail(batch, "the file could not be planned before its rows expired")
             return
         self._plan(batch)
 
@@ -154,8 +189,8 @@ class PlanBatch:
     def _plan(self, batch: Batch) -> None:
         try:
             batch = batch if batch.plan else self._cut(batch)
-        except InputGone as gone:
-            self._assemble.fail(batch, str(gone))
+        except (InputGone, BadForm) as error:
+            self._assemble.fail(batch, str(error))
             return
         plan = batch.plan
         if plan is None:
@@ -195,16 +230,51 @@ class PlanBatch:
         return numbers
 
     def _cut(self, batch: Batch) -> Batch:
-        stored = self._objects.head(batch.input_key)
-        if stored is None or stored.etag != batch.input_etag:
+        key, etag, rows_etag = batch.input_key, batch.input_etag, None
+        sample = b"" if _is_folder(key) else self._objects.read(key, 0, SAMPLE_BYTES, etag)
+        if _has_no_lines(key, sample):
+            rows_etag = etag = self._made_rows(batch, sample)
+            key = batch.rows_key
+            sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
+        stored = self._objects.head(key)
+        if stored is None or stored.etag != etag:
             raise InputGone(batch.input_key)
-        sample = self._objects.read(batch.input_key, 0, SAMPLE_BYTES, batch.input_etag)
         plan = planned(stored.size, sample)
         problem = _unreadable(sample)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
-        return self._changed(batch, lambda current: life.plan_batch(current, plan))
+        return self._changed(batch, lambda current: life.plan_batch(current, plan, rows_etag))
+
+    def _made_rows(self, batch: Batch, sample: bytes) -> str:
+        """Write the rows of a file, streaming; return their ETag."""
+        rows = self._objects.writer(batch.rows_key)
+        try:
+            for piece in self._rows_of(batch, sample):
+                rows.write(piece)
+            rows.close()
+        finally:
+            rows.abort()
+        stored = self._objects.head(batch.rows_key)
+        if stored is None:
+            raise InputGone(batch.rows_key)
+        return stored.etag
+
+    def _rows_of(self, batch: Batch, sample: bytes) -> Iterator[bytes]:
+        key = batch.input_key
+        if _is_folder(key):
+            folder = key.removesuffix(FOLDER_OPTIONS)
+            if batch.options.prompt is None:
+                raise BadForm(f'{key} needs a "prompt" that says what to do with each document')
+            for each in self._documents(folder):
+                body = self._objects.read(each.key, 0, MOST_LINE_BYTES + 1, each.etag)
+                yield document_row(each.key.removeprefix(folder), body, batch.options)
+            return
+        pieces = self._objects.stream(key)
+        if sample.startswith(_GZIP) or key.lower().endswith(".gz"):
+            pieces = unpacked(pieces)
+        is_csv = key.lower().removesuffix(".gz").endswith(".csv")
+        yield from csv_rows(pieces, batch.options) if is_csv else pieces
 
     def _changed(self, batch: Batch, change: Any) -> Batch:
         while True:
@@ -228,6 +298,8 @@ class PlanBatch:
         """Read what stands beside the file, and in its metadata, which wins."""
         said: dict[str, Any] = {}
         key = f"in/{file.tenant}/{file.stem}{OPTIONS_ENDING}"
+        if file.is_folder:
+            key = file.stored.key
         stored = self._objects.head(key)
         if stored is not None:
             if stored.size > MOST_OPTIONS_BYTES:
@@ -248,12 +320,12 @@ class PlanBatch:
 
 def is_known(path: str) -> bool:
     """Tell whether a file of this name can be run."""
-    return _JSONL.search(path) is not None
+    return _ENDING.search(path) is not None
 
 
 def stem_of(path: str) -> str:
     """Return the path without its ending."""
-    return _JSONL.sub("", path)
+    return _ENDING.sub("", path)
 
 
 def read_options(said: Mapping[str, Any]) -> Options:
@@ -299,6 +371,16 @@ def _from_metadata(name: str, value: str) -> Any:
     if name.endswith("fallback-models"):
         return [each.strip() for each in value.split(",") if each.strip()]
     return value
+
+
+def _is_folder(key: str) -> bool:
+    """Tell whether it is the options of a folder of documents."""
+    return key.endswith(f"/{FOLDER_OPTIONS}")
+
+
+def _has_no_lines(key: str, sample: bytes) -> bool:
+    """Tell whether the file has to be made JSONL first: gzip, CSV and folders have no lines to cut at."""
+    return _is_folder(key) or key.lower().endswith((".gz", ".csv")) or sample.startswith(_GZIP)
 
 
 def _unreadable(sample: bytes) -> str | None:

@@ -345,6 +345,10 @@ class Objects(Protocol):
         """Yield the object piece by piece; raises InputGone."""
         ...
 
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys begin so, in the order of their keys."""
+        ...
+
     def writer(self, key: str) -> Writer:
         """Begin an object."""
         ...

@@ -103,6 +103,19 @@ class Objects:
             if len(piece) < PIECE_BYTES:
                 return
 
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys begin so, in the order of their keys."""
+        more: Any = {}
+        while True:
+            answer = aws.patiently(
+                WHAT, self._client.list_objects_v2, Bucket=self._bucket, Prefix=prefix, **more
+            )
+            for each in answer.get("Contents", ()):
+                yield Stored(each["Key"], each["Size"], each["ETag"].strip('"'))
+            if not answer.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
     def writer(self, key: str) -> ObjectWriter:
         """Begin an object."""
         return ObjectWriter(self._client, self._bucket, key)

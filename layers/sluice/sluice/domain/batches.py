@@ -165,8 +165,10 @@ class Batch:
     expires_at: int
     """No row starts any more after this time; the rest ends `expired`."""
     input_key: str
-    """The JSONL object that is cut into ranges."""
+    """The file. Where it is no JSONL that can be cut, its rows take its place when it is planned."""
     input_etag: str
+    given_key: str | None = None
+    """The file as it came, once its rows took its place."""
     options: Options = field(default_factory=Options)
     rows: int | None = None
     """How many there are, where that was known from the start."""
@@ -200,6 +202,11 @@ class Batch:
     def summary_key(self) -> str:
         """Where counts, cost and time stand."""
         return f"out/{self.tenant}/{self.name}/summary.json"
+
+    @property
+    def rows_key(self) -> str:
+        """Where the rows of a file go that cannot be cut as it is."""
+        return f"batches/{self.batch_id}/rows.jsonl"
 
     @property
     def packed_key(self) -> str:
@@ -274,9 +281,20 @@ def planned(size: int, sample: bytes) -> Plan:
 # Life ----------------------------------------------------------------------------------------------------------
 
 
-def plan_batch(batch: Batch, plan: Plan) -> Batch:
-    """Fix the ranges; from now on their messages may be sent, again and again until all were taken."""
-    return _changed(batch, plan=plan)
+def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
+    """Fix the ranges; from now on their messages may be sent, again and again until all were taken.
+
+    `rows_etag`: they are ranges of the rows that were made of the file, not of the file itself.
+    """
+    if rows_etag is None:
+        return _changed(batch, plan=plan)
+    return _changed(
+        batch,
+        plan=plan,
+        given_key=batch.input_key,
+        input_key=batch.rows_key,
+        input_etag=rows_etag,
+    )
 
 
 def begin(batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options, Tally
+from sluice.domain.forms import PROBLEM
 from sluice.domain.jobs import Job, JobError, State
 
 CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -152,6 +153,8 @@ def _custom_id(item: Mapping[str, Any]) -> str:
 
 
 def _params(item: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    if PROBLEM in item:
+        raise _Unusable(str(item[PROBLEM]))
     params = item.get("params")
     if params is None and "body" in item:
         method, url = item.get("method", "POST"), item.get("url", MESSAGES_URL)
