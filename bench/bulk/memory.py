@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,8 @@ class Outcome:
     errors: list[int]
     repeated_calls: int
     peaks_mb: dict[str, int]
+    aws_calls: Counter[str]
+    """Of both functions, by what they were about."""
 
 
 def run(lines: int, bad: int, kills: int) -> int:
@@ -50,6 +53,9 @@ def run(lines: int, bad: int, kills: int) -> int:
         print(f"{f'{function}, peak MB':>22} {peaks[0]:>12,} {peaks[1]:>12,}   x {growth:.2f}")
         if growth > MOST_GROWTH:
             failed.append(f"memory of {function} grew")
+    print("AWS calls per 1,000 rows of the larger file:")
+    for what, count in large.aws_calls.most_common():
+        print(f"{what:>22} {count * 1000 / large.lines:>12,.1f}")
     for what in failed:
         print(f"NOT AS PROMISED: {what}")
     return 1 if failed else 0
@@ -102,13 +108,13 @@ def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> O
     numbers = [int(json.loads(line)["custom_id"].removeprefix("row-")) for line in results]
     errors = (started.of_bucket(f"out/{TENANT}/bulk/errors.jsonl") or b"").splitlines()
     stats = httpx.get(f"{started.claude_url}/_simulator/stats").json()
-    peaks = {
-        function: max(
-            (line["peak_mb"] for line in started.logged(function) if line.get("message") == "used"),
-            default=0,
-        )
-        for function in FUNCTIONS
-    }
+    peaks = dict.fromkeys(FUNCTIONS, 0)
+    aws_calls: Counter[str] = Counter()
+    for function in FUNCTIONS:
+        for line in started.logged(function):
+            if line.get("message") == "used":
+                peaks[function] = max(peaks[function], line["peak_mb"])
+                aws_calls.update(line["aws_calls"])
     return Outcome(
         lines=lines,
         seconds=seconds,
@@ -118,6 +124,7 @@ def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> O
         errors=sorted(json.loads(line)["line"] for line in errors),
         repeated_calls=stats["duplicates"]["extra_calls"],
         peaks_mb=peaks,
+        aws_calls=aws_calls,
     )
 
 

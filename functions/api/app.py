@@ -17,7 +17,7 @@ from sluice import http, wiring
 from sluice.accounts import Account
 from sluice.batches import MOST_INLINE_BYTES, Batches, Create, Link
 from sluice.domain import errors
-from sluice.domain.batches import Batch, Options
+from sluice.domain.batches import Batch, Options, Source
 from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
 from sluice.submit import Accepted, Rejected, Sender
@@ -121,14 +121,15 @@ def health() -> dict[str, str]:
 @app.post(
     "/jobs",
     summary="Submit jobs",
-    description="Accepts one job, or a list of up to 100 in which each item has its own outcome.",
+    description="Accepts one job, or a list of up to 100 in which each item has its own outcome. "
+    "A longer list becomes a batch.",
     status_code=202,
     tags=["jobs"],
     security=http.CLIENT_KEY,
     responses=http.responses(
         202,
         "Stored and queued: the job, or the outcome of each item of the list.",
-        http.SubmittedJob | http.SubmittedList,
+        http.SubmittedJob | http.SubmittedList | http.Batch,
         *(400, 401, 409, 413, 503),
     ),
     middlewares=[checked],
@@ -156,6 +157,12 @@ def submit(
     ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
+    rows = http.long_list(body.root)
+    if rows is not None:
+        options = Options(anthropic_version=anthropic_version, anthropic_beta=anthropic_beta)
+        asked = Create(rows, options, Source.JOBS, idempotency_key=idempotency_key)
+        batch = batches().create(asked)
+        return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
     submissions, is_list = http.read_submissions(body.root)
     sender = Sender(app.context["tenant"], idempotency_key, anthropic_version, anthropic_beta)
     outcomes = wiring.submit()(submissions, sender)

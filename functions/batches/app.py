@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
     """Do what each message says (the mapping sends one); report those that are not done."""
     failures = []
+    before = wiring.aws_calls()
     for each in batch_messages(event["Records"]):
         try:
             _do(each)
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
             wiring.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})
-    wiring.telemetry().note("used", peak_mb=wiring.peak_mb(), aws_calls=wiring.aws_calls())
+    wiring.note_use(before)
     wiring.telemetry().flush()
     return {"batchItemFailures": failures}
 

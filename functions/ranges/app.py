@@ -24,6 +24,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     remaining = context.get_remaining_time_in_millis()
     stop_at = wiring.CLOCK.now() + remaining - min(SAFETY_MS, remaining // 4)
     failures = []
+    before = wiring.aws_calls()
     try:
         for each in batch_messages(event["Records"]):
             # A range that nobody can mean is one that no batch has: the use case buries it.
@@ -32,6 +33,6 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             if not _loop.run_until_complete(run):
                 failures.append({"itemIdentifier": each.message.message_id})
     finally:
-        wiring.telemetry().note("used", peak_mb=wiring.peak_mb(), aws_calls=wiring.aws_calls())
+        wiring.note_use(before)
         wiring.telemetry().flush()
     return {"batchItemFailures": failures}

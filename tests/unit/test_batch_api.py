@@ -12,7 +12,7 @@ from sluice import batches as api
 from sluice import http
 from sluice.batches import Batches, Create, Inline, Link
 from sluice.domain import batches as life
-from sluice.domain.batches import Options, Phase
+from sluice.domain.batches import Options, Phase, Source, Tally
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON, VirtualClock
@@ -403,3 +403,77 @@ def test_a_file_is_listed_among_the_others(caller: Caller) -> None:
     (batch,) = caller.batches.page(20, None, None).batches
 
     assert "first" == batch.name
+
+
+# Long lists of jobs ----------------------------------------------------------------------------------------
+
+
+def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
+    jobs: list[Any] = [{"params": a_row(number)["params"]} for number in range(150)]
+    jobs[7] |= {"custom_id": "mine", "deadline": "2026-11-21T12:00:00Z", "fallback_models": ["b"]}
+    rows = http.long_list({"jobs": jobs})
+    assert rows is not None
+
+    batch = caller.create(*rows, source=Source.JOBS)
+    caller.run()
+
+    names = [row["custom_id"] for row in caller.bulk._jsonl(batch.results_key)]  # noqa: SLF001
+    assert [*(f"job-{n}" for n in range(7)), "mine", *(f"job-{n}" for n in range(8, 150))] == names
+    assert ("jobs", 150) == (batch.source, batch.rows)
+
+
+@pytest.mark.parametrize("body", [[], {}, {"jobs": {}}, {"jobs": [{}] * 100}])
+def test_other_bodies_are_no_long_list(body: object) -> None:
+    assert http.long_list(body) is None
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (7, "jobs.100: Input should be a valid dictionary"),
+        ({"params": {}, "metadata": {}}, "jobs.100.metadata: not for lists of more than 100 jobs"),
+    ],
+)
+def test_what_a_row_cannot_have_is_refused_at_once(job: object, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        http.long_list({"jobs": [{"params": {}}] * 100 + [job]})
+
+
+def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller) -> None:
+    batch = caller.create(*(a_row(number) for number in range(200)))
+    caller.bulk.planner.plan(caller.bulk.queues.plans.pop())
+    so_far = Tally(succeeded=40, invalid=10, cost_micro_usd=1_234_567)
+
+    running = http.batch_view(caller.batches.get(batch.batch_id), so_far, NOON + 10 * MINUTE)
+    caller.run()
+    ended = caller.batches.get(batch.batch_id)
+    shown = http.batch_view(ended, ended.tally, NOON + DAY)
+
+    assert ("running", 200, 50, "1.234567") == (
+        running["state"],
+        running["rows"]["expected"],
+        running["rows"]["done"],
+        running["cost_usd"],
+    )
+    assert "2026-11-20T12:40:00.000Z" == running["estimated_end_at"]
+    assert ("ended", 200, 200, None) == (
+        shown["state"],
+        shown["rows"]["expected"],
+        shown["rows"]["done"],
+        shown["estimated_end_at"],
+    )
+    assert "planning" == http.batch_view(batch, Tally(), NOON)["state"]
+    http.Batch.model_validate_json(json.dumps(shown), strict=True)
+    http.MessageBatch.model_validate_json(json.dumps(caller.shown(batch.batch_id)), strict=True)
+
+
+def test_links_lead_to_the_three_files_of_a_batch(caller: Caller) -> None:
+    batch = caller.create()
+    with pytest.raises(InvalidRequest, match="no results yet"):
+        caller.batches.links(batch.batch_id)
+    caller.run()
+
+    links = caller.batches.links(batch.batch_id)
+
+    assert {"results", "errors", "summary"} == links.keys()
+    assert f"https://bucket.example/{batch.errors_key}?seconds=900" == links["errors"]

@@ -24,7 +24,7 @@ from sluice.domain.rows import (
     read_row,
     result_line,
 )
-from tests.fakes import a_job
+from tests.fakes import NOON, a_job
 
 PARAMS = {"model": "claude-a", "max_tokens": 10, "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -52,6 +52,14 @@ def read(text: bytes | object, options: Options = Options()) -> Row | BadRow | N
 )
 def test_both_shapes_of_a_batch_item_are_understood(item: object) -> None:
     assert Row("a", PARAMS) == read(item)
+
+
+def test_a_row_may_have_a_deadline_and_fallbacks_of_its_own() -> None:
+    more = {"deadline": "2026-11-20T13:00:00+01:00", "fallback_models": ["claude-b"]}
+
+    row = read({"custom_id": "a", "params": PARAMS, **more})
+
+    assert Row("a", PARAMS, NOON, ("claude-b",)) == row
 
 
 @pytest.mark.parametrize("text", [b"", b"  ", b"\r", b"\xef\xbb\xbf"])
@@ -113,6 +121,11 @@ def test_a_line_without_a_usable_custom_id_is_an_error_only(text: object, messag
         ({"url": "/v1/complete", "body": {}}, 'method and url: "POST" "/v1/complete" is not POST'),
         ({"method": "GET", "body": {}}, 'method and url: "GET" "/v1/messages" is not POST'),
         ({"params": {**PARAMS, "stream": True}}, "stream: streaming is not supported in a batch"),
+        ({"params": PARAMS, "deadline": "soon"}, "deadline: must be RFC 3339 text with a time"),
+        ({"params": PARAMS, "deadline": 5}, "deadline: must be RFC 3339 text with a time zone"),
+        ({"params": PARAMS, "deadline": "2026-11-20T13:00"}, "deadline: must be RFC 3339"),
+        ({"params": PARAMS, "fallback_models": "x"}, "fallback_models: Input should be a valid"),
+        ({"params": PARAMS, "sluice_problem": "too few fields"}, "too few fields"),
         ({"params": {}}, "model: Field required"),
         ({"params": {"model": 7}}, "model: Input should be a valid string"),
         ({"params": {"model": ""}}, "model: Input should be a valid string"),

@@ -112,7 +112,7 @@ class Batches:
 
     def create(self, asked: Create) -> Batch:
         """Store the rows as an object and have it planned; a create that is sent again finds its batch."""
-        body = _jsonl(asked.items)
+        body = _jsonl(asked.items, _FIELDS[asked.source])
         digest = sha256(body).hexdigest()
         now = self._clock.now()
         batch_id = self._id_for(asked, digest, now)
@@ -284,7 +284,13 @@ def _current(stale: Stale[Any], batch_id: str) -> Batch:
     return stale.current
 
 
-def _jsonl(items: Sequence[object]) -> bytes:
+_FIELDS: Final[Mapping[Source, frozenset[str]]] = {
+    Source.MESSAGES_BATCHES: frozenset({"custom_id", "params"}),
+    Source.JOBS: frozenset({"custom_id", "params", "deadline", "fallback_models"}),
+}
+
+
+def _jsonl(items: Sequence[object], fields: frozenset[str]) -> bytes:
     """Return the rows as lines; raises InvalidRequest, in Anthropic's words, for the first thing wrong with them."""
     if not items:
         raise InvalidRequest("requests: List should have at least 1 item")
@@ -294,7 +300,7 @@ def _jsonl(items: Sequence[object]) -> bytes:
     lines: list[bytes] = []
     for position, item in enumerate(items):
         place = f"requests.{position}"
-        custom_id = _checked(place, item)
+        custom_id = _checked(place, item, fields)
         if custom_id in seen:
             raise InvalidRequest(f'{place}.custom_id: "{custom_id}" is not unique in this batch')
         seen.add(custom_id)
@@ -307,7 +313,7 @@ def _jsonl(items: Sequence[object]) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
-def _checked(place: str, item: object) -> str:
+def _checked(place: str, item: object, fields: frozenset[str]) -> str:
     if not isinstance(item, dict):
         raise InvalidRequest(f"{place}: Input should be a valid dictionary")
     custom_id = item.get("custom_id")
@@ -322,6 +328,6 @@ def _checked(place: str, item: object) -> str:
     if not isinstance(item["params"], dict):
         raise InvalidRequest(f"{place}.params: Input should be a valid dictionary")
     for name in item:
-        if name not in {"custom_id", "params"}:
+        if name not in fields:
             raise InvalidRequest(f"{place}.{name}: Extra inputs are not permitted")
     return custom_id

@@ -30,7 +30,7 @@ from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
-from sluice.plan import read_moment
+from sluice.domain.rows import read_moment
 from sluice.submit import Submission
 
 MOST_JOBS: Final = 100
@@ -229,6 +229,27 @@ class BatchBody(RootModel[Any]):
         """Show what is really expected."""
         del schema
         return handler(TypeAdapter(BatchRequests).core_schema)
+
+
+def long_list(body: object) -> list[object] | None:
+    """Return the jobs of a list too long to be answered one by one, as rows of a batch; None for any other body.
+
+    Jobs without a `custom_id` are named by their place. What is wrong with one is told with the batch's errors.
+    """
+    jobs = body.get("jobs") if isinstance(body, dict) else None
+    if not isinstance(jobs, list) or len(jobs) <= MOST_JOBS:
+        return None
+    rows: list[object] = []
+    for index, job in enumerate(jobs):
+        if not isinstance(job, dict):
+            raise InvalidRequest(f"jobs.{index}: Input should be a valid dictionary")
+        for name in job:
+            if name not in {"params", "custom_id", "deadline", "fallback_models"}:
+                raise InvalidRequest(
+                    f"jobs.{index}.{name}: not for lists of more than {MOST_JOBS} jobs, which run as a batch"
+                )
+        rows.append({"custom_id": job.get("custom_id") or f"job-{index}", **job})
+    return rows
 
 
 def read_requests(body: object) -> list[object]:

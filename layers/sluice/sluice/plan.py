@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
 
@@ -32,6 +31,7 @@ from sluice.domain.forms import (
     ending_of,
     unpacked,
 )
+from sluice.domain.rows import read_moment
 from sluice.ports import BatchQueues, BatchStore, Clock, Events, Objects, Stored
 
 FILE_MS: Final = 13 * 86_400_000
@@ -351,17 +351,6 @@ def read_options(said: Mapping[str, Any]) -> Options:
         if not good:
             raise BadOptions(f"options: {name} cannot be {json.dumps(value)[:80]}")
     return Options(**read)
-
-
-def read_moment(value: object) -> int | None:
-    """Return epoch milliseconds of RFC 3339 text with a time zone, None for anything else."""
-    if not isinstance(value, str):
-        return None
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        return None
-    return None if moment.tzinfo is None else int(moment.timestamp() * 1000)
 
 
 def _from_metadata(name: str, value: str) -> Any:

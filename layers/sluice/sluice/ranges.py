@@ -503,7 +503,8 @@ class _Run:
 
     def _job(self, job_id: str, row: Row) -> Job:
         batch, options = self._batch, self._batch.options
-        deadline = min(options.deadline or batch.expires_at, batch.expires_at)
+        wanted = (row.deadline, options.deadline, batch.expires_at)
+        deadline = min(each for each in wanted if each is not None)
         return Job(
             job_id=job_id,
             tenant=batch.tenant,
@@ -516,7 +517,7 @@ class _Run:
             anthropic_beta=options.anthropic_beta,
             custom_id=row.custom_id,
             deadline=deadline,
-            fallback_models=options.fallback_models,
+            fallback_models=row.fallback_models or options.fallback_models,
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -64,14 +65,15 @@ def telemetry() -> Telemetry:
     return Telemetry(Logger(service=SERVICE))
 
 
-def peak_mb() -> int:
-    """Return the most memory this function ever held, in megabytes."""
-    return system.peak_mb()
-
-
 def aws_calls() -> dict[str, int]:
     """Return how often this function called AWS so far, by what the calls were about."""
     return dict(aws.CALLS)
+
+
+def note_use(before: Mapping[str, int]) -> None:
+    """Log what an invocation used: the most memory this function ever held, and the AWS calls since `before`."""
+    calls = {what: n for what, count in aws.CALLS.items() if (n := count - before.get(what, 0))}
+    telemetry().note("used", peak_mb=system.peak_mb(), aws_calls=calls)
 
 
 @cache

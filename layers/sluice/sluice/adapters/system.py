@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +42,9 @@ class Threads:
 
 def peak_mb() -> int:
     """Return the most memory this process ever held, in megabytes."""
-    # Linux counts in kilobytes, macOS in bytes.
-    unit = 1024 if sys.platform.startswith("linux") else 1024 * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        # macOS, in bytes. Linux's own answer here may be that of the process we were started by.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, NoReturn
 
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options, Tally
@@ -54,6 +55,9 @@ class Row:
 
     custom_id: str
     params: Mapping[str, Any]
+    deadline: int | None = None
+    """Of its own, beside the batch's."""
+    fallback_models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ def read_row(line: Line, options: Options) -> Row | BadRow | None:
     try:
         item = _json(text)
         custom_id = _custom_id(item)
-        return Row(custom_id, _params(item, options))
+        return Row(custom_id, _params(item, options), _deadline(item), _fallback_models(item))
     except _Unusable as error:
         return BadRow(str(error), custom_id)
 
@@ -169,6 +173,22 @@ def _params(item: Mapping[str, Any], options: Options) -> dict[str, Any]:
     return checked_params(completed(params, options))
 
 
+def _deadline(item: Mapping[str, Any]) -> int | None:
+    if item.get("deadline") is None:
+        return None
+    deadline = read_moment(item["deadline"])
+    if deadline is None:
+        raise _Unusable("deadline: must be RFC 3339 text with a time zone")
+    return deadline
+
+
+def _fallback_models(item: Mapping[str, Any]) -> tuple[str, ...]:
+    models = item.get("fallback_models") or []
+    if not isinstance(models, list) or not all(isinstance(each, str) for each in models):
+        raise _Unusable("fallback_models: Input should be a valid list of strings")
+    return tuple(models)
+
+
 def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """Return the request with the batch's options where it says nothing itself."""
     defaults = {
@@ -198,6 +218,17 @@ def checked_params(params: dict[str, Any]) -> dict[str, Any]:
     if "messages" not in params:
         raise _Unusable("messages: Field required")
     return {name: value for name, value in params.items() if name != "stream"}
+
+
+def read_moment(value: object) -> int | None:
+    """Return epoch milliseconds of RFC 3339 text with a time zone, None for anything else."""
+    if not isinstance(value, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return None if moment.tzinfo is None else int(moment.timestamp() * 1000)
 
 
 # Results -------------------------------------------------------------------------------------------------------
