@@ -268,6 +268,20 @@ class MemoryLinks(Fragile):
         return _etag(body)
 
 
+class MemoryNotices(Fragile):
+    """Those who listen."""
+
+    name = "the event bus"
+
+    def __init__(self, journal: list[str] | None = None) -> None:
+        super().__init__(journal)
+        self.told: list[tuple[str, Mapping[str, object]]] = []
+
+    def tell(self, kind: str, facts: Mapping[str, object]) -> None:
+        self._do("tell", kind)
+        self.told.append((kind, facts))
+
+
 class MemoryBatchQueues(Fragile):
     """The queues of batches and of ranges, from both sides."""
 
@@ -364,7 +378,8 @@ class Bulk:
         self.objects = MemoryObjects(self.gateway.journal)
         self.queues = MemoryBatchQueues(self.time.now, self.gateway.journal)
         clock = VirtualClock(self.time)
-        self.assemble = Assemble(self.batches, self.objects, clock, self.events)
+        self.notices = MemoryNotices(self.gateway.journal)
+        self.assemble = Assemble(self.batches, self.objects, self.notices, clock, self.events)
         self.planner = PlanBatch(
             self.batches, self.objects, self.queues, self.assemble, clock, self.events
         )

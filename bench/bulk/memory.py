@@ -95,7 +95,7 @@ def _watch(started: Stack, lines: int, kills: int) -> None:
         stats = httpx.get(f"{started.claude_url}/_simulator/stats").json()
         done = stats["requests"]
         if killed < kills and done > (killed + 1) * lines // (kills + 1):
-            killed += kill_one("ranges")
+            killed += kill_one(started, "ranges")
             say(f"killed a worker after {done:,} calls")
         if time.monotonic() - said > 15:  # noqa: PLR2004 - seconds
             said = time.monotonic()

@@ -86,23 +86,23 @@ def stack(bucket_url: str | None = None, port: int = 0) -> Iterator[Stack]:
             yield Stack(ready, claude.url)
 
 
-def workers(function: str) -> list[int]:
-    """Return the processes of ours in which the emulator runs a function."""
-    name = f"AWS_LAMBDA_FUNCTION_NAME=sluice-local-{function}".encode()
+def workers(started: Stack, function: str) -> list[int]:
+    """Return the processes in which this emulator runs a function."""
+    name = f"AWS_LAMBDA_FUNCTION_NAME=sluice-local-{function}".lower().encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (folder / "environ").read_bytes()
+            environment = (folder / "environ").read_bytes().lower()
         except OSError:
             continue
-        if name.lower() in environment.lower():
+        if name in environment and started.ready.endpoint_url.encode() in environment:
             found.append(int(folder.name))
     return found
 
 
-def kill_one(function: str) -> bool:
+def kill_one(started: Stack, function: str) -> bool:
     """Kill a worker in the middle of its work; False when there is none."""
-    for process in workers(function):
+    for process in workers(started, function):
         os.kill(process, signal.SIGKILL)
         return True
     return False

@@ -156,6 +156,25 @@ def test_a_file_dropped_in_the_bucket_comes_back_as_results(gateway: Gateway) ->
     assert max(gateway.called("dropped").values()) <= 2
 
 
+def test_whoever_has_a_rule_for_it_hears_of_the_end(gateway: Gateway) -> None:
+    sqs, events = gateway.ready.client("sqs"), gateway.ready.client("events")
+    queue = sqs.create_queue(QueueName="listener")["QueueUrl"]
+    events.put_rule(Name="listener", EventPattern=json.dumps({"source": ["sluice"]}))
+    arn = "arn:aws:sqs:us-east-1:000000000000:listener"
+    events.put_targets(Rule="listener", Targets=[{"Id": "queue", "Arn": arn}])
+
+    gateway.drop("heard.jsonl", jsonl(a_row("heard", 1)))
+    summary = gateway.ended("heard")
+
+    heard = within(lambda: sqs.receive_message(QueueUrl=queue).get("Messages"))
+    event = json.loads(heard[0]["Body"])
+    assert ("sluice", "Batch Ended", summary) == (
+        event["source"],
+        event["detail-type"],
+        event["detail"],
+    )
+
+
 def test_the_same_file_again_runs_no_row_again(gateway: Gateway) -> None:
     body = jsonl(*(a_row("again", number) for number in range(3)))
     gateway.drop("again.jsonl", body)
@@ -180,9 +199,7 @@ def test_a_killed_worker_loses_no_row_and_repeats_few(gateway: Gateway) -> None:
     gateway.drop("killed.jsonl", jsonl(*(a_row("killed", number) for number in range(2_000))))
     within(lambda: sum(gateway.called("killed").values()) > 300)
 
-    before = set(workers("ranges"))
-    killed = before.pop()
-    os.kill(killed, signal.SIGKILL)
+    os.kill(workers(gateway, "ranges")[0], signal.SIGKILL)
     summary = gateway.ended("killed")
 
     calls = gateway.called("killed")
@@ -193,15 +210,16 @@ def test_a_killed_worker_loses_no_row_and_repeats_few(gateway: Gateway) -> None:
     assert gateway.ledger_notes().count(AGAIN) >= repeats
 
 
-def workers(function: str) -> list[int]:
-    """Return the processes in which the emulator runs a function."""
+def workers(gateway: Gateway, function: str) -> list[int]:
+    """Return the processes in which this emulator runs a function."""
+    name = f"AWS_LAMBDA_FUNCTION_NAME=sluice-local-{function}".lower().encode()
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            names = (folder / "environ").read_bytes()
+            environment = (folder / "environ").read_bytes().lower()
         except OSError:
             continue
-        if f"AWS_LAMBDA_FUNCTION_NAME=sluice-local-{function.title()}".encode() in names:
+        if name in environment and gateway.ready.endpoint_url.encode() in environment:
             found.append(int(folder.name))
     return found
 

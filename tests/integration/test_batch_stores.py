@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from sluice.adapters import aws, s3
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.job_records import as_text, of_text
+from sluice.adapters.notices import BusNotices
 from sluice.adapters.sqs import SqsBatchQueues
 from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, Tally, planned
-from sluice.domain.errors import InputGone, InvalidRequest, Stale
+from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.messages import batch_messages
 from sluice.ports import BatchStore, Due, Objects, WaitingRanges
@@ -361,6 +362,23 @@ def test_only_an_object_that_was_created_has_arrived(body: object, key: str | No
     (read,) = batch_messages([{"messageId": "m", "body": json.dumps(body)}])
 
     assert (key, None) == (read.key, read.batch_id)
+
+
+# Notices -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cloud")
+def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
+    client = aws.events()
+    notices = BusNotices(client)
+    entry = {"Source": "sluice", "DetailType": "Batch Ended", "Detail": '{"batch_id": "b"}'}
+    with Stubber(client) as stub:
+        stub.add_response("put_events", {"FailedEntryCount": 0}, {"Entries": [entry]})
+        stub.add_response("put_events", {"FailedEntryCount": 1}, {"Entries": [entry]})
+
+        notices.tell("Batch Ended", {"batch_id": "b"})
+        with pytest.raises(StoreBusy):
+            notices.tell("Batch Ended", {"batch_id": "b"})
 
 
 # Rows that wait ------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
     assert (Phase.PLANNING, plan, 2) == (batch.phase, batch.plan, batch.version)
     assert Phase.RUNNING == running.phase
     assert NOON + 1000 + life.WATCH_MS == running.due_at
-    assert (Phase.ENDED, None, NOON + 5, 1, 77) == (
+    assert (Phase.ENDED, NOON + 5 + life.TELL_MS, NOON + 5, 1, 77) == (
         ended.phase,
         ended.due_at,
         ended.ended_at,
@@ -192,6 +192,8 @@ def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
         ended.results_bytes,
     )
     assert ended is life.begin(ended)
+    told = life.tell(ended)
+    assert (True, None) == (told.told, told.due_at)
 
 
 def test_how_many_rows_there_are_is_estimated_until_the_end() -> None:

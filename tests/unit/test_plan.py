@@ -557,5 +557,52 @@ def test_small_results_are_kept_gzipped_and_large_ones_are_not(
     assert 1 == len([key for key in bulk.objects.stored if key.endswith(".gz")])
 
 
+# Telling ---------------------------------------------------------------------------------------------------
+
+
+def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1)))
+    bulk.drain()
+    bulk.assemble.join(bulk.batch.batch_id, 0)
+    bulk.planner.plan(bulk.batch.batch_id)
+
+    assert [("Batch Ended", bulk.summary())] == bulk.notices.told
+    assert bulk.batch.due_at is None
+
+
+def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.once()
+    bulk.notices.fail_next("tell")
+    with pytest.raises(StoreBusy):
+        bulk.assemble.join(*bulk.queues.joins[0])
+
+    bulk.time.pass_seconds(120)
+    (due,) = bulk.batches.due(bulk.time.now(), 10)
+    bulk.planner.plan(due.batch_id)
+
+    assert 1 == len(bulk.notices.told)
+    assert [] == list(bulk.batches.due(bulk.time.now() + 10**9, 10))
+
+
+def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.once()
+    bulk.notices.fail_next("tell")
+    with pytest.raises(StoreBusy):
+        bulk.assemble.join(*bulk.queues.joins[0])
+    ended = bulk.batch
+    bulk.batches.replace(life.delete(ended), ended.version)
+
+    bulk.assemble.tell(ended)
+
+    assert 1 == len(bulk.notices.told)
+    assert bulk.batch.deleted
+
+
 def test_a_plan_is_for_lines_as_long_as_those_of_the_sample() -> None:
     assert 1 == planned(10, b"0123456789").ranges

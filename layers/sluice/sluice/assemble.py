@@ -21,7 +21,7 @@ from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
 from sluice.domain.errors import InputGone, Stale
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Record, error_line, numbered
-from sluice.ports import BatchStore, Clock, Events, Objects
+from sluice.ports import BatchStore, Clock, Events, Notices, Objects
 
 PARTS_AHEAD: Final = 4
 """Parts of ranges fetched ahead while a section is joined."""
@@ -44,6 +44,9 @@ READS_AT_ONCE: Final = 16
 MOST_PACKED_BYTES: Final = 32 * 1024 * 1024
 """Results up to this size are also kept gzipped, for those who ask the API."""
 
+ENDED: Final = "Batch Ended"
+"""The event's `detail-type`."""
+
 SECTIONS: Final = "sections"
 """The group of all sections of a batch."""
 
@@ -51,21 +54,43 @@ SECTIONS: Final = "sections"
 class Assemble:
     """Joins sections, and ends batches."""
 
-    def __init__(self, batches: BatchStore, objects: Objects, clock: Clock, events: Events) -> None:
+    def __init__(
+        self,
+        batches: BatchStore,
+        objects: Objects,
+        notices: Notices,
+        clock: Clock,
+        events: Events,
+    ) -> None:
         self._batches = batches
         self._objects = objects
+        self._notices = notices
         self._clock = clock
         self._events = events
 
     def join(self, batch_id: str, section: int) -> None:
         """Join a section; the last one ends the batch."""
         batch = self._batches.get(batch_id)
-        if batch is None or batch.plan is None or batch.phase is Phase.ENDED:
+        if batch is None or batch.plan is None:
+            return
+        if batch.phase is Phase.ENDED:
+            self.tell(batch)
             return
         self._join(batch, batch.plan, section, array("I"))
         progress = self._batches.mark(batch_id, SECTIONS, section, Tally())
         if progress.members == batch.plan.sections:
             self._finish(batch, batch.plan)
+
+    def tell(self, batch: Batch) -> None:
+        """Tell whoever listens that a batch has ended, unless that was done: at least once, for its id."""
+        if batch.told:
+            return
+        self._notices.tell(ENDED, summary(batch))
+        try:
+            self._batches.replace(life.tell(batch), batch.version)
+        except Stale:
+            # Deleted, or told by somebody else, meanwhile.
+            self._events.note("batch changed while it was told", batch_id=batch.batch_id)
 
     def fail(self, batch: Batch, problem: str) -> None:
         """End a batch whose object as a whole cannot be run, and say why where its errors are looked for."""
@@ -237,6 +262,7 @@ class Assemble:
                     seconds=((ended.ended_at or 0) - ended.created_at) / 1000,
                     **ended.tally.as_dict(),
                 )
+                self.tell(ended)
                 return
 
 

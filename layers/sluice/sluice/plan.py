@@ -149,7 +149,10 @@ class PlanBatch:
     def plan(self, batch_id: str) -> None:
         """Plan a batch that is on record, or whatever it lacks: messages that were lost are sent again."""
         batch = self._batches.get(batch_id)
-        if batch is None or batch.phase is Phase.ENDED:
+        if batch is None:
+            return
+        if batch.phase is Phase.ENDED:
+            self._assemble.tell(batch)
             return
         if batch.phase is Phase.PLANNING and self._clock.now() >= batch.expires_at:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")

@@ -280,6 +280,14 @@ class Due:
     model: str | None = None
 
 
+class Notices(Protocol):
+    """Where others hear of what has ended."""
+
+    def tell(self, kind: str, facts: Mapping[str, object]) -> None:
+        """Tell whoever listens, at least once; raises StoreBusy."""
+        ...
+
+
 class BatchQueues(Protocol):
     """The sending side of the queues of batches and of ranges."""
 

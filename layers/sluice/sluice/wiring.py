@@ -24,6 +24,7 @@ from sluice.adapters.dynamodb import (
     DynamoParams,
 )
 from sluice.adapters.lambdas import LambdaWorkerMapping
+from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
 from sluice.adapters.sqs import SqsBatchQueues, SqsQueue, SqsReturns
@@ -158,7 +159,7 @@ def _batch_queues() -> SqsBatchQueues:
 @cache
 def assemble() -> Assemble:
     """Return the use case that puts results together."""
-    return Assemble(batches(), _objects(), CLOCK, telemetry())
+    return Assemble(batches(), _objects(), BusNotices(aws.events()), CLOCK, telemetry())
 
 
 @cache

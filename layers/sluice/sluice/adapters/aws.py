@@ -22,6 +22,7 @@ from sluice.domain.errors import StoreBusy
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_events import EventBridgeClient
     from mypy_boto3_lambda import LambdaClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_secretsmanager import SecretsManagerClient
@@ -84,6 +85,11 @@ def sqs() -> SQSClient:
 def s3() -> S3Client:
     """Return an S3 client."""
     return boto3.client("s3", config=CONFIG.merge(S3_CONFIG))
+
+
+def events() -> EventBridgeClient:
+    """Return an EventBridge client."""
+    return boto3.client("events", config=CONFIG)
 
 
 def lambdas() -> LambdaClient:

@@ -186,6 +186,8 @@ class Batch:
     problem: str | None = None
     """Why the object as a whole could not be run."""
     results_bytes: int = 0
+    told: bool = False
+    """Whoever listens has heard of the end."""
     deleted: bool = False
 
     @property
@@ -234,6 +236,9 @@ class Batch:
         """Where a section's joined results, errors or index are."""
         return f"batches/{self.batch_id}/sections/{section:06d}.{kind}"
 
+
+TELL_MS: Final = 2 * 60_000
+"""An end that nobody was told of after this time is told again."""
 
 WATCH_MS: Final = 20 * 60_000
 """A batch that is not planned after this time, or not ended so long after its expiry, is looked at again."""
@@ -316,7 +321,7 @@ def end(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: in
     return _changed(
         batch,
         phase=Phase.ENDED,
-        due_at=None,
+        due_at=now + TELL_MS,
         ended_at=now,
         tally=tally,
         duplicates=duplicates,
@@ -328,6 +333,11 @@ def fail(batch: Batch, now: int, problem: str) -> Batch:
     """End a batch whose object as a whole cannot be run."""
     ended = end(batch, now, Tally(invalid=1), 0, 0)
     return replace(ended, problem=problem)
+
+
+def tell(batch: Batch) -> Batch:
+    """Note that whoever listens has heard of the end."""
+    return _changed(batch, told=True, due_at=None)
 
 
 def delete(batch: Batch) -> Batch:
