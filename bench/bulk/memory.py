@@ -111,7 +111,7 @@ def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> O
     peaks = dict.fromkeys(FUNCTIONS, 0)
     aws_calls: Counter[str] = Counter()
     for function in FUNCTIONS:
-        for line in started.logged(function):
+        for line in started.logged(function, "peak_mb"):
             if line.get("message") == "used":
                 peaks[function] = max(peaks[function], line["peak_mb"])
                 aws_calls.update(line["aws_calls"])

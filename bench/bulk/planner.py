@@ -82,10 +82,9 @@ def _used(started: Stack, since: float) -> dict[str, Any]:
     """Wait for the planner; return what it used."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
-        lines = list(started.logged("batches", since))
-        planned = [line for line in lines if line.get("message") == "batch planned"]
-        used = [line for line in lines if line.get("message") == "used"]
-        begun = [line for line in lines if line.get("message") == "batch begun"]
+        planned = list(started.logged("batches", "planned", since))
+        used = list(started.logged("batches", "peak_mb", since))
+        begun = list(started.logged("batches", "begun", since))
         if planned and used and begun:
             return {**used[-1], "seconds": _at(planned[-1]) - _at(begun[-1])}
         time.sleep(0.2)

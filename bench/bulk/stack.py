@@ -57,13 +57,18 @@ class Stack:
             return None
         return body
 
-    def logged(self, function: str, since: float = 0) -> Iterator[dict[str, Any]]:
-        """Yield the log lines of a function that are JSON, from a time on (epoch seconds)."""
+    def logged(self, function: str, word: str, since: float = 0) -> Iterator[dict[str, Any]]:
+        """Yield the log lines of a function with a word, from a time on (epoch seconds).
+
+        The emulator gives the first 10,000 lines and no more.
+        """
         pages = (
             self.ready.client("logs")
             .get_paginator("filter_log_events")
             .paginate(
-                logGroupName=f"/aws/lambda/sluice-local-{function}", startTime=int(since * 1000)
+                logGroupName=f"/aws/lambda/sluice-local-{function}",
+                filterPattern=word,
+                startTime=int(since * 1000),
             )
         )
         for page in pages:

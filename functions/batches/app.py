@@ -17,7 +17,12 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
     before = wiring.aws_calls()
     for each in batch_messages(event["Records"]):
         try:
-            _do(each)
+            if each.range is not None:
+                # Of another queue: a range's dead letter, sent on in a moment.
+                _do(each)
+            else:
+                with wiring.hidden(each.message):
+                    _do(each)
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
             wiring.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from typing import Final
@@ -19,13 +21,13 @@ from sluice.adapters import aws, s3
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.job_records import as_text, of_text
 from sluice.adapters.notices import BusNotices
-from sluice.adapters.sqs import SqsBatchQueues
+from sluice.adapters.sqs import Hidden, SqsBatchQueues
 from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, Tally, planned
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.messages import batch_messages
-from sluice.ports import BatchStore, Due, Objects, WaitingRanges
+from sluice.ports import BatchStore, Due, Objects, Received, WaitingRanges
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
 from tests.fakes import NOON, FrozenClock, a_job
 from tests.moto_aws import BUCKET, Aws, in_memory
@@ -362,6 +364,46 @@ def test_only_an_object_that_was_created_has_arrived(body: object, key: str | No
     (read,) = batch_messages([{"messageId": "m", "body": json.dumps(body)}])
 
     assert (key, None) == (read.key, read.batch_id)
+
+
+def seconds_hidden(cloud: Aws, url: str) -> bool:
+    """Tell whether the queue's only message is hidden now."""
+    return not cloud.sqs.receive_message(QueueUrl=url, VisibilityTimeout=0).get("Messages")
+
+
+def a_message(cloud: Aws, name: str) -> tuple[str, Received]:
+    url = cloud.sqs.create_queue(QueueName=name)["QueueUrl"]
+    cloud.sqs.send_message(QueueUrl=url, MessageBody="{}")
+    (got,) = cloud.sqs.receive_message(QueueUrl=url, VisibilityTimeout=0)["Messages"]
+    return url, Received(got["MessageId"], got["ReceiptHandle"], "{}", None)
+
+
+def test_a_message_is_hidden_while_it_is_worked_on_and_comes_again_when_that_failed(
+    cloud: Aws, name: str
+) -> None:
+    url, message = a_message(cloud, name)
+
+    with suppress(RuntimeError), Hidden(cloud.sqs, url, message):
+        assert within(lambda: seconds_hidden(cloud, url))
+        raise RuntimeError
+
+    assert seconds_hidden(cloud, url)
+
+
+def test_a_message_that_cannot_be_hidden_is_worked_on_all_the_same(cloud: Aws, name: str) -> None:
+    url, message = a_message(cloud, name)
+
+    with Hidden(cloud.sqs, url, replace(message, receipt="no such receipt")):
+        pass
+
+
+def within(find: Callable[[], bool]) -> bool:
+    """Ask again for a while: the other thread needs a moment."""
+    for _ in range(500):
+        if find():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 # Notices -------------------------------------------------------------------------------------------------------

@@ -178,12 +178,12 @@ def test_a_section_above_what_s3_copies_at_once_is_copied_in_pieces() -> None:
 def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
     plan = planned(10, b"a\n")
     batch = life.plan_batch(a_batch(), plan)
-    running = life.begin(batch)
+    running = life.begin(batch, NOON + 3)
     ended = life.end(running, NOON + 5, Tally(succeeded=3), 1, 77)
 
     assert (Phase.PLANNING, plan, 2) == (batch.phase, batch.plan, batch.version)
     assert Phase.RUNNING == running.phase
-    assert NOON + 1000 + life.WATCH_MS == running.due_at
+    assert NOON + 3 + life.WATCH_MS == running.due_at
     assert (Phase.ENDED, NOON + 5 + life.TELL_MS, NOON + 5, 1, 77) == (
         ended.phase,
         ended.due_at,
@@ -191,9 +191,15 @@ def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
         ended.duplicates,
         ended.results_bytes,
     )
-    assert ended is life.begin(ended)
+    assert ended is life.begin(ended, NOON)
     told = life.tell(ended)
     assert (True, None) == (told.told, told.due_at)
+
+
+def test_a_batch_is_overdue_a_while_after_its_rows_expired() -> None:
+    late = NOON + 1000 + life.WATCH_MS
+
+    assert [False, True] == [life.is_overdue(a_batch(), at) for at in (late - 1, late)]
 
 
 def test_how_many_rows_there_are_is_estimated_until_the_end() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -377,20 +378,40 @@ def test_a_planner_that_died_goes_on_where_it_was_with_the_same_ranges(make: Mak
 
 
 @pytest.mark.usefixtures("small_sections")
-def test_lost_messages_are_found_by_what_is_missing(make: Make) -> None:
+def test_ranges_whose_messages_were_lost_are_sent_when_they_are_overdue(make: Make) -> None:
     bulk = make()
-    bulk.upload(jsonl(*(a_row(number) for number in range(800))))
+    rows = jsonl(*(a_row(number) for number in range(800)))
+    bulk.add(rows, expires_at=NOON + 60 * MINUTE)
     bulk.queues.ranges = {
         name: waiting for name, waiting in bulk.queues.ranges.items() if waiting[2] in {0, 1, 4}
     }
     bulk.drain()
-    assert Phase.RUNNING == bulk.batch.phase
+    bulk.planner.plan("msgbatch_1")
+    assert {} == bulk.queues.ranges
+
+    bulk.time.pass_seconds(80 * 60)
+    bulk.planner.plan("msgbatch_1")
+    bulk.drain()
+
+    kinds = Counter(row["result"]["type"] for row in bulk.results())
+    assert {"succeeded": len(bulk.claude.calls), "expired": 800 - len(bulk.claude.calls)} == kinds
+    assert [f"row-{number}" for number in range(800)] == ids(bulk.results())
+    assert ["batch overdue"] == bulk.events.problem_names
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_a_join_whose_message_was_lost_is_sent_again(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(300))))
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+    bulk.queues.joins.clear()
 
     bulk.planner.plan(bulk.batch.batch_id)
     bulk.drain()
 
-    assert [f"row-{number}" for number in range(800)] == ids(bulk.results())
-    assert 800 == len(bulk.claude.calls)
+    assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
+    assert 300 == len(bulk.claude.calls)
 
 
 def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:

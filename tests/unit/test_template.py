@@ -275,7 +275,7 @@ def test_every_queue_has_a_dead_letter_queue(name: str) -> None:
 
     assert redrive["deadLetterTargetArn"]["Fn::GetAtt"][0] in QUEUES
     # Every snooze is a receive, and none is an attempt. In the batches queue nothing snoozes.
-    assert (10 if name == "BatchesQueue" else 1000) == redrive["maxReceiveCount"]
+    assert (100 if name == "BatchesQueue" else 1000) == redrive["maxReceiveCount"]
 
 
 @pytest.mark.parametrize("name", QUEUES)

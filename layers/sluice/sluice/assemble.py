@@ -76,7 +76,8 @@ class Assemble:
         if batch.phase is Phase.ENDED:
             self.tell(batch)
             return
-        self._join(batch, batch.plan, section, array("I"))
+        if self._objects.head(batch.section_key(section, "index")) is None:
+            self._join(batch, batch.plan, section, array("I"))
         progress = self._batches.mark(batch_id, SECTIONS, section, Tally())
         if progress.members == batch.plan.sections:
             self._finish(batch, batch.plan)
@@ -134,6 +135,7 @@ class Assemble:
             results.abort()
             errors.abort()
         if not skipped:
+            # Written last: a section that has an index is joined.
             self._objects.put(batch.section_key(section, "index"), _index(entries))
 
     def _parts(self, batch: Batch, plan: Plan, section: int) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any, Final
@@ -17,6 +17,7 @@ from sluice.domain.batches import (
     Batch,
     Options,
     Phase,
+    Plan,
     Source,
     file_batch_id,
     planned,
@@ -147,17 +148,42 @@ class PlanBatch:
                 yield each
 
     def plan(self, batch_id: str) -> None:
-        """Plan a batch that is on record, or whatever it lacks: messages that were lost are sent again."""
+        """Plan a batch that is on record, or have done whatever it lacks: messages that were lost are sent again."""
         batch = self._batches.get(batch_id)
         if batch is None:
             return
         if batch.phase is Phase.ENDED:
             self._assemble.tell(batch)
-            return
-        if batch.phase is Phase.PLANNING and self._clock.now() >= batch.expires_at:
+        elif batch.phase is Phase.RUNNING and batch.plan is not None:
+            self._look_after(batch, batch.plan)
+        elif self._clock.now() >= batch.expires_at:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
-            return
-        self._plan(batch)
+        else:
+            self._plan(batch)
+
+    def _look_after(self, batch: Batch, plan: Plan) -> None:
+        """Have sections joined whose ranges are done. When rows should have expired, send ranges that are not."""
+        groups = self._batches.groups(batch.batch_id, "section#")
+        lost: list[int] = []
+        for section in range(plan.sections):
+            members = plan.members(section)
+            found = groups.get(f"section#{section:06d}")
+            if found is None or found.members < len(members):
+                lost.extend(members)
+            else:
+                self._queues.send_join(batch.batch_id, section)
+        if lost and life.is_overdue(batch, self._clock.now()):
+            self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
+            self._send(batch, lost)
+
+    def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
+        for _ in range(SEND_ROUNDS):
+            if not numbers:
+                return
+            numbers = self._queues.send_ranges(batch, numbers)
+        if numbers:
+            what = "the ranges queue"
+            raise StoreBusy(what)
 
     def again(self, batch_id: str, number: int) -> None:
         """Send a range again whose message became a dead letter: it waited for very long, or nobody could run it.
@@ -202,35 +228,12 @@ class PlanBatch:
         if not plan.ranges:
             self._assemble.fail(batch, "the file is empty")
             return
-        numbers = self._missing(batch)
-        for _ in range(SEND_ROUNDS):
-            if not numbers:
-                break
-            numbers = self._queues.send_ranges(batch, numbers)
-        else:
-            what = "the ranges queue"
-            raise StoreBusy(what)
-        self._changed(batch, life.begin)
+        self._send(batch, range(plan.ranges))
+        self._changed(batch, lambda current: life.begin(current, self._clock.now()))
         self._events.note(
             "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
             bytes=plan.size,
         )  # fmt: skip
-
-    def _missing(self, batch: Batch) -> list[int]:
-        """Return the ranges that want a message: all of them at first, those of sections that lack some later."""
-        assert batch.plan is not None  # noqa: S101 - it was just made
-        if batch.phase is Phase.PLANNING:
-            return list(range(batch.plan.ranges))
-        groups = self._batches.groups(batch.batch_id, "section#")
-        numbers: list[int] = []
-        for section in range(batch.plan.sections):
-            members = batch.plan.members(section)
-            found = groups.get(f"section#{section:06d}")
-            if found is None or found.members < len(members):
-                numbers.extend(members)
-            else:
-                self._queues.send_join(batch.batch_id, section)
-        return numbers
 
     def _cut(self, batch: Batch) -> Batch:
         key, etag, rows_etag = batch.input_key, batch.input_etag, None

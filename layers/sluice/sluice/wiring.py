@@ -27,7 +27,7 @@ from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
-from sluice.adapters.sqs import SqsBatchQueues, SqsQueue, SqsReturns
+from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsQueue, SqsReturns
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import SERVICE, Telemetry, hush
 from sluice.assemble import Assemble
@@ -46,7 +46,7 @@ from sluice.uploads import LINK_SECONDS, Uploads
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from sluice.ports import Answers, CallBooks, JobRecords, Requests, Returns
+    from sluice.ports import Answers, CallBooks, JobRecords, Received, Requests, Returns
     from sluice.ranges import RunRange
     from sluice.work import Worker
 
@@ -160,6 +160,11 @@ def _batch_queues() -> SqsBatchQueues:
 def assemble() -> Assemble:
     """Return the use case that puts results together."""
     return Assemble(batches(), _objects(), BusNotices(aws.events()), CLOCK, telemetry())
+
+
+def hidden(message: Received) -> Hidden:
+    """Keep a message of the batches queue hidden while it is worked on."""
+    return Hidden(aws.sqs(), settings().batches_queue_url, message)
 
 
 @cache

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
 from sluice.domain.batches import Batch
@@ -22,6 +25,13 @@ AT_ONCE: Final = 10
 
 SENDS_AT_ONCE: Final = 32
 """Calls in flight while a large batch is planned."""
+
+HIDE_SECONDS: Final = 90
+"""A batch's message whose worker died is visible again after this time."""
+
+FIRST_RETRY_SECONDS: Final = 15
+LONGEST_RETRY_SECONDS: Final = 900
+"""What failed is done again after 30, 60, 120 ... 900 s."""
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
@@ -140,6 +150,47 @@ class SqsBatchQueues:
             QueueUrl=self._batches_url,
             MessageBody=json.dumps(body),
         )
+
+
+class Hidden:
+    """Keeps a message hidden while somebody works on it, a little at a time, so that it comes back soon if they die."""
+
+    def __init__(self, client: SQSClient, url: str, message: Received) -> None:
+        self._client = client
+        self._url = url
+        self._message = message
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if kind is not None:
+            doublings = min(self._message.receive_count, 6)
+            self._hide(min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS << doublings))
+
+    def _keep(self) -> None:
+        while True:
+            self._hide(HIDE_SECONDS)
+            if self._done.wait(HIDE_SECONDS / 3):
+                return
+
+    def _hide(self, seconds: int) -> None:
+        try:
+            aws.patiently(
+                "the batches queue",
+                self._client.change_message_visibility,
+                QueueUrl=self._url,
+                ReceiptHandle=self._message.receipt,
+                VisibilityTimeout=seconds,
+            )
+        except (ClientError, StoreBusy):
+            # It stays hidden for as long as the queue says, or is gone already.
+            return
 
 
 class SqsReturns:

@@ -241,7 +241,7 @@ TELL_MS: Final = 2 * 60_000
 """An end that nobody was told of after this time is told again."""
 
 WATCH_MS: Final = 20 * 60_000
-"""A batch that is not planned after this time, or not ended so long after its expiry, is looked at again."""
+"""A batch is looked after so often, until it has ended."""
 
 
 def file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> str:
@@ -302,11 +302,16 @@ def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
     )
 
 
-def begin(batch: Batch) -> Batch:
+def begin(batch: Batch, now: int) -> Batch:
     """Note that all ranges are on their way. Ranges that were quick may have ended the batch already."""
     if batch.phase is not Phase.PLANNING:
         return batch
-    return _changed(batch, phase=Phase.RUNNING, due_at=batch.expires_at + WATCH_MS)
+    return _changed(batch, phase=Phase.RUNNING, due_at=now + WATCH_MS)
+
+
+def is_overdue(batch: Batch, now: int) -> bool:
+    """Tell whether a batch should have ended: its rows expired a while ago, so messages of it must be lost."""
+    return now >= batch.expires_at + WATCH_MS
 
 
 def cancel(batch: Batch, now: int) -> Batch:
