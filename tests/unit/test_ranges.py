@@ -168,7 +168,9 @@ def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -
     assert bulk.once()
 
     assert bulk.queues.next_visible() is None
-    (due,) = bulk.batches.due(NOON + 24 * 60 * MINUTE, 10)
+    (due,) = (
+        each for each in bulk.batches.due(NOON + 24 * 60 * MINUTE, 10) if each.number is not None
+    )
     assert (0, "claude-a") == (due.number, due.model)
     assert due.due_at > NOON + 15 * MINUTE
 
