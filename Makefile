@@ -14,6 +14,11 @@ sum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
 DEV_PACKAGES := .venv/packages-$(call sum,requirements-dev.txt)
 DEV := .venv/ready-$(call sum,requirements-dev.txt pyproject.toml)
 SAM := .venv-sam/ready-$(call sum,requirements-sam.txt)
+# Other generations of Anthropic's SDKs, each where it can have its own dependencies.
+SDK1 := .venv-sdk1/ready-$(call sum,requirements-sdk1.txt)
+NPM := $(shell command -v npm 2>/dev/null)
+TYPESCRIPT := $(if $(NPM),$(foreach sdk,0 1,\
+	tests/sdk/typescript-$(sdk)/node_modules/ready-$(call sum,tests/sdk/typescript-$(sdk)/package-lock.json)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check lint types template test unit integration acceptance simulate \
@@ -46,7 +51,7 @@ template: $(DEV) $(SAM)
 	.venv-sam/bin/checkov --config-file .checkov.yaml --file template.yaml
 	.venv/bin/pytest -q tests/unit/test_template.py tests/unit/test_floors.py
 
-test: check ## check, then every test: the gate, here and in CI
+test: check $(SDK1) $(TYPESCRIPT) ## check, then every test: the gate, here and in CI
 	.venv/bin/pytest
 
 unit: $(DEV) ## rules and use cases, on fakes
@@ -55,7 +60,7 @@ unit: $(DEV) ## rules and use cases, on fakes
 integration: $(DEV) ## one seam each, on the emulator and the simulator
 	.venv/bin/pytest tests/integration
 
-acceptance: $(DEV) $(SAM) ## what the README promises, from outside
+acceptance: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## what the README promises, from outside
 	.venv/bin/pytest tests/acceptance
 
 SEEDS ?= 20000
@@ -90,6 +95,7 @@ lock: ## new locks from the .in files (needs uv)
 	$(lock_one) --python-version 3.13 --python-platform aarch64-manylinux_2_28 --only-binary :all: \
 		layers/sluice/requirements.in -o layers/sluice/requirements.txt
 	$(lock_one) --python-version 3.11 --universal requirements-dev.in -o requirements-dev.txt
+	$(lock_one) --python-version 3.11 --universal requirements-sdk1.in -o requirements-sdk1.txt
 	$(lock_one) --python-version 3.11 --universal --override requirements-sam.overrides \
 		requirements-sam.in -o requirements-sam.txt
 
@@ -97,7 +103,7 @@ lock_one = $(UV) pip compile --quiet --no-python-downloads --generate-hashes --n
 	--no-header
 
 clean: ## everything these targets made
-	rm -rf .venv .venv-sam .venv-litellm .aws-sam .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-sam .venv-sdk1 .venv-litellm tests/sdk/*/node_modules .aws-sam .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments. --clear, because an environment that only ever grows hides a package the lock dropped.
@@ -126,4 +132,13 @@ $(SAM):
 	$(call new_environment,.venv-sam)
 	@.venv-sam/bin/python -m pip install --quiet --no-deps --no-compile --require-hashes \
 		-r requirements-sam.txt
+	@touch $@
+
+$(SDK1):
+	$(call new_environment,.venv-sdk1)
+	@.venv-sdk1/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements-sdk1.txt
+	@touch $@
+
+$(TYPESCRIPT):
+	@cd $(dir $(patsubst %/,%,$(dir $@))) && npm ci --silent --ignore-scripts --no-audit --no-fund
 	@touch $@

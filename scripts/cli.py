@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from scripts import cli_stack, terminal
+from scripts import cli_batches, cli_stack, terminal
 from scripts.cli_errors import CommandFailed, GatewayRefused
 
 if TYPE_CHECKING:
@@ -282,6 +282,12 @@ def cancel(
                 typer.echo(f"{job_id} {became}")
     if failed:
         raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------- batches
+
+app.command()(cli_batches.upload)
+app.add_typer(cli_batches.batches_app, name="batches")
 
 
 # ---------------------------------------------------------------- usage and limits

@@ -1,5 +1,6 @@
 """The HTTP API of Sluice as Python calls: resends what may be resent, raises typed errors."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,8 +100,11 @@ class Gateway:
         query: dict[str, str] = {"limit": str(min(100, page_size))}
         if state:
             query["state"] = state
+        return self._pages("/jobs", query)
+
+    def _pages(self, path: str, query: dict[str, str]) -> Iterator[Json]:
         while True:
-            page = self._call("GET", "/jobs", query=query)
+            page = self._call("GET", path, query=query)
             yield from self._rows(page)
             if not page.get("has_more") or not page.get("next_page"):
                 return
@@ -110,6 +114,41 @@ class Gateway:
         """Cancels a job that has not started; asks a running one to end."""
         return self._call("DELETE", f"/jobs/{quote(job_id, safe='')}")
 
+    def batch(self, batch_id: str) -> Json:
+        """Returns one batch with its progress."""
+        return self._call("GET", f"/batches/{quote(batch_id, safe='')}")
+
+    def newest_batches(self, page_size: int = 100) -> Iterator[Json]:
+        """Yields all batches, newest first, page after page of up to 100."""
+        return self._pages("/batches", {"limit": str(min(100, page_size))})
+
+    def batch_links(self, batch_id: str) -> Json:
+        """Returns where the files of an ended batch can be fetched without a key."""
+        return self._call("GET", f"/batches/{quote(batch_id, safe='')}/links")
+
+    def cancel_batch(self, batch_id: str) -> Json:
+        """Asks a batch to end."""
+        return self._call("POST", f"/v1/messages/batches/{quote(batch_id, safe='')}/cancel")
+
+    def begin_upload(self, name: str, size: int, options: Mapping[str, object]) -> Json:
+        """Begins an upload; sent twice it begins two, of which one is never completed."""
+        return self._send("/uploads", {"name": name, "bytes": size, "options": options})
+
+    def part_links(self, upload_id: str, name: str, first: int, last: int) -> Mapping[int, str]:
+        """Returns where some parts of an upload go."""
+        asked = {"id": upload_id, "name": name, "first": first, "last": last}
+        links = self._send("/uploads/parts", asked)["links"]
+        return {each["part"]: each["url"] for each in links}
+
+    def complete_upload(self, upload_id: str, name: str, etags: Mapping[int, str]) -> Json:
+        """Puts an upload's parts together; returns the batch it is."""
+        parts = [{"part": part, "etag": etag} for part, etag in sorted(etags.items())]
+        return self._send("/uploads/complete", {"id": upload_id, "name": name, "parts": parts})
+
+    def abort_upload(self, upload_id: str, name: str) -> None:
+        """Forgets an upload."""
+        self._call("DELETE", "/uploads", query={"id": upload_id, "name": name})
+
     def usage(self, query: Mapping[str, str]) -> Json:
         """Returns tokens and cost, grouped."""
         return self._call("GET", "/usage", query=query)
@@ -117,6 +156,10 @@ class Gateway:
     def limits(self) -> list[Json]:
         """Returns every limit group the gateway knows."""
         return self._rows(self._call("GET", "/limits"))
+
+    def _send(self, path: str, body: object) -> Json:
+        headers = {"content-type": "application/json"}
+        return self._call("POST", path, content=json.dumps(body).encode(), headers=headers)
 
     def _call(
         self,

@@ -63,6 +63,26 @@ class Snapshot:
         return " · ".join(parts)
 
 
+def batch_snapshot(batch: Json, now: datetime) -> Snapshot:
+    """Returns what the bar shows of a batch, of which only the gateway knows the rows."""
+    rows = batch["rows"]
+    end = batch["estimated_end_at"]
+    failed = rows["errored"] + rows["canceled"] + rows["expired"] + rows["invalid"]
+    return Snapshot(
+        total=max(rows["expected"], rows["done"]),
+        succeeded=rows["succeeded"],
+        failed=failed,
+        running=0,
+        waiting=max(0, rows["expected"] - rows["done"]),
+        cost_micro_usd=batch["cost_micro_usd"],
+        per_minute=None,
+        limit_per_minute=None,
+        eta_seconds=(
+            max(0.0, (datetime.fromisoformat(end) - now).total_seconds()) if end else None
+        ),
+    )
+
+
 class Tally:
     """What is known of the jobs waited for. Holds no clock: the time comes with each call."""
 

@@ -230,3 +230,51 @@ def moment(text: str) -> str:
         return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:
         return text
+
+
+def batches_table(batches: Sequence[Json]) -> Table:
+    """Returns batches, a line each."""
+    table = Table("batch", "name", "state", "rows", "failed", "created", "cost", box=None)
+    for batch in batches:
+        rows = batch["rows"]
+        about = "" if batch["state"] == "ended" else "~"
+        failed = rows["errored"] + rows["canceled"] + rows["expired"] + rows["invalid"]
+        table.add_row(
+            batch["id"],
+            Text(batch["name"]),
+            batch["state"],
+            f"{rows['done']:,} of {about}{rows['expected']:,}",
+            f"{failed:,}",
+            moment(batch["created_at"]),
+            dollars(batch["cost_micro_usd"]),
+        )
+    return table
+
+
+def batch_panel(batch: Json) -> Panel:
+    """Returns one batch: its state, its rows, what it cost."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = batch["rows"]
+    about = "" if batch["state"] == "ended" else "about "
+    counts = ", ".join(
+        f"{rows[name]:,} {name}"
+        for name in ("succeeded", "errored", "canceled", "expired", "invalid", "duplicates")
+        if rows[name]
+    )
+    facts = {
+        "name": batch["name"],
+        "state": batch["state"],
+        "rows": f"{rows['done']:,} of {about}{rows['expected']:,}",
+        "of them": counts,
+        "tokens": f"{batch['input_tokens']:,} input, {batch['output_tokens']:,} output",
+        "cost": dollars(batch["cost_micro_usd"]),
+        "problem": batch["problem"],
+    }
+    for name in ("created_at", "estimated_end_at", "ended_at", "expires_at"):
+        facts[name] = moment(batch[name]) if batch[name] else None
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, Text(str(fact)))
+    return Panel(table, title=Text(batch["id"]), title_align="left")

@@ -31,6 +31,7 @@ CREDENTIALS: Final = {
 }
 TABLES: Final = (
     "JobsTable", "ParamsTable", "LimitsTable", "LedgerTable", "UsageTable", "ClientKeysTable",
+    "BatchesTable",
 )  # fmt: skip
 BUCKET: Final = "sluice-data"
 STACK: Final = "sluice-of-this-test"
@@ -47,6 +48,9 @@ class Aws:
     secrets: SecretsManagerClient
     jobs_queue: str
     dead_letters_queue: str
+    ranges_queue: str
+    range_dead_letters_queue: str
+    batches_queue: str
 
     def environment(self) -> dict[str, str]:
         """Return what the template sets for every function."""
@@ -57,7 +61,12 @@ class Aws:
             "SLUICE_LEDGER_TABLE": "LedgerTable",
             "SLUICE_USAGE_TABLE": "UsageTable",
             "SLUICE_CLIENT_KEYS_TABLE": "ClientKeysTable",
+            "SLUICE_BATCHES_TABLE": "BatchesTable",
             "SLUICE_DATA_BUCKET": BUCKET,
+            "SLUICE_RANGES_QUEUE_URL": self.ranges_queue,
+            "SLUICE_RANGE_DEAD_LETTERS_QUEUE_URL": self.range_dead_letters_queue,
+            "SLUICE_BATCHES_QUEUE_URL": self.batches_queue,
+            "SLUICE_PUBLIC_URL": "https://sluice.example",
             "SLUICE_JOBS_QUEUE_URL": self.jobs_queue,
             "SLUICE_DEAD_LETTERS_QUEUE_URL": self.dead_letters_queue,
             "SLUICE_KEY_POOL_SECRET": "KeyPoolSecret",
@@ -127,6 +136,9 @@ def _deployed() -> Aws:
         secrets,
         jobs_queue=sqs.create_queue(QueueName="JobsQueue")["QueueUrl"],
         dead_letters_queue=sqs.create_queue(QueueName="DeadLettersQueue")["QueueUrl"],
+        ranges_queue=sqs.create_queue(QueueName="RangesQueue")["QueueUrl"],
+        range_dead_letters_queue=sqs.create_queue(QueueName="RangeDeadLettersQueue")["QueueUrl"],
+        batches_queue=sqs.create_queue(QueueName="BatchesQueue")["QueueUrl"],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from datetime import UTC, date, datetime
+from gzip import decompress
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from aws_lambda_powertools.event_handler import APIGatewayHttpResolver, Response, content_types
@@ -14,10 +15,13 @@ from aws_lambda_powertools.event_handler.openapi.params import Body, Header, Pat
 import sluice
 from sluice import http, wiring
 from sluice.accounts import Account
+from sluice.batches import MOST_INLINE_BYTES, Batches, Create, Link
 from sluice.domain import errors
+from sluice.domain.batches import Batch, Options, Source
 from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
 from sluice.submit import Accepted, Rejected, Sender
+from sluice.uploads import Uploads
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.event_handler.middlewares import NextMiddleware
@@ -29,6 +33,7 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.InvalidRequest: (400, "invalid_request_error"),
     errors.Unauthenticated: (401, "authentication_error"),
     errors.JobNotFound: (404, "not_found_error"),
+    errors.BatchNotFound: (404, "not_found_error"),
     errors.Conflict: (409, "conflict_error"),
     errors.RequestTooLarge: (413, "request_too_large"),
     errors.StoreBusy: (503, "overloaded_error"),
@@ -87,6 +92,13 @@ def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Res
     return next_middleware(app)
 
 
+def as_it_is(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
+    """Put a body of bytes into the answer behind Powertools' back, which takes every body for text."""
+    response = next_middleware(app)
+    response.body = app.context.pop("body", response.body)
+    return response
+
+
 def tenant_of_request() -> str:
     """Return whose request this is; raises Unauthenticated, or RequestTooLarge for anybody's."""
     event = app.current_event
@@ -122,14 +134,15 @@ def health() -> dict[str, str]:
 @app.post(
     "/jobs",
     summary="Submit jobs",
-    description="Accepts one job, or a list of up to 100 in which each item has its own outcome.",
+    description="Accepts one job, or a list of up to 100 in which each item has its own outcome. "
+    "A longer list becomes a batch.",
     status_code=202,
     tags=["jobs"],
     security=http.CLIENT_KEY,
     responses=http.responses(
         202,
         "Stored and queued: the job, or the outcome of each item of the list.",
-        http.SubmittedJob | http.SubmittedList,
+        http.SubmittedJob | http.SubmittedList | http.Batch,
         *(400, 401, 409, 413, 503),
     ),
     middlewares=[checked],
@@ -165,6 +178,19 @@ def submit(
     ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
+    rows = http.long_list(body.root)
+    if rows is not None:
+        options = Options(anthropic_version=anthropic_version, anthropic_beta=anthropic_beta)
+        asked = Create(
+            rows,
+            options,
+            Source.JOBS,
+            idempotency_key=idempotency_key,
+            retries=x_stainless_retry_count or 0,
+            client=app.current_event.headers.get("user-agent") or "",
+        )
+        batch = batches().create(asked)
+        return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
     submissions, is_list = http.read_submissions(body.root)
     sender = Sender(
         app.context["tenant"],
@@ -319,6 +345,303 @@ def show_limits() -> dict[str, Any]:
     return {"data": [http.group_view(group, now) for group in account().groups()]}
 
 
+# Batches, as Anthropic's API has them --------------------------------------------------------------------------
+
+BATCHES: Final = "/v1/messages/batches"
+
+
+@app.post(
+    BATCHES,
+    summary="Create a batch",
+    description="Anthropic's Message Batches API, served by Sluice's own engine. "
+    "A create that an SDK sends again makes no second batch.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.MessageBatch, *(400, 401, 409, 413, 503)),
+    middlewares=[checked],
+)
+def create_batch(  # noqa: PLR0913, PLR0917 - its headers
+    body: Annotated[http.BatchBody, Body()],
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, description="Names this create, for good."),
+    ] = None,
+    anthropic_version: Annotated[str | None, Header(pattern=r"^\d{4}-\d{2}-\d{2}$")] = None,
+    anthropic_beta: Annotated[
+        str | None, Header(max_length=1024, pattern=r"^[!-~ ]+$", description="Sent upstream.")
+    ] = None,
+    sluice_deadline: Annotated[
+        str | None,
+        Header(description="RFC 3339: rows not begun by then are `expired`; default 24 hours."),
+    ] = None,
+    x_stainless_retry_count: Annotated[
+        int, Header(ge=0, description="Says that an SDK sends the very same create again.")
+    ] = 0,
+) -> dict[str, Any]:
+    """Create a batch."""
+    headers = app.current_event.headers
+    asked = Create(
+        http.read_requests(body.root),
+        Options(
+            deadline=http.read_deadline(sluice_deadline),
+            anthropic_version=anthropic_version,
+            anthropic_beta=anthropic_beta,
+        ),
+        idempotency_key=idempotency_key,
+        retries=x_stainless_retry_count,
+        client=headers.get("user-agent") or "",
+    )
+    return shown(batches().create(asked))
+
+
+@app.get(
+    BATCHES,
+    summary="List batches",
+    description="Newest first, files among them.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "A page.", http.MessageBatchList, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def list_batches(
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    after_id: Annotated[str | None, Query(max_length=MOST_ID)] = None,
+    before_id: Annotated[str | None, Query(max_length=MOST_ID)] = None,
+) -> dict[str, Any]:
+    """List batches."""
+    page = batches().page(limit, after_id, before_id)
+    data = [shown(batch) for batch in page.batches]
+    return {
+        "data": data,
+        "has_more": page.has_more,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
+
+
+@app.get(
+    f"{BATCHES}/<batch_id>",
+    summary="Show a batch",
+    description="As Anthropic's API does; counts move when the whole batch has ended.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.MessageBatch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def show_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Show a batch."""
+    return shown(batches().get(batch_id))
+
+
+@app.post(
+    f"{BATCHES}/<batch_id>/cancel",
+    summary="Cancel a batch",
+    description="Rows that wait are canceled, calls under way are stopped; what was answered stays.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.MessageBatch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def cancel_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Cancel a batch."""
+    return shown(batches().cancel(batch_id))
+
+
+@app.delete(
+    f"{BATCHES}/<batch_id>",
+    summary="Delete a batch",
+    description="Only once it has ended.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "It is gone.", http.DeletedMessageBatch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def delete_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Delete a batch."""
+    batches().delete(batch_id)
+    return {"id": batch_id, "type": "message_batch_deleted"}
+
+
+@app.get(
+    f"{BATCHES}/<batch_id>/results",
+    summary="Fetch the results of a batch",
+    description="A line of JSON per row, in the order of the rows: gzipped while it fits into an answer, else "
+    "a redirect to the bucket for clients that send a bearer token.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The results.", http.ResultLine, 400, 401, 404, 503),
+    middlewares=[as_it_is, checked],
+)
+def batch_results(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> Response[Any]:
+    """Fetch results."""
+    headers = app.current_event.headers
+    may_follow = not headers.get("x-api-key")
+    found = batches().results(batch_id, may_follow=may_follow)
+    if isinstance(found, Link):
+        return answer(302, {}, {"Location": found.url})
+    body, coding = found.packed, {"content-encoding": "gzip"}
+    if "gzip" not in (headers.get("accept-encoding") or ""):
+        body, coding = decompress(found.packed), {}
+        if len(body) > MOST_INLINE_BYTES:
+            message = (
+                f"the results have {len(body):,} bytes, more than one answer takes; "
+                "send Accept-Encoding: gzip"
+            )
+            raise errors.InvalidRequest(message)
+    more = {"request-id": request_id(), **coding}
+    app.append_context(body=body)  # type: ignore[no-untyped-call]
+    return Response(200, content_type="application/x-jsonl", headers=more)
+
+
+# Batches with their progress, and files -----------------------------------------------------------------------
+
+
+@app.get(
+    "/batches",
+    summary="List batches with their progress",
+    description="Newest first.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "A page.", http.BatchListing, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def list_progress(
+    limit: Annotated[int, Query(ge=1, le=100, description="Batches on a page.")] = 20,
+    page: Annotated[
+        str | None, Query(max_length=MOST_ID, description="The `next_page` of the answer before.")
+    ] = None,
+) -> dict[str, Any]:
+    """List batches."""
+    found = batches().page(limit, page, None)
+    return {
+        "data": [with_progress(batch) for batch in found.batches],
+        "has_more": found.has_more,
+        "next_page": found.batches[-1].batch_id if found.has_more else None,
+    }
+
+
+@app.get(
+    "/batches/<batch_id>",
+    summary="Show a batch with its progress",
+    description="Rows done, tokens, cost, and when it will probably end.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.Batch, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def show_progress(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Show a batch."""
+    return with_progress(batches().get(batch_id))
+
+
+@app.get(
+    "/batches/<batch_id>/links",
+    summary="Get links to the files of a batch",
+    description="Results, errors and summary of a batch that has ended; to be fetched without a key.",
+    tags=["batches"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The links.", http.BatchLinks, 400, 401, 404, 503),
+    middlewares=[checked],
+)
+def batch_links(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
+    """Get links."""
+    return dict(batches().links(batch_id))
+
+
+@app.post(
+    "/uploads",
+    summary="Begin an upload",
+    description="Of a file of any size, by links that need no AWS credentials. PUT each part to its link, "
+    "without a key, and keep the ETag of each answer.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "Where its parts go.", http.Upload, 400, 401, 413, 503),
+    middlewares=[checked],
+)
+def begin_upload(body: Annotated[http.UploadRequest, Body()]) -> dict[str, Any]:
+    """Begin an upload."""
+    begun = uploads().begin(body.name, body.bytes, body.options)
+    return {
+        "type": "upload",
+        "id": begun.upload_id,
+        "name": begun.name,
+        "part_bytes": begun.part_bytes,
+        "parts": begun.parts,
+        "links": http.part_links(begun.links),
+    }
+
+
+@app.post(
+    "/uploads/parts",
+    summary="Get links of more parts",
+    description="Up to a hundred at once.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "Where they go.", http.UploadLinks, 400, 401, 413, 503),
+    middlewares=[checked],
+)
+def upload_parts(body: Annotated[http.UploadParts, Body()]) -> dict[str, Any]:
+    """Get more links."""
+    return {"links": http.part_links(uploads().links(body.name, body.id, body.first, body.last))}
+
+
+@app.post(
+    "/uploads/complete",
+    summary="Complete an upload",
+    description="Puts the parts together; the file is a batch from then on. May be sent again.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The batch.", http.Batch, 400, 401, 413, 503),
+    middlewares=[checked],
+)
+def complete_upload(body: Annotated[http.UploadDone, Body()]) -> dict[str, Any]:
+    """Complete an upload."""
+    etags = {part.part: part.etag for part in body.parts}
+    return with_progress(uploads().complete(body.name, body.id, etags))
+
+
+@app.delete(
+    "/uploads",
+    summary="Abort an upload",
+    description="Forgets its parts.",
+    tags=["uploads"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "It is forgotten.", http.AbortedUpload, 400, 401, 503),
+    middlewares=[checked],
+)
+def abort_upload(
+    upload_id: Annotated[str, Query(alias="id", max_length=1024)],
+    name: Annotated[str, Query(max_length=512)],
+) -> dict[str, Any]:
+    """Abort an upload."""
+    uploads().abort(name, upload_id)
+    return {"type": "upload_aborted", "id": upload_id}
+
+
+def uploads() -> Uploads:
+    """Return the caller's uploads."""
+    return wiring.uploads_of(app.context["tenant"])
+
+
+def with_progress(batch: Batch) -> dict[str, Any]:
+    """Show a batch with its progress."""
+    view: dict[str, Any] = http.batch_view(batch, batches().progress(batch), wiring.CLOCK.now())
+    return view
+
+
+def batches() -> Batches:
+    """Return the caller's batches."""
+    return wiring.batches_of(app.context["tenant"])
+
+
+def shown(batch: Batch) -> dict[str, Any]:
+    """Show a batch in Anthropic's shape."""
+    view: dict[str, Any] = http.message_batch(
+        batch, wiring.CLOCK.now(), wiring.settings().public_url
+    )
+    return view
+
+
 # Answers -------------------------------------------------------------------------------------------------------
 
 
@@ -350,7 +673,11 @@ def error_body(error: errors.SluiceError) -> dict[str, Any]:
 def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
     """Answer with one of our errors."""
     status, _ = HTTP_OF[type(error)]
-    return answer(status, {**error_body(error), **more}, retry_after(error))
+    headers = retry_after(error)
+    if isinstance(error, errors.Conflict):
+        # Anthropic's SDKs try a 409 again; this one stays.
+        headers["x-should-retry"] = "false"
+    return answer(status, {**error_body(error), **more}, headers)
 
 
 def retry_after(*refused: errors.SluiceError) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Woken every minute: loads limits, sets how many workers may run, and sends parked jobs that are due again."""
+"""Woken every minute: loads limits, sets how many workers may run, and sends jobs and ranges that are due again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAFETY_MS: Final = 10_000
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG001 - Lambda's signature
-    """Load, govern, sweep; none waits for another to succeed."""
+    """Load, govern, then sweep jobs, then ranges; none waits for another to succeed."""
     stop_at = wiring.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
     try:
         try:
@@ -23,6 +23,9 @@ def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG
             finally:
                 wiring.governor()()
         finally:
-            wiring.sweep()(stop_at)
+            try:
+                wiring.sweep()(stop_at)
+            finally:
+                wiring.resume()(stop_at)
     finally:
         wiring.telemetry().flush()

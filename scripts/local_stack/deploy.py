@@ -74,11 +74,12 @@ def read_template(path: Path) -> Template:
     return parsed
 
 
-def prepared(template: Template, *, concurrency: int | None) -> Template:
+def prepared(template: Template, *, concurrency: int | None, public_url: str) -> Template:
     """Return `template` with the local values as defaults of its parameters."""
     values: dict[str, Any] = {
         # An alarm with metric math makes the emulator roll the whole stack back.
         "MetricMathAlarms": "false",
+        "PublicUrl": public_url,
     }
     if concurrency is not None:
         values["MaxConcurrency"] = concurrency
@@ -191,6 +192,11 @@ def fix_concurrency_type(template: Template) -> None:
         scaling = properties.get("ScalingConfig", {})
         if "MaximumConcurrency" in scaling:
             scaling["MaximumConcurrency"] = _number(template, scaling["MaximumConcurrency"])
+
+
+def api_url(endpoint_url: str) -> str:
+    """Return where the emulator serves the HTTP API."""
+    return f"{endpoint_url}/_aws/execute-api/{API_ID}"
 
 
 def fix_api_address(template: Template) -> None:

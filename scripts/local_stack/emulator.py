@@ -95,8 +95,17 @@ class Child:
 class Emulator:
     """A running ministack on 127.0.0.1."""
 
-    def __init__(self, port: int = 0, dynamodb_faults: Path | None = None) -> None:
-        """Start it on `port` (0: any free port); it answers a little later."""
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        dynamodb_faults: Path | None = None,
+        bucket_url: str | None = None,
+    ) -> None:
+        """Start it on `port` (0: any free port); it answers a little later.
+
+        `bucket_url`: where the functions find S3, when that is to be another address than the rest of AWS.
+        """
         check_packages()
         self.port = free_port(port)
         self.endpoint_url = f"http://{HOST}:{self.port}"
@@ -105,6 +114,8 @@ class Emulator:
         environment = _environment(self.port)
         if dynamodb_faults is not None:
             environment[FAULTS_VARIABLE] = str(dynamodb_faults)
+        if bucket_url is not None:
+            environment["AWS_ENDPOINT_URL_S3"] = bucket_url
         self.child = Child(str(_RUNNER), environment=environment)
 
     def wait_until_it_answers(self) -> None:

@@ -72,6 +72,8 @@ class LocalStack:
     tenant: str = "local"
     concurrency: int | None = None
     """Worker invocations at a time; None: the template's default."""
+    bucket_url: str | None = None
+    """Where the functions find S3, when that is to be another address than the rest of the emulated AWS."""
     template: Path = REPOSITORY / "template.yaml"
     dynamodb_faults: Path | None = None
     """For chaos runs: a file that says how many of DynamoDB's calls fail (emulator_runner.py)."""
@@ -83,7 +85,9 @@ class LocalStack:
         """Start it, prove it, hand it over, and leave no process behind. Raises `StackError`."""
         client_key = self._checked()
         with ExitStack() as cleanup:
-            emulator = Emulator(self.port, self.dynamodb_faults)
+            emulator = Emulator(
+                self.port, dynamodb_faults=self.dynamodb_faults, bucket_url=self.bucket_url
+            )
             cleanup.callback(emulator.stop)
             children = [emulator.child]
             simulator = None
@@ -94,7 +98,9 @@ class LocalStack:
 
             # Read while the children start; importing the transform takes as long as they do.
             template = deploy.prepared(
-                deploy.read_template(self.template), concurrency=self.concurrency
+                deploy.read_template(self.template),
+                concurrency=self.concurrency,
+                public_url=deploy.api_url(emulator.endpoint_url),
             )
             emulator.wait_until_it_answers()
             deployed = deploy.deploy(emulator, template, self.template.parent)

@@ -332,7 +332,6 @@ BAD: Final[dict[str, tuple[int, str, Any]]] = {
     "missing max_tokens": (400, "invalid_request_error", {"params": {"model": "m"}}),
     "wrong type": (400, "invalid_request_error", a_job("bad-run", max_tokens="many")),
     "empty list": (400, "invalid_request_error", {"jobs": []}),
-    "101 jobs": (400, "invalid_request_error", {"jobs": [GOOD] * 101}),
     "five megabytes": (413, "request_too_large", GOOD | {"metadata": {"x": "x" * 5_000_000}}),
     "deadline in the past": (
         400, "invalid_request_error", GOOD | {"deadline": "2020-01-01T00:00:00Z"},

@@ -52,7 +52,7 @@ ROOMY: Final = {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_00
 
 SHAPES: Final[dict[tuple[str, str], TypeAdapter[Any]]] = {
     ("GET", "/health"): TypeAdapter(http.Health),
-    ("POST", "/jobs"): TypeAdapter(http.SubmittedJob | http.SubmittedList),
+    ("POST", "/jobs"): TypeAdapter(http.SubmittedJob | http.SubmittedList | http.Batch),
     ("GET", "/jobs"): TypeAdapter(http.Listing),
     ("GET", "/jobs/{id}"): TypeAdapter(http.Job),
     ("DELETE", "/jobs/{id}"): TypeAdapter(http.Job),
@@ -449,7 +449,6 @@ BAD: Final[list[tuple[str, Any, str]]] = [
     ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: may have at most 5, has 6"),
     ("empty list", {"jobs": []}, "jobs: must be a list of 1 to 100 jobs"),
     ("no list", {"jobs": a_job()}, "jobs: must be a list of 1 to 100 jobs"),
-    ("101", {"jobs": [a_job()] * 101}, "jobs: 101 jobs in one request, the most is 100"),
     ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: not known beside jobs"),
     ("list of rubbish", {"jobs": [5]}, "the job must be a JSON object (got 5)"),
 ]  # fmt: skip
@@ -539,7 +538,6 @@ LIMITS: Final[list[tuple[str, int, Callable[[int], dict[str, Any]]]]] = [
     ("fallback_models", 5, lambda n: a_job(fallback_models=["m"] * n)),
     ("name of a fallback model", 256, lambda n: a_job(fallback_models=["m" * n])),
     ("model", 256, lambda n: {"params": params(model="m" * n)}),
-    ("list", 100, lambda n: {"jobs": [a_job() for _ in range(n)]}),
     ("nesting", 100, lambda n: {"params": params(system=json.loads("[" * (n - 2) + "]" * (n - 2)))}),
 ]  # fmt: skip
 
@@ -552,6 +550,34 @@ def test_a_limit_takes_what_it_says_and_no_more(
     answered = gateway.call("POST", "/jobs", body(most + over))
 
     assert (400 if over > 0 else 202) == answered.status, answered.body
+
+
+def test_a_list_of_more_than_a_hundred_jobs_becomes_a_batch(gateway: Gateway) -> None:
+    small, answered = (
+        gateway.call("POST", "/jobs", {"jobs": [a_job() for _ in range(many)]})
+        for many in (100, 101)
+    )
+
+    assert (202, "job_list") == (small.status, small.body["type"])
+    assert (202, "batch", "jobs", 101) == (
+        answered.status,
+        answered.body["type"],
+        answered.body["source"],
+        answered.body["rows"]["expected"],
+    )
+    assert f"/batches/{answered.body['id']}" == answered.headers["Location"]
+
+
+def test_a_long_list_sent_again_by_an_sdk_is_the_same_batch(gateway: Gateway) -> None:
+    sent = [
+        gateway.call(
+            "POST", "/jobs", {"jobs": [a_job()] * 101}, headers={"x-stainless-retry-count": count}
+        )
+        for count in ("0", "1", "0")
+    ]
+
+    first, again, another = (each.body["id"] for each in sent)
+    assert first == again != another
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])

@@ -201,7 +201,7 @@ def test_while_aws_refuses_and_loses_calls_what_is_accepted_will_run(
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
     _forget()
 
-    fuzz(40, cases("POST", "/jobs", GenerationMode.POSITIVE), api.submit)
+    fuzz(80, cases("POST", "/jobs", GenerationMode.POSITIVE), api.submit)
 
     jobs, now = wiring.jobs(), wiring.CLOCK.now()
     parked = {each.job_id for each in jobs.due(DueFor.CALL, now, 1_000)}

@@ -7,8 +7,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,7 @@ from sluice.adapters import aws
 from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs, DynamoLimits
 from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
-from sluice.adapters.sqs import SqsQueue
+from sluice.adapters.sqs import LOOK_SECONDS, SqsQueue
 from sluice.domain.capacity import Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, State
@@ -366,7 +368,8 @@ def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(read
 
 def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
     store = DynamoJobs(ready.client("dynamodb"), ready.resources["JobsTable"], retention_days=30)
-    ids = [submitted_and_parked(ready, store, number) for number in range(5)]
+    with nobody_at_work(ready):
+        ids = [submitted_and_parked(ready, store, number) for number in range(5)]
     late, early = ids[3], ids[4]
     put(store, late, deadline=now())
     put(store, early, not_before=now() + HOUR_MS)
@@ -385,11 +388,21 @@ def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
     assert (4, 3, 1, 0) == tuple(swept[each] for each in ("due", "sent", "expired", "left"))
 
 
+@contextmanager
+def nobody_at_work(ready: Ready) -> Iterator[None]:
+    """Nobody takes messages meanwhile: neither the mapping nor a worker that is at work still, on a canary say."""
+    switch = partial(
+        ready.client("lambda").update_event_source_mapping, UUID=ready.resources["WorkerMapping"]
+    )
+    switch(Enabled=False)
+    time.sleep(LOOK_SECONDS + 1)
+    yield
+    switch(Enabled=True)
+
+
 def submitted_and_parked(ready: Ready, store: DynamoJobs, number: int) -> str:
-    """Submit a job with nobody there to run it, take its message away, and leave it parked."""
+    """Submit a job, take its message away, and leave it parked."""
     sqs, queue = ready.client("sqs"), ready.resources["JobsQueue"]
-    uuid = ready.resources["WorkerMapping"]
-    ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)
     status, job = call(
         "POST",
         f"{ready.api_url}/jobs",
@@ -406,7 +419,6 @@ def submitted_and_parked(ready: Ready, store: DynamoJobs, number: int) -> str:
     assert 202 == status
     (message,) = eventually(lambda: sqs.receive_message(QueueUrl=queue).get("Messages"))
     sqs.delete_message(QueueUrl=queue, ReceiptHandle=message["ReceiptHandle"])
-    ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=True)
     put(store, job["id"], not_before=now() - 1)
     return str(job["id"])
 

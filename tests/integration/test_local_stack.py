@@ -352,6 +352,8 @@ def _project(folder: Path, *, api: str, worker: str) -> Path:
         ("api", api),
         ("worker", worker),
         ("dead_letters", LOOKING_DEAD_LETTERS),
+        ("batches", LOOKING_DEAD_LETTERS),
+        ("ranges", LOOKING_DEAD_LETTERS),
         ("governor", LOOKING_GOVERNOR),
     ):
         (folder / "functions" / name).mkdir(parents=True)

@@ -167,8 +167,8 @@ def test_only_settings_reads_the_environment(path: Path) -> None:
     assert set() == text & {"os.environ", "os.getenv", "os.environb"}
 
 
-@pytest.mark.parametrize("function", ["api", "dead_letters", "governor"])
-def test_only_the_worker_loads_the_claude_sdk(function: str) -> None:
+@pytest.mark.parametrize("function", ["api", "batches", "dead_letters", "governor"])
+def test_only_workers_load_the_claude_sdk(function: str) -> None:
     """The SDK costs every cold start 0.8 s and 77 MB."""
     source = f"import sys, functions.{function}.app; sys.exit('anthropic' in sys.modules)"
     environment = {

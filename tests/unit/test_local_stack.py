@@ -154,7 +154,7 @@ def test_a_layer_is_packaged_as_python_packages_without_what_builds_it(tmp_path:
 def test_a_concurrency_becomes_a_number_however_it_is_written(written: object) -> None:
     template = _template(concurrency=written)
 
-    local = deploy.prepared(template, concurrency=None)
+    local = deploy.prepared(template, concurrency=None, public_url="http://here")
     deploy.fix_concurrency_type(local)
 
     scaling = local["Resources"]["Mapping"]["Properties"]["ScalingConfig"]
@@ -164,7 +164,7 @@ def test_a_concurrency_becomes_a_number_however_it_is_written(written: object) -
 def test_the_local_values_replace_defaults_and_leave_the_template_as_it_was() -> None:
     template = _template(concurrency=2)
 
-    local = deploy.prepared(template, concurrency=7)
+    local = deploy.prepared(template, concurrency=7, public_url="http://here")
 
     defaults = {name: declared["Default"] for name, declared in local["Parameters"].items()}
     assert defaults == {"MaxConcurrency": 7, "MetricMathAlarms": "false", "MaxAttempts": 5}

@@ -219,7 +219,9 @@ def allowed(function: str, resource: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("function", ["ApiFunction", "WorkerFunction"])
+@pytest.mark.parametrize(
+    "function", ["ApiFunction", "WorkerFunction", "BatchesFunction", "RangesFunction"]
+)
 def test_whoever_reads_objects_can_tell_gone_from_forbidden(function: str) -> None:
     """S3 answers 403 for a missing object to those who may not list."""
     assert {"s3:GetObject", "s3:ListBucket"} <= allowed(function, "DataBucket")
@@ -236,6 +238,13 @@ def test_whoever_reads_objects_can_tell_gone_from_forbidden(function: str) -> No
         ("WorkerFunction", "LimitsTable", {"BatchGetItem", "PutItem"}),
         ("WorkerFunction", "LedgerTable", {"BatchWriteItem"}),
         ("DeadLettersFunction", "JobsTable", {"GetItem", "PutItem"}),
+        ("BatchesFunction", "BatchesTable", {"GetItem", "PutItem", "UpdateItem", "Query"}),
+        ("BatchesFunction", "JobsTable", set()),
+        ("BatchesFunction", "KeyPoolSecret", set()),
+        ("RangesFunction", "BatchesTable", {"GetItem", "PutItem", "UpdateItem"}),
+        ("RangesFunction", "JobsTable", set()),
+        ("RangesFunction", "LimitsTable", {"BatchGetItem", "PutItem"}),
+        ("RangesFunction", "LedgerTable", {"BatchWriteItem"}),
     ],
 )
 def test_a_function_may_do_only_what_its_code_calls(
@@ -266,7 +275,8 @@ def test_every_queue_has_a_dead_letter_queue(name: str) -> None:
     redrive = QUEUES[name]["RedrivePolicy"]
 
     assert redrive["deadLetterTargetArn"]["Fn::GetAtt"][0] in QUEUES
-    assert 1000 == redrive["maxReceiveCount"]  # every snooze is a receive, and none is an attempt
+    # Every snooze is a receive, and none is an attempt. In the batches queue nothing snoozes.
+    assert (100 if name == "BatchesQueue" else 1000) == redrive["maxReceiveCount"]
 
 
 @pytest.mark.parametrize("name", QUEUES)
@@ -308,10 +318,11 @@ def test_every_mapping_is_within_what_lambda_accepts(name: str) -> None:
     assert mapping["BatchSize"] <= 10 or mapping["MaximumBatchingWindowInSeconds"] >= 1
 
 
-def test_the_literal_concurrency_is_used_exactly_when_the_parameter_says_the_same() -> None:
-    condition, literal, parameter = MAPPINGS["WorkerMapping"]["ScalingConfig"][
-        "MaximumConcurrency"
-    ]["Fn::If"]
+@pytest.mark.parametrize("name", ["WorkerMapping", "RangesMapping"])
+def test_the_literal_concurrency_is_used_exactly_when_the_parameter_says_the_same(
+    name: str,
+) -> None:
+    condition, literal, parameter = MAPPINGS[name]["ScalingConfig"]["MaximumConcurrency"]["Fn::If"]
 
     assert {"Fn::Equals": [parameter, literal]} == WRITTEN["Conditions"][condition]
     assert literal == PARAMETERS[parameter["Ref"]]["Default"]
@@ -332,6 +343,29 @@ def test_the_stage_throttles_and_logs() -> None:
     assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= stage["DefaultRouteSettings"].keys()
     log = json.loads(stage["AccessLogSettings"]["Format"])
     assert all(value.startswith("$context.") for value in log.values())
+
+
+# Batches
+
+
+def test_a_file_under_in_wakes_the_planner_through_a_queue() -> None:
+    """By EventBridge: a bucket's own notification would have to know the queue, and the queue's policy the bucket."""
+    bucket = RESOURCES["DataBucket"]["Properties"]["NotificationConfiguration"]
+    rule = RESOURCES["FileArrived"]["Properties"]
+    (statement,) = RESOURCES["BatchesQueuePolicy"]["Properties"]["PolicyDocument"]["Statement"]
+
+    assert {"EventBridgeConfiguration": {"EventBridgeEnabled": True}} == bucket
+    assert [{"prefix": "in/"}] == rule["EventPattern"]["detail"]["object"]["key"]
+    assert {"Fn::GetAtt": ["BatchesQueue", "Arn"]} == rule["Targets"][0]["Arn"]
+    assert {"Service": "events.amazonaws.com"} == statement["Principal"]
+    assert {"Fn::GetAtt": ["FileArrived", "Arn"]} == statement["Condition"]["ArnEquals"][
+        "aws:SourceArn"
+    ]
+
+
+def test_one_message_at_a_time_where_one_is_as_much_as_an_invocation_does() -> None:
+    for name in ("BatchesMapping", "RangesMapping", "RangeDeadLettersMapping"):
+        assert 1 == MAPPINGS[name]["BatchSize"]
 
 
 # Stores
@@ -374,17 +408,18 @@ def test_the_bucket_is_private_encrypted_and_forgets() -> None:
         for rule in bucket["LifecycleConfiguration"]["Rules"]
         if rule.get("ExpirationInDays") == {"Ref": "RetentionDays"} and rule["Status"] == "Enabled"
     }
-    (params,) = (
-        rule
+    waiting = {
+        rule["Prefix"]: rule["ExpirationInDays"]
         for rule in bucket["LifecycleConfiguration"]["Rules"]
-        if rule.get("Prefix") == "params/"
-    )
+        if rule.get("Prefix") in {"params/", "in/", "batches/"}
+    }
 
     assert {True} == set(bucket["PublicAccessBlockConfiguration"].values())
     assert "BucketEncryption" in bucket
-    assert {"results/", "dead-letters/", "long-params/"} == expiring
-    assert WAITING_DAYS < params["ExpirationInDays"], "a job may wait longer than RetentionDays"
-    assert SHORT_DAYS == params["ExpirationInDays"]
+    assert {"results/", "dead-letters/", "long-params/", "out/"} == expiring
+    assert 3 == len(waiting)
+    assert WAITING_DAYS < min(waiting.values()), "a job may wait longer than RetentionDays"
+    assert SHORT_DAYS == waiting["params/"]
 
 
 def test_the_bucket_refuses_plain_http() -> None:

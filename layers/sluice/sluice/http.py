@@ -22,11 +22,16 @@ from pydantic import (
 from pydantic_core import core_schema as core
 
 from sluice.accounts import UsageRow
+from sluice.assemble import moment
+from sluice.batches import ARCHIVED_MS, is_archived, status
+from sluice.domain import batches as life_of_batches
 from sluice.domain import jobs as life
+from sluice.domain.batches import Phase, Source, Tally
 from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
+from sluice.domain.rows import read_moment
 from sluice.submit import Submission
 
 MOST_JOBS: Final = 100
@@ -173,6 +178,125 @@ def _finite(digits: str) -> float:
         message = f"{digits[:20]} is too large a number"
         raise _NoNumber(message)
     return number
+
+
+class UploadRequest(BaseModel):
+    """A file to come."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=512, examples=["reviews.jsonl"])]
+    bytes: Annotated[int, Field(ge=1, description="Its size.")]
+    options: Annotated[
+        dict[str, Any],
+        Field(description="What holds for all its rows: model, max_tokens, deadline ..."),
+    ] = {}
+
+
+class UploadParts(BaseModel):
+    """Some of an upload's parts, up to a hundred."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(min_length=1, max_length=1024)]
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    first: Annotated[int, Field(ge=1)]
+    last: Annotated[int, Field(ge=1)]
+
+
+class UploadedPart(BaseModel):
+    """A part that was sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    part: Annotated[int, Field(ge=1, le=10_000)]
+    etag: Annotated[str, Field(min_length=1, max_length=256, description="S3 answered with it.")]
+
+
+class UploadDone(BaseModel):
+    """All parts are sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(min_length=1, max_length=1024)]
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    parts: Annotated[list[UploadedPart], Field(min_length=1, max_length=10_000)]
+
+
+class BatchRequest(BaseModel):
+    """One row of a batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    params: dict[str, Any]
+
+
+class BatchRequests(BaseModel):
+    """Up to 100,000 rows, as many as fit into a body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests: Annotated[list[BatchRequest], Field(min_length=1, max_length=100_000)]
+
+
+class BatchBody(RootModel[Any]):
+    """The body of a create; its items are checked one by one later."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: core.CoreSchema, handler: Any) -> Any:
+        """Show what is really expected."""
+        del schema
+        return handler(TypeAdapter(BatchRequests).core_schema)
+
+
+def long_list(body: object) -> list[object] | None:
+    """Return the jobs of a list too long to be answered one by one, as rows of a batch; None for any other body.
+
+    Jobs without a `custom_id` are named by their place. What is wrong with one is told with the batch's errors.
+    """
+    jobs = body.get("jobs") if isinstance(body, dict) else None
+    if not isinstance(jobs, list) or len(jobs) <= MOST_JOBS:
+        return None
+    rows: list[object] = []
+    for index, job in enumerate(jobs):
+        if not isinstance(job, dict):
+            raise InvalidRequest(f"jobs.{index}: Input should be a valid dictionary")
+        for name in job:
+            if name not in {"params", "custom_id", "deadline", "fallback_models"}:
+                raise InvalidRequest(
+                    f"jobs.{index}.{name}: not for lists of more than {MOST_JOBS} jobs, which run as a batch"
+                )
+        rows.append({"custom_id": job.get("custom_id") or f"job-{index}", **job})
+    return rows
+
+
+def read_requests(body: object) -> list[object]:
+    """Return the items of a create; InvalidRequest for a bad envelope, in Anthropic's words."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    for name in body:
+        if name != "requests":
+            raise InvalidRequest(f"{name}: Extra inputs are not permitted")
+    if "requests" not in body:
+        raise InvalidRequest("requests: Field required")
+    requests = body["requests"]
+    if not isinstance(requests, list):
+        raise InvalidRequest("requests: Input should be a valid list")
+    return requests
+
+
+def read_deadline(text: str | None) -> int | None:
+    """Return the deadline in epoch milliseconds; InvalidRequest when it is none."""
+    if text is None:
+        return None
+    deadline = read_moment(text)
+    if deadline is None:
+        raise InvalidRequest(
+            "sluice-deadline: must be RFC 3339 with a time zone, as in 2026-12-24T18:00:00Z "
+            f"(got {text!r})"
+        )
+    return deadline
 
 
 def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
@@ -375,6 +499,77 @@ def _attempt_view(attempt: life.Attempt) -> dict[str, Any]:
         "request_id": attempt.request_id,
         "usage": attempt.usage.as_dict() if attempt.usage else None,
         "cost_micro_usd": attempt.cost_micro_usd,
+    }
+
+
+def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[str, Any]:
+    """Show a batch with its progress: `so_far` are the sums of the ranges that are done."""
+    ended = batch.phase is Phase.ENDED
+    state = "planning" if batch.phase is Phase.PLANNING else "running"
+    if status(batch) != "in_progress":
+        state = status(batch)
+    done = so_far.rows + so_far.invalid
+    expected = done if ended else max(batch.rows_expected, done)
+    eta = None
+    if not ended and done:
+        eta = now + (now - batch.created_at) * max(0, expected - done) // done
+    return {
+        "id": batch.batch_id,
+        "type": "batch",
+        "name": batch.name,
+        "source": batch.source.value,
+        "state": state,
+        "rows": {
+            "expected": expected,
+            "done": done,
+            "succeeded": so_far.succeeded,
+            "errored": so_far.errored,
+            "canceled": so_far.canceled,
+            "expired": so_far.expired,
+            "invalid": so_far.invalid,
+            "duplicates": batch.duplicates,
+        },
+        "calls": so_far.calls,
+        "input_tokens": so_far.input_tokens,
+        "output_tokens": so_far.output_tokens,
+        "cost_micro_usd": so_far.cost_micro_usd,
+        "cost_usd": usd(so_far.cost_micro_usd),
+        "created_at": time(batch.created_at),
+        "expires_at": time(batch.expires_at),
+        "ended_at": time(batch.ended_at),
+        "estimated_end_at": time(eta),
+        "problem": batch.problem,
+    }
+
+
+def part_links(links: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Show where parts go."""
+    return [{"part": part, "url": url} for part, url in links.items()]
+
+
+def message_batch(batch: life_of_batches.Batch, now: int, public_url: str) -> dict[str, Any]:
+    """Show a batch as Anthropic's API does."""
+    ended = batch.phase is Phase.ENDED
+    archived = is_archived(batch, now)
+    counts = batch.tally if ended else Tally()
+    path = f"/v1/messages/batches/{batch.batch_id}/results"
+    return {
+        "id": batch.batch_id,
+        "type": "message_batch",
+        "processing_status": status(batch),
+        "request_counts": {
+            "processing": 0 if ended else batch.rows_expected,
+            "succeeded": counts.succeeded,
+            "errored": counts.errored,
+            "canceled": counts.canceled,
+            "expired": counts.expired,
+        },
+        "created_at": moment(batch.created_at),
+        "expires_at": moment(batch.expires_at),
+        "ended_at": moment(batch.ended_at),
+        "cancel_initiated_at": moment(batch.cancel_initiated_at),
+        "archived_at": moment(batch.created_at + ARCHIVED_MS) if archived else None,
+        "results_url": f"{public_url}{path}" if ended and not archived else None,
     }
 
 
@@ -693,10 +888,146 @@ class Limits(Shape):
     data: list[LimitGroup]
 
 
+class PartLink(Shape):
+    """Where a part is to be PUT, without a key, within an hour."""
+
+    part: int
+    url: str
+
+
+class Upload(Shape):
+    """An upload that has begun."""
+
+    type: Literal["upload"]
+    id: str
+    name: str
+    part_bytes: Annotated[int, Field(description="Of every part but the last.")]
+    parts: int
+    links: Annotated[list[PartLink], Field(description="Of the first hundred parts.")]
+
+
+class UploadLinks(Shape):
+    """Where more parts go."""
+
+    links: list[PartLink]
+
+
+class AbortedUpload(Shape):
+    """An upload that is forgotten."""
+
+    type: Literal["upload_aborted"]
+    id: str
+
+
+class BatchRows(Shape):
+    """What became of the rows so far."""
+
+    expected: Annotated[int, Field(description="An estimate until the batch has ended.")]
+    done: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+    invalid: Annotated[int, Field(description="Lines that could not become a job.")]
+    duplicates: int
+
+
+class Batch(Shape):
+    """A batch with its progress and cost."""
+
+    id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
+    type: Literal["batch"]
+    name: str
+    source: Source
+    state: Literal["planning", "running", "canceling", "ended"]
+    rows: BatchRows
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+    created_at: Time
+    expires_at: Time
+    ended_at: Time | None
+    estimated_end_at: Annotated[
+        Time | None, Field(description="By the pace so far; null while nobody can tell.")
+    ]
+    problem: Annotated[str | None, Field(description="Why the file as a whole could not be run.")]
+
+
+class BatchListing(Shape):
+    """Some batches, newest first."""
+
+    data: list[Batch]
+    has_more: bool
+    next_page: Annotated[str | None, Field(description="Send it as `page` to go on.")]
+
+
+class BatchLinks(Shape):
+    """Where the files of an ended batch are, for a quarter of an hour; no key is needed there."""
+
+    results: str
+    errors: str
+    summary: str
+
+
+class RequestCounts(Shape):
+    """All `processing` until the whole batch has ended."""
+
+    processing: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+
+
+class MessageBatch(Shape):
+    """A batch in Anthropic's shape."""
+
+    id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
+    type: Literal["message_batch"]
+    processing_status: Literal["in_progress", "canceling", "ended"]
+    request_counts: RequestCounts
+    created_at: Time
+    expires_at: Time
+    ended_at: Time | None
+    cancel_initiated_at: Time | None
+    archived_at: Time | None
+    results_url: Annotated[
+        str | None, Field(description="Of this gateway. Null until the batch has ended.")
+    ]
+
+
+class MessageBatchList(Shape):
+    """Some batches, newest first."""
+
+    data: list[MessageBatch]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class ResultLine(Shape):
+    """One line of the results."""
+
+    custom_id: str
+    result: Annotated[
+        dict[str, Any],
+        Field(description="`type` is succeeded, errored, canceled or expired, as Anthropic's."),
+    ]
+
+
+class DeletedMessageBatch(Shape):
+    """A batch that is out of sight."""
+
+    id: str
+    type: Literal["message_batch_deleted"]
+
+
 REFUSALS: Final[Mapping[int, str]] = {
     400: "The request is wrong; the message says where.",
     401: "No client key, or one that is unknown or disabled.",
-    404: "No such job for this client key.",
+    404: "No such job or batch for this client key.",
     409: "The custom_id or Idempotency-Key stands for another request already.",
     413: f"The body has more than {MOST_BYTES:,} bytes.",
     500: "Something went wrong in the gateway; the log has it under this request_id.",

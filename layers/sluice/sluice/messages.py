@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sluice.domain.jobs import SCHEMA_VERSION
 from sluice.ports import Received
 
 _JOB_ID: Final = re.compile(r"job_[0-9a-f]{32}")
+_BATCH_ID: Final = re.compile(r"msgbatch_[0-9a-f]{32}")
 _CANARY: Final = re.compile(r"[!-~]{1,100}")
 
 
@@ -41,6 +43,46 @@ def pointer_of(
         receive_count=int(attributes.get("ApproximateReceiveCount", 1)),
         sent_at=int(attributes.get("SentTimestamp", 0)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMessage:
+    """A message of the queues of batches and of ranges: what to do with which batch, or which file has arrived.
+
+    Without any of it the message is not ours.
+    """
+
+    message: Received
+    batch_id: str | None = None
+    range: int | None = None
+    join: int | None = None
+    key: str | None = None
+
+
+def batch_messages(records: Sequence[Mapping[str, Any]]) -> list[BatchMessage]:
+    """Read the records of a Lambda SQS event from the queues of batches or of ranges."""
+    read = []
+    for record, message in zip(records, received(records), strict=True):
+        body = str(record.get("body", ""))
+        pointer = _pointer(body)
+        batch_id = _named(pointer, "batch_id", _BATCH_ID)
+        numbers = {
+            name: pointer[name]
+            for name in ("range", "join")
+            if batch_id and type(pointer.get(name)) is int and pointer[name] >= 0
+        }
+        read.append(BatchMessage(message, batch_id, key=_arrived(body), **numbers))
+    return read
+
+
+def _arrived(body: str) -> str | None:
+    """Return the key of an object that EventBridge tells of."""
+    try:
+        event = json.loads(body)
+        is_ours = event["source"] == "aws.s3" and event["detail-type"] == "Object Created"
+        return str(event["detail"]["object"]["key"]) if is_ours else None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def reason_of(record: Mapping[str, Any]) -> str | None:

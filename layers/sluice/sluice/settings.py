@@ -21,11 +21,17 @@ class Settings:
     ledger_table: str
     usage_table: str
     client_keys_table: str
+    batches_table: str
     data_bucket: str
     jobs_queue_url: str
     dead_letters_queue_url: str
+    ranges_queue_url: str
+    range_dead_letters_queue_url: str
+    batches_queue_url: str
     key_pool_secret: str
     pepper_secret: str
+    public_url: str
+    """Where callers reach the API; it stands in answers that name another address."""
     retention_days: int
     max_attempts: int
     worker_mapping: str | None = None
@@ -69,9 +75,14 @@ class Settings:
             ledger_table=text("SLUICE_LEDGER_TABLE"),
             usage_table=text("SLUICE_USAGE_TABLE"),
             client_keys_table=text("SLUICE_CLIENT_KEYS_TABLE"),
+            batches_table=text("SLUICE_BATCHES_TABLE"),
             data_bucket=text("SLUICE_DATA_BUCKET"),
             jobs_queue_url=text("SLUICE_JOBS_QUEUE_URL"),
             dead_letters_queue_url=text("SLUICE_DEAD_LETTERS_QUEUE_URL"),
+            ranges_queue_url=text("SLUICE_RANGES_QUEUE_URL"),
+            range_dead_letters_queue_url=text("SLUICE_RANGE_DEAD_LETTERS_QUEUE_URL"),
+            batches_queue_url=text("SLUICE_BATCHES_QUEUE_URL"),
+            public_url=text("SLUICE_PUBLIC_URL").rstrip("/"),
             key_pool_secret=text("SLUICE_KEY_POOL_SECRET"),
             pepper_secret=text("SLUICE_PEPPER_SECRET"),
             retention_days=number("SLUICE_RETENTION_DAYS"),

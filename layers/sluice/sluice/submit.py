@@ -211,7 +211,7 @@ class Submit:
         return _findable(drafts, sender.resends, now)
 
     def _draft(self, submission: Submission, sender: Sender, position: int, now: int) -> _Draft:
-        body = json.dumps(submission.params, ensure_ascii=False, separators=(",", ":"))
+        body = params_text(submission.params)
         version = sender.anthropic_version or NEWEST_VERSION
         if sender.idempotency_key is not None:
             job_id = derived_job_id(sender.tenant, "key", f"{position}\x00{sender.idempotency_key}")
@@ -231,7 +231,7 @@ class Submit:
             model=str(submission.params["model"]),
             created_at=now,
             request_hash=sha256(canonical.encode()).hexdigest(),
-            input_chars=_input_chars(submission.params),
+            input_chars=input_chars(submission.params),
             max_tokens=int(submission.params["max_tokens"]),
             anthropic_version=version,
             anthropic_beta=sender.anthropic_beta,
@@ -402,7 +402,12 @@ def _id_by_name(tenant: str, custom_id: str) -> str:
     return derived_job_id(tenant, "custom_id", custom_id)
 
 
-def _input_chars(params: Mapping[str, Any]) -> int:
+def params_text(params: Mapping[str, Any]) -> str:
+    """Return a request as it is stored and sent."""
+    return json.dumps(params, ensure_ascii=False, separators=(",", ":"))
+
+
+def input_chars(params: Mapping[str, Any]) -> int:
     """Count the characters that become input tokens.
 
     Base64 data is no text: its length says little about its tokens. An image counts as the characters of about 1,600

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from aws_lambda_powertools import Logger
 
 from sluice.accounts import Account
-from sluice.adapters import aws
+from sluice.adapters import aws, job_records, system
+from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import (
     DynamoClientKeys,
     DynamoGovernorNotes,
@@ -22,28 +24,33 @@ from sluice.adapters.dynamodb import (
     DynamoParams,
 )
 from sluice.adapters.lambdas import LambdaWorkerMapping
-from sluice.adapters.s3 import DeadLetterObjects, Objects, Results
+from sluice.adapters.notices import BusNotices
+from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
-from sluice.adapters.sqs import SqsInbox, SqsQueue
+from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsInbox, SqsQueue
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import Telemetry, hush
+from sluice.assemble import Assemble
+from sluice.batches import Batches
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.errors import StoreBusy
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governor
 from sluice.load_limits import LoadLimits
+from sluice.plan import PlanBatch
+from sluice.resume import Resume
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
+from sluice.uploads import LINK_SECONDS, Uploads
 from sluice.work import LEASE_MS, Rules, Tools, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mypy_boto3_dynamodb import DynamoDBClient
 
-    from sluice.ports import Received
+    from sluice.ports import Answers, CallBooks, Inbox, JobRecords, Received, Requests
+    from sluice.ranges import RunRange
 
 CLOCK = SystemClock()
 
@@ -59,6 +66,17 @@ def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
     hush()
     return Telemetry(Logger())
+
+
+def aws_calls() -> dict[str, int]:
+    """Return how often this function called AWS so far, by what the calls were about."""
+    return dict(aws.CALLS)
+
+
+def note_use(before: Mapping[str, int]) -> None:
+    """Log what an invocation used: the most memory this function ever held, and the AWS calls since `before`."""
+    calls = {what: n for what, count in aws.CALLS.items() if (n := count - before.get(what, 0))}
+    telemetry().note("used", peak_mb=system.peak_mb(), aws_calls=calls)
 
 
 @cache
@@ -130,6 +148,53 @@ def account(tenant: str) -> Account:
 
 
 @cache
+def batches() -> DynamoBatches:
+    """Return the records of batches and ranges."""
+    return DynamoBatches(_dynamodb(), settings().batches_table, settings().retention_days, CLOCK)
+
+
+@cache
+def _batch_queues() -> SqsBatchQueues:
+    return SqsBatchQueues(aws.sqs(), settings().batches_queue_url, settings().ranges_queue_url)
+
+
+@cache
+def assemble() -> Assemble:
+    """Return the use case that puts results together."""
+    return Assemble(batches(), _objects(), BusNotices(aws.events()), CLOCK, telemetry())
+
+
+def hidden(message: Received) -> Hidden:
+    """Keep a message of the batches queue hidden while it is worked on."""
+    return Hidden(aws.sqs(), settings().batches_queue_url, message)
+
+
+@cache
+def plan_batch() -> PlanBatch:
+    """Return the use case that cuts files into ranges."""
+    return PlanBatch(batches(), _objects(), _batch_queues(), assemble(), CLOCK, telemetry())
+
+
+def uploads_of(tenant: str) -> Uploads:
+    """Return one tenant's uploads."""
+    links = Links(aws.s3(), settings().data_bucket, LINK_SECONDS)
+    return Uploads(tenant, _objects(), links, plan_batch())
+
+
+@cache
+def resume() -> Resume:
+    """Return the use case that sends ranges again, and looks after batches that stand still."""
+    return Resume(
+        batches(), batches(), _batch_queues(), limits(), model_groups(), CLOCK, telemetry()
+    )
+
+
+def batches_of(tenant: str) -> Batches:
+    """Return one tenant's batches."""
+    return Batches(tenant, batches(), _objects(), _batch_queues(), CLOCK, os.urandom, telemetry())
+
+
+@cache
 def take_dead_letter() -> TakeDeadLetter:
     """Return the use case behind the dead-letter queue."""
     return TakeDeadLetter(jobs(), DeadLetterObjects(_objects()), CLOCK, telemetry())
@@ -198,21 +263,61 @@ def hold_while_starting(messages: Sequence[Received]) -> None:
 
 @cache
 def worker() -> Worker:
-    """Return the worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
+    """Return the worker for messages of the jobs queue."""
+    return _worker(jobs(), _params(), _results(), _inbox(), _ledger(), Threads())
+
+
+@cache
+def run_range() -> RunRange:
+    """Return the use case behind the ranges queue, with a worker for the rows of a range."""
+    from sluice.ranges import Desk, RangeTools, RowRequests, RunRange  # noqa: PLC0415
+
+    desk = Desk(_ledger(), prices(), CLOCK)
+    threads = Threads()
+    returns = SqsInbox(
+        aws.sqs(),
+        settings().ranges_queue_url,
+        settings().range_dead_letters_queue_url,
+        "the ranges queue",
+    )
+    tools = RangeTools(
+        batches=batches(),
+        objects=_objects(),
+        queues=_batch_queues(),
+        returns=returns,
+        text_of_job=job_records.as_text,
+        job_of_text=job_records.of_text,
+        clock=CLOCK,
+        blocking=threads,
+        events=telemetry(),
+    )
+    rows = _worker(desk, RowRequests(desk), desk, desk, desk, threads)
+    return RunRange(tools, rows, desk)
+
+
+def _worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the queue and rows of a range
+    records: JobRecords,
+    requests: Requests,
+    answers: Answers,
+    inbox: Inbox,
+    books: CallBooks,
+    threads: Threads,
+) -> Worker:
+    """Return a worker. Only here the Anthropic SDK is imported: it costs a second and 80 MB."""
     from sluice.adapters.claude import SdkClaude  # noqa: PLC0415
 
     tools = Tools(
-        jobs=jobs(),
-        params=_params(),
-        results=_results(),
-        inbox=_inbox(),
+        jobs=records,
+        params=requests,
+        results=answers,
+        inbox=inbox,
         limits=limits(),
         keys=_key_pool(),
         claude=SdkClaude(CLOCK),
-        ledger=_ledger(),
+        ledger=books,
         clock=CLOCK,
         jitter=random.Random().random,  # noqa: S311 - jitter, not a secret
-        blocking=Threads(),
+        blocking=threads,
         events=telemetry(),
     )
     rules = Rules(

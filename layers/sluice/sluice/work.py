@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import partial
-from typing import Any, Final, TypeVar, assert_never
+from typing import Any, Final, Protocol, TypeVar, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, LeaseLost, Stale, StoreBusy
@@ -48,7 +48,9 @@ from sluice.limiter import (
 )
 from sluice.ports import (
     Answer,
+    Answers,
     Blocking,
+    CallBooks,
     CallRequest,
     Claude,
     Clock,
@@ -56,15 +58,13 @@ from sluice.ports import (
     Headers,
     Inbox,
     Jitter,
-    JobStore,
+    JobRecords,
     KeyPool,
-    Ledger,
     LimitStore,
     Params,
-    ParamsStore,
     Received,
     Refused,
-    ResultStore,
+    Requests,
 )
 
 T = TypeVar("T")
@@ -145,10 +145,27 @@ class PutBack:
     delay_ms: int
     grows: bool = False
     """Doubled with every receive: a fault that lasts must not use up the queue's 1,000 receives in an afternoon."""
+    leaves: bool = False
+    """This invocation has too little time left for it, however long it waits."""
 
 
 Disposition = Done | PutBack
 DONE: Final = Done()
+
+
+class Room(Protocol):
+    """Where an invocation that holds all its messages itself lets them in: the rows of a range."""
+
+    longest_stay_ms: int
+    """Messages put back for no longer wait in the invocation; the others leave it."""
+
+    async def enter(self, message: Received) -> None:
+        """Wait until the message may be worked on."""
+        ...
+
+    def leave(self, message: Received) -> None:
+        """Note that nobody works on it any more: it is done, waits, or leaves."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +180,14 @@ class Rest:
 class Tools:
     """Everything the worker needs of the world."""
 
-    jobs: JobStore
-    params: ParamsStore
-    results: ResultStore
+    jobs: JobRecords
+    params: Requests
+    results: Answers
     inbox: Inbox
     limits: LimitStore
     keys: KeyPool
     claude: Claude
-    ledger: Ledger
+    ledger: CallBooks
     clock: Clock
     jitter: Jitter
     blocking: Blocking
@@ -198,13 +215,16 @@ class Worker:
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events
         )
 
-    async def run(self, messages: Sequence[Received], stop_at: int, owner: str) -> list[str]:
+    async def run(
+        self, messages: Sequence[Received], stop_at: int, owner: str, room: Room | None = None
+    ) -> list[str]:
         """Run the batch; return the ids of the messages that are not done.
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation in the leases it takes.
+        With a `room`, short waits are spent in it, not in a queue.
         """
         batch = _Batch(
-            self._tools, self._rules, owner, self.limiter, stop_at, self._told, self._rows
+            self._tools, self._rules, owner, self.limiter, stop_at, self._told, self._rows, room
         )
         return await batch.run(messages)
 
@@ -221,7 +241,9 @@ class _Batch:
         stop_at: int,
         told_once: set[str],
         rows: list[LedgerRow],
+        room: Room | None = None,
     ) -> None:
+        self._room = room
         self.tools = tools
         self.rules = rules
         self.owner = owner
@@ -253,7 +275,7 @@ class _Batch:
         """The tasks of messages, each with its job's id."""
         self._calls = 0
         self._changed = asyncio.Event()
-        self._refills = True
+        self._refills = room is None
         self._put_back = 0
         self._refill_at = self.started
         self._scout_at = self.started + SCOUT_MS
@@ -394,22 +416,42 @@ class _Batch:
         self, message: Received, found: Mapping[str, Job], done: Callable[[Received], object]
     ) -> None:
         """Run one message to its disposition; whatever goes wrong, the message comes back."""
-        try:
-            disposition = await self._message(message, found)
-        except StoreBusy as error:
-            self.events.problem("store busy", job_id=message.job_id, what=error.what)
-            disposition = PutBack(5_000 + self._spread(5_000), grows=True)
-        except Exception:  # noqa: BLE001 - the message comes back, whatever it was
-            self.events.problem("worker failed on a job", job_id=message.job_id)
-            disposition = PutBack(15_000 + self._spread(15_000), grows=True)
-        if isinstance(disposition, PutBack):
+        while True:
+            if self._room is not None:
+                await self._room.enter(message)
+            try:
+                disposition = await self._tried(message, found)
+            finally:
+                if self._room is not None:
+                    self._room.leave(message)
+            if isinstance(disposition, Done):
+                done(message)
+                return
             doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
             delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
-            latest = self._held.pop(message.message_id, message)
-            self._to_put_back.append((latest, self.tools.clock.now() + delay))
-            self._put_back += 1
-        else:
-            done(message)
+            if disposition.leaves or not self._stays(delay):
+                latest = self._held.pop(message.message_id, message)
+                self._to_put_back.append((latest, self.tools.clock.now() + delay))
+                self._put_back += 1
+                return
+            await self.tools.clock.sleep(delay)
+            message = replace(message, receive_count=message.receive_count + 1)
+            found = {}
+
+    def _stays(self, delay_ms: int) -> bool:
+        if self._room is None or delay_ms > self._room.longest_stay_ms:
+            return False
+        return self.tools.clock.now() + delay_ms + LEAST_WINDOW_MS <= self.stop_at
+
+    async def _tried(self, message: Received, found: Mapping[str, Job]) -> Disposition:
+        try:
+            return await self._message(message, found)
+        except StoreBusy as error:
+            self.events.problem("store busy", job_id=message.job_id, what=error.what)
+            return PutBack(5_000 + self._spread(5_000), grows=True)
+        except Exception:  # noqa: BLE001 - the message comes back, whatever it was
+            self.events.problem("worker failed on a job", job_id=message.job_id)
+            return PutBack(15_000 + self._spread(15_000), grows=True)
 
     async def _message(self, message: Received, found: Mapping[str, Job]) -> Disposition:
         if message.canary is not None:
@@ -486,7 +528,7 @@ class _Batch:
         latest = min(self.stop_at - self._window_needed(job), now + hold_ms)
         if latest < now:
             self._refills = False
-            return PutBack(self._spread(1_000))
+            return PutBack(self._spread(1_000), leaves=True)
         admitted = await self.limiter.admit(
             [claimant for claimant, _ in choice], job.input_chars, job.max_tokens, latest
         )
@@ -540,7 +582,7 @@ class _Batch:
 
     async def _later(self, job: Job, later: Later, *, is_scout: bool) -> Disposition | Job:
         """Give a job back that cannot start soon: to the queue, or out of it."""
-        if not is_scout:
+        if not is_scout and self._room is None:
             # What is behind it in the queue would not start sooner.
             self._refills = False
             await self._linger(later.at)

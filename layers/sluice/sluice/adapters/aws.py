@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +30,7 @@ from sluice.domain.errors import StoreBusy
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_events import EventBridgeClient
     from mypy_boto3_lambda import LambdaClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_secretsmanager import SecretsManagerClient
@@ -44,6 +46,13 @@ CONFIG = Config(
     parameter_validation=False,
     # One layer retries: `patiently` below, which knows what is worth it.
     retries={"total_max_attempts": 1},
+)
+
+S3_CONFIG = Config(
+    # Links are signed in the old way unless told otherwise, which newer regions do not take.
+    signature_version="s3v4",
+    # A link cannot demand a checksum of whoever uses it.
+    request_checksum_calculation="when_required",
 )
 
 _PASSING = frozenset(
@@ -69,6 +78,10 @@ _PASSING = frozenset(
 )
 
 
+CALLS: Counter[str] = Counter()
+"""Calls made so far, repeats among them, by what they were about; for benches. Threads may lose a few."""
+
+
 def dynamodb() -> DynamoDBClient:
     """Return a DynamoDB client."""
     return boto3.client("dynamodb", config=CONFIG)
@@ -81,7 +94,12 @@ def sqs() -> SQSClient:
 
 def s3() -> S3Client:
     """Return an S3 client."""
-    return boto3.client("s3", config=CONFIG)
+    return boto3.client("s3", config=CONFIG.merge(S3_CONFIG))
+
+
+def events() -> EventBridgeClient:
+    """Return an EventBridge client."""
+    return boto3.client("events", config=CONFIG)
 
 
 def lambdas() -> LambdaClient:
@@ -118,6 +136,10 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     """Call AWS; hiccups are tried again up to 4 times within about a second, then it is StoreBusy(what)."""
     doubtful = False
 
+    def counted(**arguments: Any) -> T:
+        CALLS[what] += 1
+        return call(**arguments)
+
     def is_worth_it(error: BaseException) -> bool:
         nonlocal doubtful
         if not is_passing(error):
@@ -133,7 +155,7 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
         reraise=True,
     )
     try:
-        return attempts(call, **arguments)
+        return attempts(counted, **arguments)
     except (ClientError, BotoCoreError) as error:
         if is_passing(error):
             raise StoreBusy(what, may_be_done=doubtful) from error

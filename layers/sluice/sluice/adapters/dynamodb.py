@@ -188,7 +188,7 @@ class DynamoJobs:
     def _put(self, job: Job, condition: str, values: Item) -> None:
         item = job_records.encode(job, self._retention_days)
         arguments: dict[str, Any] = {"ExpressionAttributeValues": values} if values else {}
-        current = _put(self._client, self._table, item, condition, "the jobs table", arguments)
+        current = put_if(self._client, self._table, item, condition, "the jobs table", arguments)
         if current is not None:
             raise Stale(job_records.decode(current) if current else None)
 
@@ -228,7 +228,7 @@ class DynamoParams:
             key = f"{prefix}/{params.job_id}-{params.request_hash[:16]}.json.gz"
             self._objects.put(key, body)
             item["object_key"] = {"S": key}
-        current = _put(
+        current = put_if(
             self._client, self._table, item, "attribute_not_exists(job_id)", "the params table", {}
         )
         if current and current["request_hash"]["S"] != params.request_hash:
@@ -282,7 +282,7 @@ class DynamoLimits:
         if expected_version:
             condition = "version = :expected"
             arguments = {"ExpressionAttributeValues": {":expected": {"N": str(expected_version)}}}
-        current = _put(self._client, self._table, item, condition, "the limits table", arguments)
+        current = put_if(self._client, self._table, item, condition, "the limits table", arguments)
         if current is not None:
             raise Stale(_group(current) if current else None)
 
@@ -488,7 +488,7 @@ def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield values[start : start + size]
 
 
-def _put(  # noqa: PLR0913, PLR0917 - one conditional write
+def put_if(  # noqa: PLR0913, PLR0917 - one conditional write
     client: DynamoDBClient,
     table: str,
     item: Item,

@@ -94,6 +94,16 @@ def encode(job: Job, retention_days: int) -> Item:
     return item
 
 
+def as_text(job: Job) -> str:
+    """Return a job that has no result yet as one line of text."""
+    return json.dumps(encode(job, 0), separators=(",", ":"))
+
+
+def of_text(text: str) -> Job:
+    """Read what `as_text` wrote."""
+    return decode(json.loads(text))
+
+
 def waiting_days(retention_days: int) -> int:
     """Return for how many days what a job needs in order to run is kept."""
     return max(retention_days, WAITING_DAYS)

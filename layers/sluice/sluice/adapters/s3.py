@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,12 +13,25 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
 from sluice.dead_letters import KeptLetter
-from sluice.domain.errors import JobNotFound
+from sluice.domain.batches import Copied, Streamed, parts
+from sluice.domain.errors import InputGone, InvalidRequest, JobNotFound
 from sluice.domain.jobs import Result
-from sluice.ports import Received
+from sluice.ports import Received, Stored
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from mypy_boto3_s3 import S3Client
+
+WHAT: Final = "the data bucket"
+
+LEAST_PART_BYTES: Final = 5 * 1024 * 1024
+"""S3 takes no smaller part of an object but the last."""
+
+PIECE_BYTES: Final = 8 * 1024 * 1024
+"""What is read or written of a large object at once."""
+
+PARTS_AT_ONCE: Final = 8
 
 INLINE_BYTES: Final = 8_000
 """Compressed answers up to this size travel in the job record: one S3 PUT costs as much as 8 kilobytes of writes."""
@@ -31,11 +44,12 @@ class Objects:
         self._client = client
         self._bucket = bucket
 
-    def put(self, key: str, body: bytes) -> None:
-        """Store an object."""
-        aws.patiently(
-            "the data bucket", self._client.put_object, Bucket=self._bucket, Key=key, Body=body
+    def put(self, key: str, body: bytes) -> str:
+        """Store an object; return its ETag."""
+        answer = aws.patiently(
+            WHAT, self._client.put_object, Bucket=self._bucket, Key=key, Body=body
         )
+        return answer["ETag"].strip('"')
 
     def get(self, key: str) -> bytes | None:
         """Return an object, None when there is none (any more).
@@ -43,25 +57,253 @@ class Objects:
         S3 says 404 only to those who may list the bucket, which the template grants; a 403 is a broken policy.
         """
         try:
-            answer = aws.patiently(
-                "the data bucket", self._client.get_object, Bucket=self._bucket, Key=key
-            )
+            answer = aws.patiently(WHAT, self._client.get_object, Bucket=self._bucket, Key=key)
         except ClientError as error:
             if aws.code(error) in {"NoSuchKey", "404"}:
                 return None
             raise
         return answer["Body"].read()
 
-    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Return the keys that begin so, each with when it was written (epoch ms)."""
-        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": prefix}
-        while True:
-            page = aws.patiently("the data bucket", self._client.list_objects_v2, **arguments)
-            for each in page.get("Contents", ()):
-                yield each["Key"], int(each["LastModified"].timestamp() * 1000)
-            if not page["IsTruncated"]:
+    def head(self, key: str) -> Stored | None:
+        """Return what is known of an object, None when there is none."""
+        try:
+            answer = aws.patiently(WHAT, self._client.head_object, Bucket=self._bucket, Key=key)
+        except ClientError as error:
+            if aws.code(error) in {"NoSuchKey", "404"}:
+                return None
+            raise
+        return Stored(
+            key,
+            answer["ContentLength"],
+            answer["ETag"].strip('"'),
+            _epoch_ms(answer["LastModified"]),
+            answer.get("Metadata", {}),
+        )
+
+    def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
+        """Return a piece of an object; raises InputGone when it is not there, or not the one with this ETag."""
+        if size <= 0:
+            return b""
+        match: Any = {} if etag is None else {"IfMatch": f'"{etag}"'}
+
+        def fetched() -> bytes:
+            # Reading the body belongs to the call: a connection may break on the way.
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=key, Range=f"bytes={first}-{first + size - 1}", **match
+            )
+            return answer["Body"].read()
+
+        try:
+            return aws.patiently(WHAT, fetched)
+        except ClientError as error:
+            if aws.code(error) in {"NoSuchKey", "404", "PreconditionFailed", "412"}:
+                raise InputGone(key) from error
+            if aws.code(error) == "InvalidRange":
+                return b""
+            raise
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Yield the object piece by piece; raises InputGone."""
+        first = 0
+        while piece := self.read(key, first, PIECE_BYTES):
+            yield piece
+            first += len(piece)
+            if len(piece) < PIECE_BYTES:
                 return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        """Yield the objects whose keys begin so, in the order of their keys."""
+        more: Any = {}
+        while True:
+            answer = aws.patiently(
+                WHAT, self._client.list_objects_v2, Bucket=self._bucket, Prefix=prefix, **more
+            )
+            for each in answer.get("Contents", ()):
+                etag, at = each["ETag"].strip('"'), _epoch_ms(each["LastModified"])
+                yield Stored(each["Key"], each["Size"], etag, at)
+            if not answer.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def writer(self, key: str) -> ObjectWriter:
+        """Begin an object."""
+        return ObjectWriter(self._client, self._bucket, key)
+
+    def link(self, key: str, seconds: int) -> str:
+        """Return an address from which anybody may read the object for so long."""
+        return self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=seconds
+        )
+
+    def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
+        """Make one object of several, in order; return its size. Large ones are copied by S3, side by side."""
+        total = sum(sizes.values())
+        if total < LEAST_PART_BYTES:
+            self.put(key, b"".join(self.read(sources[n], 0, size) for n, size in sizes.items()))
+            return total
+        where: Any = {"Bucket": self._bucket, "Key": key}
+        upload = aws.patiently(WHAT, self._client.create_multipart_upload, **where)["UploadId"]
+        where["UploadId"] = upload
+
+        def made(numbered: tuple[int, Copied | Streamed]) -> Any:
+            number, part = numbered
+            if isinstance(part, Copied):
+                source = {"Bucket": self._bucket, "Key": sources[part.section]}
+                last = part.first + part.size - 1
+                copy = aws.patiently(
+                    WHAT,
+                    self._client.upload_part_copy,
+                    **where,
+                    PartNumber=number,
+                    CopySource=source,
+                    CopySourceRange=f"bytes={part.first}-{last}",
+                )
+                return {"PartNumber": number, "ETag": copy["CopyPartResult"]["ETag"]}
+            body = b"".join(
+                self.read(sources[each.section], each.first, each.size) for each in part.slices
+            )
+            sent = aws.patiently(
+                WHAT, self._client.upload_part, **where, PartNumber=number, Body=body
+            )
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+                numbered = enumerate(parts(sizes, LEAST_PART_BYTES), start=1)
+                done = list(threads.map(made, numbered))
+            aws.patiently(
+                WHAT,
+                self._client.complete_multipart_upload,
+                **where,
+                MultipartUpload={"Parts": done},
+            )
+        except BaseException:
+            self._client.abort_multipart_upload(**where)
+            raise
+        return total
+
+
+class Links:
+    """Uploads by signed links."""
+
+    def __init__(self, client: S3Client, bucket: str, seconds: int) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._seconds = seconds
+
+    def begin(self, key: str) -> str:
+        """Begin an upload; return its id."""
+        answer = aws.patiently(
+            WHAT, self._client.create_multipart_upload, Bucket=self._bucket, Key=key
+        )
+        return answer["UploadId"]
+
+    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
+        """Return where each part is to be PUT, by number."""
+        where = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
+        return {
+            part: self._client.generate_presigned_url(
+                "upload_part", Params={**where, "PartNumber": part}, ExpiresIn=self._seconds
+            )
+            for part in parts
+        }
+
+    def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
+        """Put the parts together; raises InvalidRequest when they do not make an object."""
+        done: Any = [{"PartNumber": part, "ETag": etags[part]} for part in sorted(etags)]
+        try:
+            aws.patiently(
+                WHAT,
+                self._client.complete_multipart_upload,
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": done},
+            )
+        except ClientError as error:
+            if aws.code(error) == "NoSuchUpload" and self._is_there(key):
+                # Completed already, by a request whose answer was lost.
+                return
+            if aws.code(error) in {
+                "NoSuchUpload",
+                "InvalidPart",
+                "InvalidPartOrder",
+                "EntityTooSmall",
+            }:
+                said = error.response["Error"].get("Message", aws.code(error))
+                message = f"parts: S3 says {aws.code(error)}: {said}"
+                raise InvalidRequest(message) from error
+            raise
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Forget the parts; nothing happens when there is no such upload."""
+        try:
+            aws.patiently(
+                WHAT,
+                self._client.abort_multipart_upload,
+                Bucket=self._bucket,
+                Key=key,
+                UploadId=upload_id,
+            )
+        except ClientError as error:
+            if aws.code(error) != "NoSuchUpload":
+                raise
+
+    def _is_there(self, key: str) -> bool:
+        return Objects(self._client, self._bucket).head(key) is not None
+
+
+class ObjectWriter:
+    """An object being written in parts; a small one in a single call, at its end."""
+
+    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+        self._client = client
+        self._where: Any = {"Bucket": bucket, "Key": key}
+        self._buffer = bytearray()
+        self._size = 0
+        self._parts: list[Any] = []
+        self._is_open = True
+
+    def write(self, data: bytes) -> None:
+        """Write on."""
+        self._size += len(data)
+        self._buffer += data
+        while len(self._buffer) >= PIECE_BYTES:
+            self._send(bytes(self._buffer[:PIECE_BYTES]))
+            del self._buffer[:PIECE_BYTES]
+
+    def close(self) -> int:
+        """Finish the object; return its size."""
+        if not self._parts:
+            aws.patiently(WHAT, self._client.put_object, **self._where, Body=bytes(self._buffer))
+        else:
+            if self._buffer:
+                self._send(bytes(self._buffer))
+            aws.patiently(
+                WHAT,
+                self._client.complete_multipart_upload,
+                **self._where,
+                MultipartUpload={"Parts": self._parts},
+            )
+        self._is_open = False
+        self._buffer.clear()
+        return self._size
+
+    def abort(self) -> None:
+        """Leave nothing behind; nothing happens after `close`."""
+        if self._is_open and self._parts:
+            aws.patiently(WHAT, self._client.abort_multipart_upload, **self._where)
+        self._is_open = False
+
+    def _send(self, body: bytes) -> None:
+        if not self._parts:
+            begun = aws.patiently(WHAT, self._client.create_multipart_upload, **self._where)
+            self._where["UploadId"] = begun["UploadId"]
+        number = len(self._parts) + 1
+        sent = aws.patiently(
+            WHAT, self._client.upload_part, **self._where, PartNumber=number, Body=body
+        )
+        self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
 
 
 class Results:
@@ -114,18 +356,24 @@ class DeadLetterObjects:
     def letters(self) -> Iterator[KeptLetter]:
         """Return all that are kept: a list call per thousand, and a read of each."""
         with ThreadPoolExecutor(self.PARALLEL_READS) as threads:
-            read = threads.map(lambda name: self._read(*name), self._objects.names(self.PREFIX))
+            read = threads.map(self._read, self._objects.listing(self.PREFIX))
             yield from (letter for letter in read if letter is not None)
 
     def letter(self, message_id: str) -> KeptLetter | None:
         """Return one of them."""
         key = self._key(message_id)
-        found = (at for name, at in self._objects.names(key) if name == key)
-        return next((self._read(key, at) for at in found), None)
+        kept = self._objects.head(key)
+        return None if kept is None else self._read(kept)
 
     def _key(self, message_id: str) -> str:
         return f"{self.PREFIX}{message_id}.json"
 
-    def _read(self, key: str, at: int) -> KeptLetter | None:
-        body = self._objects.get(key)
-        return None if body is None else made(KeptLetter, {**json.loads(body), "kept_at": at})
+    def _read(self, kept: Stored) -> KeptLetter | None:
+        body = self._objects.get(kept.key)
+        if body is None:
+            return None
+        return made(KeptLetter, {**json.loads(body), "kept_at": kept.written_at})
+
+
+def _epoch_ms(at: datetime) -> int:
+    return int(at.timestamp() * 1000)

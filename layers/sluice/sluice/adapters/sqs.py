@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
+from sluice.domain.batches import Batch
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
@@ -26,6 +31,16 @@ AT_ONCE: Final = 10
 
 LOOK_SECONDS: Final = 1
 """Without a wait SQS asks only some of its servers, and what it does not find may be there all the same."""
+
+SENDS_AT_ONCE: Final = 32
+"""Calls in flight while a large batch is planned."""
+
+HIDE_SECONDS: Final = 90
+"""A batch's message whose worker died is visible again after this time."""
+
+FIRST_RETRY_SECONDS: Final = 15
+LONGEST_RETRY_SECONDS: Final = 900
+"""What failed is done again after 30, 60, 120 ... 900 s."""
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
@@ -97,13 +112,112 @@ class SqsQueue:
         )
 
 
+class SqsBatchQueues:
+    """The sending side of the queues of batches and of ranges."""
+
+    def __init__(self, client: SQSClient, batches_url: str, ranges_url: str) -> None:
+        self._client = client
+        self._batches_url = batches_url
+        self._ranges_url = ranges_url
+
+    def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
+        """Send a pointer for each range, ten at a time and many calls at once; return the numbers not taken."""
+        some = [numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)]
+        with ThreadPoolExecutor(SENDS_AT_ONCE) as threads:
+            unsent = threads.map(lambda each: self._send_ten(batch, each), some)
+            return [number for each in unsent for number in each]
+
+    def _send_ten(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
+        entries: Any = [
+            {
+                "Id": str(number),
+                "MessageBody": json.dumps(
+                    {"v": SCHEMA_VERSION, "batch_id": batch.batch_id, "range": number}
+                ),
+                # A fair queue: one tenant's large batch does not delay the others' small ones.
+                "MessageGroupId": batch.tenant,
+            }
+            for number in numbers
+        ]
+        try:
+            answer = aws.patiently(
+                "the ranges queue",
+                self._client.send_message_batch,
+                QueueUrl=self._ranges_url,
+                Entries=entries,
+            )
+        except StoreBusy:
+            return list(numbers)
+        return [int(each["Id"]) for each in answer.get("Failed", ())]
+
+    def send_plan(self, batch_id: str) -> None:
+        """Have a batch planned; raises StoreBusy."""
+        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id})
+
+    def send_join(self, batch_id: str, section: int) -> None:
+        """Have a section's results joined; raises StoreBusy."""
+        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id, "join": section})
+
+    def _send(self, body: object) -> None:
+        aws.patiently(
+            "the batches queue",
+            self._client.send_message,
+            QueueUrl=self._batches_url,
+            MessageBody=json.dumps(body),
+        )
+
+
+class Hidden:
+    """Keeps a message hidden while somebody works on it, a little at a time, so that it comes back soon if they die."""
+
+    def __init__(self, client: SQSClient, url: str, message: Received) -> None:
+        self._client = client
+        self._url = url
+        self._message = message
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if kind is not None:
+            doublings = min(self._message.receive_count, 6)
+            self._hide(min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS << doublings))
+
+    def _keep(self) -> None:
+        while True:
+            self._hide(HIDE_SECONDS)
+            if self._done.wait(HIDE_SECONDS / 3):
+                return
+
+    def _hide(self, seconds: int) -> None:
+        try:
+            aws.patiently(
+                "the batches queue",
+                self._client.change_message_visibility,
+                QueueUrl=self._url,
+                ReceiptHandle=self._message.receipt,
+                VisibilityTimeout=seconds,
+            )
+        except (ClientError, StoreBusy):
+            # It stays hidden for as long as the queue says, or is gone already.
+            return
+
+
 class SqsInbox:
     """The receiving side."""
 
-    def __init__(self, client: SQSClient, url: str, dead_letters_url: str) -> None:
+    def __init__(
+        self, client: SQSClient, url: str, dead_letters_url: str, name: str = "the jobs queue"
+    ) -> None:
         self._client = client
         self._url = url
         self._dead_letters_url = dead_letters_url
+        self._name = name
 
     def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
         """Take up to ten messages that are visible now, and hide them so long.
@@ -111,7 +225,7 @@ class SqsInbox:
         A short wait, so that all of SQS's servers are asked.
         """
         answer: Mapping[str, Any] = aws.patiently(
-            "the jobs queue",
+            self._name,
             self._client.receive_message,
             QueueUrl=self._url,
             MaxNumberOfMessages=min(most, AT_ONCE),
@@ -139,7 +253,7 @@ class SqsInbox:
             ]
             try:
                 aws.patiently(
-                    "the jobs queue",
+                    self._name,
                     self._client.delete_message_batch,
                     QueueUrl=self._url,
                     Entries=entries,
@@ -174,10 +288,9 @@ class SqsInbox:
 
     def _change(self, entries: Any) -> None:
         """Change the visibility of up to ten messages; raises StoreBusy when SQS fails on some of them every time."""
-        what = "the jobs queue"
         for _ in range(ENTRY_ATTEMPTS):
             answer = aws.patiently(
-                what,
+                self._name,
                 self._client.change_message_visibility_batch,
                 QueueUrl=self._url,
                 Entries=entries,
@@ -188,7 +301,7 @@ class SqsInbox:
             entries = [entry for entry in entries if entry["Id"] in failed]
             if not entries:
                 return
-        raise StoreBusy(what)
+        raise StoreBusy(self._name)
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
         """Hide messages that are at work for a time from now; as `put_back`, ten per call."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,3 +38,13 @@ class Threads:
     def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
         """Return what the call returns."""
         return asyncio.get_running_loop().run_in_executor(self._pool, partial(call, *args))
+
+
+def peak_mb() -> int:
+    """Return the most memory this process ever held, in megabytes."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        # macOS, in bytes. Linux's own answer here may be that of the process we were started by.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10

@@ -6,13 +6,16 @@
     ├── InvalidRequest       the caller's request cannot be accepted as it is
     ├── Unauthenticated      no client key, or one we do not know
     ├── JobNotFound          no such job for this tenant
+    ├── BatchNotFound        no such batch for this tenant
     ├── Conflict             the same name or Idempotency-Key stands for another request
     ├── RequestTooLarge      the body is above the size the gateway takes
     ├── StoreBusy            a store or queue did not take the write; try again later
     ├── Unexpected           a fault nobody thought of; the log has it
     ├── Stale                somebody else changed the record first (carries what it is now)
     ├── IllegalTransition    a change of state that the state machine does not know
-    ├── LeaseLost            the job no longer belongs to this worker
+    ├── LeaseLost            the job or range no longer belongs to this worker
+    ├── RangeBusy            the range belongs to another worker until a time
+    ├── InputGone            a batch's object is not there any more, or another one stands in its place
     └── KeyPoolBroken        the key-pool secret cannot be read or has the wrong shape
 
 What each of them is in HTTP stands in one table, in ``functions/api/app.py``.
@@ -48,6 +51,17 @@ class JobNotFound(SluiceError):
         self.job_id = job_id
 
 
+class BatchNotFound(SluiceError):
+    """No such batch."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(
+            f"message_batch: {batch_id} is not there for this client key; "
+            "GET /v1/messages/batches lists those that are"
+        )
+        self.batch_id = batch_id
+
+
 class Conflict(SluiceError):
     """The same name stands for another request."""
 
@@ -58,7 +72,7 @@ class RequestTooLarge(SluiceError):
     def __init__(self, size: int, limit: int) -> None:
         super().__init__(
             f"the body has {size:,} bytes, the limit is {limit:,}; "
-            "send fewer jobs in one list, or each job in a request of its own"
+            "send fewer jobs in one list, or all of them as a file: `sluice upload FILE`, or POST /uploads"
         )
         self.size = size
         self.limit = limit
@@ -105,6 +119,22 @@ class LeaseLost(SluiceError):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"the lease on {job_id} was lost")
         self.job_id = job_id
+
+
+class RangeBusy(SluiceError):
+    """The range belongs to another worker until a time (epoch milliseconds)."""
+
+    def __init__(self, batch_id: str, number: int, until: int) -> None:
+        super().__init__(f"range {number} of {batch_id} is leased to another worker")
+        self.until = until
+
+
+class InputGone(SluiceError):
+    """A batch's object is not there any more, or another one stands in its place."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} was deleted or replaced while the batch ran")
+        self.key = key
 
 
 class KeyPoolBroken(SluiceError):

@@ -1,0 +1,137 @@
+"""A large file through the whole local stack, workers killed on the way, against a tenth of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+import httpx
+
+from bench.bulk.stack import MODEL, TENANT, Stack, kill_one, say, stack
+
+FUNCTIONS: Final = ("batches", "ranges")
+PATIENCE_SECONDS: Final = 3_600
+MOST_GROWTH: Final = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a file."""
+
+    lines: int
+    seconds: float
+    results: int
+    in_order: bool
+    twice: int
+    errors: list[int]
+    repeated_calls: int
+    peaks_mb: dict[str, int]
+    aws_calls: Counter[str]
+    """Of both functions, by what they were about."""
+
+
+def run(lines: int, bad: int, kills: int) -> int:
+    """Run both files; return 0 when all is as promised."""
+    small = _once(lines // 10, bad // 10, 0)
+    large = _once(lines, bad, kills)
+    failed = [
+        what
+        for outcome in (small, large)
+        for what, good in _promises(outcome, bad * outcome.lines // lines).items()
+        if not good
+    ]
+    print(f"{'':>22} {small.lines:>12,} {large.lines:>12,}")
+    for what in ("seconds", "results", "twice", "repeated_calls"):
+        print(f"{what:>22} {getattr(small, what):>12,.0f} {getattr(large, what):>12,.0f}")
+    print(f"{'bad lines reported':>22} {len(small.errors):>12,} {len(large.errors):>12,}")
+    for function in FUNCTIONS:
+        peaks = small.peaks_mb[function], large.peaks_mb[function]
+        growth = peaks[1] / peaks[0]
+        print(f"{f'{function}, peak MB':>22} {peaks[0]:>12,} {peaks[1]:>12,}   x {growth:.2f}")
+        if growth > MOST_GROWTH:
+            failed.append(f"memory of {function} grew")
+    print("AWS calls per 1,000 rows of the larger file:")
+    for what, count in large.aws_calls.most_common():
+        print(f"{what:>22} {count * 1000 / large.lines:>12,.1f}")
+    for what in failed:
+        print(f"NOT AS PROMISED: {what}")
+    return 1 if failed else 0
+
+
+def _once(lines: int, bad: int, kills: int) -> Outcome:
+    wrong = {line * (lines // bad) + 1 for line in range(bad)} if bad else set()
+    with stack() as started:
+        began = time.monotonic()
+        started.drop("bulk", _file(lines, wrong))
+        _watch(started, lines, kills)
+        seconds = time.monotonic() - began
+        return _looked_at(started, lines, wrong, seconds)
+
+
+def _file(lines: int, wrong: set[int]) -> bytes:
+    rows = []
+    for number in range(lines):
+        params = {
+            "model": MODEL,
+            "max_tokens": 64,
+            "messages": [{"role": "user", "content": f"Row {number}: what does it say?"}],
+            "metadata": {"user_id": f"bulk/{number}"},
+        }
+        row = json.dumps({"custom_id": f"row-{number}", "params": params})
+        rows.append(row[: len(row) // 2] if number in wrong else row)
+    return ("\n".join(rows) + "\n").encode()
+
+
+def _watch(started: Stack, lines: int, kills: int) -> None:
+    """Wait for the end; kill a worker each time another share of the rows has been called."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    killed, said = 0, 0.0
+    while started.of_bucket(f"out/{TENANT}/bulk/summary.json") is None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{lines:,} lines did not end")
+        stats = httpx.get(f"{started.claude_url}/_simulator/stats").json()
+        done = stats["requests"]
+        if killed < kills and done > (killed + 1) * lines // (kills + 1):
+            killed += kill_one(started, "ranges")
+            say(f"killed a worker after {done:,} calls")
+        if time.monotonic() - said > 15:  # noqa: PLR2004 - seconds
+            said = time.monotonic()
+            say(f"{done:,} calls of {lines:,}")
+        time.sleep(0.5)
+
+
+def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> Outcome:
+    results = (started.of_bucket(f"out/{TENANT}/bulk/results.jsonl") or b"").splitlines()
+    numbers = [int(json.loads(line)["custom_id"].removeprefix("row-")) for line in results]
+    errors = (started.of_bucket(f"out/{TENANT}/bulk/errors.jsonl") or b"").splitlines()
+    stats = httpx.get(f"{started.claude_url}/_simulator/stats").json()
+    peaks = dict.fromkeys(FUNCTIONS, 0)
+    aws_calls: Counter[str] = Counter()
+    for function in FUNCTIONS:
+        for line in started.logged(function, "peak_mb"):
+            if line.get("message") == "used":
+                peaks[function] = max(peaks[function], line["peak_mb"])
+                aws_calls.update(line["aws_calls"])
+    return Outcome(
+        lines=lines,
+        seconds=seconds,
+        results=len(numbers),
+        in_order=numbers == [number for number in range(lines) if number not in wrong],
+        twice=len(numbers) - len(set(numbers)),
+        errors=sorted(json.loads(line)["line"] for line in errors),
+        repeated_calls=stats["duplicates"]["extra_calls"],
+        peaks_mb=peaks,
+        aws_calls=aws_calls,
+    )
+
+
+def _promises(outcome: Outcome, bad: int) -> dict[str, bool]:
+    wrong = [line * (outcome.lines // bad) + 2 for line in range(bad)] if bad else []
+    return {
+        f"{outcome.lines:,} lines: every good row has its result, in order": outcome.in_order,
+        f"{outcome.lines:,} lines: no result twice": outcome.twice == 0,
+        f"{outcome.lines:,} lines: every bad line is reported by number": outcome.errors == wrong,
+    }

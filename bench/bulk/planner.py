@@ -1,0 +1,156 @@
+"""The planner on an object that is not there: its size is named, its bytes are made as they are asked for."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Final
+
+from bench.bulk.stack import MODEL, TENANT, Stack, say, stack
+from scripts.local_stack.emulator import free_port
+
+NAME: Final = "huge"
+PATIENCE_SECONDS: Final = 600
+
+
+def run(size: int, line_bytes: int) -> int:
+    """Plan the object once; print what it took."""
+    port = free_port(0)
+    line = _line(line_bytes)
+    with (
+        _bucket(f"127.0.0.1:{port}", size, line) as url,
+        stack(bucket_url=url, port=port) as started,
+    ):
+        _hold_ranges(started)
+        say(f"planning {size / 1e9:,.1f} GB, {size // line_bytes:,} lines")
+        began = time.time()
+        _tell(started)
+        used = _used(started, began)
+        sqs = started.ready.client("sqs")
+        attributes = sqs.get_queue_attributes(
+            QueueUrl=started.ready.resources["RangesQueue"],
+            AttributeNames=["ApproximateNumberOfMessages"],
+        )
+        messages = int(attributes["Attributes"]["ApproximateNumberOfMessages"])
+    calls = used["aws_calls"]
+    print(f"one invocation: {used['seconds']:.1f} s, {used['peak_mb']} MB at most")
+    print(f"messages for ranges: {messages:,}")
+    print(
+        f"AWS calls: {sum(calls.values()):,} ({', '.join(f'{n:,} {w}' for w, n in calls.items())})"
+    )
+    return 0 if messages else 1
+
+
+def _line(size: int) -> bytes:
+    row = {
+        "custom_id": "row",
+        "params": {"model": MODEL, "max_tokens": 64, "messages": [{"role": "user", "content": ""}]},
+    }
+    text = json.dumps(row)
+    padding = size - 1 - len(text)
+    return text.replace('"content": ""', f'"content": "{"x" * padding}"').encode() + b"\n"
+
+
+def _hold_ranges(started: Stack) -> None:
+    """Let nobody run the ranges: only the planner is looked at."""
+    started.ready.client("lambda").update_event_source_mapping(
+        UUID=started.ready.resources["RangesMapping"], Enabled=False
+    )
+
+
+def _tell(started: Stack) -> None:
+    """Say that the object has arrived, as EventBridge does."""
+    event = {
+        "source": "aws.s3",
+        "detail-type": "Object Created",
+        "detail": {
+            "bucket": {"name": started.bucket},
+            "object": {"key": f"in/{TENANT}/{NAME}.jsonl"},
+        },
+    }
+    started.ready.client("sqs").send_message(
+        QueueUrl=started.ready.resources["BatchesQueue"], MessageBody=json.dumps(event)
+    )
+
+
+def _used(started: Stack, since: float) -> dict[str, Any]:
+    """Wait for the planner; return what it used."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        planned = list(started.logged("batches", "planned", since))
+        used = list(started.logged("batches", "peak_mb", since))
+        begun = list(started.logged("batches", "begun", since))
+        if planned and used and begun:
+            return {**used[-1], "seconds": _at(planned[-1]) - _at(begun[-1])}
+        time.sleep(0.2)
+    raise TimeoutError("the planner did not end")
+
+
+def _at(line: dict[str, Any]) -> float:
+    moment, _, milliseconds = line["timestamp"].partition(",")
+    whole = time.mktime(time.strptime(moment, "%Y-%m-%d %H:%M:%S"))
+    return whole + int(milliseconds[:3]) / 1000
+
+
+@contextmanager
+def _bucket(emulator: str, size: int, line: bytes) -> Iterator[str]:
+    """Serve S3: one object made as it is read, all else passed on."""
+
+    class Serve(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            if self.path.endswith(f"/{NAME}.jsonl") and self.command in {"HEAD", "GET"}:
+                self._made()
+                return
+            connection = HTTPConnection(emulator)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in {"transfer-encoding", "content-length", "connection"}:
+                    self.send_header(name, value)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            connection.close()
+
+        def _made(self) -> None:
+            first, last = 0, size - 1
+            asked = self.headers.get("range")
+            if asked:
+                first, last = (int(each) for each in asked.removeprefix("bytes=").split("-"))
+            content = b"" if self.command == "HEAD" else _piece(line, first, min(last, size - 1))
+            self.send_response(206 if asked else 200)
+            self.send_header("etag", '"of-what-is-not-there"')
+            length = len(content) if asked else size
+            self.send_header("content-length", str(length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_any  # noqa: N815 - http.server's names
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _piece(line: bytes, first: int, last: int) -> bytes:
+    start = first % len(line)
+    wanted = last - first + 1
+    copies = -(-(start + wanted) // len(line))
+    return (line * copies)[start : start + wanted]

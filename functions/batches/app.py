@@ -1,0 +1,44 @@
+"""Woken by the batches queue: plans files that arrived, and puts results together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sluice import wiring
+from sluice.messages import BatchMessage, batch_messages
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
+    """Do what each message says (the mapping sends one); report those that are not done."""
+    failures = []
+    before = wiring.aws_calls()
+    for each in batch_messages(event["Records"]):
+        try:
+            if each.range is not None:
+                # Of another queue: a range's dead letter, sent on in a moment.
+                _do(each)
+            else:
+                with wiring.hidden(each.message):
+                    _do(each)
+        except Exception:  # noqa: BLE001 - the message comes again, whatever it was
+            wiring.telemetry().problem("batch message not done", batch_id=each.batch_id)
+            failures.append({"itemIdentifier": each.message.message_id})
+    wiring.note_use(before)
+    wiring.telemetry().flush()
+    return {"batchItemFailures": failures}
+
+
+def _do(each: BatchMessage) -> None:
+    if each.key is not None:
+        wiring.plan_batch().arrived(each.key)
+    elif each.batch_id is None:
+        wiring.telemetry().problem("not a message of Sluice's", message_id=each.message.message_id)
+    elif each.join is not None:
+        wiring.assemble().join(each.batch_id, each.join)
+    elif each.range is not None:
+        wiring.plan_batch().again(each.batch_id, each.range)
+    else:
+        wiring.plan_batch().plan(each.batch_id)

@@ -1,0 +1,38 @@
+"""Woken by the ranges queue: runs the rows of one range of a batch on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from sluice import wiring
+from sluice.messages import batch_messages
+from sluice.ranges import RangePointer
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+SAFETY_MS: Final = 15_000
+"""What remains of the invocation for writing down what came, after the last call must have ended."""
+
+# One loop for the life of the environment: pooled connections belong to the loop they were opened on.
+_loop = asyncio.new_event_loop()
+
+
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Run each range (the mapping sends one); report those that are not done."""
+    remaining = context.get_remaining_time_in_millis()
+    stop_at = wiring.CLOCK.now() + remaining - min(SAFETY_MS, remaining // 4)
+    failures = []
+    before = wiring.aws_calls()
+    try:
+        for each in batch_messages(event["Records"]):
+            # A range that nobody can mean is one that no batch has: the use case buries it.
+            pointer = RangePointer(each.message, each.batch_id or "", each.range or 0)
+            run = wiring.run_range()(pointer, stop_at, owner=context.aws_request_id)
+            if not _loop.run_until_complete(run):
+                failures.append({"itemIdentifier": each.message.message_id})
+    finally:
+        wiring.note_use(before)
+        wiring.telemetry().flush()
+    return {"batchItemFailures": failures}

@@ -1,0 +1,388 @@
+"""Putting a batch's results together: ranges into sections, sections into one object, in the order of the input.
+
+Everything streams: no step holds more than a few parts of ranges or pieces of objects, whatever the size of the batch.
+Every step may be done again, because its message may come again; it then writes the same.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, Final
+
+from sluice.domain import batches as life
+from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
+from sluice.domain.errors import InputGone, Stale
+from sluice.domain.pricing import usd
+from sluice.domain.rows import Record, error_line, numbered
+from sluice.ports import BatchStore, Clock, Events, Notices, Objects
+
+PARTS_AHEAD: Final = 4
+"""Parts of ranges fetched ahead while a section is joined."""
+
+HASH_BYTES: Final = 12
+"""Of a custom_id: with 10 million of them, two fall together by chance once in 10^15 batches."""
+
+ENTRY: Final = HASH_BYTES + 8 + 4
+"""Bytes of an index entry: hash, byte offset, place in the section's results."""
+
+BUCKETS: Final = 256
+TABLE_BYTES: Final = 4 * BUCKETS
+"""An index begins with how many entries stand before each first byte of a hash."""
+
+ENTRIES_AT_ONCE: Final = 250_000
+"""Compared with one another in memory: about 20 MB."""
+
+READS_AT_ONCE: Final = 16
+
+MOST_PACKED_BYTES: Final = 32 * 1024 * 1024
+"""Results up to this size are also kept gzipped, for those who ask the API."""
+
+ENDED: Final = "Batch Ended"
+"""The event's `detail-type`."""
+
+SECTIONS: Final = "sections"
+"""The group of all sections of a batch."""
+
+
+class Assemble:
+    """Joins sections, and ends batches."""
+
+    def __init__(
+        self,
+        batches: BatchStore,
+        objects: Objects,
+        notices: Notices,
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        self._batches = batches
+        self._objects = objects
+        self._notices = notices
+        self._clock = clock
+        self._events = events
+
+    def join(self, batch_id: str, section: int) -> None:
+        """Join a section; the last one ends the batch."""
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.plan is None:
+            return
+        if batch.phase is Phase.ENDED:
+            self.tell(batch)
+            return
+        if self._objects.head(batch.section_key(section, "index")) is None:
+            self._join(batch, batch.plan, section, array("I"))
+        progress = self._batches.mark(batch_id, SECTIONS, section, Tally())
+        if progress.members == batch.plan.sections:
+            self._finish(batch, batch.plan)
+
+    def tell(self, batch: Batch) -> None:
+        """Tell whoever listens that a batch has ended, unless that was done: at least once, for its id."""
+        if batch.told:
+            return
+        self._notices.tell(ENDED, summary(batch))
+        try:
+            self._batches.replace(life.tell(batch), batch.version)
+        except Stale:
+            # Deleted, or told by somebody else, meanwhile.
+            self._events.note("batch changed while it was told", batch_id=batch.batch_id)
+
+    def fail(self, batch: Batch, problem: str) -> None:
+        """End a batch whose object as a whole cannot be run, and say why where its errors are looked for."""
+        ended = life.fail(batch, self._clock.now(), problem)
+        error = numbered(error_line(0, problem), 1)
+        self._objects.put(batch.errors_key, f"{error}\n".encode())
+        self._objects.put(batch.results_key, b"")
+        self._pack(ended)
+        self._write(batch, ended)
+
+    # Sections --------------------------------------------------------------------------------------------------
+
+    def _join(self, batch: Batch, plan: Plan, section: int, repeated: array[int]) -> None:
+        """Write a section's results, errors and index. `repeated`: the results that another row's custom_id had."""
+        skipped = set(repeated)
+        results = self._objects.writer(batch.section_key(section, "results"))
+        errors = self._objects.writer(batch.section_key(section, "errors"))
+        entries: list[bytes] = []
+        place = base = 0
+        try:
+            for part in self._parts(batch, plan, section):
+                count = 0
+                for line in part.splitlines():
+                    record = Record.decoded(line)
+                    if record.kind == "H":
+                        count = record.tally.lines
+                        continue
+                    if record.kind == "R":
+                        entries.append(_entry(record, place))
+                        if place not in skipped:
+                            results.write(record.body.encode() + b"\n")
+                        else:
+                            record = _as_repeated(record)
+                        place += 1
+                    if record.kind == "E":
+                        errors.write(replace(record, line=base + record.line).encoded())
+                base += count
+            results.close()
+            errors.close()
+        finally:
+            results.abort()
+            errors.abort()
+        if not skipped:
+            # Written last: a section that has an index is joined.
+            self._objects.put(batch.section_key(section, "index"), _index(entries))
+
+    def _parts(self, batch: Batch, plan: Plan, section: int) -> Iterator[bytes]:
+        """Yield the parts of a section's ranges, in order, a few of them fetched ahead."""
+        with ThreadPoolExecutor(PARTS_AHEAD) as threads:
+            waiting: list[Future[bytes | None]] = []
+            for number in plan.members(section):
+                waiting.append(threads.submit(self._objects.get, batch.part_key(number)))
+                if len(waiting) > PARTS_AHEAD:
+                    yield self._there(batch, waiting.pop(0).result())
+            for each in waiting:
+                yield self._there(batch, each.result())
+
+    @staticmethod
+    def _there(batch: Batch, part: bytes | None) -> bytes:
+        if part is None:
+            raise InputGone(f"a part of {batch.batch_id}")
+        return part
+
+    # The whole -------------------------------------------------------------------------------------------------
+
+    def _finish(self, batch: Batch, plan: Plan) -> None:
+        groups = self._batches.groups(batch.batch_id, "section#")
+        tally = sum((group.tally for group in groups.values()), Tally())
+        repeated = self._repeated(batch, plan, tally.rows)
+        for section, places in repeated.items():
+            self._join(batch, plan, section, places)
+        tally, duplicates = self._without(batch, tally, repeated)
+        sources = {each: batch.section_key(each, "results") for each in range(plan.sections)}
+        size = self._objects.assemble(batch.results_key, sources, self._sizes(sources))
+        self._write_errors(batch, plan, groups)
+        ended = life.end(batch, self._clock.now(), tally, duplicates, size)
+        self._pack(ended)
+        self._write(batch, ended)
+
+    def _sizes(self, keys: Mapping[int, str]) -> dict[int, int]:
+        with ThreadPoolExecutor(READS_AT_ONCE) as threads:
+            found = list(threads.map(self._objects.head, keys.values()))
+        return {each: stored.size for each, stored in zip(keys, found, strict=True) if stored}
+
+    def _repeated(self, batch: Batch, plan: Plan, rows: int) -> dict[int, array[int]]:
+        """Return the places of results whose custom_id an earlier row has, by section.
+
+        Custom_ids are compared by hash, a share of all hashes at a time, so that memory does not grow with the batch.
+        """
+        keys = [batch.section_key(section, "index") for section in range(plan.sections)]
+        shares = min(BUCKETS, max(1, -(-rows // ENTRIES_AT_ONCE)))
+        repeated: dict[int, array[int]] = {}
+        with ThreadPoolExecutor(READS_AT_ONCE) as threads:
+            tables = list(threads.map(lambda key: self._objects.read(key, 0, TABLE_BYTES), keys))
+            for share in range(shares):
+                first, last = share * BUCKETS // shares, (share + 1) * BUCKETS // shares
+                spans = [_span(table, first, last) for table in tables]
+                pieces = threads.map(
+                    lambda key, span: self._objects.read(key, span[0], span[1]), keys, spans
+                )
+                for section, place in _later_ones(pieces):
+                    repeated.setdefault(section, array("I")).append(place)
+        return repeated
+
+    def _without(
+        self, batch: Batch, tally: Tally, repeated: Mapping[int, array[int]]
+    ) -> tuple[Tally, int]:
+        """Return the sums without the results that were taken out, and how many those were."""
+        duplicates = 0
+        for section in repeated:
+            key = batch.section_key(section, "errors")
+            for line in _lines(self._objects.stream(key)):
+                record = Record.decoded(line)
+                if record.tally.rows:
+                    duplicates += 1
+                    tally += _negative(record.tally)
+        return tally, duplicates
+
+    def _write_errors(self, batch: Batch, plan: Plan, groups: Mapping[str, Progress]) -> None:
+        """Number the lines of all errors through, and write them."""
+        errors = self._objects.writer(batch.errors_key)
+        base = 1
+        try:
+            for section in range(plan.sections):
+                for line in _lines(self._objects.stream(batch.section_key(section, "errors"))):
+                    record = Record.decoded(line)
+                    errors.write(f"{numbered(record.body, base + record.line)}\n".encode())
+                base += groups[f"section#{section:06d}"].tally.lines
+            errors.close()
+        finally:
+            errors.abort()
+
+    def _pack(self, batch: Batch) -> None:
+        if batch.results_bytes > MOST_PACKED_BYTES:
+            return
+        packer = zlib.compressobj(wbits=31)  # the gzip format
+        packed = self._objects.writer(batch.packed_key)
+        try:
+            for piece in self._objects.stream(batch.results_key):
+                packed.write(packer.compress(piece))
+            packed.write(packer.flush())
+            packed.close()
+        finally:
+            packed.abort()
+
+    def _write(self, batch: Batch, ended: Batch) -> None:
+        """Store the summary, then the batch's end; a cancel that came meanwhile stays on record."""
+        while True:
+            text = json.dumps(summary(ended), indent=2)
+            self._objects.put(ended.summary_key, text.encode())
+            try:
+                self._batches.replace(ended, batch.version)
+            except Stale as stale:
+                if not isinstance(stale.current, Batch) or stale.current.phase is Phase.ENDED:
+                    return
+                batch = stale.current
+                ended = replace(
+                    ended,
+                    version=batch.version + 1,
+                    cancel_initiated_at=batch.cancel_initiated_at,
+                    plan=batch.plan,
+                )
+            else:
+                self._events.note(
+                    "batch ended",
+                    batch_id=ended.batch_id,
+                    tenant=ended.tenant,
+                    problem=ended.problem,
+                    duplicates=ended.duplicates,
+                    seconds=((ended.ended_at or 0) - ended.created_at) / 1000,
+                    **ended.tally.as_dict(),
+                )
+                self.tell(ended)
+                return
+
+
+def summary(batch: Batch) -> dict[str, Any]:
+    """Show what became of a batch."""
+    tally = batch.tally
+    tokens = {name: getattr(tally, name) for name in TOKENS}
+    return {
+        "batch_id": batch.batch_id,
+        "name": batch.name,
+        "tenant": batch.tenant,
+        "source": batch.source.value,
+        "input": batch.given_key or batch.input_key,
+        "counts": {
+            "lines": tally.lines,
+            "succeeded": tally.succeeded,
+            "errored": tally.errored,
+            "canceled": tally.canceled,
+            "expired": tally.expired,
+            "invalid": tally.invalid,
+            "duplicates": batch.duplicates,
+        },
+        "problem": batch.problem,
+        "calls": tally.calls,
+        "tokens": tokens,
+        "lane": "live",
+        "cost_micro_usd": tally.cost_micro_usd,
+        "cost_usd": usd(tally.cost_micro_usd),
+        "cost_on_batch_lane_usd": usd(tally.other_lane_micro_usd),
+        "created_at": moment(batch.created_at),
+        "cancel_initiated_at": moment(batch.cancel_initiated_at),
+        "ended_at": moment(batch.ended_at),
+        "seconds": ((batch.ended_at or batch.created_at) - batch.created_at) / 1000,
+    }
+
+
+TOKENS: Final = (
+    "input_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "output_tokens",
+)
+
+
+def moment(milliseconds: int | None) -> str | None:
+    """Write epoch milliseconds as Anthropic writes times: RFC 3339 in UTC with microseconds."""
+    if milliseconds is None:
+        return None
+    when = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _entry(record: Record, place: int) -> bytes:
+    digest = sha256(record.custom_id.encode()).digest()[:HASH_BYTES]
+    return digest + record.offset.to_bytes(8) + place.to_bytes(4)
+
+
+def _index(entries: list[bytes]) -> bytes:
+    entries.sort()
+    counts = [0] * BUCKETS
+    for entry in entries:
+        counts[entry[0]] += 1
+    table = bytearray()
+    before = 0
+    for count in counts:
+        table += before.to_bytes(4)
+        before += count
+    return bytes(table) + b"".join(entries)
+
+
+def _span(table: bytes, first: int, last: int) -> tuple[int, int]:
+    """Return where the entries of some first bytes stand in an index, and how many bytes they are."""
+    start = int.from_bytes(table[4 * first : 4 * first + 4])
+    if last == BUCKETS:
+        # To the end of the object, wherever that is.
+        return TABLE_BYTES + ENTRY * start, ENTRY * ENTRIES_AT_ONCE * 4
+    stop = int.from_bytes(table[4 * last : 4 * last + 4])
+    return TABLE_BYTES + ENTRY * start, ENTRY * (stop - start)
+
+
+def _later_ones(pieces: Iterator[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield section and place of each entry whose hash stands in another entry before it."""
+    entries = [
+        piece[start : start + ENTRY] + section.to_bytes(4)
+        for section, piece in enumerate(pieces)
+        for start in range(0, len(piece), ENTRY)
+    ]
+    entries.sort()
+    before = b""
+    for entry in entries:
+        digest = entry[:HASH_BYTES]
+        if digest == before:
+            yield int.from_bytes(entry[ENTRY:]), int.from_bytes(entry[ENTRY - 4 : ENTRY])
+        before = digest
+
+
+def _as_repeated(record: Record) -> Record:
+    """Return the error that a result becomes whose custom_id an earlier row had. Its answer is not lost."""
+    message = f"custom_id {record.custom_id!r} stands in an earlier line already"
+    body = error_line(record.offset, message, record.custom_id, record.body)
+    return replace(record, kind="E", body=body)
+
+
+def _negative(tally: Tally) -> Tally:
+    """Return what takes one row out of the counts: the line is invalid then, what it cost stays."""
+    return Tally(
+        succeeded=-tally.succeeded,
+        errored=-tally.errored,
+        canceled=-tally.canceled,
+        expired=-tally.expired,
+        invalid=tally.rows,
+    )
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest

@@ -1,0 +1,333 @@
+"""The batches of one tenant: made by the API, looked at, canceled, deleted, and their results.
+
+A batch is the same however it came in: here its rows become the stored object that a file would have been.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Final
+
+from sluice.domain import batches as life
+from sluice.domain.batches import (
+    Batch,
+    Options,
+    Phase,
+    Progress,
+    Source,
+    Tally,
+    named_batch_id,
+    random_batch_id,
+)
+from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale, StoreBusy
+from sluice.domain.rows import CUSTOM_ID
+from sluice.ports import (
+    BatchPage,
+    BatchQueues,
+    BatchStore,
+    Clock,
+    Events,
+    Objects,
+    RandomBytes,
+)
+
+DAY_MS: Final = 86_400_000
+
+EXPIRES_MS: Final = DAY_MS
+"""Anthropic's batches expire after 24 hours."""
+
+LONGEST_MS: Final = 13 * DAY_MS
+"""With a deadline of its own a batch may wait longer, but no longer than its messages are kept."""
+
+ARCHIVED_MS: Final = 29 * DAY_MS
+"""Results can be fetched for so long after the create, as Anthropic's."""
+
+RETRY_MS: Final = 25 * 60_000
+"""An SDK sends a create again within this time: three tries of ten minutes, but for the last one's answer."""
+
+PLANNED_MS: Final = 2 * 60_000
+"""A create whose message to the planner was lost is looked at after this time."""
+
+MOST_ROWS: Final = 100_000
+
+MOST_INLINE_BYTES: Final = 4_300_000
+"""Of results in an answer: Lambda answers with 6 MB, in base64."""
+
+LINK_SECONDS: Final = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """What a caller asks for."""
+
+    items: Sequence[object]
+    options: Options
+    source: Source = Source.MESSAGES_BATCHES
+    idempotency_key: str | None = None
+    retries: int = 0
+    """How often this very create was sent before: the SDKs say so, and have no key for it."""
+    client: str = ""
+    """Whose create it is, as far as its headers tell: two programs may send the same at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """Results that fit into the answer: gzipped, as stored."""
+
+    packed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Results that have to be fetched from the bucket."""
+
+    url: str
+
+
+class Batches:
+    """One tenant's batches."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        tenant: str,
+        batches: BatchStore,
+        objects: Objects,
+        queues: BatchQueues,
+        clock: Clock,
+        random_bytes: RandomBytes,
+        events: Events,
+    ) -> None:
+        self._tenant = tenant
+        self._batches = batches
+        self._objects = objects
+        self._queues = queues
+        self._clock = clock
+        self._random_bytes = random_bytes
+        self._events = events
+
+    # Creating --------------------------------------------------------------------------------------------------
+
+    def create(self, asked: Create) -> Batch:
+        """Store the rows as an object and have it planned; a create that is sent again finds its batch."""
+        body = _jsonl(asked.items, _FIELDS[asked.source])
+        digest = sha256(body).hexdigest()
+        now = self._clock.now()
+        batch_id = self._id_for(asked, digest, now)
+        # The digest is part of the name, so that another create under the same key overwrites nothing.
+        key = f"batches/{batch_id}/input-{digest[:16]}.jsonl"
+        etag = self._objects.put(key, body)
+        deadline = asked.options.deadline
+        if deadline is not None and deadline <= now:
+            raise InvalidRequest(
+                "sluice-deadline: it has passed already; give a time that lies ahead"
+            )
+        batch = Batch(
+            batch_id=batch_id,
+            tenant=self._tenant,
+            name=batch_id,
+            source=asked.source,
+            created_at=now,
+            expires_at=min(deadline or now + EXPIRES_MS, now + LONGEST_MS),
+            input_key=key,
+            input_etag=etag,
+            options=asked.options,
+            rows=len(asked.items),
+            due_at=now + PLANNED_MS,
+        )
+        try:
+            self._batches.add(batch)
+        except Stale as stale:
+            earlier = stale.current
+            if not isinstance(earlier, Batch) or earlier.input_key != key:
+                raise Conflict(
+                    "this Idempotency-Key stands for another batch already; use another one"
+                ) from stale
+            batch = earlier
+        else:
+            self._events.note("batch begun", batch_id=batch_id, tenant=self._tenant)
+        if batch.phase is Phase.PLANNING:
+            self._have_planned(batch_id)
+        return batch
+
+    def _id_for(self, asked: Create, digest: str, now: int) -> str:
+        if asked.idempotency_key is not None:
+            return named_batch_id(self._tenant, asked.idempotency_key)
+        options = json.dumps([asked.options.anthropic_version, asked.options.anthropic_beta])
+        name = f"{digest}\x00{options}\x00{asked.client}"
+        fresh = random_batch_id(self._random_bytes(16))
+        return self._batches.name_create(
+            self._tenant, name, fresh, now - RETRY_MS, fresh=asked.retries == 0
+        )
+
+    def _have_planned(self, batch_id: str) -> None:
+        try:
+            self._queues.send_plan(batch_id)
+        except StoreBusy:
+            # Stored all the same: the sweep finds it when its time to be planned has passed.
+            self._events.problem("queue busy, batch waits for the sweep", batch_id=batch_id)
+
+    # Looking ---------------------------------------------------------------------------------------------------
+
+    def get(self, batch_id: str) -> Batch:
+        """Return the batch; raises BatchNotFound for one that is not the tenant's."""
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.tenant != self._tenant or batch.deleted:
+            raise BatchNotFound(batch_id)
+        return batch
+
+    def page(self, limit: int, after_id: str | None, before_id: str | None) -> BatchPage:
+        """Return a page of the tenant's batches, newest first."""
+        if after_id is not None and before_id is not None:
+            raise InvalidRequest("after_id, before_id: give one of them, not both")
+        after = self.get(after_id) if after_id is not None else None
+        before = self.get(before_id) if before_id is not None else None
+        return self._batches.listing(self._tenant, limit, after=after, before=before)
+
+    def progress(self, batch: Batch) -> Tally:
+        """Return the sums of the ranges that are done."""
+        if batch.phase is Phase.ENDED:
+            return batch.tally
+        found = self._batches.groups(batch.batch_id, "section#")
+        return _sum(found)
+
+    # Ending ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, batch_id: str) -> Batch:
+        """Ask for the end of a batch; canceling again changes nothing."""
+        batch = self.get(batch_id)
+        while True:
+            if batch.phase is Phase.ENDED:
+                raise InvalidRequest(f"Message batch {batch_id} has ended and cannot be canceled.")
+            canceled = life.cancel(batch, self._clock.now())
+            if canceled is batch:
+                return batch
+            try:
+                self._batches.replace(canceled, batch.version)
+            except Stale as stale:
+                batch = _current(stale, batch_id)
+            else:
+                return canceled
+
+    def delete(self, batch_id: str) -> None:
+        """Take an ended batch out of sight."""
+        batch = self.get(batch_id)
+        if batch.phase is not Phase.ENDED:
+            raise InvalidRequest(
+                f"Message batch {batch_id} is {status(batch)}; it can be deleted once it has ended."
+            )
+        try:
+            self._batches.replace(life.delete(batch), batch.version)
+        except Stale as stale:
+            if not _current(stale, batch_id).deleted:
+                raise
+
+    def results(self, batch_id: str, *, may_follow: bool) -> Inline | Link:
+        """Return the results, or where they are.
+
+        `may_follow`: the client drops its key when it follows a link to another place. Others get no link: they
+        would send their key along.
+        """
+        batch = self.get(batch_id)
+        if batch.phase is not Phase.ENDED:
+            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
+        if is_archived(batch, self._clock.now()):
+            raise BatchNotFound(batch_id)
+        stored = self._objects.head(batch.packed_key)
+        if stored is not None and stored.size <= MOST_INLINE_BYTES:
+            packed = self._objects.get(batch.packed_key)
+            if packed is not None:
+                return Inline(packed)
+        if not may_follow:
+            raise InvalidRequest(
+                f"the results have {batch.results_bytes:,} bytes, more than one answer takes, and a client "
+                "that sends x-api-key would send it to the link as well. Send the key as "
+                "Authorization: Bearer (Anthropic's SDKs from version 2, TypeScript 1), run "
+                f"`sluice batches results {batch_id}`, or read s3://<DataBucketName>/{batch.results_key}"
+            )
+        return Link(self._objects.link(batch.results_key, LINK_SECONDS))
+
+    def links(self, batch_id: str) -> dict[str, str]:
+        """Return addresses of an ended batch's files that need no key, for a quarter of an hour."""
+        batch = self.get(batch_id)
+        if batch.phase is not Phase.ENDED:
+            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
+        keys = {
+            "results": batch.results_key,
+            "errors": batch.errors_key,
+            "summary": batch.summary_key,
+        }
+        return {name: self._objects.link(key, LINK_SECONDS) for name, key in keys.items()}
+
+
+def status(batch: Batch) -> str:
+    """Return Anthropic's word for where the batch is."""
+    if batch.phase is Phase.ENDED:
+        return "ended"
+    return "in_progress" if batch.cancel_initiated_at is None else "canceling"
+
+
+def is_archived(batch: Batch, now: int) -> bool:
+    """Tell whether the results' time is over."""
+    return now >= batch.created_at + ARCHIVED_MS
+
+
+def _sum(groups: Mapping[str, Progress]) -> Tally:
+    return sum((group.tally for group in groups.values()), Tally())
+
+
+def _current(stale: Stale[Any], batch_id: str) -> Batch:
+    if not isinstance(stale.current, Batch):
+        raise BatchNotFound(batch_id) from stale
+    return stale.current
+
+
+_FIELDS: Final[Mapping[Source, frozenset[str]]] = {
+    Source.MESSAGES_BATCHES: frozenset({"custom_id", "params"}),
+    Source.JOBS: frozenset({"custom_id", "params", "deadline", "fallback_models"}),
+}
+
+
+def _jsonl(items: Sequence[object], fields: frozenset[str]) -> bytes:
+    """Return the rows as lines; raises InvalidRequest, in Anthropic's words, for the first thing wrong with them."""
+    if not items:
+        raise InvalidRequest("requests: List should have at least 1 item")
+    if len(items) > MOST_ROWS:
+        raise InvalidRequest(f"requests: List should have at most {MOST_ROWS} items")
+    seen: set[str] = set()
+    lines: list[bytes] = []
+    for position, item in enumerate(items):
+        place = f"requests.{position}"
+        custom_id = _checked(place, item, fields)
+        if custom_id in seen:
+            raise InvalidRequest(f'{place}.custom_id: "{custom_id}" is not unique in this batch')
+        seen.add(custom_id)
+        try:
+            lines.append(json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{place}: has text that is not Unicode") from error
+        except RecursionError as error:
+            raise InvalidRequest(f"{place}: nested too deeply") from error
+    return b"\n".join(lines) + b"\n"
+
+
+def _checked(place: str, item: object, fields: frozenset[str]) -> str:
+    if not isinstance(item, dict):
+        raise InvalidRequest(f"{place}: Input should be a valid dictionary")
+    custom_id = item.get("custom_id")
+    if custom_id is None:
+        raise InvalidRequest(f"{place}.custom_id: Field required")
+    if not isinstance(custom_id, str) or CUSTOM_ID.fullmatch(custom_id) is None:
+        raise InvalidRequest(
+            f"{place}.custom_id: String should match pattern '^{CUSTOM_ID.pattern}$'"
+        )
+    if "params" not in item:
+        raise InvalidRequest(f"{place}.params: Field required")
+    if not isinstance(item["params"], dict):
+        raise InvalidRequest(f"{place}.params: Input should be a valid dictionary")
+    for name in item:
+        if name not in fields:
+            raise InvalidRequest(f"{place}.{name}: Extra inputs are not permitted")
+    return custom_id

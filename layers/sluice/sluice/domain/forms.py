@@ -1,0 +1,189 @@
+"""Files that cannot be cut as they are, and the rows they become: gzip, CSV under a prompt, folders of documents.
+
+Everything streams: pieces of bytes go in, rows come out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import zlib
+from base64 import b64encode
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from typing import Any, Final
+
+from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
+
+MOST_UNPACKED_BYTES: Final = 100 * 1024**3
+"""Of one gzip file: a small file can be made that unpacks without end."""
+
+PIECE_BYTES: Final = 1024 * 1024
+"""Unpacked at once."""
+
+PROBLEM: Final = "sluice_problem"
+"""A row with this field is known to be bad already; it says why."""
+
+DOCUMENT_TYPES: Final[Mapping[str, str]] = {
+    ".txt": "text/plain",
+    ".md": "text/plain",
+    ".html": "text/plain",
+    ".htm": "text/plain",
+    ".pdf": "application/pdf",
+}
+"""Endings of documents, and the media type each goes up as: HTML as the text it is."""
+
+FOLDER_OPTIONS: Final = "options.json"
+"""Put into a folder last, it makes a batch of the documents there."""
+
+_NOT_IN_AN_ID: Final = re.compile(r"[^a-zA-Z0-9_-]+")
+_FIELD: Final = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+_LONGEST_ID: Final = 64
+
+
+class BadForm(Exception):
+    """The file as a whole cannot become rows; the message says why."""
+
+
+def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what gzipped pieces hold, a little at a time; raises BadForm. Several members in a row are one file."""
+    total = 0
+    unpacker = zlib.decompressobj(wbits=31)
+    begun = False
+    try:
+        for piece in pieces:
+            rest = piece
+            while rest:
+                if unpacker.eof:
+                    unpacker = zlib.decompressobj(wbits=31)
+                begun = True
+                found = unpacker.decompress(rest, PIECE_BYTES)
+                rest = unpacker.unconsumed_tail or unpacker.unused_data
+                total += len(found)
+                if total > MOST_UNPACKED_BYTES:
+                    raise BadForm(f"the file unpacks to more than {MOST_UNPACKED_BYTES:,} bytes")
+                yield found
+                if not found and not unpacker.eof and not unpacker.unconsumed_tail:
+                    break
+    except zlib.error as error:
+        raise BadForm(f"the file is not gzip: {error}") from error
+    if begun and not unpacker.eof:
+        raise BadForm("the gzip file ends in the middle; upload it again")
+
+
+def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
+    """Yield a JSONL line for each record of a CSV file; the first record names the columns.
+
+    A column `custom_id` names the rows, else they are `row-1`, `row-2` ... In the prompt `{column}` is a field.
+    """
+    template = options.prompt
+    if template is None:
+        raise BadForm(
+            'a CSV file needs a prompt: put {"prompt": "Summarise: {text}", "model": ..., '
+            '"max_tokens": ...} beside it as <name>.options.json'
+        )
+    records = csv.reader(_text_lines(pieces), strict=True)
+    try:
+        columns = next(records, None)
+        if not columns:
+            raise BadForm("the file is empty")
+        names = [name.strip() for name in columns]
+        for field in fields_of(template):
+            if field not in names:
+                raise BadForm(f"the prompt asks for {field!r}; the columns are {', '.join(names)}")
+        for number, record in enumerate(records, start=1):
+            if record:
+                yield _line(_csv_item(names, record, number, template))
+    except (csv.Error, UnicodeDecodeError) as error:
+        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not CSV: {error}"
+        raise BadForm(f"the file {what}") from error
+
+
+def _csv_item(names: list[str], record: list[str], number: int, template: str) -> dict[str, Any]:
+    custom_id = f"row-{number}"
+    if len(record) != len(names):
+        message = f"the record has {len(record)} fields, the first line {len(names)}"
+        return {"custom_id": custom_id, PROBLEM: message}
+    fields = dict(zip(names, record, strict=True))
+    content = filled(template, fields)
+    return {
+        "custom_id": fields.get("custom_id", custom_id),
+        "params": {"messages": [{"role": "user", "content": content}]},
+    }
+
+
+def document_row(name: str, body: bytes, options: Options) -> bytes:
+    """Return the JSONL line of one document: the document as a block, then the prompt; `{name}` in it is its name."""
+    custom_id = id_of(name)
+    try:
+        source = _source(name, body)
+    except UnicodeDecodeError:
+        return _line({"custom_id": custom_id, PROBLEM: f"{name} is not UTF-8"})
+    content = [
+        {"type": "document", "source": source, "title": name[-500:]},
+        {"type": "text", "text": filled(options.prompt or "", {"name": name})},
+    ]
+    line = _line(
+        {"custom_id": custom_id, "params": {"messages": [{"role": "user", "content": content}]}}
+    )
+    if len(line) > MOST_LINE_BYTES:
+        message = f"{name} makes a request of {len(line):,} bytes; the most is {MOST_LINE_BYTES:,}"
+        return _line({"custom_id": custom_id, PROBLEM: message})
+    return line
+
+
+def _source(name: str, body: bytes) -> dict[str, str]:
+    media_type = DOCUMENT_TYPES[ending_of(name)]
+    if media_type == "application/pdf":
+        return {"type": "base64", "media_type": media_type, "data": b64encode(body).decode()}
+    text = body.removeprefix(BOM).decode()
+    return {"type": "text", "media_type": media_type, "data": text}
+
+
+def ending_of(name: str) -> str:
+    """Return a file's ending in lower case, with its dot; empty when there is none."""
+    _, dot, ending = name.rpartition(".")
+    return f".{ending.lower()}" if dot and "/" not in ending else ""
+
+
+def id_of(name: str) -> str:
+    """Return the `custom_id` of a document: its name as far as it goes, made unique where letters are lost."""
+    plain = _NOT_IN_AN_ID.sub("-", name)
+    digest = sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: _LONGEST_ID - 9]}-{digest}"
+
+
+def fields_of(template: str) -> list[str]:
+    """Return the fields a template asks for."""
+    return [match[1].strip() for match in _FIELD.finditer(template) if match[1]]
+
+
+def filled(template: str, fields: Mapping[str, str]) -> str:
+    """Put fields into a template; `{{` and `}}` are braces. A field that is not there stays as written."""
+
+    def of(match: re.Match[str]) -> str:
+        if not match[1]:
+            return match[0][0]
+        return fields.get(match[1].strip(), match[0])
+
+    return _FIELD.sub(of, template)
+
+
+def _line(item: Mapping[str, Any]) -> bytes:
+    return json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _text_lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield physical lines with their ends, as the csv module wants them; a quoted field may go over several."""
+    decoder = getincrementaldecoder("utf-8-sig")()
+    rest = ""
+    for piece in pieces:
+        *whole, rest = (rest + decoder.decode(piece)).split("\n")
+        yield from (f"{line}\n" for line in whole)
+        if len(rest) > MOST_LINE_BYTES:
+            raise BadForm(f"a line has more than {MOST_LINE_BYTES:,} characters")
+    rest += decoder.decode(b"", final=True)
+    if rest:
+        yield rest

@@ -1,0 +1,339 @@
+"""Rows of a batch: from bytes to requests, and from ended jobs to lines of results.
+
+A row is one line of a JSONL object, in the shape of Anthropic's batch items, `{"custom_id", "params"}`, or the older
+one with `method`, `url` and `body`. What is wrong with a line is a value here: the other lines of its range go on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options, Tally
+from sluice.domain.forms import PROBLEM
+from sluice.domain.jobs import Job, JobError, State
+
+CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+MESSAGES_URL: Final = "/v1/messages"
+
+_ANTHROPIC_TYPES: Final = frozenset(
+    {
+        "invalid_request_error",
+        "authentication_error",
+        "billing_error",
+        "permission_error",
+        "not_found_error",
+        "request_too_large",
+        "rate_limit_error",
+        "timeout_error",
+        "api_error",
+        "overloaded_error",
+    }
+)
+"""What clients of Anthropic's batches know; our own reasons go by the name of `api_error` there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: its number in the range (from 0), its first byte in the object, its text without the line end."""
+
+    number: int
+    offset: int
+    text: bytes
+    too_long: bool = False
+    """Only its beginning is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request."""
+
+    custom_id: str
+    params: Mapping[str, Any]
+    deadline: int | None = None
+    """Of its own, beside the batch's."""
+    fallback_models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """Why a line cannot become a job. With a usable `custom_id` it has an errored result all the same."""
+
+    message: str
+    custom_id: str | None = None
+
+
+class _Unusable(Exception):
+    """Carries a bad row's message out of a check."""
+
+
+def missing_bytes(data: bytes, start: int, end: int, first: int, size: int) -> int:
+    """Return how many more bytes must be read to have the last line that begins in [start, end) whole.
+
+    `data` begins one byte before `start`, or at `first` with it. Zero when its end is in sight, when it is known to be
+    too long, or when no line begins here.
+    """
+    base = max(first, start - 1)
+    read_to = base + len(data)
+    begins = data.rfind(b"\n", 0, end - 1 - base) + 1
+    begins_here = begins > 0 or start == first
+    if read_to >= size or not begins_here or data.find(b"\n", begins) >= 0:
+        return 0
+    return max(0, min(size, base + begins + MOST_LINE_BYTES + 1) - read_to)
+
+
+def lines(data: bytes, start: int, end: int, first: int) -> Iterator[Line]:
+    """Yield the lines that begin in [start, end). `data` begins one byte before `start`, or at `first` with it.
+
+    The byte before tells whether a line begins right at `start`.
+    """
+    base = max(first, start - 1)
+    position = 0 if start == first else data.find(b"\n") + 1
+    if start > first and not position:
+        return
+    number = 0
+    while base + position < end and position < len(data):
+        stop = data.find(b"\n", position)
+        stop = len(data) if stop < 0 else stop
+        too_long = stop - position > MOST_LINE_BYTES
+        text = data[position : min(stop, position + (200 if too_long else stop))]
+        yield Line(number, base + position, text.removesuffix(b"\r"), too_long)
+        number += 1
+        position = stop + 1
+
+
+def read_row(line: Line, options: Options) -> Row | BadRow | None:
+    """Return what the line asks for, why it cannot be done, or None for a blank line."""
+    if line.too_long:
+        return BadRow(f"the line has more than {MOST_LINE_BYTES:,} bytes")
+    text = line.text.removeprefix(BOM).strip()
+    if not text:
+        return None
+    custom_id = None
+    try:
+        item = _json(text)
+        custom_id = _custom_id(item)
+        return Row(custom_id, _params(item, options), _deadline(item), _fallback_models(item))
+    except _Unusable as error:
+        return BadRow(str(error), custom_id)
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    try:
+        item = json.loads(text.decode(), parse_constant=_no_constant)
+        # What was half a surrogate pair in an escape can be read, and sent to nobody.
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "has half a character"
+        raise _Unusable(f"the line {what}; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _Unusable(f"the line is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise _Unusable(f"the line is not usable JSON: {error}") from error
+    if not isinstance(item, dict):
+        raise _Unusable('the line is no JSON object; a line is {"custom_id": ..., "params": {...}}')
+    return item
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _custom_id(item: Mapping[str, Any]) -> str:
+    custom_id = item.get("custom_id")
+    if custom_id is None:
+        raise _Unusable("custom_id: Field required")
+    if not isinstance(custom_id, str) or not CUSTOM_ID.fullmatch(custom_id):
+        shown = json.dumps(custom_id)[:80]
+        raise _Unusable(
+            f"custom_id: {shown} does not match ^[a-zA-Z0-9_-]{{1,64}}$ (1 to 64 characters)"
+        )
+    return custom_id
+
+
+def _params(item: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    if PROBLEM in item:
+        raise _Unusable(str(item[PROBLEM]))
+    params = item.get("params")
+    if params is None and "body" in item:
+        method, url = item.get("method", "POST"), item.get("url", MESSAGES_URL)
+        if method != "POST" or url != MESSAGES_URL:
+            shown = f"{json.dumps(method)} {json.dumps(url)}"[:80]
+            raise _Unusable(f"method and url: {shown} is not POST {MESSAGES_URL}")
+        params = item["body"]
+    if params is None:
+        raise _Unusable("params: Field required")
+    if not isinstance(params, dict):
+        raise _Unusable("params: Input should be a valid dictionary")
+    return checked_params(completed(params, options))
+
+
+def _deadline(item: Mapping[str, Any]) -> int | None:
+    if item.get("deadline") is None:
+        return None
+    deadline = read_moment(item["deadline"])
+    if deadline is None:
+        raise _Unusable("deadline: must be RFC 3339 text with a time zone")
+    return deadline
+
+
+def _fallback_models(item: Mapping[str, Any]) -> tuple[str, ...]:
+    models = item.get("fallback_models") or []
+    if not isinstance(models, list) or not all(isinstance(each, str) for each in models):
+        raise _Unusable("fallback_models: Input should be a valid list of strings")
+    return tuple(models)
+
+
+def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return the request with the batch's options where it says nothing itself."""
+    defaults = {
+        "model": options.model,
+        "max_tokens": options.max_tokens,
+        "system": options.system,
+    }
+    return {name: value for name, value in defaults.items() if value is not None} | dict(params)
+
+
+def checked_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Check only what we need ourselves, in Anthropic's words; all else is for Claude to judge, row by row."""
+    if params.get("stream"):
+        raise _Unusable("stream: streaming is not supported in a batch")
+    model = params.get("model")
+    if "model" not in params:
+        raise _Unusable("model: Field required")
+    if not isinstance(model, str) or not 1 <= len(model) <= 256:  # noqa: PLR2004 - characters
+        raise _Unusable("model: Input should be a valid string")
+    max_tokens = params.get("max_tokens")
+    if "max_tokens" not in params:
+        raise _Unusable("max_tokens: Field required")
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
+        raise _Unusable("max_tokens: Input should be a valid integer")
+    if max_tokens < 1:
+        raise _Unusable("max_tokens: must be greater than 0 in a batch")
+    if "messages" not in params:
+        raise _Unusable("messages: Field required")
+    return {name: value for name, value in params.items() if name != "stream"}
+
+
+def read_moment(value: object) -> int | None:
+    """Return epoch milliseconds of RFC 3339 text with a time zone, None for anything else."""
+    if not isinstance(value, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return None if moment.tzinfo is None else int(moment.timestamp() * 1000)
+
+
+# Results -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one line came to: a line of results or of errors, and what goes into the sums.
+
+    Records travel as lines themselves, fields first, so that putting together needs to parse no JSON.
+    """
+
+    kind: str
+    """`R`: a result; `E`: an error."""
+    offset: int
+    line: int
+    custom_id: str
+    """Empty where there is none."""
+    tally: Tally
+    body: str
+    """One line of JSON."""
+
+    def encoded(self) -> bytes:
+        """Return the record as a line."""
+        sums = json.dumps(self.tally.as_dict(), separators=(",", ":"))
+        fields = (self.kind, str(self.offset), str(self.line), self.custom_id, sums, self.body)
+        return "\t".join(fields).encode() + b"\n"
+
+    @classmethod
+    def decoded(cls, line: bytes) -> Record:
+        """Read a record."""
+        kind, offset, number, custom_id, sums, body = line.decode().rstrip("\n").split("\t", 5)
+        return cls(kind, int(offset), int(number), custom_id, Tally(**json.loads(sums)), body)
+
+
+def result_line(custom_id: str, job: Job, message: str | None) -> str:
+    """Return an ended job as a line of results in Anthropic's shape; `message` is Claude's answer as it came."""
+    name = json.dumps(custom_id)
+    if job.state is State.SUCCEEDED:
+        # Line ends in JSON text stand only between its words.
+        answer = (message or "null").replace("\r", " ").replace("\n", " ")
+        return f'{{"custom_id":{name},"result":{{"type":"succeeded","message":{answer}}}}}'
+    if job.state is State.ERRORED:
+        error = job.error or JobError("api_error", "no reason was recorded")
+        request_id = job.attempts[-1].request_id if job.attempts else None
+        return errored_line(custom_id, error, request_id)
+    return f'{{"custom_id":{name},"result":{{"type":"{job.state.value}"}}}}'
+
+
+def errored_line(custom_id: str, error: JobError, request_id: str | None = None) -> str:
+    """Return the result of a row that failed."""
+    kind = error.type if error.type in _ANTHROPIC_TYPES else "api_error"
+    body = {
+        "custom_id": custom_id,
+        "result": {
+            "type": "errored",
+            "error": {
+                "type": "error",
+                "error": {"type": kind, "message": error.message},
+                "request_id": request_id,
+            },
+        },
+    }
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+
+def error_line(
+    offset: int, message: str, custom_id: str | None = None, result: str | None = None
+) -> str:
+    """Return a line of errors.jsonl, but for the line number, which is known only when all is put together."""
+    body: dict[str, Any] = {"offset": offset}
+    if custom_id is not None:
+        body["custom_id"] = custom_id
+    body["error"] = {"type": "invalid_request_error", "message": message}
+    if result is not None:
+        body["result"] = json.loads(result)["result"]
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+
+def numbered(error: str, line: int) -> str:
+    """Return a line of errors.jsonl with its line number, counted from 1."""
+    return f'{{"line":{line},{error[1:]}'
+
+
+def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
+    """Return what a line that cannot become a job comes to."""
+    error = error_line(line.offset, bad.message, bad.custom_id)
+    if bad.custom_id is None:
+        return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
+    result = errored_line(bad.custom_id, JobError("invalid_request_error", bad.message))
+    return [
+        Record("R", line.offset, line.number, bad.custom_id, Tally(errored=1), result),
+        Record("E", line.offset, line.number, bad.custom_id, Tally(), error),
+    ]
+
+
+def job_record(line: int, offset: int, job: Job, message: str | None, other_lane: int) -> Record:
+    """Return what an ended job comes to."""
+    custom_id = job.custom_id or ""
+    usage = job.usage.as_dict() if job.usage else {}
+    tally = Tally(
+        calls=len(job.attempts),
+        cost_micro_usd=job.cost_micro_usd,
+        other_lane_micro_usd=other_lane,
+        **{job.state.value: 1},
+        **{name: usage[name] for name in usage if name != "web_search_requests"},
+    )
+    return Record("R", offset, line, custom_id, tally, result_line(custom_id, job, message))

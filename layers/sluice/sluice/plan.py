@@ -1,0 +1,389 @@
+"""The planner: from an object in the bucket to messages for its ranges, without reading the object."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from typing import Any, Final
+
+from sluice.assemble import Assemble
+from sluice.domain import batches as life
+from sluice.domain.batches import (
+    MOST_LINE_BYTES,
+    SAMPLE_BYTES,
+    Batch,
+    Options,
+    Phase,
+    Plan,
+    Source,
+    file_batch_id,
+    planned,
+)
+from sluice.domain.errors import InputGone, Stale, StoreBusy
+from sluice.domain.forms import (
+    DOCUMENT_TYPES,
+    FOLDER_OPTIONS,
+    BadForm,
+    csv_rows,
+    document_row,
+    ending_of,
+    unpacked,
+)
+from sluice.domain.rows import read_moment
+from sluice.ports import BatchQueues, BatchStore, Clock, Events, Objects, Stored
+
+FILE_MS: Final = 13 * 86_400_000
+"""How long the rows of a file may wait, unless its options say less: below the 14 days of a message."""
+
+OPTIONS_ENDING: Final = ".options.json"
+METADATA_PREFIX: Final = "sluice-"
+MOST_OPTIONS_BYTES: Final = 256 * 1024
+SEND_ROUNDS: Final = 5
+
+_KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
+_ENDING: Final = re.compile(r"\.(jsonl|ndjson|csv)(\.gz)?$", re.IGNORECASE)
+_GZIP: Final = b"\x1f\x8b"
+
+
+class BadOptions(Exception):
+    """The options of a file cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An object under `in/`."""
+
+    tenant: str
+    stem: str
+    """The path without its ending: the name of the batch."""
+    stored: Stored
+    is_folder: bool = False
+    """Then the object is the folder's options, and the ETag stands for all its documents."""
+
+
+class PlanBatch:
+    """The use case behind the batches queue, together with `Assemble`."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        batches: BatchStore,
+        objects: Objects,
+        queues: BatchQueues,
+        assemble: Assemble,
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        self._batches = batches
+        self._objects = objects
+        self._queues = queues
+        self._assemble = assemble
+        self._clock = clock
+        self._events = events
+
+    def arrived(self, key: str) -> None:
+        """Make a batch of an object under `in/` and plan it, once per content, however often it is said."""
+        match = _KEY.fullmatch(key)
+        if match is None or key.endswith(("/", OPTIONS_ENDING)):
+            return
+        if ending_of(key) in DOCUMENT_TYPES:
+            # One of a folder; they are run when the folder's options arrive.
+            return
+        if not _is_folder(key) and not is_known(key):
+            self._events.problem("file of unknown kind", key=key, tenant=match["tenant"])
+            return
+        try:
+            batch, problem = self._registered(key)
+        except InputGone:
+            self._events.note("file gone", key=key)
+            return
+        if batch.phase is not Phase.PLANNING:
+            self._events.note("file known already", key=key, batch_id=batch.batch_id)
+        elif problem is not None:
+            self._assemble.fail(batch, problem)
+        else:
+            self._plan(batch)
+
+    def register(self, key: str) -> Batch:
+        """Put the batch of an object under `in/` on record, for whoever uploaded it; the object's event plans it."""
+        return self._registered(key)[0]
+
+    def _registered(self, key: str) -> tuple[Batch, str | None]:
+        """Return the batch of a file, and what is wrong with its options."""
+        match = _KEY.fullmatch(key)
+        stored = self._objects.head(key)
+        if match is None or stored is None:
+            raise InputGone(key)
+        file = self._file(match["tenant"], match["path"], stored)
+        problem = None
+        try:
+            options = self._options(file)
+        except BadOptions as error:
+            options, problem = Options(), str(error)
+        batch = self._batch(file, options)
+        try:
+            self._batches.add(batch)
+        except Stale as stale:
+            if not isinstance(stale.current, Batch):
+                raise
+            return stale.current, problem
+        self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
+        return batch, problem
+
+    def _file(self, tenant: str, path: str, stored: Stored) -> _File:
+        folder, _, name = path.rpartition("/")
+        if name != FOLDER_OPTIONS:
+            return _File(tenant, stem_of(path), stored)
+        # A folder is the same again when its options and all its documents are.
+        documents = self._documents(f"in/{tenant}/{folder}/")
+        told = json.dumps([stored.etag, *([each.key, each.etag] for each in documents)])
+        etag = sha256(told.encode()).hexdigest()
+        return _File(tenant, folder, replace(stored, etag=etag), is_folder=True)
+
+    def _documents(self, prefix: str) -> Iterator[Stored]:
+        for each in self._objects.listing(prefix):
+            if ending_of(each.key) in DOCUMENT_TYPES:
+                yield each
+
+    def plan(self, batch_id: str) -> None:
+        """Plan a batch that is on record, or have done whatever it lacks: messages that were lost are sent again."""
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            return
+        if batch.phase is Phase.ENDED:
+            self._assemble.tell(batch)
+        elif batch.phase is Phase.RUNNING and batch.plan is not None:
+            self._look_after(batch, batch.plan)
+        elif self._clock.now() >= batch.expires_at:
+            self._assemble.fail(batch, "the file could not be planned before its rows expired")
+        else:
+            self._plan(batch)
+
+    def _look_after(self, batch: Batch, plan: Plan) -> None:
+        """Have sections joined whose ranges are done. When rows should have expired, send ranges that are not."""
+        groups = self._batches.groups(batch.batch_id, "section#")
+        lost: list[int] = []
+        for section in range(plan.sections):
+            members = plan.members(section)
+            found = groups.get(f"section#{section:06d}")
+            if found is None or found.members < len(members):
+                lost.extend(members)
+            else:
+                self._queues.send_join(batch.batch_id, section)
+        if lost and life.is_overdue(batch, self._clock.now()):
+            self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
+            self._send(batch, lost)
+
+    def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
+        for _ in range(SEND_ROUNDS):
+            if not numbers:
+                return
+            numbers = self._queues.send_ranges(batch, numbers)
+        if numbers:
+            what = "the ranges queue"
+            raise StoreBusy(what)
+
+    def again(self, batch_id: str, number: int) -> None:
+        """Send a range again whose message became a dead letter: it waited for very long, or nobody could run it.
+
+        A row that kills its workers ends by the range's own count of them.
+        """
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.phase is Phase.ENDED:
+            return
+        self._events.count("DeadLetters")
+        self._events.problem("range sent again", batch_id=batch_id, range=number)
+        if self._queues.send_ranges(batch, [number]):
+            what = "the ranges queue"
+            raise StoreBusy(what)
+
+    def _batch(self, file: _File, options: Options) -> Batch:
+        now = self._clock.now()
+        latest = now + FILE_MS
+        return Batch(
+            batch_id=file_batch_id(file.tenant, file.stored.key, file.stored.etag, options.run),
+            tenant=file.tenant,
+            name=file.stem,
+            source=Source.FILE,
+            created_at=now,
+            expires_at=min(options.deadline or latest, latest),
+            input_key=file.stored.key,
+            input_etag=file.stored.etag,
+            options=options,
+            due_at=now + life.WATCH_MS,
+        )
+
+    def _plan(self, batch: Batch) -> None:
+        try:
+            batch = batch if batch.plan else self._cut(batch)
+        except (InputGone, BadForm) as error:
+            self._assemble.fail(batch, str(error))
+            return
+        plan = batch.plan
+        if plan is None:
+            # Ended meanwhile, by whoever was quicker.
+            return
+        if not plan.ranges:
+            self._assemble.fail(batch, "the file is empty")
+            return
+        self._send(batch, range(plan.ranges))
+        self._changed(batch, lambda current: life.begin(current, self._clock.now()))
+        self._events.note(
+            "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
+            bytes=plan.size,
+        )  # fmt: skip
+
+    def _cut(self, batch: Batch) -> Batch:
+        key, etag, rows_etag = batch.input_key, batch.input_etag, None
+        sample = b"" if _is_folder(key) else self._objects.read(key, 0, SAMPLE_BYTES, etag)
+        if _has_no_lines(key, sample):
+            rows_etag = etag = self._made_rows(batch, sample)
+            key = batch.rows_key
+            sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
+        stored = self._objects.head(key)
+        if stored is None or stored.etag != etag:
+            raise InputGone(batch.input_key)
+        plan = planned(stored.size, sample)
+        problem = _unreadable(sample)
+        if problem is not None:
+            self._assemble.fail(batch, problem)
+            return batch
+        return self._changed(batch, lambda current: life.plan_batch(current, plan, rows_etag))
+
+    def _made_rows(self, batch: Batch, sample: bytes) -> str:
+        """Write the rows of a file, streaming; return their ETag."""
+        rows = self._objects.writer(batch.rows_key)
+        try:
+            for piece in self._rows_of(batch, sample):
+                rows.write(piece)
+            rows.close()
+        finally:
+            rows.abort()
+        stored = self._objects.head(batch.rows_key)
+        if stored is None:
+            raise InputGone(batch.rows_key)
+        return stored.etag
+
+    def _rows_of(self, batch: Batch, sample: bytes) -> Iterator[bytes]:
+        key = batch.input_key
+        if _is_folder(key):
+            folder = key.removesuffix(FOLDER_OPTIONS)
+            if batch.options.prompt is None:
+                raise BadForm(f'{key} needs a "prompt" that says what to do with each document')
+            for each in self._documents(folder):
+                body = self._objects.read(each.key, 0, MOST_LINE_BYTES + 1, each.etag)
+                yield document_row(each.key.removeprefix(folder), body, batch.options)
+            return
+        pieces = self._objects.stream(key)
+        if sample.startswith(_GZIP) or key.lower().endswith(".gz"):
+            pieces = unpacked(pieces)
+        is_csv = key.lower().removesuffix(".gz").endswith(".csv")
+        yield from csv_rows(pieces, batch.options) if is_csv else pieces
+
+    def _changed(self, batch: Batch, change: Any) -> Batch:
+        while True:
+            changed: Batch = change(batch)
+            if changed is batch:
+                return batch
+            try:
+                self._batches.replace(changed, batch.version)
+            except Stale as stale:
+                if not isinstance(stale.current, Batch):
+                    raise
+                batch = stale.current
+                if batch.phase is Phase.ENDED or (batch.plan and changed.phase is Phase.PLANNING):
+                    return batch
+            else:
+                return changed
+
+    # Options ---------------------------------------------------------------------------------------------------
+
+    def _options(self, file: _File) -> Options:
+        """Read what stands beside the file, and in its metadata, which wins."""
+        said: dict[str, Any] = {}
+        key = f"in/{file.tenant}/{file.stem}{OPTIONS_ENDING}"
+        if file.is_folder:
+            key = file.stored.key
+        stored = self._objects.head(key)
+        if stored is not None:
+            if stored.size > MOST_OPTIONS_BYTES:
+                raise BadOptions(f"{key} has more than {MOST_OPTIONS_BYTES:,} bytes")
+            try:
+                said = json.loads(self._objects.read(key, 0, stored.size))
+            except (ValueError, RecursionError) as error:
+                raise BadOptions(f"{key} is not JSON: {error}") from error
+            if not isinstance(said, dict):
+                raise BadOptions(f"{key} is no JSON object")
+        metadata = {
+            name.removeprefix(METADATA_PREFIX).replace("-", "_"): _from_metadata(name, value)
+            for name, value in file.stored.metadata.items()
+            if name.startswith(METADATA_PREFIX)
+        }
+        return read_options({**said, **metadata})
+
+
+def is_known(path: str) -> bool:
+    """Tell whether a file of this name can be run."""
+    return _ENDING.search(path) is not None
+
+
+def stem_of(path: str) -> str:
+    """Return the path without its ending."""
+    return _ENDING.sub("", path)
+
+
+def read_options(said: Mapping[str, Any]) -> Options:
+    """Return the options; raises BadOptions with what is wrong."""
+    known = {each.name for each in fields(Options)}
+    for name in said:
+        if name not in known:
+            raise BadOptions(f"options: {name!r} is not one of {', '.join(sorted(known))}")
+    read: dict[str, Any] = {}
+    for name, value in said.items():
+        read[name] = value
+        match name:
+            case "max_tokens":
+                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            case "fallback_models":
+                good = isinstance(value, list) and all(isinstance(each, str) for each in value)
+                read[name] = tuple(value) if good else ()
+            case "deadline":
+                read[name] = read_moment(value)
+                good = read[name] is not None
+            case _:
+                good = isinstance(value, str) and bool(value)
+        if not good:
+            raise BadOptions(f"options: {name} cannot be {json.dumps(value)[:80]}")
+    return Options(**read)
+
+
+def _from_metadata(name: str, value: str) -> Any:
+    """Metadata is text: numbers and lists are written as such."""
+    if name.endswith("max-tokens") and value.isdecimal():
+        return int(value)
+    if name.endswith("fallback-models"):
+        return [each.strip() for each in value.split(",") if each.strip()]
+    return value
+
+
+def _is_folder(key: str) -> bool:
+    """Tell whether it is the options of a folder of documents."""
+    return key.endswith(f"/{FOLDER_OPTIONS}")
+
+
+def _has_no_lines(key: str, sample: bytes) -> bool:
+    """Tell whether the file has to be made JSONL first: gzip, CSV and folders have no lines to cut at."""
+    return _is_folder(key) or key.lower().endswith((".gz", ".csv")) or sample.startswith(_GZIP)
+
+
+def _unreadable(sample: bytes) -> str | None:
+    """Tell what the object is when it is not lines of JSON in UTF-8."""
+    if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "the file is UTF-16; save it as UTF-8"
+    if sample.startswith(b"PK\x03\x04"):
+        return "the file is a ZIP archive; upload the JSONL itself, or gzip it"
+    if not sample.removeprefix(life.BOM).strip() and len(sample) < SAMPLE_BYTES:
+        return "the file is empty"
+    return None

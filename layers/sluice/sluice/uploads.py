@@ -1,0 +1,92 @@
+"""Files that a tenant uploads through the API: into the bucket by signed links, in parts, without AWS credentials."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sluice.domain.batches import Batch
+from sluice.domain.errors import InvalidRequest
+from sluice.plan import BadOptions, PlanBatch, is_known, read_options, stem_of
+from sluice.ports import Objects, PartLinks
+
+PART_BYTES: Final = 16 * 1024 * 1024
+MOST_PARTS: Final = 10_000
+MOST_BYTES: Final = 5 * 1024**4
+"""S3's own limits."""
+
+LINKS_AT_ONCE: Final = 100
+LINK_SECONDS: Final = 3_600
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
+_MOST_NAME: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An upload, and where its first parts go."""
+
+    upload_id: str
+    name: str
+    part_bytes: int
+    parts: int
+    links: Mapping[int, str]
+
+
+class Uploads:
+    """One tenant's uploads."""
+
+    def __init__(self, tenant: str, objects: Objects, links: PartLinks, planner: PlanBatch) -> None:
+        self._tenant = tenant
+        self._objects = objects
+        self._links = links
+        self._planner = planner
+
+    def begin(self, name: str, size: int, options: Mapping[str, Any]) -> Begun:
+        """Begin an upload; its options are stored beside the file that will come."""
+        key = self._key(name)
+        if not 1 <= size <= MOST_BYTES:
+            raise InvalidRequest(f"bytes: {size:,} is not from 1 to {MOST_BYTES:,}")
+        try:
+            read_options(options)
+        except BadOptions as error:
+            raise InvalidRequest(str(error)) from error
+        part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
+        parts = -(-size // part_bytes)
+        # Always written: options of an earlier file of this name must not hold for this one.
+        self._objects.put(
+            f"in/{self._tenant}/{stem_of(name)}.options.json", json.dumps(options).encode()
+        )
+        upload_id = self._links.begin(key)
+        first = self._links.links(key, upload_id, range(1, min(parts, LINKS_AT_ONCE) + 1))
+        return Begun(upload_id, name, part_bytes, parts, first)
+
+    def links(self, name: str, upload_id: str, first: int, last: int) -> Mapping[int, str]:
+        """Return where some of the parts go, up to a hundred at once."""
+        if not 1 <= first <= last <= MOST_PARTS or last - first >= LINKS_AT_ONCE:
+            raise InvalidRequest(
+                f"first, last: {first} to {last} are not up to {LINKS_AT_ONCE} parts from 1 to {MOST_PARTS:,}"
+            )
+        return self._links.links(self._key(name), upload_id, range(first, last + 1))
+
+    def complete(self, name: str, upload_id: str, etags: Mapping[int, str]) -> Batch:
+        """Put the parts together, and return the batch that the file is."""
+        key = self._key(name)
+        if not etags:
+            raise InvalidRequest("parts: List should have at least 1 item")
+        self._links.complete(key, upload_id, etags)
+        return self._planner.register(key)
+
+    def abort(self, name: str, upload_id: str) -> None:
+        """Forget an upload and its parts."""
+        self._links.abort(self._key(name), upload_id)
+
+    def _key(self, name: str) -> str:
+        if len(name) > _MOST_NAME or not _NAME.fullmatch(name) or not is_known(name):
+            raise InvalidRequest(
+                f"name: {name[:80]!r} is no file name as in reviews.jsonl or 2026/january.jsonl"
+            )
+        return f"in/{self._tenant}/{name}"

@@ -1,0 +1,285 @@
+"""Files as batches, from outside: dropped in the bucket or uploaded by the command line, on the local stack."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import httpx
+import pytest
+
+from scripts.claude_simulator import Running, read, running
+from scripts.local_stack import LocalStack, Ready
+from sluice.ranges import AGAIN, AT_ONCE
+
+UPSTREAM_KEY: Final = "sk-ant-test-bulk"
+CLIENT_KEY: Final = "sluice_bulk_of_acme"
+PATIENCE_SECONDS: Final = 120.0
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The gateway as a caller sees it, and what stands behind it."""
+
+    http: httpx.Client
+    ready: Ready
+    claude: Running
+
+    def drop(self, name: str, body: bytes) -> None:
+        """Put a file where it is found."""
+        self.ready.client("s3").put_object(
+            Bucket=self.ready.resources["DataBucket"], Key=f"in/acme/{name}", Body=body
+        )
+
+    def of_bucket(self, key: str) -> bytes | None:
+        client = self.ready.client("s3")
+        try:
+            answer = client.get_object(Bucket=self.ready.resources["DataBucket"], Key=key)
+        except client.exceptions.NoSuchKey:
+            return None
+        body: bytes = answer["Body"].read()
+        return body
+
+    def rows(self, key: str) -> list[Any]:
+        return [json.loads(line) for line in (self.of_bucket(key) or b"").splitlines()]
+
+    def ended(self, name: str) -> Any:
+        """Wait for the batch of a file to end; return its summary."""
+        return json.loads(within(lambda: self.of_bucket(f"out/acme/{name}/summary.json")))
+
+    def called(self, run: str) -> Counter[str]:
+        """Return how often each row of a run was called upstream, and answered."""
+        text = httpx.get(f"{self.claude.url}/_simulator/ledger").text
+        users = [json.loads(row)["user_id"] or "" for row in text.splitlines()]
+        return Counter(user for user in users if user.startswith(f"{run}/"))
+
+    def ledger_notes(self) -> list[str | None]:
+        pages = (
+            self.ready.client("dynamodb")
+            .get_paginator("scan")
+            .paginate(TableName=self.ready.resources["LedgerTable"])
+        )
+        return [item.get("note", {}).get("S") for page in pages for item in page["Items"]]
+
+
+def within(find: Callable[[], Found | None], seconds: float = PATIENCE_SECONDS) -> Found:
+    """Ask again until there is an answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := find():
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"not within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Gateway]:
+    organisation = {
+        "id": "org-bulk",
+        "keys": [UPSTREAM_KEY],
+        "limits": {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_000}},
+    }
+    service = {"ttft_seconds": 0.3, "tokens_per_second": None, "output_tokens": 50}
+    with running(read({"service": service, "organisations": [organisation]})) as claude:
+        pool = {"keys": [{"id": "main", "api_key": UPSTREAM_KEY, "base_url": claude.url}]}
+        stack = LocalStack(key_pool=pool, client_key=CLIENT_KEY, tenant="acme")
+        with (
+            stack.running() as ready,
+            httpx.Client(
+                base_url=ready.api_url, headers={"x-api-key": CLIENT_KEY}, timeout=30
+            ) as client,
+        ):
+            yield Gateway(client, ready, claude)
+
+
+def a_row(run: str, number: int, **more: Any) -> dict[str, Any]:
+    params = {
+        "model": "claude-haiku-5-5",
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": f"Row {number}"}],
+        "metadata": {"user_id": f"{run}/{number}"},
+    }
+    return {"custom_id": f"row-{number}", "params": params | more}
+
+
+def jsonl(*rows: Any) -> bytes:
+    return b"".join(
+        (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+    )
+
+
+def numbers(results: list[Any]) -> list[int]:
+    return [int(row["custom_id"].removeprefix("row-")) for row in results]
+
+
+def sluice(gateway: Gateway, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line."""
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.cli", *map(str, arguments)],
+        env=os.environ | {"SLUICE_URL": gateway.ready.api_url, "SLUICE_KEY": CLIENT_KEY},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
+# Files in the bucket -------------------------------------------------------------------------------------------
+
+
+def test_a_file_dropped_in_the_bucket_comes_back_as_results(gateway: Gateway) -> None:
+    rows: list[Any] = [a_row("dropped", number) for number in range(1_200)]
+    for number in (17, 600, 1_199):
+        rows[number] = b'{"custom_id": broken'
+    rows[900] = rows[899]
+
+    gateway.drop("dropped.jsonl", jsonl(*rows))
+    summary = gateway.ended("dropped")
+
+    results = gateway.rows("out/acme/dropped/results.jsonl")
+    assert [n for n in range(1_200) if n not in {17, 600, 900, 1_199}] == numbers(results)
+    assert {"succeeded"} == {row["result"]["type"] for row in results}
+    errors = gateway.rows("out/acme/dropped/errors.jsonl")
+    assert [18, 601, 901, 1_200] == [error["line"] for error in errors]
+    assert (1_196, 4) == (summary["counts"]["succeeded"], summary["counts"]["invalid"])
+    assert max(gateway.called("dropped").values()) <= 2
+
+
+def test_whoever_has_a_rule_for_it_hears_of_the_end(gateway: Gateway) -> None:
+    sqs, events = gateway.ready.client("sqs"), gateway.ready.client("events")
+    queue = sqs.create_queue(QueueName="listener")["QueueUrl"]
+    events.put_rule(Name="listener", EventPattern=json.dumps({"source": ["sluice"]}))
+    arn = "arn:aws:sqs:us-east-1:000000000000:listener"
+    events.put_targets(Rule="listener", Targets=[{"Id": "queue", "Arn": arn}])
+
+    gateway.drop("heard.jsonl", jsonl(a_row("heard", 1)))
+    summary = gateway.ended("heard")
+
+    heard = within(lambda: sqs.receive_message(QueueUrl=queue).get("Messages"))
+    event = json.loads(heard[0]["Body"])
+    assert ("sluice", "Batch Ended", summary) == (
+        event["source"],
+        event["detail-type"],
+        event["detail"],
+    )
+
+
+def test_the_same_file_again_runs_no_row_again(gateway: Gateway) -> None:
+    body = jsonl(*(a_row("again", number) for number in range(3)))
+    gateway.drop("again.jsonl", body)
+    first = gateway.ended("again")
+
+    gateway.drop("again.jsonl", body)
+    within(lambda: "file known already" in logged(gateway, "batches"))
+
+    assert first == gateway.ended("again")
+    assert 3 == sum(gateway.called("again").values())
+
+
+def logged(gateway: Gateway, function: str) -> str:
+    events = gateway.ready.client("logs").filter_log_events(
+        logGroupName=f"/aws/lambda/sluice-local-{function}"
+    )["events"]
+    return "".join(event["message"] for event in events)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find a worker")
+def test_a_killed_worker_loses_no_row_and_repeats_few(gateway: Gateway) -> None:
+    gateway.drop("killed.jsonl", jsonl(*(a_row("killed", number) for number in range(2_000))))
+    within(lambda: sum(gateway.called("killed").values()) > 300)
+
+    os.kill(workers(gateway, "ranges")[0], signal.SIGKILL)
+    summary = gateway.ended("killed")
+
+    calls = gateway.called("killed")
+    assert list(range(2_000)) == numbers(gateway.rows("out/acme/killed/results.jsonl"))
+    assert 2_000 == summary["counts"]["succeeded"] == len(calls)
+    assert sum(calls.values()) - 2_000 <= AT_ONCE
+    repeats = sum(calls.values()) - 2_000
+    assert gateway.ledger_notes().count(AGAIN) >= repeats
+
+
+def workers(gateway: Gateway, function: str) -> list[int]:
+    """Return the processes in which this emulator runs a function."""
+    name = f"AWS_LAMBDA_FUNCTION_NAME=sluice-local-{function}".lower().encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            environment = (folder / "environ").read_bytes().lower()
+        except OSError:
+            continue
+        if name in environment and gateway.ready.endpoint_url.encode() in environment:
+            found.append(int(folder.name))
+    return found
+
+
+# The command line ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_uploaded_watched_and_its_results_fetched(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    file = tmp_path / "reviews.jsonl"
+    rows: list[Any] = [a_row("uploaded", number) for number in range(250)]
+    for row in rows:
+        del row["params"]["model"]
+    file.write_bytes(jsonl(*rows, b"{broken"))
+    out = tmp_path / "results.jsonl"
+
+    done = sluice(*(gateway, "upload", file, "--model", "claude-haiku-5-5", "--wait", "--out", out))
+
+    assert 1 == done.returncode, done.stderr
+    assert "250 succeeded, 0 failed" in done.stderr
+    assert "1 line could not run" in done.stderr
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert list(range(250)) == numbers(results)
+    batch_id = next(word for word in done.stderr.split() if word.startswith("msgbatch_"))
+
+    shown = json.loads(sluice(gateway, "batches", "show", batch_id, "--json").stdout)
+    listed = json.loads(sluice(gateway, "batches", "list", "--json").stdout)["data"]
+    errors = sluice(gateway, "batches", "results", batch_id, "--errors").stdout
+    again = sluice(gateway, "upload", file, "--model", "claude-haiku-5-5")
+
+    assert ("ended", 251, 250, 1) == (
+        shown["state"],
+        shown["rows"]["done"],
+        shown["rows"]["succeeded"],
+        shown["rows"]["invalid"],
+    )
+    assert shown in listed
+    assert 251 == json.loads(errors)["line"]
+    assert batch_id == again.stdout.strip()
+    assert 250 == sum(gateway.called("uploaded").values())
+
+
+def test_a_batch_is_canceled_by_the_command_line(gateway: Gateway, tmp_path: Path) -> None:
+    file = tmp_path / "canceled.jsonl"
+    file.write_bytes(jsonl(*(a_row("canceled", number) for number in range(3_000))))
+    batch_id = sluice(gateway, "upload", file).stdout.strip()
+
+    canceled = sluice(gateway, "batches", "cancel", batch_id)
+    shown = sluice(gateway, "batches", "show", batch_id, "--wait", "--json")
+
+    assert f"{batch_id} canceling" == canceled.stdout.strip()
+    rows = json.loads(shown.stdout)["rows"]
+    assert 3_000 == rows["done"] == rows["succeeded"] + rows["canceled"]
+    assert rows["canceled"] > 0
+    assert rows["succeeded"] <= sum(gateway.called("canceled").values())
+
+
+def test_a_missing_batch_is_said_plainly(gateway: Gateway) -> None:
+    done = sluice(gateway, "batches", "show", "msgbatch_none")
+
+    assert 1 == done.returncode
+    assert "not_found_error: message_batch: msgbatch_none is not there" in done.stderr

@@ -1,0 +1,505 @@
+"""In-memory doubles of what batches need, beside those of `tests.fakes`; and a gateway for stories of whole batches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+from sluice.adapters import job_records
+from sluice.assemble import Assemble
+from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
+from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
+from sluice.plan import PlanBatch
+from sluice.ports import BatchPage, DueRange, Received, Stored
+from sluice.ranges import Desk, RangePointer, RangeTools, RowRequests, RunRange
+from sluice.work import Tools, Worker
+from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
+
+
+class MemoryBatches(Fragile):
+    """The records of batches and ranges."""
+
+    name = "the batches table"
+
+    def __init__(self, now: Callable[[], int], journal: list[str] | None = None) -> None:
+        super().__init__(journal)
+        self._now = now
+        self.stored: dict[str, Batch] = {}
+        self.ranges: dict[tuple[str, int], RangeState] = {}
+        self.marked: dict[tuple[str, str], dict[int, Tally]] = {}
+        self.creates: dict[tuple[str, str], tuple[str, int]] = {}
+        self.held: dict[tuple[str, int | None], int | None] = {}
+        """What the index of due things says instead of the record: held until, or released (None)."""
+
+    def add(self, batch: Batch) -> None:
+        self._do("add", batch.batch_id)
+        if batch.batch_id in self.stored:
+            raise Stale(self.stored[batch.batch_id])
+        self._put(batch)
+
+    def get(self, batch_id: str) -> Batch | None:
+        self._do("get", batch_id)
+        return self.stored.get(batch_id)
+
+    def replace(self, batch: Batch, expected_version: int) -> None:
+        self._do("replace", f"{batch.batch_id} {batch.phase}")
+        current = self.stored.get(batch.batch_id)
+        if current is None or current.version != expected_version:
+            raise Stale(current)
+        self._put(batch)
+
+    def _put(self, batch: Batch) -> None:
+        self.stored[batch.batch_id] = batch
+        self.held.pop((batch.batch_id, None), None)
+
+    def listing(
+        self, tenant: str, limit: int, *, after: Batch | None = None, before: Batch | None = None
+    ) -> BatchPage:
+        self._do("listing", tenant)
+        newest_first = sorted(
+            (each for each in self.stored.values() if each.tenant == tenant and not each.deleted),
+            key=_created,
+            reverse=True,
+        )
+        if before is not None:
+            newer = [each for each in newest_first if _created(each) > _created(before)]
+            return BatchPage(tuple(newer[-limit:]), len(newer) > limit)
+        if after is not None:
+            newest_first = [each for each in newest_first if _created(each) < _created(after)]
+        return BatchPage(tuple(newest_first[:limit]), len(newest_first) > limit)
+
+    def range_state(self, batch: Batch, number: int) -> RangeState:
+        self._do("range_state", str(number))
+        fresh = RangeState(batch.batch_id, number, batch.tenant)
+        return self.ranges.get((batch.batch_id, number), fresh)
+
+    def replace_range(self, state: RangeState, expected_version: int) -> None:
+        self._do("replace_range", str(state.number))
+        name = (state.batch_id, state.number)
+        current = self.ranges.get(name)
+        if (current.version if current else 0) != expected_version:
+            raise Stale(current)
+        self.ranges[name] = state
+        self.held.pop(name, None)
+
+    def mark(self, batch_id: str, group: str, member: int, tally: Tally) -> Progress:
+        self._do("mark", f"{group} {member}")
+        done = self.marked.setdefault((batch_id, group), {})
+        done.setdefault(member, tally)
+        return _progress(done)
+
+    def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
+        self._do("groups", prefix)
+        return {
+            group: _progress(done)
+            for (owner, group), done in sorted(self.marked.items())
+            if owner == batch_id and group.startswith(prefix)
+        }
+
+    def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
+        self._do("name_create", name)
+        made, at = self.creates.get((tenant, name), ("", -1))
+        if not fresh and at >= since:
+            return made
+        self.creates[tenant, name] = (batch_id, self._now())
+        return batch_id
+
+    def due(self, now: int, limit: int) -> Sequence[DueRange]:
+        self._do("due")
+        found = [
+            DueRange(each.batch_id, None, each.tenant, at)
+            for each in self.stored.values()
+            if (at := self._due_at(each.batch_id, None, each.due_at)) is not None and at <= now
+        ] + [
+            DueRange(each.batch_id, each.number, each.tenant, at, each.model)
+            for each in self.ranges.values()
+            if (at := self._due_at(each.batch_id, each.number, each.not_before)) is not None
+            and at <= now
+        ]
+        return sorted(found, key=lambda due: (due.due_at, due.batch_id, due.number or -1))[:limit]
+
+    def hold(self, due: DueRange, until: int) -> DueRange | None:
+        self._do("hold", due.batch_id)
+        if self._now_due(due) != due.due_at:
+            return None
+        self.held[due.batch_id, due.number] = until
+        return replace(due, due_at=until)
+
+    def release(self, due: DueRange) -> None:
+        self._do("release", due.batch_id)
+        if self._now_due(due) == due.due_at:
+            self.held[due.batch_id, due.number] = None
+
+    def _now_due(self, due: DueRange) -> int | None:
+        if due.number is None:
+            return self._due_at(due.batch_id, None, self.stored[due.batch_id].due_at)
+        state = self.ranges[due.batch_id, due.number]
+        return self._due_at(due.batch_id, due.number, state.not_before)
+
+    def _due_at(self, batch_id: str, number: int | None, recorded: int | None) -> int | None:
+        return self.held.get((batch_id, number), recorded)
+
+
+def _created(batch: Batch) -> tuple[int, str]:
+    return batch.created_at, batch.batch_id
+
+
+def _progress(done: Mapping[int, Tally]) -> Progress:
+    return Progress(len(done), sum(done.values(), Tally()))
+
+
+class MemoryWriter:
+    """An object being written."""
+
+    def __init__(self, objects: MemoryObjects, key: str) -> None:
+        self._objects = objects
+        self._key = key
+        self._body = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._body += data
+
+    def close(self) -> int:
+        self._objects.put(self._key, bytes(self._body))
+        return len(self._body)
+
+    def abort(self) -> None:
+        pass
+
+
+class MemoryObjects(Fragile):
+    """The data bucket."""
+
+    name = "the data bucket"
+
+    def __init__(self, journal: list[str] | None = None) -> None:
+        super().__init__(journal)
+        self.stored: dict[str, bytes] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+
+    def put(self, key: str, body: bytes) -> str:
+        self._do("put", key)
+        self.stored[key] = body
+        return _etag(body)
+
+    def link(self, key: str, seconds: int) -> str:
+        return f"https://bucket.example/{key}?seconds={seconds}"
+
+    def get(self, key: str) -> bytes | None:
+        self._do("get", key)
+        return self.stored.get(key)
+
+    def head(self, key: str) -> Stored | None:
+        self._do("head", key)
+        if key not in self.stored:
+            return None
+        body = self.stored[key]
+        return Stored(key, len(body), _etag(body), 0, self.metadata.get(key, {}))
+
+    def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
+        self._do("read", f"{key} {first} {size}")
+        body = self.stored.get(key)
+        if body is None or (etag is not None and _etag(body) != etag):
+            raise InputGone(key)
+        return body[first : first + max(0, size)]
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        body = self.read(key, 0, 10**9)
+        for start in range(0, len(body), 1_000):
+            yield body[start : start + 1_000]
+
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        self._do("listing", prefix)
+        for key, body in sorted(self.stored.items()):
+            if key.startswith(prefix):
+                yield Stored(key, len(body), _etag(body), 0)
+
+    def writer(self, key: str) -> MemoryWriter:
+        return MemoryWriter(self, key)
+
+    def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
+        body = b"".join(self.read(sources[each], 0, size) for each, size in sizes.items())
+        self.put(key, body)
+        return len(body)
+
+
+def _etag(body: bytes) -> str:
+    return sha256(body).hexdigest()[:32]
+
+
+class MemoryLinks(Fragile):
+    """Uploads by links: parts are put by the test itself."""
+
+    name = "the data bucket"
+
+    def __init__(self, objects: MemoryObjects) -> None:
+        super().__init__()
+        self._objects = objects
+        self.going: dict[str, dict[int, bytes]] = {}
+
+    def begin(self, key: str) -> str:
+        self._do("begin", key)
+        upload_id = f"upload-{len(self.going) + 1}"
+        self.going[upload_id] = {}
+        return upload_id
+
+    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
+        return {part: f"https://bucket.example/{key}?{upload_id}&{part}" for part in parts}
+
+    def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
+        parts = self.going.pop(upload_id, None)
+        if parts is None and key in self._objects.stored:
+            return
+        if parts is None or {n: _etag(body) for n, body in parts.items()} != etags:
+            raise InvalidRequest("parts: S3 says InvalidPart")
+        self._objects.put(key, b"".join(parts[number] for number in sorted(parts)))
+
+    def abort(self, key: str, upload_id: str) -> None:
+        del key
+        self.going.pop(upload_id, None)
+
+    def send(self, upload_id: str, part: int, body: bytes) -> str:
+        """PUT a part to its link; return its ETag."""
+        self.going[upload_id][part] = body
+        return _etag(body)
+
+
+class MemoryNotices(Fragile):
+    """Those who listen."""
+
+    name = "the event bus"
+
+    def __init__(self, journal: list[str] | None = None) -> None:
+        super().__init__(journal)
+        self.told: list[tuple[str, Mapping[str, object]]] = []
+
+    def tell(self, kind: str, facts: Mapping[str, object]) -> None:
+        self._do("tell", kind)
+        self.told.append((kind, facts))
+
+
+class MemoryBatchQueues(Fragile):
+    """The queues of batches and of ranges, from both sides."""
+
+    name = "the batches queue"
+
+    def __init__(self, now: Callable[[], int], journal: list[str] | None = None) -> None:
+        super().__init__(journal)
+        self._now = now
+        self.plans: list[str] = []
+        self.joins: list[tuple[str, int]] = []
+        self.untaken: list[int] = []
+        """Range numbers whose next send is refused."""
+        self.ranges: dict[str, tuple[Received, str, int, int]] = {}
+        """By message id: message, batch, number, and when it is visible."""
+        self.buried: list[tuple[Received, str]] = []
+        self.delays: list[int] = []
+        self._sent = 0
+
+    def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
+        try:
+            self._do("send_ranges", str(len(numbers)))
+        except StoreBusy:
+            return list(numbers)
+        refused = [number for number in numbers if number in self.untaken]
+        self.untaken = [number for number in self.untaken if number not in refused]
+        for number in numbers:
+            if number not in refused:
+                self._sent += 1
+                message = Received(f"range-{self._sent}", "", "", None)
+                self.ranges[message.message_id] = (message, batch.batch_id, number, self._now())
+        return refused
+
+    def send_plan(self, batch_id: str) -> None:
+        self._do("send_plan", batch_id)
+        self.plans.append(batch_id)
+
+    def send_join(self, batch_id: str, section: int) -> None:
+        self._do("send_join", f"{batch_id} {section}")
+        self.joins.append((batch_id, section))
+
+    def receive(self) -> RangePointer | None:
+        """Return the next range that is visible, and hide it for the queue's visibility timeout."""
+        now = self._now()
+        for name, (message, batch_id, number, at) in self.ranges.items():
+            if at <= now:
+                self.ranges[name] = (message, batch_id, number, now + VISIBILITY_MS)
+                return RangePointer(message, batch_id, number)
+        return None
+
+    def delete(self, message: Received) -> None:
+        self.ranges.pop(message.message_id, None)
+
+    def next_visible(self) -> int | None:
+        return min((at for *_, at in self.ranges.values()), default=None)
+
+    def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
+        self._do("put_back")
+        for message, delay in delays:
+            self.delays.append(delay)
+            if message.message_id in self.ranges:
+                _, batch_id, number, _ = self.ranges[message.message_id]
+                at = self._now() + -(-delay // 1000) * 1000
+                self.ranges[message.message_id] = (message, batch_id, number, at)
+
+    def bury(self, message: Received, reason: str) -> None:
+        self._do("bury", message.message_id)
+        self.buried.append((message, reason))
+
+
+def a_row(number: int | str, **more: Any) -> dict[str, Any]:
+    """Return one row; what it says is its number."""
+    content = [{"role": "user", "content": f"Say {number}"}]
+    params = {"model": "claude-a", "max_tokens": 100, "messages": content}
+    return {"custom_id": f"row-{number}", "params": params | more}
+
+
+def jsonl(*rows: Any) -> bytes:
+    """Return rows as lines; text stands as it is."""
+    return b"".join(
+        (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+    )
+
+
+class Bulk:
+    """Batches in memory: the gateway of `tests.fakes` for what rows share with jobs, and what they have alone."""
+
+    def __init__(self, *script: Reply, **facts: Any) -> None:
+        self.gateway = Gateway(script=script, **facts)
+        self.time = self.gateway.time
+        self.claude = self.gateway.claude
+        self.ledger = self.gateway.ledger
+        self.events = self.gateway.events
+        self.batches = MemoryBatches(self.time.now, self.gateway.journal)
+        self.objects = MemoryObjects(self.gateway.journal)
+        self.queues = MemoryBatchQueues(self.time.now, self.gateway.journal)
+        clock = VirtualClock(self.time)
+        self.notices = MemoryNotices(self.gateway.journal)
+        self.assemble = Assemble(self.batches, self.objects, self.notices, clock, self.events)
+        self.planner = PlanBatch(
+            self.batches, self.objects, self.queues, self.assemble, clock, self.events
+        )
+        self._invocations = 0
+
+    def runner(self) -> RunRange:
+        """Return the ranges function as a fresh environment has it."""
+        clock = VirtualClock(self.time)
+        desk = Desk(self.ledger, self.gateway.rules.prices, clock)
+        tools = Tools(
+            jobs=desk,
+            params=RowRequests(desk),
+            results=desk,
+            inbox=desk,
+            limits=self.gateway.limits,
+            keys=self.gateway.pool,
+            claude=self.claude,
+            ledger=desk,
+            clock=clock,
+            jitter=lambda: self.gateway.jitter,
+            blocking=self.gateway.blocking,
+            events=self.events,
+        )
+        range_tools = RangeTools(
+            batches=self.batches,
+            objects=self.objects,
+            queues=self.queues,
+            returns=self.queues,
+            text_of_job=job_records.as_text,
+            job_of_text=job_records.of_text,
+            clock=clock,
+            blocking=self.gateway.blocking,
+            events=self.events,
+        )
+        return RunRange(range_tools, Worker(tools, self.gateway.rules), desk)
+
+    def upload(self, body: bytes, name: str = "first.jsonl", **metadata: str) -> None:
+        """Drop a file into the bucket, and tell of it."""
+        key = f"in/acme/{name}"
+        self.objects.put(key, body)
+        self.objects.metadata[key] = metadata
+        self.planner.arrived(key)
+
+    def add(self, body: bytes, **facts: Any) -> Batch:
+        """Put a batch on record as the API does, and plan it."""
+        key = "batches/msgbatch_1/input.jsonl"
+        self.objects.put(key, body)
+        batch = Batch(
+            batch_id="msgbatch_1",
+            tenant="acme",
+            name="msgbatch_1",
+            source=Source.MESSAGES_BATCHES,
+            created_at=NOON,
+            expires_at=facts.pop("expires_at", NOON + 24 * 60 * MINUTE),
+            input_key=key,
+            input_etag=_etag(body),
+            options=facts.pop("options", Options()),
+            **facts,
+        )
+        self.batches.add(batch)
+        self.planner.plan(batch.batch_id)
+        return self.batch
+
+    @property
+    def batch(self) -> Batch:
+        """The only batch."""
+        (batch,) = self.batches.stored.values()
+        return batch
+
+    async def invoke(
+        self,
+        runner: RunRange | None = None,
+        pointer: RangePointer | None = None,
+        minutes: float = 14,
+    ) -> bool:
+        """Run one range; delete its message when it is done, as Lambda does."""
+        self._invocations += 1
+        pointer = pointer or self.queues.receive()
+        assert pointer is not None
+        stop_at = self.time.now() + int(minutes * MINUTE)
+        owner = f"invocation-{self._invocations}"
+        done = await (runner or self.runner())(pointer, stop_at, owner)
+        if done:
+            self.queues.delete(pointer.message)
+        return done
+
+    def once(self, minutes: float = 14) -> bool:
+        """Run one invocation."""
+        return self.time.run(self.invoke(minutes=minutes))
+
+    def drain(self) -> None:
+        """Run ranges and join sections until nothing is left in the queues."""
+        self.time.run(self._drain())
+
+    async def _drain(self) -> None:
+        for _ in range(500):
+            while self.queues.joins:
+                self.assemble.join(*self.queues.joins.pop(0))
+            due = self.queues.next_visible()
+            if due is None:
+                return
+            await asyncio.sleep(max(0, due - self.time.now()) / 1000)
+            await self.invoke()
+        raise AssertionError("still not done after 500 invocations")
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the results of the only batch, which has ended."""
+        assert Phase.ENDED == self.batch.phase
+        return self._jsonl(self.batch.results_key)
+
+    def errors(self) -> list[dict[str, Any]]:
+        """Return the errors of the only batch."""
+        return self._jsonl(self.batch.errors_key)
+
+    def summary(self) -> Any:
+        """Return the summary of the only batch."""
+        return json.loads(self.objects.stored[self.batch.summary_key])
+
+    def _jsonl(self, key: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.objects.stored[key].splitlines()]
+
+    def close(self) -> None:
+        self.time.close()

@@ -1,0 +1,332 @@
+"""A batch's arithmetic: every byte belongs to one range, every line to one of them, every part is large enough."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sluice.domain import batches as life
+from sluice.domain.batches import (
+    MOST_RANGE_BYTES,
+    MOST_RANGES,
+    RANGES_PER_SECTION,
+    Batch,
+    Copied,
+    Options,
+    Phase,
+    Plan,
+    RangeState,
+    Source,
+    Streamed,
+    Tally,
+    parts,
+    planned,
+)
+from sluice.domain.errors import LeaseLost, RangeBusy
+from sluice.domain.rows import lines, missing_bytes
+
+NOON = 1_795_176_000_000
+
+
+def a_batch(**facts: object) -> Batch:
+    return Batch(
+        **{
+            "batch_id": "msgbatch_1",
+            "tenant": "acme",
+            "name": "first",
+            "source": Source.FILE,
+            "created_at": NOON,
+            "expires_at": NOON + 1000,
+            "input_key": "in/acme/first.jsonl",
+            "input_etag": "etag",
+        }
+        | facts  # type: ignore[arg-type]
+    )
+
+
+# Planning --------------------------------------------------------------------------------------------------
+
+
+def test_a_range_is_about_a_hundred_lines() -> None:
+    plan = planned(5_000_000_000, b"x" * 499 + b"\n" + b"y" * 499 + b"\n" + b"z" * 17)
+
+    assert (500, 50_000, 100_000, 1_000) == (
+        plan.line_bytes,
+        plan.range_bytes,
+        plan.ranges,
+        plan.sections,
+    )
+    assert 10_000_000 == plan.estimated_rows
+
+
+def test_a_byte_order_mark_belongs_to_no_range() -> None:
+    plan = planned(3 + 4, b"\xef\xbb\xbfabc\n")
+
+    assert (3, 7) == plan.bounds(0)
+    assert 1 == plan.ranges
+
+
+@pytest.mark.parametrize("sample", [b"", b"\xef\xbb\xbf"])
+def test_an_empty_object_has_no_range(sample: bytes) -> None:
+    assert 0 == planned(len(sample), sample).ranges
+
+
+def test_lines_longer_than_the_sample_still_make_ranges_that_fit_into_memory() -> None:
+    plan = planned(10**9, b"x" * 65_536)
+
+    assert 6_553_600 == plan.range_bytes
+    assert MOST_RANGE_BYTES == planned(10**9, b"x" * 500_000 + b"\n").range_bytes
+
+
+def test_an_enormous_object_has_longer_ranges_and_not_more() -> None:
+    plan = planned(10**12, b"x\n")
+
+    assert plan.ranges <= MOST_RANGES
+
+
+def test_ranges_of_a_section_stand_in_a_row() -> None:
+    plan = Plan(first=0, size=1_050, range_bytes=5, ranges=210, line_bytes=1)
+
+    assert 3 == plan.sections
+    assert range(200, 210) == plan.members(2)
+    assert 2 == plan.section_of(205)
+    assert RANGES_PER_SECTION == len(plan.members(0))
+
+
+LINE = st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"~"))
+
+
+@given(
+    texts=st.lists(LINE, max_size=30),
+    ends=st.booleans(),
+    bom=st.booleans(),
+    range_bytes=st.integers(1, 40),
+    piece=st.integers(1, 9),
+)
+def test_each_line_is_read_whole_by_the_range_in_which_it_begins(
+    *, texts: list[bytes], ends: bool, bom: bool, range_bytes: int, piece: int
+) -> None:
+    head = b"\xef\xbb\xbf" if bom else b""
+    data = head + b"\n".join(texts) + (b"\n" if ends and texts else b"")
+    first, size = len(head), len(data)
+    ranges = -(-(size - first) // range_bytes)
+    plan = Plan(first, size, range_bytes, ranges, 1)
+
+    found = []
+    for number in range(ranges):
+        start, end = plan.bounds(number)
+        base = max(first, start - 1)
+        read = data[base:end]
+        while more := missing_bytes(read, start, end, first, size):
+            position = base + len(read)
+            read += data[position : position + min(more, piece)]
+        mine = list(lines(read, start, end, first))
+        assert all(start <= line.offset < end for line in mine)
+        assert list(range(len(mine))) == [line.number for line in mine]
+        found += [(line.offset, line.text) for line in mine]
+
+    expected = []
+    offset = first
+    pieces = data[first:].split(b"\n")
+    for text in pieces if pieces[-1] else pieces[:-1]:
+        expected.append((offset, text.removesuffix(b"\r")))
+        offset += len(text) + 1
+    assert expected == found
+
+
+# Parts of the results --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 60), max_size=30), st.integers(1, 25))
+def test_parts_hold_every_byte_once_in_order_and_none_but_the_last_is_small(
+    sizes: list[int], least: int
+) -> None:
+    by_section = dict(enumerate(sizes))
+
+    made = list(parts(by_section, least))
+
+    told = [
+        each for part in made for each in (part.slices if isinstance(part, Streamed) else [part])
+    ]
+    whole = [(n, at) for n, size in by_section.items() for at in range(size)]
+    assert whole == [(s.section, at) for s in told for at in range(s.first, s.first + s.size)]
+    lengths = [
+        sum(each.size for each in part.slices) if isinstance(part, Streamed) else part.size
+        for part in made
+    ]
+    assert all(length >= least for length in lengths[:-1])
+    assert all(
+        length < 2 * least
+        for part, length in zip(made, lengths, strict=True)
+        if isinstance(part, Streamed)
+    )
+
+
+def test_a_section_above_what_s3_copies_at_once_is_copied_in_pieces() -> None:
+    size = life.MOST_COPY_BYTES + 1
+
+    made = list(parts({0: size}, 5))
+
+    half = size // 2 + 1
+    assert [Copied(0, 0, half), Copied(0, half, size - half)] == made
+
+
+# The batch's life ------------------------------------------------------------------------------------------
+
+
+def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
+    plan = planned(10, b"a\n")
+    batch = life.plan_batch(a_batch(), plan)
+    running = life.begin(batch, NOON + 3)
+    ended = life.end(running, NOON + 5, Tally(succeeded=3), 1, 77)
+
+    assert (Phase.PLANNING, plan, 2) == (batch.phase, batch.plan, batch.version)
+    assert Phase.RUNNING == running.phase
+    assert NOON + 3 + life.WATCH_MS == running.due_at
+    assert (Phase.ENDED, NOON + 5 + life.TELL_MS, NOON + 5, 1, 77) == (
+        ended.phase,
+        ended.due_at,
+        ended.ended_at,
+        ended.duplicates,
+        ended.results_bytes,
+    )
+    assert ended is life.begin(ended, NOON)
+    told = life.tell(ended)
+    assert (True, None) == (told.told, told.due_at)
+
+
+def test_a_batch_is_overdue_a_while_after_its_rows_expired() -> None:
+    late = NOON + 1000 + life.WATCH_MS
+
+    assert [False, True] == [life.is_overdue(a_batch(), at) for at in (late - 1, late)]
+
+
+def test_how_many_rows_there_are_is_estimated_until_the_end() -> None:
+    batch = a_batch()
+
+    assert 0 == batch.rows_expected
+    assert 5 == life.plan_batch(batch, planned(10, b"a\n")).rows_expected
+    assert 9 == a_batch(rows=9).rows_expected
+    assert 7 == life.end(batch, NOON, Tally(succeeded=3, errored=4), 0, 0).rows_expected
+
+
+def test_a_cancel_is_noted_once_and_only_while_the_batch_goes_on() -> None:
+    canceled = life.cancel(a_batch(), NOON + 1)
+
+    assert NOON + 1 == canceled.cancel_initiated_at
+    assert canceled is life.cancel(canceled, NOON + 2)
+    ended = life.end(a_batch(), NOON, Tally(), 0, 0)
+    assert ended is life.cancel(ended, NOON)
+
+
+def test_a_batch_that_cannot_be_run_says_why() -> None:
+    failed = life.fail(a_batch(), NOON, "the file is empty")
+
+    assert (Phase.ENDED, "the file is empty", 1) == (
+        failed.phase,
+        failed.problem,
+        failed.tally.invalid,
+    )
+    assert life.delete(failed).deleted
+
+
+def test_ids_are_those_of_a_repeat() -> None:
+    first = life.file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
+
+    assert first == life.file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
+    assert first != life.file_batch_id("acme", "in/acme/x.jsonl", "etag", "again")
+    assert first != life.named_batch_id("acme", "in/acme/x.jsonl")
+    assert "msgbatch_" + "01" * 16 == life.random_batch_id(b"\x01" * 16)
+    assert life.row_job_id(first, 0) != life.row_job_id(first, 1)
+
+
+def test_everything_of_a_batch_lies_under_its_own_name() -> None:
+    batch = a_batch(name="2026/january")
+
+    assert "out/acme/2026/january/results.jsonl" == batch.results_key
+    assert "out/acme/2026/january/errors.jsonl" == batch.errors_key
+    assert "out/acme/2026/january/summary.json" == batch.summary_key
+    assert {
+        "batches/msgbatch_1/results.jsonl.gz",
+        "batches/msgbatch_1/parts/00000007",
+        "batches/msgbatch_1/chunks/00000007/1-2",
+        "batches/msgbatch_1/sections/000003.index",
+    } == {
+        batch.packed_key,
+        batch.part_key(7),
+        batch.chunk_key(7, "1-2"),
+        batch.section_key(3, "index"),
+    }
+
+
+def test_sums_are_exact_and_say_no_zeros() -> None:
+    total = Tally(succeeded=2, cost_micro_usd=5) + Tally(succeeded=1, expired=1)
+
+    assert {"succeeded": 3, "expired": 1, "cost_micro_usd": 5} == total.as_dict()
+    assert 4 == total.rows
+
+
+# Ranges ----------------------------------------------------------------------------------------------------
+
+
+def a_range(**facts: object) -> RangeState:
+    return replace(RangeState("msgbatch_1", 7, "acme"), **facts)  # type: ignore[arg-type]
+
+
+def test_a_range_is_claimed_by_one_worker_at_a_time() -> None:
+    claimed = life.claim_range(a_range(), "one", NOON, NOON + 60)
+
+    assert ("one", 1, 1, 0) == (claimed.owner, claimed.version, claimed.claims, claimed.losses)
+    with pytest.raises(RangeBusy) as busy:
+        life.claim_range(claimed, "two", NOON + 59, NOON + 100)
+    assert NOON + 60 == busy.value.until
+
+
+def test_a_range_whose_worker_died_counts_it_until_one_of_them_saved_something() -> None:
+    state = life.claim_range(a_range(), "one", NOON, NOON + 1)
+    for number in range(life.LOSSES_WITHOUT_PROGRESS):
+        assert not life.kills_its_workers(state)
+        state = life.claim_range(state, f"next-{number}", state.lease_until, state.lease_until + 1)
+
+    assert life.kills_its_workers(state)
+    saved = life.save_chunk(state, str(state.owner), NOON + 99, "6-1")
+    assert not life.kills_its_workers(saved)
+    assert ("6-1",) == saved.chunks
+
+
+def test_a_released_range_is_anybodys_and_no_loss() -> None:
+    state = life.claim_range(a_range(), "one", NOON, NOON + 60)
+    kept = life.keep_range(state, "one", NOON + 90)
+    released = life.release_range(
+        kept, "one", chunks=["1-1"], not_before=NOON + 5, model="claude-a"
+    )
+    again = life.claim_range(released, "two", NOON + 1, NOON + 61)
+
+    assert NOON + 90 == kept.lease_until
+    assert (None, ("1-1",), NOON + 5, "claude-a") == (
+        released.owner,
+        released.chunks,
+        released.not_before,
+        released.model,
+    )
+    assert (2, 0, None, None) == (again.claims, again.losses, again.not_before, again.model)
+
+
+def test_only_the_owner_writes() -> None:
+    state = life.claim_range(a_range(), "one", NOON, NOON + 60)
+
+    with pytest.raises(LeaseLost):
+        life.keep_range(state, "two", NOON)
+    with pytest.raises(LeaseLost):
+        life.save_chunk(state, "two", NOON, "x")
+    with pytest.raises(LeaseLost):
+        life.release_range(state, "two", chunks=())
+    with pytest.raises(LeaseLost):
+        life.finish_range(state, "two")
+    done = life.finish_range(life.save_chunk(state, "one", NOON, "1-1"), "one")
+    assert (True, None, ()) == (done.done, done.owner, done.chunks)
+
+
+def test_options_say_nothing_unless_told() -> None:
+    assert Options() == a_batch().options

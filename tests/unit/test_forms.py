@@ -1,0 +1,170 @@
+"""Files that have no lines to cut at: what rows they become, and what is said of those that become none."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sluice.domain import forms
+from sluice.domain.batches import MOST_LINE_BYTES, Options
+from sluice.domain.forms import (
+    PROBLEM,
+    BadForm,
+    csv_rows,
+    document_row,
+    ending_of,
+    filled,
+    id_of,
+    unpacked,
+)
+from sluice.domain.rows import CUSTOM_ID
+
+PROMPT = Options(prompt="Summarise: {text}")
+
+
+def in_pieces(body: bytes, size: int) -> Iterator[bytes]:
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
+
+
+def rows(body: bytes, options: Options = PROMPT, size: int = 7) -> list[Any]:
+    return [json.loads(line) for line in csv_rows(in_pieces(body, size), options)]
+
+
+def said(row: Any) -> str:
+    text: str = row["params"]["messages"][0]["content"]
+    return text
+
+
+# Gzip ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=4), st.integers(1, 50))
+def test_gzip_is_unpacked_whatever_the_pieces_and_the_members(
+    members: list[bytes], size: int
+) -> None:
+    packed = b"".join(gzip.compress(member) for member in members)
+
+    assert b"".join(members) == b"".join(unpacked(in_pieces(packed, size)))
+
+
+def test_what_unpacks_to_much_comes_a_little_at_a_time() -> None:
+    packed = gzip.compress(b"x" * 10 * forms.PIECE_BYTES)
+
+    assert max(map(len, unpacked([packed]))) <= forms.PIECE_BYTES
+
+
+def test_a_file_that_unpacks_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "MOST_UNPACKED_BYTES", 1_000)
+
+    with pytest.raises(BadForm, match="unpacks to more than 1,000 bytes"):
+        list(unpacked([gzip.compress(b"x" * 2_000)]))
+
+
+def test_gzip_that_is_broken_or_cut_off_says_so() -> None:
+    with pytest.raises(BadForm, match="the file is not gzip"):
+        list(unpacked([b"\x1f\x8bnothing of the kind"]))
+    with pytest.raises(BadForm, match="ends in the middle"):
+        list(unpacked([gzip.compress(b"x" * 1_000)[:-5]]))
+    assert [] == list(unpacked([]))
+
+
+def test_trailing_zeros_of_a_tape_are_no_member() -> None:
+    with pytest.raises(BadForm, match="not gzip"):
+        list(unpacked([gzip.compress(b"x"), b"\0" * 10]))
+
+
+# CSV -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 5, 1_000])
+def test_each_record_is_a_row_with_the_prompt_filled_in(size: int) -> None:
+    body = '\ufefftext,custom_id\r\n"one, ""two""\nthree",a\r\n\r\nä,b'.encode()
+
+    found = rows(body, size=size)
+
+    assert [("a", 'Summarise: one, "two"\nthree'), ("b", "Summarise: ä")] == [
+        (row["custom_id"], said(row)) for row in found
+    ]
+
+
+def test_without_a_column_for_it_rows_are_numbered() -> None:
+    assert ["row-1", "row-2"] == [row["custom_id"] for row in rows(b"text\nx\ny\n")]
+
+
+def test_a_record_of_another_length_is_a_bad_row_and_no_more() -> None:
+    bad, good = rows(b"text,more\nonly\nx,y\n")
+
+    assert "the record has 1 fields, the first line 2" == bad[PROBLEM]
+    assert "Summarise: x" == said(good)
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "message"),
+    [
+        (b"text\nx\n", Options(), "a CSV file needs a prompt"),
+        (b"", PROMPT, "the file is empty"),
+        (b"other\nx\n", PROMPT, "the prompt asks for 'text'; the columns are other"),
+        (b'text\n"x', PROMPT, "the file is not CSV"),
+        (b"text\n\xff\n", PROMPT, "the file is not UTF-8"),
+    ],
+)
+def test_a_csv_file_that_cannot_become_rows_says_why(
+    body: bytes, options: Options, message: str
+) -> None:
+    with pytest.raises(BadForm, match=message):
+        rows(body, options)
+
+
+def test_a_line_without_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "MOST_LINE_BYTES", 100)
+
+    with pytest.raises(BadForm, match="a line has more than 100 characters"):
+        rows(b"text\n" + b"x" * 500)
+
+
+# Documents -------------------------------------------------------------------------------------------------
+
+
+def test_a_document_goes_up_as_a_block_before_the_prompt() -> None:
+    options = Options(prompt="What does {name} say?")
+
+    row = json.loads(document_row("a/b.md", b"\xef\xbb\xbf# Title", options))
+
+    document, prompt = row["params"]["messages"][0]["content"]
+    assert {"type": "text", "media_type": "text/plain", "data": "# Title"} == document["source"]
+    assert ("document", "a/b.md") == (document["type"], document["title"])
+    assert {"type": "text", "text": "What does a/b.md say?"} == prompt
+
+
+def test_a_pdf_goes_up_as_it_is() -> None:
+    row = json.loads(document_row("x.PDF", b"%PDF-1.7", PROMPT))
+
+    source = row["params"]["messages"][0]["content"][0]["source"]
+    assert {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjc="} == source
+
+
+def test_a_document_that_cannot_go_up_is_a_bad_row() -> None:
+    not_text = json.loads(document_row("x.txt", b"\xff", PROMPT))
+    large = json.loads(document_row("x.txt", b"x" * MOST_LINE_BYTES, PROMPT))
+
+    assert "x.txt is not UTF-8" == not_text[PROBLEM]
+    assert "x.txt makes a request of 8,388," in large[PROBLEM]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "ä/ö ü.md", "x" * 200 + ".pdf"])
+def test_a_documents_name_makes_a_custom_id(name: str) -> None:
+    assert CUSTOM_ID.fullmatch(id_of(name))
+    assert id_of(name) != id_of(name + "x")
+
+
+def test_an_ending_is_that_of_the_name_and_not_of_its_folder() -> None:
+    assert [".md", "", ""] == [ending_of("a.b/C.MD"), ending_of("a.b/c"), ending_of("c")]
+
+
+def test_braces_and_unknown_fields_stay() -> None:
+    assert "{a} x {nobody}" == filled("{{a}} { b } {nobody}", {"b": "x"})

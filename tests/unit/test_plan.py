@@ -1,0 +1,629 @@
+"""From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever comes again."""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sluice import assemble
+from sluice.domain import batches as life
+from sluice.domain.batches import Phase, planned
+from sluice.domain.errors import InputGone, StoreBusy
+from sluice.plan import FILE_MS, BadOptions, read_options
+from tests.bulk_fakes import Bulk, a_row, jsonl
+from tests.fakes import MINUTE, NOON
+
+Make = Callable[..., Bulk]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[Bulk] = []
+
+    def one(*script: Any, **facts: Any) -> Bulk:
+        made.append(Bulk(*script, **facts))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranges a section, so that a few hundred rows make many."""
+    monkeypatch.setattr(life, "RANGES_PER_SECTION", 2)
+
+
+def ids(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["custom_id"] for row in rows]
+
+
+# Arriving --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_a_batch_of_its_tenant_by_its_name(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1)), "2026/january.jsonl")
+
+    batch = bulk.batch
+    assert ("acme", "2026/january", "file") == (batch.tenant, batch.name, batch.source)
+    assert NOON + FILE_MS == batch.expires_at
+    assert Phase.RUNNING == batch.phase
+    assert 1 == len(bulk.queues.ranges)
+
+
+def test_the_object_itself_is_not_read_beyond_a_sample(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(*(a_row(number) for number in range(3_000))))
+
+    reads = [line for line in bulk.gateway.journal if line.startswith("the data bucket: read")]
+    assert ["the data bucket: read in/acme/first.jsonl 0 65536"] == reads
+    assert 30 <= len(bulk.queues.ranges) <= 31
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["out/acme/first/results.jsonl", "in/acme/first.options.json", "in/first.jsonl", "in/a/b/"],
+)
+def test_what_is_no_file_of_a_tenant_is_passed_over(make: Make, key: str) -> None:
+    bulk = make()
+    bulk.objects.put(key, b"{}")
+
+    bulk.planner.arrived(key)
+
+    assert {} == bulk.batches.stored
+    assert [] == bulk.events.problems
+
+
+def test_a_file_of_an_unknown_kind_is_said_and_not_run(make: Make) -> None:
+    bulk = make()
+    bulk.objects.put("in/acme/first.xlsx", b"PK")
+
+    bulk.planner.arrived("in/acme/first.xlsx")
+
+    assert {} == bulk.batches.stored
+    assert ["file of unknown kind"] == bulk.events.problem_names
+
+
+def test_a_file_that_is_gone_already_is_nothing(make: Make) -> None:
+    bulk = make()
+
+    bulk.planner.arrived("in/acme/first.jsonl")
+
+    assert {} == bulk.batches.stored
+
+
+def test_the_same_content_runs_once_however_often_it_is_said(make: Make) -> None:
+    bulk = make()
+    rows = jsonl(a_row(1), a_row(2))
+
+    bulk.upload(rows)
+    bulk.planner.arrived("in/acme/first.jsonl")
+    bulk.drain()
+    bulk.upload(rows)
+    bulk.drain()
+
+    assert 2 == len(bulk.claude.calls)
+    assert ["row-1", "row-2"] == ids(bulk.results())
+
+
+def test_the_same_content_runs_again_when_asked(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1)))
+    bulk.upload(jsonl(a_row(1)), **{"sluice-run": "second"})
+    bulk.drain()
+
+    assert 2 == len(bulk.batches.stored)
+    assert 2 == len(bulk.claude.calls)
+
+
+def test_other_content_under_the_same_name_is_another_batch(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1)))
+    bulk.drain()
+    bulk.upload(jsonl(a_row(2)))
+
+    assert 2 == len(bulk.batches.stored)
+
+
+# Options ---------------------------------------------------------------------------------------------------
+
+
+def test_options_beside_the_file_hold_for_rows_that_say_nothing(make: Make) -> None:
+    bulk = make()
+    options = {"model": "claude-b", "max_tokens": 7, "fallback_models": ["claude-c"]}
+    bulk.objects.put("in/acme/first.options.json", json.dumps(options).encode())
+    row = a_row(1)
+    del row["params"]["model"], row["params"]["max_tokens"]
+
+    bulk.upload(jsonl(row))
+    bulk.drain()
+
+    (call,) = bulk.claude.calls
+    assert ("claude-b", 7) == (call.model, call.request.max_tokens)
+
+
+def test_metadata_wins_over_options_beside_the_file(make: Make) -> None:
+    bulk = make()
+    bulk.objects.put("in/acme/first.options.json", b'{"model": "claude-b", "max_tokens": 7}')
+
+    bulk.upload(
+        jsonl({"custom_id": "a", "params": {"messages": []}}),
+        **{"sluice-model": "claude-c", "sluice-max-tokens": "9", "sluice-fallback-models": "x, y"},
+    )
+
+    options = bulk.batch.options
+    assert ("claude-c", 9, ("x", "y")) == (
+        options.model,
+        options.max_tokens,
+        options.fallback_models,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (b"{", "in/acme/first.options.json is not JSON"),
+        (b"[]", "in/acme/first.options.json is no JSON object"),
+        (b'{"modle": "x"}', "options: 'modle' is not one of anthropic_beta,"),
+        (b'{"max_tokens": 0}', "options: max_tokens cannot be 0"),
+        (b'{"model": ""}', 'options: model cannot be ""'),
+        (b'{"fallback_models": "a"}', 'options: fallback_models cannot be "a"'),
+        (b'{"deadline": "tomorrow"}', 'options: deadline cannot be "tomorrow"'),
+        (b'{"deadline": "2026-12-24T18:00:00"}', "options: deadline cannot be"),
+        (b'{"deadline": 5}', "options: deadline cannot be 5"),
+        (b" " * 300_000, "in/acme/first.options.json has more than"),
+    ],
+)
+def test_options_that_cannot_be_used_end_the_batch_with_a_reason(
+    make: Make, options: bytes, problem: str
+) -> None:
+    bulk = make()
+    bulk.objects.put("in/acme/first.options.json", options)
+
+    bulk.upload(jsonl(a_row(1)))
+
+    assert Phase.ENDED == bulk.batch.phase
+    assert (bulk.batch.problem or "").startswith(problem)
+    assert bulk.errors()[0]["error"]["message"].startswith(problem)
+    assert [] == bulk.claude.calls
+
+
+def test_a_deadline_ends_what_was_not_begun(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1)), **{"sluice-deadline": "2026-11-20T12:30:00Z"})
+
+    assert NOON + 30 * MINUTE == bulk.batch.expires_at == bulk.batch.options.deadline
+
+
+def test_options_are_read_or_refused() -> None:
+    assert ("a",) == read_options({"fallback_models": ["a"]}).fallback_models
+    with pytest.raises(BadOptions):
+        read_options({"max_tokens": True})
+
+
+# Files that cannot be run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"", "the file is empty"),
+        (b"\xef\xbb\xbf", "the file is empty"),
+        (b"\n \n", "the file is empty"),
+        (jsonl(a_row(1)).decode().encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        (b"PK\x03\x04...", "the file is a ZIP archive; upload the JSONL itself, or gzip it"),
+    ],
+)
+def test_a_file_that_as_a_whole_cannot_be_run_says_why(
+    make: Make, body: bytes, problem: str
+) -> None:
+    bulk = make()
+
+    bulk.upload(body)
+    bulk.drain()
+
+    assert problem == bulk.batch.problem == bulk.summary()["problem"]
+    assert [problem] == [error["error"]["message"] for error in bulk.errors()]
+    assert [] == bulk.results()
+
+
+def test_a_file_that_changed_before_it_was_planned_says_so(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 100)
+    with pytest.raises(StoreBusy):
+        bulk.add(jsonl(a_row(1)))
+    bulk.batches.stored["msgbatch_1"] = replace(bulk.batch, plan=None)
+    bulk.objects.put(bulk.batch.input_key, b"other\n")
+
+    bulk.planner.plan("msgbatch_1")
+
+    assert "was deleted or replaced" in (bulk.batch.problem or "")
+
+
+# Files that cannot be cut ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["first.jsonl.gz", "first.jsonl"])
+def test_a_gzipped_file_runs_as_what_it_holds(make: Make, name: str) -> None:
+    bulk = make()
+    rows: list[Any] = [a_row(number) for number in range(250)]
+    rows[100] = b"{broken"
+
+    bulk.upload(gzip.compress(jsonl(*rows)), name)
+    bulk.drain()
+
+    assert [f"row-{n}" for n in range(250) if n != 100] == ids(bulk.results())
+    assert [101] == [error["line"] for error in bulk.errors()]
+    assert ("first", f"in/acme/{name}") == (bulk.batch.name, bulk.summary()["input"])
+
+
+def test_a_broken_gzip_file_says_so(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(gzip.compress(jsonl(a_row(1)))[:-4], "first.jsonl.gz")
+
+    assert "the gzip file ends in the middle; upload it again" == bulk.batch.problem
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_csv_file_runs_under_its_prompt(make: Make, *, packed: bool) -> None:
+    bulk = make()
+    options = {"prompt": "Say {word}", "model": "claude-a", "max_tokens": 5}
+    bulk.objects.put("in/acme/first.options.json", json.dumps(options).encode())
+    body = b'custom_id,word\na,"one\ntwo"\nb,three\nc\n'
+
+    bulk.upload(gzip.compress(body) if packed else body, f"first.csv{'.gz' if packed else ''}")
+    bulk.drain()
+
+    assert ["a", "b", "row-3"] == ids(bulk.results())
+    said = [json.loads(call.request.params)["messages"][0]["content"] for call in bulk.claude.calls]
+    assert ["Say one\ntwo", "Say three"] == said
+    assert "the record has 1 fields" in bulk.errors()[0]["error"]["message"]
+
+
+def test_a_folder_of_documents_runs_when_its_options_arrive(make: Make) -> None:
+    bulk = make()
+    for name, text in (("b.txt", b"B"), ("a.md", b"A"), ("sub/c.pdf", b"%PDF"), ("d.bin", b"D")):
+        bulk.objects.put(f"in/acme/docs/{name}", text)
+        if name != "d.bin":
+            bulk.planner.arrived(f"in/acme/docs/{name}")
+    assert {} == bulk.batches.stored
+    options = {"prompt": "What does {name} say?", "model": "claude-a", "max_tokens": 5}
+
+    bulk.upload(json.dumps(options).encode(), "docs/options.json")
+    bulk.drain()
+
+    assert "docs" == bulk.batch.name
+    contents = [
+        json.loads(call.request.params)["messages"][0]["content"] for call in bulk.claude.calls
+    ]
+    assert [
+        ("a.md", "What does a.md say?"),
+        ("b.txt", "What does b.txt say?"),
+        ("sub/c.pdf", "What does sub/c.pdf say?"),
+    ] == [(document["title"], prompt["text"]) for document, prompt in contents]
+    assert 3 == len(bulk.results())
+
+
+def test_a_folder_runs_again_when_a_document_changed_and_not_otherwise(make: Make) -> None:
+    bulk = make()
+    options = json.dumps({"prompt": "Say", "model": "claude-a", "max_tokens": 5}).encode()
+    bulk.objects.put("in/acme/docs/a.txt", b"A")
+    bulk.upload(options, "docs/options.json")
+    bulk.upload(options, "docs/options.json")
+    assert 1 == len(bulk.batches.stored)
+
+    bulk.objects.put("in/acme/docs/a.txt", b"another")
+    bulk.upload(options, "docs/options.json")
+
+    assert 2 == len(bulk.batches.stored)
+
+
+def test_a_folder_without_a_prompt_says_so(make: Make) -> None:
+    bulk = make()
+    bulk.objects.put("in/acme/docs/a.txt", b"A")
+
+    bulk.upload(b'{"model": "claude-a"}', "docs/options.json")
+
+    assert (bulk.batch.problem or "").startswith('in/acme/docs/options.json needs a "prompt"')
+
+
+def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    bulk.time.pass_seconds(60)
+
+    bulk.planner.plan("msgbatch_1")
+
+    assert Phase.ENDED == bulk.batch.phase
+
+
+# Sending ---------------------------------------------------------------------------------------------------
+
+
+def test_ranges_that_the_queue_did_not_take_are_sent_again(make: Make) -> None:
+    bulk = make()
+    bulk.queues.untaken = [1, 2, 2]
+
+    bulk.upload(jsonl(*(a_row(number) for number in range(400))))
+
+    assert set(range(5)) == {number for _, _, number, _ in bulk.queues.ranges.values()}
+
+
+def test_a_planner_that_died_goes_on_where_it_was_with_the_same_ranges(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.upload(jsonl(*(a_row(number) for number in range(400))))
+    plan = bulk.batch.plan
+
+    bulk.planner.arrived("in/acme/first.jsonl")
+    bulk.drain()
+
+    assert plan == bulk.batch.plan
+    assert 400 == len(bulk.results()) == len(bulk.claude.calls)
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_ranges_whose_messages_were_lost_are_sent_when_they_are_overdue(make: Make) -> None:
+    bulk = make()
+    rows = jsonl(*(a_row(number) for number in range(800)))
+    bulk.add(rows, expires_at=NOON + 60 * MINUTE)
+    bulk.queues.ranges = {
+        name: waiting for name, waiting in bulk.queues.ranges.items() if waiting[2] in {0, 1, 4}
+    }
+    bulk.drain()
+    bulk.planner.plan("msgbatch_1")
+    assert {} == bulk.queues.ranges
+
+    bulk.time.pass_seconds(80 * 60)
+    bulk.planner.plan("msgbatch_1")
+    bulk.drain()
+
+    kinds = Counter(row["result"]["type"] for row in bulk.results())
+    assert {"succeeded": len(bulk.claude.calls), "expired": 800 - len(bulk.claude.calls)} == kinds
+    assert [f"row-{number}" for number in range(800)] == ids(bulk.results())
+    assert ["batch overdue"] == bulk.events.problem_names
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_a_join_whose_message_was_lost_is_sent_again(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(300))))
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+    bulk.queues.joins.clear()
+
+    bulk.planner.plan(bulk.batch.batch_id)
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
+    assert 300 == len(bulk.claude.calls)
+
+
+def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.queues.ranges.clear()
+
+    bulk.planner.again(bulk.batch.batch_id, 0)
+    bulk.drain()
+
+    assert ["row-1"] == ids(bulk.results())
+    assert 1 == bulk.events.counted("DeadLetters")
+    bulk.planner.again(bulk.batch.batch_id, 0)
+    assert {} == bulk.queues.ranges
+
+
+def test_a_batch_nobody_knows_is_passed_over(make: Make) -> None:
+    bulk = make()
+
+    bulk.planner.plan("msgbatch_none")
+    bulk.planner.again("msgbatch_none", 0)
+    bulk.assemble.join("msgbatch_none", 0)
+
+    assert {} == bulk.queues.ranges
+
+
+def test_rows_that_ended_before_the_planner_did_are_not_begun_anew(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.upload(jsonl(a_row(1)))
+    bulk.queues.send_ranges(bulk.batch, [0])
+    bulk.drain()
+
+    bulk.planner.plan(bulk.batch.batch_id)
+
+    assert Phase.ENDED == bulk.batch.phase
+
+
+# Joining ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_results_of_many_sections_are_in_order_and_errors_numbered_through(make: Make) -> None:
+    bulk = make()
+    rows: list[Any] = [a_row(number) for number in range(900)]
+    for number in (3, 250, 251, 777):
+        rows[number] = b"{broken %d" % number
+
+    bulk.upload(jsonl(*rows))
+    bulk.drain()
+
+    assert bulk.batch.plan is not None
+    assert bulk.batch.plan.sections >= 4
+    expected = [f"row-{n}" for n in range(900) if n not in {3, 250, 251, 777}]
+    assert expected == ids(bulk.results())
+    assert [4, 251, 252, 778] == [error["line"] for error in bulk.errors()]
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_a_custom_id_repeated_across_ranges_and_sections_is_found_at_the_end(make: Make) -> None:
+    bulk = make()
+    rows = [a_row(number) for number in range(900)]
+    rows[150] = a_row(5)
+    rows[700] = a_row(5)
+    rows[701] = a_row(300)
+
+    bulk.upload(jsonl(*rows))
+    bulk.drain()
+
+    found = ids(bulk.results())
+    assert 897 == len(found) == len(set(found))
+    assert [(151, "row-5"), (701, "row-5"), (702, "row-300")] == [
+        (error["line"], error["custom_id"]) for error in bulk.errors()
+    ]
+    assert all("succeeded" == error["result"]["type"] for error in bulk.errors())
+    counts = bulk.summary()["counts"]
+    assert (897, 3, 3) == (counts["succeeded"], counts["invalid"], counts["duplicates"])
+    assert 900 * 210 == bulk.summary()["cost_micro_usd"]
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_repeated_custom_ids_are_found_share_by_share(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large batch not all custom_ids are in memory at once."""
+    monkeypatch.setattr(assemble, "ENTRIES_AT_ONCE", 10)
+    bulk = make()
+    rows = [a_row(number % 400) for number in range(800)]
+
+    bulk.upload(jsonl(*rows))
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(400)] == ids(bulk.results())
+    assert 400 == bulk.batch.duplicates
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_joining_again_changes_nothing(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number % 350) for number in range(400))))
+    bulk.drain()
+    before = dict(bulk.objects.stored)
+
+    ended = bulk.batch
+    bulk.assemble.join(ended.batch_id, 0)
+    bulk.batches.stored[ended.batch_id] = replace(ended, phase=Phase.RUNNING)
+    bulk.assemble.join(ended.batch_id, 0)
+
+    changed = {key for key in before if before[key] != bulk.objects.stored[key]}
+    assert {key for key in changed if not key.endswith("summary.json")} == set()
+    assert ended.tally == bulk.batch.tally
+
+
+def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1), a_row(2)))
+    bulk.once()
+    (join,) = bulk.queues.joins
+    bulk.batches.fail_next("groups")
+    with pytest.raises(StoreBusy):
+        bulk.assemble.join(*join)
+
+    bulk.assemble.join(*join)
+
+    assert ["row-1", "row-2"] == ids(bulk.results())
+
+
+def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.once()
+    del bulk.objects.stored[bulk.batch.part_key(0)]
+
+    with pytest.raises(InputGone):
+        bulk.assemble.join(*bulk.queues.joins[0])
+
+
+def test_a_cancel_that_comes_while_results_are_joined_stays_on_record(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.once()
+    stale = bulk.batch
+    bulk.batches.replace(life.cancel(stale, NOON + 7), stale.version)
+    ended = life.end(stale, NOON + 9, stale.tally, 0, 0)
+
+    bulk.assemble._write(stale, ended)  # noqa: SLF001 - the race itself
+
+    assert (Phase.ENDED, NOON + 7) == (bulk.batch.phase, bulk.batch.cancel_initiated_at)
+
+
+def test_small_results_are_kept_gzipped_and_large_ones_are_not(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.drain()
+    assert bulk.batch.packed_key in bulk.objects.stored
+
+    monkeypatch.setattr(assemble, "MOST_PACKED_BYTES", 10)
+    bulk.upload(jsonl(a_row(2)), "second.jsonl")
+    bulk.drain()
+
+    assert 1 == len([key for key in bulk.objects.stored if key.endswith(".gz")])
+
+
+# Telling ---------------------------------------------------------------------------------------------------
+
+
+def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1)))
+    bulk.drain()
+    bulk.assemble.join(bulk.batch.batch_id, 0)
+    bulk.planner.plan(bulk.batch.batch_id)
+
+    assert [("Batch Ended", bulk.summary())] == bulk.notices.told
+    assert bulk.batch.due_at is None
+
+
+def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.once()
+    bulk.notices.fail_next("tell")
+    with pytest.raises(StoreBusy):
+        bulk.assemble.join(*bulk.queues.joins[0])
+
+    bulk.time.pass_seconds(120)
+    (due,) = bulk.batches.due(bulk.time.now(), 10)
+    bulk.planner.plan(due.batch_id)
+
+    assert 1 == len(bulk.notices.told)
+    assert [] == list(bulk.batches.due(bulk.time.now() + 10**9, 10))
+
+
+def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.once()
+    bulk.notices.fail_next("tell")
+    with pytest.raises(StoreBusy):
+        bulk.assemble.join(*bulk.queues.joins[0])
+    ended = bulk.batch
+    bulk.batches.replace(life.delete(ended), ended.version)
+
+    bulk.assemble.tell(ended)
+
+    assert 1 == len(bulk.notices.told)
+    assert bulk.batch.deleted
+
+
+def test_a_plan_is_for_lines_as_long_as_those_of_the_sample() -> None:
+    assert 1 == planned(10, b"0123456789").ranges

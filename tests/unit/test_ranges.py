@@ -1,0 +1,538 @@
+"""Ranges of batches in virtual time: each row is a job, all rows end once, and a dead worker repeats little."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sluice.domain import batches as life
+from sluice.domain.batches import Options
+from sluice.domain.errors import StoreBusy
+from sluice.ports import CallRequest, Received
+from sluice.ranges import AGAIN, AT_ONCE, KEEP_MS, LEASE_MS, SAVE_ROWS, RangePointer
+from tests.bulk_fakes import Bulk, a_row, jsonl
+from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
+
+SERVER_ERROR = refused(500, "api_error", message="boom")
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Bulk]]:
+    made: list[Bulk] = []
+
+    def one(*script: Any, **facts: Any) -> Bulk:
+        made.append(Bulk(*script, **facts))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.close()
+
+
+Make = Callable[..., Bulk]
+
+
+def said(request: CallRequest) -> str:
+    text: str = json.loads(request.params)["messages"][0]["content"]
+    return text
+
+
+def ids(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["custom_id"] for row in rows]
+
+
+# All is well -----------------------------------------------------------------------------------------------
+
+
+def test_every_row_has_its_result_in_the_order_of_the_file(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(*(a_row(number) for number in range(450))))
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(450)] == ids(bulk.results())
+    assert {"type": "succeeded", "message": json.loads(MESSAGE)} == bulk.results()[0]["result"]
+    assert 450 == len(bulk.claude.calls) == len(bulk.ledger.rows)
+    assert [] == bulk.errors()
+    assert [] == bulk.events.errors
+    assert 450 == bulk.events.counted("JobsAccepted")
+
+
+def test_a_row_goes_up_as_it_was_written_with_the_batchs_headers(make: Make) -> None:
+    bulk = make()
+
+    options = Options(anthropic_version="2023-06-01", anthropic_beta="files-api")
+    bulk.add(jsonl(a_row(1, new_field={"a": 1.5})), options=options)
+    bulk.drain()
+
+    (call,) = bulk.claude.calls
+    assert {**a_row(1)["params"], "new_field": {"a": 1.5}} == json.loads(call.request.params)
+    assert ("2023-06-01", "files-api", 100) == (
+        call.request.anthropic_version,
+        call.request.anthropic_beta,
+        call.request.max_tokens,
+    )
+
+
+def test_the_summary_counts_rows_tokens_and_cost(make: Make) -> None:
+    bulk = make()
+    bulk.claude.when = lambda request: (
+        refused(400, "invalid_request_error") if said(request) == "Say 1" else None
+    )
+
+    bulk.upload(jsonl(a_row(0), a_row(1), b"{", a_row(2)))
+    bulk.drain()
+
+    summary = bulk.summary()
+    assert {
+        "lines": 4,
+        "succeeded": 2,
+        "errored": 1,
+        "canceled": 0,
+        "expired": 0,
+        "invalid": 1,
+        "duplicates": 0,
+    } == summary["counts"]
+    assert (20, 40) == (summary["tokens"]["input_tokens"], summary["tokens"]["output_tokens"])
+    assert 420 == summary["cost_micro_usd"]
+    assert "0.000210" == summary["cost_on_batch_lane_usd"]
+    assert 3 == summary["calls"]
+
+
+def test_no_more_rows_than_agreed_are_begun_and_not_saved(make: Make) -> None:
+    bulk = make(latency_ms=30_000)
+
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    bulk.drain()
+
+    assert AT_ONCE // 2 < bulk.claude.most_in_flight <= AT_ONCE
+
+
+# Waiting ---------------------------------------------------------------------------------------------------
+
+
+def test_a_short_wait_is_spent_in_the_invocation(make: Make) -> None:
+    bulk = make(SERVER_ERROR)
+
+    bulk.upload(jsonl(a_row(1), a_row(2)))
+    assert bulk.once()
+    bulk.drain()
+
+    assert ["succeeded", "succeeded"] == [row["result"]["type"] for row in bulk.results()]
+    assert 3 == len(bulk.claude.calls)
+
+
+def test_a_longer_wait_goes_back_to_the_queue_and_keeps_what_is_done(make: Make) -> None:
+    bulk = make()
+    bulk.claude.when = lambda request: (
+        refused(429, "rate_limit_error", retry_after_ms=300_000)
+        if said(request) == "Say 2" and len(bulk.claude.calls) < 3
+        else None
+    )
+
+    bulk.upload(jsonl(a_row(1), a_row(2)))
+    assert not bulk.once()
+
+    assert 250_000 < bulk.queues.delays[-1] <= 310_000
+    (state,) = bulk.batches.ranges.values()
+    assert (None, 0) == (state.owner, state.losses)
+    bulk.drain()
+    assert ["row-1", "row-2"] == ids(bulk.results())
+    assert Counter({"Say 1": 1, "Say 2": 2}) == Counter(
+        said(call.request) for call in bulk.claude.calls
+    )
+
+
+def test_attempts_are_remembered_from_one_invocation_to_the_next(make: Make) -> None:
+    bulk = make(max_attempts=2)
+    failing = refused(500, "api_error", message="boom", retry_after_ms=120_000)
+    bulk.claude.otherwise = failing
+
+    bulk.upload(jsonl(a_row(1)))
+    bulk.drain()
+
+    assert 2 == len(bulk.claude.calls)
+    assert "boom" in json.dumps(bulk.results()[0]["result"]["error"])
+    assert 2 == bulk.summary()["calls"]
+
+
+def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
+    bulk = make(refused(429, "rate_limit_error", retry_after_ms=60 * MINUTE))
+
+    bulk.upload(jsonl(a_row(1)))
+    assert bulk.once()
+
+    assert bulk.queues.next_visible() is None
+    (due,) = (
+        each for each in bulk.batches.due(NOON + 24 * 60 * MINUTE, 10) if each.number is not None
+    )
+    assert (0, "claude-a") == (due.number, due.model)
+    assert due.due_at > NOON + 15 * MINUTE
+
+    async def later() -> None:
+        await asyncio.sleep((due.due_at - bulk.time.now()) / 1000)
+        bulk.queues.send_ranges(bulk.batch, [0])
+
+    bulk.time.run(later())
+    bulk.drain()
+    assert ["succeeded"] == [row["result"]["type"] for row in bulk.results()]
+
+
+def test_rows_of_one_model_do_not_wait_for_those_of_another(make: Make) -> None:
+    bulk = make()
+    bulk.claude.when = lambda request: (
+        refused(429, "rate_limit_error", retry_after_ms=300_000)
+        if request.model == "claude-b"
+        else None
+    )
+
+    bulk.upload(jsonl(*(a_row(n, model=f"claude-{'ab'[n % 2]}") for n in range(10))))
+    bulk.once()
+
+    assert {f"Say {n}" for n in range(0, 10, 2)} == {
+        said(call.request) for call in bulk.claude.answered
+    }
+
+
+def test_a_slot_is_not_held_by_a_row_whose_start_is_far_away(make: Make) -> None:
+    bulk = make()
+    bulk.claude.when = lambda request: (
+        refused(429, "rate_limit_error", retry_after_ms=600_000)
+        if request.model == "claude-b"
+        else None
+    )
+
+    blocked = [a_row(number, model="claude-b") for number in range(AT_ONCE + 10)]
+    bulk.upload(jsonl(*blocked, a_row(1_000)))
+    bulk.once()
+
+    (answered,) = bulk.claude.answered
+    assert "Say 1000" == said(answered.request)
+    assert answered.at - NOON < 5 * SECOND
+
+
+def test_a_row_that_needs_more_time_than_is_left_leaves_the_invocation(make: Make) -> None:
+    bulk = make(latency_ms=50_000)
+
+    bulk.upload(jsonl(*(a_row(number, max_tokens=5_000) for number in range(80))))
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(80)] == ids(bulk.results())
+
+
+# Dying -----------------------------------------------------------------------------------------------------
+
+
+def kill_after(bulk: Bulk, seconds: float) -> None:
+    """Run an invocation and let it die in the middle, without a last word."""
+
+    async def story() -> None:
+        task = asyncio.ensure_future(bulk.invoke())
+        await asyncio.sleep(seconds)
+        for each in asyncio.all_tasks() - {asyncio.current_task()}:
+            each.cancel()
+        # Nothing it writes while it is torn down may count: a dead process writes nothing.
+        stores = (bulk.batches, bulk.objects, bulk.queues, bulk.ledger)
+        for store in stores:
+            store.break_down("replace_range")
+            store.break_down("put")
+            store.break_down("put_back")
+            store.break_down("record")
+        with suppress(asyncio.CancelledError, StoreBusy):
+            await task
+        for store in stores:
+            store.mend()
+
+    bulk.time.run(story())
+
+
+def test_a_worker_that_dies_repeats_only_what_it_had_not_saved(make: Make) -> None:
+    bulk = make(latency_ms=1_000)
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+
+    kill_after(bulk, 2.6)
+    before = len(bulk.claude.calls)
+    bulk.drain()
+
+    calls = Counter(said(call.request) for call in bulk.claude.calls)
+    again = sum(count - 1 for count in calls.values())
+    assert before > SAVE_ROWS
+    assert 0 < again <= AT_ONCE
+    assert [f"row-{number}" for number in range(100)] == ids(bulk.results())
+    assert "range taken over" in bulk.events.problem_names
+
+
+def test_calls_that_may_repeat_others_are_named_in_the_ledger(make: Make) -> None:
+    bulk = make(latency_ms=1_000)
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+
+    kill_after(bulk, 2.6)
+    named_before = {row.note for row in bulk.ledger.rows.values()}
+    bulk.drain()
+
+    noted = [row for row in bulk.ledger.rows.values() if row.note == AGAIN]
+    assert {None} >= named_before
+    calls = Counter(said(call.request) for call in bulk.claude.calls)
+    repeated = sum(count - 1 for count in calls.values())
+    assert repeated <= len(noted) <= 100
+
+
+def test_a_range_killed_three_times_still_ends_whole(make: Make) -> None:
+    bulk = make(latency_ms=700)
+    bulk.upload(jsonl(*(a_row(number) for number in range(300))))
+
+    for seconds in (1.7, 2.3, 1.1):
+        due = bulk.queues.next_visible()
+        assert due is not None
+
+        async def until_due(due: int = due) -> None:
+            await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
+
+        bulk.time.run(until_due())
+        kill_after(bulk, seconds)
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
+
+
+def test_a_dead_workers_range_is_visible_and_free_within_a_minute(make: Make) -> None:
+    bulk = make(latency_ms=60_000)
+    bulk.upload(jsonl(a_row(1)))
+
+    kill_after(bulk, 50)
+
+    due = bulk.queues.next_visible()
+    (state,) = bulk.batches.ranges.values()
+    assert due is not None
+    assert state.lease_until < due <= bulk.time.now() + 60 * SECOND
+
+
+def test_a_range_that_kills_every_worker_ends_with_errors(make: Make) -> None:
+    bulk = make(latency_ms=30_000)
+    bulk.upload(jsonl(a_row(1), a_row(2)))
+
+    for _ in range(life.LOSSES_WITHOUT_PROGRESS + 1):
+        due = bulk.queues.next_visible()
+        assert due is not None
+
+        async def until_due(due: int = due) -> None:
+            await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
+
+        bulk.time.run(until_due())
+        kill_after(bulk, 5)
+    bulk.drain()
+
+    assert ["errored", "errored"] == [row["result"]["type"] for row in bulk.results()]
+    assert "5 workers in a row died" in json.dumps(bulk.results())
+
+
+def test_two_workers_never_run_one_range(make: Make) -> None:
+    bulk = make(latency_ms=5_000)
+    bulk.upload(jsonl(a_row(1), a_row(2)))
+
+    async def story() -> list[bool]:
+        pointer = bulk.queues.receive()
+        assert pointer is not None
+        first = asyncio.ensure_future(bulk.invoke(pointer=pointer))
+        await asyncio.sleep(1)
+        second = await bulk.invoke(pointer=pointer)
+        return [await first, second]
+
+    assert [True, False] == bulk.time.run(story())
+    assert 2 == len(bulk.claude.calls)
+
+
+def test_a_worker_that_lost_its_range_stops_and_writes_nothing(make: Make) -> None:
+    bulk = make(latency_ms=200_000)
+    bulk.upload(jsonl(a_row(1)))
+
+    async def story() -> bool:
+        task = asyncio.ensure_future(bulk.invoke())
+        await asyncio.sleep(5)
+        ((name, state),) = bulk.batches.ranges.items()
+        taken = replace(state, owner="another", version=state.version + 1)
+        bulk.batches.ranges[name] = taken
+        done = await task
+        assert taken == bulk.batches.ranges[name]
+        return done
+
+    assert not bulk.time.run(story())
+    assert 1 == len(bulk.claude.stopped)
+    assert "range lost" in bulk.events.problem_names
+    assert not [key for key in bulk.objects.stored if "/parts/" in key]
+
+
+def test_the_lease_is_kept_during_a_long_call(make: Make) -> None:
+    bulk = make(latency_ms=10 * MINUTE)
+    bulk.upload(jsonl(a_row(1, max_tokens=20_000)))
+
+    assert bulk.once()
+
+    assert 1 == len(bulk.claude.answered)
+    assert len(bulk.queues.delays) >= 10 * MINUTE // KEEP_MS - 1
+    assert LEASE_MS > 2 * KEEP_MS
+
+
+def test_a_busy_store_delays_saving_and_loses_nothing(make: Make) -> None:
+    bulk = make(latency_ms=100)
+    bulk.upload(jsonl(*(a_row(number) for number in range(60))))
+    bulk.objects.fail_next("put", 3)
+
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(60)] == ids(bulk.results())
+    assert 60 == len(bulk.claude.calls)
+
+
+# Ending early ----------------------------------------------------------------------------------------------
+
+
+def test_a_canceled_batch_makes_no_more_calls_and_keeps_what_it_has(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(250))))
+
+    bulk.once()
+    bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+    bulk.drain()
+
+    kinds = Counter(row["result"]["type"] for row in bulk.results())
+    assert 250 == sum(kinds.values())
+    assert len(bulk.claude.calls) == kinds["succeeded"] > 0
+    assert kinds["canceled"] == bulk.events.counted("JobsCanceled") > 0
+
+
+def test_a_cancel_stops_calls_under_way(make: Make) -> None:
+    bulk = make(latency_ms=10 * MINUTE)
+    bulk.upload(jsonl(*(a_row(number, max_tokens=20_000) for number in range(3))))
+
+    async def story() -> bool:
+        task = asyncio.ensure_future(bulk.invoke())
+        await asyncio.sleep(5)
+        bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+        return await task
+
+    assert bulk.time.run(story())
+    bulk.drain()
+    assert ["canceled"] * 3 == [row["result"]["type"] for row in bulk.results()]
+    assert bulk.time.now() < NOON + MINUTE
+    assert 3 == len(bulk.claude.stopped)
+
+
+def test_rows_that_were_not_begun_in_time_expire(make: Make) -> None:
+    bulk = make(refused(429, "rate_limit_error", retry_after_ms=120_000))
+
+    bulk.add(jsonl(a_row(1), a_row(2)), expires_at=NOON + MINUTE)
+    bulk.drain()
+
+    assert "expired" in {row["result"]["type"] for row in bulk.results()}
+
+
+def test_a_deadline_of_the_batchs_own_comes_before_its_expiry(make: Make) -> None:
+    bulk = make(SERVER_ERROR, jitter=0.9)
+
+    bulk.add(jsonl(a_row(1)), options=Options(deadline=NOON + SECOND))
+    bulk.drain()
+
+    assert {"type": "expired"} == bulk.results()[0]["result"]
+
+
+def test_a_row_moves_to_its_fallback_model(make: Make) -> None:
+    bulk = make(refused(529, "overloaded_error"))
+
+    bulk.add(jsonl(a_row(1)), options=Options(fallback_models=("claude-b",)))
+    bulk.drain()
+
+    assert ["claude-a", "claude-b"] == [call.model for call in bulk.claude.calls]
+
+
+# Bad input -------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_reported_by_line_and_good_ones_run(make: Make) -> None:
+    bulk = make()
+    rows: list[Any] = [a_row(number) for number in range(230)]
+    rows[7] = b"{broken"
+    rows[110] = b"\xff\xfe"
+    rows[220] = {"custom_id": "not this one!", "params": {}}
+    rows[221] = b""
+    rows[229] = {"custom_id": "row-229", "params": {"model": "claude-a"}}
+
+    bulk.upload(jsonl(*rows))
+    bulk.drain()
+
+    assert [8, 111, 221, 230] == [error["line"] for error in bulk.errors()]
+    offsets = [error["offset"] for error in bulk.errors()]
+    assert offsets == sorted(offsets)
+    data = bulk.objects.stored["in/acme/first.jsonl"]
+    assert all(offset == 0 or data[offset - 1] == ord("\n") for offset in offsets)
+    assert 225 == len(bulk.claude.calls)
+    assert "errored" == bulk.results()[-1]["result"]["type"]
+
+
+def test_line_ends_byte_order_marks_and_a_missing_last_line_end_do_no_harm(make: Make) -> None:
+    bulk = make()
+    body = b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(a_row(n)).encode() for n in range(150))
+
+    bulk.upload(body)
+    bulk.drain()
+
+    assert [f"row-{number}" for number in range(150)] == ids(bulk.results())
+    assert [] == bulk.errors()
+
+
+def test_a_custom_id_that_stands_twice_in_a_range_is_called_once(make: Make) -> None:
+    bulk = make()
+
+    bulk.upload(jsonl(a_row(1), a_row(2), a_row(1)))
+    bulk.drain()
+
+    assert ["row-1", "row-2"] == ids(bulk.results())
+    assert 2 == len(bulk.claude.calls)
+    (error,) = bulk.errors()
+    assert (3, "row-1") == (error["line"], error["custom_id"])
+
+
+def test_a_file_that_is_replaced_while_it_runs_says_so(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(200))))
+
+    bulk.once()
+    bulk.objects.put("in/acme/first.jsonl", jsonl(a_row("other")))
+    bulk.drain()
+
+    assert "was deleted or replaced while the batch ran" in bulk.errors()[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize("number", [0, 99])
+def test_a_message_for_no_range_is_buried(make: Make, number: int) -> None:
+    bulk = make()
+    if number:
+        bulk.upload(jsonl(a_row(1)))
+    name = bulk.batch.batch_id if number else "msgbatch_none"
+    pointer = RangePointer(Received("stray", "", "", None), name, number)
+
+    assert bulk.time.run(bulk.invoke(pointer=pointer))
+
+    assert ["no such range"] == [reason for _, reason in bulk.queues.buried]
+
+
+def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
+    """Before its batch ended the section is counted once; afterwards nothing is left to do."""
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+
+    bulk.once()
+    bulk.queues.send_ranges(bulk.batch, [0])
+    bulk.once()
+    assert 2 == len(bulk.queues.joins)
+    bulk.drain()
+    bulk.queues.send_ranges(bulk.batch, [0])
+    bulk.once()
+
+    assert 1 == len(bulk.claude.calls)
+    assert 1 == bulk.summary()["counts"]["succeeded"]

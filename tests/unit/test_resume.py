@@ -1,0 +1,147 @@
+"""Ranges that wait outside their queue come back at a pace, and no batch stands still for good."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from sluice.domain.batches import Phase
+from sluice.domain.errors import StoreBusy
+from sluice.resume import Resume, Resumed
+from tests.bulk_fakes import Bulk, a_row, jsonl
+from tests.fakes import MINUTE, NOON, VirtualClock, answer, refused
+
+LONG = refused(429, "rate_limit_error", retry_after_ms=60 * MINUTE)
+NEVER = NOON + 10**9
+
+
+@pytest.fixture
+def bulk() -> Iterator[Bulk]:
+    made = Bulk()
+    yield made
+    made.close()
+
+
+def resume(bulk: Bulk) -> Resume:
+    return Resume(
+        bulk.batches,
+        bulk.batches,
+        bulk.queues,
+        bulk.gateway.limits,
+        {"claude-a": "a", "claude-b": "b"},
+        VirtualClock(bulk.time),
+        bulk.events,
+    )
+
+
+def later(bulk: Bulk, minutes: float) -> None:
+    async def story() -> None:
+        await asyncio.sleep(minutes * 60)
+
+    bulk.time.run(story())
+
+
+def park(bulk: Bulk, rows: int) -> None:
+    """Have every range of a file wait outside the queue."""
+    bulk.claude.otherwise = LONG
+    bulk.upload(jsonl(*(a_row(number) for number in range(rows))))
+    for _ in range(-(-rows // 100) + 1):
+        if bulk.queues.next_visible() is not None:
+            bulk.once()
+    assert bulk.queues.next_visible() is None
+    # The batch itself, which is looked after from time to time, is another story.
+    bulk.batches.held[bulk.batch.batch_id, None] = NEVER + 1
+
+
+def test_a_range_comes_back_when_its_time_has_come(bulk: Bulk) -> None:
+    park(bulk, 3)
+    assert Resumed() == resume(bulk)(NEVER)
+
+    later(bulk, 61)
+    assert Resumed(1, 1, 0) == resume(bulk)(NEVER)
+    bulk.claude.otherwise = answer()
+    bulk.drain()
+
+    assert 3 == bulk.summary()["counts"]["succeeded"]
+    assert Resumed() == resume(bulk)(NEVER)
+
+
+def test_a_range_is_sent_once_by_two_sweeps_at_once(bulk: Bulk) -> None:
+    park(bulk, 3)
+    later(bulk, 61)
+    (due,) = bulk.batches.due(bulk.time.now(), 10)
+    bulk.batches.hold(due, bulk.time.now() + MINUTE)
+
+    assert not resume(bulk)._send(due, 0)  # noqa: SLF001 - the race itself
+    assert {} == bulk.queues.ranges
+
+
+def test_what_the_queue_does_not_take_is_due_again(bulk: Bulk) -> None:
+    park(bulk, 3)
+    later(bulk, 61)
+    bulk.queues.untaken = [0]
+
+    assert Resumed(1, 0, 0) == resume(bulk)(NEVER)
+    assert Resumed() == resume(bulk)(NEVER)
+    later(bulk, 3)
+    assert Resumed(1, 1, 0) == resume(bulk)(NEVER)
+
+
+def test_ranges_come_back_no_faster_than_their_rows_can_start(bulk: Bulk) -> None:
+    park(bulk, 1_500)
+    waiting = len(bulk.batches.due(NEVER, 100))
+    later(bulk, 61)
+    # What the first 429s left of a group without limits of its own: some 60 rows a minute.
+    bulk.gateway.limits.stored.clear()
+
+    first = resume(bulk)(NEVER)
+
+    assert waiting > 10
+    assert (waiting, 1) == (first.due, first.ranges)
+
+
+def test_a_sweep_stops_when_its_time_is_over(bulk: Bulk) -> None:
+    park(bulk, 3)
+    later(bulk, 61)
+
+    assert Resumed(1, 0, 0) == resume(bulk)(bulk.time.now())
+
+
+def test_a_batch_that_was_not_planned_is_looked_at_again(bulk: Bulk) -> None:
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.upload(jsonl(a_row(1)))
+    later(bulk, 21)
+
+    assert Resumed(1, 0, 1) == resume(bulk)(NEVER)
+
+    bulk.planner.plan(bulk.queues.plans.pop())
+    bulk.drain()
+    assert Phase.ENDED == bulk.batch.phase
+
+
+def test_a_batch_past_its_time_is_looked_at_until_it_ends(bulk: Bulk) -> None:
+    bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    bulk.queues.ranges.clear()
+    later(bulk, 30)
+
+    assert Resumed(1, 0, 1) == resume(bulk)(NEVER)
+    assert Resumed() == resume(bulk)(NEVER)
+    bulk.planner.plan(bulk.queues.plans.pop())
+    later(bulk, 21)
+    assert Resumed(1, 0, 1) == resume(bulk)(NEVER)
+    bulk.planner.plan(bulk.queues.plans.pop())
+    bulk.drain()
+    assert ["expired"] == [row["result"]["type"] for row in bulk.results()]
+    later(bulk, 60)
+    assert Resumed() == resume(bulk)(NEVER)
+
+
+def test_a_batch_taken_by_another_sweep_is_left_to_it(bulk: Bulk) -> None:
+    bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    later(bulk, 30)
+    (due,) = bulk.batches.due(bulk.time.now(), 10)
+    bulk.batches.hold(due, bulk.time.now() + MINUTE)
+
+    assert not resume(bulk)._look_at(due)  # noqa: SLF001 - the race itself
+    assert [] == bulk.queues.plans

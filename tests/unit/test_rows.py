@@ -1,0 +1,275 @@
+"""Rows: what a line may look like, what is said of one that cannot be used, and how results are written."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sluice.domain.batches import MOST_LINE_BYTES, Options, Tally
+from sluice.domain.jobs import Attempt, Job, JobError, State
+from sluice.domain.pricing import Usage
+from sluice.domain.rows import (
+    BadRow,
+    Line,
+    Record,
+    Row,
+    bad_row_records,
+    error_line,
+    errored_line,
+    job_record,
+    lines,
+    missing_bytes,
+    numbered,
+    read_row,
+    result_line,
+)
+from tests.fakes import NOON, a_job
+
+PARAMS = {"model": "claude-a", "max_tokens": 10, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def line(text: bytes | object, **facts: object) -> Line:
+    body = text if isinstance(text, bytes) else json.dumps(text).encode()
+    return replace(Line(0, 100, body), **facts)  # type: ignore[arg-type]
+
+
+def read(text: bytes | object, options: Options = Options()) -> Row | BadRow | None:  # noqa: B008 - frozen
+    return read_row(line(text), options)
+
+
+# Reading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"custom_id": "a", "params": PARAMS},
+        {"custom_id": "a", "body": PARAMS},
+        {"custom_id": "a", "method": "POST", "url": "/v1/messages", "body": PARAMS},
+        {"custom_id": "a", "params": {**PARAMS, "stream": False}},
+    ],
+)
+def test_both_shapes_of_a_batch_item_are_understood(item: object) -> None:
+    assert Row("a", PARAMS) == read(item)
+
+
+def test_a_row_may_have_a_deadline_and_fallbacks_of_its_own() -> None:
+    more = {"deadline": "2026-11-20T13:00:00+01:00", "fallback_models": ["claude-b"]}
+
+    row = read({"custom_id": "a", "params": PARAMS, **more})
+
+    assert Row("a", PARAMS, NOON, ("claude-b",)) == row
+
+
+@pytest.mark.parametrize("text", [b"", b"  ", b"\r", b"\xef\xbb\xbf"])
+def test_a_blank_line_is_nothing(text: bytes) -> None:
+    assert read(text) is None
+
+
+def test_a_byte_order_mark_before_a_row_is_passed_over() -> None:
+    text = b"\xef\xbb\xbf" + json.dumps({"custom_id": "a", "params": PARAMS}).encode() + b" \r"
+
+    assert Row("a", PARAMS) == read(text)
+
+
+def test_the_batchs_options_hold_where_the_row_says_nothing() -> None:
+    bare = {"messages": PARAMS["messages"]}
+    options = Options(model="claude-b", max_tokens=7, system="Be brief.")
+
+    row = read({"custom_id": "a", "params": {**bare, "max_tokens": 9}}, options)
+
+    expected = {"model": "claude-b", "max_tokens": 9, "system": "Be brief.", **bare}
+    assert Row("a", expected) == row
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "the line is not JSON: Expecting property name enclosed in double quotes at column"),
+        (b"\xff\xfe{", "the line is not UTF-8; save the file as UTF-8"),
+        (b'{"custom_id": "\\ud800"}', "the line has half a character; save the file as UTF-8"),
+        (b'{"a": NaN}', "the line is not usable JSON: NaN is not JSON"),
+        (b"[" * 100_000, "the line is not usable JSON: "),
+        (b"[1]", "the line is no JSON object; a line is "),
+        ({"params": PARAMS}, "custom_id: Field required"),
+        ({"custom_id": "a b", "params": PARAMS}, 'custom_id: "a b" does not match ^[a-zA-Z0-9_-]'),
+        ({"custom_id": 7, "params": PARAMS}, "custom_id: 7 does not match"),
+        ({"custom_id": "a" * 65, "params": PARAMS}, "custom_id: "),
+    ],
+)
+def test_a_line_without_a_usable_custom_id_is_an_error_only(text: object, message: str) -> None:
+    bad = read(text)
+
+    assert isinstance(bad, BadRow)
+    assert bad.message.startswith(message)
+    assert bad.custom_id is None
+    (record,) = bad_row_records(line(b"", number=4), bad)
+    assert ("E", 100, 4, Tally(invalid=1)) == (
+        record.kind,
+        record.offset,
+        record.line,
+        record.tally,
+    )
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({}, "params: Field required"),
+        ({"params": []}, "params: Input should be a valid dictionary"),
+        ({"url": "/v1/complete", "body": {}}, 'method and url: "POST" "/v1/complete" is not POST'),
+        ({"method": "GET", "body": {}}, 'method and url: "GET" "/v1/messages" is not POST'),
+        ({"params": {**PARAMS, "stream": True}}, "stream: streaming is not supported in a batch"),
+        ({"params": PARAMS, "deadline": "soon"}, "deadline: must be RFC 3339 text with a time"),
+        ({"params": PARAMS, "deadline": 5}, "deadline: must be RFC 3339 text with a time zone"),
+        ({"params": PARAMS, "deadline": "2026-11-20T13:00"}, "deadline: must be RFC 3339"),
+        ({"params": PARAMS, "fallback_models": "x"}, "fallback_models: Input should be a valid"),
+        ({"params": PARAMS, "sluice_problem": "too few fields"}, "too few fields"),
+        ({"params": {}}, "model: Field required"),
+        ({"params": {"model": 7}}, "model: Input should be a valid string"),
+        ({"params": {"model": ""}}, "model: Input should be a valid string"),
+        ({"params": {"model": "a"}}, "max_tokens: Field required"),
+        ({"params": {"model": "a", "max_tokens": "1"}}, "max_tokens: Input should be a valid int"),
+        ({"params": {"model": "a", "max_tokens": True}}, "max_tokens: Input should be a valid int"),
+        ({"params": {"model": "a", "max_tokens": 0}}, "max_tokens: must be greater than 0 in a"),
+        ({"params": {"model": "a", "max_tokens": 1}}, "messages: Field required"),
+    ],
+)
+def test_a_row_with_a_custom_id_has_an_errored_result_as_well(
+    item: dict[str, object], message: str
+) -> None:
+    bad = read({"custom_id": "a", **item})
+
+    assert isinstance(bad, BadRow)
+    assert bad.message.startswith(message)
+    result, error = bad_row_records(line(b""), bad)
+    assert ("R", Tally(errored=1)) == (result.kind, result.tally)
+    assert {
+        "type": "errored",
+        "error": {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": bad.message},
+            "request_id": None,
+        },
+    } == json.loads(result.body)["result"]
+    assert ("E", Tally()) == (error.kind, error.tally)
+    assert "a" == json.loads(error.body)["custom_id"]
+
+
+def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory() -> None:
+    data = b"short\n" + b"x" * (MOST_LINE_BYTES + 1) + b"\nafter\n"
+
+    short, long, after = lines(data, 0, len(data), 0)
+
+    assert (b"short", b"after") == (short.text, after.text)
+    assert long.too_long
+    assert len(long.text) < 1_000
+    bad = read_row(long, Options())
+    assert isinstance(bad, BadRow)
+    assert f"the line has more than {MOST_LINE_BYTES:,} bytes" == bad.message
+
+
+def test_the_end_of_a_line_above_the_limit_is_not_searched_for() -> None:
+    size = 10 * MOST_LINE_BYTES
+    data = b"x" * (MOST_LINE_BYTES + 1)
+
+    assert 1 == missing_bytes(data[:-1], 0, 10, 0, size)
+    assert 0 == missing_bytes(data, 0, 10, 0, size)
+
+
+# Results ---------------------------------------------------------------------------------------------------
+
+
+def ended(state: State, **facts: Any) -> Job:
+    return a_job(custom_id="a", state=state, **facts)
+
+
+def test_a_result_has_claudes_message_as_it_came_on_one_line() -> None:
+    text = result_line("a", ended(State.SUCCEEDED), '{\n  "id": "msg_1",\r\n"new_field": 1.50}')
+
+    assert "\n" not in text
+    assert '"new_field": 1.50' in text
+    assert {"type": "succeeded", "message": {"id": "msg_1", "new_field": 1.5}} == json.loads(text)[
+        "result"
+    ]
+
+
+@pytest.mark.parametrize("state", [State.CANCELED, State.EXPIRED])
+def test_a_row_that_never_ran_says_so(state: State) -> None:
+    text = result_line("a", ended(state), None)
+
+    assert {"custom_id": "a", "result": {"type": state.value}} == json.loads(text)
+
+
+def test_an_errored_result_has_upstreams_reason_and_request_id() -> None:
+    attempt = Attempt(1, "claude-a", 0, request_id="req_1")
+    error = JobError("invalid_request_error", "messages: no", 400)
+    job = ended(State.ERRORED, error=error, attempts=(attempt,))
+
+    result = json.loads(result_line("a", job, None))["result"]
+
+    assert "errored" == result["type"]
+    assert {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": "messages: no"},
+        "request_id": "req_1",
+    } == result["error"]
+
+
+def test_a_reason_of_our_own_goes_by_a_name_that_clients_know() -> None:
+    own = json.loads(errored_line("a", JobError("attempts_used_up", "5 attempts failed")))
+    none = json.loads(result_line("a", ended(State.ERRORED), None))
+
+    assert ("api_error", "5 attempts failed") == tuple(own["result"]["error"]["error"].values())
+    assert "api_error" == none["result"]["error"]["error"]["type"]
+
+
+def test_a_record_travels_as_a_line() -> None:
+    record = Record("R", 7, 3, "a", Tally(succeeded=1, output_tokens=5), '{"x":\t"y"}')
+
+    assert record == Record.decoded(record.encoded())
+
+
+def test_an_ended_job_goes_into_the_sums() -> None:
+    used = Usage(input_tokens=3, output_tokens=4, web_search_requests=1)
+    job = ended(
+        State.SUCCEEDED,
+        usage=used,
+        cost_micro_usd=10,
+        attempts=(Attempt(1, "claude-a", 0), Attempt(2, "claude-a", 0)),
+    )
+
+    record = job_record(2, 50, job, "{}", 5)
+
+    assert (
+        Tally(
+            succeeded=1,
+            calls=2,
+            input_tokens=3,
+            output_tokens=4,
+            cost_micro_usd=10,
+            other_lane_micro_usd=5,
+        )
+        == record.tally
+    )
+    assert ("R", 50, 2, "a") == (record.kind, record.offset, record.line, record.custom_id)
+    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, 0).tally
+
+
+def test_an_error_gets_its_line_number_when_it_is_known() -> None:
+    (record,) = bad_row_records(line(b""), BadRow("bad"))
+
+    assert {
+        "line": 12,
+        "offset": 100,
+        "error": {"type": "invalid_request_error", "message": "bad"},
+    } == json.loads(numbered(record.body, 12))
+
+
+def test_an_answer_that_was_paid_for_is_not_lost_with_its_row() -> None:
+    result = result_line("a", ended(State.SUCCEEDED), '{"id":"msg_1"}')
+
+    error = json.loads(error_line(7, "twice", "a", result))
+
+    assert {"type": "succeeded", "message": {"id": "msg_1"}} == error["result"]

@@ -1,0 +1,117 @@
+"""Files through the API: in parts, past us, into the tenant's own place, and a batch at the end."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from sluice import uploads
+from sluice.domain.errors import InvalidRequest
+from sluice.uploads import Uploads
+from tests.bulk_fakes import Bulk, MemoryLinks, a_row, jsonl
+
+ROWS = jsonl(a_row(1), a_row(2))
+
+
+@pytest.fixture
+def bulk() -> Iterator[Bulk]:
+    made = Bulk()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def links(bulk: Bulk) -> MemoryLinks:
+    return MemoryLinks(bulk.objects)
+
+
+@pytest.fixture
+def door(bulk: Bulk, links: MemoryLinks) -> Uploads:
+    return Uploads("acme", bulk.objects, links, bulk.planner)
+
+
+def test_a_file_in_parts_becomes_a_batch(
+    door: Uploads, links: MemoryLinks, bulk: Bulk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "PART_BYTES", 100)
+    begun = door.begin("2026/reviews.jsonl", len(ROWS), {"model": "claude-b"})
+    etags = {
+        part: links.send(begun.upload_id, part, ROWS[100 * (part - 1) : 100 * part])
+        for part in range(1, begun.parts + 1)
+    }
+
+    batch = door.complete("2026/reviews.jsonl", begun.upload_id, etags)
+    again = door.complete("2026/reviews.jsonl", begun.upload_id, etags)
+
+    assert (-(-len(ROWS) // 100), 100) == (begun.parts, begun.part_bytes)
+    assert begun.links.keys() == etags.keys()
+    assert batch == again == bulk.batch
+    assert ("2026/reviews", "claude-b") == (batch.name, batch.options.model)
+    bulk.planner.arrived(batch.input_key)
+    bulk.drain()
+    assert 2 == len(bulk.results())
+
+
+def test_options_of_an_earlier_file_of_that_name_do_not_hold(door: Uploads, bulk: Bulk) -> None:
+    door.begin("reviews.jsonl", 10, {"model": "claude-b"})
+
+    door.begin("reviews.jsonl", 10, {})
+
+    assert b"{}" == bulk.objects.stored["in/acme/reviews.options.json"]
+
+
+def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:
+    begun = door.begin("huge.jsonl", 5 * 1024**4, {})
+
+    assert begun.parts <= uploads.MOST_PARTS
+    assert uploads.LINKS_AT_ONCE == len(begun.links)
+
+
+def test_more_links_come_a_hundred_at_a_time(door: Uploads) -> None:
+    begun = door.begin("huge.jsonl", 10**12, {})
+
+    assert range(101, 201) == range(*_ends(door.links("huge.jsonl", begun.upload_id, 101, 200)))
+    for first, last in ((0, 5), (5, 4), (1, 101), (9_999, 10_001)):
+        with pytest.raises(InvalidRequest, match="are not up to 100 parts"):
+            door.links("huge.jsonl", begun.upload_id, first, last)
+
+
+def _ends(links: object) -> tuple[int, int]:
+    numbers = sorted(links)  # type: ignore[call-overload]
+    return numbers[0], numbers[-1] + 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "../other/x.jsonl", "/x.jsonl", "a//b.jsonl", "x.exe", "x", ".x.jsonl"),
+        *("a b.jsonl", "é.jsonl", "x" * 600 + ".jsonl"),
+    ],
+)
+def test_a_name_stays_in_the_tenants_own_place(door: Uploads, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="name: "):
+        door.begin(name, 10, {})
+    with pytest.raises(InvalidRequest, match="name: "):
+        door.complete(name, "upload-1", {1: "etag"})
+
+
+def test_what_cannot_be_an_upload_is_refused_before_it_begins(
+    door: Uploads, links: MemoryLinks
+) -> None:
+    with pytest.raises(InvalidRequest, match="bytes: 0 is not from 1"):
+        door.begin("x.jsonl", 0, {})
+    with pytest.raises(InvalidRequest, match="options: 'modle' is not one of"):
+        door.begin("x.jsonl", 10, {"modle": "x"})
+    assert {} == links.going
+    with pytest.raises(InvalidRequest, match="parts: List should have at least 1 item"):
+        door.complete("x.jsonl", "upload-1", {})
+    with pytest.raises(InvalidRequest, match="InvalidPart"):
+        door.complete("x.jsonl", "upload-1", {1: "etag"})
+
+
+def test_an_aborted_upload_is_forgotten(door: Uploads, links: MemoryLinks) -> None:
+    begun = door.begin("x.jsonl", 10, {})
+
+    door.abort("x.jsonl", begun.upload_id)
+    door.abort("x.jsonl", begun.upload_id)
+
+    assert {} == links.going
