@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
 from sluice.messages import batch_messages
@@ -12,17 +12,13 @@ from sluice.ranges import RangePointer
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
 
-SAFETY_MS: Final = 15_000
-"""What remains of the invocation for writing down what came, after the last call must have ended."""
-
 # One loop for the life of the environment: pooled connections belong to the loop they were opened on.
 _loop = asyncio.new_event_loop()
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Run each range (the mapping sends one); report those that are not done."""
-    remaining = context.get_remaining_time_in_millis()
-    stop_at = wiring.CLOCK.now() + remaining - min(SAFETY_MS, remaining // 4)
+    stop_at = wiring.stop_at(context.get_remaining_time_in_millis())
     failures = []
     before = wiring.aws_calls()
     try:

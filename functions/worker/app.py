@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
 from sluice.messages import received
@@ -11,18 +11,13 @@ from sluice.messages import received
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
 
-SAFETY_MS: Final = 15_000
-"""What remains of the invocation for writing down what came, after the last call must have ended."""
-
 # One loop for the life of the environment: pooled connections belong to the loop they were opened on.
 _loop = asyncio.new_event_loop()
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Run a batch; report the messages that are not done, each with its own visibility."""
-    remaining = context.get_remaining_time_in_millis()
-    # Short time-outs keep a share of their time, so that a test's two seconds are enough to work in.
-    stop_at = wiring.CLOCK.now() + remaining - min(SAFETY_MS, remaining // 4)
+    stop_at = wiring.stop_at(context.get_remaining_time_in_millis())
     messages = received(event["Records"])
     wiring.hold_while_starting(messages)
     try:

@@ -740,6 +740,21 @@ def test_an_empty_queue_is_told_with_the_next_block(crew: Crew) -> None:
     crew.play(story)
 
 
+def test_an_empty_queue_is_entered_as_of_when_it_was_seen(crew: Crew) -> None:
+    """It may have filled by the time something is written."""
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        await crew.call(limiter)
+        limiter.drained()
+        await asyncio.sleep(60)
+        await crew.call(limiter)
+
+    crew.play(story)
+
+    assert crew.group.drained_at <= NOON + 2 * SECOND
+
+
 # Trouble with the store ------------------------------------------------------------------------------------
 
 

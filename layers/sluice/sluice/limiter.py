@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
     DIMENSIONS,
-    DRAINED_MS,
     MOST_CHARS_PER_TOKEN,
     UNUSED,
     Cost,
@@ -294,6 +293,7 @@ class Limiter:
         self._name = f"{int(jitter() * 2**48):012x}"
         """Tells this worker's writes from others'."""
         self._events = events
+        self._drained_at = 0
         self._books: dict[str, _Books] = {}
         self._waiters: list[_Waiter] = []
         self._wake = asyncio.Event()
@@ -432,15 +432,14 @@ class Limiter:
     ) -> None:
         """Stop the whole group until a time: a 429, or a spend cap."""
         empty = {dimension for dimension, seen in headers.seen.items() if seen.remaining == 0}
-        change = partial(
-            _blocked,
-            until=until,
-            reason=reason,
-            by=" ".join(filter(None, (admission.claimant.key_id, request_id))),
-            ramp=ramp,
-            overdrawn=empty == {"output_tokens"},
+        by = " ".join(filter(None, (admission.claimant.key_id, request_id)))
+        overdrawn = empty == {"output_tokens"}
+        self._react(
+            admission,
+            lambda group, now: block(
+                group, until, reason, now, by=by, ramp=ramp, overdrawn=overdrawn
+            ),
         )
-        self._react(admission, change)
 
     def recall(self, admission: Admission) -> None:
         """Take back the start times of a call's group, from all workers: its key is no longer accepted."""
@@ -448,10 +447,7 @@ class Limiter:
 
     def drained(self) -> None:
         """Note that nobody waits behind the jobs in hand."""
-        now = self._clock.now()
-        for books in self._books.values():
-            if now - books.group.drained_at > DRAINED_MS // 2:
-                books.changes.append(drained)
+        self._drained_at = self._clock.now()
 
     def failed(self, admission: Admission, circuit: str) -> None:
         """Count a failure of a model or an endpoint against its breaker."""
@@ -792,7 +788,8 @@ class Limiter:
             new = observe(new, Observation(at, headers.seen, self._pending(books, at)), now)
         for change in parcel.changes:
             new = change(new, now)
-        return new
+        # As of when it was seen: by the time of this write somebody may wait again.
+        return drained(new, self._drained_at)
 
     def _tell(self, before: Group, after: Group, now: int) -> None:
         if after.blocked_until > max(now, before.blocked_until):
@@ -842,10 +839,6 @@ def _is_news(after: Group, before: Group) -> bool:
 
 def _open(group: Group) -> set[str]:
     return {name for name, breaker in group.circuits.items() if breaker.is_open}
-
-
-def _blocked(group: Group, now: int, **facts: Any) -> Group:
-    return block(group, now=now, **facts)
 
 
 def _too_few(starts: Sequence[int], waiting: Sequence[_Waiter], now: int) -> bool:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aws_lambda_powertools import Logger
 
@@ -48,11 +48,26 @@ from sluice.work import LEASE_MS, Rules, Tools, Worker
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_secretsmanager import SecretsManagerClient
+    from mypy_boto3_sqs import SQSClient
 
     from sluice.ports import Answers, CallBooks, Inbox, JobRecords, Received, Requests
     from sluice.ranges import RunRange
 
 CLOCK = SystemClock()
+
+
+SAFETY_MS: Final = 15_000
+"""What remains of an invocation for writing down what came, after the last call must have ended."""
+
+
+def stop_at(remaining_ms: int) -> int:
+    """Return when calls of an invocation that lasts so much longer must have ended (epoch milliseconds).
+
+    Short time-outs keep a share of their time, so that a test's two seconds are enough to work in.
+    """
+    return CLOCK.now() + remaining_ms - min(SAFETY_MS, remaining_ms // 4)
 
 
 @cache
@@ -85,8 +100,23 @@ def _dynamodb() -> DynamoDBClient:
 
 
 @cache
+def _s3() -> S3Client:
+    return aws.s3()
+
+
+@cache
+def _sqs() -> SQSClient:
+    return aws.sqs()
+
+
+@cache
+def _secrets_manager() -> SecretsManagerClient:
+    return aws.secrets_manager()
+
+
+@cache
 def _objects() -> Objects:
-    return Objects(aws.s3(), settings().data_bucket)
+    return Objects(_s3(), settings().data_bucket)
 
 
 @cache
@@ -121,13 +151,13 @@ def _ledger() -> DynamoLedger:
 @cache
 def client_keys() -> DynamoClientKeys:
     """Return who may submit."""
-    pepper = SecretText(aws.secrets_manager(), settings().pepper_secret, CLOCK)
+    pepper = SecretText(_secrets_manager(), settings().pepper_secret, CLOCK)
     return DynamoClientKeys(_dynamodb(), settings().client_keys_table, pepper, CLOCK)
 
 
 @cache
 def _queue() -> SqsQueue:
-    return SqsQueue(aws.sqs(), settings().jobs_queue_url, model_groups())
+    return SqsQueue(_sqs(), settings().jobs_queue_url, model_groups())
 
 
 @cache
@@ -155,7 +185,7 @@ def batches() -> DynamoBatches:
 
 @cache
 def _batch_queues() -> SqsBatchQueues:
-    return SqsBatchQueues(aws.sqs(), settings().batches_queue_url, settings().ranges_queue_url)
+    return SqsBatchQueues(_sqs(), settings().batches_queue_url, settings().ranges_queue_url)
 
 
 @cache
@@ -166,7 +196,7 @@ def assemble() -> Assemble:
 
 def hidden(message: Received) -> Hidden:
     """Keep a message of the batches queue hidden while it is worked on."""
-    return Hidden(aws.sqs(), settings().batches_queue_url, message)
+    return Hidden(_sqs(), settings().batches_queue_url, message)
 
 
 @cache
@@ -177,7 +207,7 @@ def plan_batch() -> PlanBatch:
 
 def uploads_of(tenant: str) -> Uploads:
     """Return one tenant's uploads."""
-    links = Links(aws.s3(), settings().data_bucket, LINK_SECONDS)
+    links = Links(_s3(), settings().data_bucket, LINK_SECONDS)
     return Uploads(tenant, _objects(), links, plan_batch())
 
 
@@ -202,12 +232,12 @@ def take_dead_letter() -> TakeDeadLetter:
 
 @cache
 def _pool_history() -> SecretHistory:
-    return SecretHistory(aws.secrets_manager(), settings().key_pool_secret, CLOCK)
+    return SecretHistory(_secrets_manager(), settings().key_pool_secret, CLOCK)
 
 
 @cache
 def _key_pool() -> SecretKeyPool:
-    return SecretKeyPool(SecretText(aws.secrets_manager(), settings().key_pool_secret, CLOCK))
+    return SecretKeyPool(SecretText(_secrets_manager(), settings().key_pool_secret, CLOCK))
 
 
 @cache
@@ -244,7 +274,7 @@ def sweep() -> Sweep:
 
 @cache
 def _inbox() -> SqsInbox:
-    return SqsInbox(aws.sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url)
+    return SqsInbox(_sqs(), settings().jobs_queue_url, settings().dead_letters_queue_url)
 
 
 def hold_while_starting(messages: Sequence[Received]) -> None:
@@ -275,7 +305,7 @@ def run_range() -> RunRange:
     desk = Desk(_ledger(), prices(), CLOCK)
     threads = Threads()
     returns = SqsInbox(
-        aws.sqs(),
+        _sqs(),
         settings().ranges_queue_url,
         settings().range_dead_letters_queue_url,
         "the ranges queue",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws, job_records
-from sluice.adapters.dynamodb import put_if
+from sluice.adapters.dynamodb import change_if_due, put_if
 from sluice.domain.batches import (
     Batch,
     Options,
@@ -206,21 +206,8 @@ class DynamoBatches:
 
     def _if_due(self, due: DueRange, change: str, values: Item) -> bool:
         part = BATCH if due.number is None else _range_part(due.number)
-        try:
-            aws.patiently(
-                WHAT,
-                self._client.update_item,
-                TableName=self._table,
-                Key={"batch_id": {"S": due.batch_id}, "part": {"S": part}},
-                UpdateExpression=change,
-                ConditionExpression="due_at = :seen",
-                ExpressionAttributeValues={":seen": {"N": str(due.due_at)}, **values},
-            )
-        except ClientError as error:
-            if aws.code(error) != "ConditionalCheckFailedException":
-                raise
-            return False
-        return True
+        key: Item = {"batch_id": {"S": due.batch_id}, "part": {"S": part}}
+        return change_if_due(self._client, self._table, key, due.due_at, change, values, WHAT)
 
     # Items -----------------------------------------------------------------------------------------------------
 

@@ -168,22 +168,11 @@ class DynamoJobs:
         ]
 
     def _if_due(self, due: Due, change: str, values: Item) -> bool:
-        """Change when a job is due if it is still due when it was; the job record itself stays untouched."""
-        try:
-            aws.patiently(
-                "the jobs table",
-                self._client.update_item,
-                TableName=self._table,
-                Key={"job_id": {"S": due.job_id}},
-                UpdateExpression=change,
-                ConditionExpression="due_at = :seen",
-                ExpressionAttributeValues={":seen": {"N": str(due.due_at)}, **values},
-            )
-        except ClientError as error:
-            if aws.code(error) != "ConditionalCheckFailedException":
-                raise
-            return False
-        return True
+        """Change when a job is due; the job record itself stays untouched."""
+        key: Item = {"job_id": {"S": due.job_id}}
+        return change_if_due(
+            self._client, self._table, key, due.due_at, change, values, "the jobs table"
+        )
 
     def _put(self, job: Job, condition: str, values: Item) -> None:
         item = job_records.encode(job, self._retention_days)
@@ -486,6 +475,33 @@ class DynamoClientKeys:
 def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(values), size):
         yield values[start : start + size]
+
+
+def change_if_due(  # noqa: PLR0913, PLR0917 - one conditional write
+    client: DynamoDBClient,
+    table: str,
+    key: Item,
+    due_at: int,
+    change: str,
+    values: Item,
+    what: str,
+) -> bool:
+    """Change an item that is still due when it was; False when it has gone on."""
+    try:
+        aws.patiently(
+            what,
+            client.update_item,
+            TableName=table,
+            Key=key,
+            UpdateExpression=change,
+            ConditionExpression="due_at = :seen",
+            ExpressionAttributeValues={":seen": {"N": str(due_at)}, **values},
+        )
+    except ClientError as error:
+        if aws.code(error) != "ConditionalCheckFailedException":
+            raise
+        return False
+    return True
 
 
 def put_if(  # noqa: PLR0913, PLR0917 - one conditional write

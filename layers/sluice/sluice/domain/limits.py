@@ -15,7 +15,6 @@ Times are epoch milliseconds. Clocks of different workers may differ by seconds:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
@@ -50,6 +49,7 @@ SHRINK_TO: Final = 70
 """Percent of a guessed limit that remain after a 429."""
 
 SAME_EVENT_MS: Final = 500
+"""A block that ends so little later than the present one is the same, seen by another worker."""
 
 CORRECT_EVERY_MS: Final = 1_000
 """A correction needs this long to show in the headers; a second one before that would count it twice."""
@@ -294,8 +294,10 @@ def loaded(group: Group, limits: Iterable[tuple[str, int]], now: int) -> Group:
     changed = group
     for dimension in DIMENSIONS:
         bucket = group.bucket(dimension)
-        limit = min(known.get(dimension, bucket.limit), group.stated.get(dimension, sys.maxsize))
-        if bucket.learned or dimension not in known or bucket.limit == limit:
+        if bucket.learned or dimension not in known:
+            continue
+        limit = min(known[dimension], group.stated.get(dimension, known[dimension]))
+        if bucket.limit == limit:
             continue
         # How much it can save up is not known: a second's worth, until an answer shows more.
         capacity = _least_capacity(dimension, limit)
@@ -681,7 +683,7 @@ def block(  # noqa: PLR0913 - the facts of one 429
     output of calls under way stands in the way, which is our own and known; the rate stays.
     """
     group = advanced(group, now)
-    # Waits are whole seconds: a few hundred milliseconds more are the same event, seen by another worker.
+    # Waits are whole seconds, so workers that see one event name times a little apart.
     if group.blocked_until > now and until <= group.blocked_until + SAME_EVENT_MS:
         return group
     if group.blocked_until <= now and not group.requests.learned:
@@ -708,9 +710,9 @@ def block(  # noqa: PLR0913 - the facts of one 429
     )
 
 
-def drained(group: Group, now: int) -> Group:
-    """Note that the queue was found empty."""
-    return replace(group, drained_at=max(now, group.drained_at))
+def drained(group: Group, at: int) -> Group:
+    """Note that the queue was found empty at a time."""
+    return group if at <= group.drained_at else replace(group, drained_at=at)
 
 
 def recalled(group: Group, now: int) -> Group:
