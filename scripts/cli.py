@@ -15,9 +15,10 @@ import typer
 
 from scripts import cli_batches, cli_stack, terminal
 from scripts.cli_errors import CommandFailed, GatewayRefused
+from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, gateway_at
 
 if TYPE_CHECKING:
-    from scripts.client import Gateway
+    pass
 
 DEFAULT_MODEL = "claude-haiku-5-5"
 DEFAULT_MAX_TOKENS = 1024
@@ -40,11 +41,6 @@ app = typer.Typer(
 )
 local_app = typer.Typer(no_args_is_help=True, help="The whole of Sluice on this machine.")
 
-Url = Annotated[
-    str | None, typer.Option("--url", envvar="SLUICE_URL", help="Address of the gateway.")
-]
-Key = Annotated[str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Client key.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API gives it.")]
 JobState = Literal["queued", "running", "succeeded", "errored", "canceled", "expired"]
 FinalState = Literal["succeeded", "errored", "canceled", "expired"]
 
@@ -88,14 +84,8 @@ def submit(  # noqa: PLR0913 - a command line has options
             allow_dash=True,
         ),
     ] = None,
-    deadline: Annotated[
-        str | None,
-        typer.Option("--deadline", help="Give up after this: 90m, 2h, 1d or 2026-12-24T18:00:00Z."),
-    ] = None,
-    fallback_model: Annotated[
-        list[str] | None,
-        typer.Option("--fallback-model", help="When the model is overloaded. May be repeated."),
-    ] = None,
+    deadline: Deadline = None,
+    fallback_model: FallbackModels = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option("--metadata", help="name=value, kept with the jobs. May be repeated."),
@@ -146,7 +136,7 @@ def submit(  # noqa: PLR0913 - a command line has options
         is_prompt=prompt is not None,
     )
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(_gateway(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key))
         if prompt is None:
             lines: Iterable[bytes] = cleanup.enter_context(terminal.lines_of(file))
         else:
@@ -171,7 +161,7 @@ def get(
     key: Key = None,
 ) -> None:
     """Show one job: state, attempts, cost, and the answer or the error."""
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         job = gateway.job(job_id)
     if as_json:
         terminal.print_json(job)
@@ -212,7 +202,7 @@ def results(
         missing.append(job_id)
 
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(_gateway(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key))
         sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
         ids = job_ids or (
             job["id"] for job in gateway.newest(state) if job["state"] in FINAL_STATES
@@ -240,7 +230,7 @@ def list_jobs(
     key: Key = None,
 ) -> None:
     """List jobs, the newest first."""
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         jobs = list(islice(gateway.newest(state, limit), limit))
     if as_json:
         terminal.print_json({"data": jobs})
@@ -264,7 +254,7 @@ def cancel(
     from concurrent.futures import ThreadPoolExecutor
 
     failed = False
-    with _gateway(url, key) as gateway, ThreadPoolExecutor(CANCELS_IN_FLIGHT) as pool:
+    with gateway_at(url, key) as gateway, ThreadPoolExecutor(CANCELS_IN_FLIGHT) as pool:
 
         def canceled(job_id: str) -> str | GatewayRefused:
             try:
@@ -311,7 +301,7 @@ def usage(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Show calls, tokens and cost."""
     named = {"from": from_day, "to": to_day, "group_by": group_by and group_by.replace(" ", "")}
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         used = gateway.usage({name: value for name, value in named.items() if value})
     if as_json:
         terminal.print_json(used)
@@ -324,7 +314,7 @@ def usage(  # noqa: PLR0913 - a command line has options
 @app.command()
 def limits(*, as_json: AsJson = False, url: Url = None, key: Key = None) -> None:
     """Show the limit groups: what Claude allows per minute, as learned from its answers."""
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         groups = gateway.limits()
     if as_json:
         terminal.print_json({"data": groups})
@@ -406,12 +396,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _gateway(url: str | None, key: str | None) -> "Gateway":
-    from scripts.client import Gateway
-
-    return Gateway(url, key, on_wait=terminal.say)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import typer
 
 from scripts import terminal
 from scripts.cli_errors import CommandFailed
+from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, gateway_at
 
 if TYPE_CHECKING:
     from scripts.client import Gateway, Json
@@ -25,11 +26,6 @@ batches_app = typer.Typer(
     no_args_is_help=True, help="Batches: files, and what the SDKs' batches calls made."
 )
 
-Url = Annotated[
-    str | None, typer.Option("--url", envvar="SLUICE_URL", help="Address of the gateway.")
-]
-Key = Annotated[str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Client key.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API gives it.")]
 BatchId = Annotated[str, typer.Argument(help="The batch's id.")]
 Out = Annotated[Path | None, typer.Option("--out", help="File to write. Default: standard output.")]
 
@@ -62,14 +58,8 @@ def upload(  # noqa: PLR0913 - a command line has options
             "--prompt", help="For a CSV file: what to ask, with {column} where a field goes."
         ),
     ] = None,
-    deadline: Annotated[
-        str | None,
-        typer.Option("--deadline", help="Give up after this: 90m, 2h, 1d or 2026-12-24T18:00:00Z."),
-    ] = None,
-    fallback_model: Annotated[
-        list[str] | None,
-        typer.Option("--fallback-model", help="When the model is overloaded. May be repeated."),
-    ] = None,
+    deadline: Deadline = None,
+    fallback_model: FallbackModels = None,
     again: Annotated[
         str | None,
         typer.Option(
@@ -103,7 +93,7 @@ def upload(  # noqa: PLR0913 - a command line has options
     options = {option: value for option, value in asked.items() if value}
     good = True
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(_gateway(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key))
         sink = cleanup.enter_context(terminal.written_to(out)) if out else None
         batch = bucket().upload(gateway, file, name or file.name, options, _told)
         terminal.say(f"{file} is {batch['id']}")
@@ -129,7 +119,7 @@ def list_batches(
     key: Key = None,
 ) -> None:
     """List batches, the newest first."""
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         batches = list(islice(gateway.newest_batches(limit), limit))
     if as_json:
         terminal.print_json({"data": batches})
@@ -152,7 +142,7 @@ def show_batch(
     key: Key = None,
 ) -> None:
     """Show one batch: rows done, cost, and when it will probably end."""
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         batch = _waited_for(gateway, batch_id) if wait else gateway.batch(batch_id)
     if as_json:
         terminal.print_json(batch)
@@ -175,7 +165,7 @@ def batch_results(
 ) -> None:
     """Fetch the results of a batch that has ended, in the order of its rows."""
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(_gateway(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key))
         sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
         _write(gateway, batch_id, "errors" if errors else "results", sink)
 
@@ -183,7 +173,7 @@ def batch_results(
 @batches_app.command("cancel")
 def cancel_batch(batch_id: BatchId, *, url: Url = None, key: Key = None) -> None:
     """Cancel a batch. What was answered stays; calls under way are stopped."""
-    with _gateway(url, key) as gateway:
+    with gateway_at(url, key) as gateway:
         canceled = gateway.cancel_batch(batch_id)
     typer.echo(f"{batch_id} {canceled['processing_status']}")
 
@@ -245,9 +235,3 @@ def _texts(gateway: "Gateway", batch_id: str, kind: str) -> Iterator[str]:
 def _told(sent: int, size: int) -> None:
     if size > 64 * 1024 * 1024:
         terminal.say(f"{sent / 1e6:,.0f} of {size / 1e6:,.0f} MB sent")
-
-
-def _gateway(url: str | None, key: str | None) -> "Gateway":
-    from scripts.client import Gateway
-
-    return Gateway(url, key, on_wait=terminal.say)
