@@ -123,10 +123,11 @@ class Batch:
         until = min(now, self.expires_at)
         if self.cancel_initiated_at is not None:
             until = min(until, self.cancel_initiated_at)
+        if until < self.starts_at:
+            return 0
         if until >= self.finishes_at:
             return self.total
-        elapsed = max(0, until - self.starts_at)
-        return elapsed * self.total // (self.finishes_at - self.starts_at)
+        return (until - self.starts_at) * self.total // (self.finishes_at - self.starts_at)
 
     def advance(self, now: int, end: Ending, most: int) -> int:
         """End the requests that are due, at most so many, and the batch after its last; count."""

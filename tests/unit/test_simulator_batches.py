@@ -158,6 +158,16 @@ def test_a_batch_is_worked_off_evenly_and_in_the_ledger_as_it_goes() -> None:
     assert claude.stats()["queued_requests"] == 2
 
 
+def test_a_batch_that_takes_no_time_still_waits_for_its_start() -> None:
+    claude = Claude(batches={"seconds": None, "items_per_second": None, "start_seconds": 5})
+    batch = claude.create(requests(4))
+    claude.after(4)
+    assert claude.shown(batch)["processing_status"] == "in_progress"
+    claude.after(1)
+    assert claude.shown(batch)["processing_status"] == "ended"
+    assert types(claude.results(batch)) == {"succeeded": 4}
+
+
 def test_the_pace_is_kept_when_only_so_many_are_done_at_once() -> None:
     claude = Claude(batches={"seconds": 0})
     batch = claude.create(requests(7))
