@@ -1279,6 +1279,24 @@ def test_a_finish_is_retried_until_the_store_takes_it(make: Make) -> None:
     assert 1 == len(gateway.ledger.rows)
 
 
+@pytest.mark.parametrize(
+    ("receives", "seconds"), [(1, 8), (19, 8), (20, 15), (100, 240), (200, 900), (999, 900)]
+)
+def test_a_store_that_stays_busy_is_left_alone_for_longer_but_earlier_snoozes_hardly_count(
+    make: Make, receives: int, seconds: int
+) -> None:
+    """A job whose worker was killed, and that had been snoozed before, once waited six minutes (make chaos)."""
+    gateway = make(a_job())
+    gateway.jobs.break_down("replace")
+    (message,) = gateway.queue.hand_over()
+
+    gateway.time.run(
+        gateway.invoke(messages=[replace(message, receive_count=receives)], minutes=14)
+    )
+
+    assert [("job_1", seconds)] == [(job, -(-ms // 1_000)) for job, ms in gateway.queue.delays]
+
+
 @pytest.mark.parametrize(("store", "verb"), [("jobs", "replace"), ("results", "put")])
 def test_an_answer_that_cannot_be_stored_in_time_is_in_the_ledger(
     make: Make, store: str, verb: str

@@ -86,6 +86,9 @@ as an invocation takes new messages: so the fewest workers there may be (2) hold
 LINGER_MS: Final = 15_000
 """An invocation that can start nothing lasts so long, and no longer."""
 
+GROWS_EVERY: Final = 20
+"""Receives after which the pause of a fault that lasts is doubled."""
+
 LEAST_WINDOW_MS: Final = 60_000
 SLOW_TOKENS_PER_SECOND: Final = 25
 """A pace almost every answer keeps: a call starts only if `max_tokens` at this pace would fit the time left."""
@@ -144,7 +147,11 @@ class PutBack:
 
     delay_ms: int
     grows: bool = False
-    """Doubled with every receive: a fault that lasts must not use up the queue's 1,000 receives in an afternoon."""
+    """Doubled with every 20 receives: a fault that lasts must not use up the queue's 1,000 receives in an afternoon.
+
+    Not sooner, because most receives were for other reasons: a job that was snoozed ten times and then met one refused
+    read would wait for minutes.
+    """
     leaves: bool = False
     """This invocation has too little time left for it, however long it waits."""
 
@@ -427,8 +434,8 @@ class _Batch:
             if isinstance(disposition, Done):
                 done(message)
                 return
-            doublings = min(message.receive_count - 1, 10) if disposition.grows else 0
-            delay = min(disposition.delay_ms << max(0, doublings), LONGEST_DELAY_MS)
+            doublings = message.receive_count // GROWS_EVERY if disposition.grows else 0
+            delay = min(disposition.delay_ms << min(doublings, 10), LONGEST_DELAY_MS)
             if disposition.leaves or not self._stays(delay):
                 latest = self._held.pop(message.message_id, message)
                 self._to_put_back.append((latest, self.tools.clock.now() + delay))
