@@ -15,7 +15,7 @@ import typer
 
 from scripts import cli_batches, cli_stack, terminal
 from scripts.cli_errors import CommandFailed, GatewayRefused
-from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, gateway_at
+from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, Webhook, gateway_at
 
 if TYPE_CHECKING:
     pass
@@ -90,6 +90,7 @@ def submit(  # noqa: PLR0913 - a command line has options
         list[str] | None,
         typer.Option("--metadata", help="name=value, kept with the jobs. May be repeated."),
     ] = None,
+    webhook: Webhook = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option(
@@ -107,8 +108,8 @@ def submit(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Submit jobs from a file, or one job from --prompt.
 
-    Prints the job ids. --deadline, --fallback-model and --metadata are for jobs that bring none of
-    their own. Lines that are no job and jobs the gateway rejects are reported with their line
+    Prints the job ids. --deadline, --fallback-model, --metadata and --webhook are for jobs that bring
+    none of their own. Lines that are no job and jobs the gateway rejects are reported with their line
     number after all others were sent; the exit code is then 1, as it is when --wait ends with a job
     that did not succeed.
     """
@@ -128,6 +129,8 @@ def submit(  # noqa: PLR0913 - a command line has options
         defaults["fallback_models"] = fallback_model
     if metadata:
         defaults["metadata"] = dict(_pair(text) for text in metadata)
+    if webhook:
+        defaults["webhook"] = webhook
     submission = Submission(
         run_key=idempotency_key or f"run-{uuid.uuid4().hex}",
         defaults=defaults,
@@ -309,6 +312,13 @@ def usage(  # noqa: PLR0913 - a command line has options
     from scripts import show
 
     show.console().print(show.usage_table(used))
+
+
+@app.command("webhook-secret")
+def webhook_secret(*, url: Url = None, key: Key = None) -> None:
+    """Print the secret that your webhooks are signed with, for a Standard Webhooks library."""
+    with gateway_at(url, key) as gateway:
+        print(gateway.webhook_secret())
 
 
 @app.command()

@@ -14,7 +14,7 @@ import typer
 
 from scripts import terminal
 from scripts.cli_errors import CommandFailed
-from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, gateway_at
+from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, Webhook, gateway_at
 
 if TYPE_CHECKING:
     from scripts.client import Gateway, Json
@@ -60,6 +60,7 @@ def upload(  # noqa: PLR0913 - a command line has options
     ] = None,
     deadline: Deadline = None,
     fallback_model: FallbackModels = None,
+    webhook: Webhook = None,
     again: Annotated[
         str | None,
         typer.Option(
@@ -88,6 +89,7 @@ def upload(  # noqa: PLR0913 - a command line has options
         "prompt": prompt,
         "deadline": deadline_at(deadline, datetime.now(UTC)) if deadline else None,
         "fallback_models": fallback_model,
+        "webhook": webhook,
         "run": again,
     }
     options = {option: value for option, value in asked.items() if value}

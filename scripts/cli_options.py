@@ -23,6 +23,10 @@ FallbackModels = Annotated[
     typer.Option("--fallback-model", help="When the model is overloaded. May be repeated."),
 ]
 
+Webhook = Annotated[
+    str | None, typer.Option("--webhook", help="An https address that is told of the end.")
+]
+
 
 def gateway_at(url: str | None, key: str | None) -> "Gateway":
     """Returns the gateway of these options; raises CommandFailed where they are missing."""

@@ -157,6 +157,10 @@ class Gateway:
         """Returns every limit group the gateway knows."""
         return self._rows(self._call("GET", "/limits"))
 
+    def webhook_secret(self) -> str:
+        """Returns what this tenant's webhooks are signed with."""
+        return str(self._call("GET", "/webhooks/secret")["secret"])
+
     def _send(self, path: str, body: object) -> Json:
         headers = {"content-type": "application/json"}
         return self._call("POST", path, content=json.dumps(body).encode(), headers=headers)

@@ -14,7 +14,7 @@ from sluice.assemble import Assemble
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.plan import PlanBatch
-from sluice.ports import BatchPage, DueRange, Received, Stored
+from sluice.ports import BatchPage, DueRange, Notice, Received, Stored
 from sluice.ranges import Desk, RangePointer, RangeTools, RowRequests, RunRange
 from sluice.work import Tools, Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
@@ -275,11 +275,11 @@ class MemoryNotices(Fragile):
 
     def __init__(self, journal: list[str] | None = None) -> None:
         super().__init__(journal)
-        self.told: list[tuple[str, Mapping[str, object]]] = []
+        self.told: list[Notice] = []
 
-    def tell(self, kind: str, facts: Mapping[str, object]) -> None:
-        self._do("tell", kind)
-        self.told.append((kind, facts))
+    def tell(self, notices: Sequence[Notice]) -> None:
+        self._do("tell", ", ".join(each.kind for each in notices))
+        self.told += notices
 
 
 class MemoryBatchQueues(Fragile):
@@ -381,7 +381,7 @@ class Bulk:
         self.notices = MemoryNotices(self.gateway.journal)
         self.assemble = Assemble(self.batches, self.objects, self.notices, clock, self.events)
         self.planner = PlanBatch(
-            self.batches, self.objects, self.queues, self.assemble, clock, self.events
+            self.batches, self.objects, self.queues, self.assemble, (), clock, self.events
         )
         self._invocations = 0
 

@@ -51,6 +51,7 @@ class Aws:
     ranges_queue: str
     range_dead_letters_queue: str
     batches_queue: str
+    webhooks_queue: str
 
     def environment(self) -> dict[str, str]:
         """Return what the template sets for every function."""
@@ -66,11 +67,13 @@ class Aws:
             "SLUICE_RANGES_QUEUE_URL": self.ranges_queue,
             "SLUICE_RANGE_DEAD_LETTERS_QUEUE_URL": self.range_dead_letters_queue,
             "SLUICE_BATCHES_QUEUE_URL": self.batches_queue,
+            "SLUICE_WEBHOOKS_QUEUE_URL": self.webhooks_queue,
             "SLUICE_PUBLIC_URL": "https://sluice.example",
             "SLUICE_JOBS_QUEUE_URL": self.jobs_queue,
             "SLUICE_DEAD_LETTERS_QUEUE_URL": self.dead_letters_queue,
             "SLUICE_KEY_POOL_SECRET": "KeyPoolSecret",
             "SLUICE_PEPPER_SECRET": "ClientKeyPepper",
+            "SLUICE_WEBHOOK_SECRET": "WebhookSecret",
             "SLUICE_RETENTION_DAYS": "30",
             "SLUICE_MAX_ATTEMPTS": "5",
             "POWERTOOLS_SERVICE_NAME": STACK,
@@ -129,6 +132,7 @@ def _deployed() -> Aws:
     s3.create_bucket(Bucket=BUCKET)
     secrets.create_secret(Name="KeyPoolSecret", SecretString='{"keys": []}')
     secrets.create_secret(Name="ClientKeyPepper", SecretString=PEPPER)
+    secrets.create_secret(Name="WebhookSecret", SecretString="first")
     return Aws(
         dynamodb,
         sqs,
@@ -139,6 +143,7 @@ def _deployed() -> Aws:
         ranges_queue=sqs.create_queue(QueueName="RangesQueue")["QueueUrl"],
         range_dead_letters_queue=sqs.create_queue(QueueName="RangeDeadLettersQueue")["QueueUrl"],
         batches_queue=sqs.create_queue(QueueName="BatchesQueue")["QueueUrl"],
+        webhooks_queue=sqs.create_queue(QueueName="WebhooksQueue")["QueueUrl"],
     )
 
 

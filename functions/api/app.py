@@ -20,6 +20,7 @@ from sluice.domain import errors
 from sluice.domain.batches import Batch, Options, Source
 from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
+from sluice.domain.webhooks import signing_secret
 from sluice.submit import Accepted, Rejected, Sender
 from sluice.uploads import Uploads
 
@@ -147,7 +148,7 @@ def health() -> dict[str, str]:
     ),
     middlewares=[checked],
 )
-def submit(
+def submit(  # noqa: PLR0913, PLR0917 - its headers
     body: Annotated[http.SubmitBody, Body()],
     idempotency_key: Annotated[
         str | None,
@@ -168,6 +169,9 @@ def submit(
         str | None,
         Header(max_length=1024, pattern=http.PRINTABLE, description="Sent upstream with the jobs."),
     ] = None,
+    sluice_webhook: Annotated[
+        str | None, Header(description="The `webhook` of jobs that name none, or of the batch.")
+    ] = None,
     x_stainless_retry_count: Annotated[
         int | None,
         Header(
@@ -178,9 +182,13 @@ def submit(
     ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
+    networks = wiring.settings().webhook_networks
+    webhook = http.read_webhook(sluice_webhook, networks)
     rows = http.long_list(body.root)
     if rows is not None:
-        options = Options(anthropic_version=anthropic_version, anthropic_beta=anthropic_beta)
+        options = Options(
+            anthropic_version=anthropic_version, anthropic_beta=anthropic_beta, webhook=webhook
+        )
         asked = Create(
             rows,
             options,
@@ -191,12 +199,13 @@ def submit(
         )
         batch = batches().create(asked)
         return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
-    submissions, is_list = http.read_submissions(body.root)
+    submissions, is_list = http.read_submissions(body.root, networks)
     sender = Sender(
         app.context["tenant"],
         idempotency_key,
         anthropic_version,
         anthropic_beta,
+        webhook,
         resends=x_stainless_retry_count,
     )
     outcomes = wiring.submit()(submissions, sender)
@@ -374,6 +383,9 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
         str | None,
         Header(description="RFC 3339: rows not begun by then are `expired`; default 24 hours."),
     ] = None,
+    sluice_webhook: Annotated[
+        str | None, Header(description="An https address that is told of the batch's end, signed.")
+    ] = None,
     x_stainless_retry_count: Annotated[
         int, Header(ge=0, description="Says that an SDK sends the very same create again.")
     ] = 0,
@@ -386,6 +398,7 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
             deadline=http.read_deadline(sluice_deadline),
             anthropic_version=anthropic_version,
             anthropic_beta=anthropic_beta,
+            webhook=http.read_webhook(sluice_webhook, wiring.settings().webhook_networks),
         ),
         idempotency_key=idempotency_key,
         retries=x_stainless_retry_count,
@@ -616,6 +629,21 @@ def abort_upload(
     """Abort an upload."""
     uploads().abort(name, upload_id)
     return {"type": "upload_aborted", "id": upload_id}
+
+
+@app.get(
+    "/webhooks/secret",
+    summary="Get the secret of your webhooks",
+    description="Every webhook of this tenant is signed with it, as Standard Webhooks says.",
+    tags=["webhooks"],
+    security=http.CLIENT_KEY,
+    responses=http.responses(200, "The secret.", http.WebhookSecret, 401, 503),
+    middlewares=[checked],
+)
+def webhook_secret() -> dict[str, str]:
+    """Show the secret."""
+    present, *_ = wiring.signing_secrets()()
+    return {"type": "webhook_secret", "secret": signing_secret(present, app.context["tenant"])}
 
 
 def uploads() -> Uploads:

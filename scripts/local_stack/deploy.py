@@ -80,6 +80,8 @@ def prepared(template: Template, *, concurrency: int | None, public_url: str) ->
         # An alarm with metric math makes the emulator roll the whole stack back.
         "MetricMathAlarms": "false",
         "PublicUrl": public_url,
+        # A receiver on this machine may be told.
+        "WebhookNetworks": "127.0.0.0/8",
     }
     if concurrency is not None:
         values["MaxConcurrency"] = concurrency

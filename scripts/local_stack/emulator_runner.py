@@ -1,9 +1,9 @@
 """The emulator's own process: ministack, pinned, with its SQS polling brought closer to Lambda's.
 
 Everything in Sluice that knows the inside of ministack stands in this file: `lift_batch_cap`
-replaces one function and one event, `shorten_log_wait` one default, and `make_dynamodb_fail`, for
-chaos runs alone, one function. Each first checks that what it changes is there, because the next
-release may look different.
+replaces one function and one event, `pace_streams` one function, `shorten_log_wait` one default, and
+`make_dynamodb_fail`, for chaos runs alone, one function. Each first checks that what it changes is
+there, because the next release may look different.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ MINISTACK_VERSION = "1.5.33"
 Internals = Any
 """A module or object of the emulator, which has no types."""
 RECEIVE = "_receive_messages_for_esm"
-"""The one function of ministack that is replaced: it takes a mapping's next batch."""
+"""The function of ministack that takes a mapping's next batch from its queue."""
+STREAMS = "_poll_dynamodb_streams"
+"""The function of ministack that reads the streams of all mappings once."""
+STREAM_WINDOW_SECONDS = 1.0
 FAULTS_VARIABLE = "SLUICE_DYNAMODB_FAULTS"
 """Names a file like {"refuse": 0.5, "lose_reply": 0.05}: shares of DynamoDB's calls, read at each."""
 FRAGILE_CALLS = frozenset(
@@ -146,6 +149,29 @@ def lift_batch_cap() -> None:
     setattr(sqs, RECEIVE, receive_messages_for_esm)
 
 
+def pace_streams() -> None:
+    """Read DynamoDB streams once a second, beside the queues and not between them.
+
+    As released, ministack invokes a stream's function for every few records, and no queue is polled meanwhile. A second
+    is the window of the one stream mapping there is. Raises `LookupError` as above.
+    """
+    lambdas: Internals = import_module("ministack.services.lambda_svc")
+    poll = _expect(lambdas, STREAMS)
+    if inspect.signature(poll).parameters:
+        raise LookupError(f"lambda_svc.{STREAMS} takes arguments")
+
+    def keep_polling() -> None:
+        while True:
+            time.sleep(STREAM_WINDOW_SECONDS)
+            try:
+                poll()
+            except Exception as error:  # noqa: BLE001 - as the emulator's own loop: the next second is the next try
+                print(f"streams: {error}", file=sys.stderr)
+
+    lambdas.__dict__[STREAMS] = lambda: False
+    threading.Thread(target=keep_polling, name="streams", daemon=True).start()
+
+
 def shorten_log_wait() -> None:
     """Wait 10 ms, not 50 ms, for the first log line of an invocation that logged nothing.
 
@@ -204,6 +230,7 @@ def main() -> None:
         )
     try:
         lift_batch_cap()
+        pace_streams()
         shorten_log_wait()
         if FAULTS_VARIABLE in os.environ:
             make_dynamodb_fail(Path(os.environ[FAULTS_VARIABLE]))

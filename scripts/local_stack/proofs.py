@@ -85,6 +85,8 @@ def concurrency_is_a_number(emulator: Emulator, deployed: Deployed) -> None:
     del deployed
     _status, body = call("GET", f"{emulator.endpoint_url}/2015-03-31/event-source-mappings/")
     for mapping in body["EventSourceMappings"]:
+        if ":sqs:" not in mapping["EventSourceArn"]:
+            continue
         concurrency = mapping.get("ScalingConfig", {}).get("MaximumConcurrency")
         if type(concurrency) is not int:
             raise StackError(

@@ -7,15 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import httpx
 import pytest
+from standardwebhooks.webhooks import Webhook
 
 from scripts.claude_simulator import Running, read, running
 from scripts.local_stack import LocalStack, Ready
@@ -156,23 +160,79 @@ def test_a_file_dropped_in_the_bucket_comes_back_as_results(gateway: Gateway) ->
     assert max(gateway.called("dropped").values()) <= 2
 
 
-def test_whoever_has_a_rule_for_it_hears_of_the_end(gateway: Gateway) -> None:
+@contextmanager
+def receiving(*statuses: int) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """A caller's own server, which answers so, then with 204: its address, and what it gets."""
+    got: list[tuple[dict[str, str], bytes]] = []
+    left = list(statuses)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(left.pop(0) if left else 204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name
+            del format, args
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/hooks", got
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_whoever_has_a_rule_for_it_hears_of_the_ends(gateway: Gateway) -> None:
     sqs, events = gateway.ready.client("sqs"), gateway.ready.client("events")
     queue = sqs.create_queue(QueueName="listener")["QueueUrl"]
     events.put_rule(Name="listener", EventPattern=json.dumps({"source": ["sluice"]}))
     arn = "arn:aws:sqs:us-east-1:000000000000:listener"
     events.put_targets(Rule="listener", Targets=[{"Id": "queue", "Arn": arn}])
+    heard: dict[str, Any] = {}
 
+    def both() -> bool:
+        for message in sqs.receive_message(QueueUrl=queue).get("Messages", ()):
+            event = json.loads(message["Body"])
+            assert "sluice" == event["source"]
+            heard[event["detail-type"]] = event["detail"]
+        return len(heard) == 2
+
+    job = gateway.http.post("/jobs", json={"params": a_row("heard", 2)["params"]}).json()
     gateway.drop("heard.jsonl", jsonl(a_row("heard", 1)))
     summary = gateway.ended("heard")
+    within(both)
 
-    heard = within(lambda: sqs.receive_message(QueueUrl=queue).get("Messages"))
-    event = json.loads(heard[0]["Body"])
-    assert ("sluice", "Batch Ended", summary) == (
-        event["source"],
-        event["detail-type"],
-        event["detail"],
+    assert summary == heard["Batch Ended"]
+    assert (job["id"], "succeeded") == (
+        heard["Job Ended"]["job_id"],
+        heard["Job Ended"]["state"],
     )
+
+
+def test_whoever_asked_for_a_webhook_gets_it_signed(gateway: Gateway) -> None:
+    secret = gateway.http.get("/webhooks/secret").json()["secret"]
+    assert f"{secret}\n" == sluice(gateway, "webhook-secret").stdout
+    with receiving(503) as (url, got):
+        job = gateway.http.post(
+            "/jobs", json={"params": a_row("hooked", 1)["params"], "webhook": url}
+        ).json()
+        # Refused once, it comes again five seconds later.
+        within(lambda: len(got) == 2)
+        gateway.drop("hooked.options.json", json.dumps({"webhook": url}).encode())
+        gateway.drop("hooked.jsonl", jsonl(a_row("hooked", 2)))
+        summary = gateway.ended("hooked")
+        within(lambda: len(got) == 3)
+
+    first, again, third = (Webhook(secret).verify(body, headers) for headers, body in got)
+    assert first == again
+    assert ("job.ended", job["id"]) == (first["type"], first["data"]["job_id"])
+    assert got[0][0]["webhook-id"] == got[1][0]["webhook-id"] != got[2][0]["webhook-id"]
+    assert ("batch.ended", summary) == (third["type"], third["data"])
 
 
 def test_the_same_file_again_runs_no_row_again(gateway: Gateway) -> None:

@@ -28,7 +28,7 @@ from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, 
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.messages import batch_messages
-from sluice.ports import BatchStore, DueRange, Objects, Received, WaitingRanges
+from sluice.ports import BatchStore, DueRange, Notice, Objects, Received, WaitingRanges
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
 from tests.fakes import NOON, FrozenClock, a_job
 from tests.moto_aws import BUCKET, Aws, in_memory
@@ -413,15 +413,46 @@ def within(find: Callable[[], bool]) -> bool:
 @pytest.mark.usefixtures("cloud")
 def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
     client = aws.events()
-    notices = BusNotices(client)
+    notices = BusNotices(client, aws.sqs(), "no queue is needed")
+    told = [Notice("b", "Batch Ended", 0, "acme", {"batch_id": "b"})]
     entry = {"Source": "sluice", "DetailType": "Batch Ended", "Detail": '{"batch_id": "b"}'}
     with Stubber(client) as stub:
         stub.add_response("put_events", {"FailedEntryCount": 0}, {"Entries": [entry]})
         stub.add_response("put_events", {"FailedEntryCount": 1}, {"Entries": [entry]})
 
-        notices.tell("Batch Ended", {"batch_id": "b"})
+        notices.tell(told)
         with pytest.raises(StoreBusy):
-            notices.tell("Batch Ended", {"batch_id": "b"})
+            notices.tell(told)
+
+
+@pytest.mark.usefixtures("cloud")
+def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it() -> None:
+    bus, sqs = aws.events(), aws.sqs()
+    notices = BusNotices(bus, sqs, "https://queue")
+    told = [
+        Notice("b", "Batch Ended", NOON, "acme", {"batch_id": "b"}),
+        Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/"),
+    ]
+    body = '{"type":"job.ended","timestamp":"2026-11-20T12:00:00.000000Z","data":{"job_id":"j"}}'
+    message = {
+        "v": 1,
+        "webhook": "j-2",
+        "tenant": "acme",
+        "url": "https://acme.example/",
+        "body": body,
+    }
+    entry = {"Id": "0", "MessageBody": json.dumps(message), "MessageGroupId": "acme"}
+    asked = {"QueueUrl": "https://queue", "Entries": [entry]}
+    failed = {"Id": "0", "SenderFault": False, "Code": "InternalError"}
+    with Stubber(bus) as of_bus, Stubber(sqs) as of_queue:
+        for _ in range(2):
+            of_bus.add_response("put_events", {"FailedEntryCount": 0, "Entries": []})
+        of_queue.add_response("send_message_batch", {"Successful": [], "Failed": []}, asked)
+        of_queue.add_response("send_message_batch", {"Successful": [], "Failed": [failed]}, asked)
+
+        notices.tell(told)
+        with pytest.raises(StoreBusy, match="webhooks queue"):
+            notices.tell(told)
 
 
 # Rows that wait ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The three functions as Lambda calls them: real events in, AWS in memory around them, the simulator for Claude."""
+"""The functions as Lambda calls them: real events in, AWS in memory around them, the simulator for Claude."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from pydantic import TypeAdapter
 
 from functions.api import app as api_app
 from functions.dead_letters import app as dead_letters_app
+from functions.job_ends import app as job_ends_app
+from functions.webhooks import app as webhooks_app
 from functions.worker import app as worker_app
 from scripts import openapi
 from scripts.claude_simulator import Running, read, running
@@ -35,6 +37,7 @@ from sluice.adapters.sqs import SqsInbox
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State
+from sluice.domain.webhooks import signing_secret
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from tests.moto_aws import STACK, Aws, in_memory
 
@@ -45,8 +48,8 @@ OTHER_KEY: Final = "sk-ant-test-sentinel-of-other"
 DISABLED_KEY: Final = "sk-ant-test-sentinel-disabled"
 PROMPT: Final = "The sentinel prompt: how high is the water?"
 ANSWER: Final = re.compile(r"Answer [0-9a-f]{12}")
-OF_THE_GOVERNOR: Final = {"OldKeys"}
-"""Emitted once a day, by what nobody calls here; it has tests of its own."""
+OF_OTHERS: Final = {"OldKeys", "WebhooksDelivered", "WebhooksGivenUp"}
+"""Emitted by what the story does not call; they have tests of their own."""
 
 ROOMY: Final = {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_000}}
 
@@ -56,6 +59,7 @@ SHAPES: Final[dict[tuple[str, str], TypeAdapter[Any]]] = {
     ("GET", "/jobs"): TypeAdapter(http.Listing),
     ("GET", "/jobs/{id}"): TypeAdapter(http.Job),
     ("DELETE", "/jobs/{id}"): TypeAdapter(http.Job),
+    ("GET", "/webhooks/secret"): TypeAdapter(http.WebhookSecret),
     ("GET", "/usage"): TypeAdapter(http.UsageReport),
     ("GET", "/limits"): TypeAdapter(http.Limits),
 }
@@ -170,6 +174,13 @@ class Gateway:
         return self._hand_over(
             self.cloud.dead_letters_queue,
             lambda event: dead_letters_app.handler(event, self.context()),  # type: ignore[arg-type]
+        )
+
+    def run_webhooks(self) -> list[str]:
+        """Hand what is on the webhooks queue to its function."""
+        return self._hand_over(
+            self.cloud.webhooks_queue,
+            lambda event: webhooks_app.handler(event, self.context()),  # type: ignore[arg-type]
         )
 
     def _hand_over(
@@ -902,6 +913,89 @@ def test_a_submit_is_answered_though_nobody_can_tell_when_it_starts(gateway: Gat
     assert (202, None) == (answered.status, answered.body["estimated_start_at"])
 
 
+def test_a_webhook_is_a_jobs_own_or_the_requests(gateway: Gateway) -> None:
+    answered = gateway.call(
+        "POST",
+        "/jobs",
+        {"jobs": [a_job(), a_job(webhook="https://own.example/")]},
+        headers={"sluice-webhook": "https://all.example/"},
+    )
+
+    shown = [gateway.job(item["job"]["id"])["webhook"] for item in answered.body["data"]]
+    assert ["https://all.example/", "https://own.example/"] == shown
+
+
+def test_a_long_lists_webhook_is_the_batchs(gateway: Gateway) -> None:
+    answered = gateway.call(
+        "POST",
+        "/jobs",
+        {"jobs": [a_job()] * 101},
+        headers={"sluice-webhook": "https://all.example/"},
+    )
+
+    assert "https://all.example/" == answered.body["webhook"]
+
+
+def test_a_webhook_to_a_private_address_is_refused_wherever_it_stands(gateway: Gateway) -> None:
+    private = "https://10.0.0.1/"
+
+    answers = [
+        gateway.call("POST", "/jobs", a_job(webhook=private)),
+        gateway.call("POST", "/jobs", a_job(), headers={"sluice-webhook": private}),
+    ]
+
+    assert [(400, "invalid_request_error")] * 2 == [each.error for each in answers]
+    assert [
+        "webhook: must not lead to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
+        "sluice-webhook: must not lead to a private address (10.0.0.1)",
+    ] == [each.message for each in answers]
+
+
+def test_each_tenant_is_shown_the_secret_of_its_webhooks_and_no_other(gateway: Gateway) -> None:
+    secrets = [
+        gateway.call("GET", "/webhooks/secret", key=key).body["secret"]
+        for key in (CLIENT_KEY, CLIENT_KEY, OTHER_KEY)
+    ]
+
+    assert signing_secret("first", "acme") == secrets[0] == secrets[1] != secrets[2]
+
+
+def test_an_end_in_the_stream_becomes_a_webhook_that_waits_for_its_receiver(
+    gateway: Gateway, said: Callable[[], str]
+) -> None:
+    event = json.loads((EVENTS / "stream_job_ended.json").read_text())
+
+    answer = job_ends_app.handler(event, gateway.context())  # type: ignore[arg-type]
+
+    assert {"batchItemFailures": []} == answer
+    assert 1 == len(gateway.run_webhooks()), "hooks.acme.example leads nowhere"
+    log = said()
+    assert "its name leads nowhere" in log
+    assert "https://hooks.acme.example" not in log
+
+
+def test_a_stream_that_could_not_be_told_of_begins_again_at_that_job(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = json.loads((EVENTS / "stream_job_ended.json").read_text())
+    (record,) = event["Records"]
+    throttle("PutEvents", monkeypatch, "eventbridge")
+
+    answer = job_ends_app.handler(event, gateway.context())  # type: ignore[arg-type]
+
+    number = record["dynamodb"]["SequenceNumber"]
+    assert {"batchItemFailures": [{"itemIdentifier": number}]} == answer
+
+
+def test_the_recorded_webhook_is_tried(gateway: Gateway) -> None:
+    event = json.loads((EVENTS / "sqs_webhook.json").read_text())
+    # Whether its receipt is one of this queue's does not matter to the function.
+    answer = webhooks_app.handler(event, gateway.context())  # type: ignore[arg-type]
+
+    (failure,) = answer["batchItemFailures"]
+    assert event["Records"][0]["messageId"] == failure["itemIdentifier"]
+
+
 def test_an_sdk_that_sends_again_makes_no_second_job(gateway: Gateway) -> None:
     first, again, other = (
         gateway.call("POST", "/jobs", a_job(), headers={"x-stainless-retry-count": count})
@@ -1252,7 +1346,7 @@ def test_every_metric_is_emitted_and_every_emitted_one_is_valid(
     seen: set[str] = set()
     for document in documents:
         seen |= valid_metrics(document)
-    assert METRIC_NAMES - OF_THE_GOVERNOR == seen
+    assert METRIC_NAMES - OF_OTHERS == seen
 
 
 def valid_metrics(document: dict[str, Any]) -> set[str]:

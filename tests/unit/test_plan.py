@@ -210,6 +210,8 @@ def test_options_are_read_or_refused() -> None:
     assert ("a",) == read_options({"fallback_models": ["a"]}).fallback_models
     with pytest.raises(BadOptions):
         read_options({"max_tokens": True})
+    with pytest.raises(BadOptions, match="options: webhook must not lead to a private address"):
+        read_options({"webhook": "https://10.0.0.1/"})
 
 
 # Files that cannot be run ----------------------------------------------------------------------------------
@@ -584,12 +586,15 @@ def test_small_results_are_kept_gzipped_and_large_ones_are_not(
 def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
     bulk = make()
 
-    bulk.upload(jsonl(a_row(1)))
+    bulk.upload(jsonl(a_row(1)), **{"sluice-webhook": "https://acme.example/hook"})
     bulk.drain()
     bulk.assemble.join(bulk.batch.batch_id, 0)
     bulk.planner.plan(bulk.batch.batch_id)
 
-    assert [("Batch Ended", bulk.summary())] == bulk.notices.told
+    (told,) = bulk.notices.told
+    assert ("Batch Ended", bulk.summary()) == (told.kind, told.facts)
+    assert (bulk.batch.batch_id, bulk.batch.ended_at) == (told.id, told.at)
+    assert "https://acme.example/hook" == told.webhook
     assert bulk.batch.due_at is None
 
 

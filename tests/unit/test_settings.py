@@ -18,9 +18,11 @@ COMPLETE = {
     "SLUICE_RANGES_QUEUE_URL": "https://queue/ranges",
     "SLUICE_RANGE_DEAD_LETTERS_QUEUE_URL": "https://queue/range-dead-letters",
     "SLUICE_BATCHES_QUEUE_URL": "https://queue/batches",
+    "SLUICE_WEBHOOKS_QUEUE_URL": "https://queue/webhooks",
     "SLUICE_PUBLIC_URL": "https://sluice.example",
     "SLUICE_KEY_POOL_SECRET": "key-pool",
     "SLUICE_PEPPER_SECRET": "pepper",
+    "SLUICE_WEBHOOK_SECRET": "webhooks",
     "SLUICE_RETENTION_DAYS": "30",
     "SLUICE_MAX_ATTEMPTS": "5",
 }
@@ -55,6 +57,15 @@ def test_a_missing_setting_is_named(name: str, value: str | None) -> None:
 def test_a_number_must_be_a_whole_one_from_one_up(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} must be a whole number from 1 up, got '"):
         Settings.from_environment(COMPLETE | {name: value})
+
+
+def test_webhooks_may_go_into_no_private_network_unless_one_is_named() -> None:
+    named = COMPLETE | {"SLUICE_WEBHOOK_NETWORKS": "10.0.0.0/8, fd00::/8"}
+
+    assert () == Settings.from_environment(COMPLETE).webhook_networks
+    assert 2 == len(Settings.from_environment(named).webhook_networks)
+    with pytest.raises(SettingsError, match="SLUICE_WEBHOOK_NETWORKS must be networks such as"):
+        Settings.from_environment(named | {"SLUICE_WEBHOOK_NETWORKS": "home"})
 
 
 def test_without_an_argument_the_process_environment_is_read(

@@ -345,6 +345,20 @@ def test_position_tells_equal_jobs_of_one_list_apart(intake: Intake) -> None:
     assert 2 == len({accepted(each).job_id for each in outcomes})
 
 
+def test_a_webhook_is_part_of_the_request_and_its_absence_changes_nothing(intake: Intake) -> None:
+    """A job that a release without webhooks took is found by its repeat."""
+    without = intake.one(ask())
+    own = intake.one(
+        ask(webhook="https://own.example/"), Sender("acme", webhook="https://a.example/")
+    )
+    header = intake.one(ask(), Sender("acme", webhook="https://a.example/"))
+
+    assert [None, "https://own.example/", "https://a.example/"] == [
+        job.webhook for job in (without, own, header)
+    ]
+    assert 3 == len({job.request_hash for job in (without, own, header)})
+
+
 def test_a_repeat_finds_its_job_even_after_the_deadline(intake: Intake) -> None:
     """The first reply may have been lost; the job was accepted while the deadline lay ahead."""
     urgent = ask(custom_id="row-1", deadline=NOON + MINUTE)

@@ -11,6 +11,7 @@ import pytest
 
 from sluice.adapters.dynamodb import SHORT_DAYS
 from sluice.adapters.job_records import WAITING_DAYS
+from sluice.domain.jobs import State
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
 from tests.expanded_template import expanded_template, template
 
@@ -55,6 +56,10 @@ DEAD_LETTER_QUEUES = {
     for queue in QUEUES.values()
     if "RedrivePolicy" in queue
 }
+
+
+STREAMS = {name: each for name, each in MAPPINGS.items() if "StartingPosition" in each}
+OF_QUEUES = {name: each for name, each in MAPPINGS.items() if name not in STREAMS}
 
 
 def source_queue(mapping: Properties) -> str:
@@ -275,8 +280,9 @@ def test_every_queue_has_a_dead_letter_queue(name: str) -> None:
     redrive = QUEUES[name]["RedrivePolicy"]
 
     assert redrive["deadLetterTargetArn"]["Fn::GetAtt"][0] in QUEUES
-    # Every snooze is a receive, and none is an attempt. In the batches queue nothing snoozes.
-    assert (100 if name == "BatchesQueue" else 1000) == redrive["maxReceiveCount"]
+    # Every snooze is a receive, and none is an attempt. In these two nothing snoozes.
+    few = {"BatchesQueue", "WebhooksQueue"}
+    assert (100 if name in few else 1000) == redrive["maxReceiveCount"]
 
 
 @pytest.mark.parametrize("name", QUEUES)
@@ -292,7 +298,7 @@ def test_every_queue_is_consumed(name: str) -> None:
     assert name in {source_queue(mapping) for mapping in MAPPINGS.values()}
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("name", OF_QUEUES)
 def test_visibility_is_at_least_six_times_the_consumer_timeout(name: str) -> None:
     visibility = QUEUES[source_queue(MAPPINGS[name])]["VisibilityTimeout"]
     timeout = FUNCTIONS[target_function(MAPPINGS[name])]["Timeout"]
@@ -305,7 +311,7 @@ def test_every_mapping_reports_failures_one_by_one(name: str) -> None:
     assert ["ReportBatchItemFailures"] == MAPPINGS[name]["FunctionResponseTypes"]
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("name", OF_QUEUES)
 def test_every_mapping_is_within_what_lambda_accepts(name: str) -> None:
     mapping = MAPPINGS[name]
     concurrency = mapping["ScalingConfig"]["MaximumConcurrency"]
@@ -348,6 +354,19 @@ def test_the_stage_throttles_and_logs() -> None:
 # Batches
 
 
+@pytest.mark.parametrize("told", ["true", "false"])
+def test_the_stream_shows_ends_alone_and_on_demand_only_those_with_a_webhook(told: str) -> None:
+    (stream,) = STREAMS.values()
+    condition, of_all, of_some = stream["FilterCriteria"]["Filters"][0]["Pattern"]["Fn::If"]
+    pattern = json.loads(of_all if told == "true" else of_some)["dynamodb"]["NewImage"]
+
+    assert {"Fn::Equals": [{"Ref": "JobEvents"}, "true"]} == WRITTEN["Conditions"][condition]
+    assert {each.value for each in State if each.is_final} == set(pattern["state"]["S"])
+    assert ("webhook" in pattern) == (told == "false")
+    assert {"StreamViewType": "NEW_IMAGE"} == TABLES["JobsTable"]["StreamSpecification"]
+    assert "TRIM_HORIZON" == stream["StartingPosition"]
+
+
 def test_a_file_under_in_wakes_the_planner_through_a_queue() -> None:
     """By EventBridge: a bucket's own notification would have to know the queue, and the queue's policy the bucket."""
     bucket = RESOURCES["DataBucket"]["Properties"]["NotificationConfiguration"]
@@ -381,7 +400,11 @@ def test_whether_data_outlives_the_stack_is_said_and_not_left_to_chance(name: st
 def test_what_cannot_be_made_again_outlives_the_stack() -> None:
     outlive = {n for n in STATEFUL if RESOURCES[n]["DeletionPolicy"] == "RetainExceptOnCreate"}
 
-    assert outlive == TABLES.keys() - {"LimitsTable"} | {"DataBucket", "ClientKeyPepper"}
+    assert outlive == TABLES.keys() - {"LimitsTable"} | {
+        "DataBucket",
+        "ClientKeyPepper",
+        "WebhookSecret",
+    }
 
 
 @pytest.mark.parametrize("name", TABLES)

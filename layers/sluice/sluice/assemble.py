@@ -21,7 +21,7 @@ from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
 from sluice.domain.errors import InputGone, Stale
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Record, error_line, numbered
-from sluice.ports import BatchStore, Clock, Events, Notices, Objects
+from sluice.ports import BatchStore, Clock, Events, Notice, Notices, Objects
 
 PARTS_AHEAD: Final = 4
 """Parts of ranges fetched ahead while a section is joined."""
@@ -86,7 +86,15 @@ class Assemble:
         """Tell whoever listens that a batch has ended, unless that was done: at least once, for its id."""
         if batch.told:
             return
-        self._notices.tell(ENDED, summary(batch))
+        ended = Notice(
+            id=batch.batch_id,
+            kind=ENDED,
+            at=batch.ended_at or self._clock.now(),
+            tenant=batch.tenant,
+            facts=summary(batch),
+            webhook=batch.options.webhook,
+        )
+        self._notices.tell([ended])
         try:
             self._batches.replace(life.tell(batch), batch.version)
         except Stale:

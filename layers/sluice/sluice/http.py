@@ -17,6 +17,7 @@ from pydantic import (
     StringConstraints,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_core import core_schema as core
@@ -32,6 +33,7 @@ from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
 from sluice.domain.rows import read_moment
+from sluice.domain.webhooks import Network, check_url
 from sluice.submit import Submission
 
 MOST_JOBS: Final = 100
@@ -99,6 +101,17 @@ class JobRequest(BaseModel):
         ),
     ] = {}
     lane: Annotated[str, Field(description="`live` is the only lane so far.")] = "live"
+    webhook: Annotated[
+        str | None,
+        Field(description="An https address that is told when the job has ended, signed."),
+    ] = None
+
+    @field_validator("webhook")
+    @classmethod
+    def _public(cls, webhook: str | None, info: ValidationInfo) -> str | None:
+        if webhook is not None:
+            check_url(webhook, (info.context or {}).get("networks", ()))
+        return webhook
 
     @field_validator("deadline", mode="before")
     @classmethod
@@ -299,12 +312,27 @@ def read_deadline(text: str | None) -> int | None:
     return deadline
 
 
-def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool]:
-    """Return the submissions and whether they came as a list; InvalidRequest for a bad envelope."""
+def read_webhook(url: str | None, networks: Sequence[Network] = ()) -> str | None:
+    """Return the header's webhook; InvalidRequest when it is none that may be called."""
+    if url is not None:
+        try:
+            check_url(url, networks)
+        except ValueError as error:
+            raise InvalidRequest(f"sluice-webhook: {error}") from error
+    return url
+
+
+def read_submissions(
+    body: object, networks: Sequence[Network] = ()
+) -> tuple[list[Submission | SluiceError], bool]:
+    """Return the submissions and whether they came as a list; InvalidRequest for a bad envelope.
+
+    `networks` are those a webhook may go into, beside all public addresses.
+    """
     if not isinstance(body, dict):
         raise InvalidRequest(NOT_AN_OBJECT)
     if "jobs" not in body:
-        return [read_submission(body)], False
+        return [read_submission(body, networks)], False
     unknown = sorted(set(body) - {"jobs"})
     if unknown:
         message = f"{', '.join(unknown)}: not known beside jobs"
@@ -318,10 +346,10 @@ def read_submissions(body: object) -> tuple[list[Submission | SluiceError], bool
             f"jobs: {len(jobs)} jobs in one request, the most is {MOST_JOBS}; send several lists"
         )
         raise InvalidRequest(message)
-    return [read_submission(job) for job in jobs], True
+    return [read_submission(job, networks) for job in jobs], True
 
 
-def read_submission(job: object) -> Submission | SluiceError:
+def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission | SluiceError:
     """Check one job; return the error instead when its form is wrong."""
     if _is_too_deep(job):
         return InvalidRequest(f"the job is {TOO_DEEP}")
@@ -330,7 +358,7 @@ def read_submission(job: object) -> Submission | SluiceError:
     except UnicodeEncodeError:
         return InvalidRequest("the job has text that is not Unicode (half a surrogate pair)")
     try:
-        request = JobRequest.model_validate(job)
+        request = JobRequest.model_validate(job, context={"networks": networks})
     except ValidationError as error:
         return InvalidRequest(explained(error.errors(include_url=False)))
     # As it was sent, not as it was parsed: a field we do not know must go up unchanged.
@@ -342,6 +370,7 @@ def read_submission(job: object) -> Submission | SluiceError:
         fallback_models=tuple(request.fallback_models),
         metadata=request.metadata,
         lane=request.lane,
+        webhook=request.webhook,
     )
 
 
@@ -479,6 +508,7 @@ def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
         "error": ({"type": job.error.type, "message": job.error.message} if job.error else None),
         "metadata": dict(job.metadata),
         "fallback_models": list(job.fallback_models),
+        "webhook": job.webhook,
         "cancel_requested": job.cancel_requested,
     }
 
@@ -538,6 +568,7 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "expires_at": time(batch.expires_at),
         "ended_at": time(batch.ended_at),
         "estimated_end_at": time(eta),
+        "webhook": batch.options.webhook,
         "problem": batch.problem,
     }
 
@@ -770,6 +801,7 @@ class Job(JobSummary):
     error: JobError | None
     metadata: dict[str, str]
     fallback_models: list[str]
+    webhook: Annotated[str | None, Field(description="Who is told of its end.")]
     cancel_requested: bool
 
 
@@ -952,6 +984,7 @@ class Batch(Shape):
     estimated_end_at: Annotated[
         Time | None, Field(description="By the pace so far; null while nobody can tell.")
     ]
+    webhook: Annotated[str | None, Field(description="Who is told of its end.")]
     problem: Annotated[str | None, Field(description="Why the file as a whole could not be run.")]
 
 
@@ -969,6 +1002,13 @@ class BatchLinks(Shape):
     results: str
     errors: str
     summary: str
+
+
+class WebhookSecret(Shape):
+    """What a tenant's webhooks are signed with."""
+
+    type: Literal["webhook_secret"]
+    secret: Annotated[str, Field(pattern="^whsec_", description="For a Standard Webhooks library.")]
 
 
 class RequestCounts(Shape):

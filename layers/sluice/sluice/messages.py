@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sluice.domain.jobs import SCHEMA_VERSION
-from sluice.ports import Received
+from sluice.ports import Received, Webhook
 
 _JOB_ID: Final = re.compile(r"job_[0-9a-f]{32}")
 _BATCH_ID: Final = re.compile(r"msgbatch_[0-9a-f]{32}")
@@ -73,6 +73,14 @@ def batch_messages(records: Sequence[Mapping[str, Any]]) -> list[BatchMessage]:
         }
         read.append(BatchMessage(message, batch_id, key=_arrived(body), **numbers))
     return read
+
+
+def webhook_of(message: Received) -> Webhook | None:
+    """Read a message of the webhooks queue; None for one that is not ours."""
+    said = _pointer(message.body)
+    fields = [said.get(name) for name in ("webhook", "tenant", "url", "body")]
+    texts = [each for each in fields if isinstance(each, str)]
+    return Webhook(*texts) if len(texts) == len(fields) else None
 
 
 def _arrived(body: str) -> str | None:

@@ -23,6 +23,8 @@ TOTALS: Final = frozenset(
         "RateLimited",
         "Overloaded",
         "UpstreamErrors",
+        "WebhooksDelivered",
+        "WebhooksGivenUp",
     }
 )
 """With the dimension `service` only: the name of the stack."""

@@ -33,6 +33,7 @@ from sluice.domain.forms import (
     unpacked,
 )
 from sluice.domain.rows import read_moment
+from sluice.domain.webhooks import Network, check_url
 from sluice.ports import BatchQueues, BatchStore, Clock, Events, Objects, Stored
 
 FILE_MS: Final = 13 * 86_400_000
@@ -73,6 +74,7 @@ class PlanBatch:
         objects: Objects,
         queues: BatchQueues,
         assemble: Assemble,
+        networks: Sequence[Network],
         clock: Clock,
         events: Events,
     ) -> None:
@@ -80,6 +82,7 @@ class PlanBatch:
         self._objects = objects
         self._queues = queues
         self._assemble = assemble
+        self._networks = networks
         self._clock = clock
         self._events = events
 
@@ -321,7 +324,11 @@ class PlanBatch:
             for name, value in file.stored.metadata.items()
             if name.startswith(METADATA_PREFIX)
         }
-        return read_options({**said, **metadata})
+        return self.read_options({**said, **metadata})
+
+    def read_options(self, said: Mapping[str, Any]) -> Options:
+        """Return the options of a file; raises BadOptions with what is wrong."""
+        return read_options(said, self._networks)
 
 
 def is_known(path: str) -> bool:
@@ -334,8 +341,8 @@ def stem_of(path: str) -> str:
     return _ENDING.sub("", path)
 
 
-def read_options(said: Mapping[str, Any]) -> Options:
-    """Return the options; raises BadOptions with what is wrong."""
+def read_options(said: Mapping[str, Any], networks: Sequence[Network] = ()) -> Options:
+    """Return the options; raises BadOptions with what is wrong. `networks` are those a webhook may go into."""
     known = {each.name for each in fields(Options)}
     for name in said:
         if name not in known:
@@ -356,6 +363,11 @@ def read_options(said: Mapping[str, Any]) -> Options:
                 good = isinstance(value, str) and bool(value)
         if not good:
             raise BadOptions(f"options: {name} cannot be {json.dumps(value)[:80]}")
+        if name == "webhook":
+            try:
+                check_url(value, networks)
+            except ValueError as error:
+                raise BadOptions(f"options: webhook {error}") from error
     return Options(**read)
 
 

@@ -309,11 +309,65 @@ class DueRange:
     model: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What others hear of a job or batch that has ended."""
+
+    id: str
+    """The same however often it is told."""
+    kind: str
+    """`Job Ended` or `Batch Ended`."""
+    at: int
+    tenant: str
+    facts: Mapping[str, object]
+    webhook: str | None = None
+    """Where its caller wants to hear of it."""
+
+
 class Notices(Protocol):
     """Where others hear of what has ended."""
 
-    def tell(self, kind: str, facts: Mapping[str, object]) -> None:
-        """Tell whoever listens, at least once; raises StoreBusy."""
+    def tell(self, notices: Sequence[Notice]) -> None:
+        """Tell whoever listens of up to ten, each at least once; raises StoreBusy."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """A message for a caller's own server."""
+
+    id: str
+    tenant: str
+    url: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a caller's server answered; without a status there was no answer, for the `problem`'s sake."""
+
+    status: int | None = None
+    retry_after_s: int | None = None
+    problem: str | None = None
+
+
+class Web(Protocol):
+    """Other people's servers."""
+
+    async def addresses(self, host: str, port: int) -> Sequence[str]:
+        """Return the addresses that a name leads to now; none if it leads nowhere."""
+        ...
+
+    async def post(self, url: str, address: str, headers: Mapping[str, str], body: str) -> Reply:
+        """Send to this address and to no other, whatever the name leads to meanwhile. Never raises."""
+        ...
+
+
+class SigningSecrets(Protocol):
+    """What the secrets of the tenants' webhooks are made of."""
+
+    def __call__(self) -> Sequence[str]:
+        """Return the present one, and the one before if there is one: both sign for a while; raises StoreBusy."""
         ...
 
 

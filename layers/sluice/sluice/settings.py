@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sluice.domain.webhooks import Network, read_networks
+
 
 class SettingsError(Exception):
     """A setting is missing or has the wrong form."""
@@ -28,12 +30,16 @@ class Settings:
     ranges_queue_url: str
     range_dead_letters_queue_url: str
     batches_queue_url: str
+    webhooks_queue_url: str
     key_pool_secret: str
     pepper_secret: str
+    webhook_secret: str
     public_url: str
     """Where callers reach the API; it stands in answers that name another address."""
     retention_days: int
     max_attempts: int
+    webhook_networks: tuple[Network, ...] = ()
+    """Networks, beside all public addresses, that webhooks may go into."""
     worker_mapping: str | None = None
     """The governor's: id of the mapping from jobs queue to worker."""
     max_concurrency: int | None = None
@@ -68,6 +74,13 @@ class Settings:
                 raise SettingsError(message)
             return int(value)
 
+        def networks(name: str) -> tuple[Network, ...]:
+            try:
+                return read_networks(env.get(name, ""))
+            except ValueError as error:
+                message = f"{name} must be networks such as 10.0.0.0/8,fd00::/8: {error}"
+                raise SettingsError(message) from None
+
         return cls(
             jobs_table=text("SLUICE_JOBS_TABLE"),
             params_table=text("SLUICE_PARAMS_TABLE"),
@@ -82,11 +95,14 @@ class Settings:
             ranges_queue_url=text("SLUICE_RANGES_QUEUE_URL"),
             range_dead_letters_queue_url=text("SLUICE_RANGE_DEAD_LETTERS_QUEUE_URL"),
             batches_queue_url=text("SLUICE_BATCHES_QUEUE_URL"),
+            webhooks_queue_url=text("SLUICE_WEBHOOKS_QUEUE_URL"),
             public_url=text("SLUICE_PUBLIC_URL").rstrip("/"),
             key_pool_secret=text("SLUICE_KEY_POOL_SECRET"),
             pepper_secret=text("SLUICE_PEPPER_SECRET"),
+            webhook_secret=text("SLUICE_WEBHOOK_SECRET"),
             retention_days=number("SLUICE_RETENTION_DAYS"),
             max_attempts=number("SLUICE_MAX_ATTEMPTS"),
+            webhook_networks=networks("SLUICE_WEBHOOK_NETWORKS"),
             worker_mapping=env.get("SLUICE_WORKER_MAPPING") or None,
             max_concurrency=(
                 number("SLUICE_MAX_CONCURRENCY") if env.get("SLUICE_MAX_CONCURRENCY") else None

@@ -68,6 +68,7 @@ class Submission:
     fallback_models: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     lane: str = "live"
+    webhook: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Sender:
     idempotency_key: str | None = None
     anthropic_version: str | None = None
     anthropic_beta: str | None = None
+    webhook: str | None = None
+    """For jobs that name none of their own."""
     resends: int | None = None
     """How often an SDK has sent this request before, as it counts itself; None: the caller does not count."""
 
@@ -219,11 +222,15 @@ class Submit:
             job_id = _id_by_name(sender.tenant, submission.custom_id)
         else:
             job_id = random_job_id(self._random_bytes(16))
-        everything = [
+        webhook = submission.webhook or sender.webhook
+        everything: list[object] = [
             submission.params, submission.custom_id, submission.deadline,
             submission.fallback_models, submission.metadata, submission.lane,
             version, sender.anthropic_beta,
         ]  # fmt: skip
+        if webhook is not None:
+            # Not for every job: a repeat shall find the job that a release without webhooks took.
+            everything.append(webhook)
         canonical = json.dumps(everything, sort_keys=True, separators=(",", ":"))
         job = Job(
             job_id=job_id,
@@ -240,6 +247,7 @@ class Submit:
             deadline=submission.deadline,
             fallback_models=submission.fallback_models,
             metadata=submission.metadata,
+            webhook=webhook,
         )
         return _Draft(job, body)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sluice.domain.batches import Batch
 from sluice.domain.errors import InvalidRequest
-from sluice.plan import BadOptions, PlanBatch, is_known, read_options, stem_of
+from sluice.plan import BadOptions, PlanBatch, is_known, stem_of
 from sluice.ports import Objects, PartLinks
 
 PART_BYTES: Final = 16 * 1024 * 1024
@@ -51,7 +51,7 @@ class Uploads:
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: {size:,} is not from 1 to {MOST_BYTES:,}")
         try:
-            read_options(options)
+            self._planner.read_options(options)
         except BadOptions as error:
             raise InvalidRequest(str(error)) from error
         part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))

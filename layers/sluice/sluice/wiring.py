@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +26,7 @@ from sluice.adapters.dynamodb import (
 from sluice.adapters.lambdas import LambdaWorkerMapping
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
-from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText
+from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText, WebhookSecrets
 from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsInbox, SqsQueue
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import Telemetry, hush
@@ -43,6 +43,7 @@ from sluice.resume import Resume
 from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
+from sluice.tell import Tell
 from sluice.uploads import LINK_SECONDS, Uploads
 from sluice.work import LEASE_MS, Rules, Tools, Worker
 
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from mypy_boto3_secretsmanager import SecretsManagerClient
     from mypy_boto3_sqs import SQSClient
 
+    from sluice.deliver import Deliver
+    from sluice.domain.jobs import Job
     from sluice.ports import Answers, CallBooks, Inbox, JobRecords, Received, Requests
     from sluice.ranges import RunRange
 
@@ -191,7 +194,55 @@ def _batch_queues() -> SqsBatchQueues:
 @cache
 def assemble() -> Assemble:
     """Return the use case that puts results together."""
-    return Assemble(batches(), _objects(), BusNotices(aws.events()), CLOCK, telemetry())
+    return Assemble(batches(), _objects(), _notices(), CLOCK, telemetry())
+
+
+@cache
+def _notices() -> BusNotices:
+    return BusNotices(aws.events(), _sqs(), settings().webhooks_queue_url)
+
+
+@cache
+def tell() -> Tell:
+    """Return the use case behind the stream of the jobs table."""
+    return Tell(_notices(), telemetry())
+
+
+def ended_jobs(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, Job]]:
+    """Read the records of a stream event: each job, and the name of its record.
+
+    A record that nobody can read is passed over: it would keep all those behind it for a day.
+    """
+    ended = []
+    for record in records:
+        change = record["dynamodb"]
+        try:
+            ended.append((change["SequenceNumber"], job_records.of_image(change["NewImage"])))
+        except (KeyError, TypeError, ValueError):
+            telemetry().problem("ended job not read", job=change.get("Keys"))
+    return ended
+
+
+@cache
+def signing_secrets() -> WebhookSecrets:
+    """Return what the secrets of webhooks are made of."""
+    return WebhookSecrets(_secrets_manager(), settings().webhook_secret, CLOCK)
+
+
+@cache
+def deliver() -> Deliver:
+    """Return the use case behind the webhooks queue. The HTTP client is imported only where it is used."""
+    from sluice.adapters.web import HttpWeb  # noqa: PLC0415
+    from sluice.deliver import Deliver  # noqa: PLC0415
+
+    returns = SqsInbox(
+        _sqs(),
+        settings().webhooks_queue_url,
+        settings().dead_letters_queue_url,
+        "the webhooks queue",
+    )
+    networks = settings().webhook_networks
+    return Deliver(HttpWeb(), signing_secrets(), returns, networks, CLOCK, telemetry())
 
 
 def hidden(message: Received) -> Hidden:
@@ -202,7 +253,15 @@ def hidden(message: Received) -> Hidden:
 @cache
 def plan_batch() -> PlanBatch:
     """Return the use case that cuts files into ranges."""
-    return PlanBatch(batches(), _objects(), _batch_queues(), assemble(), CLOCK, telemetry())
+    return PlanBatch(
+        batches(),
+        _objects(),
+        _batch_queues(),
+        assemble(),
+        settings().webhook_networks,
+        CLOCK,
+        telemetry(),
+    )
 
 
 def uploads_of(tenant: str) -> Uploads:

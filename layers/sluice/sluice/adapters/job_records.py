@@ -37,7 +37,7 @@ WAITING_DAYS = 45
 DUE_SHARDS = 8
 """Parts of the index `by_due` for each reason: one part takes 1,000 writes a second, and a backlog may park at once."""
 
-_FLAT_TEXT = ("job_id", "tenant", "state", "model", "lane", "custom_id")
+_FLAT_TEXT = ("job_id", "tenant", "state", "model", "lane", "custom_id", "webhook")
 _FLAT_NUMBERS = (
     "version", "created_at", "finished_at", "cost_micro_usd", "attempts_used", "snoozes",
 )  # fmt: skip
@@ -154,6 +154,11 @@ def decode(item: Item) -> Job:
             for each in record.get("redrives", ())
         ),
     )
+
+
+def of_image(image: Item) -> Job:
+    """Return the job of an item as the table's stream shows it: without its result, whose bytes are text there."""
+    return decode({name: value for name, value in image.items() if name != "result"})
 
 
 def _expires_at(job: Job, retention_days: int) -> int:

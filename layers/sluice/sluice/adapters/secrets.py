@@ -65,6 +65,41 @@ class SecretText:
             self._text = None
 
 
+class WebhookSecrets:
+    """What the secrets of webhooks are made of: the text of one secret, and the one before it."""
+
+    STAGES: Final = ("AWSCURRENT", "AWSPREVIOUS")
+
+    def __init__(self, client: SecretsManagerClient, name: str, clock: Clock) -> None:
+        self._client = client
+        self._name = name
+        self._clock = clock
+        self._known: tuple[int, tuple[str, ...]] | None = None
+
+    def __call__(self) -> Sequence[str]:
+        """Return both, the present one first, at most five minutes old; raises StoreBusy."""
+        now = self._clock.now()
+        if self._known is None or now - self._known[0] >= POOL_AGE_MS:
+            texts = (self._version(stage) for stage in self.STAGES)
+            self._known = now, tuple(text for text in texts if text is not None)
+        return self._known[1]
+
+    def _version(self, stage: str) -> str | None:
+        try:
+            answer = aws.patiently(
+                "Secrets Manager",
+                self._client.get_secret_value,
+                SecretId=self._name,
+                VersionStage=stage,
+            )
+        except ClientError as error:
+            if stage != self.STAGES[0] and aws.code(error) == "ResourceNotFoundException":
+                # It was never changed.
+                return None
+            raise
+        return str(answer["SecretString"])
+
+
 class SecretHistory:
     """When the secret of the key pool was written; its text is not read. Looked up every five minutes."""
 

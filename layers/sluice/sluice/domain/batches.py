@@ -77,6 +77,8 @@ class Options:
     system: str | None = None
     run: str | None = None
     """A name for this run: the same file under another one runs again."""
+    webhook: str | None = None
+    """Who is to be told of the batch's end."""
 
 
 @dataclass(frozen=True, slots=True)

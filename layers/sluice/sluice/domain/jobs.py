@@ -267,6 +267,8 @@ class Job:
     deadline: int | None = None
     fallback_models: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    webhook: str | None = None
+    """Who is to be told of the job's end."""
     state: State = State.QUEUED
     version: int = 1
     attempts_used: int = 0

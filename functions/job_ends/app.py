@@ -1,0 +1,18 @@
+"""Woken by the stream of the jobs table, which shows the jobs that have ended: tells whoever listens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sluice import wiring
+
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
+    """Tell of each; the stream begins again at the one that could not be told of."""
+    ended = wiring.ended_jobs(event["Records"])
+    told = wiring.tell()([job for _, job in ended])
+    wiring.telemetry().flush()
+    return {"batchItemFailures": [{"itemIdentifier": name} for name, _ in ended[told : told + 1]]}

@@ -1,0 +1,131 @@
+"""Delivering webhooks: signed, to public addresses only, tried again for a day, at least once each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Final, assert_never
+from urllib.parse import urlsplit
+
+from standardwebhooks.webhooks import Webhook as Signer
+
+from sluice.domain.webhooks import (
+    Again,
+    Delivered,
+    GivenUp,
+    Network,
+    as_address,
+    check_url,
+    judge,
+    may_be_called,
+    signing_secret,
+)
+from sluice.messages import webhook_of
+from sluice.ports import Clock, Events, Received, Reply, Returns, SigningSecrets, Web, Webhook
+
+REFUSED: Final = "its name leads to an address that webhooks may not go to"
+
+
+class Deliver:
+    """The use case behind the webhooks queue."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+        self,
+        web: Web,
+        secrets: SigningSecrets,
+        returns: Returns,
+        networks: Sequence[Network],
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        self._web = web
+        self._secrets = secrets
+        self._returns = returns
+        self._networks = networks
+        self._clock = clock
+        self._events = events
+
+    async def __call__(self, messages: Sequence[Received]) -> list[str]:
+        """Deliver side by side; return the ids of the messages that come again. Raises StoreBusy, and all do."""
+        secrets = self._secrets()
+        pauses = await asyncio.gather(*(self._pause(each, secrets) for each in messages))
+        later = [
+            (message, pause)
+            for message, pause in zip(messages, pauses, strict=True)
+            if pause is not None
+        ]
+        self._returns.put_back(later)
+        return [message.message_id for message, _ in later]
+
+    async def _pause(self, message: Received, secrets: Sequence[str]) -> int | None:
+        """Deliver one; return how long it waits for the next time, None when there is none."""
+        webhook = webhook_of(message)
+        if webhook is None:
+            self._returns.bury(message, "not a webhook of Sluice's")
+            return None
+        reply = await self._sent(webhook, secrets)
+        verdict = judge(reply.status, message.receive_count, reply.retry_after_s)
+        if reply.problem == REFUSED:
+            # No other time would be better: whoever owns the name can make it lead anywhere.
+            verdict = GivenUp()
+        match verdict:
+            case Delivered():
+                self._events.count("WebhooksDelivered")
+                return None
+            case GivenUp():
+                self._events.count("WebhooksGivenUp")
+                self._tell("webhook given up", webhook, reply)
+                return None
+            case Again(after_ms=after):
+                self._tell("webhook failed", webhook, reply)
+                return after
+            case _:
+                assert_never(verdict)
+
+    async def _sent(self, webhook: Webhook, secrets: Sequence[str]) -> Reply:
+        try:
+            check_url(webhook.url, self._networks)
+        except ValueError:
+            # It was taken while more networks were let in.
+            return Reply(problem=REFUSED)
+        parts = urlsplit(webhook.url)
+        is_plain = parts.scheme == "http"
+        port = parts.port or (80 if is_plain else 443)
+        found = await self._web.addresses(parts.hostname or "", port)
+        if not found:
+            return Reply(problem="its name leads nowhere")
+        # All of them: which one is taken must not be the receiver's choice.
+        if not all(self._is_open(each, plainly=is_plain) for each in found):
+            return Reply(problem=REFUSED)
+        headers = self._headers(webhook, secrets)
+        return await self._web.post(webhook.url, found[0], headers, webhook.body)
+
+    def _is_open(self, text: str, *, plainly: bool) -> bool:
+        address = as_address(text)
+        return address is not None and may_be_called(address, self._networks, plainly=plainly)
+
+    def _headers(self, webhook: Webhook, secrets: Sequence[str]) -> Mapping[str, str]:
+        now = datetime.fromtimestamp(self._clock.now() / 1000, UTC)
+        signatures = (
+            Signer(signing_secret(master, webhook.tenant)).sign(webhook.id, now, webhook.body)
+            for master in secrets
+        )
+        return {
+            "content-type": "application/json",
+            "user-agent": "Sluice",
+            "webhook-id": webhook.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": " ".join(signatures),
+        }
+
+    def _tell(self, event: str, webhook: Webhook, reply: Reply) -> None:
+        """Log a failure, without the address: many carry a secret."""
+        self._events.note(
+            event,
+            webhook_id=webhook.id,
+            tenant=webhook.tenant,
+            host=urlsplit(webhook.url).hostname,
+            status=reply.status,
+            problem=reply.problem,
+        )

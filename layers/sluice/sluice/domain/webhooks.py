@@ -1,0 +1,161 @@
+"""Webhooks: where one may go, how it is signed, and when it is tried again.
+
+Messages are signed as Standard Webhooks says (https://www.standardwebhooks.com): headers `webhook-id`,
+`webhook-timestamp` and `webhook-signature`, an HMAC-SHA256 with a secret that begins with `whsec_`.
+"""
+
+from __future__ import annotations
+
+import hmac
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
+from typing import Final
+from urllib.parse import SplitResult, urlsplit
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+MOST_CHARACTERS: Final = 2_048
+"""Of an address."""
+
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60 * SECOND_MS
+HOUR_MS: Final = 60 * MINUTE_MS
+
+PAUSES_MS: Final = (
+    5 * SECOND_MS,
+    MINUTE_MS,
+    5 * MINUTE_MS,
+    30 * MINUTE_MS,
+    2 * HOUR_MS,
+    5 * HOUR_MS,
+    10 * HOUR_MS,
+    10 * HOUR_MS,
+)
+"""How long a delivery that failed waits for the next one; after the last it is given up. About 28 hours in all."""
+
+LONGEST_PAUSE_MS: Final = 12 * HOUR_MS - MINUTE_MS
+"""A message can be hidden for 12 hours; more than a receiver asks for with `retry-after` is not waited."""
+
+GONE: Final = 410
+"""The receiver does not want to hear any more (Standard Webhooks)."""
+
+_TRANSLATED: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
+"""IPv6 addresses behind which a translator puts an IPv4 address (RFC 6052, RFC 8215)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The delivery failed; the next one after so long."""
+
+    after_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The receiver has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """The delivery failed, and there is no other."""
+
+
+def check_url(url: str, networks: Sequence[Network] = ()) -> None:
+    """Check the form of a webhook's address; raises ValueError with what is wrong, in words for the caller.
+
+    `networks` are private ones that the operator lets webhooks into; where there are any, plain http may be used.
+    Where a name leads is looked at before each call, not here.
+    """
+    schemes = ("https", "http") if networks else ("https",)
+    parts = _split(url)
+    if parts is None or len(url) > MOST_CHARACTERS:
+        raise ValueError(f"must be an address of at most {MOST_CHARACTERS:,} ASCII characters")
+    if parts.scheme not in schemes or not parts.hostname:
+        raise ValueError(f"must begin with {' or '.join(f'{each}://' for each in schemes)}")
+    if parts.username is not None or parts.fragment:
+        raise ValueError("must have neither a user name nor a #fragment")
+    address = as_address(parts.hostname)
+    if address is not None and not may_be_called(address, networks):
+        raise ValueError(f"must not lead to a private address ({parts.hostname})")
+
+
+def may_be_called(
+    address: Address, networks: Sequence[Network] = (), *, plainly: bool = False
+) -> bool:
+    """Tell whether a webhook may go to an address: a public one, or one in the operator's `networks`.
+
+    `plainly`: over http, which is for the operator's networks alone. A public address that a router turns into a
+    private one counts as private.
+    """
+    real = _embedded(address)
+    if any(real in network for network in networks if network.version == real.version):
+        return True
+    is_local = real.is_multicast or (isinstance(real, IPv6Address) and real.is_site_local)
+    return not plainly and real.is_global and not is_local
+
+
+def as_address(host: str) -> Address | None:
+    """Return a host that is written as a number; None for a name."""
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def read_networks(text: str) -> tuple[Network, ...]:
+    """Return the networks of a comma-separated list; raises ValueError for anything else."""
+    return tuple(ip_network(each.strip()) for each in text.split(",") if each.strip())
+
+
+def signing_secret(master: str, tenant: str) -> str:
+    """Return a tenant's secret, made of the deployment's own: there is nothing to store, and none tells another."""
+    digest = hmac.digest(master.encode(), f"webhooks of {tenant}".encode(), "sha256")
+    return f"whsec_{b64encode(digest).decode()}"
+
+
+def judge(
+    status: int | None, receive_count: int, retry_after_s: int | None = None
+) -> Delivered | Again | GivenUp:
+    """Tell what becomes of a delivery.
+
+    `status` is None when no answer came, `receive_count` counts the deliveries, this one among them. Only 2xx is a
+    success: redirects are not followed, for they would lead past the check of the address.
+    """
+    if status is not None and 200 <= status < 300:  # noqa: PLR2004 - HTTP
+        return Delivered()
+    if status == GONE or receive_count > len(PAUSES_MS):
+        return GivenUp()
+    pause = PAUSES_MS[max(0, receive_count - 1)]
+    return Again(min(LONGEST_PAUSE_MS, max(pause, (retry_after_s or 0) * SECOND_MS)))
+
+
+def _split(url: str) -> SplitResult | None:
+    """Return the parts of an address that can be one at all."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
+def _embedded(address: Address) -> Address:
+    """Return the IPv4 address that an IPv6 address stands for, else the address itself."""
+    if isinstance(address, IPv4Address):
+        return address
+    if any(address in network for network in _TRANSLATED):
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    teredo = address.teredo[1] if address.teredo else None
+    return address.ipv4_mapped or address.sixtofour or teredo or address
