@@ -19,7 +19,7 @@ from decimal import Decimal
 from typing import Any, Final, TypeVar
 
 from sluice.dead_letters import KeptLetter
-from sluice.domain.capacity import Backlog, Consumer
+from sluice.domain.capacity import REFILLED, Backlog, Consumer
 from sluice.domain.errors import (
     Conflict,
     InvalidRequest,
@@ -642,13 +642,13 @@ class MemoryQueue(Fragile):
 
 
 class MemoryMapping(Fragile):
-    """The mapping from queue to worker; `busy` refuses the next changes, as Lambda does during an earlier one."""
+    """A mapping from a queue to its workers; `busy` refuses the next changes, as Lambda does during an earlier one."""
 
     name = "the worker's mapping"
 
-    def __init__(self, concurrency: int = 10, batch_size: int = 50) -> None:
+    def __init__(self, concurrency: int = 10, slots: int = 50, busy: float = REFILLED) -> None:
         super().__init__()
-        self.stored = Consumer(concurrency, enabled=True, batch_size=batch_size)
+        self.stored = Consumer(concurrency, enabled=True, slots=slots, busy=busy)
         self.busy = 0
 
     def state(self) -> Consumer:
@@ -665,7 +665,7 @@ class MemoryMapping(Fragile):
 
 
 class MemoryGovernorNotes(Fragile):
-    """What the governor remembers."""
+    """What the governor remembers of one mapping."""
 
     name = "the governor's notes"
 

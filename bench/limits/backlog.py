@@ -31,7 +31,7 @@ from sluice.domain.capacity import Backlog
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import model_group
 from sluice.domain.retries import RetryPolicy
-from sluice.governor import Governor
+from sluice.governor import Governed, Governor
 from sluice.ports import Pointer, Received
 from sluice.submit import Sender, Submission, Submit
 from sluice.sweep import Sweep
@@ -221,12 +221,9 @@ class Backlogged:
             self.jobs, self.params, self.queue, clock, self.chance.randbytes, self.events
         )
         self.governor = Governor(
-            self.mapping,
+            [Governed("jobs", self.mapping, self.queue.backlog, MemoryGovernorNotes(), 100)],
             self.limits,
-            self.queue,
-            MemoryGovernorNotes(),
             pool,
-            100,
             clock,
             self.events,
         )

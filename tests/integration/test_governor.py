@@ -23,11 +23,16 @@ from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import call
 from sluice import wiring
 from sluice.adapters import aws
-from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs, DynamoLimits
-from sluice.adapters.lambdas import LambdaWorkerMapping
+from sluice.adapters.dynamodb import (
+    JOBS_NOTES_ID,
+    DynamoGovernorNotes,
+    DynamoJobs,
+    DynamoLimits,
+)
+from sluice.adapters.lambdas import LambdaQueueMapping
 from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
-from sluice.adapters.sqs import LOOK_SECONDS, SqsQueue
-from sluice.domain.capacity import Backlog, Consumer
+from sluice.adapters.sqs import LOOK_SECONDS, SqsBatchQueues, SqsQueue
+from sluice.domain.capacity import UNREFILLED, Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, State
 from sluice.domain.limits import Group, Seen
@@ -64,6 +69,10 @@ def stub(client: Any) -> Iterator[Stubber]:
         stubber.assert_no_pending_responses()
 
 
+def mapping_of(client: Any) -> LambdaQueueMapping:
+    return LambdaQueueMapping(client, UUID, "the worker's mapping")
+
+
 def described(state: str, **more: Any) -> dict[str, Any]:
     return {"UUID": UUID, "State": state, "BatchSize": 50, **more}
 
@@ -73,16 +82,16 @@ def described(state: str, **more: Any) -> dict[str, Any]:
     [
         (
             described("Enabled", ScalingConfig={"MaximumConcurrency": 7}),
-            Consumer(7, enabled=True, batch_size=50),
+            Consumer(7, enabled=True, slots=50),
         ),
         (
             described("Disabled", ScalingConfig={"MaximumConcurrency": 2}),
-            Consumer(2, enabled=False, batch_size=50),
+            Consumer(2, enabled=False, slots=50),
         ),
-        (described("Enabled"), Consumer(None, enabled=True, batch_size=50)),
-        (described("Updating"), Consumer(None, enabled=True, batch_size=50, settled=False)),
-        (described("Enabling"), Consumer(None, enabled=True, batch_size=50, settled=False)),
-        (described("Disabling"), Consumer(None, enabled=False, batch_size=50, settled=False)),
+        (described("Enabled"), Consumer(None, enabled=True, slots=50)),
+        (described("Updating"), Consumer(None, enabled=True, slots=50, settled=False)),
+        (described("Enabling"), Consumer(None, enabled=True, slots=50, settled=False)),
+        (described("Disabling"), Consumer(None, enabled=False, slots=50, settled=False)),
     ],
 )
 def test_the_mapping_as_lambda_describes_it(
@@ -90,7 +99,16 @@ def test_the_mapping_as_lambda_describes_it(
 ) -> None:
     stub.add_response("get_event_source_mapping", answer, {"UUID": UUID})
 
-    assert expected == LambdaWorkerMapping(client, UUID).state()
+    assert expected == mapping_of(client).state()
+
+
+def test_where_a_message_is_many_calls_a_worker_has_as_many_slots(
+    client: Any, stub: Stubber
+) -> None:
+    stub.add_response("get_event_source_mapping", described("Enabled") | {"BatchSize": 1})
+    ranges = LambdaQueueMapping(client, UUID, "it", slots_per_message=64, busy=UNREFILLED)
+
+    assert Consumer(None, enabled=True, slots=64, busy=UNREFILLED) == ranges.state()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -104,7 +122,7 @@ def test_a_change_names_both_number_and_switch(
     }
     stub.add_response("update_event_source_mapping", described("Updating"), expected)
 
-    assert LambdaWorkerMapping(client, UUID).set(5, enabled=enabled)
+    assert mapping_of(client).set(5, enabled=enabled)
 
 
 @pytest.mark.parametrize("code", ["ResourceInUseException", "ResourceConflictException"])
@@ -113,7 +131,7 @@ def test_a_mapping_that_is_being_changed_is_tried_next_time(
 ) -> None:
     stub.add_client_error("update_event_source_mapping", code, http_status_code=400)
 
-    assert not LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+    assert not mapping_of(client).set(5, enabled=True)
 
 
 def test_a_throttled_call_is_busy(client: Any, stub: Stubber) -> None:
@@ -121,14 +139,14 @@ def test_a_throttled_call_is_busy(client: Any, stub: Stubber) -> None:
         stub.add_client_error("update_event_source_mapping", "TooManyRequestsException")
 
     with pytest.raises(StoreBusy, match="the worker's mapping"):
-        LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+        mapping_of(client).set(5, enabled=True)
 
 
 def test_what_the_role_may_not_do_is_an_error_and_no_next_time(client: Any, stub: Stubber) -> None:
     stub.add_client_error("update_event_source_mapping", "AccessDeniedException")
 
     with pytest.raises(ClientError):
-        LambdaWorkerMapping(client, UUID).set(5, enabled=True)
+        mapping_of(client).set(5, enabled=True)
 
 
 # The queue's depth -----------------------------------------------------------------------------------------
@@ -142,6 +160,15 @@ def test_the_backlog_tells_waiting_messages_from_those_with_a_worker(cloud: Aws)
 
     assert Backlog(visible=3, in_flight=2, delayed=1) == queue.backlog()
     assert 6 == queue.depth()
+
+
+def test_the_ranges_have_a_backlog_of_their_own(cloud: Aws) -> None:
+    queues = SqsBatchQueues(cloud.sqs, cloud.batches_queue, cloud.ranges_queue)
+    cloud.sqs.send_message(QueueUrl=cloud.batches_queue, MessageBody="{}")
+    before = queues.ranges_backlog()
+    cloud.sqs.send_message(QueueUrl=cloud.ranges_queue, MessageBody="{}")
+
+    assert (Backlog(), Backlog(visible=1)) == (before, queues.ranges_backlog())
 
 
 # The function ----------------------------------------------------------------------------------------------
@@ -250,9 +277,9 @@ def govern(ready: Ready) -> None:
     assert "FunctionError" not in answer, answer["Payload"].read()
 
 
-def mapping(ready: Ready) -> tuple[Any, str]:
-    """The mapping, asked without boto3, which would turn text into a number."""
-    uuid = ready.resources["WorkerMapping"]
+def mapping(ready: Ready, name: str = "WorkerMapping") -> tuple[Any, str]:
+    """A mapping, asked without boto3, which would turn text into a number."""
+    uuid = ready.resources[name]
     _status, found = call("GET", f"{ready.endpoint_url}/2015-03-31/event-source-mappings/{uuid}")
     return found["ScalingConfig"]["MaximumConcurrency"], found["State"]
 
@@ -335,26 +362,32 @@ def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -
     # A concurrency as text would stop the emulator's poller for all queues.
     assert canary_passes(ready, "raised")
     changes = eventually(lambda: lines(ready, "concurrency changed"))
+    assert "jobs" == changes[0]["mapping"]
     assert (CEILING, 4) == (changes[0]["from"], changes[0]["to"])
     assert "75 calls in flight" in changes[0]["reason"]
     assert 600 == changes[0]["groups"]["governed/some"]["starts_per_minute"]
 
 
-def test_an_outage_turns_it_down_and_its_end_up(ready: Ready) -> None:
+def test_an_outage_turns_both_down_and_its_end_up(ready: Ready) -> None:
     """Not off: the local stack has just written its key pool, which may hold keys that nobody knows yet."""
     know(ready, rpm=4_000, call_ms=10_000, blocked_until=now() + HOUR_MS)
     govern(ready)
-    down = mapping(ready)
+    down, ranges_down = mapping(ready), mapping(ready, "RangesMapping")
     know(ready, rpm=4_000, call_ms=10_000)
     govern(ready)
 
     assert [(2, "Enabled"), (CEILING, "Enabled")] == [down, mapping(ready)]
+    ranges_up = mapping(ready, "RangesMapping")
+    assert [(2, "Enabled"), (4, "Enabled")] == [ranges_down, ranges_up]
+    assert type(ranges_up[0]) is int
 
 
 def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(ready: Ready) -> None:
     know(ready, rpm=600, call_ms=7_500)
     uuid = ready.resources["WorkerMapping"]
-    notes = DynamoGovernorNotes(ready.client("dynamodb"), ready.resources["LimitsTable"])
+    notes = DynamoGovernorNotes(
+        ready.client("dynamodb"), ready.resources["LimitsTable"], JOBS_NOTES_ID
+    )
     ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)
     govern(ready)
     by_hand = mapping(ready)[1]

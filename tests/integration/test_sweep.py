@@ -11,7 +11,12 @@ import pytest
 from botocore.stub import Stubber
 
 from sluice.adapters import aws, job_records
-from sluice.adapters.dynamodb import DynamoGovernorNotes, DynamoJobs
+from sluice.adapters.dynamodb import (
+    JOBS_NOTES_ID,
+    RANGES_NOTES_ID,
+    DynamoGovernorNotes,
+    DynamoJobs,
+)
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, JobError
@@ -64,7 +69,7 @@ def notes(request: pytest.FixtureRequest, cloud: Aws, name: str) -> GovernorNote
     if request.param == "fake":
         return MemoryGovernorNotes()
     cloud.create_table(name, like="LimitsTable")
-    return DynamoGovernorNotes(cloud.dynamodb, name)
+    return DynamoGovernorNotes(cloud.dynamodb, name, JOBS_NOTES_ID)
 
 
 def parked(job_id: str, due: int = NOON, **facts: Any) -> Job:
@@ -290,3 +295,31 @@ def test_the_governor_remembers_that_it_switched_off(notes: GovernorNotes) -> No
     notes.note_turned_off(None)
 
     assert notes.turned_off_at() is None
+
+
+def test_what_it_remembers_of_one_mapping_is_not_the_others(cloud: Aws, name: str) -> None:
+    cloud.create_table(name, like="LimitsTable")
+    jobs = DynamoGovernorNotes(cloud.dynamodb, name, JOBS_NOTES_ID)
+    ranges = DynamoGovernorNotes(cloud.dynamodb, name, RANGES_NOTES_ID)
+    ranges.note_turned_off(LATER)
+    jobs.note_turned_off(NOON)
+    assert (NOON, LATER) == (jobs.turned_off_at(), ranges.turned_off_at())
+
+    jobs.note_turned_off(None)
+
+    assert (None, LATER) == (jobs.turned_off_at(), ranges.turned_off_at())
+
+
+def test_a_note_of_the_release_that_knew_one_mapping_is_about_the_jobs(
+    cloud: Aws, name: str
+) -> None:
+    cloud.create_table(name, like="LimitsTable")
+    written = {"id": {"S": "governor#notes"}, "turned_off_at": {"N": str(NOON)}}
+    cloud.dynamodb.put_item(TableName=name, Item=written)
+
+    found = [
+        DynamoGovernorNotes(cloud.dynamodb, name, each).turned_off_at()
+        for each in (JOBS_NOTES_ID, RANGES_NOTES_ID)
+    ]
+
+    assert [NOON, None] == found

@@ -21,7 +21,7 @@ from sluice.domain.errors import JobNotFound, StoreBusy
 from sluice.domain.jobs import Job, Party
 from sluice.domain.limits import Cost, Group
 from sluice.domain.retries import RetryPolicy
-from sluice.governor import Governor
+from sluice.governor import Governed, Governor
 from sluice.limiter import Admission, Limiter
 from sluice.ports import Answer, CallRequest, Due, Pointer, Received, Refused
 from sluice.submit import Accepted, Outcome, Sender, Submit
@@ -553,13 +553,11 @@ class World:
     def _govern_and_sweep(self, machine: Machine) -> None:
         limits, queue, pool = Through(self.limits), Through(self.queue), Through(self.pool_written)
         jobs: Any = Through(self.jobs)
+        mapping, notes = Through(self.mapping), Through(self.notes)
         governor = Governor(
-            Through(self.mapping),
+            [Governed("jobs", mapping, queue.backlog, notes, self.story.fleet)],
             limits,
-            queue,
-            Through(self.notes),
             pool,
-            self.story.fleet,
             machine,
             self.events,
         )

@@ -17,6 +17,8 @@ from sluice.domain.capacity import (
     MOST,
     NEW_POOL_MS,
     OFF_MS,
+    REFILLED,
+    UNREFILLED,
     Backlog,
     Consumer,
     Decision,
@@ -88,8 +90,8 @@ def unknown(name: str = "new", idle_ms: int = 0) -> Group:
     return replace(new_group("org", name, NOON), last_start=NOON - idle_ms)
 
 
-ON_TEN = Consumer(10, enabled=True, batch_size=50)
-OFF = Consumer(LEAST, enabled=False, batch_size=50)
+ON_TEN = Consumer(10, enabled=True, slots=50)
+OFF = Consumer(LEAST, enabled=False, slots=50)
 EMPTY = Backlog()
 
 
@@ -158,6 +160,28 @@ def test_as_many_workers_as_the_limits_keep_busy(groups: list[Group], expected: 
     assert expected == workers(*groups)
 
 
+@pytest.mark.parametrize(
+    ("slots", "busy", "expected"),
+    [
+        # 667 calls in flight. A worker that refills its slots has 30 of 50 at work,
+        (50, REFILLED, 24),
+        # one that runs a range has 26 of 64,
+        (64, UNREFILLED, 28),
+        # and would have 38 if it did.
+        (64, REFILLED, 19),
+    ],
+)
+def test_the_workers_of_either_mapping_carry_the_whole_limit(
+    slots: int, busy: float, expected: int
+) -> None:
+    consumer = Consumer(2, enabled=True, slots=slots, busy=busy)
+
+    decision = decided(group(rpm=4_000, call_ms=10_000), consumer=consumer)
+
+    assert expected == decision.maximum_concurrency
+    assert f"of {slots} slots" in decision.reason
+
+
 def test_never_more_than_the_ceiling() -> None:
     assert 20 == workers(group(rpm=4_000, call_ms=10_000), ceiling=20)
 
@@ -171,10 +195,10 @@ def test_a_ceiling_below_what_lambda_accepts_is_two() -> None:
 
 
 def test_an_unlimited_mapping_gets_a_limit() -> None:
-    decision = decided(group(call_ms=7_500), consumer=Consumer(None, enabled=True, batch_size=50))
+    decision = decided(group(call_ms=7_500), consumer=Consumer(None, enabled=True, slots=50))
 
     assert 4 == decision.maximum_concurrency
-    assert decision.changes(Consumer(None, enabled=True, batch_size=50))
+    assert decision.changes(Consumer(None, enabled=True, slots=50))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +239,7 @@ def test_near_the_ceiling_of_messages_in_flight_no_more_workers_take_some() -> N
 
 def test_the_reason_shows_the_arithmetic() -> None:
     assert decided(group(call_ms=7_500)).reason == (
-        "10.0 starts a second keep 75 calls in flight, which is 4 workers with batches of 50"
+        "10.0 starts a second keep 75 calls in flight, which is 4 workers of 50 slots"
     )
 
 
@@ -331,10 +355,10 @@ def test_switched_on_again_it_gets_what_the_limits_need() -> None:
 
 
 def test_what_a_person_switched_off_stays_off() -> None:
-    decision = decided(group(), consumer=Consumer(7, enabled=False, batch_size=50))
+    decision = decided(group(), consumer=Consumer(7, enabled=False, slots=50))
 
     assert Decision(7, enabled=False, reason="the mapping was switched off by hand") == decision
-    assert not decision.changes(Consumer(7, enabled=False, batch_size=50))
+    assert not decision.changes(Consumer(7, enabled=False, slots=50))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +393,8 @@ CONSUMERS = st.builds(
     Consumer,
     maximum_concurrency=st.none() | st.integers(LEAST, MOST),
     enabled=st.booleans(),
-    batch_size=st.integers(1, 10_000),
+    slots=st.integers(1, 10_000),
+    busy=st.sampled_from([REFILLED, UNREFILLED]),
 )
 BACKLOGS = st.builds(
     Backlog,

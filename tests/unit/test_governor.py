@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from sluice.domain.capacity import UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
-from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governor
-from sluice.settings import Settings, SettingsError
+from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
+from sluice.ranges import AT_ONCE
+from sluice.settings import MappingSettings, Settings, SettingsError
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -36,17 +38,12 @@ class Scene:
         self.notes = MemoryGovernorNotes()
         self.pool = PoolWritten(pool_at)
         self.events = RecordingEvents()
-        self.governor = Governor(
-            self.mapping,
-            self.limits,
-            self.queue,
-            self.notes,
-            self.pool,
-            20,
-            self.clock,
-            self.events,
-        )
+        jobs = Governed("jobs", self.mapping, self.queue.backlog, self.notes, 20)
+        self.governor = self.governor_of(jobs)
         self.know(self.group())
+
+    def governor_of(self, *governed: Governed) -> Governor:
+        return Governor(governed, self.limits, self.pool, self.clock, self.events)
 
     def group(self, **facts: object) -> Group:
         seen = {**ROOMY, "requests": Seen(600, 10)}
@@ -75,7 +72,7 @@ def test_it_gives_the_mapping_what_the_limits_need_and_says_why(scene: Scene) ->
 
     ((event, facts),) = scene.events.notes
     assert (4, True) == scene.stands()
-    assert "concurrency changed" == event
+    assert ("concurrency changed", "jobs") == (event, facts["mapping"])
     assert (10, 4) == (facts["from"], facts["to"])
     assert "keep 75 calls in flight" in str(facts["reason"])
     assert (1, 0) == (facts["waiting"], facts["in_flight"])
@@ -241,24 +238,170 @@ def test_workers_do_not_wait_for_the_age_of_keys(scene: Scene) -> None:
     assert ["store busy"] == scene.events.problem_names
 
 
+# Two mappings ----------------------------------------------------------------------------------------------
+
+
+class Pair(Scene):
+    """The same with ranges beside the jobs: the limit group keeps four workers of either kind busy."""
+
+    def __init__(self, pool_at: int | None = NOON - DAY_MS) -> None:
+        super().__init__(pool_at)
+        self.ranges = MemoryMapping(concurrency=8, slots=AT_ONCE, busy=UNREFILLED)
+        self.ranges_waiting = Backlog()
+        self.ranges_notes = MemoryGovernorNotes()
+        self.governor = self.governor_of(
+            Governed("jobs", self.mapping, self.queue.backlog, self.notes, 20),
+            Governed("ranges", self.ranges, lambda: self.ranges_waiting, self.ranges_notes, 6),
+        )
+
+    def both_stand(self) -> tuple[tuple[int | None, bool], tuple[int | None, bool]]:
+        ranges = self.ranges.stored
+        return self.stands(), (ranges.maximum_concurrency, ranges.enabled)
+
+    def told(self) -> list[tuple[object, object, object]]:
+        return [(facts["mapping"], facts["from"], facts["to"]) for _, facts in self.events.notes]
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair()
+
+
+def test_each_mapping_gets_what_the_whole_limit_needs_and_a_line_of_its_own(pair: Pair) -> None:
+    pair.know(pair.group(call_ms=15_000))
+    pair.queue.post(job_id="job_1")
+    pair.ranges_waiting = Backlog(visible=3, in_flight=2)
+
+    pair.governor()
+
+    # 150 calls in flight: five workers with 30 each, or six with 26, and one in reserve.
+    assert ((6, True), (6, True)) == pair.both_stand()
+    assert [("jobs", 10, 6), ("ranges", 8, 6)] == pair.told()
+    jobs, ranges = (facts for _, facts in pair.events.notes)
+    assert (1, 0, 3, 2) == (
+        jobs["waiting"],
+        jobs["in_flight"],
+        ranges["waiting"],
+        ranges["in_flight"],
+    )
+    assert "6 workers of 50 slots" in str(jobs["reason"])
+    assert "7 workers of 64 slots" in str(ranges["reason"])
+
+
+def test_each_mapping_is_off_while_its_own_queue_is_empty(pair: Pair) -> None:
+    pair.block(NOON + 60 * MINUTE)
+    pair.ranges_waiting = Backlog(in_flight=1)
+
+    pair.governor()
+    assert ((2, False), (2, True)) == pair.both_stand()
+    assert (NOON, None) == (pair.notes.at, pair.ranges_notes.at)
+    pair.queue.post(job_id="job_1")
+    pair.ranges_waiting = Backlog()
+    pair.clock.at += MINUTE
+    pair.governor()
+    assert ((2, True), (2, False)) == pair.both_stand()
+    assert (None, NOON + MINUTE) == (pair.notes.at, pair.ranges_notes.at)
+    pair.clock.at = NOON + 59 * MINUTE
+
+    pair.governor()
+
+    assert pair.mapping.stored.enabled
+    assert pair.ranges.stored.enabled
+    assert pair.ranges_notes.at is None
+
+
+def test_one_mapping_switched_off_by_hand_stays_off_beside_one_the_governor_switched(
+    pair: Pair,
+) -> None:
+    pair.block(NOON + 60 * MINUTE)
+    pair.ranges.stored = replace(pair.ranges.stored, enabled=False)
+    pair.governor()
+    assert ((2, False), (8, False)) == pair.both_stand()
+    pair.clock.at += 60 * MINUTE
+
+    pair.governor()
+
+    assert ((4, True), (8, False)) == pair.both_stand()
+    assert ["jobs", "jobs"] == [mapping for mapping, _, _ in pair.told()]
+    assert pair.ranges_notes.at is None
+
+
+@pytest.mark.parametrize("verb", ["state", "set"])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["jobs"], ((10, True), (4, True))),
+        (["ranges"], ((4, True), (8, True))),
+        (["jobs", "ranges"], ((10, True), (8, True))),
+    ],
+)
+def test_a_mapping_that_fails_keeps_no_other_from_being_governed(
+    pair: Pair, verb: str, names: list[str], expected: object
+) -> None:
+    for name in names:
+        {"jobs": pair.mapping, "ranges": pair.ranges}[name].break_down(verb)
+
+    with pytest.raises(StoreBusy):
+        pair.governor()
+
+    assert expected == pair.both_stand()
+    assert [("mapping not governed", {"mapping": each}) for each in names] == pair.events.problems
+
+
+def test_a_note_that_cannot_be_read_keeps_only_its_own_mapping(pair: Pair) -> None:
+    pair.notes.break_down("turned_off_at")
+
+    with pytest.raises(StoreBusy):
+        pair.governor()
+
+    assert ((10, True), (4, True)) == pair.both_stand()
+
+
+def test_a_mapping_that_is_still_changing_holds_up_no_other(pair: Pair) -> None:
+    pair.mapping.stored = replace(pair.mapping.stored, settled=False)
+
+    pair.governor()
+
+    assert ((10, True), (4, True)) == pair.both_stand()
+
+
+def test_old_keys_are_told_once_for_both() -> None:
+    pair = Pair(pool_at=NOON - OLD_DAYS * DAY_MS)
+
+    pair.governor()
+
+    assert 1 == pair.events.counted("OldKeys")
+
+
 # Its settings ----------------------------------------------------------------------------------------------
 
 
+GOVERNED = {
+    "SLUICE_WORKER_MAPPING": "a-uuid",
+    "SLUICE_MAX_CONCURRENCY": "20",
+    "SLUICE_RANGES_MAPPING": "another-uuid",
+    "SLUICE_BULK_CONCURRENCY": "6",
+}
+
+
 def test_the_governors_settings_are_its_own() -> None:
-    more = {"SLUICE_WORKER_MAPPING": "a-uuid", "SLUICE_MAX_CONCURRENCY": "20"}
+    settings = Settings.from_environment(COMPLETE | GOVERNED)
 
-    assert ("a-uuid", 20) == Settings.from_environment(COMPLETE | more).governed()
+    assert (
+        MappingSettings("a-uuid", 20),
+        MappingSettings("another-uuid", 6),
+    ) == settings.governed()
 
 
-@pytest.mark.parametrize("name", ["SLUICE_WORKER_MAPPING", "SLUICE_MAX_CONCURRENCY"])
+@pytest.mark.parametrize("name", GOVERNED)
 def test_another_function_does_without_them(name: str) -> None:
-    more = {"SLUICE_WORKER_MAPPING": "a-uuid", "SLUICE_MAX_CONCURRENCY": "20"}
-    settings = Settings.from_environment(COMPLETE | more | {name: ""})
+    settings = Settings.from_environment(COMPLETE | GOVERNED | {name: ""})
 
     with pytest.raises(SettingsError, match=f"{name}.* set"):
         settings.governed()
 
 
-def test_a_ceiling_that_is_no_number_is_named() -> None:
-    with pytest.raises(SettingsError, match="SLUICE_MAX_CONCURRENCY must be a whole number"):
-        Settings.from_environment(COMPLETE | {"SLUICE_MAX_CONCURRENCY": "many"})
+@pytest.mark.parametrize("name", ["SLUICE_MAX_CONCURRENCY", "SLUICE_BULK_CONCURRENCY"])
+def test_a_ceiling_that_is_no_number_is_named(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} must be a whole number"):
+        Settings.from_environment(COMPLETE | GOVERNED | {name: "many"})

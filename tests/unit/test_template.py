@@ -164,12 +164,14 @@ def test_no_function_but_the_governor_has_an_environment_of_its_own(name: str) -
     assert "Environment" not in FUNCTIONS[name]
 
 
-def test_only_the_governor_knows_the_mapping_which_would_else_refer_to_itself() -> None:
+def test_only_the_governor_knows_the_mappings_which_would_else_refer_to_themselves() -> None:
     variables = FUNCTIONS["GovernorFunction"]["Environment"]["Variables"]
 
     assert {
         "SLUICE_WORKER_MAPPING": {"Ref": "WorkerMapping"},
         "SLUICE_MAX_CONCURRENCY": {"Ref": "MaxConcurrency"},
+        "SLUICE_RANGES_MAPPING": {"Ref": "RangesMapping"},
+        "SLUICE_BULK_CONCURRENCY": {"Ref": "BulkConcurrency"},
     } == variables
 
 
@@ -256,6 +258,18 @@ def test_a_function_may_do_only_what_its_code_calls(
     function: str, resource: str, actions: set[str]
 ) -> None:
     assert {f"dynamodb:{each}" for each in actions} == allowed(function, resource)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "queue"), [("WorkerMapping", "JobsQueue"), ("RangesMapping", "RangesQueue")]
+)
+def test_the_governor_may_set_each_mapping_it_knows_and_see_its_backlog(
+    mapping: str, queue: str
+) -> None:
+    actions = {"lambda:GetEventSourceMapping", "lambda:UpdateEventSourceMapping"}
+
+    assert actions == allowed("GovernorFunction", mapping)
+    assert {"sqs:SendMessage", "sqs:GetQueueAttributes"} == allowed("GovernorFunction", queue)
 
 
 def test_a_failed_run_of_the_governor_is_not_repeated() -> None:

@@ -1,8 +1,9 @@
-"""The governor: once a minute it gives the worker's mapping the concurrency that the limits can use, and says why."""
+"""The governor: once a minute it gives each mapping the concurrency that the limits can use, and says why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from sluice.domain.capacity import Backlog, Consumer, Decision, decide, starts_per_second
@@ -12,10 +13,9 @@ from sluice.ports import (
     Clock,
     Events,
     GovernorNotes,
-    JobQueue,
     LimitStore,
     PoolHistory,
-    WorkerMapping,
+    QueueMapping,
 )
 
 RUN_MS: Final = 60_000
@@ -26,45 +26,65 @@ OLD_DAYS: Final = 90
 """A key pool that was not written for this long holds keys that should be rotated."""
 
 
+@dataclass(frozen=True, slots=True)
+class Governed:
+    """A mapping, and what belongs to it alone; the limits are shared."""
+
+    name: str
+    """What its queue holds: the log's word for it."""
+    mapping: QueueMapping
+    backlog: Callable[[], Backlog]
+    notes: GovernorNotes
+    ceiling: int
+
+
 class Governor:
     """The use case behind the schedule, together with the sweep."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - its tools
+    def __init__(
         self,
-        mapping: WorkerMapping,
+        governed: Sequence[Governed],
         limits: LimitStore,
-        queue: JobQueue,
-        notes: GovernorNotes,
         pool: PoolHistory,
-        ceiling: int,
         clock: Clock,
         events: Events,
     ) -> None:
-        self._mapping = mapping
+        self._governed = governed
         self._limits = limits
-        self._queue = queue
-        self._notes = notes
         self._pool = pool
-        self._ceiling = ceiling
         self._clock = clock
         self._events = events
 
     def __call__(self) -> None:
-        """Look, decide, change the mapping if need be."""
+        """Look, decide, change each mapping if need be. One that fails holds up no other; its error is raised last."""
         now = self._clock.now()
         changed_at = self._pool_changed_at()
         if changed_at is not None:
             self._warn_of_old_keys(changed_at, now)
-        consumer = self._mapping.state()
+        groups = self._limits.groups()
+        failure: Exception | None = None
+        for governed in self._governed:
+            try:
+                self._govern(governed, groups, changed_at, now)
+            except Exception as error:  # noqa: BLE001 - raised when the others have had their turn
+                self._events.problem("mapping not governed", mapping=governed.name)
+                failure = error
+        if failure is not None:
+            raise failure
+
+    def _govern(
+        self, governed: Governed, groups: Sequence[Group], changed_at: int | None, now: int
+    ) -> None:
+        consumer = governed.mapping.state()
         if not consumer.settled:
             return
-        groups, backlog = self._limits.groups(), self._queue.backlog()
-        turned_off = self._notes.turned_off_at() is not None
+        backlog = governed.backlog()
+        turned_off = governed.notes.turned_off_at() is not None
         decision = decide(
             groups,
             backlog,
             consumer,
-            ceiling=self._ceiling,
+            ceiling=governed.ceiling,
             now=now,
             turned_off=turned_off,
             pool_changed_at=changed_at,
@@ -72,12 +92,12 @@ class Governor:
         if decision.changes(consumer):
             if not decision.enabled:
                 # Noted first: a mapping that is off without a note counts as switched off by hand, for good.
-                self._notes.note_turned_off(now)
-            if not self._mapping.set(decision.maximum_concurrency, enabled=decision.enabled):
+                governed.notes.note_turned_off(now)
+            if not governed.mapping.set(decision.maximum_concurrency, enabled=decision.enabled):
                 return
-            self._tell(decision, consumer, groups, backlog, now)
+            self._tell(governed.name, decision, consumer, groups, backlog, now)
         if decision.enabled and turned_off:
-            self._notes.note_turned_off(None)
+            governed.notes.note_turned_off(None)
 
     def _pool_changed_at(self) -> int | None:
         try:
@@ -94,8 +114,9 @@ class Governor:
             self._events.count("OldKeys")
             self._events.problem("upstream keys are old", days=age // DAY_MS)
 
-    def _tell(
+    def _tell(  # noqa: PLR0913, PLR0917 - the facts of one change
         self,
+        name: str,
         decision: Decision,
         consumer: Consumer,
         groups: Sequence[Group],
@@ -103,6 +124,7 @@ class Governor:
         now: int,
     ) -> None:
         facts = {
+            "mapping": name,
             "from": (consumer.maximum_concurrency or 0) if consumer.enabled else 0,
             "to": decision.maximum_concurrency if decision.enabled else 0,
             "reason": decision.reason,

@@ -510,8 +510,8 @@ class LimitStore(Protocol):
         ...
 
 
-class WorkerMapping(Protocol):
-    """The mapping that wakes workers for messages of the jobs queue."""
+class QueueMapping(Protocol):
+    """A mapping: it wakes workers for the messages of a queue."""
 
     def state(self) -> Consumer:
         """Return it as it stands."""
@@ -523,7 +523,7 @@ class WorkerMapping(Protocol):
 
 
 class GovernorNotes(Protocol):
-    """What the governor remembers from run to run."""
+    """What the governor remembers of one mapping from run to run."""
 
     def turned_off_at(self) -> int | None:
         """Return when it switched the mapping off; None while it has not."""

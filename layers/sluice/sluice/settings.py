@@ -14,6 +14,15 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class MappingSettings:
+    """A mapping from a queue to its workers."""
+
+    uuid: str
+    ceiling: int
+    """Most workers at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Where this deployment keeps things."""
 
@@ -40,20 +49,20 @@ class Settings:
     max_attempts: int
     webhook_networks: tuple[Network, ...] = ()
     """Networks, beside all public addresses, that webhooks may go into."""
-    worker_mapping: str | None = None
-    """The governor's: id of the mapping from jobs queue to worker."""
-    max_concurrency: int | None = None
-    """The governor's: most workers at once."""
+    jobs_mapping: MappingSettings | None = None
+    """The governor's: the mapping from jobs queue to worker."""
+    ranges_mapping: MappingSettings | None = None
+    """The governor's: the mapping from ranges queue to ranges function."""
 
-    def governed(self) -> tuple[str, int]:
-        """Return the worker's mapping and its ceiling; raises SettingsError in a function that has neither."""
-        if self.worker_mapping is None or self.max_concurrency is None:
+    def governed(self) -> tuple[MappingSettings, MappingSettings]:
+        """Return the mappings of jobs and of ranges; raises SettingsError in a function that does not govern."""
+        if self.jobs_mapping is None or self.ranges_mapping is None:
             message = (
-                "SLUICE_WORKER_MAPPING and SLUICE_MAX_CONCURRENCY are not both set; "
-                "the template sets them for the governor alone"
+                "SLUICE_WORKER_MAPPING, SLUICE_MAX_CONCURRENCY, SLUICE_RANGES_MAPPING and "
+                "SLUICE_BULK_CONCURRENCY are not all set; the template sets them for the governor alone"
             )
             raise SettingsError(message)
-        return self.worker_mapping, self.max_concurrency
+        return self.jobs_mapping, self.ranges_mapping
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -81,6 +90,11 @@ class Settings:
                 message = f"{name} must be networks such as 10.0.0.0/8,fd00::/8: {error}"
                 raise SettingsError(message) from None
 
+        def mapping(uuid: str, ceiling: str) -> MappingSettings | None:
+            if not env.get(uuid) or not env.get(ceiling):
+                return None
+            return MappingSettings(text(uuid), number(ceiling))
+
         return cls(
             jobs_table=text("SLUICE_JOBS_TABLE"),
             params_table=text("SLUICE_PARAMS_TABLE"),
@@ -103,8 +117,6 @@ class Settings:
             retention_days=number("SLUICE_RETENTION_DAYS"),
             max_attempts=number("SLUICE_MAX_ATTEMPTS"),
             webhook_networks=networks("SLUICE_WEBHOOK_NETWORKS"),
-            worker_mapping=env.get("SLUICE_WORKER_MAPPING") or None,
-            max_concurrency=(
-                number("SLUICE_MAX_CONCURRENCY") if env.get("SLUICE_MAX_CONCURRENCY") else None
-            ),
+            jobs_mapping=mapping("SLUICE_WORKER_MAPPING", "SLUICE_MAX_CONCURRENCY"),
+            ranges_mapping=mapping("SLUICE_RANGES_MAPPING", "SLUICE_BULK_CONCURRENCY"),
         )

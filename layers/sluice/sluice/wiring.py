@@ -16,6 +16,8 @@ from sluice.accounts import Account
 from sluice.adapters import aws, job_records, system
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import (
+    JOBS_NOTES_ID,
+    RANGES_NOTES_ID,
     DynamoClientKeys,
     DynamoGovernorNotes,
     DynamoJobs,
@@ -23,7 +25,7 @@ from sluice.adapters.dynamodb import (
     DynamoLimits,
     DynamoParams,
 )
-from sluice.adapters.lambdas import LambdaWorkerMapping
+from sluice.adapters.lambdas import LambdaQueueMapping
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText, WebhookSecrets
@@ -33,10 +35,11 @@ from sluice.adapters.telemetry import Telemetry, hush
 from sluice.assemble import Assemble
 from sluice.batches import Batches
 from sluice.dead_letters import TakeDeadLetter
+from sluice.domain.capacity import UNREFILLED
 from sluice.domain.errors import StoreBusy
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
-from sluice.governor import Governor
+from sluice.governor import Governed, Governor
 from sluice.load_limits import LoadLimits
 from sluice.plan import PlanBatch
 from sluice.resume import Resume
@@ -309,18 +312,32 @@ def load_limits() -> LoadLimits:
 
 @cache
 def governor() -> Governor:
-    """Return the use case that sets how many workers may run."""
-    mapping, ceiling = settings().governed()
-    return Governor(
-        LambdaWorkerMapping(aws.lambdas(), mapping),
-        limits(),
-        _queue(),
-        DynamoGovernorNotes(_dynamodb(), settings().limits_table),
-        _pool_history(),
-        ceiling,
-        CLOCK,
-        telemetry(),
+    """Return the use case that sets how many workers may run for jobs, and how many for ranges."""
+    from sluice.ranges import AT_ONCE  # noqa: PLC0415
+
+    client, table = aws.lambdas(), settings().limits_table
+    of_jobs, of_ranges = settings().governed()
+    jobs_governed = Governed(
+        "jobs",
+        LambdaQueueMapping(client, of_jobs.uuid, "the worker's mapping"),
+        _queue().backlog,
+        DynamoGovernorNotes(_dynamodb(), table, JOBS_NOTES_ID),
+        of_jobs.ceiling,
     )
+    ranges_governed = Governed(
+        "ranges",
+        LambdaQueueMapping(
+            client,
+            of_ranges.uuid,
+            "the ranges' mapping",
+            slots_per_message=AT_ONCE,
+            busy=UNREFILLED,
+        ),
+        _batch_queues().ranges_backlog,
+        DynamoGovernorNotes(_dynamodb(), table, RANGES_NOTES_ID),
+        of_ranges.ceiling,
+    )
+    return Governor((jobs_governed, ranges_governed), limits(), _pool_history(), CLOCK, telemetry())
 
 
 @cache

@@ -49,7 +49,10 @@ SHORT_DAYS: Final = 60
 """How long the template keeps objects under params/; those of a longer retention stand under long-params/."""
 
 LEARNED_ID: Final = "models#learned"
-NOTES_ID: Final = "governor#notes"
+
+JOBS_NOTES_ID: Final = "governor#notes"
+RANGES_NOTES_ID: Final = "governor#notes#ranges"
+"""An item of its own: a release that governs jobs alone writes the other one whole, and would drop a field of it."""
 
 FILTERED_AT_ONCE: Final = 1_000
 """Items read per query when only one state is wanted."""
@@ -337,11 +340,12 @@ class DynamoLimits:
 
 
 class DynamoGovernorNotes:
-    """What the governor remembers, in one item of the limits table."""
+    """What the governor remembers of one mapping, in an item of the limits table."""
 
-    def __init__(self, client: DynamoDBClient, table: str) -> None:
+    def __init__(self, client: DynamoDBClient, table: str, item_id: str) -> None:
         self._client = client
         self._table = table
+        self._key: Item = {"id": {"S": item_id}}
 
     def turned_off_at(self) -> int | None:
         """Return when the governor switched the mapping off; None while it has not."""
@@ -349,7 +353,7 @@ class DynamoGovernorNotes:
             "the limits table",
             self._client.get_item,
             TableName=self._table,
-            Key={"id": {"S": NOTES_ID}},
+            Key=self._key,
             ConsistentRead=True,
         )
         noted = answer.get("Item", {}).get("turned_off_at")
@@ -357,7 +361,7 @@ class DynamoGovernorNotes:
 
     def note_turned_off(self, at: int | None) -> None:
         """Remember that, or forget it."""
-        item: Item = {"id": {"S": NOTES_ID}}
+        item = dict(self._key)
         if at is not None:
             item["turned_off_at"] = {"N": str(at)}
         aws.patiently("the limits table", self._client.put_item, TableName=self._table, Item=item)

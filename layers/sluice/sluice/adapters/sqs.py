@@ -94,22 +94,26 @@ class SqsQueue:
 
     def backlog(self) -> Backlog:
         """Return the same, told apart."""
-        answer = aws.patiently(
-            "the jobs queue",
-            self._client.get_queue_attributes,
-            QueueUrl=self._url,
-            AttributeNames=[
-                "ApproximateNumberOfMessages",
-                "ApproximateNumberOfMessagesNotVisible",
-                "ApproximateNumberOfMessagesDelayed",
-            ],
-        )
-        numbers = answer["Attributes"]
-        return Backlog(
-            visible=int(numbers["ApproximateNumberOfMessages"]),
-            in_flight=int(numbers["ApproximateNumberOfMessagesNotVisible"]),
-            delayed=int(numbers["ApproximateNumberOfMessagesDelayed"]),
-        )
+        return _backlog(self._client, self._url, "the jobs queue")
+
+
+def _backlog(client: SQSClient, url: str, what: str) -> Backlog:
+    answer = aws.patiently(
+        what,
+        client.get_queue_attributes,
+        QueueUrl=url,
+        AttributeNames=[
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
+        ],
+    )
+    numbers = answer["Attributes"]
+    return Backlog(
+        visible=int(numbers["ApproximateNumberOfMessages"]),
+        in_flight=int(numbers["ApproximateNumberOfMessagesNotVisible"]),
+        delayed=int(numbers["ApproximateNumberOfMessagesDelayed"]),
+    )
 
 
 class SqsBatchQueues:
@@ -165,6 +169,10 @@ class SqsBatchQueues:
             QueueUrl=self._batches_url,
             MessageBody=json.dumps(body),
         )
+
+    def ranges_backlog(self) -> Backlog:
+        """Return about how many ranges wait or are at work."""
+        return _backlog(self._client, self._ranges_url, "the ranges queue")
 
 
 class Hidden:

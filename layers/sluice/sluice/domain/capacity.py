@@ -1,8 +1,12 @@
 """How many workers the limits can keep busy: the governor's arithmetic, with time as an argument.
 
-Little's law says how many calls are in flight: calls started per second x seconds per call. A worker refills its
-slots as calls end, so most of them are at work. From that follows the number of workers that carries the whole limit;
-more would only wait inside paid invocations.
+Little's law says how many calls are in flight: calls started per second x seconds per call. Divided by what one worker
+keeps in flight, that is the number of workers that carries the whole limit; more would only wait inside paid
+invocations.
+
+Jobs and ranges have a mapping each and share the limits. Each mapping is given what the whole limit needs: one whose
+queue is empty runs no worker, and which of two backlogs gets how much of the limit is nobody's plan. While both have
+one, there are up to twice as many workers as the limit needs.
 """
 
 from __future__ import annotations
@@ -18,8 +22,12 @@ LEAST: Final = 2
 MOST: Final = 1000
 """What Lambda accepts as the maximum concurrency of a queue mapping."""
 
-BUSY: Final = 0.6
-"""The share of a worker's slots that has a call in flight: the others hold jobs that wait for their start."""
+REFILLED: Final = 0.6
+"""The share of slots with a call in flight where a worker refills them: the others hold jobs that wait to start."""
+
+UNREFILLED: Final = 0.4
+"""The share where it does not, as with the rows of a range: towards the end most slots are empty. A hundred calls whose
+median is 9 s and whose slowest takes 30 keep 26 of 64 slots at work on average."""
 
 LONG_MS: Final = 60_000
 """A block up to this long changes nothing: it is over before a change of the mapping has taken hold."""
@@ -45,7 +53,7 @@ CROWDED: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """About how many messages the jobs queue holds."""
+    """About how many messages a queue holds."""
 
     visible: int = 0
     """Waiting to be received."""
@@ -61,12 +69,15 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """The mapping from queue to worker as it stands."""
+    """The mapping from a queue to its workers as it stands."""
 
     maximum_concurrency: int | None
     """None: unlimited."""
     enabled: bool
-    batch_size: int
+    slots: int
+    """Calls that one worker can have in flight."""
+    busy: float = REFILLED
+    """The share of them that it has on average."""
     settled: bool = True
     """False while an earlier change is taking hold."""
 
@@ -124,7 +135,7 @@ def decide(  # noqa: PLR0913 - the facts of one moment
         reason = "every limit group that has work is blocked for longer, or overloaded"
         return Decision(LEAST, enabled=True, reason=reason)
     open_groups = [group for group in busy if not is_stalled(group, now)]
-    needed, reason = _needed(open_groups, consumer.batch_size, now)
+    needed, reason = _needed(open_groups, consumer, now)
     present = consumer.maximum_concurrency or most
     if not all(group.has_answers for group in open_groups) or not open_groups:
         # A guess is no reason to have fewer workers: the first answers will tell.
@@ -184,15 +195,15 @@ def startable(
     return max(safe, known) if new_pool else known
 
 
-def _needed(groups: Sequence[Group], batch_size: int, now: int) -> tuple[int, str]:
+def _needed(groups: Sequence[Group], consumer: Consumer, now: int) -> tuple[int, str]:
     rates = [starts_per_second(group, now) for group in groups]
     starts = sum(rates)
     calls = sum(rate * group.call_ms / 1000 for rate, group in zip(rates, groups, strict=True))
     # One more than the arithmetic, so that somebody always has a job ready to start.
-    workers = ceil(calls / (batch_size * BUSY)) + 1
+    workers = ceil(calls / (consumer.slots * consumer.busy)) + 1
     reason = (
         f"{starts:.1f} starts a second keep {calls:.0f} calls in flight, "
-        f"which is {workers} workers with batches of {batch_size}"
+        f"which is {workers} workers of {consumer.slots} slots"
     )
     return workers, reason
 
