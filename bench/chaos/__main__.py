@@ -141,15 +141,23 @@ class Simulator:
         self._child.kill()
 
 
+@dataclass(slots=True)
+class Hands:
+    """What one worker process has in hand."""
+
+    since: float
+    job_ids: set[str] = field(default_factory=set)
+
+
 class Notes:
-    """What the workers say about their batches."""
+    """What the workers say about the jobs they have in hand."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         file.touch()
         self._read = 0
-        self.running: dict[str, Json] = {}
-        """By request id, the batches that have begun and not ended."""
+        self.hands: dict[int, Hands] = {}
+        """By process, of those that have begun a batch and not ended it."""
         self.receives: Counter[str] = Counter()
 
     def look(self) -> None:
@@ -158,17 +166,15 @@ class Notes:
         end = text.rfind("\n") + 1
         for line in text[self._read : end].splitlines():
             note = json.loads(line)
-            if "begins" in note:
-                self.running[note["begins"]] = note
-                for job_id, count in note["receives"].items():
-                    self.receives[job_id] = max(count, self.receives[job_id])
-            else:
-                self.running.pop(note["ends"], None)
+            if "over" in note:
+                self.hands.pop(note["pid"], None)
+                continue
+            hands = self.hands.setdefault(note["pid"], Hands(note["at"]))
+            hands.job_ids.difference_update(note.get("leaves", ()))
+            for job_id, count in note.get("takes", {}).items():
+                hands.job_ids.add(job_id)
+                self.receives[job_id] = max(count, self.receives[job_id])
         self._read = end
-
-    def forget(self, request_id: str) -> None:
-        """A batch has ended with its process."""
-        self.running.pop(request_id, None)
 
 
 class Run:
@@ -221,14 +227,20 @@ class Run:
         """Kill a worker that is in the middle of a batch."""
         self.notes.look()
         now = time.time()
-        busy = [note for note in self.notes.running.values() if now - note["at"] > MIDWAY_SECONDS]
+        busy = [
+            pid
+            for pid, hands in self.notes.hands.items()
+            if hands.job_ids and now - hands.since > MIDWAY_SECONDS
+        ]
         if not busy:
             return
-        note = self._random.choice(busy)
+        pid = self._random.choice(busy)
         with suppress(ProcessLookupError):
-            os.kill(note["pid"], signal.SIGKILL)
-            self.damage.kills.append(Kill(time.time(), list(note["receives"])))
-        self.notes.forget(note["begins"])
+            os.kill(pid, signal.SIGKILL)
+            # Once more, for what it said last.
+            self.notes.look()
+            hands = self.notes.hands.pop(pid, Hands(now))
+            self.damage.kills.append(Kill(time.time(), sorted(hands.job_ids)))
 
     def throttle(self, refuse: float, lose_reply: float) -> None:
         """Let DynamoDB refuse a share of all calls, and lose the reply of another."""

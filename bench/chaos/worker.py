@@ -1,4 +1,4 @@
-"""The worker's handler of a chaos run: the deployed one, with shorter waits, and notes of what it has in hand.
+"""The worker's handler of a chaos run: the deployed one, with shorter waits, and notes of the jobs it has in hand.
 
 Packaged as `app.py`, beside the real one as `deployed.py` and `chaos.json` (see `__main__.py`).
 """
@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, Any
 import deployed  # type: ignore[import-not-found]  # the file that is deployed, in the same folder
 
 from sluice import wiring, work
+from sluice.adapters.sqs import SqsInbox
 from sluice.domain import breakers
+from sluice.messages import received
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aws_lambda_powertools.utilities.typing import LambdaContext
+
+    from sluice.ports import Received
 
 SETTINGS: dict[str, Any] = json.loads(Path(__file__).with_name("chaos.json").read_text())
 
@@ -31,6 +37,8 @@ def _shorten(module: Any, name: str, value: int) -> None:
 
 # So that an outage's hundred deliveries take minutes. Nothing of what is promised depends on these.
 _shorten(work, "HOLD_MS", SETTINGS["hold_ms"])
+_shorten(work, "LINGER_MS", 0)
+_shorten(work, "REST_MS", 0)
 _shorten(breakers, "PAUSE_MS", SETTINGS["pause_ms"])
 _shorten(breakers, "PAUSE_CAP_MS", SETTINGS["pause_ms"])
 vars(wiring)["RetryPolicy"] = partial(
@@ -46,15 +54,40 @@ def _note(**facts: object) -> None:
         notes.write(line)
 
 
+def _note_taken(messages: Sequence[Received]) -> None:
+    _note(takes={each.job_id: each.receive_count for each in messages if each.job_id})
+
+
+class NotingInbox(SqsInbox):
+    """The worker's own, which notes what it takes besides the batch it was given, and what leaves its hands."""
+
+    def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
+        """Receive, and say what."""
+        messages = super().receive(most, hidden_ms)
+        _note_taken(messages)
+        return messages
+
+    def delete(self, messages: Sequence[Received]) -> None:
+        """Delete, and say what."""
+        super().delete(messages)
+        _note(leaves=[each.job_id for each in messages])
+
+    def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
+        """Put back, and say what."""
+        super().put_back(delays)
+        _note(leaves=[each.job_id for each, _ in delays])
+
+    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
+        """Keep them in hand."""
+        super().put_back([(message, milliseconds) for message in messages])
+
+
+vars(wiring)["SqsInbox"] = NotingInbox
+
+
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Run a batch; say before what it is, and after that it is over."""
-    receives = {
-        json.loads(record["body"]).get("job_id", "?"): int(
-            record["attributes"]["ApproximateReceiveCount"]
-        )
-        for record in event["Records"]
-    }
-    _note(begins=context.aws_request_id, receives=receives)
+    """Run a batch; say before what it is, and after that nothing is left in hand."""
+    _note_taken(received(event["Records"]))
     answer: dict[str, Any] = deployed.handler(event, context)
-    _note(ends=context.aws_request_id)
+    _note(over=True)
     return answer
