@@ -154,8 +154,8 @@ class _Waiter:
     since: int
     answer: asyncio.Future[Admitted]
 
-    def horizon(self, group: Group, now: int) -> int:
-        """Return how far ahead it may reserve.
+    def horizon(self, group: Group, cost: Cost, now: int) -> int:
+        """Return how far ahead it may reserve, at its `cost` in this group.
 
         At slow rates further, so that a block is worth its write; but not where it could still go to another group
         that turns out to be quicker. A large one that has waited long takes its place in the line.
@@ -165,7 +165,6 @@ class _Waiter:
             usual = min(LONGEST_HORIZON_MS, max(usual, LEAST_BLOCK * usual_gap(group)))
         if now - self.since < PATIENCE_MS:
             return usual
-        cost = self.cost(group)
         is_large = any(
             cost.of(name) * 60_000 > group.bucket(name).limit * usual for name in DIMENSIONS
         )
@@ -646,7 +645,7 @@ class Limiter:
                 self._answer(waiter, too_large)
                 continue
             start, draft, cost = best
-            if start <= min(now + waiter.horizon(draft.group, now), waiter.latest_start):
+            if start <= min(now + waiter.horizon(draft.group, cost, now), waiter.latest_start):
                 draft.group, _ = reserve(draft.group, [cost], now, start - now)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
@@ -706,7 +705,7 @@ class Limiter:
         cost = first.cost(group)
         start = next_start(group, cost, now)
         block = min(LEAST_BLOCK, len(self._waiters))
-        full = start + (block - 1) * usual_gap(group) - first.horizon(group, now)
+        full = start + (block - 1) * usual_gap(group) - first.horizon(group, cost, now)
         latest = start - SOON_MS // 2
         return latest if full >= latest else full + int(self._jitter() * (latest - full))
 
@@ -726,7 +725,10 @@ class Limiter:
                 new = self._posted(books, parcel, group, now)
                 costs = [each.cost(new) for each in waiting]
                 probes = [bool(_open(new).intersection(cost.circuits)) for cost in costs]
-                horizons = [waiter.horizon(new, now) for waiter in waiting]
+                horizons = [
+                    waiter.horizon(new, cost, now)
+                    for waiter, cost in zip(waiting, costs, strict=True)
+                ]
                 new, starts = reserve(new, costs, now, horizons)
                 if new == group:
                     return

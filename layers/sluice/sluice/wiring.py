@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -431,6 +432,8 @@ def _worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the queue 
         prices=prices(),
         model_groups=model_groups(),
     )
+    # 200,000 objects of the SDKs stay for the life of the environment: the collector need not go through them again.
+    gc.freeze()
     return Worker(tools, rules)
 
 

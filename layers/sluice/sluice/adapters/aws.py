@@ -44,6 +44,8 @@ CONFIG = Config(
     max_pool_connections=32,
     # A tenth of a worker's processor time goes into it, and every call is made by a line that a test runs.
     parameter_validation=False,
+    # botocore puts its own long one together twice for each call, which takes as long as signing it.
+    user_agent="sluice",
     # One layer retries: `patiently` below, which knows what is worth it.
     retries={"total_max_attempts": 1},
 )
