@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -415,7 +415,7 @@ def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
     client = aws.events()
     notices = BusNotices(client, aws.sqs(), "no queue is needed")
     told = [Notice("b", "Batch Ended", 0, "acme", {"batch_id": "b"})]
-    entry = {"Source": "sluice", "DetailType": "Batch Ended", "Detail": '{"batch_id": "b"}'}
+    entry = {"Source": "sluice", "DetailType": "Batch Ended", "Detail": '{"batch_id":"b"}'}
     with Stubber(client) as stub:
         stub.add_response("put_events", {"FailedEntryCount": 0}, {"Entries": [entry]})
         stub.add_response("put_events", {"FailedEntryCount": 1}, {"Entries": [entry]})
@@ -441,7 +441,8 @@ def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it(
         "url": "https://acme.example/",
         "body": body,
     }
-    entry = {"Id": "0", "MessageBody": json.dumps(message), "MessageGroupId": "acme"}
+    text = json.dumps(message, separators=(",", ":"))
+    entry = {"Id": "0", "MessageBody": text, "MessageGroupId": "acme"}
     asked = {"QueueUrl": "https://queue", "Entries": [entry]}
     failed = {"Id": "0", "SenderFault": False, "Code": "InternalError"}
     with Stubber(bus) as of_bus, Stubber(sqs) as of_queue:
@@ -453,6 +454,36 @@ def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it(
         notices.tell(told)
         with pytest.raises(StoreBusy, match="webhooks queue"):
             notices.tell(told)
+
+
+@pytest.mark.usefixtures("cloud")
+def test_ends_with_much_metadata_go_in_as_many_calls_as_aws_needs() -> None:
+    """One event too many for a call would hold up the stream for a day."""
+    bus, sqs = aws.events(), aws.sqs()
+    told = [
+        Notice(
+            f"j-{n}", "Job Ended", NOON, "acme", {"note": "\u6c34" * 9_000}, "https://a.example/"
+        )
+        for n in range(23)
+    ]
+    sizes: dict[str, list[tuple[int, int]]] = {"events": [], "sqs": []}
+
+    def look(model: Any, params: Any, **_: Any) -> None:
+        entries = params.get("Entries", ())
+        size = sum(
+            len(each.get("Detail", each.get("MessageBody", "")).encode()) for each in entries
+        )
+        sizes["events" if model.name == "PutEvents" else "sqs"].append((len(entries), size))
+
+    bus.meta.events.register("provide-client-params.eventbridge.PutEvents", look)
+    sqs.meta.events.register("provide-client-params.sqs.SendMessageBatch", look)
+    url = sqs.create_queue(QueueName="w")["QueueUrl"]
+
+    BusNotices(bus, sqs, url).tell(told)
+
+    for calls in sizes.values():
+        assert 23 == sum(count for count, _ in calls)
+        assert all(count <= 10 and size <= 256_000 for count, size in calls)
 
 
 # Rows that wait ------------------------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def test_a_receiver_that_is_not_there_is_a_problem_and_no_exception() -> None:
 
     assert Reply(problem="ConnectError") == post(f"http://acme.example:{port}/")
     assert Reply(problem="ConnectError") == post("https://acme.example/", "::1")
+    assert Reply(problem="InvalidURL") == post("https://acme.example:x/")
 
 
 def test_the_certificate_must_be_of_the_name_whatever_the_address(tmp_path: Path) -> None:

@@ -270,6 +270,18 @@ def test_a_failure_comes_again_under_the_same_name_and_is_logged_without_the_add
     assert "token" not in str(scene.events.notes)
 
 
+def test_one_that_fails_strangely_comes_again_like_any_other() -> None:
+    scene = Scene(FakeWeb(Reply(200)))
+    for name in ("a", "b"):
+        # There is one answer for two.
+        scene.post(webhook=name)
+
+    assert 1 == len(scene.once())
+
+    assert 1 == scene.events.counted("WebhooksDelivered")
+    assert ["webhook failed strangely"] == scene.events.problem_names
+
+
 def test_one_that_fails_does_not_keep_the_others() -> None:
     scene = Scene(FakeWeb(Reply(500), Reply(200), Reply(410)))
     for name in ("a", "b", "c"):

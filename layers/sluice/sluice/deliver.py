@@ -64,7 +64,11 @@ class Deliver:
         if webhook is None:
             self._returns.bury(message, "not a webhook of Sluice's")
             return None
-        reply = await self._sent(webhook, secrets)
+        try:
+            reply = await self._sent(webhook, secrets)
+        except Exception as error:  # noqa: BLE001 - one webhook must not keep the others
+            self._events.problem("webhook failed strangely", webhook_id=webhook.id)
+            reply = Reply(problem=type(error).__name__)
         verdict = judge(reply.status, message.receive_count, reply.retry_after_s)
         if reply.problem == REFUSED:
             # No other time would be better: whoever owns the name can make it lead anywhere.

@@ -328,7 +328,7 @@ class Notices(Protocol):
     """Where others hear of what has ended."""
 
     def tell(self, notices: Sequence[Notice]) -> None:
-        """Tell whoever listens of up to ten, each at least once; raises StoreBusy."""
+        """Tell whoever listens of each at least once; raises StoreBusy."""
         ...
 
 

@@ -10,7 +10,6 @@ from typing import Final
 
 import httpx2
 
-from sluice.domain.webhooks import as_address
 from sluice.ports import Reply
 
 SECONDS: Final = 15.0
@@ -35,12 +34,11 @@ class HttpWeb:
 
     async def post(self, url: str, address: str, headers: Mapping[str, str], body: str) -> Reply:
         """Send to this address, under the name in `url`, whose certificate it must have. Never raises."""
-        named = httpx2.URL(url)
-        number = as_address(address)
-        # httpx writes the brackets of an IPv6 address itself.
-        called = named.copy_with(host=str(number or address))
-        request_headers = {**headers, "host": named.netloc.decode()}
         try:
+            named = httpx2.URL(url)
+            # httpx writes the brackets of an IPv6 address itself.
+            called = named.copy_with(host=address)
+            request_headers = {**headers, "host": named.netloc.decode()}
             async with (
                 asyncio.timeout(SECONDS),
                 httpx2.AsyncClient(timeout=SECONDS, trust_env=False, verify=self._trust) as client,
@@ -56,7 +54,7 @@ class HttpWeb:
                 return Reply(answer.status_code, _seconds(answer.headers.get("retry-after")))
         except TimeoutError:
             return Reply(problem=f"no answer within {SECONDS:.0f} s")
-        except (httpx2.HTTPError, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             return Reply(problem=type(error).__name__)
 
 
