@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
@@ -130,6 +131,7 @@ def _bucket(emulator: str, size: int, line: bytes) -> Iterator[str]:
             content = b"" if self.command == "HEAD" else _piece(line, first, min(last, size - 1))
             self.send_response(206 if asked else 200)
             self.send_header("etag", '"of-what-is-not-there"')
+            self.send_header("last-modified", formatdate(usegmt=True))
             length = len(content) if asked else size
             self.send_header("content-length", str(length))
             self.end_headers()
