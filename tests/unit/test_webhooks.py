@@ -282,6 +282,29 @@ def test_one_that_fails_strangely_comes_again_like_any_other() -> None:
     assert ["webhook failed strangely"] == scene.events.problem_names
 
 
+def test_a_queue_that_is_busy_takes_nothing_back_and_forgets_nothing() -> None:
+    scene = Scene(FakeWeb(Reply(500), Reply(200)))
+    for name in ("a", "b"):
+        scene.post(webhook=name)
+    scene.queue.fail_next("put_back")
+
+    assert 1 == len(scene.once())
+
+    assert 1 == scene.queue.depth()
+
+
+def test_a_letter_that_cannot_be_buried_now_is_buried_later() -> None:
+    scene = Scene(FakeWeb())
+    scene.post(url=7)
+    scene.queue.fail_next("bury")
+
+    assert 1 == len(scene.once())
+    scene.clock.at += 60 * SECOND
+    assert [] == scene.once()
+
+    assert 1 == len(scene.queue.buried)
+
+
 def test_one_that_fails_does_not_keep_the_others() -> None:
     scene = Scene(FakeWeb(Reply(500), Reply(200), Reply(410)))
     for name in ("a", "b", "c"):

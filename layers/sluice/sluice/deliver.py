@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from standardwebhooks.webhooks import Webhook as Signer
 
+from sluice.domain.errors import StoreBusy
 from sluice.domain.webhooks import (
     Again,
     Delivered,
@@ -23,6 +24,9 @@ from sluice.domain.webhooks import (
 )
 from sluice.messages import webhook_of
 from sluice.ports import Clock, Events, Received, Reply, Returns, SigningSecrets, Web, Webhook
+
+STRANGE_MS: Final = 60_000
+"""Pause after a failure of our own; the queue counts them, and makes the hundredth a dead letter."""
 
 REFUSED: Final = "its name leads to an address that webhooks may not go to"
 
@@ -47,28 +51,35 @@ class Deliver:
         self._events = events
 
     async def __call__(self, messages: Sequence[Received]) -> list[str]:
-        """Deliver side by side; return the ids of the messages that come again. Raises StoreBusy, and all do."""
+        """Deliver side by side; return the ids of the messages that come again. Raises StoreBusy before the first."""
         secrets = self._secrets()
-        pauses = await asyncio.gather(*(self._pause(each, secrets) for each in messages))
+        pauses = await asyncio.gather(*(self._tried(each, secrets) for each in messages))
         later = [
             (message, pause)
             for message, pause in zip(messages, pauses, strict=True)
             if pause is not None
         ]
-        self._returns.put_back(later)
+        try:
+            self._returns.put_back(later)
+        except StoreBusy as busy:
+            # They come again all the same, after the queue's visibility timeout.
+            self._events.problem("store busy", what=busy.what)
         return [message.message_id for message, _ in later]
 
+    async def _tried(self, message: Received, secrets: Sequence[str]) -> int | None:
+        """Deliver one; return how long it waits for the next time, None when there is none. Never raises."""
+        try:
+            return await self._pause(message, secrets)
+        except Exception:  # noqa: BLE001 - one webhook must not keep the others
+            self._events.problem("webhook failed strangely", message_id=message.message_id)
+            return STRANGE_MS
+
     async def _pause(self, message: Received, secrets: Sequence[str]) -> int | None:
-        """Deliver one; return how long it waits for the next time, None when there is none."""
         webhook = webhook_of(message)
         if webhook is None:
             self._returns.bury(message, "not a webhook of Sluice's")
             return None
-        try:
-            reply = await self._sent(webhook, secrets)
-        except Exception as error:  # noqa: BLE001 - one webhook must not keep the others
-            self._events.problem("webhook failed strangely", webhook_id=webhook.id)
-            reply = Reply(problem=type(error).__name__)
+        reply = await self._sent(webhook, secrets)
         verdict = judge(reply.status, message.receive_count, reply.retry_after_s)
         if reply.problem == REFUSED:
             # No other time would be better: whoever owns the name can make it lead anywhere.
