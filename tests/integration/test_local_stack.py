@@ -354,6 +354,8 @@ def _project(folder: Path, *, api: str, worker: str) -> Path:
         ("dead_letters", LOOKING_DEAD_LETTERS),
         ("batches", LOOKING_DEAD_LETTERS),
         ("ranges", LOOKING_DEAD_LETTERS),
+        ("job_ends", LOOKING_DEAD_LETTERS),
+        ("webhooks", LOOKING_DEAD_LETTERS),
         ("governor", LOOKING_GOVERNOR),
     ):
         (folder / "functions" / name).mkdir(parents=True)

@@ -168,6 +168,7 @@ JOBS = st.builds(
     deadline=maybe(TIME),
     fallback_models=FALLBACKS,
     metadata=st.dictionaries(TEXT, TEXT, max_size=3),
+    webhook=maybe(WORD),
     state=st.sampled_from(State),
     version=st.integers(1, 1000),
     attempts_used=COUNT,
