@@ -57,8 +57,14 @@ CORRECT_EVERY_MS: Final = 1_000
 FLOOR_MS: Final = 1_000
 """Making room for the margin never holds the group back by more than this time."""
 
-OVERDRAFT_MS: Final = 15_000
-"""Output that nobody waits behind may take a bucket so far below zero: so long nobody who comes later has to wait."""
+OUTPUT_MARGIN: Final = 4
+"""The part of the output bucket that stays in it while jobs wait: what calls under way will produce is only a guess."""
+
+OVERDRAFT_MS: Final = 30_000
+"""Output that nobody waits behind may take a bucket so far below zero.
+
+Who comes later waits for so long at most, and no longer than behind the same jobs in a line.
+"""
 
 LEAST_CHARS: Final = 500
 """Shorter requests do not teach how many characters make a token."""
@@ -401,7 +407,8 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
     else:
         # While calls under way produce what is reserved for them, the bucket refills: so much need not be there now.
         credit = min(group.under_way, output.limit * group.call_ms // 60_000)
-        output_at = output.ready_at(cost.output_tokens - credit, group.rate_factor)
+        wanted = cost.output_tokens + output.capacity // OUTPUT_MARGIN
+        output_at = output.ready_at(wanted - credit, group.rate_factor)
     return max(
         now,
         group.blocked_until,
@@ -635,7 +642,7 @@ def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for readi
         if there == 0 and seen.full_in_ms is not None:
             full_in_ms = seen.full_in_ms
             there = min(0, bucket.capacity - bucket.limit * full_in_ms // 60_000)
-        level = min(bucket.capacity, there - margin - group.under_way) * SCALE
+        level = min(bucket.capacity, there - group.under_way) * SCALE
         return replace(bucket, level=level, corrected_at=now)
     # What upstream should have left, if it sees what we have sent: a level below zero has been
     # given out, but not sent yet.
@@ -657,9 +664,15 @@ def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for readi
 
 
 def _margin(dimension: Dimension, capacity: int) -> int:
-    """Return what is left alone at the bottom of the bucket: a 429 costs more than a fiftieth of a burst."""
-    least = 1 if dimension == "requests" else TOKEN_ROUNDING // 2
-    return min(capacity // 2, max(least, capacity // (20 if dimension == "output_tokens" else 50)))
+    """Return what is left alone at the bottom of the bucket: a 429 costs more than a fiftieth of a burst.
+
+    None of the output here: while others wait a start asks for OUTPUT_MARGIN.
+    """
+    if dimension == "output_tokens":
+        return 0
+    return min(
+        capacity // 2, max(1 if dimension == "requests" else TOKEN_ROUNDING // 2, capacity // 50)
+    )
 
 
 def _least_capacity(dimension: Dimension, limit: int) -> int:
