@@ -236,6 +236,13 @@ class MemoryJobs(Fragile):
             raise Stale(self.stored[job.job_id])
         self._put(job)
 
+    def add_new(self, jobs: Sequence[Job]) -> set[str]:
+        self._do("add_new", " ".join(job.job_id for job in jobs))
+        new = [job for job in jobs if job.job_id not in self.stored]
+        for job in new:
+            self._put(job)
+        return {job.job_id for job in new}
+
     def get(self, job_id: str) -> Job | None:
         self._do("get", job_id)
         return self.stored.get(job_id)
@@ -349,6 +356,14 @@ class MemoryParams(Fragile):
         earlier = self.stored.setdefault(params.job_id, params)
         if earlier.request_hash != params.request_hash:
             raise Conflict(f"another request is stored for job {params.job_id}")
+
+    def add_new(self, params: Sequence[Params]) -> set[str]:
+        self._do("add_new", " ".join(each.job_id for each in params))
+        for each in params:
+            each.body.encode()
+        new = {each.job_id: each for each in params if each.job_id not in self.stored}
+        self.stored |= new
+        return set(new)
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         self._do("get_many", " ".join(job_ids))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from moto import mock_aws
+from moto.dynamodb.exceptions import ConditionalCheckFailed
+from moto.dynamodb.models import DynamoDBBackend
 
 from sluice.adapters import aws
 from sluice.domain.client_keys import key_id, verifier
@@ -121,8 +124,31 @@ def in_memory() -> Iterator[Aws]:
         for name, value in CREDENTIALS.items():
             environment.setenv(name, value)
         # A session reads the descriptions of AWS's services: once for all tests, not once for each.
+        environment.setattr(DynamoDBBackend, "batch_execute_statement", _insert_all)
         with mock_aws(config={"core": {"reset_boto3_session": False}}):
             yield _deployed()
+
+
+def _insert_all(
+    backend: DynamoDBBackend, statements: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """BatchExecuteStatement of INSERTs, whose parameters moto's own does not read; what a put does stays moto's."""
+    responses: list[dict[str, Any]] = []
+    for each in statements:
+        form = re.fullmatch(r'INSERT INTO "([^"]+)" VALUE \{(.+)\}', each["Statement"])
+        assert form, each["Statement"]
+        names = re.findall(r"'([^']+)': \?(?:, |$)", form[2])
+        item = dict(zip(names, each["Parameters"], strict=True))
+        (hash_key,) = backend.get_table(form[1]).table_key_attrs
+        try:
+            backend.put_item(
+                form[1], item, condition_expression=f"attribute_not_exists({hash_key})"
+            )
+        except ConditionalCheckFailed:
+            responses.append({"Error": {"Code": "DuplicateItem", "Message": "duplicate key"}})
+        else:
+            responses.append({"TableName": form[1]})
+    return responses
 
 
 def _deployed() -> Aws:

@@ -30,7 +30,16 @@ STREAM_WINDOW_SECONDS = 1.0
 FAULTS_VARIABLE = "SLUICE_DYNAMODB_FAULTS"
 """Names a file like {"refuse": 0.5, "lose_reply": 0.05}: shares of DynamoDB's calls, read at each."""
 FRAGILE_CALLS = frozenset(
-    {"PutItem", "GetItem", "UpdateItem", "Query", "Scan", "BatchGetItem", "BatchWriteItem"}
+    {
+        "BatchExecuteStatement",
+        "BatchGetItem",
+        "BatchWriteItem",
+        "GetItem",
+        "PutItem",
+        "Query",
+        "Scan",
+        "UpdateItem",
+    }
 )
 MAX_BATCH = 10_000
 """Messages. Lambda's own ceiling for a standard queue."""

@@ -941,25 +941,115 @@ def test_what_will_never_work_is_not_tried_again(client: Any) -> None:
         stub.assert_no_pending_responses()
 
 
+class LosesReplies:
+    """DynamoDB's client: one operation is done, and its reply is lost on the way, as often as `to_lose` says."""
+
+    def __init__(self, operation: str) -> None:
+        self._client = aws.dynamodb()
+        self._operation = operation
+        self.to_lose = 0
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if name != self._operation:
+            return call
+
+        def lossy(**arguments: Any) -> Any:
+            answer = call(**arguments)
+            if self.to_lose:
+                self.to_lose -= 1
+                raise client_error("InternalServerError", 500)
+            return answer
+
+        return lossy
+
+
 def test_a_write_whose_reply_was_lost_counts_as_done(cloud: Aws, name: str) -> None:
     """The second try meets the first one's item, and sees that it is its own."""
-    client = aws.dynamodb()
-    jobs = dynamo.DynamoJobs(client, "JobsTable", retention_days=30)
+    client = LosesReplies("put_item")
+    jobs = dynamo.DynamoJobs(client, "JobsTable", retention_days=30)  # type: ignore[arg-type]
     jobs.add(a_job(name))
-    lost: list[bytes] = []
-
-    def lose_the_first_reply(response_dict: dict[str, Any], **_: Any) -> None:
-        if not lost:
-            lost.append(response_dict["body"])
-            response_dict |= {"status_code": 500, "body": b""}
-
-    client.meta.events.register("before-parse.dynamodb.PutItem", lose_the_first_reply)
+    client.to_lose = 1
 
     jobs.replace(a_job(name, version=2, state=State.RUNNING), 1)
 
-    assert 1 == len(lost)
+    assert not client.to_lose
     assert a_job(name, version=2, state=State.RUNNING) == jobs.get(name)
     del cloud
+
+
+def test_of_jobs_stored_together_those_whose_ids_are_taken_are_left(
+    jobs: JobStore, name: str
+) -> None:
+    taken = a_job(f"{name}-1", custom_id="first")
+    jobs.add(taken)
+
+    stored = jobs.add_new([a_job(f"{name}-{number}", tenant="o'neil") for number in range(25)])
+
+    assert {f"{name}-{number}" for number in range(25)} - {f"{name}-1"} == stored
+    assert taken == jobs.get(f"{name}-1")
+    assert a_job(f"{name}-2", tenant="o'neil") == jobs.get(f"{name}-2")
+    assert set() == jobs.add_new([a_job(f"{name}-2")])
+    assert set() == jobs.add_new([])
+
+
+def test_of_requests_stored_together_those_whose_ids_are_taken_are_left(
+    params: ParamsStore, name: str
+) -> None:
+    params.add(Params(f"{name}-0", '{"first":"é"}', "hash-0"))
+
+    stored = params.add_new(
+        [Params(f"{name}-{number}", '{"second":"?"}', "hash") for number in range(3)]
+    )
+
+    assert {f"{name}-1", f"{name}-2"} == stored
+    found = params.get_many([f"{name}-0", f"{name}-1"])
+    assert '{"first":"é"}' == found[f"{name}-0"].body
+    assert Params(f"{name}-1", '{"second":"?"}', "hash") == found[f"{name}-1"]
+
+
+def test_large_requests_are_not_stored_together(cloud: Aws, name: str) -> None:
+    noise = random.Random(7).randbytes(dynamo.INSERTED_BYTES + 1).hex()  # noqa: S311 - no gzip gets below its bytes
+
+    stored = dynamo_params(cloud).add_new(
+        [Params(f"{name}-0", noise, "h"), Params(f"{name}-1", "{}", "h")]
+    )
+
+    assert {f"{name}-1"} == stored
+
+
+@pytest.mark.parametrize("replies_lost", [1, 4])
+def test_jobs_stored_together_by_a_call_whose_reply_was_lost_are_known_by_their_marks(
+    cloud: Aws, name: str, replies_lost: int
+) -> None:
+    client = LosesReplies("batch_execute_statement")
+    jobs = dynamo.DynamoJobs(client, "JobsTable", retention_days=30)  # type: ignore[arg-type]
+    jobs.add(a_job(f"{name}-0"))
+    client.to_lose = replies_lost
+
+    assert {f"{name}-1", f"{name}-2"} == jobs.add_new([a_job(f"{name}-{n}") for n in range(3)])
+    assert not client.to_lose
+    del cloud
+
+
+def test_whether_jobs_were_stored_together_may_stay_unknown(name: str) -> None:
+    client = aws.dynamodb()
+    jobs = dynamo.DynamoJobs(client, "JobsTable", retention_days=30)
+
+    with Stubber(client) as stub:
+        for _ in range(4):
+            stub.add_client_error("batch_execute_statement", "InternalServerError", "", 500)
+        for _ in range(4):
+            stub.add_client_error("batch_get_item", "ThrottlingException", "", 400)
+        with pytest.raises(StoreBusy) as unknown:
+            jobs.add_new([a_job(name)])
+        for _ in range(4):
+            stub.add_client_error("batch_execute_statement", "ThrottlingException", "", 400)
+        with pytest.raises(StoreBusy) as refused:
+            jobs.add_new([a_job(name)])
+
+    assert unknown.value.may_be_done
+    assert not refused.value.may_be_done
 
 
 @pytest.mark.parametrize(

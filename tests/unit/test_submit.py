@@ -1,7 +1,7 @@
 """Intake: stored first, then sent; a repeat finds what the first time made."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from threading import Lock
 from typing import Any
@@ -507,6 +507,44 @@ def test_a_long_list_keeps_its_order(intake: Intake) -> None:
     assert [accepted(each).job_id for each in outcomes[:50]] == intake.sent
 
 
+def test_a_list_is_stored_by_two_calls_for_each_25_jobs(intake: Intake) -> None:
+    outcomes = intake(*(ask() for _ in range(40)))
+
+    assert 40 == len({accepted(each).job_id for each in outcomes}) == len(intake.sent)
+    stored = [line for line in intake.journal if "add" in line]
+    assert 4 == len(stored) == sum("add_new" in line for line in stored)
+
+
+def test_what_of_a_list_is_there_already_is_a_repeat_and_the_rest_is_new(intake: Intake) -> None:
+    rows = [ask(custom_id=f"row-{n}") for n in range(4)]
+    earlier = intake.one(rows[1])
+    intake.one(ask("another", custom_id="row-3"))
+
+    outcomes = intake(*rows)
+    again = intake(*rows)
+
+    assert [False, True, False] == [
+        isinstance(each, Accepted) and each.is_repeat for each in outcomes[:3]
+    ]
+    assert earlier == accepted(outcomes[1])
+    assert isinstance(rejected(outcomes[3]), Conflict)
+    assert [True, True, True, False] == [isinstance(each, Accepted) for each in again]
+    assert all(each.is_repeat for each in again if isinstance(each, Accepted))
+    assert 4 == len(intake.jobs.stored)
+
+
+def test_a_list_of_which_nobody_knows_whether_it_is_stored_is_rejected_and_found_again() -> None:
+    """Taken for repeats of somebody else's, nameless ones would be stored a second time, and billed."""
+    intake = Intake(jobs := LostReply())
+    jobs.lost = 1
+
+    errors = [rejected(each) for each in intake(ask(), ask(), sender=FIRST)]
+    later = [accepted(each) for each in intake(ask(), ask(), sender=AGAIN)]
+
+    assert [StoreBusy, StoreBusy] == [type(error) for error in errors]
+    assert list(jobs.stored) == [job.job_id for job in later] == intake.sent
+
+
 def test_a_list_of_nothing_but_errors_stores_nothing(intake: Intake) -> None:
     errors = [InvalidRequest("one"), InvalidRequest("two")]
 
@@ -517,6 +555,7 @@ def test_a_list_of_nothing_but_errors_stores_nothing(intake: Intake) -> None:
 
 @pytest.mark.parametrize("store", ["params", "jobs"])
 def test_a_busy_store_rejects_only_what_it_did_not_take(intake: Intake, store: str) -> None:
+    getattr(intake, store).fail_next("add_new")
     getattr(intake, store).fail_next("add")
 
     outcomes = intake(ask("a"), ask("b"), ask("c"))
@@ -593,6 +632,11 @@ class LostReply(MemoryJobs):
         super().add(job)
         self._lose()
 
+    def add_new(self, jobs: Sequence[Job]) -> set[str]:
+        stored = super().add_new(jobs)
+        self._lose()
+        return stored
+
     def replace(self, job: Job, expected_version: int) -> None:
         super().replace(job, expected_version)
         self._lose()
@@ -653,6 +697,7 @@ def test_nobody_can_look_after_a_lost_reply_and_the_repeat_settles_it() -> None:
 def test_a_fault_nobody_thought_of_is_the_outcome_of_one_job_only(
     intake: Intake, store: str
 ) -> None:
+    getattr(intake, store).fail_next("add_new", error=RuntimeError("item too large"))
     getattr(intake, store).fail_next("add", error=RuntimeError("item too large"))
 
     outcomes = intake(ask("a"), ask("b"), ask("c"))
@@ -678,6 +723,9 @@ def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent
     one_at_a_time = Lock()
 
     class Slow(MemoryParams):
+        def add_new(self, params: Sequence[Params]) -> set[str]:  # noqa: ARG002 - large requests
+            return set()
+
         def add(self, params: Params) -> None:
             with one_at_a_time:
                 super().add(params)

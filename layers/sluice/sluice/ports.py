@@ -79,6 +79,14 @@ class JobStore(JobRecords, Protocol):
         """Store a new job; raises Stale with the job that has the id already."""
         ...
 
+    def add_new(self, jobs: Sequence[Job]) -> set[str]:
+        """Store those of at most 25 jobs whose ids are free; return the ids of those that were.
+
+        What is to become of the others, `add` finds out. Raises StoreBusy; with `may_be_done` when nobody knows which
+        of them are stored.
+        """
+        ...
+
     def listing(self, tenant: str, state: State | None, limit: int, page: str | None) -> Page:
         """Return the tenant's jobs, newest first; `page` is a `next_page` of before."""
         ...
@@ -137,6 +145,13 @@ class ParamsStore(Requests, Protocol):
 
     def add(self, params: Params) -> None:
         """Store the request; raises Conflict if another one is stored under the id already."""
+        ...
+
+    def add_new(self, params: Sequence[Params]) -> set[str]:
+        """Store those of at most 25 requests whose ids are free; return the ids of those that surely are stored.
+
+        What became of the others, `add` finds out. Large requests are left to it.
+        """
         ...
 
 

@@ -41,6 +41,9 @@ NEWEST_VERSION: Final = "2026-10-21"
 
 PARALLEL_WRITES: Final = 16
 
+STORED_AT_ONCE: Final = 25
+"""Statements in one call to DynamoDB."""
+
 SENT_AT_ONCE: Final = 10
 """Messages in one call to SQS."""
 
@@ -113,6 +116,17 @@ class _Draft:
     """For a nameless job of a caller who counts its resends: the ids under which a resend finds it, newest first."""
     is_resend: bool = False
 
+    @property
+    def first(self) -> Job:
+        """The job under the id that is tried first: for a nameless job the place where a resend looks."""
+        return replace(self.job, job_id=self.slots[0]) if self.slots else self.job
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether nothing has to be looked up before it is stored."""
+        is_late = self.job.deadline is not None and self.job.deadline <= self.job.created_at
+        return not self.is_resend and not is_late
+
 
 class Submit:
     """The use case behind `POST /jobs`."""
@@ -143,12 +157,20 @@ class Submit:
         now = self._clock.now()
         drafts = self._drafts(submissions, sender, now)
         with ThreadPoolExecutor(max_workers=min(PARALLEL_WRITES, len(drafts))) as threads:
-            outcomes = list(threads.map(self._stored, drafts))
+            plain = [each for each in drafts if isinstance(each, _Draft) and each.is_plain]
+            settled: dict[str, Outcome] = {}
+            if len(plain) > 1:
+                chunks = [
+                    plain[n : n + STORED_AT_ONCE] for n in range(0, len(plain), STORED_AT_ONCE)
+                ]
+                for some in threads.map(self._stored_together, chunks):
+                    settled |= some
+            outcomes = list(threads.map(lambda each: self._stored(each, settled), drafts))
             fresh = [
                 each.job for each in outcomes if isinstance(each, Accepted) and _waits(each.job)
             ]
-            some = [fresh[n : n + SENT_AT_ONCE] for n in range(0, len(fresh), SENT_AT_ONCE)]
-            unsent = {job_id for unsent in threads.map(self._sent, some) for job_id in unsent}
+            parcels = [fresh[n : n + SENT_AT_ONCE] for n in range(0, len(fresh), SENT_AT_ONCE)]
+            unsent = {job_id for unsent in threads.map(self._sent, parcels) for job_id in unsent}
             if unsent:
                 self._events.problem("queue busy, jobs parked", jobs=len(unsent))
                 outcomes = list(threads.map(lambda each: self._parked(each, unsent, now), outcomes))
@@ -251,10 +273,34 @@ class Submit:
         )
         return _Draft(job, body)
 
-    def _stored(self, draft: _Draft | SluiceError) -> Outcome:
-        """Store one job; whatever goes wrong is its own outcome and no other's."""
+    def _stored_together(self, drafts: Sequence[_Draft]) -> Mapping[str, Outcome]:
+        """Store new jobs in two calls; return what is settled by that, by id. Never raises.
+
+        The others are stored one by one: there it shows whether they are repeats, and which of them makes trouble.
+        """
+        jobs = [draft.first for draft in drafts]
+        try:
+            with_params = self._params.add_new(
+                [Params(draft.first.job_id, draft.body, draft.job.request_hash) for draft in drafts]
+            )
+        except Exception:  # noqa: BLE001 - nothing is lost: a request without its job is found again or expires
+            return {}
+        jobs = [job for job in jobs if job.job_id in with_params]
+        try:
+            stored = self._jobs.add_new(jobs)
+        except StoreBusy as busy:
+            # One that may be stored must not be taken for a repeat of somebody else's.
+            return {job.job_id: Rejected(busy) for job in jobs} if busy.may_be_done else {}
+        except Exception:  # noqa: BLE001 - as above
+            return {}
+        return {job.job_id: Accepted(job) for job in jobs if job.job_id in stored}
+
+    def _stored(self, draft: _Draft | SluiceError, settled: Mapping[str, Outcome]) -> Outcome:
+        """Store one job unless it is settled; whatever goes wrong is its own outcome and no other's."""
         if isinstance(draft, SluiceError):
             return Rejected(draft)
+        if draft.first.job_id in settled and draft.is_plain:
+            return settled[draft.first.job_id]
         try:
             return self._found_or_added(draft)
         except SluiceError as error:
@@ -277,7 +323,7 @@ class Submit:
         if not draft.slots:
             return self._added(job, draft.body)
         # The place where a resend looks. It may be taken by an equal request that is another one.
-        in_place = self._added(replace(job, job_id=draft.slots[0]), draft.body)
+        in_place = self._added(draft.first, draft.body)
         if isinstance(in_place, Accepted) and in_place.is_repeat and not draft.is_resend:
             return self._added(job, draft.body)
         return in_place

@@ -43,6 +43,9 @@ WRITE_AT_ONCE: Final = 25
 INLINE_BYTES: Final = 350_000
 """Requests above this size, compressed, go to S3: an item holds 400 KB."""
 
+INSERTED_BYTES: Final = 100_000
+"""Larger requests, compressed, are not inserted together: 25 of them would be a long call."""
+
 OBJECTS_AT_ONCE: Final = 8
 
 SHORT_DAYS: Final = 60
@@ -74,6 +77,30 @@ class DynamoJobs:
     def add(self, job: Job) -> None:
         """Store a new job; raises Stale with the job that has the id already."""
         self._put(job, "attribute_not_exists(job_id)", {})
+
+    def add_new(self, jobs: Sequence[Job]) -> set[str]:
+        """Store those jobs whose ids are free, in one call; return the ids surely stored by it.
+
+        Raises StoreBusy; with `may_be_done` when some may be stored all the same.
+        """
+        items = [_marked(job_records.encode(job, self._retention_days)) for job in jobs]
+        doubt: StoreBusy | None = None
+        try:
+            done = insert(self._client, self._table, "job_id", items, "the jobs table")
+        except StoreBusy as busy:
+            if not busy.may_be_done:
+                raise
+            done, doubt = set(), busy
+        unsure = [item for item in items if item["job_id"]["S"] not in done]
+        if not unsure:
+            return done
+        # A call whose reply was lost was tried again, and then met itself.
+        ids = [item["job_id"]["S"] for item in unsure]
+        try:
+            there = _get_many(self._client, self._table, "job_id", ids, "the jobs table")
+        except StoreBusy as busy:
+            raise StoreBusy(busy.what, may_be_done=True) from doubt or busy
+        return done | {item["job_id"]["S"] for item in unsure if item in there}
 
     def get(self, job_id: str) -> Job | None:
         """Return the job as last written (a consistent read)."""
@@ -204,17 +231,10 @@ class DynamoParams:
 
     def add(self, params: Params) -> None:
         """Store the request; raises Conflict if another one is stored under the id already."""
-        body = gzip.compress(params.body.encode(), compresslevel=6, mtime=0)
+        body = _packed(params)
         days = job_records.waiting_days(self._retention_days)
-        expires = self._clock.now() // 1000 + days * job_records.DAY_SECONDS
-        item: Item = {
-            "job_id": {"S": params.job_id},
-            "request_hash": {"S": params.request_hash},
-            "expires_at": {"N": str(expires)},
-        }
-        if len(body) <= INLINE_BYTES:
-            item["body"] = {"B": body}
-        else:
+        item = self._item(params, body if len(body) <= INLINE_BYTES else None)
+        if len(body) > INLINE_BYTES:
             # The hash is part of the name, so that another request under the same id cannot overwrite it.
             prefix = "params" if days <= SHORT_DAYS else "long-params"
             key = f"{prefix}/{params.job_id}-{params.request_hash[:16]}.json.gz"
@@ -226,6 +246,27 @@ class DynamoParams:
         if current and current["request_hash"]["S"] != params.request_hash:
             message = f"another request is stored for job {params.job_id}"
             raise Conflict(message)
+
+    def add_new(self, params: Sequence[Params]) -> set[str]:
+        """Store those requests whose ids are free, in one call; return the ids surely stored by it."""
+        items = [
+            self._item(each, body)
+            for each in params
+            if len(body := _packed(each)) <= INSERTED_BYTES
+        ]
+        return insert(self._client, self._table, "job_id", items, "the params table")
+
+    def _item(self, params: Params, body: bytes | None) -> Item:
+        days = job_records.waiting_days(self._retention_days)
+        expires = self._clock.now() // 1000 + days * job_records.DAY_SECONDS
+        item: Item = {
+            "job_id": {"S": params.job_id},
+            "request_hash": {"S": params.request_hash},
+            "expires_at": {"N": str(expires)},
+        }
+        if body is not None:
+            item["body"] = {"B": body}
+        return item
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return those of the requests that exist, by job id."""
@@ -247,6 +288,10 @@ class DynamoParams:
             for item in items
             if (name := item["job_id"]["S"]) in bodies
         }
+
+
+def _packed(params: Params) -> bytes:
+    return gzip.compress(params.body.encode(), compresslevel=6, mtime=0)
 
 
 class DynamoLimits:
@@ -521,7 +566,7 @@ def put_if(  # noqa: PLR0913, PLR0917 - one conditional write
     A write whose reply was lost is tried again and then meets itself: that counts as done. Its mark tells it from
     the very same change made by somebody else in the same millisecond, which must not count as done.
     """
-    item = {**item, "written_as": {"S": uuid4().hex}}
+    item = _marked(item)
     try:
         aws.patiently(
             what,
@@ -538,6 +583,37 @@ def put_if(  # noqa: PLR0913, PLR0917 - one conditional write
         current: Item = error.response.get("Item", {})  # type: ignore[assignment]
         return None if current == item else current
     return None
+
+
+def _marked(item: Item) -> Item:
+    """Return the item with a mark of its own, by which a write that meets itself is known."""
+    return {**item, "written_as": {"S": uuid4().hex}}
+
+
+def insert(
+    client: DynamoDBClient, table: str, key: str, items: Sequence[Item], what: str
+) -> set[str]:
+    """Insert at most 25 items in one call; return the keys of those that were not there and are now.
+
+    PartiQL's INSERT is the conditional put that comes in batches: an id that is taken is that statement's error alone,
+    and it costs what a put costs (AWS, BatchExecuteStatement). Of the others nothing is known: they may be there
+    already, refused for now, or stored by an earlier try whose reply was lost.
+    """
+    if not items:
+        return set()
+    statements: Any = [
+        {
+            "Statement": f'INSERT INTO "{table}" VALUE {{{", ".join(f"{name!r}: ?" for name in item)}}}',
+            "Parameters": list(item.values()),
+        }
+        for item in items
+    ]
+    answer = aws.patiently(what, client.batch_execute_statement, Statements=statements)
+    return {
+        item[key]["S"]
+        for item, response in zip(items, answer["Responses"], strict=True)
+        if "Error" not in response
+    }
 
 
 def _get_many(
