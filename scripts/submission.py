@@ -166,6 +166,7 @@ def send(
     run_key: str,
     *,
     on_progress: Callable[[Outcome], None] = lambda _: None,
+    in_flight_at_once: int = LISTS_IN_FLIGHT,
 ) -> Outcome:
     """Sends every good line and returns what became of each.
 
@@ -181,11 +182,11 @@ def send(
             _note_reply(future, in_flight.pop(future), outcome)
         on_progress(outcome)
 
-    with ThreadPoolExecutor(LISTS_IN_FLIGHT) as pool:
+    with ThreadPoolExecutor(in_flight_at_once) as pool:
         for number, lines in enumerate(pack(_good(items, outcome))):
             body = _BODY_OPENS + b",".join(line.body for line in lines) + _BODY_CLOSES
             in_flight[pool.submit(gateway.submit, body, f"{run_key}.{number}")] = lines
-            if len(in_flight) == LISTS_IN_FLIGHT:
+            if len(in_flight) == in_flight_at_once:
                 settle(wait(in_flight, return_when=FIRST_COMPLETED).done)
             if outcome.stopped:
                 break

@@ -1,8 +1,8 @@
 """What Sluice's workers spent during a run: processor time, limiter writes, receives, Lambda time.
 
-Processor time is read from /proc for the emulator's worker processes, so Linux only. The process that
-answered the stack's own canary has by then imported everything and built the worker: what it had used
-when the clock started is the price of the imports, and is taken off every process.
+Processor time is read from /proc for the emulator's worker processes, so Linux only. A process that has
+answered a canary has imported everything and built the worker: what it had used when the clock started is
+the price of the imports, and is taken off every process.
 """
 
 from __future__ import annotations

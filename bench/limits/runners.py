@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -289,6 +290,22 @@ class _Start:
 # ---------------------------------------------------------------- Sluice
 
 
+def _warm_up(ready: Ready, workers: int) -> None:
+    """Let every worker answer a canary, so that it has imported everything: like the other clients before the clock."""
+    function = ready.resources["WorkerFunction"]
+
+    def canary(number: int) -> None:
+        body = json.dumps({"v": 1, "canary": f"bench-{number}"})
+        event = {"Records": [{"messageId": uuid.uuid4().hex, "body": body}]}
+        answer = ready.client("lambda").invoke(FunctionName=function, Payload=json.dumps(event))
+        if answer.get("FunctionError"):
+            raise RunFailed(f"a worker did not start: {answer['Payload'].read().decode()[:200]}")
+
+    # At once, so that none is given to a worker that is warm already.
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(canary, range(workers)))
+
+
 def _sluice(task: Task, claude_url: str, start: _Start, settings: Settings) -> Done:
     pool = {
         "keys": [
@@ -298,13 +315,15 @@ def _sluice(task: Task, claude_url: str, start: _Start, settings: Settings) -> D
     }
     stack = LocalStack(key_pool=pool, tenant="bench", concurrency=settings.workers)
     with stack.running() as ready, Gateway(ready.api_url, ready.client_key) as gateway:
+        _warm_up(ready, settings.workers)
         meters = Meters(ready)
         lines = [json.dumps({"params": params}).encode() for params in task.requests]
         meters.start()
         try:
             start.now()
             began_at = time.time()
-            outcome = send(gateway, read_jobs(lines, {}), f"bench-{uuid.uuid4().hex}")
+            run_key = f"bench-{uuid.uuid4().hex}"
+            outcome = send(gateway, read_jobs(lines, {}), run_key, in_flight_at_once=1)
             if outcome.stopped:
                 raise outcome.stopped
             ids = [job.job_id for job in outcome.accepted]
