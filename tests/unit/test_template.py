@@ -238,7 +238,12 @@ def test_whoever_reads_objects_can_tell_gone_from_forbidden(function: str) -> No
     ("function", "resource", "actions"),
     [
         ("ApiFunction", "KeyPoolSecret", set()),
-        ("ApiFunction", "JobsTable", {"GetItem", "BatchGetItem", "PutItem", "Query"}),
+        (
+            "ApiFunction",
+            "JobsTable",
+            {"GetItem", "BatchGetItem", "PartiQLInsert", "PutItem", "Query"},
+        ),
+        ("ApiFunction", "ParamsTable", {"PartiQLInsert", "PutItem"}),
         ("ApiFunction", "LimitsTable", {"Scan"}),
         ("WorkerFunction", "JobsTable", {"GetItem", "BatchGetItem", "PutItem"}),
         ("WorkerFunction", "ParamsTable", {"GetItem"}),
