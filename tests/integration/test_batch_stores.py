@@ -30,7 +30,7 @@ from sluice.domain.jobs import Attempt, Snooze
 from sluice.messages import batch_messages
 from sluice.ports import BatchStore, DueRange, Notice, Objects, Received, WaitingRanges
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
-from tests.fakes import NOON, FrozenClock, a_job
+from tests.fakes import NOON, FrozenClock, RecordingEvents, a_job
 from tests.moto_aws import BUCKET, Aws, in_memory
 
 KINDS: Final = ["fake", "aws"]
@@ -413,12 +413,17 @@ def within(find: Callable[[], bool]) -> bool:
 @pytest.mark.usefixtures("cloud")
 def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
     client = aws.events()
-    notices = BusNotices(client, aws.sqs(), "no queue is needed")
+    notices = BusNotices(client, aws.sqs(), "no queue is needed", RecordingEvents())
     told = [Notice("b", "Batch Ended", 0, "acme", {"batch_id": "b"})]
     entry = {"Source": "sluice", "DetailType": "Batch Ended", "Detail": '{"batch_id":"b"}'}
     with Stubber(client) as stub:
-        stub.add_response("put_events", {"FailedEntryCount": 0}, {"Entries": [entry]})
-        stub.add_response("put_events", {"FailedEntryCount": 1}, {"Entries": [entry]})
+        stub.add_response(
+            "put_events",
+            {"FailedEntryCount": 0, "Entries": [{"EventId": "1"}]},
+            {"Entries": [entry]},
+        )
+        busy = {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "InternalFailure"}]}
+        stub.add_response("put_events", busy, {"Entries": [entry]})
 
         notices.tell(told)
         with pytest.raises(StoreBusy):
@@ -428,7 +433,7 @@ def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
 @pytest.mark.usefixtures("cloud")
 def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it() -> None:
     bus, sqs = aws.events(), aws.sqs()
-    notices = BusNotices(bus, sqs, "https://queue")
+    notices = BusNotices(bus, sqs, "https://queue", RecordingEvents())
     told = [
         Notice("b", "Batch Ended", NOON, "acme", {"batch_id": "b"}),
         Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/"),
@@ -457,6 +462,37 @@ def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it(
 
 
 @pytest.mark.usefixtures("cloud")
+def test_what_aws_will_never_take_is_passed_over_and_holds_up_nobody() -> None:
+    bus, sqs, events = aws.events(), aws.sqs(), RecordingEvents()
+    notices = BusNotices(bus, sqs, "https://queue", events)
+    told = [Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/")]
+    malformed = {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "MalformedDetail"}]}
+    failed = {"Id": "0", "SenderFault": True, "Code": "InvalidMessageContents"}
+    with Stubber(bus) as of_bus, Stubber(sqs) as of_queue:
+        of_bus.add_response("put_events", malformed)
+        of_queue.add_response("send_message_batch", {"Successful": [], "Failed": [failed]})
+
+        notices.tell(told)
+
+    assert ["end not told", "end not told"] == events.problem_names
+
+
+@pytest.mark.usefixtures("cloud")
+def test_metadata_may_hold_what_a_message_may_not_and_a_tenant_what_a_group_may_not() -> None:
+    bus, sqs = aws.events(), aws.sqs()
+    url = sqs.create_queue(QueueName="w")["QueueUrl"]
+    facts = {"metadata": {"note": "\uffff\u6c34"}}
+
+    BusNotices(bus, sqs, url, RecordingEvents()).tell(
+        [Notice("j-2", "Job Ended", NOON, "My Team", facts, "https://acme.example/")]
+    )
+
+    (message,) = sqs.receive_message(QueueUrl=url)["Messages"]
+    assert message["Body"].isascii()
+    assert facts == json.loads(json.loads(message["Body"])["body"])["data"]
+
+
+@pytest.mark.usefixtures("cloud")
 def test_ends_with_much_metadata_go_in_as_many_calls_as_aws_needs() -> None:
     """One event too many for a call would hold up the stream for a day."""
     bus, sqs = aws.events(), aws.sqs()
@@ -479,7 +515,7 @@ def test_ends_with_much_metadata_go_in_as_many_calls_as_aws_needs() -> None:
     sqs.meta.events.register("provide-client-params.sqs.SendMessageBatch", look)
     url = sqs.create_queue(QueueName="w")["QueueUrl"]
 
-    BusNotices(bus, sqs, url).tell(told)
+    BusNotices(bus, sqs, url, RecordingEvents()).tell(told)
 
     for calls in sizes.values():
         assert 23 == sum(count for count, _ in calls)

@@ -198,6 +198,18 @@ def test_options_that_cannot_be_used_end_the_batch_with_a_reason(
     assert [] == bulk.claude.calls
 
 
+def test_of_options_that_cannot_be_used_a_good_webhook_hears_of_it(make: Make) -> None:
+    bulk = make()
+    bulk.objects.put(
+        "in/acme/first.options.json", b'{"max_tokens": 0, "webhook": "https://acme.example/"}'
+    )
+
+    bulk.upload(jsonl(a_row(1)))
+
+    assert (bulk.batch.problem or "").startswith("options: max_tokens cannot be 0")
+    assert "https://acme.example/" == bulk.batch.options.webhook
+
+
 def test_a_deadline_ends_what_was_not_begun(make: Make) -> None:
     bulk = make()
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from itertools import accumulate
 from typing import Any, Final
 
 import pytest
@@ -67,6 +68,8 @@ URL: Final = "https://acme.example:8443/hooks?token=hidden"
         ("::ffff:169.254.169.254", False),
         ("64:ff9b::a9fe:a9fe", False),
         ("64:ff9b:1::a00:1", False),
+        ("64:ff9b:1:a00:0:100:808:808", False),
+        ("::7f00:1", False),
         ("2002:7f00:1::1", False),
         ("2001:0:4136:e378:8000:63bf:f5ff:fffe", False),
     ],
@@ -116,8 +119,11 @@ def test_no_address_is_both_private_and_called(address: Any) -> None:
         ("https://acme.example/a b", "ASCII characters"),
         ("https://acme.example/\n", "ASCII characters"),
         ("https://ünder.example/", "ASCII characters"),
-        ("https://acme.example:99999/", "ASCII characters"),
-        ("https://[acme.example/", "ASCII characters"),
+        ("https://acme.example:99999/", "a port from 1 to 65535"),
+        ("https://acme.example:0/", "a port from 1 to 65535"),
+        ("https://[acme.example/", "must have a host"),
+        ("https://acme.example./", "without empty parts"),
+        ("https://.example/", "without empty parts"),
         ("https://acme.example/" + "a" * 2_048, "at most 2,048"),
     ],
 )
@@ -132,6 +138,8 @@ def test_an_address_that_may_be_called_is_taken() -> None:
     check_url(URL)
     check_url("https://93.184.216.34/")
     check_url("http://127.0.0.1:9000/hook", HOME)
+    with pytest.raises(ValueError, match="must not lead to a private address"):
+        check_url("http://93.184.216.34/", HOME)
     with pytest.raises(ValueError, match="https:// or http://"):
         check_url("ftp://127.0.0.1/", HOME)
 
@@ -139,8 +147,9 @@ def test_an_address_that_may_be_called_is_taken() -> None:
 def test_networks_are_a_list_or_an_error() -> None:
     assert () == read_networks("")
     assert 3 == len(HOME)
-    with pytest.raises(ValueError, match=r"10\.1\.2\.3/8"):
-        read_networks("10.1.2.3/8")
+    assert read_networks("10.0.0.0/8") == read_networks(" 10.1.2.3/8,")
+    with pytest.raises(ValueError, match=r"10\.1\.2/8"):
+        read_networks("10.1.2/8")
 
 
 # When ----------------------------------------------------------------------------------------------------------
@@ -148,30 +157,36 @@ def test_networks_are_a_list_or_an_error() -> None:
 
 @pytest.mark.parametrize("status", [200, 202, 204, 299])
 def test_only_two_hundreds_are_a_delivery(status: int) -> None:
-    assert Delivered() == judge(status, 1)
+    assert Delivered() == judge(status, 1, 0)
 
 
 @pytest.mark.parametrize("status", [None, 100, 301, 307, 400, 401, 404, 429, 500, 503])
 def test_whatever_else_is_tried_again(status: int | None) -> None:
-    assert Again(5 * SECOND) == judge(status, 1)
+    assert Again(5 * SECOND) == judge(status, 1, 0)
 
 
 def test_a_receiver_that_is_gone_is_left_alone_at_once() -> None:
-    assert GivenUp() == judge(410, 1)
+    assert GivenUp() == judge(410, 1, 0)
 
 
 def test_pauses_grow_for_a_day_and_then_it_is_given_up() -> None:
-    verdicts = [judge(503, count) for count in range(1, len(PAUSES_MS) + 2)]
+    ages = [0, *accumulate(PAUSES_MS)]
+    verdicts = [judge(503, count, age) for count, age in enumerate(ages, start=1)]
 
     assert [*(Again(pause) for pause in PAUSES_MS), GivenUp()] == verdicts
     assert list(PAUSES_MS) == sorted(PAUSES_MS)
     assert 24 * 3_600_000 < sum(PAUSES_MS) < 36 * 3_600_000
 
 
+def test_receives_without_a_delivery_do_not_use_up_its_day() -> None:
+    """Nine invocations in which the secret could not be read, and then the receiver fails once."""
+    assert Again(PAUSES_MS[-1]) == judge(500, 10, 3_600_000)
+
+
 def test_a_receiver_may_ask_for_a_longer_pause_that_the_queue_can_keep() -> None:
-    assert Again(90 * SECOND) == judge(429, 1, 90)
-    assert Again(5 * SECOND) == judge(429, 1, 2)
-    assert Again(LONGEST_PAUSE_MS) == judge(503, 1, 10**9)
+    assert Again(90 * SECOND) == judge(429, 1, 0, 90)
+    assert Again(5 * SECOND) == judge(429, 1, 0, 2)
+    assert Again(LONGEST_PAUSE_MS) == judge(503, 1, 0, 10**9)
 
 
 # How -----------------------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class Deliver:
             self._returns.bury(message, "not a webhook of Sluice's")
             return None
         reply = await self._sent(webhook, secrets)
-        verdict = judge(reply.status, message.receive_count, reply.retry_after_s)
+        age_ms = self._clock.now() - message.sent_at
+        verdict = judge(reply.status, message.receive_count, age_ms, reply.retry_after_s)
         if reply.problem == REFUSED:
             # No other time would be better: whoever owns the name can make it lead anywhere.
             verdict = GivenUp()

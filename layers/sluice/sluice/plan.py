@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any, Final
@@ -51,6 +52,9 @@ _GZIP: Final = b"\x1f\x8b"
 
 class BadOptions(Exception):
     """The options of a file cannot be used; the message says why."""
+
+    webhook: str | None = None
+    """Whom to tell of it: this one of the options is good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ class PlanBatch:
         try:
             options = self._options(file)
         except BadOptions as error:
-            options, problem = Options(), str(error)
+            options, problem = Options(webhook=error.webhook), str(error)
         batch = self._batch(file, options)
         try:
             self._batches.add(batch)
@@ -324,7 +328,13 @@ class PlanBatch:
             for name, value in file.stored.metadata.items()
             if name.startswith(METADATA_PREFIX)
         }
-        return self.read_options({**said, **metadata})
+        said |= metadata
+        try:
+            return self.read_options(said)
+        except BadOptions as error:
+            with suppress(BadOptions):
+                error.webhook = self.read_options({"webhook": said.get("webhook")}).webhook
+            raise
 
     def read_options(self, said: Mapping[str, Any]) -> Options:
         """Return the options of a file; raises BadOptions with what is wrong."""

@@ -203,7 +203,7 @@ def assemble() -> Assemble:
 
 @cache
 def _notices() -> BusNotices:
-    return BusNotices(aws.events(), _sqs(), settings().webhooks_queue_url)
+    return BusNotices(aws.events(), _sqs(), settings().webhooks_queue_url, telemetry())
 
 
 @cache

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
+from sluice.adapters.sqs import message_group
 from sluice.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
-from sluice.ports import Notice
+from sluice.ports import Events, Notice
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient
@@ -27,23 +28,36 @@ MOST_BYTES: Final = 200_000
 """The same together: EventBridge takes 256 KB, its own words about each event among them."""
 
 
+_NEVER_TAKEN: Final = frozenset({"InvalidArgument", "MalformedDetail"})
+"""EventBridge's errors about an event itself (AWS, PutEvents)."""
+
+
 class BusNotices:
     """The default event bus, and the queue of webhooks."""
 
-    def __init__(self, bus: EventBridgeClient, sqs: SQSClient, webhooks_url: str) -> None:
+    def __init__(
+        self, bus: EventBridgeClient, sqs: SQSClient, webhooks_url: str, events: Events
+    ) -> None:
         self._bus = bus
         self._sqs = sqs
         self._webhooks_url = webhooks_url
+        self._events = events
 
     def tell(self, notices: Sequence[Notice]) -> None:
-        """Put an event for each, and a message for each webhook; raises StoreBusy."""
+        """Put an event for each, and a message for each webhook; raises StoreBusy.
+
+        One that AWS will never take is logged and passed over: it must not hold up what ended after it.
+        """
         entries = [
             {"Source": SOURCE, "DetailType": each.kind, "Detail": _json(each.facts)}
             for each in notices
         ]
         for some in _that_fit(entries, "Detail"):
             answer = aws.patiently(BUS, self._bus.put_events, Entries=some)
-            if answer.get("FailedEntryCount"):
+            codes = [each["ErrorCode"] for each in answer["Entries"] if each.get("ErrorCode")]
+            hopeless = [code for code in codes if code in _NEVER_TAKEN]
+            self._pass_over(BUS, hopeless)
+            if answer["FailedEntryCount"] > len(hopeless):
                 raise StoreBusy(BUS)
         wanted = [each for each in notices if each.webhook is not None]
         messages = [
@@ -51,7 +65,7 @@ class BusNotices:
                 "Id": str(position),
                 "MessageBody": _json(_message(notice)),
                 # A fair queue: a tenant whose server is down does not delay the others' webhooks.
-                "MessageGroupId": notice.tenant,
+                "MessageGroupId": message_group(notice.tenant),
             }
             for position, notice in enumerate(wanted)
         ]
@@ -59,8 +73,14 @@ class BusNotices:
             sent = aws.patiently(
                 QUEUE, self._sqs.send_message_batch, QueueUrl=self._webhooks_url, Entries=some
             )
-            if sent.get("Failed"):
+            failed = sent.get("Failed", ())
+            self._pass_over(QUEUE, [each["Code"] for each in failed if each["SenderFault"]])
+            if not all(each["SenderFault"] for each in failed):
                 raise StoreBusy(QUEUE)
+
+    def _pass_over(self, what: str, codes: Sequence[str]) -> None:
+        for code in codes:
+            self._events.problem("end not told", what=what, code=code)
 
 
 def _that_fit(entries: Sequence[dict[str, str]], part: str) -> Iterator[Any]:
@@ -79,7 +99,8 @@ def _that_fit(entries: Sequence[dict[str, str]], part: str) -> Iterator[Any]:
 
 
 def _json(document: Mapping[str, object]) -> str:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    # In ASCII: a message may not hold every character that a caller's metadata may (SQS, SendMessage).
+    return json.dumps(document, separators=(",", ":"))
 
 
 def _message(notice: Notice) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
-from sluice.domain.errors import KeyPoolBroken
+from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import (
     AdminKey,
     UpstreamKey,
@@ -77,10 +77,18 @@ class WebhookSecrets:
         self._known: tuple[int, tuple[str, ...]] | None = None
 
     def __call__(self) -> Sequence[str]:
-        """Return both, the present one first, at most five minutes old; raises StoreBusy."""
+        """Return both, the present one first, at most five minutes old, or older while they cannot be read.
+
+        Raises StoreBusy when they were never read.
+        """
         now = self._clock.now()
         if self._known is None or now - self._known[0] >= POOL_AGE_MS:
-            texts = (self._version(stage) for stage in self.STAGES)
+            try:
+                texts = tuple(self._version(stage) for stage in self.STAGES)
+            except StoreBusy:
+                if self._known is None:
+                    raise
+                texts = self._known[1]
             self._known = now, tuple(text for text in texts if text is not None)
         return self._known[1]
 

@@ -48,6 +48,11 @@ ENTRY_ATTEMPTS: Final = 3
 """How often a message is put back that SQS could not change while it changed others of the same call."""
 
 
+def message_group(name: str) -> str:
+    """Return the MessageGroupId of a name, which may be anything: SQS takes 128 letters, digits and punctuation."""
+    return name if _GROUP_ID.fullmatch(name) else sha256(name.encode()).hexdigest()
+
+
 class SqsQueue:
     """The sending side."""
 
@@ -85,8 +90,7 @@ class SqsQueue:
     def _fair_group(self, job: Pointer) -> str:
         """A fair queue: neither a tenant's backlog nor that of a blocked limit group delays the others."""
         name = f"{job.tenant}/{model_group(job.model, self._model_groups)}"
-        # A relay may name its models as it likes; SQS takes up to 128 letters, digits and punctuation.
-        return name if _GROUP_ID.fullmatch(name) else sha256(name.encode()).hexdigest()
+        return message_group(name)
 
     def depth(self) -> int:
         """Return about how many messages wait or are at work."""

@@ -16,11 +16,16 @@ SECONDS: Final = 15.0
 """For a whole delivery: the receiver should answer first and work afterwards (Standard Webhooks)."""
 
 
+MOST_DIGITS: Final = 6
+"""Of a `retry-after`."""
+
+
 class HttpWeb:
     """HTTP/1.1 with a connection for each message. `trust` says whose certificates count; None: the system's."""
 
     def __init__(self, trust: ssl.SSLContext | None = None) -> None:
-        self._trust = trust or True
+        # Made once: reading the authorities' certificates takes longer than a delivery.
+        self._trust = trust or httpx2.create_ssl_context()
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
         """Return the addresses that a name leads to now; none if it leads nowhere, or nobody says in time."""
@@ -59,5 +64,6 @@ class HttpWeb:
 
 
 def _seconds(text: str | None) -> int | None:
-    """Return a `retry-after` in seconds; one that is a date is passed over."""
-    return int(text) if text and text.isascii() and text.isdecimal() else None
+    """Return a `retry-after` in seconds; one that is a date, or longer than any pause, is passed over."""
+    is_number = text and text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return int(text) if text and is_number else None

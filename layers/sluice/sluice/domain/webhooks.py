@@ -41,7 +41,10 @@ PAUSES_MS: Final = (
     10 * HOUR_MS,
     10 * HOUR_MS,
 )
-"""How long a delivery that failed waits for the next one; after the last it is given up. About 28 hours in all."""
+"""How long a delivery that failed waits for the next one."""
+
+PATIENCE_MS: Final = sum(PAUSES_MS)
+"""After about 28 hours a webhook is given up. Its age decides: the queue also counts receives without a delivery."""
 
 LONGEST_PAUSE_MS: Final = 12 * HOUR_MS - MINUTE_MS
 """A message can be hidden for 12 hours; more than a receiver asks for with `retry-after` is not waited."""
@@ -49,8 +52,11 @@ LONGEST_PAUSE_MS: Final = 12 * HOUR_MS - MINUTE_MS
 GONE: Final = 410
 """The receiver does not want to hear any more (Standard Webhooks)."""
 
-_TRANSLATED: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
-"""IPv6 addresses behind which a translator puts an IPv4 address (RFC 6052, RFC 8215)."""
+_TRANSLATED: Final = (ip_network("64:ff9b::/96"), ip_network("::/96"))
+"""IPv6 addresses that end in the IPv4 address they stand for (RFC 6052, RFC 4291)."""
+
+_TRANSLATED_SOMEHOW: Final = ip_network("64:ff9b:1::/48")
+"""In these an operator of a network puts the IPv4 address where he likes (RFC 8215)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +83,21 @@ def check_url(url: str, networks: Sequence[Network] = ()) -> None:
     Where a name leads is looked at before each call, not here.
     """
     schemes = ("https", "http") if networks else ("https",)
-    parts = _split(url)
-    if parts is None or len(url) > MOST_CHARACTERS:
+    is_text = url.isascii() and url.isprintable() and " " not in url
+    if len(url) > MOST_CHARACTERS or not is_text:
         raise ValueError(f"must be an address of at most {MOST_CHARACTERS:,} ASCII characters")
+    parts = _split(url)
+    if parts is None:
+        raise ValueError("must have a host, and after a colon a port from 1 to 65535")
     if parts.scheme not in schemes or not parts.hostname:
         raise ValueError(f"must begin with {' or '.join(f'{each}://' for each in schemes)}")
     if parts.username is not None or parts.fragment:
         raise ValueError("must have neither a user name nor a #fragment")
+    if any(not label for label in parts.hostname.split(".")):
+        raise ValueError(f"must have a host without empty parts ({parts.hostname})")
     address = as_address(parts.hostname)
-    if address is not None and not may_be_called(address, networks):
+    is_plain = parts.scheme == "http"
+    if address is not None and not may_be_called(address, networks, plainly=is_plain):
         raise ValueError(f"must not lead to a private address ({parts.hostname})")
 
 
@@ -98,9 +110,15 @@ def may_be_called(
     private one counts as private.
     """
     real = _embedded(address)
-    if any(real in network for network in networks if network.version == real.version):
+    if any(
+        each in network
+        for network in networks
+        for each in (address, real)
+        if network.version == each.version
+    ):
         return True
     is_local = real.is_multicast or (isinstance(real, IPv6Address) and real.is_site_local)
+    is_local = is_local or (real.version == 6 and real in _TRANSLATED_SOMEHOW)  # noqa: PLR2004 - IPv6
     return not plainly and real.is_global and not is_local
 
 
@@ -114,7 +132,7 @@ def as_address(host: str) -> Address | None:
 
 def read_networks(text: str) -> tuple[Network, ...]:
     """Return the networks of a comma-separated list; raises ValueError for anything else."""
-    return tuple(ip_network(each.strip()) for each in text.split(",") if each.strip())
+    return tuple(ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip())
 
 
 def signing_secret(master: str, tenant: str) -> str:
@@ -124,31 +142,29 @@ def signing_secret(master: str, tenant: str) -> str:
 
 
 def judge(
-    status: int | None, receive_count: int, retry_after_s: int | None = None
+    status: int | None, receive_count: int, age_ms: int, retry_after_s: int | None = None
 ) -> Delivered | Again | GivenUp:
     """Tell what becomes of a delivery.
 
-    `status` is None when no answer came, `receive_count` counts the deliveries, this one among them. Only 2xx is a
+    `status` is None when no answer came; `receive_count` and `age_ms` are those of the queue's message. Only 2xx is a
     success: redirects are not followed, for they would lead past the check of the address.
     """
     if status is not None and 200 <= status < 300:  # noqa: PLR2004 - HTTP
         return Delivered()
-    if status == GONE or receive_count > len(PAUSES_MS):
+    if status == GONE or age_ms >= PATIENCE_MS:
         return GivenUp()
-    pause = PAUSES_MS[max(0, receive_count - 1)]
+    pause = PAUSES_MS[min(max(0, receive_count - 1), len(PAUSES_MS) - 1)]
     return Again(min(LONGEST_PAUSE_MS, max(pause, (retry_after_s or 0) * SECOND_MS)))
 
 
 def _split(url: str) -> SplitResult | None:
     """Return the parts of an address that can be one at all."""
-    if not url.isascii() or not url.isprintable() or " " in url:
-        return None
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        is_wrong = parts.port == 0
     except ValueError:
         return None
-    return parts
+    return None if is_wrong else parts
 
 
 def _embedded(address: Address) -> Address:
