@@ -106,7 +106,13 @@ def test_a_redirect_is_an_answer_and_not_followed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"), [("120", 120), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("²", None)]
+    ("said", "seconds"),
+    [
+        ("120", 120),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
+        ("²", None),
+        pytest.param("9" * 5_000, None, id="more digits than Python reads"),
+    ],
 )
 def test_a_receiver_may_say_when_it_wants_to_hear_again(said: str, seconds: int | None) -> None:
     with receiving(status=503, headers={"retry-after": said}) as receiver:
@@ -205,6 +211,22 @@ def test_a_secret_that_was_changed_signs_together_with_the_one_before(cloud: Aws
     assert ("first",) == secrets()
     clock.at += 1
     assert ("second", "first") == secrets()
+
+
+def test_secrets_that_cannot_be_read_again_are_kept(cloud: Aws) -> None:
+    """They change once a year; webhooks that wait for Secrets Manager would lose their day."""
+    clock = FrozenClock()
+    secrets = WebhookSecrets(cloud.secrets, "WebhookSecret", clock)
+    with Stubber(cloud.secrets) as stub:
+        stub.add_response("get_secret_value", {"SecretString": "first"})
+        stub.add_client_error("get_secret_value", "ResourceNotFoundException", "", 400)
+        assert ["first"] == list(secrets())
+        clock.at += POOL_AGE_MS
+        for _ in range(4):
+            stub.add_client_error("get_secret_value", "InternalServiceError", "", 500)
+
+        assert ["first"] == list(secrets())
+        stub.assert_no_pending_responses()
 
 
 @pytest.mark.usefixtures("cloud")
