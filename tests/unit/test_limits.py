@@ -15,6 +15,7 @@ from sluice.domain.limits import (
     DIMENSIONS,
     FULL_RATE,
     OUTPUT_MARGIN,
+    OUTPUT_MARGIN_MS,
     OVERDRAFT_MS,
     SCALE,
     TOKENS_PER_DAY,
@@ -478,6 +479,14 @@ def test_output_that_is_not_produced_yet_holds_nobody_back() -> None:
     margin_ms = 5_000 // OUTPUT_MARGIN
     assert NOON + 25 * SECOND + margin_ms - 1 == waits_for_all[-1]
     assert NOON + 15 * SECOND + margin_ms == starts[-1]
+
+
+def test_a_bucket_far_above_its_level_holds_nobody_back_for_long() -> None:
+    """A quarter of it would take hours to refill (found by the simulation, seed 6)."""
+    full = bucket(600_000, 10**9)
+    state = warm(replace(group(60_000, 1_000), output_tokens=replace(full, level=10_000 * SCALE)))
+
+    assert next_start(state, Cost(1, 0, 1_000), NOON) <= NOON + OUTPUT_MARGIN_MS
 
 
 def test_a_steady_stream_of_output_runs_at_the_whole_limit() -> None:

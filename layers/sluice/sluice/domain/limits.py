@@ -60,6 +60,9 @@ FLOOR_MS: Final = 1_000
 OUTPUT_MARGIN: Final = 4
 """The part of the output bucket that stays in it while jobs wait: what calls under way will produce is only a guess."""
 
+OUTPUT_MARGIN_MS: Final = 2_500
+"""The refill of so long is enough of a margin, however large the bucket."""
+
 OVERDRAFT_MS: Final = 30_000
 """Output that nobody waits behind may take a bucket so far below zero.
 
@@ -407,8 +410,9 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
     else:
         # While calls under way produce what is reserved for them, the bucket refills: so much need not be there now.
         credit = min(group.under_way, output.limit * group.call_ms // 60_000)
-        wanted = cost.output_tokens + output.capacity // OUTPUT_MARGIN
-        output_at = output.ready_at(wanted - credit, group.rate_factor)
+        few_seconds = output.limit * OUTPUT_MARGIN_MS // 60_000
+        margin = min(output.capacity // OUTPUT_MARGIN, few_seconds)
+        output_at = output.ready_at(cost.output_tokens + margin - credit, group.rate_factor)
     return max(
         now,
         group.blocked_until,
