@@ -301,7 +301,7 @@ def _warm_up(ready: Ready, workers: int) -> None:
         if answer.get("FunctionError"):
             raise RunFailed(f"a worker did not start: {answer['Payload'].read().decode()[:200]}")
 
-    # At once, so that none is given to a worker that is warm already.
+    # At once, so that each needs a worker of its own.
     with ThreadPoolExecutor(workers) as threads:
         list(threads.map(canary, range(workers)))
 

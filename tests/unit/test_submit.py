@@ -706,7 +706,7 @@ def test_a_fault_nobody_thought_of_is_the_outcome_of_one_job_only(
     assert isinstance(failed.error, Unexpected)
     assert "item too large" not in str(failed.error)
     assert 2 == len(intake.sent)
-    assert ["job not stored"] == intake.events.problem_names
+    assert ["list not stored together", "job not stored"] == intake.events.problem_names
 
 
 def test_jobs_are_parked_whatever_keeps_the_queue_from_taking_them(intake: Intake) -> None:

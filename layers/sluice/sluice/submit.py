@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import (
@@ -35,6 +35,8 @@ from sluice.ports import (
     Pointer,
     RandomBytes,
 )
+
+T = TypeVar("T")
 
 NEWEST_VERSION: Final = "2026-10-21"
 """The newest `anthropic-version` we know; sent upstream for jobs that name none."""
@@ -122,10 +124,9 @@ class _Draft:
         return replace(self.job, job_id=self.slots[0]) if self.slots else self.job
 
     @property
-    def is_plain(self) -> bool:
-        """Tell whether nothing has to be looked up before it is stored."""
-        is_late = self.job.deadline is not None and self.job.deadline <= self.job.created_at
-        return not self.is_resend and not is_late
+    def is_late(self) -> bool:
+        """Tell whether its deadline has passed already."""
+        return self.job.deadline is not None and self.job.deadline <= self.job.created_at
 
 
 class Submit:
@@ -157,19 +158,21 @@ class Submit:
         now = self._clock.now()
         drafts = self._drafts(submissions, sender, now)
         with ThreadPoolExecutor(max_workers=min(PARALLEL_WRITES, len(drafts))) as threads:
-            plain = [each for each in drafts if isinstance(each, _Draft) and each.is_plain]
+            # Of a resend or a late one it has to be looked up first what there is.
+            plain = [
+                each
+                for each in drafts
+                if isinstance(each, _Draft) and not each.is_resend and not each.is_late
+            ]
             settled: dict[str, Outcome] = {}
             if len(plain) > 1:
-                chunks = [
-                    plain[n : n + STORED_AT_ONCE] for n in range(0, len(plain), STORED_AT_ONCE)
-                ]
-                for some in threads.map(self._stored_together, chunks):
+                for some in threads.map(self._stored_together, _parcels(plain, STORED_AT_ONCE)):
                     settled |= some
             outcomes = list(threads.map(lambda each: self._stored(each, settled), drafts))
             fresh = [
                 each.job for each in outcomes if isinstance(each, Accepted) and _waits(each.job)
             ]
-            parcels = [fresh[n : n + SENT_AT_ONCE] for n in range(0, len(fresh), SENT_AT_ONCE)]
+            parcels = _parcels(fresh, SENT_AT_ONCE)
             unsent = {job_id for unsent in threads.map(self._sent, parcels) for job_id in unsent}
             if unsent:
                 self._events.problem("queue busy, jobs parked", jobs=len(unsent))
@@ -279,28 +282,31 @@ class Submit:
         The others are stored one by one: there it shows whether they are repeats, and which of them makes trouble.
         """
         jobs = [draft.first for draft in drafts]
+        stored: set[str] = set()
+        with_params: set[str] = set()
         try:
             with_params = self._params.add_new(
-                [Params(draft.first.job_id, draft.body, draft.job.request_hash) for draft in drafts]
+                [
+                    Params(job.job_id, draft.body, job.request_hash)
+                    for job, draft in zip(jobs, drafts, strict=True)
+                ]
             )
-        except Exception:  # noqa: BLE001 - nothing is lost: a request without its job is found again or expires
-            return {}
-        jobs = [job for job in jobs if job.job_id in with_params]
-        try:
-            stored = self._jobs.add_new(jobs)
+            stored = self._jobs.add_new([job for job in jobs if job.job_id in with_params])
         except StoreBusy as busy:
-            # One that may be stored must not be taken for a repeat of somebody else's.
-            return {job.job_id: Rejected(busy) for job in jobs} if busy.may_be_done else {}
-        except Exception:  # noqa: BLE001 - as above
-            return {}
+            if with_params and busy.may_be_done:
+                # One that may be stored must not be taken for a repeat of somebody else's.
+                return {name: Rejected(busy) for name in with_params}
+        except Exception:  # noqa: BLE001 - a request without its job does no harm
+            self._events.problem("list not stored together", jobs=len(drafts))
         return {job.job_id: Accepted(job) for job in jobs if job.job_id in stored}
 
     def _stored(self, draft: _Draft | SluiceError, settled: Mapping[str, Outcome]) -> Outcome:
         """Store one job unless it is settled; whatever goes wrong is its own outcome and no other's."""
         if isinstance(draft, SluiceError):
             return Rejected(draft)
-        if draft.first.job_id in settled and draft.is_plain:
-            return settled[draft.first.job_id]
+        name = draft.slots[0] if draft.slots else draft.job.job_id
+        if name in settled:
+            return settled[name]
         try:
             return self._found_or_added(draft)
         except SluiceError as error:
@@ -318,7 +324,7 @@ class Submit:
             earlier = self._sent_before(draft)
             if earlier is not None:
                 return Accepted(earlier, is_repeat=True)
-        if job.deadline is not None and job.deadline <= job.created_at:
+        if draft.is_late:
             return self._too_late(job)
         if not draft.slots:
             return self._added(job, draft.body)
@@ -432,6 +438,10 @@ def _findable(
         return replace(draft, slots=slots, is_resend=resends > 0)
 
     return [with_slots(position, draft) for position, draft in enumerate(drafts)]
+
+
+def _parcels(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _waits(job: Job) -> bool:

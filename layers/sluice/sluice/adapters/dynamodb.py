@@ -86,7 +86,7 @@ class DynamoJobs:
         items = [_marked(job_records.encode(job, self._retention_days)) for job in jobs]
         doubt: StoreBusy | None = None
         try:
-            done = insert(self._client, self._table, "job_id", items, "the jobs table")
+            done = insert(self._client, self._table, items, "the jobs table")
         except StoreBusy as busy:
             if not busy.may_be_done:
                 raise
@@ -254,7 +254,7 @@ class DynamoParams:
             for each in params
             if len(body := _packed(each)) <= INSERTED_BYTES
         ]
-        return insert(self._client, self._table, "job_id", items, "the params table")
+        return insert(self._client, self._table, items, "the params table")
 
     def _item(self, params: Params, body: bytes | None) -> Item:
         days = job_records.waiting_days(self._retention_days)
@@ -590,10 +590,8 @@ def _marked(item: Item) -> Item:
     return {**item, "written_as": {"S": uuid4().hex}}
 
 
-def insert(
-    client: DynamoDBClient, table: str, key: str, items: Sequence[Item], what: str
-) -> set[str]:
-    """Insert at most 25 items in one call; return the keys of those that were not there and are now.
+def insert(client: DynamoDBClient, table: str, items: Sequence[Item], what: str) -> set[str]:
+    """Insert at most 25 items in one call; return the job ids of those that were not there and are now.
 
     PartiQL's INSERT is the conditional put that comes in batches: an id that is taken is that statement's error alone,
     and it costs what a put costs (AWS, BatchExecuteStatement). Of the others nothing is known: they may be there
@@ -610,7 +608,7 @@ def insert(
     ]
     answer = aws.patiently(what, client.batch_execute_statement, Statements=statements)
     return {
-        item[key]["S"]
+        item["job_id"]["S"]
         for item, response in zip(items, answer["Responses"], strict=True)
         if "Error" not in response
     }

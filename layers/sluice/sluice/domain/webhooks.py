@@ -110,16 +110,10 @@ def may_be_called(
     private one counts as private.
     """
     real = _embedded(address)
-    if any(
-        each in network
-        for network in networks
-        for each in (address, real)
-        if network.version == each.version
-    ):
+    if any(each in network for network in networks for each in (address, real)):
         return True
-    is_local = real.is_multicast or (isinstance(real, IPv6Address) and real.is_site_local)
-    is_local = is_local or (real.version == 6 and real in _TRANSLATED_SOMEHOW)  # noqa: PLR2004 - IPv6
-    return not plainly and real.is_global and not is_local
+    is_local = isinstance(real, IPv6Address) and (real.is_site_local or real in _TRANSLATED_SOMEHOW)
+    return not plainly and real.is_global and not real.is_multicast and not is_local
 
 
 def as_address(host: str) -> Address | None:
@@ -161,10 +155,10 @@ def _split(url: str) -> SplitResult | None:
     """Return the parts of an address that can be one at all."""
     try:
         parts = urlsplit(url)
-        is_wrong = parts.port == 0
+        port = parts.port
     except ValueError:
         return None
-    return None if is_wrong else parts
+    return None if port == 0 else parts
 
 
 def _embedded(address: Address) -> Address:

@@ -1,0 +1,74 @@
+"""What storing the requests of a list costs: `python -m bench.intake`. One by one as single jobs are, and together.
+
+Both ways go through the local stack's DynamoDB, and the table shows the calls and the processor time of this process,
+which does what the API's function does. Calls are counted; of the times only the ratio means anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final, cast
+from uuid import uuid4
+
+from rich.console import Console
+from rich.table import Table
+
+from scripts.local_stack import LocalStack
+from sluice.adapters import aws
+from sluice.adapters.dynamodb import DynamoParams
+from sluice.adapters.s3 import Objects
+from sluice.adapters.system import SystemClock
+from sluice.ports import Params
+from sluice.submit import PARALLEL_WRITES, STORED_AT_ONCE
+
+REQUESTS: Final = 400
+BODY: Final = '{"model":"claude-haiku-5-5","max_tokens":256,"messages":[]}'
+KEY_POOL: Final = {"keys": [{"id": "a", "api_key": "sk-ant-test-intake"}]}
+
+
+def one_by_one(store: DynamoParams, requests: Sequence[Params]) -> None:
+    """Store them by conditional puts, side by side."""
+    with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
+        list(threads.map(store.add, requests))
+
+
+def together(store: DynamoParams, requests: Sequence[Params]) -> None:
+    """Store them by INSERTs in batches."""
+    for start in range(0, len(requests), STORED_AT_ONCE):
+        some = requests[start : start + STORED_AT_ONCE]
+        if len(store.add_new(some)) != len(some):
+            raise SystemExit("a request was not stored: the figures mean nothing")
+
+
+def measured(way: Callable[[Sequence[Params]], None]) -> tuple[int, float]:
+    """Return the AWS calls and the processor seconds for `REQUESTS` new requests."""
+    requests = [Params(f"job_{uuid4().hex}", BODY, uuid4().hex * 2) for _ in range(REQUESTS)]
+    calls, began = aws.CALLS.total(), time.process_time()
+    way(requests)
+    return aws.CALLS.total() - calls, time.process_time() - began
+
+
+def main() -> None:
+    """Measure both, after a round that warms the connections up, and print the table."""
+    stack = LocalStack(key_pool=KEY_POOL, tenant="bench", concurrency=2)
+    with stack.running() as ready:
+        table = ready.resources["ParamsTable"]
+        no_objects = cast(Objects, None)  # for requests above 350 KB
+        store = DynamoParams(ready.client("dynamodb"), table, no_objects, SystemClock(), 30)
+        ways = {"one by one": partial(one_by_one, store), "together": partial(together, store)}
+        for way in ways.values():
+            measured(way)
+        found = {name: measured(way) for name, way in ways.items()}
+    table_of_both = Table("requests", "AWS calls", "CPU ms each", "ratio")
+    first = found["one by one"][1]
+    for name, (calls, seconds) in found.items():
+        milliseconds = f"{seconds * 1000 / REQUESTS:.2f}"
+        table_of_both.add_row(name, str(calls), milliseconds, f"{seconds / first:.2f}")
+    Console(highlight=False).print(table_of_both)
+
+
+if __name__ == "__main__":
+    main()
