@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any, TypeVar
 
 import pytest
@@ -83,13 +83,17 @@ class Crew:
         self.events = RecordingEvents()
         self.blocking = DirectCalls(latency_ms=5)
         self.started: list[int] = []
+        self._hired = 0
 
     def know(self, group: Group) -> None:
         self.store.stored[group.id] = replace(group, version=group.version + 1)
 
     def limiter(self, skew_ms: int = 0) -> Limiter:
         clock = VirtualClock(self.time, skew_ms)
-        return Limiter(self.store, self.blocking, clock, lambda: 0.5, self.events)
+        self._hired += 1
+        # A worker's name is its first roll.
+        rolls = chain([self._hired / 1_000], repeat(0.5))
+        return Limiter(self.store, self.blocking, clock, lambda: next(rolls), self.events)
 
     @property
     def group(self) -> Group:
@@ -738,6 +742,30 @@ def test_an_empty_queue_is_told_with_the_next_block(crew: Crew) -> None:
         assert 2 == limiter.writes
 
     crew.play(story)
+
+
+def test_at_the_end_of_a_queue_everybody_knows_how_many_jobs_wait(crew: Crew) -> None:
+    """Who knew only of its own would take them for the last ones. While there is a queue nobody asks."""
+    group = known_group(seen=limited(600, 10))
+    bound_by_output = replace(group, output_mean=2 * group.output_tokens.limit)
+    crew.know(block(bound_by_output, NOON + 14 * SECOND, "x", NOON))
+
+    async def story() -> None:
+        async with crew.limiter() as one, crew.limiter() as two:
+            waiting = [asyncio.create_task(crew.admit(each)) for each in (one, one, one, two, two)]
+            await asyncio.sleep(3)
+            assert {} == crew.group.waiting
+            one.drained()
+            await asyncio.sleep(2)
+            assert [2, 3] == sorted(jobs for jobs, _ in crew.group.waiting.values())
+            one.drained()
+            await asyncio.sleep(2)
+            assert 1 == one.writes
+            assert 1 == two.writes
+            await asyncio.gather(*waiting)
+            assert {} == crew.group.waiting
+
+    crew.time.run(story())
 
 
 def test_an_empty_queue_is_entered_as_of_when_it_was_seen(crew: Crew) -> None:

@@ -14,12 +14,15 @@ from sluice.domain.breakers import PAUSE_CAP_MS, PROBES, STREAK
 from sluice.domain.limits import (
     DIMENSIONS,
     FULL_RATE,
+    LAST_JOBS_MS,
+    MOST_WAITING,
     OUTPUT_MARGIN,
     OUTPUT_MARGIN_MS,
     OVERDRAFT_MS,
     SCALE,
     TOKENS_PER_DAY,
     UNUSED,
+    WAITING_MS,
     Bucket,
     Cost,
     Dimension,
@@ -35,6 +38,7 @@ from sluice.domain.limits import (
     expected_start,
     group_id,
     grown,
+    lined_up,
     loaded,
     model_group,
     moved,
@@ -520,6 +524,50 @@ def test_when_nobody_waits_only_upstreams_own_law_holds() -> None:
         reserve(state, [cost] * 5, late, SECOND)[1]
     )
     assert drained(state, NOON) == drained(drained(state, NOON), NOON - SECOND)
+
+
+def test_the_last_jobs_start_together_only_when_they_are_few() -> None:
+    """Of more, some would have to wait until what the others produced is paid for, and then end late."""
+    state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
+    state = drained(replace(state, output_mean=1_000_000), NOON)
+    few = lined_up(lined_up(state, "one", 10, NOON), "two", 5, NOON)
+    many = lined_up(lined_up(state, "one", 10, NOON), "two", 6, NOON)
+    wanted = [Cost(1, 0, 1_000)] * 15
+
+    assert 15 * 1_000 == 60_000 * LAST_JOBS_MS // MINUTE
+    assert 15 == len(reserve(few, wanted, NOON, SECOND)[1])
+    assert (
+        reserve(many, wanted, NOON, SECOND)[1]
+        == reserve(replace(many, drained_at=0), wanted, NOON, SECOND)[1]
+    )
+    # What was said long ago is not believed any more.
+    late = NOON + WAITING_MS
+    assert 15 == len(reserve(drained(many, late), wanted, late, SECOND)[1])
+
+
+def test_what_a_worker_said_of_its_waiting_jobs_is_forgotten_with_time() -> None:
+    state = lined_up(group(), "one", 3, NOON)
+
+    assert {"one": (3, NOON)} == lined_up(state, "two", 0, NOON).waiting
+    assert {} == lined_up(state, "one", 0, NOON).waiting
+    late = NOON + WAITING_MS
+    assert {"two": (1, late)} == lined_up(state, "two", 1, late).waiting
+    for number in range(MOST_WAITING + 5):
+        state = lined_up(state, f"worker {number}", 1, NOON + 1 + number)
+    assert [f"worker {number}" for number in range(5, MOST_WAITING + 5)] == list(state.waiting)
+
+
+def test_during_a_block_the_calls_under_way_go_on_producing() -> None:
+    state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
+    state = replace(state, under_way=20_000, call_ms=1_000)
+    state = drained(
+        replace(state, output_tokens=replace(state.output_tokens, level=-15_000 * SCALE)), NOON
+    )
+    blocked = replace(state, blocked_until=NOON + SECOND)
+
+    assert next_start(state, ONE, NOON) <= NOON + 1
+    # By the block's end they have written half of it: five seconds of refill are missing.
+    assert NOON + 5 * SECOND < next_start(blocked, ONE, NOON) <= NOON + 5 * SECOND + 2
 
 
 @LAW

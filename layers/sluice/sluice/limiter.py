@@ -7,6 +7,7 @@ A write carries everything that has gathered for its group: new reservations, se
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +18,10 @@ from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
     DIMENSIONS,
+    DRAINED_MS,
     MOST_CHARS_PER_TOKEN,
     UNUSED,
+    WAITING_MS,
     Cost,
     Group,
     Observation,
@@ -30,7 +33,9 @@ from sluice.domain.limits import (
     drained,
     group_id,
     grown,
+    is_bound_by_output,
     known,
+    lined_up,
     moved,
     new_group,
     next_start,
@@ -483,6 +488,12 @@ class Limiter:
         """Tell whether the limits of the call's group are known, and not a guess."""
         return self._books[admission.claimant.group].group.has_answers
 
+    def starts_in(self, milliseconds: int) -> int:
+        """Return how many calls about can start in a time, in the groups of the jobs in hand."""
+        groups = {each.group for waiter in self._waiters for each in waiter.claimants}
+        in_use = [books for name, books in self._books.items() if name in groups or books.open]
+        return sum(milliseconds // usual_gap(books.group) for books in in_use)
+
     def group(self, group: str) -> Group | None:
         """Return this worker's view of a group."""
         books = self._books.get(group)
@@ -548,6 +559,9 @@ class Limiter:
         await self._refresh()
         now = self._clock.now()
         planned = self._draft(now)
+        for books in self._books.values():
+            if self._owes_word(books.group, now):
+                books.gather(now, 0)
         due = [
             books
             for group, books in self._books.items()
@@ -623,7 +637,11 @@ class Limiter:
 
     def _draft(self, now: int) -> dict[str, list[_Waiter]]:
         """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
-        drafts = {name: _Draft(advanced(books.group, now)) for name, books in self._books.items()}
+        in_line = Counter(each.group for waiter in self._waiters for each in waiter.claimants)
+        drafts = {
+            name: _Draft(advanced(lined_up(books.group, self._name, in_line[name], now), now))
+            for name, books in self._books.items()
+        }
         planned: dict[str, list[_Waiter]] = {}
         for waiter in list(self._waiters):
             if any(claimant.group not in drafts for claimant in waiter.claimants):
@@ -664,14 +682,26 @@ class Limiter:
 
     def _worth_a_write(self, name: str, waiters: Sequence[_Waiter], now: int) -> bool:
         """Wait for a fuller block while the first of it would not start at once anyway."""
-        waiting = sum(
-            any(claimant.group == name for claimant in waiter.claimants) for waiter in self._waiters
-        )
-        if len(waiters) >= min(LEAST_BLOCK, waiting):
+        if len(waiters) >= min(LEAST_BLOCK, self._waiting_for(name)):
             return True
         group = self._books[name].group
         cost = waiters[0].cost(group)
         return next_start(group, cost, now) <= now + SOON_MS
+
+    def _owes_word(self, group: Group, now: int) -> bool:
+        """Tell whether others, not knowing of the jobs that wait here, may take theirs for the last."""
+        is_drained = now - max(self._drained_at, group.drained_at) < DRAINED_MS
+        if not is_drained or not is_bound_by_output(group):
+            return False
+        _, said_at = group.waiting.get(self._name, (0, 0))
+        return now - said_at >= WAITING_MS // 2 and self._waiting_for(group.id) > 0
+
+    def _waiting_for(self, group: str) -> int:
+        """Return how many jobs wait that could start in the group."""
+        return sum(
+            any(claimant.group == group for claimant in waiter.claimants)
+            for waiter in self._waiters
+        )
 
     def _answer(self, waiter: _Waiter, answer: Admitted) -> None:
         self._waiters.remove(waiter)
@@ -722,7 +752,8 @@ class Limiter:
             while True:
                 now = self._clock.now()
                 waiting = [waiter for waiter in waiters if not waiter.answer.done()]
-                new = self._posted(books, parcel, group, now)
+                in_line = self._waiting_for(group.id)
+                new = self._posted(books, parcel, lined_up(group, self._name, in_line, now), now)
                 costs = [each.cost(new) for each in waiting]
                 probes = [bool(_open(new).intersection(cost.circuits)) for cost in costs]
                 horizons = [
@@ -730,7 +761,8 @@ class Limiter:
                     for waiter, cost in zip(waiting, costs, strict=True)
                 ]
                 new, starts = reserve(new, costs, now, horizons)
-                if new == group:
+                is_news = replace(new, waiting=group.waiting) != group
+                if not is_news and not self._owes_word(group, now):
                     return
                 if waiters and not must and _too_few(starts, waiting, now):
                     # Somebody else was quicker: what there is to settle can travel with the next block.
@@ -738,6 +770,7 @@ class Limiter:
                     return
                 token = f"{self._name}.{self.writes}"
                 recent = (*group.recent_writes, token)[-MOST_RECENT:]
+                new = lined_up(new, self._name, in_line - len(starts), now)
                 written = replace(new, version=group.version + 1, recent_writes=recent)
                 try:
                     self.writes += 1

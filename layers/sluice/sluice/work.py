@@ -114,17 +114,28 @@ NO_KEY_DELAY_MS: Final = 60_000
 REST_MS: Final = 10_000
 """A wait up to this long is spent inside the invocation."""
 
-SLOTS: Final = 50
-"""Jobs a worker has in hand at once; as many as the mapping's batch brings."""
+SLOTS: Final = 120
+"""Jobs a worker has in hand at once, more than the mapping's batch brings."""
 
 WAITING: Final = 30
 """A worker takes more messages while fewer jobs than this wait for their start."""
+
+MOST_WAITING: Final = 80
+AHEAD_MS: Final = 15_000
+"""Where the limits let in more than WAITING jobs in this time, a worker takes so many, up to MOST_WAITING.
+
+So the last jobs of a queue are all in hand while there is still time to start the long ones among them. At slow rates
+they would only stand before jobs of others that a fair queue would hand over first.
+"""
 
 RECEIVE_AT_ONCE: Final = 10
 """The most that SQS gives at once."""
 
 SCOUT_MS: Final = 5_000
-"""How often a worker whose jobs all wait looks whether the queue has something that need not."""
+"""How often a worker whose jobs all wait looks whether the queue has something that need not.
+
+What it finds in vain is soon visible again: hidden for longer it would be missing when the queue comes to its end.
+"""
 
 REFILL_MS: Final = 300_000
 """How long an invocation goes on taking messages: then the mapping, and so the governor, decides again."""
@@ -287,7 +298,7 @@ class _Batch:
         self._refill_at = self.started
         self._scout_at = self.started + SCOUT_MS
         self._scouts: set[str | None] = set()
-        """Jobs that were taken to see whether they need not wait; if they have to, they go back at once."""
+        """Jobs last taken to see whether they need not wait; if they have to, they go back at once."""
 
     async def run(self, messages: Sequence[Received]) -> list[str]:
         writes = self.limiter.writes
@@ -377,8 +388,12 @@ class _Batch:
 
     def _has_enough(self) -> bool:
         """Tell whether more jobs would only wait here instead of in the queue."""
+        if len(self._under_way) + RECEIVE_AT_ONCE > SLOTS:
+            return True
         waiting = len(self._under_way) - self._calls
-        return waiting >= WAITING or len(self._under_way) + RECEIVE_AT_ONCE > SLOTS
+        if waiting < WAITING:
+            return False
+        return waiting >= min(MOST_WAITING, self.limiter.starts_in(AHEAD_MS))
 
     async def _refill(self) -> int:
         """Take more messages from the queue if it is time to; return how many."""
@@ -400,6 +415,8 @@ class _Batch:
             self._refill_at = self.tools.clock.now() + REFILL_PAUSE_MS
         if is_scout:
             self._scouts.update(message.job_id for message in messages)
+        else:
+            self._scouts.difference_update(message.job_id for message in messages)
         if messages:
             await self._take(messages, self._delete)
         return len(messages)
@@ -593,11 +610,10 @@ class _Batch:
             # What is behind it in the queue would not start sooner.
             self._refills = False
             await self._linger(later.at)
-        spread = 0 if is_scout else self._spread(2_000)
-        delay = max(1_000, later.at - self.tools.clock.now()) + spread
+        delay = max(1_000, later.at - self.tools.clock.now())
         if delay > LONGEST_DELAY_MS:
             return await self._park(job, delay, later.reason)
-        return PutBack(delay)
+        return PutBack(min(delay, SCOUT_MS) if is_scout else delay + self._spread(2_000))
 
     async def _linger(self, at: int) -> None:
         """Keep a job that cannot start soon for a moment before it goes back.

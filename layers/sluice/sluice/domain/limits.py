@@ -83,6 +83,19 @@ FIRST_GUESS: Final = 8
 DRAINED_MS: Final = 3_000
 """How long an empty queue counts as empty."""
 
+LAST_JOBS_MS: Final = 15_000
+"""The last jobs start together when the bucket refills what they will produce in this time.
+
+If there were more, those that start first would take it below zero before all have started, and the rest would have to
+wait until that is paid for.
+"""
+
+WAITING_MS: Final = 30_000
+"""How long it is believed what a worker said of the jobs it has waiting."""
+
+MOST_WAITING: Final = 32
+"""Workers whose word is kept; where so many have jobs waiting, it is not the end."""
+
 Dimension = Literal["requests", "input_tokens", "output_tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "input_tokens", "output_tokens")
 
@@ -193,7 +206,9 @@ class Group:
     warm_since: int = 0
     """When the group was first used after it had been idle."""
     drained_at: int = 0
-    """When a worker last found the queue empty: nobody waits behind the jobs in hand, so nothing is held back."""
+    """When a worker last found the queue empty: nobody waits behind the jobs in hand."""
+    waiting: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """How many jobs in hand each worker had waiting for a start here, and when it said so."""
     observed_at: int = 0
     chars_per_1000_tokens: int = 3_500
     """Learned: how many characters of request make 1,000 input tokens."""
@@ -369,7 +384,6 @@ def model_group(model: str, groups: Mapping[str, str]) -> str:
 def advanced(group: Group, now: int) -> Group:
     """Return the group with all refill, recovery and decay up to `now`."""
     rate_gain = RECOVERY_PER_SECOND * max(0, now - group.rate_at) // 1000
-    passed = max(0, now - group.under_way_at)
     return replace(
         group,
         requests=group.requests.advanced(now, group.rate_factor),
@@ -379,7 +393,7 @@ def advanced(group: Group, now: int) -> Group:
         rate_factor=min(FULL_RATE, group.rate_factor + rate_gain),
         # Whole gains only, so that frequent calls do not round the recovery away.
         rate_at=now if rate_gain or group.rate_factor == FULL_RATE else group.rate_at,
-        under_way=group.under_way * group.call_ms // (group.call_ms + passed),
+        under_way=_not_produced(group, now),
         under_way_at=max(now, group.under_way_at),
     )
 
@@ -395,16 +409,26 @@ def usual_gap(group: Group) -> int:
         1,
         60_000 // group.requests.limit,
         60 * group.input_mean // group.input_tokens.limit,
-        60 * group.output_mean // group.output_tokens.limit,
+        _output_gap(group),
     )
+
+
+def is_bound_by_output(group: Group) -> bool:
+    """Tell whether ordinary calls wait for output tokens, and not for requests or input."""
+    return _output_gap(group) >= usual_gap(group)
+
+
+def _output_gap(group: Group) -> int:
+    return 60 * group.output_mean // group.output_tokens.limit
 
 
 def start_on(group: Group, cost: Cost, now: int) -> int:
     """Return `next_start` for a group that is advanced to `now` already."""
     output = group.output_tokens
     if _is_drained(group, now):
-        # Upstream asks for a level above zero, and nothing else.
-        there = output.ready_at(1 - group.under_way, group.rate_factor)
+        # Upstream asks for a level above zero, and nothing else; during a block the calls under way go on producing.
+        left = _not_produced(group, max(now, group.blocked_until))
+        there = output.ready_at(1 - left, group.rate_factor)
         debt = output.limit * OVERDRAFT_MS // 60_000
         output_at = max(there, output.ready_at(cost.output_tokens - debt, group.rate_factor))
     else:
@@ -425,6 +449,12 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
     )
 
 
+def _not_produced(group: Group, at: int) -> int:
+    """Return what calls under way will have yet to produce by then."""
+    passed = max(0, at - group.under_way_at)
+    return group.under_way * group.call_ms // (group.call_ms + passed)
+
+
 def _gap(group: Group, cost: Cost, now: int) -> int:
     """Return the least time between the last start and one of this cost, at the pace of now."""
     warm = min(RAMP_MS, max(0, now - group.warm_since))
@@ -441,7 +471,11 @@ def _gap(group: Group, cost: Cost, now: int) -> int:
 
 
 def _is_drained(group: Group, now: int) -> bool:
-    return now - group.drained_at < DRAINED_MS
+    """Tell whether the jobs that wait are the last, and few enough to start together."""
+    if now - group.drained_at >= DRAINED_MS:
+        return False
+    jobs = sum(jobs for jobs, at in group.waiting.values() if now - at < WAITING_MS)
+    return jobs * group.output_estimate * 60_000 <= group.output_tokens.limit * LAST_JOBS_MS
 
 
 def reserve(
@@ -730,6 +764,19 @@ def block(  # noqa: PLR0913 - the facts of one 429
 def drained(group: Group, at: int) -> Group:
     """Note that the queue was found empty at a time."""
     return group if at <= group.drained_at else replace(group, drained_at=at)
+
+
+def lined_up(group: Group, worker: str, jobs: int, now: int) -> Group:
+    """Note how many jobs a worker has waiting; what is too old to be believed goes."""
+    others = {
+        name: (count, at)
+        for name, (count, at) in group.waiting.items()
+        if name != worker and now - at < WAITING_MS
+    }
+    waiting = {**others, worker: (jobs, now)} if jobs else others
+    while len(waiting) > MOST_WAITING:
+        del waiting[min(waiting, key=lambda name: waiting[name][1])]
+    return replace(group, waiting=waiting)
 
 
 def recalled(group: Group, now: int) -> Group:
