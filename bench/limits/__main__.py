@@ -75,12 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_all(
     scenarios: list[Scenario], clients: list[str], chosen: argparse.Namespace, runs: list[Run]
 ) -> None:
-    settings = Settings(seed=chosen.seed, workers=chosen.workers)
     for scenario in scenarios:
-        for client in clients:
+        for client, workers in _rows(clients, chosen.workers):
             began = time.monotonic()
             _say(f"{scenario.name}: {client}, {scenario.jobs:,} jobs")
-            done = run(scenario, client, settings)
+            done = run(scenario, client, Settings(seed=chosen.seed, workers=workers))
             runs.append(done)
             _say(
                 f"  score {done.score:.1%}, {done.lost} lost, "
@@ -89,6 +88,15 @@ def _run_all(
             )
             for line in report.remarks(done, scenario):
                 _say(f"  {line}")
+
+
+def _rows(clients: list[str], workers: list[int]) -> list[tuple[str, int]]:
+    """Return what runs in each scenario: the workers are Sluice's, and another client runs once."""
+    return [
+        (client, each)
+        for client in clients
+        for each in (workers if client == "sluice" else workers[:1])
+    ]
 
 
 def _write(
@@ -116,7 +124,7 @@ def _available(clients: list[str]) -> list[str]:
 def _about(chosen: argparse.Namespace) -> str:
     scale = "" if chosen.jobs_scale == 1 else f", jobs scaled by {chosen.jobs_scale:g}"
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, seed {chosen.seed}, {chosen.workers} concurrent workers"
+        f"{datetime.now(UTC):%Y-%m-%d}, seed {chosen.seed}"
         f"{scale}; {platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}."
     )
 
@@ -131,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", action="append", choices=names, help="only this scenario (may be repeated)")
     add("--clients", type=_clients, default=list(CLIENTS), help=f"some of {','.join(CLIENTS)}")
     add("--jobs-scale", type=_scale, default=1.0, help="fewer jobs, sooner changes: 0.2 is a smoke")
-    add("--workers", type=int, choices=WORKERS, default=4, help="Sluice's concurrent workers (4)")
+    add(
+        "--workers",
+        type=_workers,
+        default=[4],
+        help="Sluice's concurrent workers, as in 2,4,20 (4)",
+    )
     add("--seed", type=int, default=1, help="of the jobs and of the simulator's chance (1)")
     add("--json", type=Path, metavar="FILE", help="everything that was measured")
     add("--svg", type=Path, metavar="FILE", help=f"the picture of the scenario {DRAWN}")
@@ -145,6 +158,13 @@ def _clients(text: str) -> list[str]:
         if name not in CLIENTS:
             raise argparse.ArgumentTypeError(f"no client {name}; there are {', '.join(CLIENTS)}")
     return names
+
+
+def _workers(text: str) -> list[int]:
+    numbers = [int(each) for each in text.split(",")]
+    if not numbers or not set(numbers) <= set(WORKERS):
+        raise argparse.ArgumentTypeError(f"some of {', '.join(map(str, WORKERS))}")
+    return numbers
 
 
 def _scale(text: str) -> float:

@@ -34,7 +34,7 @@ def draw(path: Path, runs: Sequence[Run], scenario: Scenario) -> None:
     style = import_module("pygal.style")
     longest = max(len(run.starts_per_second) for run in runs)
     limit = sum(supply.by(1e6) - supply.by(1e6 - 1) for supply in supplies(scenario, "requests"))
-    lines = {run.client: smoothed(run.starts_per_second) for run in runs}
+    lines = {run.label: smoothed(run.starts_per_second) for run in runs}
     highest = max(rate for rates in lines.values() for rate in rates)
     y_labels = [limit * times for times in range(ceil(highest / limit) + 1)]
     chart = pygal.XY(
@@ -65,7 +65,7 @@ def draw(path: Path, runs: Sequence[Run], scenario: Scenario) -> None:
     name = f"the limit ({limit:g} a second)"
     chart.add(name, [(0, limit), (longest, limit)], stroke_style={"width": 4})
     for run in runs:
-        name = f"{run.client} ({run.score:.0%}, {run.lost} lost)"
-        chart.add(name, [(at + 1, rate) for at, rate in enumerate(lines[run.client])])
+        name = f"{run.label} ({run.score:.0%}, {run.lost} lost)"
+        chart.add(name, [(at + 1, rate) for at, rate in enumerate(lines[run.label])])
     chart.uuid = "limits"  # otherwise drawn by chance
     path.write_text(_LEFT_OUT.sub("", chart.render(is_unicode=True)) + "\n", encoding="utf-8")

@@ -50,7 +50,7 @@ def cells(run: Run, scenario: Scenario) -> tuple[str, ...]:
     calls = run.calls
     return (
         scenario.title,
-        run.client,
+        run.label,
         percent,
         f"{run.lost:,}",
         f"{calls.rate_limited_per_answer:.3f}",
@@ -136,7 +136,7 @@ def remarks(run: Run, scenario: Scenario) -> list[str]:
     if run.calls.foreign_bodies:
         said.append("rewrites its requests: the ideal time is that of the answers it got")
     said += [f"missed: {miss}" for miss in misses(run, scenario)]
-    return [f"{scenario.name}, {run.client}: {text}" for text in said]
+    return [f"{scenario.name}, {run.label}: {text}" for text in said]
 
 
 def terminal_table(runs: Sequence[Run], scenarios: Mapping[str, Scenario]) -> Table:

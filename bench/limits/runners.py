@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -102,6 +102,13 @@ class Run:
     notes: tuple[str, ...] = ()
     spent: Spent | None = None
     client_cpu_seconds: float | None = None
+    workers: int | None = None
+    """Sluice's concurrent ones; other clients have none."""
+
+    @property
+    def label(self) -> str:
+        """The client's name, with its workers."""
+        return self.client if self.workers is None else f"{self.client}, {self.workers} workers"
 
     @property
     def lost(self) -> int:
@@ -156,7 +163,8 @@ def run(scenario: Scenario, client: str, settings: Settings) -> Run:
         else:
             done = _direct(task, upstream.url, client, start)
         start.stop()
-        return _scored(task, client, done, upstream)
+        scored = _scored(task, client, done, upstream)
+        return replace(scored, workers=settings.workers) if client == "sluice" else scored
 
 
 def _scored(task: Task, client: str, done: Done, upstream: Upstream) -> Run:

@@ -386,6 +386,11 @@ def test_other_clients_have_nothing_to_reach() -> None:
     assert [] == report.misses(finished(client="sdk", done=0), SMALL)
 
 
+def test_rows_of_sluice_name_their_workers() -> None:
+    assert "sluice, 20 workers" == report.cells(finished(workers=20), SMALL)[1]
+    assert "sdk" == report.cells(finished(client="sdk"), SMALL)[1]
+
+
 def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "bench.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
