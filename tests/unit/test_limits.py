@@ -545,6 +545,24 @@ def test_the_last_jobs_start_together_only_when_they_are_few() -> None:
     assert 15 == len(reserve(drained(many, late), wanted, late, SECOND)[1])
 
 
+def test_the_last_jobs_may_have_the_requests_that_are_kept_back() -> None:
+    """The margin is there because a 429 makes everybody wait; behind the last jobs nobody does."""
+    seen = Seen(limit=600, remaining=100)
+    learned = observe(warm(group(600, 100)), Observation(NOON, {"requests": seen}), NOON)
+    wanted = [ONE] * 300
+
+    before = len(reserve(learned, wanted, NOON, 10 * SECOND)[1])
+    last = len(reserve(drained(learned, NOON), wanted, NOON, 10 * SECOND)[1])
+
+    assert 2 == last - before
+    # Upstream has a hundred, and refills ten a second.
+    assert 198 <= before < last <= 200
+    guessed = warm(group(600, 100))
+    assert len(reserve(drained(guessed, NOON), wanted, NOON, SECOND)[1]) == len(
+        reserve(guessed, wanted, NOON, SECOND)[1]
+    )
+
+
 def test_what_a_worker_said_of_its_waiting_jobs_is_forgotten_with_time() -> None:
     state = lined_up(group(), "one", 3, NOON)
 

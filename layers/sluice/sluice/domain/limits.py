@@ -424,8 +424,11 @@ def _output_gap(group: Group) -> int:
 
 def start_on(group: Group, cost: Cost, now: int) -> int:
     """Return `next_start` for a group that is advanced to `now` already."""
-    output = group.output_tokens
+    requests, output = group.requests, group.output_tokens
+    kept = 0
     if _is_drained(group, now):
+        # The margin is for those who would wait for the end of a 429: nobody does.
+        kept = _margin("requests", requests.capacity) if requests.learned else 0
         # Upstream asks for a level above zero, and nothing else; during a block the calls under way go on producing.
         left = _not_produced(group, max(now, group.blocked_until))
         there = output.ready_at(1 - left, group.rate_factor)
@@ -441,7 +444,7 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
         now,
         group.blocked_until,
         group.last_start + _gap(group, cost, now),
-        group.requests.ready_at(cost.requests, group.rate_factor),
+        requests.ready_at(cost.requests - kept, group.rate_factor),
         group.input_tokens.ready_at(cost.input_tokens, group.rate_factor),
         output_at,
         group.day.ready_at(cost.input_tokens + cost.output_tokens, FULL_RATE) if group.day else now,
