@@ -161,10 +161,12 @@ def _clients(text: str) -> list[str]:
 
 
 def _workers(text: str) -> list[int]:
-    numbers = [int(each) for each in text.split(",")]
-    if not numbers or not set(numbers) <= set(WORKERS):
-        raise argparse.ArgumentTypeError(f"some of {', '.join(map(str, WORKERS))}")
-    return numbers
+    numbers = {str(each): each for each in WORKERS}
+    names = text.split(",")
+    for name in names:
+        if name not in numbers:
+            raise argparse.ArgumentTypeError(f"not {name!r}, but some of {','.join(numbers)}")
+    return [numbers[name] for name in names]
 
 
 def _scale(text: str) -> float:

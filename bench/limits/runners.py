@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -72,6 +72,7 @@ class Done:
     notes: tuple[str, ...] = ()
     spent: Spent | None = None
     client_cpu_seconds: float | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,7 @@ def run(scenario: Scenario, client: str, settings: Settings) -> Run:
         else:
             done = _direct(task, upstream.url, client, start)
         start.stop()
-        scored = _scored(task, client, done, upstream)
-        return replace(scored, workers=settings.workers) if client == "sluice" else scored
+        return _scored(task, client, done, upstream)
 
 
 def _scored(task: Task, client: str, done: Done, upstream: Upstream) -> Run:
@@ -201,6 +201,7 @@ def _scored(task: Task, client: str, done: Done, upstream: Upstream) -> Run:
         notes=done.notes,
         spent=done.spent,
         client_cpu_seconds=done.client_cpu_seconds,
+        workers=done.workers,
     )
 
 
@@ -356,6 +357,7 @@ def _sluice(task: Task, claude_url: str, start: _Start, settings: Settings) -> D
         done=len(succeeded),
         notes=tuple(notes),
         spent=spent,
+        workers=settings.workers,
     )
 
 

@@ -641,6 +641,7 @@ def test_a_group_comes_back_as_it_was_written(limits: LimitStore) -> None:
         blocked_by="main req_1",
         moved_to="another",
         circuits={"model claude-a": Breaker(5, NOON + 5, 1), "endpoint x": Breaker(1)},
+        waiting={"worker": (3, NOON)},
     )
     limits.replace(group, 0)
 

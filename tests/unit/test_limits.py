@@ -15,7 +15,7 @@ from sluice.domain.limits import (
     DIMENSIONS,
     FULL_RATE,
     LAST_JOBS_MS,
-    MOST_WAITING,
+    MOST_WORKERS,
     OUTPUT_MARGIN,
     OUTPUT_MARGIN_MS,
     OVERDRAFT_MS,
@@ -570,9 +570,9 @@ def test_what_a_worker_said_of_its_waiting_jobs_is_forgotten_with_time() -> None
     assert {} == lined_up(state, "one", 0, NOON).waiting
     late = NOON + WAITING_MS
     assert {"two": (1, late)} == lined_up(state, "two", 1, late).waiting
-    for number in range(MOST_WAITING + 5):
+    for number in range(MOST_WORKERS + 5):
         state = lined_up(state, f"worker {number}", 1, NOON + 1 + number)
-    assert [f"worker {number}" for number in range(5, MOST_WAITING + 5)] == list(state.waiting)
+    assert [f"worker {number}" for number in range(5, MOST_WORKERS + 5)] == list(state.waiting)
 
 
 def test_during_a_block_the_calls_under_way_go_on_producing() -> None:

@@ -490,7 +490,7 @@ class Limiter:
 
     def starts_in(self, milliseconds: int) -> int:
         """Return how many calls about can start in a time, in the groups of the jobs in hand."""
-        groups = {each.group for waiter in self._waiters for each in waiter.claimants}
+        groups = self._in_line()
         in_use = [books for name, books in self._books.items() if name in groups or books.open]
         return sum(milliseconds // usual_gap(books.group) for books in in_use)
 
@@ -637,7 +637,7 @@ class Limiter:
 
     def _draft(self, now: int) -> dict[str, list[_Waiter]]:
         """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
-        in_line = Counter(each.group for waiter in self._waiters for each in waiter.claimants)
+        in_line = self._in_line()
         drafts = {
             name: _Draft(advanced(lined_up(books.group, self._name, in_line[name], now), now))
             for name, books in self._books.items()
@@ -682,7 +682,7 @@ class Limiter:
 
     def _worth_a_write(self, name: str, waiters: Sequence[_Waiter], now: int) -> bool:
         """Wait for a fuller block while the first of it would not start at once anyway."""
-        if len(waiters) >= min(LEAST_BLOCK, self._waiting_for(name)):
+        if len(waiters) >= min(LEAST_BLOCK, self._in_line()[name]):
             return True
         group = self._books[name].group
         cost = waiters[0].cost(group)
@@ -694,14 +694,11 @@ class Limiter:
         if not is_drained or not is_bound_by_output(group):
             return False
         _, said_at = group.waiting.get(self._name, (0, 0))
-        return now - said_at >= WAITING_MS // 2 and self._waiting_for(group.id) > 0
+        return now - said_at >= WAITING_MS // 2 and self._in_line()[group.id] > 0
 
-    def _waiting_for(self, group: str) -> int:
-        """Return how many jobs wait that could start in the group."""
-        return sum(
-            any(claimant.group == group for claimant in waiter.claimants)
-            for waiter in self._waiters
-        )
+    def _in_line(self) -> Counter[str]:
+        """Return how many of the jobs that wait could start in each group."""
+        return Counter(each.group for waiter in self._waiters for each in waiter.claimants)
 
     def _answer(self, waiter: _Waiter, answer: Admitted) -> None:
         self._waiters.remove(waiter)
@@ -752,7 +749,7 @@ class Limiter:
             while True:
                 now = self._clock.now()
                 waiting = [waiter for waiter in waiters if not waiter.answer.done()]
-                in_line = self._waiting_for(group.id)
+                in_line = self._in_line()[group.id]
                 new = self._posted(books, parcel, lined_up(group, self._name, in_line, now), now)
                 costs = [each.cost(new) for each in waiting]
                 probes = [bool(_open(new).intersection(cost.circuits)) for cost in costs]

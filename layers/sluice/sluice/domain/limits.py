@@ -93,8 +93,8 @@ wait until that is paid for.
 WAITING_MS: Final = 30_000
 """How long it is believed what a worker said of the jobs it has waiting."""
 
-MOST_WAITING: Final = 32
-"""Workers whose word is kept; where so many have jobs waiting, it is not the end."""
+MOST_WORKERS: Final = 32
+"""Workers whose word is kept, those who spoke last: the record of a group stays small."""
 
 Dimension = Literal["requests", "input_tokens", "output_tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "input_tokens", "output_tokens")
@@ -425,8 +425,9 @@ def _output_gap(group: Group) -> int:
 def start_on(group: Group, cost: Cost, now: int) -> int:
     """Return `next_start` for a group that is advanced to `now` already."""
     requests, output = group.requests, group.output_tokens
+    is_end = _is_drained(group, now)
     kept = 0
-    if _is_drained(group, now):
+    if is_end:
         # The margin is for those who would wait for the end of a 429: nobody does.
         kept = _margin("requests", requests.capacity) if requests.learned else 0
         # Upstream asks for a level above zero, and nothing else; during a block the calls under way go on producing.
@@ -443,7 +444,7 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
     return max(
         now,
         group.blocked_until,
-        group.last_start + _gap(group, cost, now),
+        group.last_start + _gap(group, cost, now, is_end=is_end),
         requests.ready_at(cost.requests - kept, group.rate_factor),
         group.input_tokens.ready_at(cost.input_tokens, group.rate_factor),
         output_at,
@@ -458,12 +459,12 @@ def _not_produced(group: Group, at: int) -> int:
     return group.under_way * group.call_ms // (group.call_ms + passed)
 
 
-def _gap(group: Group, cost: Cost, now: int) -> int:
+def _gap(group: Group, cost: Cost, now: int, *, is_end: bool) -> int:
     """Return the least time between the last start and one of this cost, at the pace of now."""
     warm = min(RAMP_MS, max(0, now - group.warm_since))
     pace = FULL_RATE * (RAMP_MS + (BURST_PACE - 1) * warm) // RAMP_MS
     minute = 60_000 * FULL_RATE * 1000
-    dimensions = ("requests", "input_tokens") if _is_drained(group, now) else DIMENSIONS
+    dimensions = ("requests", "input_tokens") if is_end else DIMENSIONS
     return max(
         1,
         *(
@@ -777,7 +778,7 @@ def lined_up(group: Group, worker: str, jobs: int, now: int) -> Group:
         if name != worker and now - at < WAITING_MS
     }
     waiting = {**others, worker: (jobs, now)} if jobs else others
-    while len(waiting) > MOST_WAITING:
+    while len(waiting) > MOST_WORKERS:
         del waiting[min(waiting, key=lambda name: waiting[name][1])]
     return replace(group, waiting=waiting)
 
