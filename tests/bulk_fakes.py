@@ -16,7 +16,8 @@ from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.plan import PlanBatch
 from sluice.ports import BatchPage, DueRange, Notice, Received, Stored
 from sluice.ranges import Desk, RangePointer, RangeTools, RowRequests, RunRange
-from sluice.work import Tools, Worker
+from sluice.tools import Tools
+from sluice.work import Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
 
 

@@ -45,7 +45,8 @@ from sluice.ports import (
     Received,
     Refused,
 )
-from sluice.work import Rules, Tools, Worker
+from sluice.tools import Rules, Tools
+from sluice.work import Worker
 
 T = TypeVar("T")
 

@@ -38,8 +38,7 @@ from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import Child, call, clean_environment, free_port
 from scripts.submission import read_jobs, send
 from sluice.adapters import job_records
-from sluice.domain.jobs import Job
-from sluice.work import LEASE_MS
+from sluice.domain.jobs import LEASE_MS, Job
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 KEY: Final = "sk-ant-test-chaos"

@@ -35,8 +35,9 @@ from sluice.governor import Governed, Governor
 from sluice.ports import Pointer, Received
 from sluice.submit import Sender, Submission, Submit
 from sluice.sweep import Sweep
+from sluice.tools import Rules, Tools
 from sluice.wiring import model_groups, prices
-from sluice.work import Rules, Tools, Worker
+from sluice.work import Worker
 from tests.fakes import (
     VISIBILITY_MS,
     DirectCalls,

@@ -36,8 +36,9 @@ from sluice.domain.retries import Failure, RetryPolicy
 from sluice.ports import Answer, CallRequest, Headers
 from sluice.ports import Refused as NoAnswer
 from sluice.submit import Sender, Submission, Submit
+from sluice.tools import Rules, Tools
 from sluice.wiring import model_groups, prices
-from sluice.work import Rules, Tools, Worker
+from sluice.work import Worker
 from tests.fakes import (
     DirectCalls,
     MemoryJobs,

@@ -99,7 +99,7 @@ def _count_a_snooze() -> Iterator[None]:
 
 @contextmanager
 def _lease_shorter_than_the_call() -> Iterator[None]:
-    with _instead(work, "LEASE_MS", 10_000):
+    with _instead(life, "LEASE_MS", 10_000):
         yield
 
 

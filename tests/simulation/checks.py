@@ -12,11 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from sluice.domain.jobs import CHANGES, Attempt, AttemptOutcome, DueFor, Hold, Job, Party, State
+from sluice.domain.jobs import (
+    CHANGES,
+    LEASE_MS,
+    Attempt,
+    AttemptOutcome,
+    DueFor,
+    Hold,
+    Job,
+    Party,
+    State,
+)
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import LedgerRow
 from sluice.ports import Received
-from sluice.work import LEASE_MS
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.machines import Machine
 from tests.simulation.upstream import Call

@@ -26,7 +26,8 @@ from sluice.limiter import Admission, Limiter
 from sluice.ports import Answer, CallRequest, Due, Pointer, Received, Refused
 from sluice.submit import Accepted, Outcome, Sender, Submit
 from sluice.sweep import Sweep
-from sluice.work import Rules, Tools, Worker
+from sluice.tools import Rules, Tools
+from sluice.work import Worker
 from tests.fakes import (
     MINUTE,
     SECOND,

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from scripts import cli
 from scripts.state_machine import PAGE, redrawn, up_to_date
-from sluice import http, limiter, submit, work
+from sluice import call, http, limiter, submit, work
 from sluice.domain import breakers, limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
@@ -271,8 +271,8 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
         ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
         ("has {} jobs in hand", [work.SLOTS]),
         ("for up to {:.0f} minutes. Jobs", [work.REFILL_MS / 60_000]),
-        ("Up to {:.0f} s of a wait", [work.REST_MS / 1000]),
-        ("for at most {:.0f} minutes at a time", [work.LONGEST_DELAY_MS / 60_000]),
+        ("Up to {:.0f} s of a wait", [call.REST_MS / 1000]),
+        ("for at most {:.0f} minutes at a time", [call.LONGEST_DELAY_MS / 60_000]),
         ("goes on at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
         ("gains {:.0f} % of the limit per second", [limits.RECOVERY_PER_SECOND / 10]),
         (

@@ -10,22 +10,20 @@ from statistics import median
 
 import pytest
 
+from sluice.call import LONGEST_DELAY_MS
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
-from sluice.domain.jobs import AttemptOutcome, Job, State
+from sluice.domain.jobs import LEASE_MS, RENEW_MS, AttemptOutcome, Job, State
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
+from sluice.key_choice import KEYS_MS
 from sluice.ports import Answer, CallRequest, Received, Refused
 from sluice.work import (
-    KEYS_MS,
-    LEASE_MS,
     LINGER_MS,
-    LONGEST_DELAY_MS,
     MOST_WAITING,
     REFILL_MS,
-    RENEW_MS,
     SCOUT_MS,
     SLOTS,
     WAITING,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Final
 
+from sluice.call import LONGEST_DELAY_MS
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import CLAIM_VERSIONS, Batch, RangeState, Tally, row_job_id
@@ -45,7 +46,7 @@ from sluice.ports import (
     Returns,
 )
 from sluice.submit import NEWEST_VERSION, input_chars, params_text
-from sluice.work import LONGEST_DELAY_MS, Worker
+from sluice.work import Worker
 
 AT_ONCE: Final = 64
 """Rows begun and not saved: the most that a worker that dies has called in vain."""

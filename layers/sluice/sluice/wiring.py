@@ -38,6 +38,7 @@ from sluice.batches import Batches
 from sluice.dead_letters import TakeDeadLetter
 from sluice.domain.capacity import UNREFILLED
 from sluice.domain.errors import StoreBusy
+from sluice.domain.jobs import LEASE_MS
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governed, Governor
@@ -48,8 +49,9 @@ from sluice.settings import Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
 from sluice.tell import Tell
+from sluice.tools import Rules, Tools
 from sluice.uploads import LINK_SECONDS, Uploads
-from sluice.work import LEASE_MS, Rules, Tools, Worker
+from sluice.work import Worker
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

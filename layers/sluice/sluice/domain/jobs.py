@@ -16,6 +16,12 @@ from typing import Final
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 
+LEASE_MS: Final = 120_000
+"""Longer than any gap between renewals; a job whose worker died is free again after this time at the latest."""
+
+RENEW_MS: Final = 45_000
+"""How often a worker says that it is alive: to the jobs it runs, and to the queue about the messages it holds."""
+
 LONGEST_PARK_MS: Final = 6 * 3_600_000
 """A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
 

@@ -1,0 +1,184 @@
+"""Which key a job is run with: what the pool allows, and what workers have learned of its keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from sluice.domain.errors import KeyPoolBroken, StoreBusy
+from sluice.domain.jobs import Job, JobError
+from sluice.domain.keys import (
+    KeyMark,
+    UpstreamKey,
+    organization_of,
+    shared_organizations,
+    stated_limits,
+)
+from sluice.domain.limits import group_id, model_group
+from sluice.limiter import Claimant, Limiter, claimant_for
+from sluice.tools import Tools
+
+KEYS_MS: Final = 5_000
+"""How old the key pool, and what others have learned about its keys, may be."""
+
+
+class KeyChoice:
+    """One invocation's view of the keys."""
+
+    def __init__(
+        self,
+        tools: Tools,
+        limiter: Limiter,
+        model_groups: Mapping[str, str],
+        told_once: set[str],
+    ) -> None:
+        self._tools = tools
+        self._limiter = limiter
+        self._told_once = told_once
+        """Advice that outlives the invocation, so that it is not given again."""
+        self._keys: Sequence[UpstreamKey] | None = None
+        self._read_at = 0
+        self._reading = asyncio.Lock()
+        self._model_groups = model_groups
+        self._groups: Mapping[str, str] = model_groups
+        self._marks: dict[str, KeyMark] = {}
+        self._own_marks: dict[str, KeyMark] = {}
+        self._refusals: dict[str, dict[str, JobError]] = {}
+        """By job and key: a 403 is about the request as often as about the key."""
+
+    async def claimants(self, job: Job) -> list[tuple[Claimant, UpstreamKey]] | JobError:
+        """Return one key for each limit group the job may use; empty while all are rejected."""
+        try:
+            keys = await self._pool()
+        except (KeyPoolBroken, StoreBusy) as error:
+            self._tools.events.problem("key pool not readable", reason=str(error))
+            return []
+        model = job.current_model
+        allowed = [key for key in keys if key.allows(job.tenant, model)]
+        if not allowed:
+            if not keys:
+                return []
+            message = f"no key of the key pool may be used for model {model} by this tenant"
+            return JobError("permission_error", message, 403)
+        refusals = self._refusals.get(job.job_id, {})
+        if refusals and all(key.id in refusals for key in allowed):
+            # Every key was asked: it is the request that may not be made.
+            return next(iter(refusals.values()))
+        usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
+        stated = stated_limits(keys, self._marks)
+        name = model_group(model, self._groups)
+        for key in allowed:
+            if key.id in refusals or self.is_rejected(key):
+                continue
+            mark = self._marks.get(key.id)
+            organization = organization_of(key, mark)
+            moved_to = self._limiter.moved.get(group_id(organization, name), organization)
+            circuits = (model_circuit(model), endpoint_circuit(key))
+            claimant = claimant_for(moved_to, name, key.id, stated.get(organization), circuits)
+            usable.setdefault(claimant.group, []).append((claimant, key))
+        return [self._by_weight(self._working(choices)) for choices in usable.values()]
+
+    def is_rejected(self, key: UpstreamKey) -> bool:
+        """Tell whether upstream has refused the key as it is now."""
+        mark = self._marks.get(key.id)
+        return mark is not None and mark.rejects(key)
+
+    def look_anew(self) -> None:
+        """Read the pool, and what others have learned, before the next choice."""
+        self._read_at = 0
+
+    async def reject(self, key: UpstreamKey) -> bool:
+        """Take a key out of the rotation; False when it is out already."""
+        known = self._marks.get(key.id) or KeyMark(key.id)
+        if known.rejects(key):
+            return False
+        mark = replace(known, rejected=key.fingerprint)
+        self._marks[key.id] = self._own_marks[key.id] = mark
+        self._tools.events.count("KeysRejected")
+        self._tools.events.problem("upstream key rejected", key_id=key.id)
+        self._tools.keys.reload()
+        await self._marked(mark)
+        self.look_anew()
+        return True
+
+    def refused(self, job: Job, key: UpstreamKey, error: JobError) -> None:
+        """Remember that this key may not make this job's request, so that another one is asked."""
+        self._refusals.setdefault(job.job_id, {})[key.id] = error
+        self._tools.events.problem(
+            "request refused to a key", job_id=job.job_id, key_id=key.id, model=job.current_model
+        )
+
+    async def learn_organization(self, key: UpstreamKey, organization: str) -> None:
+        """Keep whose key this is, for all workers."""
+        mark = self._marks.get(key.id) or KeyMark(key.id)
+        learned = replace(mark, organization=organization, learned_with=key.fingerprint)
+        if learned != mark and await self._marked(learned):
+            self._marks[key.id] = self._own_marks[key.id] = learned
+
+    async def _pool(self) -> Sequence[UpstreamKey]:
+        """Return the keys, and know what others have learned about them, both a few seconds old at most."""
+        async with self._reading:
+            now = self._tools.clock.now()
+            if self._keys is None or now - self._read_at >= KEYS_MS:
+                keys = await self._tools.blocking(self._tools.keys.keys)
+                marks = await self._tools.blocking(
+                    self._tools.limits.marks, [key.id for key in keys]
+                )
+                if self._keys is None:
+                    await self._read_groups()
+                self._keys, self._read_at = keys, now
+                # What this worker has just learned may not be written yet.
+                self._marks = {**marks, **self._own_marks}
+                for sentence in shared_organizations(keys, self._marks):
+                    if sentence not in self._told_once:
+                        self._told_once.add(sentence)
+                        self._tools.events.note("keys share an organization", advice=sentence)
+            return self._keys
+
+    async def _read_groups(self) -> None:
+        """Know which models share limits: our data, corrected by upstream, corrected by whoever wrote the pool."""
+        learned = await self._tools.blocking(self._tools.limits.learned_groups)
+        stated = await self._tools.blocking(self._tools.keys.model_groups)
+        self._groups = {**self._model_groups, **learned, **stated}
+
+    def _working(
+        self, choices: Sequence[tuple[Claimant, UpstreamKey]]
+    ) -> Sequence[tuple[Claimant, UpstreamKey]]:
+        """Leave out endpoints that are set aside, unless there is no other."""
+        working = [
+            (claimant, key)
+            for claimant, key in choices
+            if not self._limiter.is_open(claimant.group, endpoint_circuit(key))
+        ]
+        return working or choices
+
+    def _by_weight(
+        self, choices: Sequence[tuple[Claimant, UpstreamKey]]
+    ) -> tuple[Claimant, UpstreamKey]:
+        point = self._tools.jitter() * sum(key.weight for _, key in choices)
+        for choice in choices:
+            point -= choice[1].weight
+            if point < 0:
+                return choice
+        return choices[-1]
+
+    async def _marked(self, mark: KeyMark) -> bool:
+        try:
+            await self._tools.blocking(self._tools.limits.mark, mark)
+        except StoreBusy:
+            # Another answer will say it again; the one at hand must not be lost for it.
+            self._tools.events.problem("key mark not written", key_id=mark.key_id)
+            return False
+        return True
+
+
+def model_circuit(model: str) -> str:
+    """Return the name of a model's breaker: its overload is everybody's."""
+    return f"model {model}"
+
+
+def endpoint_circuit(key: UpstreamKey) -> str:
+    """Return the name of an endpoint's breaker."""
+    return f"endpoint {key.base_url}"
