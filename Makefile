@@ -75,8 +75,10 @@ coverage: $(DEV) ## unit tests, with the domain's coverage
 chaos: $(DEV) ## the local stack under kills, restarts, throttling and an outage: about a quarter of an hour
 	.venv/bin/python -m bench.chaos
 
-bench-limits: $(DEV) ## the limiter beside other clients, under true limits: about an hour
-	.venv/bin/python -m bench.limits --write docs/bench.md --svg docs/limits.svg
+WORKERS ?= 4
+
+bench-limits: $(DEV) ## the limiter beside other clients: an hour; with WORKERS=2,4,20 nearly two
+	.venv/bin/python -m bench.limits --workers $(WORKERS) --write docs/bench.md --svg docs/limits.svg
 
 bench-backlog: $(DEV) ## 100,000 jobs far above the limit, on a virtual clock: some minutes
 	.venv/bin/python -m bench.limits.backlog

@@ -102,7 +102,9 @@ def _rows(clients: list[str], workers: list[int]) -> list[tuple[str, int]]:
 def _write(
     runs: list[Run], by_name: dict[str, Scenario], about: str, chosen: argparse.Namespace
 ) -> None:
-    drawn = [each for each in runs if each.scenario == DRAWN]
+    # One line per client: of several numbers of workers the middle one.
+    shown = {None, chosen.workers[len(chosen.workers) // 2]}
+    drawn = [each for each in runs if each.scenario == DRAWN and each.workers in shown]
     if chosen.svg is not None and drawn:
         chart.draw(chosen.svg, drawn, by_name[DRAWN])
         _say(f"drew {chosen.svg}")
