@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
 from typing import Final, assert_never
 
 from sluice.domain import jobs as life
@@ -13,13 +12,13 @@ from sluice.domain.errors import LeaseLost, Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost
-from sluice.domain.pricing import LedgerRow, Spend, Usage
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
 from sluice.key_choice import KeyChoice, endpoint_circuit, model_circuit
 from sluice.limiter import Admission, Limiter
 from sluice.outbox import Outbox
 from sluice.ports import Answer, CallRequest, Headers, Refused
-from sluice.tools import Rules, Tools
+from sluice.tools import Rules, Tools, tell_end
 
 CANCEL_CHECK_MS: Final = 15_000
 LEAST_WINDOW_MS: Final = 60_000
@@ -88,26 +87,6 @@ class Invocation:
         """Say where a job that failed waits: with this worker, in the queue, or outside."""
         fits = self.tools.clock.now() + delay_ms + LEAST_WINDOW_MS < self.stop_at
         return delay_ms if delay_ms <= REST_MS and fits else wait_outside(delay_ms)
-
-    def tell(self, job: Job) -> None:
-        """Tell of a job that has ended."""
-        self.tools.events.count(
-            {
-                State.SUCCEEDED: "JobsSucceeded",
-                State.ERRORED: "JobsErrored",
-                State.EXPIRED: "JobsExpired",
-                State.CANCELED: "JobsCanceled",
-            }[job.state]
-        )
-        self.tools.events.note(
-            f"job {job.state}",
-            job_id=job.job_id,
-            tenant=job.tenant,
-            model=job.current_model,
-            attempts_used=job.attempts_used,
-            snoozes=job.snoozes,
-            error_type=job.error.type if job.error else None,
-        )
 
 
 class Call:
@@ -575,7 +554,7 @@ class Call:
                 break
         self._account(row)
         if written.state.is_final:
-            self._invocation.tell(written)
+            tell_end(self._events, written)
             return DONE
         if isinstance(disposition, int):
             return Rest(written, disposition)
@@ -589,8 +568,3 @@ def wait_outside(delay_ms: int) -> Disposition:
 
 def _parked_until(now: int, delay_ms: int) -> int | None:
     return now + min(delay_ms, life.LONGEST_PARK_MS) if delay_ms > LONGEST_DELAY_MS else None
-
-
-def utc_day(now: int) -> date:
-    """Return the day of a time in epoch milliseconds."""
-    return datetime.fromtimestamp(now / 1000, UTC).date()

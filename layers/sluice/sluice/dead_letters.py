@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import IllegalTransition, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError, State
 from sluice.domain.limits import model_group, new_group
-from sluice.domain.pricing import PriceList, Usage
+from sluice.domain.pricing import PriceList, Usage, utc_day
 from sluice.ports import Clock, Events, JobStore, LimitStore, ParamsStore, Received
 
 PARALLEL_READS: Final = 16
@@ -223,7 +222,7 @@ class Redriver:
         guess = new_group("", name, 0)
         chars, output = means.get(name, (guess.chars_per_1000_tokens, guess.output_estimate))
         prompt = -(-job.input_chars * 1000 // chars)
-        day = datetime.fromtimestamp(self._clock.now() / 1000, UTC).date()
+        day = utc_day(self._clock.now())
 
         def cost(output_tokens: int) -> int | None:
             usage = Usage(input_tokens=prompt, output_tokens=output_tokens)

@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Final
 
 from sluice.call import LONGEST_DELAY_MS
@@ -20,7 +20,7 @@ from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import CLAIM_VERSIONS, Batch, RangeState, Tally, row_job_id
 from sluice.domain.errors import InputGone, LeaseLost, RangeBusy, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError, Result, State
-from sluice.domain.pricing import LedgerRow, PriceList, Spend
+from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
 from sluice.domain.rows import (
     BadRow,
     Line,
@@ -280,7 +280,7 @@ class Desk:
     def _other_lane(self, job: Job) -> int:
         if job.usage is None:
             return 0
-        day = datetime.fromtimestamp((job.finished_at or 0) / 1000, UTC).date()
+        day = utc_day(job.finished_at or 0)
         cost = self._prices.cost_micro_usd(job.current_model, job.usage, day, batch=True)
         return cost or 0
 

@@ -19,7 +19,7 @@ from typing import Final
 from sluice.domain import jobs as life
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import Stale, StoreBusy
-from sluice.domain.jobs import DueFor, Job, JobError, State
+from sluice.domain.jobs import DueFor, JobError, State
 from sluice.domain.limits import Group, model_group
 from sluice.ports import (
     Clock,
@@ -32,6 +32,7 @@ from sluice.ports import (
     Pointer,
     PoolHistory,
 )
+from sluice.tools import tell_end
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""
@@ -231,17 +232,5 @@ class Sweep:
             self._jobs.replace(ended, job.version)
         except Stale:
             return False
-        self._tell_of(ended)
+        tell_end(self._events, ended)
         return True
-
-    def _tell_of(self, job: Job) -> None:
-        self._events.count("JobsExpired")
-        self._events.note(
-            f"job {job.state}",
-            job_id=job.job_id,
-            tenant=job.tenant,
-            model=job.current_model,
-            attempts_used=job.attempts_used,
-            snoozes=job.snoozes,
-            error_type=job.error.type if job.error else None,
-        )

@@ -1,10 +1,12 @@
-"""What the parts of a worker share: the world's ports and this deployment's rules."""
+"""What use cases share: a worker's ports and rules, and how the end of a job is told."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
+from sluice.domain.jobs import Job, State
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.ports import (
@@ -48,3 +50,25 @@ class Rules:
     policy: RetryPolicy
     prices: PriceList
     model_groups: Mapping[str, str]
+
+
+_ENDS: Final = {
+    State.SUCCEEDED: "JobsSucceeded",
+    State.ERRORED: "JobsErrored",
+    State.EXPIRED: "JobsExpired",
+    State.CANCELED: "JobsCanceled",
+}
+
+
+def tell_end(events: Events, job: Job) -> None:
+    """Count a job that has ended, and log one line of it."""
+    events.count(_ENDS[job.state])
+    events.note(
+        f"job {job.state}",
+        job_id=job.job_id,
+        tenant=job.tenant,
+        model=job.current_model,
+        attempts_used=job.attempts_used,
+        snoozes=job.snoozes,
+        error_type=job.error.type if job.error else None,
+    )

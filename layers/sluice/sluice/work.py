@@ -23,18 +23,17 @@ from sluice.call import (
     Invocation,
     PutBack,
     Rest,
-    utc_day,
     wait_outside,
 )
 from sluice.domain import jobs as life
 from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
-from sluice.domain.pricing import LedgerRow, Spend, Usage
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.key_choice import KeyChoice
 from sluice.limiter import Admission, Again, Later, Limiter, TooLarge, until
 from sluice.outbox import Outbox
 from sluice.ports import Params, Received
-from sluice.tools import Rules, Tools
+from sluice.tools import Rules, Tools, tell_end
 
 HOLD_MS: Final = 300_000
 """How long a message may wait inside an invocation for its start; beyond that it waits better in the queue.
@@ -536,7 +535,7 @@ class _Batch:
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
         await self._account_for_lost(job, ended)
-        self._invocation.tell(ended)
+        tell_end(self._events, ended)
         return DONE
 
     async def _park(self, job: Job, delay_ms: int, reason: str) -> Disposition | Job:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
@@ -188,6 +188,11 @@ class PriceList:
             tokens *= BATCH
         total = tokens + usage.web_search_requests * WEB_SEARCH_MICRO_USD
         return int(total.to_integral_value(ROUND_HALF_UP))
+
+
+def utc_day(at: int) -> date:
+    """Return the day of a time in epoch milliseconds: prices and usage go by days in UTC."""
+    return datetime.fromtimestamp(at / 1000, UTC).date()
 
 
 def usd(micro_usd: int) -> str:
