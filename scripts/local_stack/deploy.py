@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scripts.local_stack import permissions
 from scripts.local_stack.emulator import REGION, Client, Emulator, Json, StackError
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def deploy(emulator: Emulator, template: Template, folder: Path) -> Deployed:
     try:
         upload_sources(emulator, template, folder)
         transformed = transform(template)
+        refuse_what_lacks_permission(transformed)
         fix_concurrency_type(transformed)
         fix_api_address(transformed)
+        fix_secret_references(transformed)
         deployed = _created(emulator, transformed)
         fix_time_to_live(emulator, deployed)
     except ClientError as error:
@@ -175,6 +178,13 @@ def transform(template: Template) -> Template:
     return plain
 
 
+def refuse_what_lacks_permission(template: Template) -> None:
+    """Raise `StackError` where AWS would refuse the stack, or leave a part of it silent, for want of a permission."""
+    found = permissions.problems(template)
+    if found:
+        raise StackError(f"template.yaml would not work on AWS: {'; '.join(found)}")
+
+
 class _OneRegion:
     """All that the transform asks a boto3 session for; a real one reads the user's AWS profile."""
 
@@ -205,6 +215,32 @@ def fix_api_address(template: Template) -> None:
     """Give the HTTP API a fixed id, so that the local address is the same after every start."""
     for properties in _properties(template, "AWS::ApiGatewayV2::Api"):
         properties["Tags"] = {**properties.get("Tags", {}), "ms-custom-id": API_ID}
+
+
+def fix_secret_references(template: Template) -> None:
+    """Write a reference to a secret as its ARN, which is what `!Ref` of a secret gives on AWS.
+
+    In the emulator it gives the name, which no policy that names the secret would match.
+    """
+    secrets = {
+        name
+        for name, resource in template["Resources"].items()
+        if resource["Type"] == "AWS::SecretsManager::Secret"
+    }
+    template["Resources"] = _with_arns(template["Resources"], secrets)
+    template["Outputs"] = _with_arns(template.get("Outputs", {}), secrets)
+
+
+def _with_arns(value: Json, secrets: set[str]) -> Json:
+    match value:
+        case {"Ref": str(name)} if name in secrets:
+            return {"Fn::GetAtt": [name, "Id"]}
+        case dict():
+            return {key: _with_arns(part, secrets) for key, part in value.items()}
+        case list():
+            return [_with_arns(part, secrets) for part in value]
+        case _:
+            return value
 
 
 def fix_time_to_live(emulator: Emulator, deployed: Deployed) -> None:

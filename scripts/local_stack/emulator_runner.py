@@ -1,6 +1,6 @@
 """The emulator's own process: ministack, pinned, with its SQS polling brought closer to Lambda's.
 
-Everything in Sluice that knows the inside of ministack stands in this file: `lift_batch_cap`
+Everything in Sluice that knows the inside of ministack is in this file and in emulator_doors.py: here `lift_batch_cap`
 replaces one function and one event, `pace_streams` one function, `shorten_log_wait` one default, and
 `make_dynamodb_fail`, for chaos runs alone, one function. Each first checks that what it changes is
 there, because the next release may look different.
@@ -18,6 +18,8 @@ import time
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+
+from scripts.local_stack import emulator_doors
 
 MINISTACK_VERSION = "1.5.33"
 Internals = Any
@@ -224,6 +226,17 @@ def make_dynamodb_fail(file: Path) -> None:
     dynamodb.handle_request = handle_or_fail
 
 
+def enforce_permissions() -> None:
+    """Serve only what is signed and allowed, as AWS does. Raises `LookupError` as above."""
+    emulator_doors.admit_one_root(os.environ["AWS_ACCESS_KEY_ID"])
+    emulator_doors.name_actions_as_aws()
+    emulator_doors.check_partiql()
+    emulator_doors.tell_event_sources()
+    emulator_doors.forbid_what_may_not_be_listed()
+    # Last: it goes in front of everything.
+    emulator_doors.guard(int(os.environ["GATEWAY_PORT"]))
+
+
 def _expect(module: Internals, name: str) -> Internals:
     if not hasattr(module, name):
         raise LookupError(f"{module.__name__}.{name} is gone")
@@ -241,6 +254,7 @@ def main() -> None:
         lift_batch_cap()
         pace_streams()
         shorten_log_wait()
+        enforce_permissions()
         if FAULTS_VARIABLE in os.environ:
             make_dynamodb_fail(Path(os.environ[FAULTS_VARIABLE]))
     except LookupError as error:

@@ -19,6 +19,7 @@ from scripts.local_stack.emf import Bridge
 from scripts.local_stack.emulator import (
     Child,
     Client,
+    Credentials,
     Emulator,
     StackError,
     check_packages,
@@ -45,7 +46,9 @@ class Ready:
     claude_url: str | None
     """None when only the key pool's own base_urls are used."""
     endpoint_url: str
-    """The emulated AWS, for AWS_ENDPOINT_URL or `--endpoint-url`; any credentials will do."""
+    """The emulated AWS, for AWS_ENDPOINT_URL or `--endpoint-url`."""
+    credentials: Credentials
+    """The account's administrator; nobody else's credentials are accepted."""
     resources: Mapping[str, str] = field(repr=False)
     """Logical id -> physical id."""
     outputs: Mapping[str, str] = field(repr=False)
@@ -123,6 +126,7 @@ class LocalStack:
                 client_key=client_key,
                 claude_url=claude_url,
                 endpoint_url=emulator.endpoint_url,
+                credentials=emulator.credentials,
                 resources=deployed.resources,
                 outputs=deployed.outputs,
                 client=emulator.client,
@@ -305,6 +309,8 @@ def serve(stack: LocalStack) -> int:
                 "client_key": ready.client_key,
                 "claude_url": ready.claude_url,
                 "endpoint_url": ready.endpoint_url,
+                # What the AWS CLI and `--endpoint-url` need; made for this run, and worthless after it.
+                "environment": ready.credentials.as_environment(),
             }
             print(json.dumps(line), flush=True)
             while (reason := ready.ended()) is None:

@@ -1,0 +1,194 @@
+"""The AWS calls that functions make, as recorded below their code, against what the template permits.
+
+`make record-calls` runs the tests that drive functions, and writes what they recorded to `RECORDED`. At the end of
+every test run, what was recorded in it is compared as well (tests/conftest.py): a new call cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from scripts.local_stack.permissions import Grant, needed_for, of_type
+from tests.expanded_template import template
+
+RECORDED: Final = Path(__file__).parent / "fixtures" / "aws_calls.json"
+
+AS_NAMED: Final = {
+    "dynamodb": {
+        "BatchGetItem", "BatchWriteItem", "GetItem", "PutItem", "Query", "Scan", "UpdateItem",
+    },
+    "lambda": {"GetAccountSettings", "GetEventSourceMapping", "UpdateEventSourceMapping"},
+    "s3": {"AbortMultipartUpload", "GetObject", "PutObject"},
+    "secretsmanager": {"DescribeSecret", "GetSecretValue"},
+    "sqs": {
+        "ChangeMessageVisibility", "DeleteMessage", "GetQueueAttributes", "ReceiveMessage",
+        "SendMessage",
+    },
+}  # fmt: skip
+"""Operations whose action has the same name.
+
+https://docs.aws.amazon.com/service-authorization/latest/reference/reference_policies_actions-resources-contextkeys.html
+"""
+
+OTHERWISE_NAMED: Final = {
+    # https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ql-iam.html
+    "dynamodb:BatchExecuteStatement INSERT": "dynamodb:PartiQLInsert",
+    # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
+    "s3:HeadObject": "s3:GetObject",
+    "s3:ListObjectsV2": "s3:ListBucket",
+    # https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html#mpuAndPermissions
+    "s3:CreateMultipartUpload": "s3:PutObject",
+    "s3:UploadPart": "s3:PutObject",
+    "s3:UploadPartCopy": "s3:PutObject",
+    "s3:CompleteMultipartUpload": "s3:PutObject",
+    "s3:ReadCopySource": "s3:GetObject",
+    # https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html, "Permissions": else the answer is 403
+    "s3:SeeThatAnObjectIsMissing": "s3:ListBucket",
+    # https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-api-permissions-reference.html
+    "sqs:ChangeMessageVisibilityBatch": "sqs:ChangeMessageVisibility",
+    "sqs:DeleteMessageBatch": "sqs:DeleteMessage",
+    "sqs:SendMessageBatch": "sqs:SendMessage",
+}
+
+GRANTED_ALL_THE_SAME: Final[Mapping[tuple[str, str, str], str]] = {}
+"""Grants that no recorded call uses, as function, action and resource, each with its reason."""
+
+
+@dataclass(frozen=True, order=True)
+class Call:
+    """One kind of call, as recorded."""
+
+    function: str
+    """The function's logical id."""
+    operation: str
+    resource: str
+    """With logical ids, such as `DataBucket/in/...`."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What has to be permitted for a call."""
+
+    function: str
+    action: str
+    resource: str
+    context: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def read(folder: Path) -> set[Call]:
+    """Return what processes recorded into a folder."""
+    names = variables()
+    found = set()
+    for file in folder.glob("*.jsonl"):
+        # A process that was killed may have written half a line.
+        for line in file.read_text().split("\n")[:-1]:
+            call = json.loads(line)
+            resource = re.sub(r"^\$\{(\w+)\}", lambda name: names[name[1]], call["resource"])
+            found.add(Call(logical_id(call["function"]), call["operation"], resource))
+    return found
+
+
+def recorded() -> set[Call]:
+    """Return what stands in the repository."""
+    return {Call(*each) for each in json.loads(RECORDED.read_text())}
+
+
+def logical_id(function: str) -> str:
+    """Return a function's logical id, given the name that CloudFormation makes of it, or the id itself."""
+    named = re.search(r"(?:^|-)(\w+Function)(?:-|$)", function)
+    if named is None:
+        raise ValueError(f"{function} is no function of the template")
+    return named[1]
+
+
+@cache
+def variables() -> dict[str, str]:
+    """Return which resource each environment variable of the functions names."""
+    written = template()
+    own = [
+        function.get("Environment", {}).get("Variables", {})
+        for function in of_type(written, "AWS::Serverless::Function").values()
+    ]
+    everybodys = written["Globals"]["Function"]["Environment"]["Variables"]
+    return {
+        name: value["Ref"]
+        for some in (everybodys, *own)
+        for name, value in some.items()
+        if isinstance(value, dict) and "Ref" in value
+    }
+
+
+def needs(call: Call) -> Need:
+    """Return what a call needs. Raises `KeyError` for an operation that has no line above yet."""
+    service, _, operation = call.operation.partition(":")
+    resource = call.resource
+    if service == "events":
+        name, _, source = operation.partition(" of ")
+        return Need(call.function, f"events:{name}", resource, {"events:source": source})
+    is_the_action = operation in AS_NAMED.get(service, ())
+    action = call.operation if is_the_action else OTHERWISE_NAMED[call.operation]
+    if service == "lambda" and resource != "*":
+        resource = f"event-source-mapping:{resource}"
+    if action == "s3:ListBucket":
+        bucket, _, prefix = resource.partition("/")
+        is_list = call.operation == "s3:ListObjectsV2"
+        return Need(call.function, action, bucket, {"s3:prefix": prefix} if is_list else {})
+    return Need(call.function, action, resource)
+
+
+def missing(calls: Iterable[Call], permitted: Iterable[Grant]) -> Iterator[str]:
+    """Yield each call that AWS would refuse."""
+    permitted = list(permitted)
+    for call in sorted(calls):
+        need = needs(call)
+        if not any(
+            grant.function == need.function
+            and grant.covers(need.action, need.resource, need.context)
+            for grant in permitted
+        ):
+            yield (
+                f"{call.function} calls {call.operation} on {call.resource}, "
+                f"and may not {need.action} on {need.resource}"
+            )
+
+
+def unused(
+    calls: Iterable[Call],
+    permitted: Iterable[Grant],
+    by_aws: Iterable[Need],
+    reasons: Mapping[tuple[str, str, str], str] = GRANTED_ALL_THE_SAME,
+) -> Iterator[str]:
+    """Yield each grant that no call uses, neither the function's nor AWS's in its name, and that has no reason."""
+    wanted = [*map(needs, calls), *by_aws]
+    for grant in permitted:
+        if (grant.function, grant.action, grant.resource) in reasons:
+            continue
+        if not any(
+            grant.function == need.function
+            and grant.covers(need.action, need.resource, need.context)
+            for need in wanted
+        ):
+            yield f"{grant.function} may {grant.action} on {grant.resource}, and does not"
+
+
+def needed_by_aws(expanded: Mapping[str, Any]) -> list[Need]:
+    """Return what Lambda does as each function's role to wake it."""
+    return [
+        Need(mapping["FunctionName"]["Fn::GetAtt"][0], action, resource)
+        for mapping in of_type(expanded, "AWS::Lambda::EventSourceMapping").values()
+        for action, resource in needed_for(mapping["EventSourceArn"])
+    ]
+
+
+def write(calls: Iterable[Call]) -> None:
+    """Put calls into the repository, one a line, so that a change shows what changed."""
+    lines = [
+        json.dumps([call.function, call.operation, call.resource]) for call in sorted(set(calls))
+    ]
+    RECORDED.write_text("[\n" + ",\n".join(lines) + "\n]\n")
