@@ -79,6 +79,14 @@ class Need:
     action: str
     resource: str
     context: Mapping[str, str] = field(default_factory=dict, compare=False)
+    call: str = "it"
+    """The operation as it was recorded."""
+
+    def is_met_by(self, grant: Grant) -> bool:
+        """Tell whether the grant permits it."""
+        return grant.function == self.function and grant.covers(
+            self.action, self.resource, self.context
+        )
 
 
 def read(folder: Path) -> set[Call]:
@@ -124,63 +132,51 @@ def variables() -> dict[str, str]:
     }
 
 
-def needs(call: Call) -> Need:
-    """Return what a call needs. Raises `KeyError` for an operation that has no line above yet."""
+def needs(calls: Iterable[Call]) -> list[Need]:
+    """Return what calls need. Raises `KeyError` for an operation that has no line above yet."""
+    return [_need(call) for call in sorted(calls)]
+
+
+def _need(call: Call) -> Need:
     service, _, operation = call.operation.partition(":")
-    resource = call.resource
+    action, resource, context = call.operation, call.resource, {}
     if service == "events":
-        name, _, source = operation.partition(" of ")
-        return Need(call.function, f"events:{name}", resource, {"events:source": source})
-    is_the_action = operation in AS_NAMED.get(service, ())
-    action = call.operation if is_the_action else OTHERWISE_NAMED[call.operation]
+        action, _, context["events:source"] = action.partition(" of ")
+    elif operation not in AS_NAMED.get(service, ()):
+        action = OTHERWISE_NAMED[call.operation]
     if service == "lambda" and resource != "*":
         resource = f"event-source-mapping:{resource}"
     if action == "s3:ListBucket":
-        bucket, _, prefix = resource.partition("/")
-        is_list = call.operation == "s3:ListObjectsV2"
-        return Need(call.function, action, bucket, {"s3:prefix": prefix} if is_list else {})
-    return Need(call.function, action, resource)
+        resource, _, prefix = resource.partition("/")
+        context |= {"s3:prefix": prefix} if prefix else {}
+    return Need(call.function, action, resource, context, call.operation)
 
 
-def missing(calls: Iterable[Call], permitted: Iterable[Grant]) -> Iterator[str]:
+def missing(wanted: Iterable[Need], permitted: Iterable[Grant]) -> Iterator[str]:
     """Yield each call that AWS would refuse."""
     permitted = list(permitted)
-    for call in sorted(calls):
-        need = needs(call)
-        if not any(
-            grant.function == need.function
-            and grant.covers(need.action, need.resource, need.context)
-            for grant in permitted
-        ):
-            yield (
-                f"{call.function} calls {call.operation} on {call.resource}, "
-                f"and may not {need.action} on {need.resource}"
-            )
+    for need in wanted:
+        if not any(need.is_met_by(grant) for grant in permitted):
+            yield f"{need.function} calls {need.call}, and may not {need.action} on {need.resource}"
 
 
 def unused(
-    calls: Iterable[Call],
+    wanted: Iterable[Need],
     permitted: Iterable[Grant],
-    by_aws: Iterable[Need],
     reasons: Mapping[tuple[str, str, str], str] = GRANTED_ALL_THE_SAME,
 ) -> Iterator[str]:
-    """Yield each grant that no call uses, neither the function's nor AWS's in its name, and that has no reason."""
-    wanted = [*map(needs, calls), *by_aws]
+    """Yield each grant that nothing needs and that has no reason."""
+    wanted = list(wanted)
     for grant in permitted:
-        if (grant.function, grant.action, grant.resource) in reasons:
-            continue
-        if not any(
-            grant.function == need.function
-            and grant.covers(need.action, need.resource, need.context)
-            for need in wanted
-        ):
+        has_reason = (grant.function, grant.action, grant.resource) in reasons
+        if not has_reason and not any(need.is_met_by(grant) for need in wanted):
             yield f"{grant.function} may {grant.action} on {grant.resource}, and does not"
 
 
 def needed_by_aws(expanded: Mapping[str, Any]) -> list[Need]:
     """Return what Lambda does as each function's role to wake it."""
     return [
-        Need(mapping["FunctionName"]["Fn::GetAtt"][0], action, resource)
+        Need(mapping["FunctionName"]["Fn::GetAtt"][0], action, resource, call="its event source")
         for mapping in of_type(expanded, "AWS::Lambda::EventSourceMapping").values()
         for action, resource in needed_for(mapping["EventSourceArn"])
     ]

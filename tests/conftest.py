@@ -73,13 +73,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     expanded = expanded_template()
     permitted = grants(expanded)
-    found = list(aws_calls.missing(calls, permitted))
+    wanted = aws_calls.needs(calls)
+    found = list(aws_calls.missing(wanted, permitted))
     found += [
         f"not recorded yet (make record-calls): {call}"
         for call in sorted(calls - aws_calls.recorded())
     ]
     if exitstatus == pytest.ExitCode.OK and _is_whole(session):
-        found += aws_calls.unused(calls, permitted, aws_calls.needed_by_aws(expanded))
+        found += aws_calls.unused([*wanted, *aws_calls.needed_by_aws(expanded)], permitted)
     if found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         session.config.get_terminal_writer().line("\n".join(["", *found]), red=True)

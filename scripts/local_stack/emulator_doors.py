@@ -173,6 +173,16 @@ def forbid_what_may_not_be_listed() -> None:
     handlers["s3"] = handle_s3
 
 
+def count_loopback_as_tls() -> None:
+    """Let policies see a call on the loopback interface as one by TLS.
+
+    The bucket's own policy denies everything else, as it should on AWS, where every SDK uses TLS.
+    """
+    app: Internals = import_module("ministack.app")
+    pin = _expect(app, "pin_request_origin")
+    app.pin_request_origin = lambda address, _is_tls: pin(address, True)  # noqa: FBT003 - its signature
+
+
 def guard(port: int) -> None:
     """Put a guard before the whole emulator; see `Guard`."""
     app: Internals = import_module("ministack.app")

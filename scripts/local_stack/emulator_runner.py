@@ -233,6 +233,7 @@ def enforce_permissions() -> None:
     emulator_doors.check_partiql()
     emulator_doors.tell_event_sources()
     emulator_doors.forbid_what_may_not_be_listed()
+    emulator_doors.count_loopback_as_tls()
     # Last: it goes in front of everything.
     emulator_doors.guard(int(os.environ["GATEWAY_PORT"]))
 

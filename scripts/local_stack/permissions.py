@@ -27,13 +27,12 @@ https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-configure.html, "Confi
 STREAM_ACTIONS: Final = frozenset(
     {"dynamodb:DescribeStream", "dynamodb:GetRecords", "dynamodb:GetShardIterator"}
 )
-"""What Lambda does with a table's stream, as the function's role.
+LIST_STREAMS: Final = "dynamodb:ListStreams"
+"""What Lambda does with a table's stream, as the function's role. A list of streams is of the whole account.
 
-https://docs.aws.amazon.com/lambda/latest/dg/services-dynamodb-eventsourcemapping.html
+https://docs.aws.amazon.com/lambda/latest/dg/services-dynamodb-eventsourcemapping.html, and for ListStreams the service
+authorization reference, in which it has no resource type.
 """
-
-STREAMS_ACTION: Final = "dynamodb:ListStreams"
-"""The same page; a list of streams has no resource but all streams of a table."""
 
 LOGS_POLICY: Final = "service-role/AWSLambdaBasicExecutionRole"
 """With it Lambda writes the function's log, as the function's role.
@@ -122,8 +121,9 @@ def needed_for(source: Json) -> Iterator[tuple[str, str]]:
             for action in QUEUE_ACTIONS:
                 yield action, queue
         case {"Fn::GetAtt": [str(table), "StreamArn"]}:
-            for action in STREAM_ACTIONS | {STREAMS_ACTION}:
+            for action in STREAM_ACTIONS:
                 yield action, f"{table}/stream/*"
+            yield LIST_STREAMS, "*"
         case _:
             raise ValueError(f"an event source that is not understood: {source}")
 
