@@ -21,7 +21,7 @@ TYPESCRIPT := $(if $(NPM),$(foreach sdk,0 1,\
 	tests/sdk/typescript-$(sdk)/node_modules/ready-$(call sum,tests/sdk/typescript-$(sdk)/package-lock.json)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types template test unit integration acceptance simulate \
+.PHONY: help setup demo check lint types template test unit integration acceptance record-calls simulate \
 	coverage chaos bench-limits bench-backlog build deploy local lock clean
 
 help: ## this list
@@ -62,6 +62,9 @@ integration: $(DEV) ## one seam each, on the emulator and the simulator
 
 acceptance: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## what the README promises, from outside
 	.venv/bin/pytest tests/acceptance
+
+record-calls: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## after a change of AWS calls: which ones functions make, for the tests to compare
+	.venv/bin/pytest tests/integration tests/acceptance --record-calls
 
 SEEDS ?= 20000
 FIRST_SEED ?= 1

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scripts.local_stack import DEFAULT_PORT, up
+from scripts.local_stack import DEFAULT_PORT, emulator_alone, up
 
 parser = argparse.ArgumentParser(prog="python -m scripts.local_stack", description=__doc__)
 parser.add_argument(
@@ -16,4 +16,12 @@ parser.add_argument("--claude-url", help="Claude's address for keys without a ba
 parser.add_argument("--key-pool", type=Path, help="JSON file with the upstream keys")
 parser.add_argument("--client-key", help="the client key to let in; default: a random one")
 parser.add_argument("--concurrency", type=int, help="worker invocations at a time, 2 to 1000")
-sys.exit(up(**vars(parser.parse_args())))
+parser.add_argument(
+    "--emulator-alone",
+    action="store_true",
+    help="the AWS emulator without Sluice; prints the environment variables it needs of its callers",
+)
+arguments = vars(parser.parse_args())
+if arguments.pop("emulator_alone"):
+    sys.exit(emulator_alone(arguments["port"]))
+sys.exit(up(**arguments))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.local_stack import credentials, deploy, proofs
 from scripts.local_stack.emf import Bridge
 from scripts.local_stack.emulator import (
+    REGION,
     Child,
     Client,
     Credentials,
@@ -295,12 +296,31 @@ def up(
     )
 
 
+def emulator_alone(port: int) -> int:
+    """Run the emulator without Sluice, as `up` does; print the environment that the AWS CLI and SAM need for it."""
+
+    def run() -> str:
+        emulator = Emulator(port)
+        try:
+            emulator.wait_until_it_answers()
+            variables = emulator.credentials.as_environment() | {
+                "AWS_ENDPOINT_URL": emulator.endpoint_url,
+                "AWS_DEFAULT_REGION": REGION,
+            }
+            lines = [f"export {name}={value}" for name, value in variables.items()]
+            print("\n".join(lines), flush=True)
+            return _reason(lambda: _ended([emulator.child]))
+        finally:
+            emulator.stop()
+
+    return _until_stopped(run)
+
+
 def serve(stack: LocalStack) -> int:
     """Run `stack` as `up` does."""
     began = time.monotonic()
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, _stop) for number in signals}
-    try:
+
+    def run() -> str:
         with stack.running() as ready:
             _say(f"ready after {time.monotonic() - began:.1f} s; stop with Ctrl-C")
             line = {
@@ -313,18 +333,32 @@ def serve(stack: LocalStack) -> int:
                 "environment": ready.credentials.as_environment(),
             }
             print(json.dumps(line), flush=True)
-            while (reason := ready.ended()) is None:
-                time.sleep(0.5)
-            _say(f"error: {reason}")
-            return 1
+            return _reason(ready.ended)
+
+    return _until_stopped(run)
+
+
+def _reason(ended: Callable[[], str | None]) -> str:
+    """Wait until something has ended; return why."""
+    while (reason := ended()) is None:
+        time.sleep(0.5)
+    return reason
+
+
+def _until_stopped(run: Callable[[], str]) -> int:
+    """Run what returns only the reason why it failed, until somebody asks us to stop; return the exit code."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, _stop) for number in signals}
+    try:
+        _say(f"error: {run()}")
     except StackError as error:
         _say(f"error: {error}")
-        return 1
     except _Stopped:
         return 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return 1
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -102,7 +102,7 @@ def counted(ready: Ready) -> float:
         Period=3600,
         Statistics=["Sum"],
     )
-    return sum(point["Sum"] for point in found["Datapoints"])
+    return float(sum(point["Sum"] for point in found["Datapoints"]))
 
 
 def job(content: str) -> dict[str, Any]:
