@@ -82,6 +82,11 @@ Configuration (`--config FILE`; every part has a default)
      "revoke_at": {"sk-ant-test-one": 30},               seconds after the start
      "ledger_rows": 1000000}
 
+Pages of other origins
+    A request whose Host or Origin is not the simulator's own loopback address is a 403
+    (scripts/local_doors.py), and no answer permits another origin to read it. A POST of the
+    control below needs `content-type: application/json` besides, else it is a 415.
+
 Control
     GET  /_simulator/stats[?starts=1]    the counts, below
     GET  /_simulator/ledger              every ended call and request of a batch as JSON lines;
