@@ -2,8 +2,10 @@
 
     python -m scripts.claude_simulator --port 8089 --rpm 600 --keys sk-ant-test-one --fast
 
-It listens on 127.0.0.1 only and prints one JSON line when it is ready. Nothing in it is random: the
-same seed and the same request get the same answer, whatever arrives before or beside it.
+It listens on 127.0.0.1 only and prints one JSON line when it is ready. Keys can come from
+CLAUDE_SIMULATOR_KEYS and CLAUDE_SIMULATOR_ADMIN_KEYS instead: the list of processes shows none then.
+Nothing in it is random: the same seed and the same request get the same answer, whatever arrives
+before or beside it.
 
 Claude's API
     POST /v1/messages (JSON and events), POST /v1/messages/count_tokens, GET /v1/models and
