@@ -6,11 +6,12 @@ resolve to 127.0.0.1 (DNS rebinding) sends its own name as `Host`. A page can ch
 no `Origin`.
 
 No local port sends a CORS permission (`Access-Control-*`), so a page cannot read an answer either. Standard library
-only: the emulator's launcher imports this file, too.
+only: the emulator's launcher imports this file, too. `LocalHandler` applies the rule to servers of `http.server`.
 """
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler
 from typing import Final
 
 NAMES: Final = ("127.0.0.1", "localhost", "[::1]")
@@ -31,3 +32,23 @@ def refusal(host: str | None, origin: str | None, port: int) -> str | None:
     if origin is not None and origin.lower() not in {f"http://{address}" for address in own}:
         return "requests from pages of another origin are refused"
     return None
+
+
+class LocalHandler(BaseHTTPRequestHandler):
+    """A request handler that answers foreign requests with 403 before any method of it runs."""
+
+    def parse_request(self) -> bool:
+        """Read the head of a request; False when the request has been refused already."""
+        if not super().parse_request():
+            return False
+        port: int = self.connection.getsockname()[1]
+        reason = refusal(self._only("host"), self._only("origin"), port)
+        if reason is not None:
+            self.close_connection = True  # its body is not read
+            self.send_error(403, explain=reason)
+            return False
+        return True
+
+    def _only(self, name: str) -> str | None:
+        found = self.headers.get_all(name)
+        return None if found is None else ",".join(found)

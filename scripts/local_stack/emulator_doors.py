@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from http import HTTPStatus
 from importlib import import_module
 from typing import Any, Final
 from urllib.parse import parse_qs, quote
 
 from scripts.local_doors import refusal
+from scripts.local_stack.internals import Internals, expect
 
-Internals = Any
-"""A module or object of the emulator, which has no types."""
 Message = MutableMapping[str, Any]
 """An ASGI message or scope."""
 Receive = Callable[[], Awaitable[Message]]
@@ -53,9 +52,9 @@ def admit_one_root(key: str) -> None:
     """
     evaluator: Internals = import_module("ministack.core.iam_evaluator")
     sts: Internals = import_module("ministack.services.sts")
-    _expect(evaluator, "_is_root_key")
+    expect(evaluator, "_is_root_key")
     for module in (evaluator, sts):
-        _expect(module, "is_root_access_key")
+        expect(module, "is_root_access_key")
         module.is_root_access_key = lambda candidate: candidate == key
     # Asked only where a signature is to be skipped.
     evaluator._is_root_key = lambda _candidate: False  # noqa: SLF001 - the emulator's inside
@@ -75,7 +74,7 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-a
 def name_actions_as_aws() -> None:
     """Authorize batch calls of SQS as AWS does, which knows no actions of their own for them."""
     actions: Internals = import_module("ministack.core.iam_actions")
-    name_of = _expect(actions, "extract_iam_action")
+    name_of = expect(actions, "extract_iam_action")
 
     def name(*request: Any, **more: Any) -> str | None:
         found: str | None = name_of(*request, **more)
@@ -90,8 +89,8 @@ def check_partiql() -> None:
     As released, ministack checks `dynamodb:BatchExecuteStatement` on every resource, an action that AWS does not have.
     """
     actions: Internals = import_module("ministack.core.iam_actions")
-    of_transactions = _expect(actions, "dynamodb_transaction_checks")
-    arn_of = _expect(actions, "_dynamodb_table_arn")
+    of_transactions = expect(actions, "dynamodb_transaction_checks")
+    arn_of = expect(actions, "_dynamodb_table_arn")
 
     def checks(action: str, body: bytes, region: str, account: str) -> list[tuple[str, str]]:
         if action not in {"dynamodb:ExecuteStatement", "dynamodb:BatchExecuteStatement"}:
@@ -125,7 +124,7 @@ def tell_event_sources() -> None:
     each entry is checked; a call whose entries have different sources has none here, and is refused.
     """
     actions: Internals = import_module("ministack.core.iam_actions")
-    of_tags = _expect(actions, "request_tag_context")
+    of_tags = expect(actions, "request_tag_context")
 
     def context(service: str, action: str, body: bytes, params: dict[str, Any]) -> dict[str, Any]:
         known: dict[str, Any] = of_tags(service, action, body, params)
@@ -144,11 +143,11 @@ def forbid_what_may_not_be_listed() -> None:
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html, "Permissions".
     """
     app: Internals = import_module("ministack.app")
-    handlers = _expect(app, "SERVICE_HANDLERS")
+    handlers = expect(app, "SERVICE_HANDLERS")
     evaluator: Internals = import_module("ministack.core.iam_evaluator")
-    enforce = _expect(evaluator, "enforce")
-    key_of = _expect(app, "extract_access_key_id")
-    region_of = _expect(app, "extract_region")
+    enforce = expect(evaluator, "enforce")
+    key_of = expect(app, "extract_access_key_id")
+    region_of = expect(app, "extract_region")
     handle = handlers["s3"]
 
     async def handle_s3(
@@ -165,7 +164,7 @@ def forbid_what_may_not_be_listed() -> None:
                 resource_arn=f"arn:aws:s3:::{bucket}",
             )
             if may_not_list:
-                return _expect(app, "_get_module")("s3")._error(  # noqa: SLF001 - as above
+                return expect(app, "_get_module")("s3")._error(  # noqa: SLF001 - as above
                     "AccessDenied", "Access Denied", 403, path
                 )
         return answer
@@ -179,14 +178,14 @@ def count_loopback_as_tls() -> None:
     The bucket's own policy denies everything else, as it should on AWS, where every SDK uses TLS.
     """
     app: Internals = import_module("ministack.app")
-    pin = _expect(app, "pin_request_origin")
+    pin = expect(app, "pin_request_origin")
     app.pin_request_origin = lambda address, _is_tls: pin(address, True)  # noqa: FBT003 - its signature
 
 
 def guard(port: int) -> None:
     """Put a guard before the whole emulator; see `Guard`."""
     app: Internals = import_module("ministack.app")
-    app.app = Guard(_expect(app, "app"), _is_verified, port)
+    app.app = Guard(expect(app, "app"), _is_verified, port)
 
 
 class Guard:
@@ -321,10 +320,3 @@ async def _refuse(send: Send, reason: str) -> None:
     ]
     await send({"type": "http.response.start", "status": 403, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _expect(holder: Internals, name: str) -> Internals:
-    found = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-    if found is None:
-        raise LookupError(f"{getattr(holder, '__name__', holder)}.{name} is gone")
-    return found

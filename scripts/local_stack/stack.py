@@ -163,9 +163,7 @@ class Simulator:
             "0",
             "--rpm",
             "600",
-            "--keys",
-            credentials.TEST_KEY,
-            environment=clean_environment(),
+            environment=clean_environment() | {"CLAUDE_SIMULATOR_KEYS": credentials.TEST_KEY},
             stdout=subprocess.PIPE,
         )
 
