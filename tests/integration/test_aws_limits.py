@@ -70,6 +70,13 @@ def emulator() -> Iterator[Emulator]:
     running = Emulator()
     try:
         running.wait_until_it_answers()
+        trust = {"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}}
+        running.client("iam").create_role(
+            RoleName=ROLE.rpartition("/")[2],
+            AssumeRolePolicyDocument=json.dumps(
+                {"Version": "2012-10-17", "Statement": [{**trust, "Action": "sts:AssumeRole"}]}
+            ),
+        )
         yield running
     finally:
         running.stop()

@@ -21,6 +21,7 @@ import pytest
 
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.emulator import Emulator, call
+from scripts.local_stack.recording.recorder import FOLDER_VARIABLE
 from sluice.domain import client_keys
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ from pathlib import Path
 from scripts.local_stack.stack import LocalStack, serve
 sys.exit(serve(LocalStack(template=Path(sys.argv[1]), claude_url="http://127.0.0.1:9")))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unrecorded() -> Iterator[None]:
+    """What the functions here call says nothing of the product's."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv(FOLDER_VARIABLE)
+        yield
 
 
 @pytest.fixture(scope="module")
