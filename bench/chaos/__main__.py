@@ -22,25 +22,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
-from rich.table import Table
 
+from bench.chaos.verdict import Found, Kill, Size, billed_twice, not_as_promised, recovery, table
 from scripts.client import Gateway, Json
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.deploy import read_template
 from scripts.local_stack.emulator import Child, call, clean_environment, free_port
 from scripts.submission import read_jobs, send
 from sluice.adapters import job_records
-from sluice.domain.jobs import LEASE_MS, Job
+from sluice.domain.jobs import Job
 from sluice.domain.waits import Waits
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
@@ -81,32 +80,7 @@ EVERY: Final = {
 }
 """In which turns what is done: `(5, 2)` is in the second of every five."""
 
-BOUND_SECONDS: Final = LEASE_MS / 1000 + 60
-"""A lease; a poll and a batching window; and 10 to 40 s when the next worker puts it back for a throttled store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How much of it is done."""
-
-    jobs: int = 2_000
-    seconds: int = 150
-    """Over this time the jobs come, and what can break is broken."""
-    outage_jobs: int = 60
-    outage_receives: int = 101
-    """The outage lasts until each of its jobs was received so often."""
-    kills: bool = True
-
-
 SMALL: Final = Size(jobs=40, seconds=12, outage_jobs=5, outage_receives=3, kills=False)
-
-
-@dataclass(slots=True)
-class Kill:
-    """One worker process that was killed, with what it had in hand."""
-
-    at: float
-    job_ids: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -382,103 +356,34 @@ class Run:
         told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
         return f"{len(self.damage.kills)} workers killed; {told}"
 
-    def verdict(self) -> tuple[Table, list[str]]:
-        """Compare the books; return the table, and what is not as promised."""
-        records, rows, books = self.records(), self.ledger(), self._simulator.books()
+    def found(self) -> Found:
+        """Compare the books."""
+        records, damage = self.records(), self.damage
         ours = [records[job_id] for job_id in self.accepted if job_id in records]
         states = Counter(str(job.state) for job in ours)
-        lost = len(self.accepted) - sum(job.state.is_final for job in ours)
-        explained, unexplained = _billed_twice(ours, rows, books)
-        recovery = _recovery(self.damage.kills, records)
-        dead = self.dead_letters()
-        strays = len(records.keys() - self.accepted.keys())
-        worst = max(recovery, default=0.0)
-        table = Table("chaos", "", title="Results", title_justify="left")
-        for name, value in (
-            ("accepted", f"{len(self.accepted)} jobs"),
-            ("succeeded", f"{states['succeeded']}"),
-            ("ended otherwise", f"{len(ours) - lost - states['succeeded']}"),
-            ("lost", f"{lost}"),
-            ("made twice by a POST sent again", f"{strays}"),
-            ("billed twice, explained", f"{explained} calls"),
-            ("billed twice, unexplained", f"{unexplained} calls"),
-            ("dead letters", f"{dead}"),
-            ("workers killed", f"{len(self.damage.kills)}"),
-            ("jobs in their hands", f"{len(recovery)}"),
-            ("recovery after a kill, median", f"{median(recovery or [0.0]):.1f} s"),
-            ("recovery after a kill, worst", f"{worst:.1f} s (bound {BOUND_SECONDS:.0f} s)"),
-            ("simulator restarts", f"{self.damage.restarts}"),
-            ("DynamoDB throttled", f"{self.damage.throttled_seconds:.0f} s"),
-            (
-                "outage of 529s",
-                f"{self.damage.outage_seconds:.0f} s, {self.damage.outage_receives} receives or more",
-            ),
-        ):
-            table.add_row(name, value)
-        kept = {
-            f"{self._size.jobs} jobs accepted": len(self.accepted) == self._size.jobs,
-            "every job succeeded": states["succeeded"] == self._size.jobs,
-            "no job lost": not lost,
-            "no job made twice": not strays,
-            "nothing billed twice without a cause": not unexplained,
-            "no dead letter": not dead,
-            f"recovery within {BOUND_SECONDS:.0f} s": worst <= BOUND_SECONDS,
-            f"{self._size.outage_receives} receives in the outage": (
-                self.damage.outage_receives >= self._size.outage_receives
-            ),
-            "workers seen with jobs in hand": self.notes.most_in_hand > 0,
-            "workers killed": bool(self.damage.kills) or not self._size.kills,
-        }
-        return table, [what for what, good in kept.items() if not good]
+        ended = sum(job.state.is_final for job in ours)
+        explained, unexplained = billed_twice(ours, self.ledger(), self._simulator.books())
+        return Found(
+            accepted=len(self.accepted),
+            succeeded=states["succeeded"],
+            ended_otherwise=ended - states["succeeded"],
+            made_twice=len(records.keys() - self.accepted.keys()),
+            explained=explained,
+            unexplained=unexplained,
+            dead_letters=self.dead_letters(),
+            workers_killed=len(damage.kills),
+            recovery_seconds=recovery(damage.kills, records),
+            most_in_hand=self.notes.most_in_hand,
+            restarts=damage.restarts,
+            throttled_seconds=damage.throttled_seconds,
+            outage_seconds=damage.outage_seconds,
+            outage_receives=damage.outage_receives,
+        )
 
 
 def _is_turn(what: str, turn: int) -> bool:
     every, which = EVERY[what]
     return turn % every == which
-
-
-def _billed_twice(
-    jobs: Sequence[Job], rows: Sequence[Json], books: Sequence[Json]
-) -> tuple[int, int]:
-    """Return how many billed calls brought no result, with and without a cause that Sluice's ledger names."""
-    billed: dict[str, list[str]] = defaultdict(list)
-    for each in books:
-        if each["billed"]:
-            billed[each["user_id"]].append(each["request_id"])
-    named = {row["request_id"] for row in rows if row.get("note") and row.get("request_id")}
-    nameless = Counter(row["job_id"] for row in rows if not row.get("request_id"))
-    explained = unexplained = 0
-    for job in jobs:
-        kept = {attempt.request_id for attempt in job.attempts}
-        extra = [call_id for call_id in billed[job.custom_id or ""] if call_id not in kept]
-        for call_id in extra:
-            if call_id in named:
-                explained += 1
-            elif nameless[job.job_id]:
-                nameless[job.job_id] -= 1
-                explained += 1
-            else:
-                unexplained += 1
-    return explained, unexplained
-
-
-def _recovery(kills: Sequence[Kill], records: dict[str, Job]) -> list[float]:
-    """Return after how many seconds each job of a killed worker went on; if that worker was killed too, until then."""
-    killed: dict[str, list[float]] = defaultdict(list)
-    for kill in kills:
-        for job_id in kill.job_ids:
-            killed[job_id].append(kill.at * 1000)
-    seconds = []
-    for kill in kills:
-        at = kill.at * 1000
-        for job_id in kill.job_ids:
-            job = records.get(job_id)
-            if job is None or job.finished_at is None or job.finished_at <= at:
-                continue
-            signs = [attempt.at for attempt in job.attempts] + killed[job_id]
-            went_on = min((sign for sign in signs if sign > at), default=job.finished_at)
-            seconds.append((went_on - at) / 1000)
-    return seconds
 
 
 def _scanned(ready: Ready, table: str) -> list[Any]:
@@ -564,13 +469,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run = Run(ready, simulator, folder, size)
                 run.flow(names[size.outage_jobs :])
                 run.outage(names[: size.outage_jobs])
-                table, broken = run.verdict()
+                found = run.found()
         except StackError as error:
             say(f"error: {error}")
             return 1
         finally:
             simulator.stop()
-    Console().print(table)
+    Console().print(table(found))
+    broken = not_as_promised(size, found)
     for what in broken:
         print(f"NOT AS PROMISED: {what}")
     return 1 if broken else 0
