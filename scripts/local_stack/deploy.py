@@ -77,8 +77,17 @@ def read_template(path: Path) -> Template:
     return parsed
 
 
-def prepared(template: Template, *, concurrency: int | None, public_url: str) -> Template:
-    """Return `template` with the local values as defaults of its parameters."""
+def prepared(
+    template: Template,
+    *,
+    concurrency: int | None,
+    public_url: str,
+    environment: Mapping[str, str] | None = None,
+) -> Template:
+    """Return `template` with the local values as defaults of its parameters.
+
+    `environment` is added to the variables of every function.
+    """
     values: dict[str, Any] = {
         # An alarm with metric math makes the emulator roll the whole stack back.
         "MetricMathAlarms": "false",
@@ -92,7 +101,16 @@ def prepared(template: Template, *, concurrency: int | None, public_url: str) ->
         name: {**declared, "Default": values[name]} if name in values else declared
         for name, declared in template.get("Parameters", {}).items()
     }
-    return {**template, "Parameters": parameters, "Resources": dict(template["Resources"])}
+    local = {**template, "Parameters": parameters, "Resources": dict(template["Resources"])}
+    if environment:
+        local["Globals"] = _with_variables(template.get("Globals", {}), environment)
+    return local
+
+
+def _with_variables(shared: Template, environment: Mapping[str, str]) -> Template:
+    function = shared.get("Function", {})
+    variables = {**function.get("Environment", {}).get("Variables", {}), **environment}
+    return {**shared, "Function": {**function, "Environment": {"Variables": variables}}}
 
 
 # ---------------------------------------------------------------- package

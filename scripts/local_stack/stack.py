@@ -79,6 +79,8 @@ class LocalStack:
     bucket_url: str | None = None
     """Where the functions find S3, when that is to be another address than the rest of the emulated AWS."""
     template: Path = REPOSITORY / "template.yaml"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of every function beside those of the template, such as SLUICE_WAITS."""
     dynamodb_faults: Path | None = None
     """For chaos runs: a file that says how many of DynamoDB's calls fail (emulator_runner.py)."""
     say: Callable[[str], None] = field(default=lambda _line: None, repr=False)
@@ -105,6 +107,7 @@ class LocalStack:
                 deploy.read_template(self.template),
                 concurrency=self.concurrency,
                 public_url=deploy.api_url(emulator.endpoint_url),
+                environment=self.environment,
             )
             emulator.wait_until_it_answers()
             deployed = deploy.deploy(emulator, template, self.template.parent)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sluice.domain.waits import USUAL, Waits
 from sluice.domain.webhooks import Network, read_networks
 
 
@@ -49,6 +50,8 @@ class Settings:
     max_attempts: int
     webhook_networks: tuple[Network, ...] = ()
     """Networks, beside all public addresses, that webhooks may go into."""
+    waits: Waits = USUAL
+    """Shorter ones are for tests and benchmarks; the template sets none."""
     jobs_mapping: MappingSettings | None = None
     """The governor's: the mapping from jobs queue to worker."""
     ranges_mapping: MappingSettings | None = None
@@ -117,6 +120,15 @@ class Settings:
             retention_days=number("SLUICE_RETENTION_DAYS"),
             max_attempts=number("SLUICE_MAX_ATTEMPTS"),
             webhook_networks=networks("SLUICE_WEBHOOK_NETWORKS"),
+            waits=_waits(env, "SLUICE_WAITS"),
             jobs_mapping=mapping("SLUICE_WORKER_MAPPING", "SLUICE_MAX_CONCURRENCY"),
             ranges_mapping=mapping("SLUICE_RANGES_MAPPING", "SLUICE_BULK_CONCURRENCY"),
         )
+
+
+def _waits(env: Mapping[str, str], name: str) -> Waits:
+    try:
+        return Waits.from_json(env[name]) if env.get(name) else USUAL
+    except ValueError as error:
+        message = f'{name} must be waits such as {{"hold_ms": 1000}}: {error}'
+        raise SettingsError(message) from None

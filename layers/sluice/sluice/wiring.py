@@ -429,10 +429,16 @@ def _worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the queue 
         blocking=threads,
         events=telemetry(),
     )
+    waits = settings().waits
     rules = Rules(
-        policy=RetryPolicy(max_attempts=settings().max_attempts),
+        policy=RetryPolicy(
+            max_attempts=settings().max_attempts,
+            overload_base_ms=waits.overload_base_ms,
+            overload_cap_ms=waits.overload_cap_ms,
+        ),
         prices=prices(),
         model_groups=model_groups(),
+        waits=waits,
     )
     # 200,000 objects of the SDKs stay for the life of the environment: the collector need not go through them again.
     gc.freeze()
