@@ -71,14 +71,28 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-a
 """
 
 
-def name_actions_as_aws() -> None:
-    """Authorize batch calls of SQS as AWS does, which knows no actions of their own for them."""
-    actions: Internals = import_module("ministack.core.iam_actions")
-    name_of = expect(actions, "extract_iam_action")
+OF_ONE_MAPPING: Final = {
+    "DELETE": "lambda:DeleteEventSourceMapping",
+    "GET": "lambda:GetEventSourceMapping",
+    "PUT": "lambda:UpdateEventSourceMapping",
+}
+MAPPING_PATH: Final = re.compile(r"/[0-9-]+/event-source-mappings/[^/]+/?")
 
-    def name(*request: Any, **more: Any) -> str | None:
-        found: str | None = name_of(*request, **more)
-        return BATCHES.get(found, found) if found else None
+
+def name_actions_as_aws() -> None:
+    """Authorize calls under the names of AWS's service authorization reference, and no call without a name.
+
+    As released, ministack looks for actions of their own for batch calls of SQS, takes reading one event source mapping
+    for listing all, and lets everything through whose name it does not find.
+    """
+    actions: Internals = import_module("ministack.core.iam_actions")
+    name_of = expect(actions, "extract_iam_action", "service", "method", "path")
+
+    def name(service: str, method: str, path: str, *request: Any) -> str:
+        if service == "lambda" and MAPPING_PATH.fullmatch(path) and method in OF_ONE_MAPPING:
+            return OF_ONE_MAPPING[method]
+        found: str | None = name_of(service, method, path, *request)
+        return BATCHES.get(found, found) if found else f"{service}:UnknownToTheEmulator"
 
     actions.extract_iam_action = name
 

@@ -440,3 +440,28 @@ def test_an_index_is_not_its_table(emulator: Emulator, as_role: Any) -> None:
     ]
 
     assert ["AccessDeniedException", None] == codes
+
+
+ONE, OTHER = "0" * 36, "1" * 36
+
+
+def test_one_mapping_is_read_and_changed_by_actions_of_their_own(as_role: Any) -> None:
+    mapping = f"arn:aws:lambda:{REGION}:000000000000:event-source-mapping:{ONE}"
+    reads = as_role("reads-one", {"Action": "lambda:GetEventSourceMapping", "Resource": mapping})
+    lists = as_role("lists", {"Action": "lambda:ListEventSourceMappings", "Resource": "*"})
+
+    def codes(client: Any) -> list[str | None]:
+        return [
+            refused(client("lambda").get_event_source_mapping, UUID=ONE),
+            refused(client("lambda").get_event_source_mapping, UUID=OTHER),
+            refused(client("lambda").update_event_source_mapping, UUID=ONE, Enabled=False),
+        ]
+
+    assert ["ResourceNotFoundException", *["AccessDeniedException"] * 2] == codes(reads)
+    assert ["AccessDeniedException"] * 3 == codes(lists)
+
+
+def test_what_the_emulator_cannot_name_is_refused(as_role: Any) -> None:
+    everything_but = as_role("one-thing", {"Action": "sqs:SendMessage", "Resource": "*"})
+
+    assert refused(everything_but("lambda").get_account_settings) is not None
