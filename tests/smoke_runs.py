@@ -60,9 +60,9 @@ SMOKE_RUNS: Final = (
     ),
     SmokeRun(
         "bench.limits",
-        "--only faults --only stranger --only changing --clients sdk --jobs-scale 0.03",
+        "--only stranger --only changing --clients sdk --jobs-scale 0.03",
         r"stranger: sdk, 30 jobs\n.* 0 lost,",
-        20,
+        14,
     ),
     SmokeRun(
         "bench.limits.virtual",
