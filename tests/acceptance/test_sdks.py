@@ -91,8 +91,8 @@ def bucket() -> Iterator[Bucket]:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             here.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
             connection = HTTPConnection(here.to)
-            headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
-            connection.request(self.command, self.path, body, headers)
+            # Its Host, too: a link is signed for the address it names.
+            connection.request(self.command, self.path, body, dict(self.headers))
             answer = connection.getresponse()
             content = answer.read()
             self.send_response(answer.status)

@@ -23,6 +23,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from scripts.local_stack.emulator import Emulator
+from sluice.adapters.sqs import SqsInbox
+from sluice.ports import Received
 
 ROLE: Final = "arn:aws:iam::000000000000:role/any"
 SYNCHRONOUS: Final = 6_291_556
@@ -356,6 +358,22 @@ def test_a_message_has_at_most_1_mib_with_its_attributes(emulator: Emulator, que
         MessageBody="x" * (MIB - ATTRIBUTES_BYTES + 1),
         MessageAttributes=ATTRIBUTES,
     )
+
+
+@pytest.mark.parametrize(("body", "reasons"), [(MIB - 100, ["why"]), (MIB, [])], ids=str)
+def test_the_worker_buries_even_the_largest_message(
+    emulator: Emulator, queue: str, body: int, reasons: list[str]
+) -> None:
+    """It came without attributes; with its reason beside it, it may be too large to be sent on."""
+    sqs = emulator.client("sqs")
+    message = Received("message-1", "receipt-1", "x" * body, None)
+
+    SqsInbox(sqs, queue, queue).bury(message, "why")
+
+    (buried,) = sqs.receive_message(QueueUrl=queue, MessageAttributeNames=["All"])["Messages"]
+    assert body == len(buried["Body"])
+    attributes = buried.get("MessageAttributes", {})
+    assert reasons == [each["StringValue"] for each in attributes.values()]
 
 
 def test_a_batch_has_at_most_1_mib_and_ten_messages(emulator: Emulator, queue: str) -> None:

@@ -44,6 +44,9 @@ LONGEST_RETRY_SECONDS: Final = 900
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
+MOST_MESSAGE_BYTES: Final = 1_048_576
+"""SQS's limit for a message, its attributes (name, type and value) included."""
+
 ENTRY_ATTEMPTS: Final = 3
 """How often a message is put back that SQS could not change while it changed others of the same call."""
 
@@ -320,13 +323,15 @@ class SqsInbox:
         self.put_back([(message, milliseconds) for message in messages])
 
     def bury(self, message: Received, reason: str) -> None:
-        """Send a message that is not ours to the dead-letter queue, with the reason."""
+        """Send a message that is not ours to the dead-letter queue, with the reason if both fit into a message."""
+        size = sum(len(each.encode()) for each in (message.body, "reason", "String", reason))
+        attribute: Any = {"DataType": "String", "StringValue": reason}
         aws.patiently(
             "the dead-letter queue",
             self._client.send_message,
             QueueUrl=self._dead_letters_url,
             MessageBody=message.body,
-            MessageAttributes={"reason": {"DataType": "String", "StringValue": reason}},
+            MessageAttributes={"reason": attribute} if size <= MOST_MESSAGE_BYTES else {},
         )
 
 
