@@ -346,7 +346,7 @@ app.add_typer(local_app, name="local")
 
 
 @local_app.command("up")
-def local_up(
+def local_up(  # noqa: PLR0913 - the options of a command
     *,
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")
@@ -366,6 +366,14 @@ def local_up(
         int | None,
         typer.Option("--concurrency", min=2, max=1000, help="Worker invocations at a time."),
     ] = None,
+    account_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--account-concurrency",
+            min=5,
+            help="Concurrent executions of the account's Lambda limit, such as 10. Default: 1,000.",
+        ),
+    ] = None,
 ) -> None:
     """Run the whole of Sluice here until Ctrl-C.
 
@@ -384,6 +392,7 @@ def local_up(
             key_pool=key_pool,
             client_key=client_key,
             concurrency=concurrency,
+            account_concurrency=account_concurrency,
         )
     )
 

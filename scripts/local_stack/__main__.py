@@ -16,4 +16,7 @@ parser.add_argument("--claude-url", help="Claude's address for keys without a ba
 parser.add_argument("--key-pool", type=Path, help="JSON file with the upstream keys")
 parser.add_argument("--client-key", help="the client key to let in; default: a random one")
 parser.add_argument("--concurrency", type=int, help="worker invocations at a time, 2 to 1000")
+parser.add_argument(
+    "--account-concurrency", type=int, help="executions that the account may run at once, from 5"
+)
 sys.exit(up(**vars(parser.parse_args())))

@@ -19,6 +19,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from scripts.local_stack.emulator_concurrency import enforce_account_concurrency
+
 MINISTACK_VERSION = "1.5.33"
 Internals = Any
 """A module or object of the emulator, which has no types."""
@@ -241,6 +243,7 @@ def main() -> None:
         lift_batch_cap()
         pace_streams()
         shorten_log_wait()
+        enforce_account_concurrency()
         if FAULTS_VARIABLE in os.environ:
             make_dynamodb_fail(Path(os.environ[FAULTS_VARIABLE]))
     except LookupError as error:
