@@ -394,6 +394,14 @@ def local_up(  # noqa: PLR0913 - a command line has options
         int | None,
         typer.Option("--concurrency", min=2, max=1000, help="Worker invocations at a time."),
     ] = None,
+    account_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--account-concurrency",
+            min=5,
+            help="Concurrent executions of the account's Lambda limit, such as 10. Default: 1,000.",
+        ),
+    ] = None,
 ) -> None:
     """Run the whole of Sluice here until Ctrl-C.
 
@@ -413,6 +421,7 @@ def local_up(  # noqa: PLR0913 - a command line has options
             key_pool=key_pool,
             client_key=client_key,
             concurrency=concurrency,
+            account_concurrency=account_concurrency,
         )
     )
 

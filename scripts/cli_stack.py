@@ -61,6 +61,7 @@ def setup(
         deployed.write_key_pool(pool)
         keys = terminal.counted(len(pool["keys"]), "upstream key")
         terminal.say(f"stored {keys} in the key pool of {stack}")
+    _say_executions(deployed)
     client_key = _print_new_client_key(deployed, tenant, None)
     if endpoint_url is None:
         _try_out(deployed.api_url, client_key)
@@ -318,6 +319,16 @@ def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> s
     print(f"export SLUICE_URL={deployed.api_url}")
     print(f"export SLUICE_KEY={client_key}")
     return client_key
+
+
+def _say_executions(deployed: "Stack") -> None:
+    """Says what the account's Lambda limit means; a limit that cannot be read fails nothing."""
+    try:
+        lines = deployed.about_executions()
+    except CommandFailed as failed:
+        lines = [f"{failed}; docs/runbook.md says what the limit means"]
+    for line in lines:
+        terminal.say(line)
 
 
 def _try_out(url: str, client_key: str) -> None:

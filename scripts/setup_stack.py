@@ -25,8 +25,10 @@ from sluice.adapters.s3 import DeadLetterObjects, Objects
 from sluice.adapters.system import SystemClock
 from sluice.dead_letters import Redriver
 from sluice.domain import client_keys
+from sluice.domain.capacity import LEAST
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import parse_key_pool
+from sluice.domain.shares import CEILINGS, RESERVED, room_of
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation.type_defs import StackTypeDef
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 NEEDED_OUTPUTS = ("ApiUrl", "KeyPoolSecretArn", "PepperSecretArn", "ClientKeysTableName")
 USUAL_RETENTION_DAYS = 30  # as in template.yaml
+USUAL_CONCURRENCY = {"MaxConcurrency": 10, "BulkConcurrency": 4, "LambdaConcurrency": 0}  # the same
+QUOTA = "L-B99A9384"
+"""Service Quotas' code of Lambda's concurrent executions."""
 USABLE_STATUSES = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
 
 TENANT = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -120,6 +125,21 @@ class Stack:
     def _dynamodb(self) -> "DynamoDBClient":
         return self._session.client("dynamodb", endpoint_url=self._endpoint_url)
 
+    def executions(self) -> int:
+        """Returns how many executions of Lambda the account may run at once in this region."""
+        client = self._session.client("lambda", endpoint_url=self._endpoint_url)
+        with said_plainly("read the account's Lambda limit"):
+            return client.get_account_settings()["AccountLimit"]["UnreservedConcurrentExecutions"]
+
+    def about_executions(self) -> list[str]:
+        """Returns what the account's Lambda limit means for this stack, line by line."""
+        numbers = {
+            name: int(self.parameters.get(name, usual)) for name, usual in USUAL_CONCURRENCY.items()
+        }
+        at_most = numbers.pop("LambdaConcurrency")
+        wanted = sum(numbers.values()) + sum(CEILINGS.values())
+        return about_executions(self.executions(), at_most, wanted, len(numbers) + len(CEILINGS))
+
     def key_pool_ids(self) -> list[str]:
         """Returns the ids of the upstream keys the stack has; none when the pool is unusable."""
         with said_plainly("read the key pool"):
@@ -199,6 +219,33 @@ class Stack:
                 raise CommandFailed(
                     f"there is no client key {key_id}; `sluice keys list` shows the key ids"
                 ) from None
+
+
+def about_executions(executions: int, at_most: int, wanted: int, queues: int) -> list[str]:
+    """Returns what so many executions of Lambda mean for queues that want so many; `at_most` 0: no cap of our own."""
+    counted = f"Lambda may run {executions:,} executions at once in this account and region"
+    if at_most and at_most < executions:
+        counted += f", and Sluice {at_most:,} of them (LambdaConcurrency)"
+    room = room_of(min(executions, at_most) if at_most else executions)
+    all_in_all = wanted + RESERVED
+    if room >= wanted:
+        return [f"{counted}: enough for all queues of this stack ({all_in_all:,})"]
+    at_a_time = room // LEAST
+    if at_a_time >= queues:
+        meaning = f"its queues share {room:,}"
+    else:
+        meaning = (
+            f"{at_a_time} of its {queues} queues are served at a time, "
+            "and the others wait some minutes for their turn"
+        )
+    lines = [f"{counted}; this stack can use {all_in_all:,}, so {meaning}"]
+    if executions < all_in_all:
+        lines.append(
+            'to request more (free; Service Quotas, "Concurrent executions"): '
+            "aws service-quotas request-service-quota-increase --service-code lambda "
+            f"--quota-code {QUOTA} --desired-value 1000"
+        )
+    return lines
 
 
 def check_tenant(tenant: str) -> None:

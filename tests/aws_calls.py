@@ -97,7 +97,7 @@ def read(folder: Path) -> set[Call]:
         # A process that was killed may have written half a line.
         for line in file.read_text().split("\n")[:-1]:
             call = json.loads(line)
-            resource = re.sub(r"^\$\{(\w+)\}", lambda name: names[name[1]], call["resource"])
+            resource = re.sub(r"^\$\{([^}]+)\}", lambda name: names[name[1]], call["resource"])
             found.add(Call(logical_id(call["function"]), call["operation"], resource))
     return found
 
@@ -124,12 +124,21 @@ def variables() -> dict[str, str]:
         for function in of_type(written, "AWS::Serverless::Function").values()
     ]
     everybodys = written["Globals"]["Function"]["Environment"]["Variables"]
-    return {
-        name: value["Ref"]
+    return dict(
+        named
         for some in (everybodys, *own)
-        for name, value in some.items()
-        if isinstance(value, dict) and "Ref" in value
-    }
+        for variable, value in some.items()
+        for named in _resources_in(variable, value)
+    )
+
+
+def _resources_in(variable: str, value: Any) -> Iterator[tuple[str, str]]:
+    match value:
+        case {"Ref": str(name)}:
+            yield variable, name
+        case {"Fn::Sub": str(text)} if text.startswith("{"):
+            for key, name in json.loads(re.sub(r"\$\{(\w+)\}", r"\1", text)).items():
+                yield f"{variable}.{key}", name
 
 
 def needs(calls: Iterable[Call]) -> list[Need]:

@@ -33,6 +33,7 @@ from sluice.domain.keys import KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group, observe
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
+from sluice.domain.shares import Note
 from sluice.domain.waits import USUAL, Waits
 from sluice.metrics import METRIC_NAMES
 from sluice.ports import (
@@ -688,15 +689,34 @@ class MemoryGovernorNotes(Fragile):
 
     def __init__(self) -> None:
         super().__init__()
-        self.at: int | None = None
+        self.note = Note()
 
-    def turned_off_at(self) -> int | None:
-        self._do("turned_off_at")
-        return self.at
+    @property
+    def at(self) -> int | None:
+        """When it switched the mapping off."""
+        return self.note.turned_off_at
 
-    def note_turned_off(self, at: int | None) -> None:
-        self._do("note_turned_off")
-        self.at = at
+    def read(self) -> Note:
+        self._do("read")
+        return self.note
+
+    def write(self, note: Note) -> None:
+        self._do("write")
+        self.note = note
+
+
+class AccountLimit(Fragile):
+    """What the account allows."""
+
+    name = "the account's limit"
+
+    def __init__(self, executions: int = 1_000) -> None:
+        super().__init__()
+        self.executions = executions
+
+    def at_once(self) -> int:
+        self._do("at_once")
+        return self.executions
 
 
 class PoolWritten(Fragile):

@@ -40,6 +40,7 @@ from sluice.wiring import model_groups, prices
 from sluice.work import Worker
 from tests.fakes import (
     VISIBILITY_MS,
+    AccountLimit,
     DirectCalls,
     MemoryGovernorNotes,
     MemoryJobs,
@@ -225,6 +226,7 @@ class Backlogged:
             [Governed("jobs", self.mapping, self.queue.backlog, MemoryGovernorNotes(), 100)],
             self.limits,
             pool,
+            AccountLimit(),
             clock,
             self.events,
         )

@@ -28,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--concurrency", type=int, help="worker invocations at a time, 2 to 1000")
     made.add_argument(
+        "--account-concurrency",
+        type=int,
+        help="executions that the account may run at once, from 5",
+    )
+    made.add_argument(
         "--emulator-alone",
         action="store_true",
         help="the AWS emulator without Sluice; prints the environment variables its callers need",

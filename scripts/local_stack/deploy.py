@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.local_stack import permissions
 from scripts.local_stack.emulator import REGION, Client, Emulator, Json, StackError
+from sluice.domain.shares import CEILINGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -111,6 +112,26 @@ def _with_variables(shared: Template, environment: Mapping[str, str]) -> Templat
     function = shared.get("Function", {})
     variables = {**function.get("Environment", {}).get("Variables", {}), **environment}
     return {**shared, "Function": {**function, "Environment": {"Variables": variables}}}
+
+
+def start_at_ceilings(template: Template) -> None:
+    """Let each mapping start with what the governor gives it in its first minute, where the account has room for all.
+
+    Deployed, it starts with the least; on AWS the deployment takes longer than that minute.
+    """
+    ceilings = {
+        "WorkerMapping": template["Parameters"]["MaxConcurrency"]["Default"],
+        "RangesMapping": template["Parameters"]["BulkConcurrency"]["Default"],
+        "BatchesMapping": CEILINGS["batches"],
+        "WebhooksMapping": CEILINGS["webhooks"],
+    }
+    for logical_id, ceiling in ceilings.items():
+        mapping = template["Resources"][logical_id]
+        properties = {
+            **mapping["Properties"],
+            "ScalingConfig": {"MaximumConcurrency": int(ceiling)},
+        }
+        template["Resources"][logical_id] = {**mapping, "Properties": properties}
 
 
 # ---------------------------------------------------------------- package

@@ -125,10 +125,12 @@ class Emulator:
         *,
         dynamodb_faults: Path | None = None,
         bucket_url: str | None = None,
+        account_concurrency: int | None = None,
     ) -> None:
         """Start it on `port` (0: any free port); it answers a little later.
 
         `bucket_url`: where the functions find S3, when that is to be another address than the rest of AWS.
+        `account_concurrency`: executions that the account may run at once; None: AWS's usual 1,000.
         """
         check_packages()
         self.port = free_port(port)
@@ -139,6 +141,8 @@ class Emulator:
         environment = _environment(self.port, self.credentials)
         if dynamodb_faults is not None:
             environment[FAULTS_VARIABLE] = str(dynamodb_faults)
+        if account_concurrency is not None:
+            environment["LAMBDA_ACCOUNT_CONCURRENCY"] = str(account_concurrency)
         if bucket_url is not None:
             environment["AWS_ENDPOINT_URL_S3"] = bucket_url
         if FOLDER_VARIABLE in os.environ:

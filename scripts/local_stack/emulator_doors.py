@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, Final
 from urllib.parse import parse_qs, quote
 
-from scripts.local_doors import refusal
+from scripts.local_doors import HTTP_PORT, refusal
 from scripts.local_stack.internals import Internals, expect
 
 Message = MutableMapping[str, Any]
@@ -196,10 +196,10 @@ def count_loopback_as_tls() -> None:
     app.pin_request_origin = lambda address, _is_tls: pin(address, True)  # noqa: FBT003 - its signature
 
 
-def guard(port: int) -> None:
+def guard() -> None:
     """Put a guard before the whole emulator; see `Guard`."""
     app: Internals = import_module("ministack.app")
-    app.app = Guard(expect(app, "app"), _is_verified, port)
+    app.app = Guard(expect(app, "app"), _is_verified)
 
 
 class Guard:
@@ -210,10 +210,9 @@ class Guard:
     browser to read its answers. Anyone who can create a function can run programs as the user.
     """
 
-    def __init__(self, app: App, is_verified: Callable[[Message, bytes], bool], port: int) -> None:
+    def __init__(self, app: App, is_verified: Callable[[Message, bytes], bool]) -> None:
         self._app = app
         self._is_verified = is_verified
-        self._port = port
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it with 403."""
@@ -224,7 +223,11 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = header_values(scope)
-        reason = refusal(headers.get("host"), headers.get("origin"), self._port)
+        host = headers.get("host", "")
+        # Any port that the Host names: a test's proxy before this one passes requests on as they were signed for it.
+        # The port is no part of the protection: a page cannot make its own name a loopback address.
+        port = host.rpartition(":")[2]
+        reason = refusal(host, headers.get("origin"), int(port) if port.isdecimal() else HTTP_PORT)
         if reason is not None:
             await _refuse(send, reason)
             return

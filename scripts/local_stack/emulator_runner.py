@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.local_stack import emulator_doors, emulator_sizes
+from scripts.local_stack.emulator_concurrency import enforce_account_concurrency
 from scripts.local_stack.internals import Internals, expect
 
 MINISTACK_VERSION = "1.5.33"
@@ -234,7 +235,7 @@ def enforce_permissions() -> None:
     emulator_doors.forbid_what_may_not_be_listed()
     emulator_doors.count_loopback_as_tls()
     # Last: it goes in front of everything.
-    emulator_doors.guard(int(os.environ["GATEWAY_PORT"]))
+    emulator_doors.guard()
 
 
 def main() -> None:
@@ -248,6 +249,7 @@ def main() -> None:
         lift_batch_cap()
         pace_streams()
         shorten_log_wait()
+        enforce_account_concurrency()
         emulator_sizes.enforce()
         enforce_permissions()
         if FAULTS_VARIABLE in os.environ:

@@ -26,6 +26,7 @@ from scripts.local_stack.emulator import (
     check_packages,
     clean_environment,
 )
+from sluice.domain.shares import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,8 @@ DEFAULT_PORT = 4566
 SIMULATOR_SECONDS = 20.0
 FEWEST, MOST = 2, 1000
 """Worker invocations at a time, as SQS event source mappings allow them."""
+FEWEST_OF_ACCOUNT = RESERVED + FEWEST
+"""Executions that an account must allow, for one queue to be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ class LocalStack:
     tenant: str = "local"
     concurrency: int | None = None
     """Worker invocations at a time; None: the template's default."""
+    account_concurrency: int | None = None
+    """Executions that the emulated account may run at once, and mappings as right after a deployment; None: AWS's
+    usual 1,000, and mappings as after the governor's first run."""
     bucket_url: str | None = None
     """Where the functions find S3, when that is to be another address than the rest of the emulated AWS."""
     template: Path = REPOSITORY / "template.yaml"
@@ -92,7 +98,10 @@ class LocalStack:
         client_key = self._checked()
         with ExitStack() as cleanup:
             emulator = Emulator(
-                self.port, dynamodb_faults=self.dynamodb_faults, bucket_url=self.bucket_url
+                self.port,
+                dynamodb_faults=self.dynamodb_faults,
+                bucket_url=self.bucket_url,
+                account_concurrency=self.account_concurrency,
             )
             cleanup.callback(emulator.stop)
             children = [emulator.child]
@@ -109,6 +118,8 @@ class LocalStack:
                 public_url=deploy.api_url(emulator.endpoint_url),
                 environment=self.environment,
             )
+            if self.account_concurrency is None:
+                deploy.start_at_ceilings(template)
             emulator.wait_until_it_answers()
             deployed = deploy.deploy(emulator, template, self.template.parent)
             self.say(f"deployed {len(deployed.resources)} resources on {emulator.endpoint_url}")
@@ -145,6 +156,11 @@ class LocalStack:
             raise StackError(
                 f"concurrency {self.concurrency} is outside {FEWEST} to {MOST}, "
                 "which is what SQS event source mappings allow"
+            )
+        if self.account_concurrency is not None and self.account_concurrency < FEWEST_OF_ACCOUNT:
+            raise StackError(
+                f"account concurrency {self.account_concurrency} is below {FEWEST_OF_ACCOUNT}: "
+                f"{RESERVED} for the API, the governor and the stream, {FEWEST} for one queue"
             )
         if self.claude_url is not None and not self.claude_url.startswith(("http://", "https://")):
             raise StackError(f"{self.claude_url} is no address of Claude; it begins with http://")
@@ -273,13 +289,14 @@ class _Stopped(BaseException):
     """Somebody asked us to stop."""
 
 
-def up(
+def up(  # noqa: PLR0913 - the options of a command
     *,
     port: int = DEFAULT_PORT,
     claude_url: str | None = None,
     key_pool: Path | None = None,
     client_key: str | None = None,
     concurrency: int | None = None,
+    account_concurrency: int | None = None,
 ) -> int:
     """Run the local stack until SIGTERM or Ctrl-C; return the exit code.
 
@@ -292,6 +309,7 @@ def up(
             key_pool=key_pool,
             client_key=client_key,
             concurrency=concurrency,
+            account_concurrency=account_concurrency,
             say=_say,
         )
     )

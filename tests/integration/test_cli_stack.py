@@ -12,7 +12,12 @@ import pytest
 from scripts import cli
 from scripts.cli_errors import CommandFailed
 from scripts.local_stack.emulator import REGION, Emulator
-from scripts.setup_stack import ask_for_key_pool, read_key_pool
+from scripts.setup_stack import (
+    USUAL_CONCURRENCY,
+    about_executions,
+    ask_for_key_pool,
+    read_key_pool,
+)
 from sluice.adapters.dynamodb import DynamoJobs, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects
 from sluice.adapters.system import SystemClock
@@ -187,6 +192,44 @@ def test_setup_says_when_the_gateway_does_not_answer_and_keeps_what_it_did(
 
     assert 0 == ended.code
     assert "the gateway does not answer as it should yet: no answer from" in ended.err
+
+
+@pytest.mark.usefixtures("stack")
+def test_setup_says_what_the_accounts_lambda_limit_means(run: Run, tmp_path: Path) -> None:
+    ended = run("setup", "--stack", "prod", "--key-pool", pool_file(tmp_path, "main"))
+
+    assert (
+        "Lambda may run 1,000 executions at once in this account and region: "
+        "enough for all queues of this stack (30)"
+    ) in ended.err
+
+
+@pytest.mark.parametrize(
+    ("executions", "at_most", "said", "asks"),
+    [
+        (1_000, 0, "1,000 executions at once in this account and region: enough for all", False),
+        (30, 0, "enough for all queues of this stack (30)", False),
+        (29, 0, "this stack can use 30, so its queues share 26", True),
+        (15, 0, "so its queues share 12", True),
+        (10, 0, "so 3 of its 6 queues are served at a time", True),
+        # A cap of one's own is no reason to ask AWS for more.
+        (1_000, 20, "and Sluice 20 of them (LambdaConcurrency); this stack can use 30", False),
+        (10, 20, "region; this stack can use 30, so 3 of its 6 queues", True),
+    ],
+)
+def test_a_small_limit_is_explained_with_what_to_ask_aws_for(
+    executions: int, at_most: int, said: str, *, asks: bool
+) -> None:
+    first, *more = about_executions(executions, at_most, 27, 6)
+
+    assert said in first
+    assert asks == any("--quota-code L-B99A9384" in line for line in more)
+
+
+def test_the_usual_concurrency_is_that_of_the_template() -> None:
+    parameters = template()["Parameters"]
+
+    assert {name: parameters[name]["Default"] for name in USUAL_CONCURRENCY} == USUAL_CONCURRENCY
 
 
 def test_setup_run_again_without_a_terminal_keeps_the_upstream_keys(

@@ -30,13 +30,14 @@ from sluice.adapters.dynamodb import (
     DynamoJobs,
     DynamoLimits,
 )
-from sluice.adapters.lambdas import LambdaQueueMapping
+from sluice.adapters.lambdas import LIMIT_AGE_MS, LambdaExecutions, LambdaQueueMapping
 from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
-from sluice.adapters.sqs import LOOK_SECONDS, SqsBatchQueues, SqsQueue
+from sluice.adapters.sqs import LOOK_SECONDS, SqsQueue, depth_of
 from sluice.domain.capacity import UNREFILLED, Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, State
 from sluice.domain.limits import Group, Seen
+from sluice.domain.shares import Note
 from sluice.ports import Pointer
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
@@ -150,6 +151,74 @@ def test_what_the_role_may_not_do_is_an_error_and_no_next_time(client: Any, stub
         mapping_of(client).set(5, enabled=True)
 
 
+# The account's limit ---------------------------------------------------------------------------------------
+
+
+def answer_of(executions: int, unreserved: int | None = None) -> dict[str, Any]:
+    left = executions if unreserved is None else unreserved
+    return {
+        "AccountLimit": {
+            "ConcurrentExecutions": executions,
+            "UnreservedConcurrentExecutions": left,
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "at_most", "expected"),
+    [
+        (answer_of(1_000), None, 1_000),
+        (answer_of(10), None, 10),
+        # What is reserved for other functions is not ours.
+        (answer_of(1_000, unreserved=900), None, 900),
+        (answer_of(1_000), 50, 50),
+        (answer_of(10), 50, 10),
+    ],
+)
+def test_the_account_allows_what_is_not_reserved_and_the_parameter_may_lower_it(
+    client: Any, stub: Stubber, answer: dict[str, Any], at_most: int | None, expected: int
+) -> None:
+    stub.add_response("get_account_settings", answer, {})
+
+    assert expected == LambdaExecutions(client, FrozenClock(), at_most).at_once()
+
+
+def test_the_limit_is_read_every_five_minutes(client: Any, stub: Stubber) -> None:
+    clock = FrozenClock()
+    executions = LambdaExecutions(client, clock, None)
+    for number in (10, 1_000):
+        stub.add_response("get_account_settings", answer_of(number), {})
+
+    read = [executions.at_once()]
+    clock.at += LIMIT_AGE_MS - 1
+    read.append(executions.at_once())
+    clock.at += 1
+    read.append(executions.at_once())
+
+    assert [10, 10, 1_000] == read
+
+
+def test_a_limit_that_cannot_be_read_is_the_last_one_read(client: Any, stub: Stubber) -> None:
+    clock = FrozenClock()
+    executions = LambdaExecutions(client, clock, None)
+    stub.add_response("get_account_settings", answer_of(10), {})
+    stub.add_client_error("get_account_settings", "AccessDeniedException")
+
+    first = executions.at_once()
+    clock.at += LIMIT_AGE_MS
+
+    assert (10, 10) == (first, executions.at_once())
+
+
+def test_a_limit_that_was_never_read_is_what_the_parameter_says(client: Any, stub: Stubber) -> None:
+    for _ in range(2):
+        stub.add_client_error("get_account_settings", "AccessDeniedException")
+
+    assert 50 == LambdaExecutions(client, FrozenClock(), 50).at_once()
+    with pytest.raises(ClientError):
+        LambdaExecutions(client, FrozenClock(), None).at_once()
+
+
 # The queue's depth -----------------------------------------------------------------------------------------
 
 
@@ -164,12 +233,14 @@ def test_the_backlog_tells_waiting_messages_from_those_with_a_worker(cloud: Aws)
 
 
 def test_the_ranges_have_a_backlog_of_their_own(cloud: Aws) -> None:
-    queues = SqsBatchQueues(cloud.sqs, cloud.batches_queue, cloud.ranges_queue)
     cloud.sqs.send_message(QueueUrl=cloud.batches_queue, MessageBody="{}")
-    before = queues.ranges_backlog()
+    before = depth_of(cloud.sqs, cloud.ranges_queue, "it")
     cloud.sqs.send_message(QueueUrl=cloud.ranges_queue, MessageBody="{}")
 
-    assert (Backlog(), Backlog(visible=1)) == (before, queues.ranges_backlog())
+    assert (Backlog(), Backlog(visible=1)) == (
+        before,
+        depth_of(cloud.sqs, cloud.ranges_queue, "it"),
+    )
 
 
 # The function ----------------------------------------------------------------------------------------------
@@ -213,7 +284,7 @@ def environment(cloud: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_parked_jobs_do_not_wait_for_a_governor_that_fails(cloud: Aws) -> None:
     DynamoJobs(cloud.dynamodb, "JobsTable", retention_days=30).add(a_job(not_before=NOON))
 
-    with pytest.raises(SettingsError, match="SLUICE_WORKER_MAPPING"):
+    with pytest.raises(SettingsError, match="SLUICE_MAPPINGS"):
         app.handler(json.loads(EVENT.read_text()), Context())  # type: ignore[arg-type]
 
     (message,) = cloud.sqs.receive_message(QueueUrl=cloud.jobs_queue)["Messages"]
@@ -392,11 +463,11 @@ def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(read
     ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)
     govern(ready)
     by_hand = mapping(ready)[1]
-    notes.note_turned_off(now())
+    notes.write(Note(turned_off_at=now()))
     govern(ready)
 
     assert ("Disabled", (4, "Enabled")) == (by_hand, mapping(ready))
-    assert notes.turned_off_at() is None
+    assert notes.read().turned_off_at is None
     assert canary_passes(ready, "on")
 
 

@@ -13,14 +13,16 @@ from botocore.stub import Stubber
 from sluice.adapters import aws, job_records
 from sluice.adapters.dynamodb import (
     JOBS_NOTES_ID,
-    RANGES_NOTES_ID,
     DynamoGovernorNotes,
     DynamoJobs,
+    notes_id,
 )
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, JobError
+from sluice.domain.shares import Note
 from sluice.ports import Due, DueJobs, GovernorNotes, JobStore
+from sluice.settings import MAPPINGS
 from sluice.sweep import Sweep, Swept
 from tests.fakes import (
     MINUTE,
@@ -287,27 +289,38 @@ def test_a_store_that_is_busy_says_so(cloud: Aws) -> None:  # noqa: ARG001 - its
 # What the governor remembers -------------------------------------------------------------------------------
 
 
-def test_the_governor_remembers_that_it_switched_off(notes: GovernorNotes) -> None:
-    assert notes.turned_off_at() is None
+@pytest.mark.parametrize(
+    "note", [Note(turned_off_at=NOON), Note(turned_on_at=NOON, left=2, left_until=LATER), Note()]
+)
+def test_the_governor_remembers_what_it_noted_last_and_nothing_else(
+    notes: GovernorNotes, note: Note
+) -> None:
+    assert Note() == notes.read()
 
-    notes.note_turned_off(NOON)
-    assert NOON == notes.turned_off_at()
-    notes.note_turned_off(None)
+    notes.write(Note(NOON - 1, NOON - 2, 7, NOON - 3))
+    notes.write(note)
 
-    assert notes.turned_off_at() is None
+    assert note == notes.read()
 
 
 def test_what_it_remembers_of_one_mapping_is_not_the_others(cloud: Aws, name: str) -> None:
     cloud.create_table(name, like="LimitsTable")
     jobs = DynamoGovernorNotes(cloud.dynamodb, name, JOBS_NOTES_ID)
-    ranges = DynamoGovernorNotes(cloud.dynamodb, name, RANGES_NOTES_ID)
-    ranges.note_turned_off(LATER)
-    jobs.note_turned_off(NOON)
-    assert (NOON, LATER) == (jobs.turned_off_at(), ranges.turned_off_at())
+    ranges = DynamoGovernorNotes(cloud.dynamodb, name, notes_id("ranges"))
+    ranges.write(Note(LATER))
+    jobs.write(Note(NOON))
+    assert (NOON, LATER) == (jobs.read().turned_off_at, ranges.read().turned_off_at)
 
-    jobs.note_turned_off(None)
+    jobs.write(Note())
 
-    assert (None, LATER) == (jobs.turned_off_at(), ranges.turned_off_at())
+    assert (Note(), Note(LATER)) == (jobs.read(), ranges.read())
+
+
+def test_every_mapping_has_a_note_of_its_own_and_two_have_those_of_the_first_release() -> None:
+    assert len(MAPPINGS) == len({notes_id(each) for each in MAPPINGS})
+    assert ["governor#notes", "governor#notes#ranges"] == [
+        notes_id(each) for each in ("jobs", "ranges")
+    ]
 
 
 def test_a_note_of_the_release_that_knew_one_mapping_is_about_the_jobs(
@@ -318,8 +331,8 @@ def test_a_note_of_the_release_that_knew_one_mapping_is_about_the_jobs(
     cloud.dynamodb.put_item(TableName=name, Item=written)
 
     found = [
-        DynamoGovernorNotes(cloud.dynamodb, name, each).turned_off_at()
-        for each in (JOBS_NOTES_ID, RANGES_NOTES_ID)
+        DynamoGovernorNotes(cloud.dynamodb, name, notes_id(each)).read().turned_off_at
+        for each in ("jobs", "ranges")
     ]
 
     assert [NOON, None] == found

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WRITES: Final = frozenset(
     {
         "add", "replace", "hold", "watch", "put", "mark", "record", "add_up", "put_back",
-        "note_turned_off", "keep", "keep_hidden", "receive", "delete",
+        "write", "keep", "keep_hidden", "receive", "delete",
     }
 )  # fmt: skip
 """The verbs whose reply can be lost after they were done."""

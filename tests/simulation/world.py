@@ -31,6 +31,7 @@ from sluice.work import Worker
 from tests.fakes import (
     MINUTE,
     SECOND,
+    AccountLimit,
     MemoryGovernorNotes,
     MemoryJobs,
     MemoryLedger,
@@ -559,6 +560,7 @@ class World:
             [Governed("jobs", mapping, queue.backlog, notes, self.story.fleet)],
             limits,
             pool,
+            AccountLimit(),
             machine,
             self.events,
         )

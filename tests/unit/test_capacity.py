@@ -222,10 +222,15 @@ def test_a_quarter_more_or_less_is_left_alone(present: int, expected: int) -> No
 
 
 def test_what_is_not_known_is_no_reason_for_fewer_workers() -> None:
-    assert 10 == workers()
-    assert 10 == workers(unknown())
     assert 10 == workers(unknown(), group(rpm=50))
     assert 24 == workers(unknown(), group(rpm=4_000, call_ms=10_000))
+
+
+def test_before_any_answer_there_are_as_many_workers_as_there_may_be() -> None:
+    """The template starts with the least, so that a deployment cannot use up a small account."""
+    assert 100 == workers(present=LEAST)
+    assert 100 == workers(unknown(), present=LEAST)
+    assert 7 == workers(unknown(), present=LEAST, ceiling=7)
 
 
 def test_near_the_ceiling_of_messages_in_flight_no_more_workers_take_some() -> None:

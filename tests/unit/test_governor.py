@@ -1,20 +1,24 @@
 """The governor from run to run: what it changes, what it leaves alone, and what it says."""
 
+import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from sluice.domain.capacity import UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
+from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note
 from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
 from sluice.ranges import AT_ONCE
-from sluice.settings import MappingSettings, Settings, SettingsError
+from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
 from tests.fakes import (
     MINUTE,
     NOON,
     ROOMY,
     SECOND,
+    AccountLimit,
     FrozenClock,
     MemoryGovernorNotes,
     MemoryLimits,
@@ -37,13 +41,14 @@ class Scene:
         self.queue = MemoryQueue(self.clock.now)
         self.notes = MemoryGovernorNotes()
         self.pool = PoolWritten(pool_at)
+        self.account = AccountLimit()
         self.events = RecordingEvents()
         jobs = Governed("jobs", self.mapping, self.queue.backlog, self.notes, 20)
         self.governor = self.governor_of(jobs)
         self.know(self.group())
 
     def governor_of(self, *governed: Governed) -> Governor:
-        return Governor(governed, self.limits, self.pool, self.clock, self.events)
+        return Governor(governed, self.limits, self.pool, self.account, self.clock, self.events)
 
     def group(self, **facts: object) -> Group:
         seen = {**ROOMY, "requests": Seen(600, 10)}
@@ -168,7 +173,7 @@ def test_the_note_stands_before_the_mapping_is_off(scene: Scene) -> None:
 
 
 def test_a_note_of_a_switch_that_was_never_made_is_forgotten(scene: Scene) -> None:
-    scene.notes.at = NOON - MINUTE
+    scene.notes.note = Note(turned_off_at=NOON - MINUTE)
 
     scene.governor()
 
@@ -349,7 +354,7 @@ def test_a_mapping_that_fails_keeps_no_other_from_being_governed(
 
 
 def test_a_note_that_cannot_be_read_keeps_only_its_own_mapping(pair: Pair) -> None:
-    pair.notes.break_down("turned_off_at")
+    pair.notes.break_down("read")
 
     with pytest.raises(StoreBusy):
         pair.governor()
@@ -373,24 +378,265 @@ def test_old_keys_are_told_once_for_both() -> None:
     assert 1 == pair.events.counted("OldKeys")
 
 
+# An account with few executions ----------------------------------------------------------------------------
+
+
+class Six(Scene):
+    """A whole deployment, as it is right after its deployment, in an account of ten executions."""
+
+    def __init__(self, executions: int = 10) -> None:
+        super().__init__()
+        self.account.executions = executions
+        self.depths = dict.fromkeys(MAPPINGS, Backlog())
+        self.mappings = {name: MemoryMapping(concurrency=2) for name in MAPPINGS}
+        self.every_note = {name: MemoryGovernorNotes() for name in MAPPINGS}
+        ceilings = {"jobs": 10, "ranges": 4, **CEILINGS}
+        self.governor = self.governor_of(
+            *[
+                Governed(
+                    name,
+                    self.mappings[name],
+                    partial(self.depths.__getitem__, name),
+                    self.every_note[name],
+                    ceilings[name],
+                    timeout_ms=MINUTE if name == "webhooks" else 15 * MINUTE,
+                    calls_claude=name in {"jobs", "ranges"},
+                    refills=name == "jobs",
+                )
+                for name in MAPPINGS
+            ]
+        )
+        self.know(self.group(call_ms=60_000))
+
+    def wait(self, *names: str) -> None:
+        """Let messages wait in these queues, and the others be empty."""
+        for name in MAPPINGS:
+            self.depths[name] = Backlog(visible=9) if name in names else Backlog()
+
+    def run(self, times: int = 1) -> dict[str, int | None]:
+        """Let the governor run, once a minute; return what it has enabled."""
+        for _ in range(times):
+            self.clock.at += MINUTE
+            self.governor()
+        return self.enabled()
+
+    def enabled(self) -> dict[str, int | None]:
+        return {
+            name: each.stored.maximum_concurrency
+            for name, each in self.mappings.items()
+            if each.stored.enabled
+        }
+
+    def reasons(self) -> dict[object, str]:
+        """Why each mapping was changed last."""
+        return {facts["mapping"]: str(facts["reason"]) for _, facts in self.events.notes}
+
+
+def test_in_an_account_of_a_thousand_a_fresh_deployment_gets_its_ceilings_and_nothing_is_disabled() -> (
+    None
+):
+    six = Six(1_000)
+
+    assert {"jobs": 10, "ranges": 4, **CEILINGS} == six.run()
+    assert [None] * 6 == [each.at for each in six.every_note.values()]
+
+
+def test_where_there_is_room_for_all_the_depth_of_a_queue_that_calls_no_claude_is_not_asked_for() -> (
+    None
+):
+    six = Six(1_000)
+    del six.depths["webhooks"]
+
+    six.run()
+
+    assert [] == six.events.problems
+
+
+def test_of_ten_executions_seven_are_given_out_and_idle_mappings_are_disabled_with_a_reason() -> (
+    None
+):
+    six = Six()
+
+    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run()
+    assert 10 - RESERVED == sum(six.enabled().values())  # type: ignore[arg-type]
+    off = six.reasons()["webhooks"]
+    assert off.endswith("the account's limit has room for 3 queues at a time")
+    assert 7 == six.events.notes[0][1]["executions_for_queues"]
+    assert six.every_note["webhooks"].at == six.clock.at
+    six.events.notes.clear()
+    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run(5)
+    assert [] == six.events.notes
+
+
+def test_a_disabled_mapping_is_enabled_in_the_run_that_sees_a_message() -> None:
+    six = Six()
+    six.run()
+    six.wait("jobs", "webhooks")
+
+    assert {"jobs": 3, "ranges": 2, "webhooks": 2} == six.run()
+    assert six.every_note["webhooks"].at is None
+    assert "messages wait in its queue" in six.reasons()["webhooks"]
+    assert "messages wait for webhooks" in six.reasons()["batches"]
+
+
+def test_what_a_person_switched_off_stays_off_in_a_small_account_and_its_room_is_the_others() -> (
+    None
+):
+    six = Six()
+    jobs = six.mappings["jobs"]
+    jobs.stored = replace(jobs.stored, enabled=False)
+    six.wait(*MAPPINGS)
+
+    for _ in range(10):
+        assert "jobs" not in six.run()
+    assert six.every_note["jobs"].at is None
+
+
+def test_six_queues_with_messages_all_have_their_turn_within_minutes() -> None:
+    six = Six()
+    six.run()
+    six.wait(*MAPPINGS)
+    served: set[str] = set()
+
+    for _ in range(10):
+        served |= six.run().keys()
+        assert sum(six.enabled().values()) <= 7  # type: ignore[arg-type]
+        assert "jobs" in six.enabled()
+
+    assert set(MAPPINGS) == served
+
+
+def test_the_room_of_a_mapping_that_still_works_is_given_away_when_it_has_ended() -> None:
+    six = Six()
+    six.run()
+    six.wait("jobs", "ranges", "batches", "webhooks")
+    six.depths["batches"] = Backlog(visible=9, in_flight=2)
+
+    assert {"jobs": 3, "ranges": 2} == six.run()
+    assert {"jobs": 3, "ranges": 2} == six.run()
+    six.wait("jobs", "ranges", "webhooks")
+    assert {"jobs": 3, "ranges": 2, "webhooks": 2} == six.run()
+
+
+def test_messages_that_are_hidden_for_hours_hold_no_room_when_their_invocations_must_have_ended() -> (
+    None
+):
+    six = Six()
+    six.run()
+    six.wait("jobs", "ranges", "webhooks")
+    six.run()
+    six.wait("jobs", "ranges", "batches")
+    six.depths["webhooks"] = Backlog(in_flight=40)
+
+    assert {"jobs": 3, "ranges": 2} == six.run()
+    assert six.every_note["webhooks"].note.left_until == six.clock.at + MINUTE + APPLIED_MS
+    assert {"jobs": 3, "ranges": 2} == six.run()
+    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run()
+
+
+def test_a_turn_lasts_two_runs() -> None:
+    six = Six()
+    six.run()
+    six.wait("jobs", "ranges", "batches", "webhooks")
+
+    seen = ["webhooks" in six.run() for _ in range(6)]
+
+    assert 2 == TURN_MS // RUN_MS
+    assert [False, True, True, False, False, True] == seen
+
+
+def test_a_change_that_is_refused_keeps_the_room_and_nobody_gets_it() -> None:
+    six = Six()
+    six.run()
+    six.wait("jobs", "webhooks")
+    six.mappings["batches"].busy = 1
+
+    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run()
+    assert {"jobs": 3, "ranges": 2, "webhooks": 2} == six.run()
+
+
+def test_a_change_that_takes_hold_counts_as_it_is() -> None:
+    six = Six()
+    six.run()
+    batches = six.mappings["batches"]
+    batches.stored = replace(batches.stored, settled=False)
+    six.mappings["ranges"].stored = replace(six.mappings["ranges"].stored, settled=False)
+    six.wait("webhooks")
+
+    assert {"ranges": 2, "batches": 2, "webhooks": 3} == six.run()
+
+
+def test_a_mapping_that_cannot_be_read_may_be_using_all_it_may_have() -> None:
+    six = Six()
+    six.run()
+    six.wait("jobs", "ranges", "batches", "webhooks")
+    six.mappings["jobs"].fail_next("state")
+
+    with pytest.raises(StoreBusy):
+        six.run()
+
+    assert {"jobs": 3, "ranges": 2} == six.enabled()
+    assert [("mapping not governed", {"mapping": "jobs"})] == six.events.problems
+
+
+def test_without_the_accounts_limit_nothing_is_raised_and_the_run_fails() -> None:
+    six = Six(1_000)
+    six.account.break_down("at_once")
+
+    with pytest.raises(StoreBusy):
+        six.run()
+    assert dict.fromkeys(MAPPINGS, 2) == six.enabled()
+    assert ["account limit not read"] == six.events.problem_names
+    six.account.mend()
+
+    assert {"jobs": 10, "ranges": 4, **CEILINGS} == six.run()
+
+
+def test_a_raised_limit_is_used_in_the_run_that_sees_it() -> None:
+    six = Six()
+    six.run()
+    six.account.executions = 1_000
+
+    assert {"jobs": 10, "ranges": 4, **CEILINGS} == six.run()
+    assert [None] * 6 == [each.at for each in six.every_note.values()]
+
+
+def test_workers_that_were_started_before_the_limit_was_known_hold_their_room() -> None:
+    """Ten workers may run for a quarter of an hour, so that nobody else may be enabled that is not."""
+    six = Six()
+    jobs = six.mappings["jobs"]
+    jobs.stored = replace(jobs.stored, maximum_concurrency=10)
+    for name in ("ranges", "webhooks"):
+        six.every_note[name].note = Note(turned_off_at=NOON)
+        six.mappings[name].stored = replace(six.mappings[name].stored, enabled=False)
+    six.wait("jobs", "ranges", "webhooks")
+    six.depths["jobs"] = Backlog(visible=900, in_flight=1_200)
+
+    for _ in range(16):
+        assert {"jobs": 3} == {"jobs": six.run()["jobs"]}
+        assert {"ranges", "webhooks"}.isdisjoint(six.enabled())
+    assert {"ranges", "webhooks"} <= six.run(2).keys()
+
+
 # Its settings ----------------------------------------------------------------------------------------------
 
 
 GOVERNED = {
-    "SLUICE_WORKER_MAPPING": "a-uuid",
+    "SLUICE_MAPPINGS": json.dumps({name: f"uuid of {name}" for name in MAPPINGS}),
     "SLUICE_MAX_CONCURRENCY": "20",
-    "SLUICE_RANGES_MAPPING": "another-uuid",
     "SLUICE_BULK_CONCURRENCY": "6",
+    "SLUICE_LAMBDA_CONCURRENCY": "0",
 }
 
 
-def test_the_governors_settings_are_its_own() -> None:
-    settings = Settings.from_environment(COMPLETE | GOVERNED)
+@pytest.mark.parametrize(("executions", "expected"), [("0", None), ("50", 50)])
+def test_the_governors_settings_are_its_own(executions: str, expected: int | None) -> None:
+    own = GOVERNED | {"SLUICE_LAMBDA_CONCURRENCY": executions}
 
-    assert (
-        MappingSettings("a-uuid", 20),
-        MappingSettings("another-uuid", 6),
-    ) == settings.governed()
+    settings = Settings.from_environment(COMPLETE | own)
+
+    uuids = {name: f"uuid of {name}" for name in MAPPINGS}
+    assert GovernorSettings(uuids, 20, 6, expected) == settings.governed()
 
 
 @pytest.mark.parametrize("name", GOVERNED)
@@ -401,7 +647,18 @@ def test_another_function_does_without_them(name: str) -> None:
         settings.governed()
 
 
-@pytest.mark.parametrize("name", ["SLUICE_MAX_CONCURRENCY", "SLUICE_BULK_CONCURRENCY"])
-def test_a_ceiling_that_is_no_number_is_named(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["SLUICE_MAX_CONCURRENCY", "SLUICE_BULK_CONCURRENCY", "SLUICE_LAMBDA_CONCURRENCY"]
+)
+def test_a_number_that_is_none_is_named(name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} must be a whole number"):
         Settings.from_environment(COMPLETE | GOVERNED | {name: "many"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no JSON", "[]", '{"jobs": "a"}', json.dumps(dict.fromkeys(MAPPINGS, ""))],
+)
+def test_mappings_without_a_uuid_for_each_queue_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"SLUICE_MAPPINGS must be .* for each of jobs, ranges"):
+        Settings.from_environment(COMPLETE | GOVERNED | {"SLUICE_MAPPINGS": text})

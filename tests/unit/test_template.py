@@ -11,8 +11,12 @@ import pytest
 
 from sluice.adapters.dynamodb import SHORT_DAYS
 from sluice.adapters.job_records import WAITING_DAYS
+from sluice.domain.capacity import LEAST
 from sluice.domain.jobs import State
+from sluice.domain.shares import RESERVED
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
+from sluice.settings import MAPPINGS as MAPPINGS_BY_QUEUE
+from sluice.wiring import LONG_TIMEOUT_MS, SHORT, SHORT_TIMEOUT_MS
 from tests.expanded_template import expanded_template, template
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +65,16 @@ DEAD_LETTER_QUEUES = {
 STREAMS = {name: each for name, each in MAPPINGS.items() if "StartingPosition" in each}
 OF_QUEUES = {name: each for name, each in MAPPINGS.items() if name not in STREAMS}
 
+GOVERNED = {
+    "jobs": "WorkerMapping",
+    "ranges": "RangesMapping",
+    "batches": "BatchesMapping",
+    "webhooks": "WebhooksMapping",
+    "dead letters": "DeadLettersMapping",
+    "range dead letters": "RangeDeadLettersMapping",
+}
+"""The governor's words for the queues whose mappings it sets."""
+
 
 def source_queue(mapping: Properties) -> str:
     name: str = mapping["EventSourceArn"]["Fn::GetAtt"][0]
@@ -101,7 +115,7 @@ def test_every_parameter_is_described(name: str) -> None:
 def test_every_number_says_its_unit_first(name: str) -> None:
     unit = PARAMETERS[name]["Description"].split()[0]
 
-    assert unit in {"Attempts", "Days", "Percent", "Seconds", "US", "Workers"}
+    assert unit in {"Attempts", "Days", "Executions", "Percent", "Seconds", "US", "Workers"}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -169,14 +183,21 @@ def test_no_function_but_the_governor_has_an_environment_of_its_own(name: str) -
 
 
 def test_only_the_governor_knows_the_mappings_which_would_else_refer_to_themselves() -> None:
-    variables = FUNCTIONS["GovernorFunction"]["Environment"]["Variables"]
+    variables = dict(FUNCTIONS["GovernorFunction"]["Environment"]["Variables"])
+    mappings = json.loads(variables.pop("SLUICE_MAPPINGS")["Fn::Sub"])
 
+    assert {queue: f"${{{mapping}}}" for queue, mapping in GOVERNED.items()} == mappings
     assert {
-        "SLUICE_WORKER_MAPPING": {"Ref": "WorkerMapping"},
         "SLUICE_MAX_CONCURRENCY": {"Ref": "MaxConcurrency"},
-        "SLUICE_RANGES_MAPPING": {"Ref": "RangesMapping"},
         "SLUICE_BULK_CONCURRENCY": {"Ref": "BulkConcurrency"},
+        "SLUICE_LAMBDA_CONCURRENCY": {"Ref": "LambdaConcurrency"},
     } == variables
+
+
+def test_every_mapping_of_a_queue_is_governed() -> None:
+    """One that is not would use executions that the governor gives to others."""
+    assert set(OF_QUEUES) == set(GOVERNED.values())
+    assert set(MAPPINGS_BY_QUEUE) == GOVERNED.keys()
 
 
 # Permissions
@@ -213,11 +234,19 @@ def test_no_function_may_send_to_the_queue_that_wakes_it() -> None:
     assert set() == senders & woken
 
 
-def test_a_failed_run_of_the_governor_is_not_repeated() -> None:
+@pytest.mark.parametrize("queue", GOVERNED)
+def test_the_governor_knows_how_long_an_invocation_can_last(queue: str) -> None:
+    """What a disabled mapping may still be using is given away after that time."""
+    timeout = FUNCTIONS[target_function(MAPPINGS[GOVERNED[queue]])]["Timeout"]
+
+    assert timeout * 1000 == (SHORT_TIMEOUT_MS if queue in SHORT else LONG_TIMEOUT_MS)
+
+
+def test_a_failed_run_of_the_governor_is_not_repeated_and_a_throttled_one_for_a_minute() -> None:
     """The next minute is the retry."""
     config = FUNCTIONS["GovernorFunction"]["EventInvokeConfig"]
 
-    assert 0 == config["MaximumRetryAttempts"]
+    assert {"MaximumRetryAttempts": 0, "MaximumEventAgeInSeconds": 60} == config
 
 
 def test_nobody_may_delete_data() -> None:
@@ -269,24 +298,28 @@ def test_every_mapping_reports_failures_one_by_one(name: str) -> None:
 @pytest.mark.parametrize("name", OF_QUEUES)
 def test_every_mapping_is_within_what_lambda_accepts(name: str) -> None:
     mapping = MAPPINGS[name]
-    concurrency = mapping["ScalingConfig"]["MaximumConcurrency"]
-    if isinstance(concurrency, dict):
-        _, concurrency, parameter = concurrency["Fn::If"]
-        limits = PARAMETERS[parameter["Ref"]]
-        assert (2, 1000) == (limits["MinValue"], limits["MaxValue"])
 
-    assert 2 <= concurrency <= 1000
+    assert 2 <= mapping["ScalingConfig"]["MaximumConcurrency"] <= 1000
     assert mapping["BatchSize"] <= 10 or mapping["MaximumBatchingWindowInSeconds"] >= 1
 
 
-@pytest.mark.parametrize("name", ["WorkerMapping", "RangesMapping"])
-def test_the_literal_concurrency_is_used_exactly_when_the_parameter_says_the_same(
-    name: str,
-) -> None:
-    condition, literal, parameter = MAPPINGS[name]["ScalingConfig"]["MaximumConcurrency"]["Fn::If"]
+@pytest.mark.parametrize("name", OF_QUEUES)
+def test_every_mapping_starts_with_the_least_and_switched_on(name: str) -> None:
+    """Until its first run the governor can lower nothing, and a new account has 10 executions for everything."""
+    assert {"MaximumConcurrency": LEAST} == MAPPINGS[name]["ScalingConfig"]
+    # With a value here, a later change of the mapping would set it again, over what a person or the governor did.
+    assert "Enabled" not in MAPPINGS[name]
 
-    assert {"Fn::Equals": [parameter, literal]} == WRITTEN["Conditions"][condition]
-    assert literal == PARAMETERS[parameter["Ref"]]["Default"]
+
+@pytest.mark.parametrize("name", ["MaxConcurrency", "BulkConcurrency"])
+def test_the_ceilings_are_within_what_lambda_accepts(name: str) -> None:
+    assert (2, 1000) == (PARAMETERS[name]["MinValue"], PARAMETERS[name]["MaxValue"])
+
+
+def test_what_is_reserved_is_one_execution_for_each_function_that_no_queue_wakes() -> None:
+    woken = {target_function(MAPPINGS[name]) for name in OF_QUEUES}
+
+    assert RESERVED == len(FUNCTIONS.keys() - woken)
 
 
 # API

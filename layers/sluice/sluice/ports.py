@@ -18,6 +18,7 @@ from sluice.domain.keys import AdminKey, KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, KnownLimits, Seen
 from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.domain.retries import Failure
+from sluice.domain.shares import Note
 
 T = TypeVar("T")
 
@@ -540,12 +541,20 @@ class QueueMapping(Protocol):
 class GovernorNotes(Protocol):
     """What the governor remembers of one mapping from run to run."""
 
-    def turned_off_at(self) -> int | None:
-        """Return when it switched the mapping off; None while it has not."""
+    def read(self) -> Note:
+        """Return what was written last; an empty note if nothing was."""
         ...
 
-    def note_turned_off(self, at: int | None) -> None:
-        """Remember that, or forget it."""
+    def write(self, note: Note) -> None:
+        """Remember this, and nothing else."""
+        ...
+
+
+class Executions(Protocol):
+    """Lambda's executions in the account and region."""
+
+    def at_once(self) -> int:
+        """Return how many may run at once, of all functions without a number of their own; raises StoreBusy."""
         ...
 
 

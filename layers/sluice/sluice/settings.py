@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,26 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class MappingSettings:
-    """A mapping from a queue to its workers."""
+class GovernorSettings:
+    """What only the governor knows."""
 
-    uuid: str
-    ceiling: int
-    """Most workers at once."""
+    mappings: Mapping[str, str]
+    """The UUID of each queue's mapping, by what the queue holds."""
+    max_concurrency: int
+    bulk_concurrency: int
+    executions: int | None
+    """Most executions of Lambda that this deployment may use at once; None: all of the account."""
+
+
+MAPPINGS = ("jobs", "ranges", "batches", "webhooks", "dead letters", "range dead letters")
+"""The queues whose mappings the governor sets. When not all have room, the first of the idle ones stay enabled."""
+
+GOVERNOR_VARIABLES = (
+    "SLUICE_MAPPINGS",
+    "SLUICE_MAX_CONCURRENCY",
+    "SLUICE_BULK_CONCURRENCY",
+    "SLUICE_LAMBDA_CONCURRENCY",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +67,17 @@ class Settings:
     """Networks, beside all public addresses, that webhooks may go into."""
     waits: Waits = USUAL
     """Shorter ones are for tests and benchmarks; the template sets none."""
-    jobs_mapping: MappingSettings | None = None
-    """The governor's: the mapping from jobs queue to worker."""
-    ranges_mapping: MappingSettings | None = None
-    """The governor's: the mapping from ranges queue to ranges function."""
+    governor: GovernorSettings | None = None
 
-    def governed(self) -> tuple[MappingSettings, MappingSettings]:
-        """Return the mappings of jobs and of ranges; raises SettingsError in a function that does not govern."""
-        if self.jobs_mapping is None or self.ranges_mapping is None:
+    def governed(self) -> GovernorSettings:
+        """Return the governor's own settings; raises SettingsError in a function that does not govern."""
+        if self.governor is None:
             message = (
-                "SLUICE_WORKER_MAPPING, SLUICE_MAX_CONCURRENCY, SLUICE_RANGES_MAPPING and "
-                "SLUICE_BULK_CONCURRENCY are not all set; the template sets them for the governor alone"
+                "SLUICE_MAPPINGS, SLUICE_MAX_CONCURRENCY, SLUICE_BULK_CONCURRENCY and "
+                "SLUICE_LAMBDA_CONCURRENCY are not all set; the template sets them for the governor alone"
             )
             raise SettingsError(message)
-        return self.jobs_mapping, self.ranges_mapping
+        return self.governor
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -93,10 +105,16 @@ class Settings:
                 message = f"{name} must be networks such as 10.0.0.0/8,fd00::/8: {error}"
                 raise SettingsError(message) from None
 
-        def mapping(uuid: str, ceiling: str) -> MappingSettings | None:
-            if not env.get(uuid) or not env.get(ceiling):
+        def governor() -> GovernorSettings | None:
+            if not all(env.get(name) for name in GOVERNOR_VARIABLES):
                 return None
-            return MappingSettings(text(uuid), number(ceiling))
+            executions = text("SLUICE_LAMBDA_CONCURRENCY")
+            return GovernorSettings(
+                _mappings("SLUICE_MAPPINGS", text("SLUICE_MAPPINGS")),
+                number("SLUICE_MAX_CONCURRENCY"),
+                number("SLUICE_BULK_CONCURRENCY"),
+                None if executions == "0" else number("SLUICE_LAMBDA_CONCURRENCY"),
+            )
 
         return cls(
             jobs_table=text("SLUICE_JOBS_TABLE"),
@@ -121,9 +139,19 @@ class Settings:
             max_attempts=number("SLUICE_MAX_ATTEMPTS"),
             webhook_networks=networks("SLUICE_WEBHOOK_NETWORKS"),
             waits=_waits(env, "SLUICE_WAITS"),
-            jobs_mapping=mapping("SLUICE_WORKER_MAPPING", "SLUICE_MAX_CONCURRENCY"),
-            ranges_mapping=mapping("SLUICE_RANGES_MAPPING", "SLUICE_BULK_CONCURRENCY"),
+            governor=governor(),
         )
+
+
+def _mappings(name: str, text: str) -> Mapping[str, str]:
+    try:
+        found = {queue: str(uuid) for queue, uuid in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        found = {}
+    if found.keys() != set(MAPPINGS) or not all(found.values()):
+        message = f"{name} must be a JSON object with a UUID for each of {', '.join(MAPPINGS)}"
+        raise SettingsError(message)
+    return found
 
 
 def _waits(env: Mapping[str, str], name: str) -> Waits:

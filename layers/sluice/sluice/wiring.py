@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,35 +17,35 @@ from sluice.accounts import Account
 from sluice.adapters import aws, job_records, system
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import (
-    JOBS_NOTES_ID,
-    RANGES_NOTES_ID,
     DynamoClientKeys,
     DynamoGovernorNotes,
     DynamoJobs,
     DynamoLedger,
     DynamoLimits,
     DynamoParams,
+    notes_id,
 )
-from sluice.adapters.lambdas import LambdaQueueMapping
+from sluice.adapters.lambdas import LambdaExecutions, LambdaQueueMapping
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText, WebhookSecrets
-from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsInbox, SqsQueue
+from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsInbox, SqsQueue, depth_of
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import Telemetry, hush
 from sluice.assemble import Assemble
 from sluice.batches import Batches
 from sluice.dead_letters import TakeDeadLetter
-from sluice.domain.capacity import UNREFILLED
+from sluice.domain.capacity import REFILLED, UNREFILLED
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import LEASE_MS
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
+from sluice.domain.shares import CEILINGS
 from sluice.governor import Governed, Governor
 from sluice.load_limits import LoadLimits
 from sluice.plan import PlanBatch
 from sluice.resume import Resume
-from sluice.settings import Settings
+from sluice.settings import MAPPINGS, Settings
 from sluice.submit import Submit, Waiting
 from sluice.sweep import Sweep
 from sluice.tell import Tell
@@ -55,6 +55,7 @@ from sluice.work import Worker
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_lambda import LambdaClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_secretsmanager import SecretsManagerClient
     from mypy_boto3_sqs import SQSClient
@@ -69,6 +70,12 @@ CLOCK = SystemClock()
 
 SAFETY_MS: Final = 15_000
 """What remains of an invocation for writing down what came, after the last call must have ended."""
+
+
+LONG_TIMEOUT_MS: Final = 900_000
+SHORT_TIMEOUT_MS: Final = 60_000
+SHORT: Final = frozenset({"webhooks", "dead letters"})
+"""The queues whose function ends after a minute at the latest, as in template.yaml; the others' after 15."""
 
 
 def stop_at(remaining_ms: int) -> int:
@@ -315,32 +322,44 @@ def load_limits() -> LoadLimits:
 
 @cache
 def governor() -> Governor:
-    """Return the use case that sets how many workers may run for jobs, and how many for ranges."""
+    """Return the use case that sets how many invocations each queue's mapping may run at once."""
+    own, client = settings().governed(), aws.lambdas()
+    governed = [_governed(name, client) for name in MAPPINGS]
+    executions = LambdaExecutions(client, CLOCK, own.executions)
+    return Governor(governed, limits(), _pool_history(), executions, CLOCK, telemetry())
+
+
+def _governed(name: str, client: LambdaClient) -> Governed:
+    """Return a mapping for the governor, by what its queue holds."""
     from sluice.ranges import AT_ONCE  # noqa: PLC0415
 
-    client, table = aws.lambdas(), settings().limits_table
-    of_jobs, of_ranges = settings().governed()
-    jobs_governed = Governed(
-        "jobs",
-        LambdaQueueMapping(client, of_jobs.uuid, "the worker's mapping"),
-        _queue().backlog,
-        DynamoGovernorNotes(_dynamodb(), table, JOBS_NOTES_ID),
-        of_jobs.ceiling,
-    )
-    ranges_governed = Governed(
-        "ranges",
+    own = settings().governed()
+    queue_urls = {
+        "jobs": settings().jobs_queue_url,
+        "ranges": settings().ranges_queue_url,
+        "batches": settings().batches_queue_url,
+        "webhooks": settings().webhooks_queue_url,
+        "dead letters": settings().dead_letters_queue_url,
+        "range dead letters": settings().range_dead_letters_queue_url,
+    }
+    ceilings = {"jobs": own.max_concurrency, "ranges": own.bulk_concurrency, **CEILINGS}
+    is_ranges = name == "ranges"
+    return Governed(
+        name,
         LambdaQueueMapping(
             client,
-            of_ranges.uuid,
-            "the ranges' mapping",
-            slots_per_message=AT_ONCE,
-            busy=UNREFILLED,
+            own.mappings[name],
+            f"the mapping of {name}",
+            slots_per_message=AT_ONCE if is_ranges else 1,
+            busy=UNREFILLED if is_ranges else REFILLED,
         ),
-        _batch_queues().ranges_backlog,
-        DynamoGovernorNotes(_dynamodb(), table, RANGES_NOTES_ID),
-        of_ranges.ceiling,
+        partial(depth_of, _sqs(), queue_urls[name], f"the queue of {name}"),
+        DynamoGovernorNotes(_dynamodb(), settings().limits_table, notes_id(name)),
+        ceilings[name],
+        timeout_ms=SHORT_TIMEOUT_MS if name in SHORT else LONG_TIMEOUT_MS,
+        calls_claude=name not in CEILINGS,
+        refills=name == "jobs",
     )
-    return Governor((jobs_governed, ranges_governed), limits(), _pool_history(), CLOCK, telemetry())
 
 
 @cache

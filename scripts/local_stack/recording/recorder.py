@@ -96,10 +96,19 @@ def _top(key: str) -> str:
 
 
 def named(resource: str) -> str:
-    """Write a resource by the variable that tells the function its name, which is the same in every stack."""
-    for name, value in os.environ.items():
-        if not name.startswith("SLUICE_") or not value:
-            continue
+    """Write a resource by the variable that gives the function its name, which is the same in every stack."""
+    for name, value in _names():
         if resource == value or resource.startswith(f"{value}/"):
             return f"${{{name}}}{resource.removeprefix(value)}"
     return resource
+
+
+def _names() -> Iterator[tuple[str, str]]:
+    """Yield the function's own variables; those of a variable that is a JSON object one by one."""
+    for name, value in os.environ.items():
+        if not name.startswith("SLUICE_") or not value:
+            continue
+        yield name, value
+        if value.startswith("{"):
+            for key, part in json.loads(value).items():
+                yield f"{name}.{key}", str(part)

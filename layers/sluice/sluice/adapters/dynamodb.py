@@ -22,6 +22,7 @@ from sluice.domain.jobs import DueFor, Job, State
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
+from sluice.domain.shares import Note
 from sluice.ports import Clock, Due, Page, Params
 
 if TYPE_CHECKING:
@@ -54,8 +55,16 @@ SHORT_DAYS: Final = 60
 LEARNED_ID: Final = "models#learned"
 
 JOBS_NOTES_ID: Final = "governor#notes"
-RANGES_NOTES_ID: Final = "governor#notes#ranges"
-"""An item of its own: a release that governs jobs alone writes the other one whole, and would drop a field of it."""
+"""An item of its own, as each other mapping has: a release that governs jobs alone writes this one whole, and would
+drop the fields of others."""
+
+NOTE_FIELDS: Final = tuple(field.name for field in fields(Note))
+
+
+def notes_id(mapping: str) -> str:
+    """Return the item that holds the governor's note of a mapping."""
+    return JOBS_NOTES_ID if mapping == "jobs" else f"{JOBS_NOTES_ID}#{mapping}"
+
 
 FILTERED_AT_ONCE: Final = 1_000
 """Items read per query when only one state is wanted."""
@@ -392,8 +401,8 @@ class DynamoGovernorNotes:
         self._table = table
         self._key: Item = {"id": {"S": item_id}}
 
-    def turned_off_at(self) -> int | None:
-        """Return when the governor switched the mapping off; None while it has not."""
+    def read(self) -> Note:
+        """Return what was written last; an empty note if nothing was."""
         answer = aws.patiently(
             "the limits table",
             self._client.get_item,
@@ -401,14 +410,13 @@ class DynamoGovernorNotes:
             Key=self._key,
             ConsistentRead=True,
         )
-        noted = answer.get("Item", {}).get("turned_off_at")
-        return None if noted is None else int(noted["N"])
+        item = answer.get("Item", {})
+        return Note(**{name: int(item[name]["N"]) for name in NOTE_FIELDS if name in item})
 
-    def note_turned_off(self, at: int | None) -> None:
-        """Remember that, or forget it."""
-        item = dict(self._key)
-        if at is not None:
-            item["turned_off_at"] = {"N": str(at)}
+    def write(self, note: Note) -> None:
+        """Remember this, and nothing else."""
+        facts = {name: getattr(note, name) for name in NOTE_FIELDS}
+        item = self._key | {name: {"N": str(fact)} for name, fact in facts.items() if fact}
         aws.patiently("the limits table", self._client.put_item, TableName=self._table, Item=item)
 
 

@@ -1,4 +1,4 @@
-"""Mappings from a queue to its workers, in Lambda."""
+"""Lambda: mappings from a queue to its workers, and how many executions the account allows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
 from sluice.domain.capacity import REFILLED, Consumer
+from sluice.domain.errors import StoreBusy
+from sluice.ports import Clock
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 SETTLED: Final = frozenset({"Enabled", "Disabled"})
 OFF: Final = frozenset({"Disabled", "Disabling"})
 BUSY: Final = frozenset({"ResourceInUseException", "ResourceConflictException"})
+
+LIMIT_AGE_MS: Final = 300_000
+"""The account's limit is read again after this time: AWS raises it on request."""
 
 
 class LambdaQueueMapping:
@@ -62,3 +67,28 @@ class LambdaQueueMapping:
                 raise
             return False
         return True
+
+
+class LambdaExecutions:
+    """How many executions the account's functions may run at once, at most `at_most`. Read every five minutes."""
+
+    def __init__(self, client: LambdaClient, clock: Clock, at_most: int | None) -> None:
+        self._client = client
+        self._clock = clock
+        self._at_most = at_most
+        self._known: tuple[int, int] | None = None
+
+    def at_once(self) -> int:
+        """Return it. While it cannot be read, it is what was read last, or else `at_most`."""
+        now = self._clock.now()
+        if self._known is None or now - self._known[0] >= LIMIT_AGE_MS:
+            try:
+                answer = aws.patiently("the account's limit", self._client.get_account_settings)
+            except (ClientError, StoreBusy):
+                if self._known is None and self._at_most is None:
+                    raise
+            else:
+                # Executions that are reserved for other functions are not ours.
+                self._known = now, answer["AccountLimit"]["UnreservedConcurrentExecutions"]
+        numbers = [self._at_most, self._known[1] if self._known else None]
+        return min(number for number in numbers if number is not None)

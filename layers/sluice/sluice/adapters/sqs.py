@@ -101,10 +101,11 @@ class SqsQueue:
 
     def backlog(self) -> Backlog:
         """Return the same, told apart."""
-        return _backlog(self._client, self._url, "the jobs queue")
+        return depth_of(self._client, self._url, "the jobs queue")
 
 
-def _backlog(client: SQSClient, url: str, what: str) -> Backlog:
+def depth_of(client: SQSClient, url: str, what: str) -> Backlog:
+    """Return about how many messages a queue holds; `what` names it in errors."""
     answer = aws.patiently(
         what,
         client.get_queue_attributes,
@@ -176,10 +177,6 @@ class SqsBatchQueues:
             QueueUrl=self._batches_url,
             MessageBody=json.dumps(body),
         )
-
-    def ranges_backlog(self) -> Backlog:
-        """Return about how many ranges wait or are at work."""
-        return _backlog(self._client, self._ranges_url, "the ranges queue")
 
 
 class Hidden:

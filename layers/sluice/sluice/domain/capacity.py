@@ -6,7 +6,8 @@ invocations.
 
 Jobs and ranges have a mapping each and share the limits. Each mapping is given what the whole limit needs: one whose
 queue is empty runs no worker, and which of two backlogs gets how much of the limit is nobody's plan. While both have
-one, there are up to twice as many workers as the limit needs.
+one, there are up to twice as many workers as the limit needs. How much of it the account's Lambda limit leaves is in
+`shares.py`, with the mappings that do not depend on Claude's limits.
 """
 
 from __future__ import annotations
@@ -116,8 +117,7 @@ def decide(  # noqa: PLR0913 - the facts of one moment
     """
     most = min(MOST, max(LEAST, ceiling))
     if not consumer.enabled and not turned_off:
-        present = consumer.maximum_concurrency or most
-        return Decision(present, enabled=False, reason="the mapping was switched off by hand")
+        return switched_off_by_hand(consumer, most)
     serving = [group for group in groups if group.moved_to is None]
     new_pool = is_new(pool_changed_at, now)
     patience = OFF_MS if consumer.enabled else BACK_MS
@@ -138,11 +138,20 @@ def decide(  # noqa: PLR0913 - the facts of one moment
     needed, reason = _needed(open_groups, consumer, now)
     present = consumer.maximum_concurrency or most
     if not all(group.has_answers for group in open_groups) or not open_groups:
-        # A guess is no reason to have fewer workers: the first answers will tell.
-        needed, reason = max(present, needed), "the limits are not known yet"
+        # A guess is no reason to have fewer workers: the first answers will tell. Before any answer the number is
+        # that of the deployment, which is the least.
+        is_known = any(group.has_answers for group in serving)
+        needed = max(present, needed) if is_known else most
+        reason = "the limits are not known yet"
     if backlog.in_flight >= CROWDED:
         needed, reason = min(present, needed), f"{backlog.in_flight:,} messages are in flight"
     return Decision(min(most, max(LEAST, _steady(present, needed))), enabled=True, reason=reason)
+
+
+def switched_off_by_hand(consumer: Consumer, ceiling: int) -> Decision:
+    """Return that a mapping stays as a person left it."""
+    present = consumer.maximum_concurrency or ceiling
+    return Decision(present, enabled=False, reason="the mapping was switched off by hand")
 
 
 def has_work(group: Group, now: int) -> bool:
