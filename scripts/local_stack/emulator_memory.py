@@ -21,7 +21,7 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 LOOK_SECONDS: Final = 0.05
 LOOK_SECONDS_WITHOUT_PROC: Final = 1.0
-LOOKS_PER_LOOK_AT_CHILDREN: Final = 10
+LOOKS_PER_LOOK_AT_CHILDREN: Final = 20
 KILLED: Final = "Error: Runtime exited with error: signal: killed"
 
 
@@ -144,7 +144,7 @@ def limit_memory() -> None:
 
     A thread looks every 50 ms at the kernel's own peak (`VmHWM`), and each invocation is looked at again at its end:
     no peak is missed, however short, though one shorter than 50 ms is ended after the fact. Children count every
-    0.5 s. Where there is no /proc (macOS), `ps` is asked once a second for the process alone: shorter peaks pass.
+    second. Where there is no /proc (macOS), `ps` is asked once a second for the process alone: shorter peaks pass.
     What counts is the resident size, the Python interpreter included, as in Lambda's "Max Memory Used".
     """
     runtime: Internals = import_module("ministack.core.lambda_runtime")
