@@ -131,7 +131,7 @@ def granted_actions() -> Iterator[tuple[str, int, int, str]]:
                     yield role, number, place, action
 
 
-@pytest.mark.parametrize("taken", granted_actions(), ids=lambda each: f"{each[0]}-{each[3]}")
+@pytest.mark.parametrize("taken", list(granted_actions()), ids=lambda each: f"{each[0]}-{each[3]}")
 def test_each_action_that_is_taken_away_is_missed(taken: tuple[str, int, int, str]) -> None:
     role, number, place, action = taken
     template = deepcopy(EXPANDED)
