@@ -407,7 +407,7 @@ class Bulk:
         range_tools = RangeTools(
             batches=self.batches,
             objects=self.objects,
-            queues=self.queues,
+            queue=self.queues,
             returns=self.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,

@@ -31,7 +31,7 @@ from sluice.adapters.dynamodb import (
 )
 from sluice.adapters.lambdas import LambdaQueueMapping
 from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
-from sluice.adapters.sqs import LOOK_SECONDS, SqsBatchQueues, SqsQueue
+from sluice.adapters.sqs import LOOK_SECONDS, SqsQueue, SqsRangesQueue
 from sluice.domain.capacity import UNREFILLED, Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, State
@@ -163,12 +163,12 @@ def test_the_backlog_tells_waiting_messages_from_those_with_a_worker(cloud: Aws)
 
 
 def test_the_ranges_have_a_backlog_of_their_own(cloud: Aws) -> None:
-    queues = SqsBatchQueues(cloud.sqs, cloud.batches_queue, cloud.ranges_queue)
+    queue = SqsRangesQueue(cloud.sqs, cloud.ranges_queue)
     cloud.sqs.send_message(QueueUrl=cloud.batches_queue, MessageBody="{}")
-    before = queues.ranges_backlog()
+    before = queue.backlog()
     cloud.sqs.send_message(QueueUrl=cloud.ranges_queue, MessageBody="{}")
 
-    assert (Backlog(), Backlog(visible=1)) == (before, queues.ranges_backlog())
+    assert (Backlog(), Backlog(visible=1)) == (before, queue.backlog())
 
 
 # The function ----------------------------------------------------------------------------------------------

@@ -50,6 +50,9 @@ ENDED: Final = "Batch Ended"
 SECTIONS: Final = "sections"
 """The group of all sections of a batch."""
 
+SECTIONS_PREFIX: Final = "section"
+"""Of that group, and of the groups of each section's ranges."""
+
 
 class Assemble:
     """Joins sections, and ends batches."""

@@ -34,7 +34,7 @@ from sluice.domain.rows import (
     read_row,
 )
 from sluice.ports import (
-    BatchQueues,
+    BatchesQueue,
     BatchStore,
     Blocking,
     CallBooks,
@@ -315,7 +315,7 @@ class RangeTools:
 
     batches: BatchStore
     objects: Objects
-    queues: BatchQueues
+    queue: BatchesQueue
     returns: Returns
     text_of_job: Callable[[Job], str]
     job_of_text: Callable[[str], Job]
@@ -390,7 +390,7 @@ class RunRange:
             self.tools.batches.mark, batch.batch_id, f"section#{section:06d}", number, tally
         )
         if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(self.tools.queues.send_join, batch.batch_id, section)
+            await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section)
 
 
 class _Run:

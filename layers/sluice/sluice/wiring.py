@@ -30,7 +30,7 @@ from sluice.adapters.lambdas import LambdaQueueMapping
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText, WebhookSecrets
-from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsInbox, SqsQueue
+from sluice.adapters.sqs import Hidden, SqsBatchesQueue, SqsInbox, SqsQueue, SqsRangesQueue
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import Telemetry, hush
 from sluice.assemble import Assemble
@@ -193,8 +193,13 @@ def batches() -> DynamoBatches:
 
 
 @cache
-def _batch_queues() -> SqsBatchQueues:
-    return SqsBatchQueues(_sqs(), settings().batches_queue_url, settings().ranges_queue_url)
+def _batches_queue() -> SqsBatchesQueue:
+    return SqsBatchesQueue(_sqs(), settings().batches_queue_url)
+
+
+@cache
+def _ranges_queue() -> SqsRangesQueue:
+    return SqsRangesQueue(_sqs(), settings().ranges_queue_url)
 
 
 @cache
@@ -262,7 +267,7 @@ def plan_batch() -> PlanBatch:
     return PlanBatch(
         batches(),
         _objects(),
-        _batch_queues(),
+        _ranges_queue(),
         assemble(),
         settings().webhook_networks,
         CLOCK,
@@ -280,13 +285,20 @@ def uploads_of(tenant: str) -> Uploads:
 def resume() -> Resume:
     """Return the use case that sends ranges again, and looks after batches that stand still."""
     return Resume(
-        batches(), batches(), _batch_queues(), limits(), model_groups(), CLOCK, telemetry()
+        batches(),
+        batches(),
+        _ranges_queue(),
+        _batches_queue(),
+        limits(),
+        model_groups(),
+        CLOCK,
+        telemetry(),
     )
 
 
 def batches_of(tenant: str) -> Batches:
     """Return one tenant's batches."""
-    return Batches(tenant, batches(), _objects(), _batch_queues(), CLOCK, os.urandom, telemetry())
+    return Batches(tenant, batches(), _objects(), _batches_queue(), CLOCK, os.urandom, telemetry())
 
 
 @cache
@@ -336,7 +348,7 @@ def governor() -> Governor:
             slots_per_message=AT_ONCE,
             busy=UNREFILLED,
         ),
-        _batch_queues().ranges_backlog,
+        _ranges_queue().backlog,
         DynamoGovernorNotes(_dynamodb(), table, RANGES_NOTES_ID),
         of_ranges.ceiling,
     )
@@ -392,7 +404,7 @@ def run_range() -> RunRange:
     tools = RangeTools(
         batches=batches(),
         objects=_objects(),
-        queues=_batch_queues(),
+        queue=_batches_queue(),
         returns=returns,
         text_of_job=job_records.as_text,
         job_of_text=job_records.of_text,
