@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from sluice.desk import AT_ONCE
 from sluice.domain.capacity import UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
 from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
-from sluice.ranges import AT_ONCE
 from sluice.settings import MappingSettings, Settings, SettingsError
 from tests.fakes import (
     MINUTE,

@@ -148,9 +148,12 @@ class PlanBatch:
             return _File(tenant, stem_of(path), stored)
         # A folder is the same again when its options and all its documents are.
         documents = self._documents(f"in/{tenant}/{folder}/")
-        told = json.dumps([stored.etag, *([each.key, each.etag] for each in documents)])
-        etag = sha256(told.encode()).hexdigest()
-        return _File(tenant, folder, replace(stored, etag=etag), is_folder=True)
+        # The digest of a JSON list of them, made one by one: there may be millions.
+        digest = sha256(f"[{json.dumps(stored.etag)}".encode())
+        for each in documents:
+            digest.update(f", {json.dumps([each.key, each.etag])}".encode())
+        digest.update(b"]")
+        return _File(tenant, folder, replace(stored, etag=digest.hexdigest()), is_folder=True)
 
     def _documents(self, prefix: str) -> Iterator[Stored]:
         for each in self._objects.listing(prefix):
@@ -271,12 +274,17 @@ class PlanBatch:
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
             raise InputGone(batch.input_key)
-        plan = planned(stored.size, sample)
+        plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
         problem = _unreadable(sample)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
         return self._changed(batch, lambda current: life.plan_batch(current, plan, rows_etag))
+
+    def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
+        """Read more samples of an object, but for the first."""
+        for place in life.sample_places(size)[1:]:
+            yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
         """Write the rows of a file, streaming; return their ETag."""

@@ -328,7 +328,7 @@ def load_limits() -> LoadLimits:
 @cache
 def governor() -> Governor:
     """Return the use case that sets how many workers may run for jobs, and how many for ranges."""
-    from sluice.ranges import AT_ONCE  # noqa: PLC0415
+    from sluice.desk import AT_ONCE  # noqa: PLC0415
 
     client, table = aws.lambdas(), settings().limits_table
     of_jobs, of_ranges = settings().governed()
@@ -391,7 +391,8 @@ def worker() -> Worker:
 @cache
 def run_range() -> RunRange:
     """Return the use case behind the ranges queue, with a worker for the rows of a range."""
-    from sluice.ranges import Desk, RangeTools, RowRequests, RunRange  # noqa: PLC0415
+    from sluice.desk import Desk, RowRequests  # noqa: PLC0415
+    from sluice.ranges import RangeTools, RunRange  # noqa: PLC0415
 
     desk = Desk(_ledger(), prices(), CLOCK)
     threads = Threads()
