@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 
+from sluice.desk import AT_ONCE
 from sluice.domain.capacity import UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note
 from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
-from sluice.ranges import AT_ONCE
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
 from tests.fakes import (
     MINUTE,

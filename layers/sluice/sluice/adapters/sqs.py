@@ -124,13 +124,12 @@ def depth_of(client: SQSClient, url: str, what: str) -> Backlog:
     )
 
 
-class SqsBatchQueues:
-    """The sending side of the queues of batches and of ranges."""
+class SqsRangesQueue:
+    """The sending side of the ranges queue."""
 
-    def __init__(self, client: SQSClient, batches_url: str, ranges_url: str) -> None:
+    def __init__(self, client: SQSClient, url: str) -> None:
         self._client = client
-        self._batches_url = batches_url
-        self._ranges_url = ranges_url
+        self._url = url
 
     def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
         """Send a pointer for each range, ten at a time and many calls at once; return the numbers not taken."""
@@ -155,12 +154,20 @@ class SqsBatchQueues:
             answer = aws.patiently(
                 "the ranges queue",
                 self._client.send_message_batch,
-                QueueUrl=self._ranges_url,
+                QueueUrl=self._url,
                 Entries=entries,
             )
         except StoreBusy:
             return list(numbers)
         return [int(each["Id"]) for each in answer.get("Failed", ())]
+
+
+class SqsBatchesQueue:
+    """The sending side of the batches queue; not for the function that this queue invokes."""
+
+    def __init__(self, client: SQSClient, url: str) -> None:
+        self._client = client
+        self._url = url
 
     def send_plan(self, batch_id: str) -> None:
         """Have a batch planned; raises StoreBusy."""
@@ -174,7 +181,7 @@ class SqsBatchQueues:
         aws.patiently(
             "the batches queue",
             self._client.send_message,
-            QueueUrl=self._batches_url,
+            QueueUrl=self._url,
             MessageBody=json.dumps(body),
         )
 
