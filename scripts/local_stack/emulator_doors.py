@@ -71,12 +71,14 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-a
 """
 
 
-OF_ONE_MAPPING: Final = {
-    "DELETE": "lambda:DeleteEventSourceMapping",
-    "GET": "lambda:GetEventSourceMapping",
-    "PUT": "lambda:UpdateEventSourceMapping",
-}
-MAPPING_PATH: Final = re.compile(r"/[0-9-]+/event-source-mappings/[^/]+/?")
+ONE_MAPPING: Final = r"/2015-03-31/event-source-mappings/[^/]+/?"
+OF_LAMBDA: Final = (
+    ("GET", re.compile(ONE_MAPPING), "lambda:GetEventSourceMapping"),
+    ("PUT", re.compile(ONE_MAPPING), "lambda:UpdateEventSourceMapping"),
+    ("DELETE", re.compile(ONE_MAPPING), "lambda:DeleteEventSourceMapping"),
+    ("GET", re.compile(r"/2016-08-19/account-settings/?"), "lambda:GetAccountSettings"),
+)
+"""Requests to Lambda that ministack names otherwise or not at all, with the names of their operations in AWS's API."""
 
 
 def name_actions_as_aws() -> None:
@@ -89,8 +91,10 @@ def name_actions_as_aws() -> None:
     name_of = expect(actions, "extract_iam_action", "service", "method", "path")
 
     def name(service: str, method: str, path: str, *request: Any) -> str:
-        if service == "lambda" and MAPPING_PATH.fullmatch(path) and method in OF_ONE_MAPPING:
-            return OF_ONE_MAPPING[method]
+        if service == "lambda":
+            for its_method, its_path, action in OF_LAMBDA:
+                if method == its_method and its_path.fullmatch(path):
+                    return action
         found: str | None = name_of(service, method, path, *request)
         return BATCHES.get(found, found) if found else f"{service}:UnknownToTheEmulator"
 

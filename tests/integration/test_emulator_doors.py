@@ -461,7 +461,15 @@ def test_one_mapping_is_read_and_changed_by_actions_of_their_own(as_role: Any) -
     assert ["AccessDeniedException"] * 3 == codes(lists)
 
 
-def test_what_the_emulator_cannot_name_is_refused(as_role: Any) -> None:
-    everything_but = as_role("one-thing", {"Action": "sqs:SendMessage", "Resource": "*"})
+def test_the_accounts_settings_have_an_action_of_their_own(as_role: Any) -> None:
+    reads = as_role("reads-it", {"Action": "lambda:GetAccountSettings", "Resource": "*"})
+    others = as_role("reads-other", {"Action": "lambda:GetFunction", "Resource": "*"})
 
-    assert refused(everything_but("lambda").get_account_settings) is not None
+    assert refused(reads("lambda").get_account_settings) is None
+    assert "AccessDeniedException" == refused(others("lambda").get_account_settings)
+
+
+def test_what_the_emulator_cannot_name_is_refused(as_role: Any) -> None:
+    lists = as_role("lists-layers", {"Action": "lambda:ListLayers", "Resource": "*"})
+
+    assert refused(lists("lambda").get_function_recursion_config, FunctionName="any") is not None
