@@ -76,7 +76,8 @@ coverage: $(DEV) ## unit tests, with the domain's coverage
 	.venv/bin/pytest tests/unit --cov
 
 chaos: $(DEV) ## the local stack under kills, restarts, throttling and an outage: about a quarter of an hour
-	.venv/bin/python -m bench.chaos
+	@calls=$$(mktemp -d) && SLUICE_RECORD_CALLS=$$calls .venv/bin/python -m bench.chaos && \
+		.venv/bin/python -m tests.aws_calls $$calls
 
 WORKERS ?= 4
 

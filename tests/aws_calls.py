@@ -1,21 +1,25 @@
 """The AWS calls that functions make, as recorded below their code, against what the template permits.
 
+`python -m tests.aws_calls FOLDER` compares what a run recorded there, such as one of `make chaos`.
+
 `make record-calls` runs the tests that drive functions, and writes what they recorded to `RECORDED`. At the end of
 every test run, what was recorded in it is compared as well (tests/conftest.py): a new call cannot go unnoticed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.local_stack.permissions import Grant, needed_for, of_type
-from tests.expanded_template import template
+from scripts.local_stack.permissions import Grant, grants, needed_for, of_type
+from tests.expanded_template import expanded_template, template
 
 RECORDED: Final = Path(__file__).parent / "fixtures" / "aws_calls.json"
 
@@ -197,3 +201,22 @@ def write(calls: Iterable[Call]) -> None:
         json.dumps([call.function, call.operation, call.resource]) for call in sorted(set(calls))
     ]
     RECORDED.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(prog="python -m tests.aws_calls", description=__doc__)
+    made.add_argument("folder", type=Path, help="where SLUICE_RECORD_CALLS had calls recorded")
+    return made
+
+
+def main() -> int:
+    """Compare the calls in a folder; return 1 when one is not permitted."""
+    calls = read(parser().parse_args().folder)
+    refused = list(missing(needs(calls), grants(expanded_template())))
+    print("\n".join([*refused, f"{len(calls)} kinds of AWS calls, {len(refused)} not permitted"]))
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
