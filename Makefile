@@ -21,7 +21,7 @@ TYPESCRIPT := $(if $(NPM),$(foreach sdk,0 1,\
 	tests/sdk/typescript-$(sdk)/node_modules/ready-$(call sum,tests/sdk/typescript-$(sdk)/package-lock.json)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types template test unit integration acceptance simulate \
+.PHONY: help setup demo check lint types template test unit integration acceptance record-calls simulate \
 	coverage chaos bench-limits bench-backlog build deploy local lock clean
 
 help: ## this list
@@ -63,6 +63,9 @@ integration: $(DEV) ## one seam each, on the emulator and the simulator
 acceptance: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## what the README promises, from outside
 	.venv/bin/pytest tests/acceptance
 
+record-calls: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## after a change of AWS calls: which ones functions make, for the tests to compare
+	.venv/bin/pytest tests/integration tests/acceptance --record-calls
+
 SEEDS ?= 20000
 FIRST_SEED ?= 1
 
@@ -73,7 +76,8 @@ coverage: $(DEV) ## unit tests, with the domain's coverage
 	.venv/bin/pytest tests/unit --cov
 
 chaos: $(DEV) ## the local stack under kills, restarts, throttling and an outage: about a quarter of an hour
-	.venv/bin/python -m bench.chaos
+	@calls=$$(mktemp -d) && SLUICE_RECORD_CALLS=$$calls .venv/bin/python -m bench.chaos && \
+		.venv/bin/python -m tests.aws_calls $$calls
 
 WORKERS ?= 4
 

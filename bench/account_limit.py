@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.client import Gateway
+from scripts.local_doors import LocalHandler
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import Child, clean_environment
 from scripts.submission import read_jobs, send
@@ -174,8 +175,8 @@ class Stack:
 def receiver(seen: Seen, seconds: float) -> Iterator[str]:
     """Run a server that takes webhooks, each after a while; yield its address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Handler(LocalHandler):
+        def do_POST(self) -> None:  # noqa: N802 - its name
             """Take one, after a while."""
             self.rfile.read(int(self.headers["content-length"]))
             time.sleep(seconds)
@@ -388,11 +389,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(prog="python -m bench.account_limit", description=__doc__)
+    made.add_argument("--small", action="store_true", help="a smoke of less than a minute")
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Do it; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.account_limit", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a smoke of less than a minute")
-    load = SMALL if parser.parse_args(arguments).small else Load()
+    load = SMALL if parser().parse_args(arguments).small else Load()
     seen = Seen()
     with claude() as claude_url, receiver(seen, load.receiver_seconds) as webhook:
         pool = {"keys": [{"id": "main", "api_key": KEY, "base_url": claude_url}]}

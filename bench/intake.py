@@ -6,6 +6,7 @@ which does what the API's function does. Calls are counted; of the times only th
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,6 @@ from sluice.adapters.system import SystemClock
 from sluice.ports import Params
 from sluice.submit import PARALLEL_WRITES, STORED_AT_ONCE
 
-REQUESTS: Final = 400
 BODY: Final = '{"model":"claude-haiku-5-5","max_tokens":256,"messages":[]}'
 KEY_POOL: Final = {"keys": [{"id": "a", "api_key": "sk-ant-test-intake"}]}
 
@@ -43,16 +43,24 @@ def together(store: DynamoParams, requests: Sequence[Params]) -> None:
             raise SystemExit("a request was not stored: the figures mean nothing")
 
 
-def measured(way: Callable[[Sequence[Params]], None]) -> tuple[int, float]:
-    """Return the AWS calls and the processor seconds for `REQUESTS` new requests."""
-    requests = [Params(f"job_{uuid4().hex}", BODY, uuid4().hex * 2) for _ in range(REQUESTS)]
+def measured(way: Callable[[Sequence[Params]], None], count: int) -> tuple[int, float]:
+    """Return the AWS calls and the processor seconds for `count` new requests."""
+    requests = [Params(f"job_{uuid4().hex}", BODY, uuid4().hex * 2) for _ in range(count)]
     calls, began = aws.CALLS.total(), time.process_time()
     way(requests)
     return aws.CALLS.total() - calls, time.process_time() - began
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    made = argparse.ArgumentParser(prog="python -m bench.intake", description=__doc__)
+    made.add_argument("--requests", type=int, default=400, help="stored each way (400)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both, after a round that warms the connections up, and print the table."""
+    count = parser().parse_args(arguments).requests
     stack = LocalStack(key_pool=KEY_POOL, tenant="bench", concurrency=2)
     with stack.running() as ready:
         table = ready.resources["ParamsTable"]
@@ -60,12 +68,12 @@ def main() -> None:
         store = DynamoParams(ready.client("dynamodb"), table, no_objects, SystemClock(), 30)
         ways = {"one by one": partial(one_by_one, store), "together": partial(together, store)}
         for way in ways.values():
-            measured(way)
-        found = {name: measured(way) for name, way in ways.items()}
+            measured(way, count)
+        found = {name: measured(way, count) for name, way in ways.items()}
     table_of_both = Table("requests", "AWS calls", "CPU ms each", "ratio")
     first = found["one by one"][1]
     for name, (calls, seconds) in found.items():
-        milliseconds = f"{seconds * 1000 / REQUESTS:.2f}"
+        milliseconds = f"{seconds * 1000 / count:.2f}"
         table_of_both.add_row(name, str(calls), milliseconds, f"{seconds / first:.2f}")
     Console(highlight=False).print(table_of_both)
 

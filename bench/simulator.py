@@ -1,4 +1,4 @@
-"""How many calls a second the simulator answers on one core: `python bench/simulator.py`.
+"""How many calls a second the simulator answers on one core: `python -m bench.simulator`.
 
 It starts the simulator as its own process, sends unique Messages requests over kept connections,
 and prints a table. The last column divides by the processor time the simulator used, so it holds
@@ -170,13 +170,19 @@ def measure(kind: Round, requests: int, seconds: float, connections: int) -> tup
     )
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    about = "Requests a second of the simulator on one core."
+    made = argparse.ArgumentParser(prog="python -m bench.simulator", description=about)
+    made.add_argument("--requests", type=int, default=10_000, help="requests a round (10000)")
+    made.add_argument("--seconds", type=float, default=15, help="seconds a round (15)")
+    made.add_argument("--connections", type=int, default=200, help="kept connections (200)")
+    return made
+
+
 def main() -> None:
     """Measure every round and print the table."""
-    parser = argparse.ArgumentParser(description="Requests a second of the simulator on one core.")
-    parser.add_argument("--requests", type=int, default=10_000, help="requests a round (10000)")
-    parser.add_argument("--seconds", type=float, default=15, help="seconds a round (15)")
-    parser.add_argument("--connections", type=int, default=200, help="kept connections (200)")
-    chosen = parser.parse_args()
+    chosen = parser().parse_args()
     heads = ("load", "answers", "seconds", "requests/s", "CPU s", "requests/CPU s")
     rows: list[tuple[str, ...]] = [heads]
     rows += [measure(kind, chosen.requests, chosen.seconds, chosen.connections) for kind in ROUNDS]

@@ -15,7 +15,17 @@ import typer
 
 from scripts import cli_batches, cli_stack, terminal
 from scripts.cli_errors import CommandFailed, GatewayRefused
-from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, Webhook, gateway_at
+from scripts.cli_options import (
+    AsJson,
+    Deadline,
+    FallbackModels,
+    Key,
+    KeyFile,
+    Url,
+    Webhook,
+    gateway_at,
+    secret_of,
+)
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +43,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Sluice: a job gateway for Claude in your own AWS account.\n\n"
-        "Set SLUICE_URL to the gateway's address and SLUICE_KEY to your client key. "
+        "Set SLUICE_URL to the gateway's address and SLUICE_KEY to your client key, or name a file with "
+        "--key-file. "
         "Answers go to standard output, everything else to standard error. "
         "The exit code is 0 when all went well, 1 when something failed, 2 for a wrong command "
         "line."
@@ -105,6 +116,7 @@ def submit(  # noqa: PLR0913 - a command line has options
     ] = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Submit jobs from a file, or one job from --prompt.
 
@@ -116,10 +128,7 @@ def submit(  # noqa: PLR0913 - a command line has options
     from scripts.submission import deadline_at
     from scripts.submit_run import Submission, prompt_line
 
-    if (file is None) == (prompt is None):
-        raise typer.BadParameter("give either FILE or --prompt")
-    if file is not None and (model or max_tokens or system):
-        raise typer.BadParameter("--model, --max-tokens and --system go with --prompt")
+    _check_source(file, prompt, key_file, prompt_only=bool(model or max_tokens or system))
     if out is not None and not wait:
         raise typer.BadParameter("--out goes with --wait")
     defaults: dict[str, object] = {}
@@ -139,7 +148,7 @@ def submit(  # noqa: PLR0913 - a command line has options
         is_prompt=prompt is not None,
     )
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(gateway_at(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         if prompt is None:
             lines: Iterable[bytes] = cleanup.enter_context(terminal.lines_of(file))
         else:
@@ -162,9 +171,10 @@ def get(
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Show one job: state, attempts, cost, and the answer or the error."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         job = gateway.job(job_id)
     if as_json:
         terminal.print_json(job)
@@ -175,7 +185,7 @@ def get(
 
 
 @app.command()
-def results(
+def results(  # noqa: PLR0913 - a command line has options
     job_ids: Annotated[
         list[str] | None, typer.Argument(help="Jobs. Default: all that are done.")
     ] = None,
@@ -188,6 +198,7 @@ def results(
     ] = None,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Fetch results as JSON lines, in the shape of Anthropic's batch results.
 
@@ -205,7 +216,7 @@ def results(
         missing.append(job_id)
 
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(gateway_at(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
         ids = job_ids or (
             job["id"] for job in gateway.newest(state) if job["state"] in FINAL_STATES
@@ -222,7 +233,7 @@ def results(
 
 
 @app.command("list")
-def list_jobs(
+def list_jobs(  # noqa: PLR0913 - a command line has options
     *,
     state: Annotated[
         JobState | None, typer.Option("--state", help="Only jobs in this state.")
@@ -231,9 +242,10 @@ def list_jobs(
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """List jobs, the newest first."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         jobs = list(islice(gateway.newest(state, limit), limit))
     if as_json:
         terminal.print_json({"data": jobs})
@@ -252,12 +264,13 @@ def cancel(
     *,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Cancel jobs. One whose call is running already is paid for and may still succeed."""
     from concurrent.futures import ThreadPoolExecutor
 
     failed = False
-    with gateway_at(url, key) as gateway, ThreadPoolExecutor(CANCELS_IN_FLIGHT) as pool:
+    with gateway_at(url, key, key_file) as gateway, ThreadPoolExecutor(CANCELS_IN_FLIGHT) as pool:
 
         def canceled(job_id: str) -> str | GatewayRefused:
             try:
@@ -301,10 +314,11 @@ def usage(  # noqa: PLR0913 - a command line has options
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Show calls, tokens and cost."""
     named = {"from": from_day, "to": to_day, "group_by": group_by and group_by.replace(" ", "")}
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         used = gateway.usage({name: value for name, value in named.items() if value})
     if as_json:
         terminal.print_json(used)
@@ -315,16 +329,18 @@ def usage(  # noqa: PLR0913 - a command line has options
 
 
 @app.command("webhook-secret")
-def webhook_secret(*, url: Url = None, key: Key = None) -> None:
+def webhook_secret(*, url: Url = None, key: Key = None, key_file: KeyFile = None) -> None:
     """Print the secret that your webhooks are signed with, for a Standard Webhooks library."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         print(gateway.webhook_secret())
 
 
 @app.command()
-def limits(*, as_json: AsJson = False, url: Url = None, key: Key = None) -> None:
+def limits(
+    *, as_json: AsJson = False, url: Url = None, key: Key = None, key_file: KeyFile = None
+) -> None:
     """Show the limit groups: what Claude allows per minute, as learned from its answers."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         groups = gateway.limits()
     if as_json:
         terminal.print_json({"data": groups})
@@ -346,7 +362,7 @@ app.add_typer(local_app, name="local")
 
 
 @local_app.command("up")
-def local_up(  # noqa: PLR0913 - the options of a command
+def local_up(  # noqa: PLR0913 - a command line has options
     *,
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")
@@ -360,7 +376,19 @@ def local_up(  # noqa: PLR0913 - the options of a command
     ] = None,
     client_key: Annotated[
         str | None,
-        typer.Option("--client-key", help="Client key to let in. Default: a random one."),
+        typer.Option(
+            "--client-key",
+            help="Client key to let in. Default: a random one. The list of processes shows it: prefer "
+            "--client-key-file or the environment variable SLUICE_CLIENT_KEY.",
+        ),
+    ] = None,
+    client_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--client-key-file",
+            help="File with that key on one line. A single - is standard input.",
+            allow_dash=True,
+        ),
     ] = None,
     concurrency: Annotated[
         int | None,
@@ -381,6 +409,7 @@ def local_up(  # noqa: PLR0913 - the options of a command
     cost. When all is up, one JSON line says where: api_url for SLUICE_URL, client_key for
     SLUICE_KEY.
     """
+    client_key = secret_of("client-key", client_key, client_key_file)
     try:
         from scripts.local_stack import up
     except ModuleNotFoundError as error:
@@ -415,6 +444,17 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def _check_source(
+    file: Path | None, prompt: str | None, key_file: Path | None, *, prompt_only: bool
+) -> None:
+    if (file is None) == (prompt is None):
+        raise typer.BadParameter("give either FILE or --prompt")
+    if file is not None and prompt_only:
+        raise typer.BadParameter("--model, --max-tokens and --system go with --prompt")
+    if str(file) == str(key_file) == "-":
+        raise typer.BadParameter("standard input cannot be both FILE and --key-file")
 
 
 def _pair(text: str) -> tuple[str, str]:

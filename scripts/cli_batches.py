@@ -14,7 +14,16 @@ import typer
 
 from scripts import terminal
 from scripts.cli_errors import CommandFailed
-from scripts.cli_options import AsJson, Deadline, FallbackModels, Key, Url, Webhook, gateway_at
+from scripts.cli_options import (
+    AsJson,
+    Deadline,
+    FallbackModels,
+    Key,
+    KeyFile,
+    Url,
+    Webhook,
+    gateway_at,
+)
 
 if TYPE_CHECKING:
     from scripts.client import Gateway, Json
@@ -70,6 +79,7 @@ def upload(  # noqa: PLR0913 - a command line has options
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Upload a file of any size as a batch. Needs no AWS credentials.
 
@@ -95,7 +105,7 @@ def upload(  # noqa: PLR0913 - a command line has options
     options = {option: value for option, value in asked.items() if value}
     good = True
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(gateway_at(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         sink = cleanup.enter_context(terminal.written_to(out)) if out else None
         batch = bucket().upload(gateway, file, name or file.name, options, _told)
         terminal.say(f"{file} is {batch['id']}")
@@ -119,9 +129,10 @@ def list_batches(
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """List batches, the newest first."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         batches = list(islice(gateway.newest_batches(limit), limit))
     if as_json:
         terminal.print_json({"data": batches})
@@ -135,16 +146,17 @@ def list_batches(
 
 
 @batches_app.command("show")
-def show_batch(
+def show_batch(  # noqa: PLR0913 - a command line has options
     batch_id: BatchId,
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Show progress until the end.")] = False,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Show one batch: rows done, cost, and when it will probably end."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         batch = _waited_for(gateway, batch_id) if wait else gateway.batch(batch_id)
     if as_json:
         terminal.print_json(batch)
@@ -155,7 +167,7 @@ def show_batch(
 
 
 @batches_app.command("results")
-def batch_results(
+def batch_results(  # noqa: PLR0913 - a command line has options
     batch_id: BatchId,
     *,
     errors: Annotated[
@@ -164,18 +176,21 @@ def batch_results(
     out: Out = None,
     url: Url = None,
     key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Fetch the results of a batch that has ended, in the order of its rows."""
     with ExitStack() as cleanup:
-        gateway = cleanup.enter_context(gateway_at(url, key))
+        gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
         _write(gateway, batch_id, "errors" if errors else "results", sink)
 
 
 @batches_app.command("cancel")
-def cancel_batch(batch_id: BatchId, *, url: Url = None, key: Key = None) -> None:
+def cancel_batch(
+    batch_id: BatchId, *, url: Url = None, key: Key = None, key_file: KeyFile = None
+) -> None:
     """Cancel a batch. What was answered stays; calls under way are stopped."""
-    with gateway_at(url, key) as gateway:
+    with gateway_at(url, key, key_file) as gateway:
         canceled = gateway.cancel_batch(batch_id)
     typer.echo(f"{batch_id} {canceled['processing_status']}")
 

@@ -1,5 +1,7 @@
 """Options that several commands have, and the gateway they name."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +14,21 @@ if TYPE_CHECKING:
 Url = Annotated[
     str | None, typer.Option("--url", envvar="SLUICE_URL", help="Address of the gateway.")
 ]
-Key = Annotated[str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Client key.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        help="Client key. The list of processes shows it: prefer --key-file or the environment variable SLUICE_KEY.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file",
+        help="File with the client key on one line. A single - is standard input.",
+        allow_dash=True,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API gives it.")]
 Deadline = Annotated[
     str | None,
@@ -28,8 +44,19 @@ Webhook = Annotated[
 ]
 
 
-def gateway_at(url: str | None, key: str | None) -> "Gateway":
+def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -> "Gateway":
     """Returns the gateway of these options; raises CommandFailed where they are missing."""
     from scripts.client import Gateway  # noqa: PLC0415 - --help does without it
 
-    return Gateway(url, key, on_wait=terminal.say)
+    return Gateway(url, secret_of("key", key, key_file), on_wait=terminal.say)
+
+
+def secret_of(option: str, given: str | None, file: Path | None) -> str | None:
+    """Returns the secret of `--<option>` or `--<option>-file`, else of the variable `SLUICE_<OPTION>`."""
+    if given is not None and file is not None:
+        raise typer.BadParameter(f"give --{option} or --{option}-file, not both")
+    if file is not None:
+        return terminal.secret_in(file)
+    if given is not None:
+        return given
+    return os.environ.get(f"SLUICE_{option.upper().replace('-', '_')}") or None

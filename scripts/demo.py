@@ -207,9 +207,9 @@ def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> floa
 def _simulator() -> Iterator[str]:
     """Gives the address of a simulator with the demo's limits."""
     child = Child(
-        *("scripts.claude_simulator", "--port", "0", "--keys", UPSTREAM_KEY),
+        *("scripts.claude_simulator", "--port", "0"),
         *("--rpm", str(REQUESTS_PER_MINUTE), "--burst-seconds", str(BURST_SECONDS)),
-        environment=clean_environment(),
+        environment=clean_environment() | {"CLAUDE_SIMULATOR_KEYS": UPSTREAM_KEY},
         stdout=subprocess.PIPE,
     )
     try:

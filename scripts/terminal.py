@@ -1,6 +1,8 @@
 """What commands read from and write to: answers on standard output, all else on standard error."""
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,17 +41,46 @@ def lines_of(file: Path | None) -> Iterator[Iterable[bytes]]:
         yield opened
 
 
+def secret_in(file: Path) -> str:
+    """Returns the secret a file holds on its one line; `-` is standard input."""
+    with lines_of(file) as source:
+        lines = [line.strip() for line in source]
+    if len(lines) > 1 and any(lines[1:]):
+        raise CommandFailed(f"{file} has several lines; a key file has one, with the key")
+    try:
+        secret = b"".join(lines).decode("ascii")
+    except UnicodeDecodeError:
+        raise CommandFailed(f"{file} does not hold a key: it is not plain text") from None
+    if not secret:
+        raise CommandFailed(f"{file} is empty; a key file has one line, with the key")
+    return secret
+
+
+PRIVATE = 0o600
+
+
 @contextmanager
 def written_to(file: Path) -> Iterator[TextIO]:
-    """Gives a file to write text to; `-` is standard output."""
+    """Gives a file to write text to, which only its owner may read; `-` is standard output.
+
+    Answers are as private as the prompts they answer. A file that exists already becomes private, too, before anything
+    is written to it; what is no regular file, such as a pipe, keeps its mode.
+    """
     if str(file) == "-":
         yield sys.stdout
         return
     try:
-        opened = file.open("w", encoding="utf-8")
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE)
     except OSError as error:
         raise CommandFailed(f"{file} cannot be written: {error.strerror}") from None
-    with opened:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.fchmod(descriptor, PRIVATE)
+        except OSError as error:
+            raise CommandFailed(
+                f"{file} cannot be made private ({error.strerror}); name another file"
+            ) from None
         yield opened
 
 

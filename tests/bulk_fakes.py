@@ -11,11 +11,12 @@ from typing import Any
 
 from sluice.adapters import job_records
 from sluice.assemble import Assemble
+from sluice.desk import Desk, RowRequests
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.plan import PlanBatch
 from sluice.ports import BatchPage, DueRange, Notice, Received, Stored
-from sluice.ranges import Desk, RangePointer, RangeTools, RowRequests, RunRange
+from sluice.ranges import RangePointer, RangeTools, RunRange
 from sluice.tools import Tools
 from sluice.work import Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
@@ -407,7 +408,7 @@ class Bulk:
         range_tools = RangeTools(
             batches=self.batches,
             objects=self.objects,
-            queues=self.queues,
+            queue=self.queues,
             returns=self.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from scripts.local_doors import LocalHandler
 
 Json = dict[str, Any]
 
@@ -222,7 +224,7 @@ def _error(kind: str, message: str) -> Json:
     return {"type": "error", "error": error, "request_id": "req_gateway_1"}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LocalHandler):
     protocol_version = "HTTP/1.1"
     gateway: ClassVar[FakeGateway]
 

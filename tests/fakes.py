@@ -34,6 +34,7 @@ from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group,
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.domain.shares import Note
+from sluice.domain.waits import USUAL, Waits
 from sluice.metrics import METRIC_NAMES
 from sluice.ports import (
     Answer,
@@ -976,7 +977,7 @@ def known_group(
 class Gateway:
     """The worker's side of Sluice in memory: one queue, one set of stores, as many workers as a story needs."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a story may set
         self,
         *jobs: Job,
         keys: Sequence[UpstreamKey] = (),
@@ -984,6 +985,7 @@ class Gateway:
         max_attempts: int = 5,
         latency_ms: int = 500,
         jitter: float = 0.5,
+        waits: Waits = USUAL,
     ) -> None:
         self.time = VirtualTime()
         self.journal: list[str] = []
@@ -1002,6 +1004,7 @@ class Gateway:
             policy=RetryPolicy(max_attempts=max_attempts),
             prices=price_list(claude_a="10", claude_b="20", claude_c="30"),
             model_groups={"claude-a": "a", "claude-b": "b", "claude-c": "c"},
+            waits=waits,
         )
         self._invocations = 0
         self.worker = self.new_worker()

@@ -9,10 +9,10 @@ from bench.bulk import memory, planner
 from scripts.local_stack import StackError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line names; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.bulk", description=__doc__)
-    benches = parser.add_subparsers(dest="bench", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    made = argparse.ArgumentParser(prog="python -m bench.bulk", description=__doc__)
+    benches = made.add_subparsers(dest="bench", required=True)
     large = benches.add_parser("memory", help="a large file, workers killed, against a tenth of it")
     large.add_argument("--lines", type=int, default=100_000)
     large.add_argument("--bad", type=int, default=100, help="broken lines among them")
@@ -20,7 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     huge = benches.add_parser("planner", help="the planner alone, on an object that is not there")
     huge.add_argument("--gigabytes", type=float, default=5.0)
     huge.add_argument("--line-bytes", type=int, default=500)
-    chosen = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names; return the exit status."""
+    chosen = parser().parse_args(arguments)
     try:
         if chosen.bench == "memory":
             return memory.run(chosen.lines, chosen.bad, chosen.kills)

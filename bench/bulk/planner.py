@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any, Final
 
 from bench.bulk.stack import MODEL, TENANT, Stack, say, stack
+from scripts.local_doors import LocalHandler
 from scripts.local_stack.emulator import free_port
 
 NAME: Final = "huge"
@@ -102,7 +103,7 @@ def _at(line: dict[str, Any]) -> float:
 def _bucket(emulator: str, size: int, line: bytes) -> Iterator[str]:
     """Serve S3: one object made as it is read, all else passed on."""
 
-    class Serve(BaseHTTPRequestHandler):
+    class Serve(LocalHandler):
         protocol_version = "HTTP/1.1"
 
         def do_any(self) -> None:
@@ -111,6 +112,7 @@ def _bucket(emulator: str, size: int, line: bytes) -> Iterator[str]:
                 self._made()
                 return
             connection = HTTPConnection(emulator)
+            # Its Host, too: a link is signed for the address it names.
             connection.request(self.command, self.path, body, dict(self.headers))
             answer = connection.getresponse()
             content = answer.read()

@@ -1,6 +1,7 @@
-"""The worker's handler of a chaos run: the deployed one, with shorter waits, and notes of the jobs it has in hand.
+"""The worker's handler of a chaos run: the deployed one, and notes of the jobs it has in hand.
 
-Packaged as `app.py`, beside the real one as `deployed.py` and `chaos.json` (see `__main__.py`).
+Packaged as `app.py`, beside the real one as `deployed.py` (see `__main__.py`). CHAOS_NOTES names the file of the notes:
+a log line is read seconds later, and what a process had in hand must be known when it is killed.
 """
 
 from __future__ import annotations
@@ -8,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import deployed  # type: ignore[import-not-found]  # the file that is deployed, in the same folder
 
-from sluice import wiring, work
+from sluice import wiring
 from sluice.adapters.sqs import SqsInbox
-from sluice.domain import breakers
 from sluice.messages import received
 
 if TYPE_CHECKING:
@@ -26,31 +25,12 @@ if TYPE_CHECKING:
 
     from sluice.ports import Received
 
-SETTINGS: dict[str, Any] = json.loads(Path(__file__).with_name("chaos.json").read_text())
-
-
-def _shorten(module: Any, name: str, value: int) -> None:
-    if name not in vars(module):
-        raise LookupError(f"{module.__name__}.{name} is gone: the outage would take hours")
-    setattr(module, name, value)
-
-
-# So that an outage's hundred deliveries take minutes. Nothing of what is promised depends on these.
-_shorten(work, "HOLD_MS", SETTINGS["hold_ms"])
-_shorten(work, "LINGER_MS", 0)
-_shorten(work, "REST_MS", 0)
-_shorten(breakers, "PAUSE_MS", SETTINGS["pause_ms"])
-_shorten(breakers, "PAUSE_CAP_MS", SETTINGS["pause_ms"])
-vars(wiring)["RetryPolicy"] = partial(
-    vars(wiring)["RetryPolicy"],
-    overload_base_ms=SETTINGS["pause_ms"],
-    overload_cap_ms=SETTINGS["pause_ms"],
-)
+NOTES: Final = Path(os.environ["CHAOS_NOTES"])
 
 
 def _note(**facts: object) -> None:
     line = json.dumps({"at": time.time(), "pid": os.getpid(), **facts}) + "\n"
-    with Path(SETTINGS["notes"]).open("a") as notes:
+    with NOTES.open("a") as notes:
         notes.write(line)
 
 
@@ -82,6 +62,10 @@ class NotingInbox(SqsInbox):
         super().put_back([(message, milliseconds) for message in messages])
 
 
+# The one name replaced in the code under test: the deployed handler asks wiring for its worker, and must not know of
+# this run. Everything else is set through the environment.
+if vars(wiring).get("SqsInbox") is not SqsInbox:
+    raise LookupError("wiring makes no SqsInbox any more: nothing would be noted")
 vars(wiring)["SqsInbox"] = NotingInbox
 
 

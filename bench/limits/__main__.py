@@ -36,12 +36,12 @@ TABLE_WIDTH = 200
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line names; return the exit status."""
-    parser = _parser()
-    chosen = parser.parse_args(arguments)
+    options = parser()
+    chosen = options.parse_args(arguments)
     if chosen.write is not None and (chosen.jobs_scale != 1 or chosen.only):
-        parser.error("--write is for whole runs: without --only and --jobs-scale")
+        options.error("--write is for whole runs: without --only and --jobs-scale")
     if chosen.svg is not None and find_spec("pygal") is None:
-        parser.error("--svg needs pygal, which this environment lacks: run `make setup`")
+        options.error("--svg needs pygal, which this environment lacks: run `make setup`")
     # In a file or a pipe the table keeps its full width.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     signal.signal(signal.SIGTERM, _stop)
@@ -131,13 +131,14 @@ def _about(chosen: argparse.Namespace) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    made = argparse.ArgumentParser(
         prog="python -m bench.limits",
         description="Sluice's limiter beside other clients, under true limits, on this machine.",
     )
     names = [scenario.name for scenario in SCENARIOS]
-    add = parser.add_argument
+    add = made.add_argument
     add("--only", action="append", choices=names, help="only this scenario (may be repeated)")
     add("--clients", type=_clients, default=list(CLIENTS), help=f"some of {','.join(CLIENTS)}")
     add("--jobs-scale", type=_scale, default=1.0, help="fewer jobs, sooner changes: 0.2 is a smoke")
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="everything that was measured")
     add("--svg", type=Path, metavar="FILE", help=f"the picture of the scenario {DRAWN}")
     add("--write", type=Path, metavar="FILE", help="put the table between the markers of FILE")
-    return parser
+    return made
 
 
 def _clients(text: str) -> list[str]:

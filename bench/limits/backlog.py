@@ -332,14 +332,19 @@ class Backlogged:
         return Rules(RetryPolicy(), prices(), model_groups())
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    made = argparse.ArgumentParser(prog="python -m bench.limits.backlog", description=__doc__)
+    made.add_argument("--only", choices=list(STORIES), action="append", help="may be repeated")
+    made.add_argument("--jobs", type=int, default=100_000, help="in the backlog (100000)")
+    made.add_argument("--minutes", type=int, default=120, help="played (120)")
+    made.add_argument("--seed", type=int, default=1)
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Play the stories and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.limits.backlog", description=__doc__)
-    parser.add_argument("--only", choices=list(STORIES), action="append")
-    parser.add_argument("--jobs", type=int, default=100_000)
-    parser.add_argument("--minutes", type=int, default=120)
-    parser.add_argument("--seed", type=int, default=1)
-    chosen = parser.parse_args(arguments)
+    chosen = parser().parse_args(arguments)
     table = Table("story", "jobs", "finished", "receives per finished job", "most in flight",
                   "most alive", "alive on average", "GB s per 1,000 jobs", "parked", "others waited, s")  # fmt: skip
     for name in chosen.only or STORIES:

@@ -346,16 +346,21 @@ def play(scenario: Scenario, workers: int, seed: int) -> Played:
     return Play(Task.of(scenario, seed), workers, seed).run(seed)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Play what the command line names, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.limits.virtual", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    made = argparse.ArgumentParser(prog="python -m bench.limits.virtual", description=__doc__)
     names = [scenario.name for scenario in SCENARIOS]
-    add = parser.add_argument
+    add = made.add_argument
     add("--only", action="append", choices=names, help="only this scenario (may be repeated)")
     add("--workers", default="4", help="concurrent workers, as in 2,4,20 (4)")
     add("--seeds", default="1", help="as in 1,2,3 or 1-5 (1)")
-    add("--jobs-scale", type=float, default=1.0)
-    chosen = parser.parse_args(arguments)
+    add("--jobs-scale", type=float, default=1.0, help="fewer jobs, sooner changes (1.0)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Play what the command line names, and print a table."""
+    chosen = parser().parse_args(arguments)
     table = Table("scenario", "workers", "seed", "score", "seconds", "ideal", "lost", "429s per answer",
                   "billed twice", "avoidable", "writes", "receives", "followed")  # fmt: skip
     status = 0

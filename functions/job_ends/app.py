@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
     """Tell of each; the stream begins again at the one that could not be told of."""
-    ended = wiring.ended_jobs(event["Records"])
-    told = wiring.tell()([job for _, job in ended])
-    wiring.telemetry().flush()
+    try:
+        ended = wiring.ended_jobs(event["Records"])
+        told = wiring.tell()([job for _, job in ended])
+    finally:
+        wiring.telemetry().flush()
     return {"batchItemFailures": [{"itemIdentifier": name} for name, _ in ended[told : told + 1]]}

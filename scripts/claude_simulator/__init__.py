@@ -2,8 +2,10 @@
 
     python -m scripts.claude_simulator --port 8089 --rpm 600 --keys sk-ant-test-one --fast
 
-It listens on 127.0.0.1 only and prints one JSON line when it is ready. Nothing in it is random: the
-same seed and the same request get the same answer, whatever arrives before or beside it.
+It listens on 127.0.0.1 only and prints one JSON line when it is ready. Keys can come from
+CLAUDE_SIMULATOR_KEYS and CLAUDE_SIMULATOR_ADMIN_KEYS instead: the list of processes shows none then.
+Nothing in it is random: the same seed and the same request get the same answer, whatever arrives
+before or beside it.
 
 Claude's API
     POST /v1/messages (JSON and events), POST /v1/messages/count_tokens, GET /v1/models and
@@ -81,6 +83,11 @@ Configuration (`--config FILE`; every part has a default)
      "models": {"my-model": {"group": "my-group"}},      beside or over those of models.json
      "revoke_at": {"sk-ant-test-one": 30},               seconds after the start
      "ledger_rows": 1000000}
+
+Pages of other origins
+    A request whose Host or Origin is not the simulator's own loopback address is a 403
+    (scripts/local_doors.py), and no answer permits another origin to read it. A POST of the
+    control below needs `content-type: application/json` besides, else it is a 415.
 
 Control
     GET  /_simulator/stats[?starts=1]    the counts, below

@@ -14,6 +14,10 @@ from typing import Any
 from scripts.claude_simulator import server, settings
 from scripts.claude_simulator.engine import Engine
 
+KEYS_VARIABLE = "CLAUDE_SIMULATOR_KEYS"
+ADMIN_KEYS_VARIABLE = "CLAUDE_SIMULATOR_ADMIN_KEYS"
+"""Where keys come from when they are not to show in the list of processes."""
+
 # flag, the setting of the one organisation it stands for, how to read it, what it says
 ORGANISATION_FLAGS = (
     (
@@ -78,8 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8089, help="port to listen on, 0 for a free one (8089)")
     add("--config", type=Path, help="JSON file; the docstring of the package describes it")
     add("--seed", type=int, help="seed of all chance (1)")
-    add("--keys", help="keys of one organisation, separated by commas (sk-ant-test-one)")
-    add("--admin-keys", help="admin keys of it, each begins with sk-ant-admin (none)")
+    add(
+        "--keys",
+        default=os.environ.get(KEYS_VARIABLE),
+        help=f"keys of one organisation, separated by commas ({KEYS_VARIABLE}, or sk-ant-test-one)",
+    )
+    add(
+        "--admin-keys",
+        default=os.environ.get(ADMIN_KEYS_VARIABLE),
+        help=f"admin keys of it, each begins with sk-ant-admin ({ADMIN_KEYS_VARIABLE}, or none)",
+    )
     for flag, _, text in LIMIT_FLAGS:
         add(flag, type=int, help=f"{text}; 0 for no limit")
     for flag, _, kind, text in ORGANISATION_FLAGS:

@@ -17,6 +17,7 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from scripts import local_doors
 from scripts.claude_simulator import checks
 from scripts.claude_simulator.accounts import Caller, Refused
 from scripts.claude_simulator.batch_api import BatchApi
@@ -27,6 +28,7 @@ from scripts.claude_simulator.limits import SECOND
 from scripts.claude_simulator.settings import Model, Settings, SettingsError
 
 HOST: Final = "127.0.0.1"
+CONTROL: Final = "/_simulator/"
 SSE_TYPE: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 SSE_STEP: Final = SECOND // 20  # deltas of a slow answer come no closer together than this
 SSE_MOST_STEPS: Final = 200
@@ -66,16 +68,11 @@ class App:
         send: Callable[[dict[str, Any]], Awaitable[None]],
     ) -> None:
         """Answer one request."""
-        key = bearer = version = None
-        for name, value in scope["headers"]:
-            if name == b"x-api-key":
-                key = value.decode("latin-1")
-            elif name == b"authorization":
-                bearer = value.decode("latin-1")
-            elif name == b"anthropic-version":
-                version = value.decode("latin-1")
-        if key is None and bearer is not None and bearer[:7].lower() == "bearer ":
-            key = bearer[7:].strip()
+        if (foreign := _foreign(scope)) is not None:
+            exchange = Exchange(scope, send, self.engine.request_id(), b"", None, None)
+            await exchange.refuse(foreign)
+            return
+        key, version = _key_and_version(scope["headers"])
         event = await receive()
         body = event.get("body", b"")
         if event.get("more_body"):
@@ -85,7 +82,10 @@ class App:
         del body  # or it would stay until the answer is sent
         route, exchange.id = self._route(scope["path"])
         handler = self.routes.get((scope["method"], route))
-        if handler is not None:
+        if handler is not None and _is_unguarded_control(exchange):
+            said = "content-type: application/json is required here"
+            await exchange.refuse(Refused(Failure(415, "invalid_request_error", said), []))
+        elif handler is not None:
             await handler(exchange)
         elif route:
             said = f"{scope['method']} is not allowed for {scope['path']}"
@@ -291,6 +291,42 @@ class App:
             return
         self.engine.reset(to_original=exchange.query().get("config") == "1")
         await exchange.reply(200, {"reset": True}, [])
+
+
+def _key_and_version(headers: list[tuple[bytes, bytes]]) -> tuple[str | None, str | None]:
+    key = bearer = version = None
+    for name, value in headers:
+        if name == b"x-api-key":
+            key = value.decode("latin-1")
+        elif name == b"authorization":
+            bearer = value.decode("latin-1")
+        elif name == b"anthropic-version":
+            version = value.decode("latin-1")
+    if key is None and bearer is not None and bearer[:7].lower() == "bearer ":
+        key = bearer[7:].strip()
+    return key, version
+
+
+def _foreign(scope: dict[str, Any]) -> Refused | None:
+    """Return the refusal of a request that a page of another origin sent."""
+    sent: dict[bytes, list[str]] = {}
+    for name, value in scope["headers"]:
+        if name in (b"host", b"origin"):
+            sent.setdefault(name, []).append(value.decode("latin-1"))
+    host, origin = (",".join(sent[name]) if name in sent else None for name in (b"host", b"origin"))
+    reason = local_doors.refusal(host, origin, scope["server"][1])
+    return None if reason is None else Refused(Failure(403, "permission_error", reason), [])
+
+
+def _is_unguarded_control(exchange: Exchange) -> bool:
+    """Whether a call changes the simulator without the content type that no form of a web page can send.
+
+    A browser asks before it sends JSON to another origin, and the simulator never permits it: control stays with
+    programs of this machine even where a browser leaves `Origin` out.
+    """
+    if exchange.scope["method"] != "POST" or not exchange.scope["path"].startswith(CONTROL):
+        return False
+    return exchange.header(b"content-type").partition(";")[0].strip().lower() != "application/json"
 
 
 _OVERLOADED: Final = Failure(529, "overloaded_error", "Overloaded")

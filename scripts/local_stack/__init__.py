@@ -7,6 +7,6 @@ Use::
 """
 
 from scripts.local_stack.emulator import StackError
-from scripts.local_stack.stack import DEFAULT_PORT, LocalStack, Ready, up
+from scripts.local_stack.stack import DEFAULT_PORT, LocalStack, Ready, emulator_alone, up
 
-__all__ = ["DEFAULT_PORT", "LocalStack", "Ready", "StackError", "up"]
+__all__ = ["DEFAULT_PORT", "LocalStack", "Ready", "StackError", "emulator_alone", "up"]

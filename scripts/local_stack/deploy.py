@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scripts.local_stack import permissions
 from scripts.local_stack.emulator import REGION, Client, Emulator, Json, StackError
 from sluice.domain.shares import CEILINGS
 
@@ -48,8 +49,10 @@ def deploy(emulator: Emulator, template: Template, folder: Path) -> Deployed:
     try:
         upload_sources(emulator, template, folder)
         transformed = transform(template)
+        refuse_what_lacks_permission(transformed)
         fix_concurrency_type(transformed)
         fix_api_address(transformed)
+        fix_secret_references(transformed)
         deployed = _created(emulator, transformed)
         fix_time_to_live(emulator, deployed)
     except ClientError as error:
@@ -75,8 +78,17 @@ def read_template(path: Path) -> Template:
     return parsed
 
 
-def prepared(template: Template, *, concurrency: int | None, public_url: str) -> Template:
-    """Return `template` with the local values as defaults of its parameters."""
+def prepared(
+    template: Template,
+    *,
+    concurrency: int | None,
+    public_url: str,
+    environment: Mapping[str, str] | None = None,
+) -> Template:
+    """Return `template` with the local values as defaults of its parameters.
+
+    `environment` is added to the variables of every function.
+    """
     values: dict[str, Any] = {
         # An alarm with metric math makes the emulator roll the whole stack back.
         "MetricMathAlarms": "false",
@@ -90,7 +102,16 @@ def prepared(template: Template, *, concurrency: int | None, public_url: str) ->
         name: {**declared, "Default": values[name]} if name in values else declared
         for name, declared in template.get("Parameters", {}).items()
     }
-    return {**template, "Parameters": parameters, "Resources": dict(template["Resources"])}
+    local = {**template, "Parameters": parameters, "Resources": dict(template["Resources"])}
+    if environment:
+        local["Globals"] = _with_variables(template.get("Globals", {}), environment)
+    return local
+
+
+def _with_variables(shared: Template, environment: Mapping[str, str]) -> Template:
+    function = shared.get("Function", {})
+    variables = {**function.get("Environment", {}).get("Variables", {}), **environment}
+    return {**shared, "Function": {**function, "Environment": {"Variables": variables}}}
 
 
 def start_at_ceilings(template: Template) -> None:
@@ -197,6 +218,13 @@ def transform(template: Template) -> Template:
     return plain
 
 
+def refuse_what_lacks_permission(template: Template) -> None:
+    """Raise `StackError` where AWS would refuse the stack, or leave a part of it silent, for want of a permission."""
+    found = permissions.problems(template)
+    if found:
+        raise StackError(f"template.yaml would not work on AWS: {'; '.join(found)}")
+
+
 class _OneRegion:
     """All that the transform asks a boto3 session for; a real one reads the user's AWS profile."""
 
@@ -227,6 +255,32 @@ def fix_api_address(template: Template) -> None:
     """Give the HTTP API a fixed id, so that the local address is the same after every start."""
     for properties in _properties(template, "AWS::ApiGatewayV2::Api"):
         properties["Tags"] = {**properties.get("Tags", {}), "ms-custom-id": API_ID}
+
+
+def fix_secret_references(template: Template) -> None:
+    """Write a reference to a secret as its ARN, which is what `!Ref` of a secret gives on AWS.
+
+    In the emulator it gives the name, which no policy that names the secret would match.
+    """
+    secrets = {
+        name
+        for name, resource in template["Resources"].items()
+        if resource["Type"] == "AWS::SecretsManager::Secret"
+    }
+    template["Resources"] = _with_arns(template["Resources"], secrets)
+    template["Outputs"] = _with_arns(template.get("Outputs", {}), secrets)
+
+
+def _with_arns(value: Json, secrets: set[str]) -> Json:
+    match value:
+        case {"Ref": str(name)} if name in secrets:
+            return {"Fn::GetAtt": [name, "Id"]}
+        case dict():
+            return {key: _with_arns(part, secrets) for key, part in value.items()}
+        case list():
+            return [_with_arns(part, secrets) for part in value]
+        case _:
+            return value
 
 
 def fix_time_to_live(emulator: Emulator, deployed: Deployed) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,11 +19,13 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from scripts.local_stack.emulator_runner import FAULTS_VARIABLE, MINISTACK_VERSION
+from scripts.local_stack.recording.recorder import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -37,6 +40,7 @@ KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "L
 
 _LEASH = Path(__file__).with_name("leash.py")
 _RUNNER = Path(__file__).with_name("emulator_runner.py")
+_RECORDING = Path(__file__).with_name("recording")
 _LOCAL_HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -48,6 +52,26 @@ Json = Any
 
 class StackError(Exception):
     """The local stack cannot run; the message is the one line to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """The only credentials that may administer one run's emulated account."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+
+    @classmethod
+    def new(cls) -> Credentials:
+        """Return random ones. They do not look like a real account's: AWS's begin with AKIA or ASIA."""
+        return cls(f"LOCAL{secrets.token_hex(8).upper()}", secrets.token_urlsafe(30))
+
+    def as_environment(self) -> dict[str, str]:
+        """Return what AWS's tools and SDKs read."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
+        }
 
 
 class Child:
@@ -111,25 +135,31 @@ class Emulator:
         check_packages()
         self.port = free_port(port)
         self.endpoint_url = f"http://{HOST}:{self.port}"
+        self.credentials = Credentials.new()
         self._clients: dict[str, Client] = {}
         self._session: Client = None
-        environment = _environment(self.port)
+        environment = _environment(self.port, self.credentials)
         if dynamodb_faults is not None:
             environment[FAULTS_VARIABLE] = str(dynamodb_faults)
         if account_concurrency is not None:
             environment["LAMBDA_ACCOUNT_CONCURRENCY"] = str(account_concurrency)
         if bucket_url is not None:
             environment["AWS_ENDPOINT_URL_S3"] = bucket_url
+        if FOLDER_VARIABLE in os.environ:
+            environment |= {
+                FOLDER_VARIABLE: os.environ[FOLDER_VARIABLE],
+                "PYTHONPATH": str(_RECORDING),
+            }
         self.child = Child(str(_RUNNER), environment=environment)
 
     def wait_until_it_answers(self) -> None:
-        """Return when the health endpoint answers; raise `StackError` when it does not."""
+        """Return when the port answers, if only to refuse us; raise `StackError` when it does not."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self.child.process.poll() is not None:
                 raise StackError(f"the emulator ended at once: {self.child.last_words()}")
             with suppress(OSError):
-                call("GET", f"{self.endpoint_url}/_ministack/health")
+                call("GET", self.endpoint_url)
                 return
             if time.monotonic() > deadline:
                 raise StackError(
@@ -166,7 +196,7 @@ class Emulator:
                     "credentials_file": (None, None, os.devnull, None),
                 }
             )
-            core.set_credentials("test", "test")
+            core.set_credentials(self.credentials.access_key_id, self.credentials.secret_access_key)
             self._session = boto3.Session(botocore_session=core, region_name=REGION)
         return self._session
 
@@ -224,28 +254,32 @@ def clean_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
 
 
-def _environment(port: int) -> dict[str, str]:
-    return clean_environment() | {
-        "BIND_HOST": HOST,
-        "MINISTACK_HOST": HOST,
-        "GATEWAY_PORT": str(port),
-        "MINISTACK_REGION": REGION,
-        "LOG_LEVEL": "WARNING",
-        # Lambda workers inherit these; the emulator adds AWS_ENDPOINT_URL.
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": REGION,
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        # AWS's default; the emulator's own shrinks with this machine's memory, and throttles.
-        "LAMBDA_ACCOUNT_CONCURRENCY": "1000",
-        "LAMBDA_EXECUTOR": "local",
-        # Without these it listens on two more ports and removes containers of a local Docker.
-        "SFTP_ENABLED": "0",
-        "IOT_MTLS_ENABLED": "0",
-        "DOCKER_HOST": "unix:///nowhere",
-    }
+def _environment(port: int, credentials: Credentials) -> dict[str, str]:
+    return (
+        clean_environment()
+        | credentials.as_environment()
+        | {
+            "BIND_HOST": HOST,
+            "MINISTACK_HOST": HOST,
+            "GATEWAY_PORT": str(port),
+            "MINISTACK_REGION": REGION,
+            "LOG_LEVEL": "WARNING",
+            # Policies are evaluated, and each function has the credentials of its own role.
+            "AUTH": "true",
+            # Lambda workers inherit these; the emulator adds AWS_ENDPOINT_URL.
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            # AWS's default; the emulator's own shrinks with this machine's memory, and throttles.
+            "LAMBDA_ACCOUNT_CONCURRENCY": "1000",
+            "LAMBDA_EXECUTOR": "local",
+            # Without these it listens on two more ports and removes containers of a local Docker.
+            "SFTP_ENABLED": "0",
+            "IOT_MTLS_ENABLED": "0",
+            "DOCKER_HOST": "unix:///nowhere",
+        }
+    )
 
 
 def call(

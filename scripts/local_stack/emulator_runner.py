@@ -1,9 +1,9 @@
 """The emulator's own process: ministack, pinned, with its SQS polling brought closer to Lambda's.
 
-Everything in Sluice that knows the inside of ministack stands in this file: `lift_batch_cap`
-replaces one function and one event, `pace_streams` one function, `shorten_log_wait` one default, and
-`make_dynamodb_fail`, for chaos runs alone, one function. Each first checks that what it changes is
-there, because the next release may look different.
+Everything in Sluice that knows the inside of ministack is in the files `emulator_*.py` here. In this one
+`lift_batch_cap` replaces one function and one event, `pace_streams` one function, `shorten_log_wait` one default, and
+`make_dynamodb_fail`, for chaos runs alone, one function. Each first checks that what it changes is there, because the
+next release may look different.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from scripts.local_stack import emulator_doors, emulator_sizes
 from scripts.local_stack.emulator_concurrency import enforce_account_concurrency
+from scripts.local_stack.internals import Internals, expect
 
 MINISTACK_VERSION = "1.5.33"
-Internals = Any
-"""A module or object of the emulator, which has no types."""
 RECEIVE = "_receive_messages_for_esm"
 """The function of ministack that takes a mapping's next batch from its queue."""
 STREAMS = "_poll_dynamodb_streams"
@@ -103,22 +103,22 @@ def lift_batch_cap() -> None:
     `LookupError` when the emulator does not look as expected.
     """
     concurrency: Internals = import_module("ministack.core.concurrency")
-    _expect(concurrency, "esm_wake")
+    expect(concurrency, "esm_wake")
     wake = Wake()
     concurrency.esm_wake = wake  # before the services import it by name
 
     sqs: Internals = import_module("ministack.services.sqs")
     lambdas: Internals = import_module("ministack.services.lambda_svc")
-    if _expect(sqs, "esm_wake") is not wake or _expect(lambdas, "_esm_wake") is not wake:
+    if expect(sqs, "esm_wake") is not wake or expect(lambdas, "_esm_wake") is not wake:
         raise LookupError("its services were imported before the poll event was replaced")
-    if list(inspect.signature(_expect(sqs, RECEIVE)).parameters) != ["queue_url", "max_number"]:
+    if list(inspect.signature(expect(sqs, RECEIVE)).parameters) != ["queue_url", "max_number"]:
         raise LookupError(f"sqs.{RECEIVE} takes other arguments")
-    lock = _expect(sqs, "_queues_lock")
-    queue_of = _expect(sqs, "_get_q")
-    drop_expired = _expect(sqs, "_expire_retained")
-    move_dead_letters = _expect(sqs, "_dlq_sweep")
-    collect = _expect(sqs, "_collect_msgs")
-    all_mappings = _expect(lambdas, "_iter_all_esms")
+    lock = expect(sqs, "_queues_lock")
+    queue_of = expect(sqs, "_get_q")
+    drop_expired = expect(sqs, "_expire_retained")
+    move_dead_letters = expect(sqs, "_dlq_sweep")
+    collect = expect(sqs, "_collect_msgs")
+    all_mappings = expect(lambdas, "_iter_all_esms")
     gathering = Gathering()
 
     def receive_messages_for_esm(queue_url: str, max_number: int) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ def pace_streams() -> None:
     is the window of the one stream mapping there is. Raises `LookupError` as above.
     """
     lambdas: Internals = import_module("ministack.services.lambda_svc")
-    poll = _expect(lambdas, STREAMS)
+    poll = expect(lambdas, STREAMS)
     if inspect.signature(poll).parameters:
         raise LookupError(f"lambda_svc.{STREAMS} takes arguments")
 
@@ -189,8 +189,8 @@ def shorten_log_wait() -> None:
     A line that comes later still is stored with the worker's next invocation. Raises `LookupError`
     as above.
     """
-    worker = _expect(import_module("ministack.core.lambda_runtime"), "Worker")
-    drain = _expect(worker, "_drain_stderr_bounded")
+    worker = expect(import_module("ministack.core.lambda_runtime"), "Worker")
+    drain = expect(worker, "_drain_stderr_bounded")
     names = list(inspect.signature(drain).parameters)
     if names != ["self", "first_line_wait", "idle_confirm", "hard_cap"]:
         raise LookupError("Worker._drain_stderr_bounded takes other arguments")
@@ -205,8 +205,8 @@ def make_dynamodb_fail(file: Path) -> None:
     Raises `LookupError` as above.
     """
     dynamodb: Internals = import_module("ministack.services.dynamodb")
-    handle = _expect(dynamodb, "handle_request")
-    refusal = _expect(import_module("ministack.core.responses"), "error_response_json")
+    handle = expect(dynamodb, "handle_request")
+    refusal = expect(import_module("ministack.core.responses"), "error_response_json")
     if list(inspect.signature(handle).parameters)[2] != "headers":
         raise LookupError("dynamodb.handle_request takes other arguments")
     chance = random.Random()  # noqa: S311 - chaos, not a secret
@@ -226,10 +226,16 @@ def make_dynamodb_fail(file: Path) -> None:
     dynamodb.handle_request = handle_or_fail
 
 
-def _expect(module: Internals, name: str) -> Internals:
-    if not hasattr(module, name):
-        raise LookupError(f"{module.__name__}.{name} is gone")
-    return getattr(module, name)
+def enforce_permissions() -> None:
+    """Serve only what is signed and allowed, as AWS does. Raises `LookupError` as above."""
+    emulator_doors.admit_one_root(os.environ["AWS_ACCESS_KEY_ID"])
+    emulator_doors.name_actions_as_aws()
+    emulator_doors.check_partiql()
+    emulator_doors.tell_event_sources()
+    emulator_doors.forbid_what_may_not_be_listed()
+    emulator_doors.count_loopback_as_tls()
+    # Last: it goes in front of everything.
+    emulator_doors.guard()
 
 
 def main() -> None:
@@ -244,6 +250,8 @@ def main() -> None:
         pace_streams()
         shorten_log_wait()
         enforce_account_concurrency()
+        emulator_sizes.enforce()
+        enforce_permissions()
         if FAULTS_VARIABLE in os.environ:
             make_dynamodb_fail(Path(os.environ[FAULTS_VARIABLE]))
     except LookupError as error:

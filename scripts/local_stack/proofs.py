@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from scripts.local_stack.deploy import Deployed, time_to_live
-from scripts.local_stack.emulator import Emulator, StackError, call
+from scripts.local_stack.emulator import Client, Emulator, StackError, call
 
 CANARY_SECONDS = 30.0
 WRONG_KEY = "not-a-client-key-of-this-stack"
@@ -78,13 +78,9 @@ def time_to_live_is_on(emulator: Emulator, deployed: Deployed) -> None:
 
 
 def concurrency_is_a_number(emulator: Emulator, deployed: Deployed) -> None:
-    """Every queue's MaximumConcurrency is a JSON integer, as the emulator's poller needs it.
-
-    Asked without boto3, which would turn text into a number.
-    """
+    """Every queue's MaximumConcurrency is a JSON integer, as the emulator's poller needs it."""
     del deployed
-    _status, body = call("GET", f"{emulator.endpoint_url}/2015-03-31/event-source-mappings/")
-    for mapping in body["EventSourceMappings"]:
+    for mapping in mappings_as_sent(emulator.client("lambda")):
         if ":sqs:" not in mapping["EventSourceArn"]:
             continue
         concurrency = mapping.get("ScalingConfig", {}).get("MaximumConcurrency")
@@ -92,6 +88,21 @@ def concurrency_is_a_number(emulator: Emulator, deployed: Deployed) -> None:
             raise StackError(
                 f"MaximumConcurrency of the mapping for {mapping['FunctionArn']} is {concurrency!r}"
             )
+
+
+def mappings_as_sent(client: Client) -> list[dict[str, Any]]:
+    """Return the event source mappings as AWS sent them: boto3 would turn text into a number."""
+    bodies: list[bytes] = []
+    event, name = "before-parse.lambda.ListEventSourceMappings", "as-sent"
+    client.meta.events.register(
+        event, lambda response_dict, **_: bodies.append(response_dict["body"]), unique_id=name
+    )
+    try:
+        client.list_event_source_mappings()
+    finally:
+        client.meta.events.unregister(event, unique_id=name)
+    mappings: list[dict[str, Any]] = json.loads(bodies[0])["EventSourceMappings"]
+    return mappings
 
 
 def _clue(emulator: Emulator, deployed: Deployed, function: str) -> str:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from scripts.local_stack import credentials, deploy, proofs
 from scripts.local_stack.emf import Bridge
 from scripts.local_stack.emulator import (
+    REGION,
     Child,
     Client,
+    Credentials,
     Emulator,
     StackError,
     check_packages,
@@ -48,7 +50,9 @@ class Ready:
     claude_url: str | None
     """None when only the key pool's own base_urls are used."""
     endpoint_url: str
-    """The emulated AWS, for AWS_ENDPOINT_URL or `--endpoint-url`; any credentials will do."""
+    """The emulated AWS, for AWS_ENDPOINT_URL or `--endpoint-url`."""
+    credentials: Credentials
+    """The account's administrator; nobody else's credentials are accepted."""
     resources: Mapping[str, str] = field(repr=False)
     """Logical id -> physical id."""
     outputs: Mapping[str, str] = field(repr=False)
@@ -80,6 +84,8 @@ class LocalStack:
     bucket_url: str | None = None
     """Where the functions find S3, when that is to be another address than the rest of the emulated AWS."""
     template: Path = REPOSITORY / "template.yaml"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of every function beside those of the template, such as SLUICE_WAITS."""
     dynamodb_faults: Path | None = None
     """For chaos runs: a file that says how many of DynamoDB's calls fail (emulator_runner.py)."""
     say: Callable[[str], None] = field(default=lambda _line: None, repr=False)
@@ -109,6 +115,7 @@ class LocalStack:
                 deploy.read_template(self.template),
                 concurrency=self.concurrency,
                 public_url=deploy.api_url(emulator.endpoint_url),
+                environment=self.environment,
             )
             if self.account_concurrency is None:
                 deploy.start_at_ceilings(template)
@@ -135,6 +142,7 @@ class LocalStack:
                 client_key=client_key,
                 claude_url=claude_url,
                 endpoint_url=emulator.endpoint_url,
+                credentials=emulator.credentials,
                 resources=deployed.resources,
                 outputs=deployed.outputs,
                 client=emulator.client,
@@ -175,9 +183,7 @@ class Simulator:
             "0",
             "--rpm",
             "600",
-            "--keys",
-            credentials.TEST_KEY,
-            environment=clean_environment(),
+            environment=clean_environment() | {"CLAUDE_SIMULATOR_KEYS": credentials.TEST_KEY},
             stdout=subprocess.PIPE,
         )
 
@@ -317,12 +323,31 @@ def up(  # noqa: PLR0913 - the options of a command
     )
 
 
+def emulator_alone(port: int) -> int:
+    """Run the emulator without Sluice, as `up` does; print the environment that the AWS CLI and SAM need for it."""
+
+    def run() -> str:
+        emulator = Emulator(port)
+        try:
+            emulator.wait_until_it_answers()
+            variables = emulator.credentials.as_environment() | {
+                "AWS_ENDPOINT_URL": emulator.endpoint_url,
+                "AWS_DEFAULT_REGION": REGION,
+            }
+            lines = [f"export {name}={value}" for name, value in variables.items()]
+            print("\n".join(lines), flush=True)
+            return _reason(lambda: _ended([emulator.child]))
+        finally:
+            emulator.stop()
+
+    return _until_stopped(run)
+
+
 def serve(stack: LocalStack) -> int:
     """Run `stack` as `up` does."""
     began = time.monotonic()
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, _stop) for number in signals}
-    try:
+
+    def run() -> str:
         with stack.running() as ready:
             _say(f"ready after {time.monotonic() - began:.1f} s; stop with Ctrl-C")
             line = {
@@ -331,20 +356,36 @@ def serve(stack: LocalStack) -> int:
                 "client_key": ready.client_key,
                 "claude_url": ready.claude_url,
                 "endpoint_url": ready.endpoint_url,
+                # What the AWS CLI and `--endpoint-url` need; made for this run, and worthless after it.
+                "environment": ready.credentials.as_environment(),
             }
             print(json.dumps(line), flush=True)
-            while (reason := ready.ended()) is None:
-                time.sleep(0.5)
-            _say(f"error: {reason}")
-            return 1
+            return _reason(ready.ended)
+
+    return _until_stopped(run)
+
+
+def _reason(ended: Callable[[], str | None]) -> str:
+    """Wait until something has ended; return why."""
+    while (reason := ended()) is None:
+        time.sleep(0.5)
+    return reason
+
+
+def _until_stopped(run: Callable[[], str]) -> int:
+    """Run what returns only the reason why it failed, until somebody asks us to stop; return the exit code."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, _stop) for number in signals}
+    try:
+        _say(f"error: {run()}")
     except StackError as error:
         _say(f"error: {error}")
-        return 1
     except _Stopped:
         return 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return 1
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -223,8 +223,7 @@ class Stack:
         )
         return dict(function["Environment"]["Variables"]) | {
             "AWS_ENDPOINT_URL": endpoint_url or self.ready.endpoint_url,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            **self.ready.credentials.as_environment(),
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
         }

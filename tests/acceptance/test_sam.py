@@ -3,17 +3,16 @@
 import json
 import os
 import re
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import boto3
 import pytest
+
+from scripts.local_stack.emulator import Emulator
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / ".venv-sam" / "bin"
@@ -68,76 +67,29 @@ def built() -> None:
     sam("build")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def get(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:  # noqa: S310  # loopback
         return json.load(answer)
 
 
-def wait_for_emulator(url: str, emulator: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    deadline = time.monotonic() + ANSWER_SECONDS
-    while True:
-        try:
-            get(f"{url}/_ministack/health")
-        except OSError:
-            if emulator.poll() is not None or time.monotonic() > deadline:
-                log.seek(0)
-                pytest.fail(f"the emulator did not start:\n{log.read().decode()}")
-            time.sleep(0.1)
-        else:
-            return
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[Emulator]:
+    """An AWS emulator that enforces permissions, without what our launcher repairs in a template."""
+    started = Emulator()
+    try:
+        started.wait_until_it_answers()
+        yield started
+    finally:
+        started.stop()
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An AWS emulator as it comes, without our launcher's repairs."""
-    port = free_port()
-    log_file = tmp_path_factory.mktemp("emulator") / "log"
-    with log_file.open("w+b") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ministack"],
-            env=environment(
-                BIND_HOST="127.0.0.1", MINISTACK_HOST="127.0.0.1", GATEWAY_PORT=str(port)
-            ),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for_emulator(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def client(service: Any, endpoint_url: str) -> Any:
-    return boto3.client(
-        service,
-        endpoint_url=endpoint_url,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-
-
-@pytest.fixture(scope="module")
-def outputs(emulator: str) -> dict[str, str]:
+def outputs(emulator: Emulator) -> dict[str, str]:
     """The outputs of a stack deployed by the SAM CLI alone, as samconfig.toml's [local] says."""
     sam("build", "--config-env", "local", SLUICE_BUILD_PLATFORM="local")
-    sam("deploy", "--config-env", "local", AWS_ENDPOINT_URL=emulator)
-    found = client("cloudformation", emulator).describe_stacks(StackName="sluice-local")
+    credentials = emulator.credentials.as_environment()
+    sam("deploy", "--config-env", "local", AWS_ENDPOINT_URL=emulator.endpoint_url, **credentials)
+    found = emulator.client("cloudformation").describe_stacks(StackName="sluice-local")
     return {each["OutputKey"]: each["OutputValue"] for each in found["Stacks"][0]["Outputs"]}
 
 
@@ -190,19 +142,19 @@ def test_the_layer_leaves_room() -> None:
     assert megabytes < 125
 
 
-def test_a_deployed_stack_is_healthy(emulator: str, outputs: dict[str, str]) -> None:
+def test_a_deployed_stack_is_healthy(emulator: Emulator, outputs: dict[str, str]) -> None:
     api_id = outputs["ApiUrl"].removeprefix("https://").partition(".")[0]
 
-    health = get(f"{emulator}/_aws/execute-api/{api_id}/$default/health")
+    health = get(f"{emulator.endpoint_url}/_aws/execute-api/{api_id}/$default/health")
 
     assert "ok" == health["status"]
 
 
-def test_a_deployed_queue_reaches_the_worker(emulator: str, outputs: dict[str, str]) -> None:
+def test_a_deployed_queue_reaches_the_worker(emulator: Emulator, outputs: dict[str, str]) -> None:
     """The worker notes a canary in the limits table: proof of queue, mapping and layer."""
-    limits = client("dynamodb", emulator)
+    limits = emulator.client("dynamodb")
     canary = {"id": {"S": "canary#acceptance"}}
-    client("sqs", emulator).send_message(
+    emulator.client("sqs").send_message(
         QueueUrl=outputs["JobsQueueUrl"], MessageBody='{"v": 1, "canary": "acceptance"}'
     )
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from scripts.claude_simulator import read, running
+from scripts.local_doors import LocalHandler
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import free_port
 
@@ -81,7 +82,7 @@ class Bucket:
 def bucket() -> Iterator[Bucket]:
     here = Bucket()
 
-    class Pass(BaseHTTPRequestHandler):
+    class Pass(LocalHandler):
         protocol_version = (
             "HTTP/1.1"  # boto3 asks before it sends a body, and waits a second for an answer
         )
@@ -90,6 +91,7 @@ def bucket() -> Iterator[Bucket]:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             here.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
             connection = HTTPConnection(here.to)
+            # Its Host, too: a link is signed for the address it names.
             connection.request(self.command, self.path, body, dict(self.headers))
             answer = connection.getresponse()
             content = answer.read()

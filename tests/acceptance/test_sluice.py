@@ -468,8 +468,7 @@ def sluice(gateway: Gateway, *arguments: str, expect: int = 0) -> subprocess.Com
         | {
             "SLUICE_URL": gateway.ready.api_url,
             "SLUICE_KEY": CLIENT_KEY,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            **gateway.ready.credentials.as_environment(),
             "AWS_DEFAULT_REGION": REGION,
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "layers/sluice")]),
         },

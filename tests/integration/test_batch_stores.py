@@ -22,7 +22,7 @@ from sluice.adapters import aws, s3
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.job_records import as_text, of_text
 from sluice.adapters.notices import BusNotices
-from sluice.adapters.sqs import Hidden, SqsBatchQueues
+from sluice.adapters.sqs import Hidden, SqsBatchesQueue, SqsRangesQueue
 from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, Tally, planned
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
@@ -319,10 +319,10 @@ def test_a_long_listing_comes_page_by_page(cloud: Aws, name: str) -> None:
 
 
 def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
-    queues = SqsBatchQueues(cloud.sqs, cloud.batches_queue, cloud.ranges_queue)
+    queue = SqsRangesQueue(cloud.sqs, cloud.ranges_queue)
     batch = a_batch()
 
-    assert [] == queues.send_ranges(batch, range(25))
+    assert [] == queue.send_ranges(batch, range(25))
 
     found = []
     while messages := cloud.sqs.receive_message(
@@ -336,10 +336,10 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
 
 
 def test_what_is_to_be_done_with_a_batch_comes_back_as_it_was_sent(cloud: Aws) -> None:
-    queues = SqsBatchQueues(cloud.sqs, cloud.batches_queue, cloud.ranges_queue)
+    queue = SqsBatchesQueue(cloud.sqs, cloud.batches_queue)
 
-    queues.send_plan(a_batch(1).batch_id)
-    queues.send_join(a_batch(2).batch_id, 3)
+    queue.send_plan(a_batch(1).batch_id)
+    queue.send_join(a_batch(2).batch_id, 3)
 
     got = cloud.sqs.receive_message(QueueUrl=cloud.batches_queue, MaxNumberOfMessages=10)
     read = batch_messages(

@@ -68,11 +68,11 @@ def request(
 def sent_by(claude: Running, asked: dict[str, Any]) -> dict[str, Any]:
     """Return what the simulator answers to plain HTTP, and make it answer the same once more."""
     headers = {"x-api-key": KEY, "anthropic-version": VERSION}
-    httpx.post(f"{claude.url}/_simulator/reset")
+    httpx.post(f"{claude.url}/_simulator/reset", json={})
     sent: dict[str, Any] = httpx.post(
         f"{claude.url}/v1/messages", json=asked, headers=headers
     ).json()
-    httpx.post(f"{claude.url}/_simulator/reset")
+    httpx.post(f"{claude.url}/_simulator/reset", json={})
     return sent
 
 

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import re
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from scripts import cli
 from scripts.cli_errors import GatewayRefused, GatewayUnreachable, NotConfigured
@@ -572,6 +576,129 @@ def test_options_win_over_the_environment(
     ended = run("limits", "--url", gateway.url + "/", "--key", CLIENT_KEY)
 
     assert 0 == ended.code
+
+
+def test_a_key_comes_from_a_file_which_wins_over_the_environment(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "key"
+    file.write_text(f"{CLIENT_KEY}\n")
+    monkeypatch.setenv("SLUICE_KEY", "another_key_altogether")
+
+    ended = run("limits", "--key-file", file)
+
+    assert 0 == ended.code, ended.err
+
+
+def test_a_key_comes_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLUICE_KEY")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{CLIENT_KEY}\n".encode())))
+
+    ended = run("limits", "--key-file", "-")
+
+    assert 0 == ended.code, ended.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "is empty"),
+        (b"  \n\n", "is empty"),
+        (b"sluice_secret_a\nsluice_secret_b\n", "has several lines"),
+        ("schlüssel".encode(), "not plain text"),
+    ],
+    ids=["missing", "empty", "blank", "several lines", "not ASCII"],
+)
+def test_a_key_file_that_holds_no_key_is_said_plainly(
+    run: Run, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+
+    ended = run("limits", "--key-file", file)
+
+    assert 1 == ended.code
+    assert f"error: {file} " in ended.err
+    assert said in ended.err
+    assert "sluice_secret" not in ended.err
+
+
+def test_a_key_is_given_in_one_way(run: Run, tmp_path: Path) -> None:
+    both = run("limits", "--key", CLIENT_KEY, "--key-file", tmp_path / "key")
+    twice = run("submit", "-", "--key-file", "-")
+
+    assert (2, 2) == (both.code, twice.code)
+    assert "--key-file, not both" in both.err
+    assert "cannot be both" in twice.err
+
+
+def test_every_command_with_a_key_takes_it_from_a_file() -> None:
+    def commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, f"{path}{name} ")
+            else:
+                yield f"{path}{name}", command
+
+    options = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in commands(typer.main.get_command(cli.app))
+    }
+
+    secret = {name: found for name, found in options.items() if found & {"--key", "--client-key"}}
+    assert {"submit", "limits", "batches results", "local up"} <= set(secret)
+    for name, found in secret.items():
+        assert ("--key-file" in found) == ("--key" in found), name
+        assert ("--client-key-file" in found) == ("--client-key" in found), name
+
+
+# ---------------------------------------------------------------- files with answers
+
+
+@pytest.mark.parametrize("mode", [None, 0o644, 0o666], ids=["new", "0644", "0666"])
+@pytest.mark.parametrize("command", ["submit", "results"])
+def test_only_the_owner_can_read_a_file_of_results(
+    run: Run, tmp_path: Path, command: str, mode: int | None
+) -> None:
+    out = tmp_path / "results.jsonl"
+    if mode is not None:
+        out.write_text("of another run, which was longer\n" * 100)
+        out.chmod(mode)
+    jobs = jobs_file(tmp_path, "one", "two")
+    umask = os.umask(0)
+    try:
+        if command == "submit":
+            ended = run("submit", jobs, "--wait", "--out", out)
+        else:
+            run("submit", jobs, "--wait")
+            ended = run("results", "--out", out)
+    finally:
+        os.umask(umask)
+
+    assert 0 == ended.code, ended.err
+    assert "0o600" == oct(stat.S_IMODE(out.stat().st_mode))
+    assert 2 == len([json.loads(line) for line in out.read_text().splitlines()])
+
+
+def test_what_is_no_regular_file_keeps_its_mode(run: Run, tmp_path: Path) -> None:
+    before = Path(os.devnull).stat().st_mode
+
+    ended = run("submit", jobs_file(tmp_path, "one"), "--wait", "--out", os.devnull)
+
+    assert 0 == ended.code, ended.err
+    assert before == Path(os.devnull).stat().st_mode
+
+
+def test_every_file_of_answers_is_opened_in_one_place() -> None:
+    """So that no command forgets the mode."""
+    writes = re.compile(r"""\.open\(["']w|write_text\(|write_bytes\(""")
+    command_line = [*Path(cli.__file__).parent.glob("*.py")]
+
+    writing = {path.name for path in command_line if writes.search(path.read_text("utf-8"))}
+
+    assert {"openapi.py", "state_machine.py"} == writing  # they write documents of this repository
 
 
 # ---------------------------------------------------------------- the client itself

@@ -21,6 +21,7 @@ from botocore.stub import Stubber
 from functions.governor import app
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import REGION, call
+from scripts.local_stack.proofs import mappings_as_sent
 from scripts.setup_stack import Stack
 from sluice import wiring
 from sluice.adapters import aws
@@ -350,9 +351,9 @@ def govern(ready: Ready) -> None:
 
 
 def mapping(ready: Ready, name: str = "WorkerMapping") -> tuple[Any, str]:
-    """A mapping, asked without boto3, which would turn text into a number."""
-    uuid = ready.resources[name]
-    _status, found = call("GET", f"{ready.endpoint_url}/2015-03-31/event-source-mappings/{uuid}")
+    """A mapping's concurrency, as it is and not as boto3 reads it, and its state."""
+    mappings = mappings_as_sent(ready.client("lambda"))
+    (found,) = [each for each in mappings if each["UUID"] == ready.resources[name]]
     return found["ScalingConfig"]["MaximumConcurrency"], found["State"]
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.emulator import Emulator, call
+from scripts.local_stack.recording.recorder import FOLDER_VARIABLE
 from sluice.domain import client_keys
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ from pathlib import Path
 from scripts.local_stack.stack import LocalStack, serve
 sys.exit(serve(LocalStack(template=Path(sys.argv[1]), claude_url="http://127.0.0.1:9")))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unrecorded() -> Iterator[None]:
+    """What the functions here call says nothing of the product's."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv(FOLDER_VARIABLE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +312,34 @@ def test_asked_to_stop_it_leaves_no_process_and_reports_success(
         assert not [process for process in processes if _lives(process)]
 
 
+def test_no_key_shows_in_the_list_of_processes(tmp_path: Path) -> None:
+    """With the bundled simulator, which has a key, too; and with a client key from a file."""
+    file = tmp_path / "key"
+    file.write_text(f"{CLIENT_KEY}\n")
+    command = [sys.executable, "-m", "scripts.local_stack", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--client-key-file", str(file)],
+        cwd=REPOSITORY,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as launcher:
+        try:
+            assert launcher.stdout is not None
+            ready = json.loads(launcher.stdout.readline())
+            lines = _command_lines(launcher.pid)
+        finally:
+            launcher.terminate()
+
+    assert CLIENT_KEY == ready["client_key"]
+    shown = "\n".join(lines)
+    assert "scripts.claude_simulator" in shown
+    assert "emulator_runner.py" in shown
+    assert CLIENT_KEY not in shown
+    assert "sk-ant-" not in shown
+
+
 def test_killed_it_leaves_no_process_either(template: Path) -> None:
     with _serving(template) as (launcher, processes):
         launcher.kill()
@@ -408,6 +445,23 @@ def _lives(process: int) -> bool:
         check=False,
     )
     return bool(state.stdout.strip()) and not state.stdout.strip().startswith("Z")
+
+
+def _command_lines(process: int) -> list[str]:
+    """The command lines of a process and of all it started, as any user of the machine sees them."""
+    listed = subprocess.run(
+        [shutil.which("ps") or "ps", "-axww", "-o", "pid=,ppid=,args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    family, lines = {process}, []
+    for pid, parent, line in rows:  # a parent is older, and listed first
+        if int(pid) in family or int(parent) in family:
+            family.add(int(pid))
+            lines.append(line)
+    return lines
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import socket
@@ -671,7 +672,7 @@ def test_limits_faults_and_keys_change_at_run_time() -> None:
         httpx.post(f"{claude.url}/_simulator/config", json={"revoke": [KEY]})
         revoked = post(claude, params("e")).status_code
         wrong = httpx.post(f"{claude.url}/_simulator/config", json={"faults": {"rain": 1}})
-        httpx.post(f"{claude.url}/_simulator/reset?config=1")
+        httpx.post(f"{claude.url}/_simulator/reset?config=1", json={})
         fresh = [post(claude, params(text)).status_code for text in "ab"]
         counted = stats(claude, "?starts=1")
 
@@ -681,6 +682,82 @@ def test_limits_faults_and_keys_change_at_run_time() -> None:
     assert 'no fault "rain"' in wrong.json()["error"]["message"]
     assert counted["requests"] == 2
     assert len(counted["organisations"]["org-one"]["model_groups"]["opus-5"]["starts"]) == 1
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"origin": "http://attacker.example"},
+        {"origin": "null"},
+        {"host": "attacker.example"},
+        {"host": "127.0.0.1:1"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/messages"),
+        ("GET", "/v1/models"),
+        ("GET", "/_simulator/stats"),
+        ("GET", "/_simulator/ledger"),
+        ("POST", "/_simulator/config"),
+        ("POST", "/_simulator/reset?config=1"),
+        ("OPTIONS", "/v1/messages"),
+    ],
+)
+def test_a_page_of_another_origin_is_refused_everywhere(
+    claude: Running, method: str, path: str, foreign: dict[str, str]
+) -> None:
+    good = {"x-api-key": KEY, "anthropic-version": VERSION, "content-type": "application/json"}
+
+    reply = httpx.request(method, f"{claude.url}{path}", content=b"{}", headers=good | foreign)
+
+    assert (403, "permission_error") == (reply.status_code, reply.json()["error"]["type"])
+    assert not [name for name in reply.headers if name.startswith("access-control-")]
+
+
+def test_two_host_headers_are_refused(claude: Running) -> None:
+    own = claude.url.removeprefix("http://")
+    with contextlib.closing(http.client.HTTPConnection(own, timeout=10)) as connection:
+        connection.putrequest("GET", "/_simulator/stats", skip_host=True)
+        connection.putheader("Host", own)
+        connection.putheader("Host", "attacker.example")
+        connection.endheaders()
+
+        status = connection.getresponse().status
+
+    assert status in {400, 403}
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_a_page_and_a_program_of_the_simulators_own_address_are_answered(
+    claude: Running, name: str
+) -> None:
+    own = f"{name}:{claude.url.rpartition(':')[2]}"
+
+    reply = httpx.get(
+        f"{claude.url}/_simulator/stats", headers={"host": own, "origin": f"http://{own}"}
+    )
+
+    assert 200 == reply.status_code
+    assert not [name for name in reply.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
+)
+@pytest.mark.parametrize("path", ["config", "reset", "batch_clock"])
+def test_control_takes_nothing_a_form_of_a_page_could_send(
+    claude: Running, path: str, content_type: str | None
+) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    body = json.dumps({"faults": {"529": 1}, "advance_seconds": 1})
+
+    reply = httpx.post(f"{claude.url}/_simulator/{path}", content=body, headers=headers)
+
+    assert 415 == reply.status_code
+    assert 200 == post(claude, params()).status_code
 
 
 def test_many_callers_at_once_never_break_the_limit() -> None:

@@ -8,6 +8,7 @@ import random
 import string
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from datetime import date, timedelta
 from hashlib import sha256
@@ -1089,6 +1090,49 @@ def test_a_busy_store_says_whether_it_may_have_done_it(
         aws.patiently("the store", call)
 
     assert may_be_done == busy.value.may_be_done
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("AccessDeniedException", 400), ("AccessDenied", 403), ("403", 403)]
+)
+def test_what_aws_refuses_is_noted_for_the_log(code: str, status: int) -> None:
+    """S3 answers a HEAD without a body, so its error has the status for a name."""
+    aws.take_refused()
+
+    def call(**_: Any) -> None:
+        raise client_error(code, status)
+
+    with pytest.raises(ClientError):
+        aws.patiently("the store", call)
+
+    assert {"PutItem on the store": 1} == aws.take_refused()
+    assert {} == aws.take_refused()
+
+
+@pytest.mark.parametrize("code", ["ConditionalCheckFailedException", "ThrottlingException"])
+def test_no_other_answer_counts_as_refused(code: str) -> None:
+    aws.take_refused()
+
+    def call(**_: Any) -> None:
+        raise client_error(code, 400)
+
+    with pytest.raises((ClientError, StoreBusy)):
+        aws.patiently("the store", call)
+
+    assert {} == aws.take_refused()
+
+
+def test_a_statement_that_aws_refuses_is_noted_though_the_answer_is_200(client: Any) -> None:
+    aws.take_refused()
+    error = {"Code": "AccessDenied", "Message": "User is not authorized"}
+    with Stubber(client) as stub:
+        stub.add_response("batch_execute_statement", {"Responses": [{"Error": error}]})
+        stub.add_response("batch_get_item", {"Responses": {"T": []}, "UnprocessedKeys": {}})
+        jobs = dynamo.DynamoJobs(client, "T", 30)
+        with suppress(StoreBusy):
+            jobs.add_new([a_job("job_1")])
+
+    assert {"BatchExecuteStatement on the jobs table": 1} == aws.take_refused()
 
 
 def test_what_a_batch_left_over_is_asked_for_again(client: Any) -> None:

@@ -21,16 +21,21 @@ from tests.simulation.bugs import BUGS
 from tests.simulation.playing import first_failure, play, shown
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may name."""
+    made = argparse.ArgumentParser(prog="python -m tests.simulation")
+    made.add_argument("--seeds", type=int, default=2_000, help="how many stories")
+    made.add_argument("--first-seed", type=int, default=1)
+    made.add_argument("--seed", type=int, help="play this one and print its history")
+    made.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    made.add_argument("--bug", choices=sorted(BUGS), help="with this deliberate bug")
+    made.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play what was asked for; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation")
-    parser.add_argument("--seeds", type=int, default=2_000, help="how many stories")
-    parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--seed", type=int, help="play this one and print its history")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--bug", choices=sorted(BUGS), help="with this deliberate bug")
-    parser.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
-    wanted = parser.parse_args(arguments)
+    wanted = parser().parse_args(arguments)
     bug = BUGS[wanted.bug].applied() if wanted.bug else nullcontext()
     if wanted.seed is not None:
         with bug:

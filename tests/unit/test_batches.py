@@ -11,6 +11,8 @@ from sluice.domain.batches import (
     MOST_RANGE_BYTES,
     MOST_RANGES,
     RANGES_PER_SECTION,
+    SAMPLE_BYTES,
+    SAMPLES,
     Batch,
     Copied,
     Options,
@@ -22,9 +24,10 @@ from sluice.domain.batches import (
     Tally,
     parts,
     planned,
+    sample_places,
 )
 from sluice.domain.errors import LeaseLost, RangeBusy
-from sluice.domain.rows import lines, missing_bytes
+from sluice.domain.rows import lines
 
 NOON = 1_795_176_000_000
 
@@ -79,6 +82,22 @@ def test_lines_longer_than_the_sample_still_make_ranges_that_fit_into_memory() -
     assert MOST_RANGE_BYTES == planned(10**9, b"x" * 500_000 + b"\n").range_bytes
 
 
+def test_a_first_line_longer_than_a_sample_does_not_decide_how_long_lines_are() -> None:
+    head, others = b"x" * 65_536, [b"y" * 99 + b"\n"] * 655
+    plan = planned(10**7, head, *[b"".join(others)] * 7)
+
+    assert 100 <= plan.line_bytes <= 120
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 10**6, 10**12])
+def test_samples_are_of_the_start_of_the_end_and_of_places_between_them(size: int) -> None:
+    places = sample_places(size)
+
+    assert 1 <= len(places) <= SAMPLES
+    assert [0, max(0, size - SAMPLE_BYTES)] == [places[0], places[-1]]
+    assert places == sorted(set(places))
+
+
 def test_an_enormous_object_has_longer_ranges_and_not_more() -> None:
     plan = planned(10**12, b"x\n")
 
@@ -117,10 +136,7 @@ def test_each_line_is_read_whole_by_the_range_in_which_it_begins(
     for number in range(ranges):
         start, end = plan.bounds(number)
         base = max(first, start - 1)
-        read = data[base:end]
-        while more := missing_bytes(read, start, end, first, size):
-            position = base + len(read)
-            read += data[position : position + min(more, piece)]
+        read = (data[at : at + piece] for at in range(base, size, piece))
         mine = list(lines(read, start, end, first))
         assert all(start <= line.offset < end for line in mine)
         assert list(range(len(mine))) == [line.number for line in mine]
@@ -311,6 +327,24 @@ def test_a_released_range_is_anybodys_and_no_loss() -> None:
         released.model,
     )
     assert (2, 0, None, None) == (again.claims, again.losses, again.not_before, again.model)
+
+
+def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:
+    state = a_range(owner="one", chunks=("w1", "1-2", "1-3"), windows=1, losses=2)
+
+    ended = life.end_window(
+        state, "one", NOON + 60, "w2", others=["1-3"], resume_at=700, resume_line=7
+    )
+
+    assert (("w1", "w2", "1-3"), 2, 700, 7, 0) == (
+        ended.chunks,
+        ended.windows,
+        ended.resume_at,
+        ended.resume_line,
+        ended.losses,
+    )
+    with pytest.raises(LeaseLost):
+        life.end_window(state, "two", NOON, "w2", others=(), resume_at=1, resume_line=1)
 
 
 def test_only_the_owner_writes() -> None:

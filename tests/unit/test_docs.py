@@ -12,10 +12,11 @@ from typer.core import TyperGroup
 from scripts import cli
 from scripts.state_machine import PAGE, redrawn, up_to_date
 from sluice import call, http, limiter, submit, work
-from sluice.domain import breakers, limits
+from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
+from sluice.domain.waits import USUAL
 from sluice.metrics import METRIC_NAMES
 from tests.expanded_template import template
 
@@ -265,19 +266,19 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
         ),
         ("start time up to {:.0f} s ahead", [limiter.HORIZON_MS / 1000]),
         ("s ahead ({:.0f} s at slow rates)", [limiter.LONGEST_HORIZON_MS / 1000]),
-        ("cannot start within {:.0f} s go back to the queue", [work.HOLD_MS / 1000]),
+        ("cannot start within {:.0f} s go back to the queue", [USUAL.hold_ms / 1000]),
         ("blocked for more than {:.0f} s", [limiter.BLOCK_MS / 1000]),
         ("once it has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
         ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
         ("has {} jobs in hand", [work.SLOTS]),
         ("for up to {:.0f} minutes. Jobs", [work.REFILL_MS / 60_000]),
-        ("Up to {:.0f} s of a wait", [call.REST_MS / 1000]),
+        ("Up to {:.0f} s of a wait", [USUAL.rest_ms / 1000]),
         ("for at most {:.0f} minutes at a time", [call.LONGEST_DELAY_MS / 60_000]),
         ("goes on at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
         ("gains {:.0f} % of the limit per second", [limits.RECOVERY_PER_SECOND / 10]),
         (
             "It pauses for {:.0f} to {:.0f} s",
-            [breakers.PAUSE_MS / 1000, breakers.PAUSE_CAP_MS / 1000],
+            [USUAL.breaker_pause_ms / 1000, USUAL.breaker_pause_cap_ms / 1000],
         ),
         ("tried again every {:.0f} minutes", [POLICY.park_recheck_ms / 60_000]),
         (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.domain.breakers import PAUSE_CAP_MS, PROBES, STREAK
+from sluice.domain.breakers import PROBES, STREAK
 from sluice.domain.limits import (
     DIMENSIONS,
     FULL_RATE,
@@ -50,6 +50,7 @@ from sluice.domain.limits import (
     restated,
     settle,
 )
+from sluice.domain.waits import USUAL, Waits
 from tests.fakes import MINUTE, NOON, SECOND, known_group
 
 # The same examples in every run: a gate must not fail by chance, nor because the machine is busy.
@@ -1223,7 +1224,18 @@ def test_what_fails_on_and_on_is_set_aside_for_a_minute_at_most() -> None:
     pauses = [next_start(failures(n), NEEDS_IT, NOON) - NOON for n in range(STREAK, 40)]
 
     assert sorted(pauses) == pauses
-    assert PAUSE_CAP_MS <= pauses[-1] <= PAUSE_CAP_MS + SECOND
+    assert USUAL.breaker_pause_cap_ms <= pauses[-1] <= USUAL.breaker_pause_cap_ms + SECOND
+
+
+def test_an_open_breaker_pauses_for_as_long_as_the_waits_say() -> None:
+    short = Waits(breaker_pause_ms=100, breaker_pause_cap_ms=200)
+    state = warm(group(requests=600, burst=100))
+    for number in range(STREAK + 5):
+        state = circuit_failed(state, NOON, MODEL, was_probe=number >= STREAK, waits=short)
+
+    assert NOON + 200 == next_start(state, NEEDS_IT, NOON)
+    probing, (start,) = reserve(state, [NEEDS_IT], NOON, SECOND, short)
+    assert start + 200 == next_start(probing, NEEDS_IT, NOON)
 
 
 def test_overloads_of_calls_in_flight_together_are_one_event() -> None:

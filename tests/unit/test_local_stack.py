@@ -172,6 +172,22 @@ def test_the_local_values_replace_defaults_and_leave_the_template_as_it_was() ->
     assert template["Parameters"]["MaxConcurrency"]["Default"] == "10"
 
 
+def test_variables_are_added_to_those_of_every_function() -> None:
+    template = _template(concurrency=2)
+    shared = {"Runtime": "python3.13", "Environment": {"Variables": {"A": "1", "B": "2"}}}
+    template["Globals"] = {"Function": shared}
+
+    local = deploy.prepared(
+        template, concurrency=None, public_url="http://here", environment={"B": "3", "C": "4"}
+    )
+
+    assert local["Globals"]["Function"] == {
+        "Runtime": "python3.13",
+        "Environment": {"Variables": {"A": "1", "B": "3", "C": "4"}},
+    }
+    assert shared["Environment"] == {"Variables": {"A": "1", "B": "2"}}
+
+
 def test_only_tables_that_declare_a_time_to_live_get_one() -> None:
     specification = {"AttributeName": "expires_at", "Enabled": True}
     template = {

@@ -1,6 +1,7 @@
 """From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever comes again."""
 
 import gzip
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from sluice import assemble
 from sluice.domain import batches as life
-from sluice.domain.batches import Phase, planned
+from sluice.domain.batches import SAMPLES, Phase, planned
 from sluice.domain.errors import InputGone, StoreBusy
 from sluice.plan import FILE_MS, BadOptions, read_options
 from tests.bulk_fakes import Bulk, a_row, jsonl
@@ -58,14 +59,21 @@ def test_a_file_is_a_batch_of_its_tenant_by_its_name(make: Make) -> None:
     assert 1 == len(bulk.queues.ranges)
 
 
-def test_the_object_itself_is_not_read_beyond_a_sample(make: Make) -> None:
+def test_the_object_itself_is_not_read_beyond_a_few_samples(make: Make) -> None:
     bulk = make()
 
-    bulk.upload(jsonl(*(a_row(number) for number in range(3_000))))
+    bulk.upload(jsonl(*(a_row(number) for number in range(30_000))))
 
     reads = [line for line in bulk.gateway.journal if line.startswith("the data bucket: read")]
-    assert ["the data bucket: read in/acme/first.jsonl 0 65536"] == reads
-    assert 30 <= len(bulk.queues.ranges) <= 31
+    size = len(bulk.objects.stored["in/acme/first.jsonl"])
+    assert [
+        f"the data bucket: read in/acme/first.jsonl {at} 65536" for at in (0, size - 65_536)
+    ] == [
+        reads[0],
+        reads[-1],
+    ]
+    assert SAMPLES == len(reads)
+    assert 290 <= len(bulk.queues.ranges) <= 310
 
 
 @pytest.mark.parametrize(
@@ -123,6 +131,25 @@ def test_the_same_content_runs_again_when_asked(make: Make) -> None:
 
     assert 2 == len(bulk.batches.stored)
     assert 2 == len(bulk.claude.calls)
+
+
+def test_a_folder_is_known_by_the_digest_of_its_list_of_documents(make: Make) -> None:
+    """As earlier versions computed it: a folder they have run is not run again."""
+    bulk = make()
+    folder = "in/acme/docs/"
+    for name in ("a.txt", "\u00e4.md"):
+        bulk.objects.put(folder + name, name.encode())
+    options = b'{"prompt": "?", "model": "claude-a", "max_tokens": 9}'
+    bulk.objects.put(f"{folder}options.json", options)
+
+    bulk.planner.arrived(f"{folder}options.json")
+
+    etags = {each.key: each.etag for each in bulk.objects.listing(folder)}
+    own = etags.pop(f"{folder}options.json")
+    text = json.dumps([own, *([key, etag] for key, etag in etags.items())])
+    etag = hashlib.sha256(text.encode()).hexdigest()
+    known_as = life.file_batch_id("acme", f"{folder}options.json", etag, None)
+    assert known_as == bulk.batch.batch_id
 
 
 def test_other_content_under_the_same_name_is_another_batch(make: Make) -> None:
@@ -414,7 +441,9 @@ def test_ranges_whose_messages_were_lost_are_sent_when_they_are_overdue(make: Ma
 
 
 @pytest.mark.usefixtures("small_sections")
-def test_a_join_whose_message_was_lost_is_sent_again(make: Make) -> None:
+def test_a_section_whose_message_was_lost_is_joined_by_whoever_looks_after_the_batch(
+    make: Make,
+) -> None:
     bulk = make()
     bulk.upload(jsonl(*(a_row(number) for number in range(300))))
     while bulk.queues.next_visible() is not None:
@@ -422,8 +451,8 @@ def test_a_join_whose_message_was_lost_is_sent_again(make: Make) -> None:
     bulk.queues.joins.clear()
 
     bulk.planner.plan(bulk.batch.batch_id)
-    bulk.drain()
 
+    assert [] == bulk.queues.joins
     assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
     assert 300 == len(bulk.claude.calls)
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from sluice.desk import AGAIN, AT_ONCE, SAVE_ROWS
 from sluice.domain import batches as life
 from sluice.domain.batches import Options
 from sluice.domain.errors import StoreBusy
 from sluice.ports import CallRequest, Received
-from sluice.ranges import AGAIN, AT_ONCE, KEEP_MS, LEASE_MS, SAVE_ROWS, RangePointer
+from sluice.ranges import KEEP_MS, LEASE_MS, RangePointer
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
 

@@ -27,6 +27,7 @@ def resume(bulk: Bulk) -> Resume:
         bulk.batches,
         bulk.batches,
         bulk.queues,
+        bulk.queues,
         bulk.gateway.limits,
         {"claude-a": "a", "claude-b": "b"},
         VirtualClock(bulk.time),

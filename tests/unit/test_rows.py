@@ -19,7 +19,6 @@ from sluice.domain.rows import (
     errored_line,
     job_record,
     lines,
-    missing_bytes,
     numbered,
     read_row,
     result_line,
@@ -160,7 +159,8 @@ def test_a_row_with_a_custom_id_has_an_errored_result_as_well(
 def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory() -> None:
     data = b"short\n" + b"x" * (MOST_LINE_BYTES + 1) + b"\nafter\n"
 
-    short, long, after = lines(data, 0, len(data), 0)
+    pieces = [data[at : at + 1_000_000] for at in range(0, len(data), 1_000_000)]
+    short, long, after = lines(pieces, 0, len(data), 0)
 
     assert (b"short", b"after") == (short.text, after.text)
     assert long.too_long
@@ -171,11 +171,12 @@ def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory() -> None:
 
 
 def test_the_end_of_a_line_above_the_limit_is_not_searched_for() -> None:
-    size = 10 * MOST_LINE_BYTES
-    data = b"x" * (MOST_LINE_BYTES + 1)
+    pieces = iter([b"x" * MOST_LINE_BYTES, b"x", b"not asked for"])
 
-    assert 1 == missing_bytes(data[:-1], 0, 10, 0, size)
-    assert 0 == missing_bytes(data, 0, 10, 0, size)
+    (long,) = lines(pieces, 0, 10, 0)
+
+    assert long.too_long
+    assert [b"not asked for"] == list(pieces)
 
 
 # Results ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sluice.domain.waits import USUAL, Waits
 from sluice.settings import Settings, SettingsError
 
 COMPLETE = {
@@ -66,6 +67,31 @@ def test_webhooks_may_go_into_no_private_network_unless_one_is_named() -> None:
     assert 2 == len(Settings.from_environment(named).webhook_networks)
     with pytest.raises(SettingsError, match="SLUICE_WEBHOOK_NETWORKS must be networks such as"):
         Settings.from_environment(named | {"SLUICE_WEBHOOK_NETWORKS": "home"})
+
+
+def test_waits_are_the_usual_ones_unless_a_run_shortens_some() -> None:
+    shortened = Settings.from_environment(COMPLETE | {"SLUICE_WAITS": '{"hold_ms": 7}'})
+
+    assert USUAL == Settings.from_environment(COMPLETE).waits
+    assert USUAL == Settings.from_environment(COMPLETE | {"SLUICE_WAITS": ""}).waits
+    assert Waits(hold_ms=7) == shortened.waits
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("soon", "Expecting value"),
+        ("[]", "not a JSON object"),
+        ('{"patience_ms": 1}', "no wait is called 'patience_ms'; there are hold_ms, linger_ms,"),
+        ('{"rest_ms": 10001}', "rest_ms must be milliseconds from 0 to 10000, got 10001"),
+        ('{"rest_ms": -1}', "rest_ms must be milliseconds from 0 to 10000, got -1"),
+        ('{"rest_ms": 1.5}', "rest_ms must be milliseconds from 0 to 10000, got 1.5"),
+        ('{"rest_ms": true}', "rest_ms must be milliseconds from 0 to 10000, got True"),
+    ],
+)
+def test_waits_that_are_none_are_refused_with_the_reason(text: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=f"SLUICE_WAITS must be waits such as .*: {reason}"):
+        Settings.from_environment(COMPLETE | {"SLUICE_WAITS": text})
 
 
 def test_without_an_argument_the_process_environment_is_read(

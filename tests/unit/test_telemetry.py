@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from aws_lambda_powertools import Logger
 
+from sluice.adapters import aws
 from sluice.adapters.telemetry import VALUES_AT_ONCE, Telemetry, hush
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, SAMPLED, TOTALS
 
@@ -144,3 +145,23 @@ def test_every_metric_is_a_total_or_by_model_group() -> None:
     assert not TOTALS & BY_MODEL_GROUP
     assert TOTALS | BY_MODEL_GROUP == METRIC_NAMES
     assert SAMPLED <= METRIC_NAMES
+
+
+def test_calls_that_aws_refused_are_logged_and_counted_once(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aws.note_refusal("BatchGetItem", "the params table")
+    aws.note_refusal("BatchGetItem", "the params table")
+    aws.note_refusal("SendMessageBatch", "the ranges queue")
+
+    (document,) = flushed(desk, capsys)
+    nothing_more = flushed(desk, capsys)
+
+    (line,) = desk.lines
+    assert "AWS refused calls: the function's role lacks a permission" == line["message"]
+    assert {
+        "BatchGetItem on the params table": 2,
+        "SendMessageBatch on the ranges queue": 1,
+    } == line["calls"]
+    assert [3] == document["AccessDenied"]
+    assert [] == nothing_more

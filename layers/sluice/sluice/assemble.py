@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,13 +18,14 @@ from typing import Any, Final
 
 from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
-from sluice.domain.errors import InputGone, Stale
+from sluice.domain.errors import Stale
 from sluice.domain.pricing import usd
-from sluice.domain.rows import Record, error_line, numbered
+from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.ports import BatchStore, Clock, Events, Notice, Notices, Objects
 
 PARTS_AHEAD: Final = 4
-"""Parts of ranges fetched ahead while a section is joined."""
+AHEAD_BYTES: Final = 4 * 1024 * 1024
+"""The first bytes of so many parts of ranges are fetched ahead while a section is joined; a part may have any size."""
 
 HASH_BYTES: Final = 12
 """Of a custom_id: with 10 million of them, two fall together by chance once in 10^15 batches."""
@@ -49,6 +50,9 @@ ENDED: Final = "Batch Ended"
 
 SECTIONS: Final = "sections"
 """The group of all sections of a batch."""
+
+SECTIONS_PREFIX: Final = "section"
+"""Of that group, and of the groups of each section's ranges."""
 
 
 class Assemble:
@@ -77,7 +81,7 @@ class Assemble:
             self.tell(batch)
             return
         if self._objects.head(batch.section_key(section, "index")) is None:
-            self._join(batch, batch.plan, section, array("I"))
+            self._join(batch, batch.plan, section, Places())
         progress = self._batches.mark(batch_id, SECTIONS, section, Tally())
         if progress.members == batch.plan.sections:
             self._finish(batch, batch.plan)
@@ -112,56 +116,69 @@ class Assemble:
 
     # Sections --------------------------------------------------------------------------------------------------
 
-    def _join(self, batch: Batch, plan: Plan, section: int, repeated: array[int]) -> None:
+    def _join(self, batch: Batch, plan: Plan, section: int, repeated: Places) -> None:
         """Write a section's results, errors and index. `repeated`: the results that another row's custom_id had."""
-        skipped = set(repeated)
         results = self._objects.writer(batch.section_key(section, "results"))
         errors = self._objects.writer(batch.section_key(section, "errors"))
-        entries: list[bytes] = []
+        index = Index()
         place = base = 0
         try:
             for part in self._parts(batch, plan, section):
                 count = 0
-                for line in part.splitlines():
-                    record = Record.decoded(line)
+                for line in split(part):
+                    record = Encoded.of(line)
                     if record.kind == "H":
-                        count = record.tally.lines
+                        count += record.tally.lines
                         continue
+                    if record.kind == "R" and place in repeated:
+                        errors.write(_moved(_as_repeated(record.record()), base))
+                    elif record.kind == "R":
+                        results.write(record.body)
+                        results.write(b"\n")
+                    else:
+                        errors.write(_moved(record.record(), base))
                     if record.kind == "R":
-                        entries.append(_entry(record, place))
-                        if place not in skipped:
-                            results.write(record.body.encode() + b"\n")
-                        else:
-                            record = _as_repeated(record)
+                        index.add(record, place)
                         place += 1
-                    if record.kind == "E":
-                        errors.write(replace(record, line=base + record.line).encoded())
                 base += count
             results.close()
             errors.close()
         finally:
             results.abort()
             errors.abort()
-        if not skipped:
+        if not repeated:
             # Written last: a section that has an index is joined.
-            self._objects.put(batch.section_key(section, "index"), _index(entries))
+            self._write_index(batch.section_key(section, "index"), index)
 
-    def _parts(self, batch: Batch, plan: Plan, section: int) -> Iterator[bytes]:
-        """Yield the parts of a section's ranges, in order, a few of them fetched ahead."""
+    def _write_index(self, key: str, index: Index) -> None:
+        writer = self._objects.writer(key)
+        try:
+            for piece in index.pieces():
+                writer.write(piece)
+            writer.close()
+        finally:
+            writer.abort()
+
+    def _parts(self, batch: Batch, plan: Plan, section: int) -> Iterator[Iterator[bytes]]:
+        """Yield the parts of a section's ranges, in order and piece by piece; the first pieces are fetched ahead."""
         with ThreadPoolExecutor(PARTS_AHEAD) as threads:
-            waiting: list[Future[bytes | None]] = []
+            waiting: deque[tuple[str, Future[bytes]]] = deque()
             for number in plan.members(section):
-                waiting.append(threads.submit(self._objects.get, batch.part_key(number)))
+                key = batch.part_key(number)
+                waiting.append((key, threads.submit(self._objects.read, key, 0, AHEAD_BYTES)))
                 if len(waiting) > PARTS_AHEAD:
-                    yield self._there(batch, waiting.pop(0).result())
-            for each in waiting:
-                yield self._there(batch, each.result())
+                    yield self._pieces(*waiting.popleft())
+            while waiting:
+                yield self._pieces(*waiting.popleft())
 
-    @staticmethod
-    def _there(batch: Batch, part: bytes | None) -> bytes:
-        if part is None:
-            raise InputGone(f"a part of {batch.batch_id}")
-        return part
+    def _pieces(self, key: str, first: Future[bytes]) -> Iterator[bytes]:
+        piece, at = first.result(), 0
+        while piece:
+            yield piece
+            at += len(piece)
+            if len(piece) < AHEAD_BYTES:
+                return
+            piece = self._objects.read(key, at, AHEAD_BYTES)
 
     # The whole -------------------------------------------------------------------------------------------------
 
@@ -184,14 +201,14 @@ class Assemble:
             found = list(threads.map(self._objects.head, keys.values()))
         return {each: stored.size for each, stored in zip(keys, found, strict=True) if stored}
 
-    def _repeated(self, batch: Batch, plan: Plan, rows: int) -> dict[int, array[int]]:
+    def _repeated(self, batch: Batch, plan: Plan, rows: int) -> dict[int, Places]:
         """Return the places of results whose custom_id an earlier row has, by section.
 
         Custom_ids are compared by hash, a share of all hashes at a time, so that memory does not grow with the batch.
         """
         keys = [batch.section_key(section, "index") for section in range(plan.sections)]
         shares = min(BUCKETS, max(1, -(-rows // ENTRIES_AT_ONCE)))
-        repeated: dict[int, array[int]] = {}
+        repeated: dict[int, Places] = {}
         with ThreadPoolExecutor(READS_AT_ONCE) as threads:
             tables = list(threads.map(lambda key: self._objects.read(key, 0, TABLE_BYTES), keys))
             for share in range(shares):
@@ -201,17 +218,17 @@ class Assemble:
                     lambda key, span: self._objects.read(key, span[0], span[1]), keys, spans
                 )
                 for section, place in _later_ones(pieces):
-                    repeated.setdefault(section, array("I")).append(place)
+                    repeated.setdefault(section, Places()).add(place)
         return repeated
 
     def _without(
-        self, batch: Batch, tally: Tally, repeated: Mapping[int, array[int]]
+        self, batch: Batch, tally: Tally, repeated: Mapping[int, Places]
     ) -> tuple[Tally, int]:
         """Return the sums without the results that were taken out, and how many those were."""
         duplicates = 0
         for section in repeated:
             key = batch.section_key(section, "errors")
-            for line in _lines(self._objects.stream(key)):
+            for line in split(self._objects.stream(key)):
                 record = Record.decoded(line)
                 if record.tally.rows:
                     duplicates += 1
@@ -224,7 +241,7 @@ class Assemble:
         base = 1
         try:
             for section in range(plan.sections):
-                for line in _lines(self._objects.stream(batch.section_key(section, "errors"))):
+                for line in split(self._objects.stream(batch.section_key(section, "errors"))):
                     record = Record.decoded(line)
                     errors.write(f"{numbered(record.body, base + record.line)}\n".encode())
                 base += groups[f"section#{section:06d}"].tally.lines
@@ -325,22 +342,52 @@ def moment(milliseconds: int | None) -> str | None:
     return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _entry(record: Record, place: int) -> bytes:
-    digest = sha256(record.custom_id.encode()).digest()[:HASH_BYTES]
-    return digest + record.offset.to_bytes(8) + place.to_bytes(4)
+class Index:
+    """The entries of a section, by the first byte of their hash: 24 bytes each, whatever their number."""
+
+    def __init__(self) -> None:
+        self._buckets = [bytearray() for _ in range(BUCKETS)]
+
+    def add(self, record: Encoded, place: int) -> None:
+        """Add a result."""
+        digest = sha256(record.custom_id.encode()).digest()[:HASH_BYTES]
+        self._buckets[digest[0]] += digest + record.offset.to_bytes(8) + place.to_bytes(4)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the index: how many entries stand before each first byte, then the entries in order."""
+        table = bytearray()
+        before = 0
+        for bucket in self._buckets:
+            table += before.to_bytes(4)
+            before += len(bucket) // ENTRY
+        yield bytes(table)
+        for bucket in self._buckets:
+            yield b"".join(sorted(_cut(bucket)))
 
 
-def _index(entries: list[bytes]) -> bytes:
-    entries.sort()
-    counts = [0] * BUCKETS
-    for entry in entries:
-        counts[entry[0]] += 1
-    table = bytearray()
-    before = 0
-    for count in counts:
-        table += before.to_bytes(4)
-        before += count
-    return bytes(table) + b"".join(entries)
+class Places:
+    """A set of places in a section's results, one bit each: every row of a file may have the same custom_id."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, place: int) -> None:
+        """Add a place."""
+        byte, bit = divmod(place, 8)
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1 - len(self._bits)))
+        self._bits[byte] |= 1 << bit
+
+    def __contains__(self, place: int) -> bool:
+        byte, bit = divmod(place, 8)
+        return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
+
+    def __bool__(self) -> bool:
+        return bool(self._bits)
+
+
+def _cut(entries: bytes | bytearray) -> Iterator[bytes]:
+    return (bytes(entries[at : at + ENTRY]) for at in range(0, len(entries), ENTRY))
 
 
 def _span(table: bytes, first: int, last: int) -> tuple[int, int]:
@@ -356,9 +403,7 @@ def _span(table: bytes, first: int, last: int) -> tuple[int, int]:
 def _later_ones(pieces: Iterator[bytes]) -> Iterator[tuple[int, int]]:
     """Yield section and place of each entry whose hash stands in another entry before it."""
     entries = [
-        piece[start : start + ENTRY] + section.to_bytes(4)
-        for section, piece in enumerate(pieces)
-        for start in range(0, len(piece), ENTRY)
+        entry + section.to_bytes(4) for section, piece in enumerate(pieces) for entry in _cut(piece)
     ]
     entries.sort()
     before = b""
@@ -376,6 +421,11 @@ def _as_repeated(record: Record) -> Record:
     return replace(record, kind="E", body=body)
 
 
+def _moved(record: Record, base: int) -> bytes:
+    """Return an error's line with its number counted from the section's first line."""
+    return replace(record, line=base + record.line).encoded()
+
+
 def _negative(tally: Tally) -> Tally:
     """Return what takes one row out of the counts: the line is invalid then, what it cost stays."""
     return Tally(
@@ -385,12 +435,3 @@ def _negative(tally: Tally) -> Tally:
         expired=-tally.expired,
         invalid=tally.rows,
     )
-
-
-def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest

@@ -25,8 +25,8 @@ from sluice.domain.batches import (
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale, StoreBusy
 from sluice.domain.rows import CUSTOM_ID
 from sluice.ports import (
+    BatchesQueue,
     BatchPage,
-    BatchQueues,
     BatchStore,
     Clock,
     Events,
@@ -95,7 +95,7 @@ class Batches:
         tenant: str,
         batches: BatchStore,
         objects: Objects,
-        queues: BatchQueues,
+        queue: BatchesQueue,
         clock: Clock,
         random_bytes: RandomBytes,
         events: Events,
@@ -103,7 +103,7 @@ class Batches:
         self._tenant = tenant
         self._batches = batches
         self._objects = objects
-        self._queues = queues
+        self._queue = queue
         self._clock = clock
         self._random_bytes = random_bytes
         self._events = events
@@ -164,7 +164,7 @@ class Batches:
 
     def _have_planned(self, batch_id: str) -> None:
         try:
-            self._queues.send_plan(batch_id)
+            self._queue.send_plan(batch_id)
         except StoreBusy:
             # Stored all the same: the sweep finds it when its time to be planned has passed.
             self._events.problem("queue busy, batch waits for the sweep", batch_id=batch_id)

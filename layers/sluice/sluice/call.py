@@ -31,9 +31,6 @@ BUSY_MS: Final = 1_000
 LONGEST_DELAY_MS: Final = 900_000
 """A longer wait leaves the queue: the job is parked, and the sweep sends it again."""
 
-REST_MS: Final = 10_000
-"""A wait up to this long is spent inside the invocation."""
-
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -86,7 +83,8 @@ class Invocation:
     def wait(self, delay_ms: int) -> Disposition | int:
         """Say where a job that failed waits: with this worker, in the queue, or outside."""
         fits = self.tools.clock.now() + delay_ms + LEAST_WINDOW_MS < self.stop_at
-        return delay_ms if delay_ms <= REST_MS and fits else wait_outside(delay_ms)
+        rests = delay_ms <= self.rules.waits.rest_ms and fits
+        return delay_ms if rests else wait_outside(delay_ms)
 
 
 class Call:

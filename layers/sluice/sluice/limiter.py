@@ -47,6 +47,7 @@ from sluice.domain.limits import (
     start_on,
     usual_gap,
 )
+from sluice.domain.waits import USUAL, Waits
 from sluice.ports import NO_HEADERS, Blocking, Clock, Events, Headers, Jitter, LimitStore
 
 HORIZON_MS: Final = 3_000
@@ -287,8 +288,14 @@ class _Books:
 class Limiter:
     """One worker's door to the shared limits. Use as an async context manager around an invocation."""
 
-    def __init__(
-        self, store: LimitStore, blocking: Blocking, clock: Clock, jitter: Jitter, events: Events
+    def __init__(  # noqa: PLR0913, PLR0917 - what a limiter needs of the world
+        self,
+        store: LimitStore,
+        blocking: Blocking,
+        clock: Clock,
+        jitter: Jitter,
+        events: Events,
+        waits: Waits = USUAL,
     ) -> None:
         self._store = store
         self._blocking = blocking
@@ -297,6 +304,7 @@ class Limiter:
         self._name = f"{int(jitter() * 2**48):012x}"
         """Tells this worker's writes from others'."""
         self._events = events
+        self._waits = waits
         self._drained_at = 0
         self._books: dict[str, _Books] = {}
         self._waiters: list[_Waiter] = []
@@ -455,7 +463,9 @@ class Limiter:
 
     def failed(self, admission: Admission, circuit: str) -> None:
         """Count a failure of a model or an endpoint against its breaker."""
-        change = partial(circuit_failed, name=circuit, was_probe=admission.is_probe)
+        change = partial(
+            circuit_failed, name=circuit, was_probe=admission.is_probe, waits=self._waits
+        )
         self._react(admission, change)
 
     def works(self, admission: Admission, circuit: str) -> None:
@@ -664,7 +674,7 @@ class Limiter:
                 continue
             start, draft, cost = best
             if start <= min(now + waiter.horizon(draft.group, cost, now), waiter.latest_start):
-                draft.group, _ = reserve(draft.group, [cost], now, start - now)
+                draft.group, _ = reserve(draft.group, [cost], now, start - now, self._waits)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
             draft.leave_waiting(start)
@@ -757,7 +767,7 @@ class Limiter:
                     waiter.horizon(new, cost, now)
                     for waiter, cost in zip(waiting, costs, strict=True)
                 ]
-                new, starts = reserve(new, costs, now, horizons)
+                new, starts = reserve(new, costs, now, horizons, self._waits)
                 is_news = replace(new, waiting=group.waiting) != group
                 if not is_news and not self._owes_word(group, now):
                     return

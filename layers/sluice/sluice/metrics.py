@@ -15,6 +15,7 @@ TOTALS: Final = frozenset(
         "JobsCanceled",
         "StartDelaySeconds",
         "SpendUsd",
+        "AccessDenied",
         "KeysRejected",
         "OldKeys",
         "GroupsParked",

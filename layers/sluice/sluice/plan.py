@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any, Final
 
-from sluice.assemble import Assemble
+from sluice.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
 from sluice.domain import batches as life
 from sluice.domain.batches import (
     MOST_LINE_BYTES,
@@ -35,7 +35,7 @@ from sluice.domain.forms import (
 )
 from sluice.domain.rows import read_moment
 from sluice.domain.webhooks import Network, check_url
-from sluice.ports import BatchQueues, BatchStore, Clock, Events, Objects, Stored
+from sluice.ports import BatchStore, Clock, Events, Objects, RangesQueue, Stored
 
 FILE_MS: Final = 13 * 86_400_000
 """How long the rows of a file may wait, unless its options say less: below the 14 days of a message."""
@@ -44,6 +44,9 @@ OPTIONS_ENDING: Final = ".options.json"
 METADATA_PREFIX: Final = "sluice-"
 MOST_OPTIONS_BYTES: Final = 256 * 1024
 SEND_ROUNDS: Final = 5
+
+JOIN_MS: Final = 5 * 60_000
+"""No section is begun after this time while a batch is looked after: the last one has the other ten minutes."""
 
 _KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
 _ENDING: Final = re.compile(r"\.(jsonl|ndjson|csv)(\.gz)?$", re.IGNORECASE)
@@ -76,7 +79,7 @@ class PlanBatch:
         self,
         batches: BatchStore,
         objects: Objects,
-        queues: BatchQueues,
+        queue: RangesQueue,
         assemble: Assemble,
         networks: Sequence[Network],
         clock: Clock,
@@ -84,7 +87,7 @@ class PlanBatch:
     ) -> None:
         self._batches = batches
         self._objects = objects
-        self._queues = queues
+        self._queue = queue
         self._assemble = assemble
         self._networks = networks
         self._clock = clock
@@ -145,9 +148,12 @@ class PlanBatch:
             return _File(tenant, stem_of(path), stored)
         # A folder is the same again when its options and all its documents are.
         documents = self._documents(f"in/{tenant}/{folder}/")
-        told = json.dumps([stored.etag, *([each.key, each.etag] for each in documents)])
-        etag = sha256(told.encode()).hexdigest()
-        return _File(tenant, folder, replace(stored, etag=etag), is_folder=True)
+        # The digest of a JSON list of them, made one by one: there may be millions.
+        digest = sha256(f"[{json.dumps(stored.etag)}".encode())
+        for each in documents:
+            digest.update(f", {json.dumps([each.key, each.etag])}".encode())
+        digest.update(b"]")
+        return _File(tenant, folder, replace(stored, etag=digest.hexdigest()), is_folder=True)
 
     def _documents(self, prefix: str) -> Iterator[Stored]:
         for each in self._objects.listing(prefix):
@@ -169,8 +175,9 @@ class PlanBatch:
             self._plan(batch)
 
     def _look_after(self, batch: Batch, plan: Plan) -> None:
-        """Have sections joined whose ranges are done. When rows should have expired, send ranges that are not."""
-        groups = self._batches.groups(batch.batch_id, "section#")
+        """Join sections whose ranges are done. When rows should have expired, send ranges that are not."""
+        groups = self._batches.groups(batch.batch_id, SECTIONS_PREFIX)
+        complete: list[int] = []
         lost: list[int] = []
         for section in range(plan.sections):
             members = plan.members(section)
@@ -178,16 +185,31 @@ class PlanBatch:
             if found is None or found.members < len(members):
                 lost.extend(members)
             else:
-                self._queues.send_join(batch.batch_id, section)
+                complete.append(section)
+        joined = groups[SECTIONS].members if SECTIONS in groups else 0
+        if joined < len(complete) or len(complete) == plan.sections:
+            self._join(batch, complete)
         if lost and life.is_overdue(batch, self._clock.now()):
             self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
             self._send(batch, lost)
+
+    def _join(self, batch: Batch, sections: Sequence[int]) -> None:
+        """Join sections here: this function may not send to the queue that invokes it.
+
+        For a section that is joined already this is two reads. What there is no time for is done at the next look.
+        """
+        latest = self._clock.now() + JOIN_MS
+        for section in sections:
+            if self._clock.now() > latest:
+                self._events.note("sections left to the next look", batch_id=batch.batch_id)
+                return
+            self._assemble.join(batch.batch_id, section)
 
     def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
         for _ in range(SEND_ROUNDS):
             if not numbers:
                 return
-            numbers = self._queues.send_ranges(batch, numbers)
+            numbers = self._queue.send_ranges(batch, numbers)
         if numbers:
             what = "the ranges queue"
             raise StoreBusy(what)
@@ -202,7 +224,7 @@ class PlanBatch:
             return
         self._events.count("DeadLetters")
         self._events.problem("range sent again", batch_id=batch_id, range=number)
-        if self._queues.send_ranges(batch, [number]):
+        if self._queue.send_ranges(batch, [number]):
             what = "the ranges queue"
             raise StoreBusy(what)
 
@@ -252,12 +274,17 @@ class PlanBatch:
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
             raise InputGone(batch.input_key)
-        plan = planned(stored.size, sample)
+        plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
         problem = _unreadable(sample)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
         return self._changed(batch, lambda current: life.plan_batch(current, plan, rows_etag))
+
+    def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
+        """Read more samples of an object, but for the first."""
+        for place in life.sample_places(size)[1:]:
+            yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
         """Write the rows of a file, streaming; return their ETag."""

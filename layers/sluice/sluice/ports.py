@@ -387,12 +387,20 @@ class SigningSecrets(Protocol):
         ...
 
 
-class BatchQueues(Protocol):
-    """The sending side of the queues of batches and of ranges."""
+class RangesQueue(Protocol):
+    """The sending side of the ranges queue."""
 
     def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
         """Send a pointer for each range; return the numbers that were not taken."""
         ...
+
+
+class BatchesQueue(Protocol):
+    """The sending side of the batches queue.
+
+    The function that this queue invokes must not have it: Lambda stops a function that sends to its own queue as a
+    recursive loop, and its role does not allow it.
+    """
 
     def send_plan(self, batch_id: str) -> None:
         """Have a batch planned; raises StoreBusy."""

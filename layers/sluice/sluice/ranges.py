@@ -1,62 +1,67 @@
 """One range of a batch: its rows are jobs, run by the same worker as those of the queue.
 
-The rows stand in memory, behind the worker's own ports; what has ended is saved every few rows or seconds. The range is
-leased as a whole, by conditional writes. A worker that dies repeats at most the rows it had begun and not saved, and
-never has more than `AT_ONCE` of them.
+A range is run window by window, in the order of its lines: a window is as many rows as may be in memory at once. What
+has ended is saved every few rows or seconds. A window that has ended is one object, and the range's part is put
+together from those. The range is leased as a whole, by conditional writes. A worker that dies repeats at most the rows
+it had begun and not saved, and never has more than `AT_ONCE` of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import Final
 
 from sluice.call import LONGEST_DELAY_MS
+from sluice.desk import HELD_BYTES, Desk, Ended, Seat
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import CLAIM_VERSIONS, Batch, RangeState, Tally, row_job_id
 from sluice.domain.errors import InputGone, LeaseLost, RangeBusy, Stale, StoreBusy
-from sluice.domain.jobs import Job, JobError, Result, State
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
+from sluice.domain.jobs import Job, JobError
 from sluice.domain.rows import (
     BadRow,
+    Encoded,
     Line,
     Record,
     Row,
     bad_row_records,
     error_line,
-    job_record,
     lines,
-    missing_bytes,
     read_row,
+    split,
 )
 from sluice.ports import (
-    BatchQueues,
+    BatchesQueue,
     BatchStore,
     Blocking,
-    CallBooks,
     Clock,
     Events,
     Objects,
-    Params,
     Received,
     Returns,
 )
-from sluice.submit import NEWEST_VERSION, input_chars, params_text
+from sluice.submit import NEWEST_VERSION, input_chars
 from sluice.work import Worker
 
-AT_ONCE: Final = 64
-"""Rows begun and not saved: the most that a worker that dies has called in vain."""
+WINDOW_ROWS: Final = 512
+WINDOW_BYTES: Final = 8 * 1024 * 1024
+"""A window has so many rows and so many bytes of lines at most; one line always fits. A range as planned, of about a
+hundred lines, is one window."""
 
-SAVE_ROWS: Final = 25
-SAVE_MS: Final = 2_000
-"""What has ended is saved when there are so many rows of it, or when the first of them is so old."""
+WINDOW_BAD_BYTES: Final = 4 * 1024 * 1024
+"""Of records about lines that cannot become rows: there may be millions of those in a range."""
 
-STAY_MS: Final = 60_000
-"""A row that waits for no longer waits in the invocation."""
+REMEMBERED_IDS: Final = 100_000
+"""A custom_id that an earlier row of the range has is found at once for so many rows. One beyond them is found when the
+results are put together, as one of another range is."""
+
+PIECE_BYTES: Final = 1024 * 1024
+"""Read of the object at once."""
 
 LEASE_MS: Final = 30_000
 KEEP_MS: Final = 10_000
@@ -70,234 +75,6 @@ BUSY_MS: Final = 1_000
 
 LAST_MS: Final = 10_000
 """Of the invocation, for writing down what came."""
-
-AGAIN: Final = "the worker before died: an earlier call of this row may have been billed"
-
-
-@dataclass(slots=True)
-class _Seat:
-    """A row while its range is run."""
-
-    line: Line
-    row: Row
-    job: Job
-    due_at: int = 0
-    record: Record | None = None
-    is_saved: bool = False
-    message: str | None = None
-    """Claude's answer, until the record is made of it."""
-
-
-class Desk:
-    """The rows of one range, as the worker's stores: job records, requests, answers, returns and ledger."""
-
-    longest_stay_ms = STAY_MS
-
-    def __init__(self, ledger: CallBooks, prices: PriceList, clock: Clock) -> None:
-        self._ledger = ledger
-        self._prices = prices
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._seats: dict[str, _Seat] = {}
-        self._unsaved: list[_Seat] = []
-        self._oldest_unsaved = 0
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._kept: set[str] = set()
-        """Rows that have ended and keep their slot until they are saved."""
-        self._again: set[str] = set()
-        self._options = life.Options()
-        self._is_closed = False
-
-    def open(self, seats: Iterable[_Seat], options: life.Options, *, again: bool) -> None:
-        """Lay out the rows of a range; `again`: a worker died with them."""
-        self._seats = {seat.job.job_id: seat for seat in seats}
-        self._unsaved = []
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._kept = set()
-        self._options = options
-        self._is_closed = False
-        self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
-
-    def close(self) -> None:
-        """Let nothing be written any more: the range is somebody else's."""
-        with self._lock:
-            self._is_closed = True
-
-    def unfinished(self) -> list[_Seat]:
-        """Return the rows that have not ended."""
-        return [seat for seat in self._seats.values() if seat.record is None]
-
-    def seats(self) -> list[_Seat]:
-        """Return all rows."""
-        return list(self._seats.values())
-
-    def seat(self, job_id: str) -> _Seat:
-        """Return a row."""
-        return self._seats[job_id]
-
-    def messages(self) -> list[Received]:
-        """Return a message for each row that has not ended, as the worker takes them."""
-        return [
-            Received(seat.job.job_id, "", "", seat.job.job_id, sent_at=seat.job.created_at)
-            for seat in self.unfinished()
-        ]
-
-    def cancel(self) -> int:
-        """Cancel all rows, those that wait at once, those at work by a flag; return how many ended."""
-        with self._lock:
-            now = self._clock.now()
-            waiting = self.unfinished()
-            for seat in waiting:
-                self._set(seat, jobs_life.request_cancel(seat.job, now))
-            return sum(seat.record is not None for seat in waiting)
-
-    def give_up(self, error: JobError) -> None:
-        """End all rows that nobody runs as errored."""
-        with self._lock:
-            now = self._clock.now()
-            for seat in self.unfinished():
-                self._set(seat, jobs_life.finish_waiting(seat.job, State.ERRORED, now, error))
-
-    # What has ended and is not saved ---------------------------------------------------------------------------
-
-    def worth_saving(self) -> bool:
-        """Tell whether enough has gathered, or waited for long enough."""
-        with self._lock:
-            gathered = len(self._unsaved)
-            old = self._clock.now() - self._oldest_unsaved >= SAVE_MS
-            return gathered >= SAVE_ROWS or (gathered > 0 and old)
-
-    def take_unsaved(self) -> list[_Seat]:
-        """Return what is to be saved; it must come back by `saved` or `not_saved`."""
-        with self._lock:
-            unsaved, self._unsaved = self._unsaved, []
-            return unsaved
-
-    def not_saved(self, seats: Sequence[_Seat]) -> None:
-        """Take back what could not be saved."""
-        with self._lock:
-            self._unsaved[:0] = seats
-
-    def saved(self, seats: Sequence[_Seat]) -> None:
-        """Make room for as many rows as were saved."""
-        for seat in seats:
-            seat.is_saved = True
-            if seat.job.job_id in self._kept:
-                self._kept.remove(seat.job.job_id)
-                self._slots.release()
-
-    # The worker's room -----------------------------------------------------------------------------------------
-
-    async def enter(self, message: Received) -> None:
-        """Wait until the row may be worked on."""
-        del message
-        await self._slots.acquire()
-
-    def leave(self, message: Received) -> None:
-        """Give the slot back, unless the row has ended: then when it is saved."""
-        seat = self._seats[message.message_id]
-        if seat.record is not None and not seat.is_saved:
-            self._kept.add(message.message_id)
-        else:
-            self._slots.release()
-
-    # The worker's stores ---------------------------------------------------------------------------------------
-
-    def get(self, job_id: str) -> Job | None:
-        """Return the row's job; None once the range is somebody else's."""
-        with self._lock:
-            return None if self._is_closed else self._seats[job_id].job
-
-    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
-        """Return the rows' jobs."""
-        return {job_id: job for job_id in job_ids if (job := self.get(job_id)) is not None}
-
-    def replace(self, job: Job, expected_version: int) -> None:
-        """Write the job; raises Stale."""
-        with self._lock:
-            if self._is_closed:
-                raise Stale(None)
-            seat = self._seats[job.job_id]
-            if seat.job.version != expected_version:
-                raise Stale(seat.job)
-            self._set(seat, job)
-
-    def put(self, name: str, message: str) -> Result:
-        """Keep the answer until its row has ended. A range has one owner: the last call's answer is the row's."""
-        job_id, _, _ = name.rpartition("-")
-        self._seats[job_id].message = message
-        return Result()
-
-    def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
-        """Give nothing: all rows are there from the start, and wait in the room."""
-        del most, hidden_ms
-        return ()
-
-    def delete(self, messages: Sequence[Received]) -> None:
-        """Do nothing: a row has no message but the range's."""
-
-    def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
-        """Do nothing: the range's message is kept hidden with its lease."""
-
-    def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
-        """Note when rows want to go on that do not wait here."""
-        now = self._clock.now()
-        for message, delay in delays:
-            self._seats[message.message_id].due_at = now + delay
-
-    def bury(self, message: Received, reason: str) -> None:
-        """Never happens: all messages are our own rows."""
-        raise AssertionError(f"{message.message_id}: {reason}")
-
-    def record(self, rows: Sequence[LedgerRow]) -> None:
-        """Write ledger rows, saying which calls may repeat one of a worker that died."""
-        noted = [
-            replace(row, note="; ".join(filter(None, (row.note, AGAIN))))
-            if row.job_id in self._again
-            else row
-            for row in rows
-        ]
-        self._ledger.record(noted)
-        self._again -= {row.job_id for row in rows}
-
-    def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
-        """Add to the sums."""
-        self._ledger.add_up(sums)
-
-    def _set(self, seat: _Seat, job: Job) -> None:
-        seat.job = job
-        if not job.state.is_final:
-            return
-        seat.record = job_record(
-            seat.line.number, seat.line.offset, job, seat.message, self._other_lane(job)
-        )
-        # A range is held whole: what is done gives its memory back.
-        seat.message, seat.row, seat.line = None, Row("", {}), replace(seat.line, text=b"")
-        if not self._unsaved:
-            self._oldest_unsaved = self._clock.now()
-        self._unsaved.append(seat)
-
-    def _other_lane(self, job: Job) -> int:
-        if job.usage is None:
-            return 0
-        day = utc_day(job.finished_at or 0)
-        cost = self._prices.cost_micro_usd(job.current_model, job.usage, day, batch=True)
-        return cost or 0
-
-
-class RowRequests:
-    """The requests of the rows on a desk, made from their lines anew when they are sent."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-
-    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        """Return the requests."""
-        seats = {job_id: self._desk.seat(job_id) for job_id in job_ids}
-        return {
-            job_id: Params(job_id, params_text(seat.row.params), seat.job.request_hash)
-            for job_id, seat in seats.items()
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +92,7 @@ class RangeTools:
 
     batches: BatchStore
     objects: Objects
-    queues: BatchQueues
+    queue: BatchesQueue
     returns: Returns
     text_of_job: Callable[[Job], str]
     job_of_text: Callable[[str], Job]
@@ -383,14 +160,158 @@ class RunRange:
         """Count the range as done; the one that completes its section has the results joined."""
         assert batch.plan is not None  # noqa: S101 - ranges are cut by it
         if tally is None:
-            part = await self.tools.blocking(self.tools.objects.get, batch.part_key(number))
-            tally = tally_of(part or b"")
+            tally = await self.tools.blocking(self._stored_tally, batch.part_key(number))
         section = batch.plan.section_of(number)
         progress = await self.tools.blocking(
             self.tools.batches.mark, batch.batch_id, f"section#{section:06d}", number, tally
         )
         if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(self.tools.queues.send_join, batch.batch_id, section)
+            await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section)
+
+    def _stored_tally(self, part_key: str) -> Tally:
+        """Return the sums of a part that is stored already."""
+        sums = Sums()
+        with suppress(InputGone):
+            for line in split(self.tools.objects.stream(part_key)):
+                sums.add(line)
+        return sums.tally
+
+
+class Sums:
+    """Adds up what records came to, one at a time."""
+
+    def __init__(self, lines: int = 0) -> None:
+        """Begin with lines that are counted already."""
+        self.tally = Tally(lines=lines)
+
+    def add(self, line: bytes) -> bytes:
+        """Add a record's line, and return it."""
+        self.tally += Encoded.of(line).tally
+        return line
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What earlier workers saved of rows whose windows have not ended."""
+
+    records: dict[int, Ended] = field(default_factory=dict)
+    """By the byte offset of their lines."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+    reach: dict[str, int] = field(default_factory=dict)
+    """The last byte offset of a record in each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Rows of a range that are in memory at once, and what is wrong with the lines between them."""
+
+    seats: Sequence[Seat]
+    bad: Sequence[Record]
+    end_at: int
+    """The byte offset at which the next window begins."""
+    lines: int
+    """Lines of the range up to its end."""
+    is_last: bool
+    others: Sequence[Ended] = ()
+    """Records of rows whose lines cannot be read any more."""
+
+
+class _Windows:
+    """Reads a range line by line and parts it into windows: always the same ones, whoever reads it."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        batch: Batch,
+        state: RangeState,
+        saved: _Saved,
+        make_job: Callable[[str, Row], Job],
+    ) -> None:
+        self._objects = objects
+        self._batch = batch
+        self._state = state
+        self._saved = saved
+        self._make_job = make_job
+        assert batch.plan is not None  # noqa: S101 - ranges are cut by it
+        self._plan = batch.plan
+        self._start, self._end = self._plan.bounds(state.number)
+        self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
+        self._next: Line | None = None
+        self._count = 0
+        self._offset_of: dict[str, int] = {}
+
+    def next(self) -> _Window:
+        """Read the next window; raises InputGone."""
+        seats: list[Seat] = []
+        bad: list[Record] = []
+        text_bytes = bad_bytes = 0
+        while True:
+            line = self._next or next(self._lines, None)
+            self._next = None
+            if line is None:
+                return _Window(seats, bad, self._end, self._count, is_last=True)
+            is_full = len(seats) >= WINDOW_ROWS or text_bytes + len(line.text) > WINDOW_BYTES
+            if (is_full and seats) or bad_bytes > WINDOW_BAD_BYTES:
+                self._next = line
+                return _Window(seats, bad, line.offset, self._count, is_last=False)
+            found = self._read(line)
+            self._count = line.number + 1
+            if line.offset < self._state.resume_at:
+                # Of a window that has ended: only its custom_id is of interest still.
+                continue
+            if isinstance(found, Seat):
+                seats.append(found)
+                text_bytes += len(found.line.text)
+            else:
+                bad += found
+                bad_bytes += sum(len(record.body) + _RECORD_BYTES for record in found)
+
+    def gone(self, problem: str) -> _Window:
+        """Return what is left to say when the object cannot be read any more: no saved answer is lost."""
+        others = self._saved.records.values()
+        count = max([self._state.resume_line, *(each.line + 1 for each in others)])
+        error = error_line(self._start, problem)
+        bad = Record("E", self._start, count, "", Tally(invalid=1), error)
+        return _Window((), [bad], self._end, count, is_last=True, others=list(others))
+
+    def _read(self, line: Line) -> Seat | list[Record]:
+        row = read_row(line, self._batch.options)
+        if row is None:
+            return []
+        if isinstance(row, BadRow):
+            return bad_row_records(line, row)
+        before = self._offset_of.get(row.custom_id)
+        if before is not None:
+            message = f"custom_id {row.custom_id!r} stands at byte {before} already"
+            error = error_line(line.offset, message, row.custom_id)
+            return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
+        if len(self._offset_of) < REMEMBERED_IDS:
+            self._offset_of[row.custom_id] = line.offset
+        job_id = row_job_id(self._batch.batch_id, line.offset)
+        job = self._saved.jobs.pop(job_id, None) or self._make_job(job_id, row)
+        job = replace(job, version=self._state.claims * CLAIM_VERSIONS)
+        ended = self._saved.records.pop(line.offset, None)
+        return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Read from the byte before the range to its end, and on as long as somebody asks."""
+        at = max(self._plan.first, self._start - 1)
+        beyond = life.SAMPLE_BYTES
+        while at < self._plan.size:
+            if at < self._end:
+                size = min(PIECE_BYTES, self._end - at)
+            else:
+                size = min(beyond, self._plan.size - at)
+                beyond = min(2 * beyond, PIECE_BYTES)
+            piece = self._objects.read(self._batch.input_key, at, size, self._batch.input_etag)
+            if not piece:
+                return
+            yield piece
+            at += len(piece)
+
+
+_RECORD_BYTES: Final = 200
+"""About what a record takes in memory beside its body."""
 
 
 class _Run:
@@ -414,110 +335,110 @@ class _Run:
         self._pointer = pointer
         self._owner = owner
         self._stop_at = stop_at
-        self._bad: list[Record] = []
-        self._line_count = 0
+        self._saved = _Saved()
         self._chunk = 0
         self._kept_at = self._tools.clock.now()
+        self._saving = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._rows_run = False
         self._is_lost = False
+        self._tally: Tally | None = None
+        """Of the whole range, once its part is stored."""
 
     async def go(self, *, again: bool) -> bool:
         """Run what is left of the range."""
-        seats = await self._laid_out()
-        self._desk.open(seats, self._batch.options, again=again)
-        if self._state.claims == 1:
-            self._tools.events.count("JobsAccepted", len(seats))
-        if life.kills_its_workers(self._state):
-            reason = f"{self._state.losses} workers in a row died with this row's range"
-            self._desk.give_up(JobError("worker_lost", reason))
-        if self._batch.cancel_initiated_at is not None:
-            self._cancel()
-        before = len(self._desk.unfinished())
-        rows_done = asyncio.Event()
-        keeper = asyncio.create_task(self._keep(rows_done), name="keeper")
+        over = asyncio.Event()
+        keeper = asyncio.create_task(self._keep(over), name="keeper")
         try:
-            messages = self._desk.messages()
-            if messages:
-                await self._worker.run(messages, self._stop_at, self._owner, self._desk)
+            return await self._run(again=again)
         finally:
             # Never in the middle of a write: it would not be known whether it was done.
-            rows_done.set()
+            over.set()
             await keeper
-        waiting = self._desk.unfinished()
-        done = await self._written_down(
-            (lambda: self._release(waiting)) if waiting else self._finish
-        )
+
+    async def _run(self, *, again: bool) -> bool:
+        self._saved = await self._tools.blocking(self._restored)
+        windows = _Windows(self._tools.objects, self._batch, self._state, self._saved, self._job_of)
+        is_first = True
+        rows = 0
+        while True:
+            try:
+                window = await self._tools.blocking(windows.next)
+            except InputGone as error:
+                window = windows.gone(str(error))
+            rows += await self._rows_of(window, again=again and is_first, is_first=is_first)
+            waiting = self._desk.unfinished()
+            if waiting:
+                done = await self._written_down(partial(self._release, waiting))
+                break
+            if window.is_last:
+                done = await self._written_down(partial(self._finish, window))
+                break
+            if not await self._written_down(partial(self._end_window, window)):
+                return False
+            self._desk.open((), self._batch.options)
+            if self._tools.clock.now() >= self._stop_at:
+                done = await self._written_down(partial(self._release, waiting))
+                break
+            is_first = False
         self._tools.events.note(
             "range run",
             batch_id=self._batch.batch_id,
             range=self._state.number,
             tenant=self._batch.tenant,
-            rows=before,
+            rows=rows,
             left=len(waiting),
             claims=self._state.claims,
         )
         return done
 
+    async def _rows_of(self, window: _Window, *, again: bool, is_first: bool) -> int:
+        """Run the rows of a window as far as they come; return how many there were to run."""
+        losses = self._state.losses if is_first else 0
+        self._desk.open(window.seats, self._batch.options, again=again, losses=losses)
+        if self._is_lost:
+            self._desk.close()
+        if self._state.claims == 1 or not is_first:
+            self._tools.events.count("JobsAccepted", len(window.seats))
+        if life.kills_its_workers(self._state) and is_first:
+            reason = f"{self._state.losses} workers in a row died with this row's range"
+            self._desk.give_up(JobError("worker_lost", reason))
+        if self._batch.cancel_initiated_at is not None:
+            self._cancel()
+        messages = self._desk.messages()
+        if messages and not self._is_lost:
+            self._rows_run = True
+            try:
+                await self._worker.run(messages, self._stop_at, self._owner, self._desk)
+            finally:
+                self._rows_run = False
+        return len(messages)
+
     # Reading ---------------------------------------------------------------------------------------------------
 
-    async def _laid_out(self) -> list[_Seat]:
-        """Read the lines and what was saved of them."""
-        records, jobs = await self._restored()
-        seats: list[_Seat] = []
-        first_of: dict[str, int] = {}
-        try:
-            found = await self._tools.blocking(self._read_lines)
-        except InputGone as gone:
-            start, _ = self._plan.bounds(self._state.number)
-            self._bad = [Record("E", start, 0, "", Tally(invalid=1), error_line(start, str(gone)))]
-            return []
-        for line in found:
-            self._line_count = line.number + 1
-            row = read_row(line, self._batch.options)
-            if isinstance(row, Row) and row.custom_id in first_of:
-                message = (
-                    f"custom_id {row.custom_id!r} stands at byte {first_of[row.custom_id]} already"
-                )
-                error = error_line(line.offset, message, row.custom_id)
-                self._bad.append(Record("E", line.offset, line.number, "", Tally(invalid=1), error))
-            elif isinstance(row, Row):
-                first_of[row.custom_id] = line.offset
-                job_id = row_job_id(self._batch.batch_id, line.offset)
-                job = jobs.get(job_id) or self._job(job_id, row)
-                job = replace(job, version=self._state.claims * CLAIM_VERSIONS)
-                saved = records.get(line.offset)
-                seats.append(_Seat(line, row, job, record=saved, is_saved=saved is not None))
-            elif isinstance(row, BadRow):
-                self._bad.extend(bad_row_records(line, row))
-        return seats
+    def _restored(self) -> _Saved:
+        """Read what earlier workers saved, holding no more of it than a desk holds."""
+        saved = _Saved()
+        held = 0
+        for chunk in self._state.chunks[self._state.windows :]:
+            first = 0
+            # A chunk that is missing has outlived its retention: its rows run again.
+            with suppress(InputGone):
+                for line in split(self._tools.objects.stream(self._chunk_key(chunk))):
+                    record, size = Encoded.of(line), len(line) + 1
+                    saved.reach[chunk] = max(saved.reach.get(chunk, 0), record.offset)
+                    if record.kind == "J":
+                        job = self._tools.job_of_text(record.body.decode())
+                        saved.jobs[job.job_id] = job
+                    else:
+                        held += size
+                        text = line + b"\n" if held <= HELD_BYTES else None
+                        ended = Ended(record.line, size, text, chunk, first)
+                        saved.records[record.offset] = ended
+                    first += size
+        return saved
 
-    def _read_lines(self) -> list[Line]:
-        plan, batch = self._plan, self._batch
-        start, end = plan.bounds(self._state.number)
-        base = max(plan.first, start - 1)
-        data = self._tools.objects.read(batch.input_key, base, end - base, batch.input_etag)
-        while more := missing_bytes(data, start, end, plan.first, plan.size):
-            step = min(more, max(life.SAMPLE_BYTES, len(data)))
-            data += self._tools.objects.read(
-                batch.input_key, base + len(data), step, batch.input_etag
-            )
-        return list(lines(data, start, end, plan.first))
-
-    async def _restored(self) -> tuple[dict[int, Record], dict[str, Job]]:
-        records: dict[int, Record] = {}
-        jobs: dict[str, Job] = {}
-        for chunk in self._state.chunks:
-            key = self._batch.chunk_key(self._state.number, chunk)
-            text = await self._tools.blocking(self._tools.objects.get, key)
-            for line in (text or b"").splitlines():
-                record = Record.decoded(line)
-                if record.kind == "J":
-                    job = self._tools.job_of_text(record.body)
-                    jobs[job.job_id] = job
-                else:
-                    records[record.offset] = record
-        return records, jobs
-
-    def _job(self, job_id: str, row: Row) -> Job:
+    def _job_of(self, job_id: str, row: Row) -> Job:
         batch, options = self._batch, self._batch.options
         wanted = (row.deadline, options.deadline, batch.expires_at)
         deadline = min(each for each in wanted if each is not None)
@@ -536,16 +457,11 @@ class _Run:
             fallback_models=row.fallback_models or options.fallback_models,
         )
 
-    @property
-    def _plan(self) -> life.Plan:
-        assert self._batch.plan is not None  # noqa: S101 - ranges are cut by it
-        return self._batch.plan
-
     # Keeping ---------------------------------------------------------------------------------------------------
 
-    async def _keep(self, rows_done: asyncio.Event) -> None:
-        """Save what has ended, keep the lease and the message, and see a cancel, until the rows are done."""
-        done = asyncio.ensure_future(rows_done.wait())
+    async def _keep(self, over: asyncio.Event) -> None:
+        """Save what has ended, keep the lease and the message, and see a cancel, until all is over."""
+        done = asyncio.ensure_future(over.wait())
         while not self._is_lost:
             tick = asyncio.ensure_future(self._tools.clock.sleep(TICK_MS))
             await asyncio.wait({tick, done}, return_when=asyncio.FIRST_COMPLETED)
@@ -573,40 +489,52 @@ class _Run:
         self._desk.close()
 
     async def _save(self) -> None:
-        seats = self._desk.take_unsaved()
-        if not seats:
-            return
-        self._chunk += 1
-        name = f"{self._state.claims}-{self._chunk}"
-        records = b"".join(seat.record.encoded() for seat in seats if seat.record)
-        try:
-            await self._tools.blocking(self._tools.objects.put, self._chunk_key(name), records)
-            until = self._tools.clock.now() + LEASE_MS
-            await self._change(life.save_chunk(self._state, self._owner, until, name))
-        except BaseException:
-            self._desk.not_saved(seats)
-            raise
-        self._desk.saved(seats)
+        """Save what has ended, one chunk after the other, until nothing is left to save."""
+        async with self._saving:
+            while seats := self._desk.take_unsaved():
+                name = self._new_name()
+                try:
+                    texts = (seat.ended.text for seat in seats if seat.ended)
+                    body = b"".join(text for text in texts if text is not None)
+                    await self._tools.blocking(self._tools.objects.put, self._chunk_key(name), body)
+                    until = self._tools.clock.now() + LEASE_MS
+                    await self._change(
+                        partial(life.save_chunk, owner=self._owner, lease_until=until, chunk=name)
+                    )
+                except BaseException:
+                    self._desk.not_saved(seats)
+                    raise
+                self._desk.saved(seats, name)
 
     async def _look_around(self) -> None:
         now = self._tools.clock.now()
-        await self._change(life.keep_range(self._state, self._owner, now + LEASE_MS))
+        await self._change(partial(life.keep_range, owner=self._owner, lease_until=now + LEASE_MS))
         await self._runner.back(self._pointer, HIDE_MS)
         self._kept_at = now
         if self._batch.cancel_initiated_at is None:
             current = await self._tools.blocking(self._tools.batches.get, self._batch.batch_id)
             if current is not None and current.cancel_initiated_at is not None:
                 self._batch = current
-                self._cancel()
+                if self._rows_run:
+                    self._cancel()
 
     def _cancel(self) -> None:
         canceled = self._desk.cancel()
         if canceled:
             self._tools.events.count("JobsCanceled", canceled)
 
-    async def _change(self, state: RangeState) -> None:
-        await self._tools.blocking(self._tools.batches.replace_range, state, self._state.version)
-        self._state = state
+    async def _change(self, change: Callable[[RangeState], RangeState]) -> None:
+        """Write the range's state anew; one after the other, for each is a change of the one before."""
+        async with self._changing:
+            changed = change(self._state)
+            await self._tools.blocking(
+                self._tools.batches.replace_range, changed, self._state.version
+            )
+            self._state = changed
+
+    def _new_name(self) -> str:
+        self._chunk += 1
+        return f"{self._state.claims}-{self._chunk}"
 
     def _chunk_key(self, name: str) -> str:
         return self._batch.chunk_key(self._state.number, name)
@@ -630,72 +558,119 @@ class _Run:
                 await self._tools.clock.sleep(BUSY_MS)
         return False
 
-    async def _finish(self) -> bool:
-        """Store the range's part: all its records, in order."""
-        records = [*self._bad, *(seat.record for seat in self._desk.seats() if seat.record)]
-        records.sort(key=lambda record: (record.line, record.kind))
-        head = Record("H", 0, 0, "", Tally(lines=self._line_count), "")
-        body = b"".join(record.encoded() for record in (head, *records))
-        if not self._state.done:
-            await self._tools.blocking(
-                self._tools.objects.put, self._batch.part_key(self._state.number), body
+    async def _end_window(self, window: _Window) -> bool:
+        """Store a window that has ended as one chunk, in order, in the place of those it was saved in."""
+        await self._save()
+        name = self._new_name()
+        await self._tools.blocking(self._write, self._chunk_key(name), self._records(window))
+        await self._change(
+            partial(
+                life.end_window,
+                owner=self._owner,
+                lease_until=self._tools.clock.now() + LEASE_MS,
+                window=name,
+                others=self._of_later_rows(window.end_at),
+                resume_at=window.end_at,
+                resume_line=window.lines,
             )
-            await self._change(life.finish_range(self._state, self._owner))
-        tally = sum((record.tally for record in records), head.tally)
-        await self._runner.report(self._batch, self._state.number, tally)
+        )
         return True
 
-    async def _release(self, waiting: Sequence[_Seat]) -> bool:
+    async def _finish(self, window: _Window) -> bool:
+        """Store the range's part: the records of all windows, in order, and how many lines there are."""
+        await self._save()
+        sums = Sums(window.lines)
+        if not self._state.done:
+            key = self._batch.part_key(self._state.number)
+            await self._tools.blocking(self._write, key, self._part(window, sums))
+            await self._change(partial(life.finish_range, owner=self._owner))
+            self._tally = sums.tally
+        await self._runner.report(self._batch, self._state.number, self._tally)
+        return True
+
+    def _part(self, window: _Window, sums: Sums) -> Iterator[bytes]:
+        for name in self._state.chunks[: self._state.windows]:
+            for line in split(self._tools.objects.stream(self._chunk_key(name))):
+                yield sums.add(line) + b"\n"
+        for text in self._records(window):
+            yield sums.add(text)
+        # Last, because only now it is known. Whoever reads a part takes it wherever it is.
+        yield Record("H", 0, window.lines, "", Tally(lines=window.lines), "").encoded()
+
+    def _records(self, window: _Window) -> Iterator[bytes]:
+        """Yield a window's records in the order of their lines, a result behind the error of the same line."""
+        ended = [*window.others, *(seat.ended for seat in self._desk.seats() if seat.ended)]
+        found: list[tuple[int, str, Ended | Record]] = [
+            *((each.line, "R", each) for each in ended),
+            *((each.line, each.kind, each) for each in window.bad),
+        ]
+        for _, _, each in sorted(found, key=lambda one: one[:2]):
+            yield each.encoded() if isinstance(each, Record) else self._text(each)
+
+    def _text(self, ended: Ended) -> bytes:
+        """Return a record, from its chunk if it was too much to hold."""
+        if ended.text is not None:
+            return ended.text
+        key = self._chunk_key(ended.chunk or "")
+        return self._tools.objects.read(key, ended.first, ended.size)
+
+    def _write(self, key: str, texts: Iterable[bytes]) -> None:
+        """Write an object piece by piece."""
+        writer = self._tools.objects.writer(key)
+        try:
+            for text in texts:
+                writer.write(text)
+            writer.close()
+        finally:
+            writer.abort()
+
+    def _of_later_rows(self, offset: int) -> list[str]:
+        """Return the chunks that hold records of rows from an offset on."""
+        chunks = self._state.chunks[self._state.windows :]
+        return [chunk for chunk in chunks if self._saved.reach.get(chunk, 0) >= offset]
+
+    async def _release(self, waiting: Sequence[Seat]) -> bool:
         """Give the range back to its queue, or out of it when all its rows wait for long."""
         now = self._tools.clock.now()
-        first = min(waiting, key=_due)
-        delay = max(0, _due(first) - now)
-        parks = delay > LONGEST_DELAY_MS
+        first = min(waiting, key=_due, default=None)
+        delay = max(0, _due(first) - now) if first else 0
+        parks = first is not None and delay > LONGEST_DELAY_MS
         if self._state.owner is not None:
+            await self._save()
             chunks = await self._saved_whole(waiting)
-            released = life.release_range(
-                self._state,
-                self._owner,
-                chunks=chunks,
-                not_before=now + min(delay, jobs_life.LONGEST_PARK_MS) if parks else None,
-                model=first.job.current_model if parks else None,
+            await self._change(
+                partial(
+                    life.release_range,
+                    owner=self._owner,
+                    chunks=chunks,
+                    not_before=now + min(delay, jobs_life.LONGEST_PARK_MS) if parks else None,
+                    model=first.job.current_model if parks and first else None,
+                )
             )
-            await self._change(released)
         if parks:
             return True
         await self._runner.back(self._pointer, delay)
         return False
 
-    async def _saved_whole(self, waiting: Sequence[_Seat]) -> tuple[str, ...]:
-        """Save all that is known of the range in one chunk, so that the next worker has little to read."""
-        saved = [seat.record for seat in self._desk.seats() if seat.record]
-        saved += [
-            Record(
-                "J",
-                seat.line.offset,
-                seat.line.number,
-                "",
-                Tally(),
-                self._tools.text_of_job(seat.job),
-            )
-            for seat in waiting
-            if _has_history(seat.job)
-        ]
-        if not saved:
-            return ()
-        self._chunk += 1
-        name = f"{self._state.claims}-{self._chunk}"
-        body = b"".join(record.encoded() for record in saved)
-        await self._tools.blocking(self._tools.objects.put, self._chunk_key(name), body)
-        return (name,)
+    async def _saved_whole(self, waiting: Sequence[Seat]) -> tuple[str, ...]:
+        """Save all that is known of the window in one chunk, so that the next worker has little to read."""
+        ended = [seat.ended for seat in self._desk.seats() if seat.ended]
+        jobs = [seat for seat in waiting if _has_history(seat.job)]
+        end_at = max((seat.line.offset + 1 for seat in self._desk.seats()), default=0)
+        kept = (*self._state.chunks[: self._state.windows], *self._of_later_rows(end_at))
+        if not ended and not jobs:
+            return kept
+        name = self._new_name()
+        texts = chain(map(self._text, ended), map(self._job_record, jobs))
+        await self._tools.blocking(self._write, self._chunk_key(name), texts)
+        return (*kept, name)
+
+    def _job_record(self, seat: Seat) -> bytes:
+        text = self._tools.text_of_job(seat.job)
+        return Record("J", seat.line.offset, seat.line.number, "", Tally(), text).encoded()
 
 
-def tally_of(part: bytes) -> Tally:
-    """Return the sums of a part."""
-    return sum((Record.decoded(line).tally for line in part.splitlines()), Tally())
-
-
-def _due(seat: _Seat) -> int:
+def _due(seat: Seat) -> int:
     return max(seat.due_at, seat.job.not_before or 0)
 
 

@@ -13,7 +13,16 @@ from typing import Final
 from sluice.domain.batches import LINES_PER_RANGE, WATCH_MS
 from sluice.domain.capacity import startable
 from sluice.domain.limits import Group, model_group
-from sluice.ports import BatchQueues, BatchStore, Clock, DueRange, Events, LimitStore, WaitingRanges
+from sluice.ports import (
+    BatchesQueue,
+    BatchStore,
+    Clock,
+    DueRange,
+    Events,
+    LimitStore,
+    RangesQueue,
+    WaitingRanges,
+)
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""
@@ -41,7 +50,8 @@ class Resume:
         self,
         batches: BatchStore,
         waiting: WaitingRanges,
-        queues: BatchQueues,
+        ranges: RangesQueue,
+        plans: BatchesQueue,
         limits: LimitStore,
         model_groups: Mapping[str, str],
         clock: Clock,
@@ -49,7 +59,8 @@ class Resume:
     ) -> None:
         self._batches = batches
         self._waiting = waiting
-        self._queues = queues
+        self._ranges = ranges
+        self._plans = plans
         self._limits = limits
         self._model_groups = model_groups
         self._clock = clock
@@ -82,13 +93,13 @@ class Resume:
         """Have the planner send whatever a batch lacks, now and every 20 minutes from now on."""
         if self._waiting.hold(due, self._clock.now() + WATCH_MS) is None:
             return False
-        self._queues.send_plan(due.batch_id)
+        self._plans.send_plan(due.batch_id)
         return True
 
     def _send(self, due: DueRange, number: int) -> bool:
         batch = self._batches.get(due.batch_id)
         held = self._waiting.hold(due, self._clock.now() + HOLD_MS)
-        if batch is None or held is None or self._queues.send_ranges(batch, [number]):
+        if batch is None or held is None or self._ranges.send_ranges(batch, [number]):
             return False
         self._waiting.release(held)
         return True

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sluice.domain.waits import USUAL, Waits
 from sluice.domain.webhooks import Network, read_networks
 
 
@@ -64,6 +65,8 @@ class Settings:
     max_attempts: int
     webhook_networks: tuple[Network, ...] = ()
     """Networks, beside all public addresses, that webhooks may go into."""
+    waits: Waits = USUAL
+    """Shorter ones are for tests and benchmarks; the template sets none."""
     governor: GovernorSettings | None = None
 
     def governed(self) -> GovernorSettings:
@@ -135,6 +138,7 @@ class Settings:
             retention_days=number("SLUICE_RETENTION_DAYS"),
             max_attempts=number("SLUICE_MAX_ATTEMPTS"),
             webhook_networks=networks("SLUICE_WEBHOOK_NETWORKS"),
+            waits=_waits(env, "SLUICE_WAITS"),
             governor=governor(),
         )
 
@@ -148,3 +152,11 @@ def _mappings(name: str, text: str) -> Mapping[str, str]:
         message = f"{name} must be a JSON object with a UUID for each of {', '.join(MAPPINGS)}"
         raise SettingsError(message)
     return found
+
+
+def _waits(env: Mapping[str, str], name: str) -> Waits:
+    try:
+        return Waits.from_json(env[name]) if env.get(name) else USUAL
+    except ValueError as error:
+        message = f'{name} must be waits such as {{"hold_ms": 1000}}: {error}'
+        raise SettingsError(message) from None

@@ -9,6 +9,7 @@ from typing import Final
 from sluice.domain.jobs import Job, State
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
+from sluice.domain.waits import USUAL, Waits
 from sluice.ports import (
     Answers,
     Blocking,
@@ -50,6 +51,7 @@ class Rules:
     policy: RetryPolicy
     prices: PriceList
     model_groups: Mapping[str, str]
+    waits: Waits = USUAL
 
 
 _ENDS: Final = {

@@ -29,7 +29,14 @@ from sluice.adapters.lambdas import LambdaExecutions, LambdaQueueMapping
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.s3 import DeadLetterObjects, Links, Objects, Results
 from sluice.adapters.secrets import SecretHistory, SecretKeyPool, SecretText, WebhookSecrets
-from sluice.adapters.sqs import Hidden, SqsBatchQueues, SqsInbox, SqsQueue, depth_of
+from sluice.adapters.sqs import (
+    Hidden,
+    SqsBatchesQueue,
+    SqsInbox,
+    SqsQueue,
+    SqsRangesQueue,
+    depth_of,
+)
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import Telemetry, hush
 from sluice.assemble import Assemble
@@ -200,8 +207,13 @@ def batches() -> DynamoBatches:
 
 
 @cache
-def _batch_queues() -> SqsBatchQueues:
-    return SqsBatchQueues(_sqs(), settings().batches_queue_url, settings().ranges_queue_url)
+def _batches_queue() -> SqsBatchesQueue:
+    return SqsBatchesQueue(_sqs(), settings().batches_queue_url)
+
+
+@cache
+def _ranges_queue() -> SqsRangesQueue:
+    return SqsRangesQueue(_sqs(), settings().ranges_queue_url)
 
 
 @cache
@@ -269,7 +281,7 @@ def plan_batch() -> PlanBatch:
     return PlanBatch(
         batches(),
         _objects(),
-        _batch_queues(),
+        _ranges_queue(),
         assemble(),
         settings().webhook_networks,
         CLOCK,
@@ -287,13 +299,20 @@ def uploads_of(tenant: str) -> Uploads:
 def resume() -> Resume:
     """Return the use case that sends ranges again, and looks after batches that stand still."""
     return Resume(
-        batches(), batches(), _batch_queues(), limits(), model_groups(), CLOCK, telemetry()
+        batches(),
+        batches(),
+        _ranges_queue(),
+        _batches_queue(),
+        limits(),
+        model_groups(),
+        CLOCK,
+        telemetry(),
     )
 
 
 def batches_of(tenant: str) -> Batches:
     """Return one tenant's batches."""
-    return Batches(tenant, batches(), _objects(), _batch_queues(), CLOCK, os.urandom, telemetry())
+    return Batches(tenant, batches(), _objects(), _batches_queue(), CLOCK, os.urandom, telemetry())
 
 
 @cache
@@ -331,7 +350,7 @@ def governor() -> Governor:
 
 def _governed(name: str, client: LambdaClient) -> Governed:
     """Return a mapping for the governor, by what its queue holds."""
-    from sluice.ranges import AT_ONCE  # noqa: PLC0415
+    from sluice.desk import AT_ONCE  # noqa: PLC0415
 
     own = settings().governed()
     queue_urls = {
@@ -398,7 +417,8 @@ def worker() -> Worker:
 @cache
 def run_range() -> RunRange:
     """Return the use case behind the ranges queue, with a worker for the rows of a range."""
-    from sluice.ranges import Desk, RangeTools, RowRequests, RunRange  # noqa: PLC0415
+    from sluice.desk import Desk, RowRequests  # noqa: PLC0415
+    from sluice.ranges import RangeTools, RunRange  # noqa: PLC0415
 
     desk = Desk(_ledger(), prices(), CLOCK)
     threads = Threads()
@@ -411,7 +431,7 @@ def run_range() -> RunRange:
     tools = RangeTools(
         batches=batches(),
         objects=_objects(),
-        queues=_batch_queues(),
+        queue=_batches_queue(),
         returns=returns,
         text_of_job=job_records.as_text,
         job_of_text=job_records.of_text,
@@ -448,10 +468,16 @@ def _worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the queue 
         blocking=threads,
         events=telemetry(),
     )
+    waits = settings().waits
     rules = Rules(
-        policy=RetryPolicy(max_attempts=settings().max_attempts),
+        policy=RetryPolicy(
+            max_attempts=settings().max_attempts,
+            overload_base_ms=waits.overload_base_ms,
+            overload_cap_ms=waits.overload_cap_ms,
+        ),
         prices=prices(),
         model_groups=model_groups(),
+        waits=waits,
     )
     # 200,000 objects of the SDKs stay for the life of the environment: the collector need not go through them again.
     gc.freeze()

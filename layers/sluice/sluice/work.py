@@ -35,16 +35,6 @@ from sluice.outbox import Outbox
 from sluice.ports import Params, Received
 from sluice.tools import Rules, Tools, tell_end
 
-HOLD_MS: Final = 300_000
-"""How long a message may wait inside an invocation for its start; beyond that it waits better in the queue.
-
-An invocation that makes calls is paid anyway, so holding costs nothing more, while a return costs a receive. As long
-as an invocation takes new messages: so the fewest workers there may be (2) hold what a limit of 20 a minute can start.
-"""
-
-LINGER_MS: Final = 15_000
-"""An invocation that can start nothing lasts so long, and no longer."""
-
 GROWS_EVERY: Final = 20
 """Receives after which the pause of a fault that lasts is doubled."""
 
@@ -107,7 +97,7 @@ class Worker:
         self._told: set[str] = set()
         self._rows: list[LedgerRow] = []
         self.limiter = Limiter(
-            tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events
+            tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events, rules.waits
         )
 
     async def run(
@@ -389,7 +379,7 @@ class _Batch:
             self._refills = False
             return PutBack(NO_KEY_DELAY_MS + self._spread(10_000), grows=True)
         is_scout = job.job_id in self._scouts
-        hold_ms = SCOUT_MS if is_scout else HOLD_MS
+        hold_ms = SCOUT_MS if is_scout else self._rules.waits.hold_ms
         latest = min(self._invocation.stop_at - self._window_needed(job), now + hold_ms)
         if latest < now:
             self._refills = False
@@ -464,7 +454,9 @@ class _Batch:
         waiting by it: a fair queue hands it over first, to the next batch at the latest.
         """
         latest = min(
-            self._invocation.started + LINGER_MS, self._invocation.stop_at - LEAST_WINDOW_MS, at
+            self._invocation.started + self._rules.waits.linger_ms,
+            self._invocation.stop_at - LEAST_WINDOW_MS,
+            at,
         )
         await self._tools.clock.sleep(max(0, latest - self._tools.clock.now()))
 

@@ -84,6 +84,13 @@ CALLS: Counter[str] = Counter()
 """Calls made so far, repeats among them, by what they were about; for benches. Threads may lose a few."""
 
 
+REFUSED: Counter[str] = Counter()
+"""Calls that AWS refused for want of a permission, not reported yet: how often, by operation and what it was about."""
+
+_NOT_PERMITTED = frozenset({"AccessDenied", "AccessDeniedException", "403"})
+"""The last is S3's answer to HEAD, which has no body to name an error in."""
+
+
 def dynamodb() -> DynamoDBClient:
     """Return a DynamoDB client."""
     return boto3.client("dynamodb", config=CONFIG)
@@ -134,6 +141,18 @@ def may_be_done(error: BaseException) -> bool:
     return not isinstance(error, ConnectTimeoutError | EndpointConnectionError)
 
 
+def note_refusal(operation: str, what: str) -> None:
+    """Remember a call that AWS refused, whatever becomes of the error; `take_refused` gives it to the log."""
+    REFUSED[f"{operation} on {what}"] += 1
+
+
+def take_refused() -> dict[str, int]:
+    """Return what AWS refused since this was last asked."""
+    refused = dict(REFUSED)
+    REFUSED.clear()
+    return refused
+
+
 def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     """Call AWS; hiccups are tried again up to 4 times within about a second, then it is StoreBusy(what)."""
     doubtful = False
@@ -161,4 +180,6 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     except (ClientError, BotoCoreError) as error:
         if is_passing(error):
             raise StoreBusy(what, may_be_done=doubtful) from error
+        if isinstance(error, ClientError) and code(error) in _NOT_PERMITTED:
+            note_refusal(error.operation_name, what)
         raise

@@ -269,8 +269,10 @@ class ObjectWriter:
         self._size += len(data)
         self._buffer += data
         while len(self._buffer) >= PIECE_BYTES:
-            self._send(bytes(self._buffer[:PIECE_BYTES]))
+            with memoryview(self._buffer) as buffer:
+                body = bytes(buffer[:PIECE_BYTES])
             del self._buffer[:PIECE_BYTES]
+            self._send(body)
 
     def close(self) -> int:
         """Finish the object; return its size."""

@@ -44,6 +44,9 @@ LONGEST_RETRY_SECONDS: Final = 900
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
 
+MOST_MESSAGE_BYTES: Final = 1_048_576
+"""SQS's limit for a message, its attributes (name, type and value) included."""
+
 ENTRY_ATTEMPTS: Final = 3
 """How often a message is put back that SQS could not change while it changed others of the same call."""
 
@@ -121,13 +124,12 @@ def depth_of(client: SQSClient, url: str, what: str) -> Backlog:
     )
 
 
-class SqsBatchQueues:
-    """The sending side of the queues of batches and of ranges."""
+class SqsRangesQueue:
+    """The sending side of the ranges queue."""
 
-    def __init__(self, client: SQSClient, batches_url: str, ranges_url: str) -> None:
+    def __init__(self, client: SQSClient, url: str) -> None:
         self._client = client
-        self._batches_url = batches_url
-        self._ranges_url = ranges_url
+        self._url = url
 
     def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
         """Send a pointer for each range, ten at a time and many calls at once; return the numbers not taken."""
@@ -152,12 +154,20 @@ class SqsBatchQueues:
             answer = aws.patiently(
                 "the ranges queue",
                 self._client.send_message_batch,
-                QueueUrl=self._ranges_url,
+                QueueUrl=self._url,
                 Entries=entries,
             )
         except StoreBusy:
             return list(numbers)
         return [int(each["Id"]) for each in answer.get("Failed", ())]
+
+
+class SqsBatchesQueue:
+    """The sending side of the batches queue; not for the function that this queue invokes."""
+
+    def __init__(self, client: SQSClient, url: str) -> None:
+        self._client = client
+        self._url = url
 
     def send_plan(self, batch_id: str) -> None:
         """Have a batch planned; raises StoreBusy."""
@@ -171,7 +181,7 @@ class SqsBatchQueues:
         aws.patiently(
             "the batches queue",
             self._client.send_message,
-            QueueUrl=self._batches_url,
+            QueueUrl=self._url,
             MessageBody=json.dumps(body),
         )
 
@@ -317,13 +327,15 @@ class SqsInbox:
         self.put_back([(message, milliseconds) for message in messages])
 
     def bury(self, message: Received, reason: str) -> None:
-        """Send a message that is not ours to the dead-letter queue, with the reason."""
+        """Send a message that is not ours to the dead-letter queue, with the reason if both fit into a message."""
+        size = sum(len(each.encode()) for each in (message.body, "reason", "String", reason))
+        attribute: Any = {"DataType": "String", "StringValue": reason}
         aws.patiently(
             "the dead-letter queue",
             self._client.send_message,
             QueueUrl=self._dead_letters_url,
             MessageBody=message.body,
-            MessageAttributes={"reason": {"DataType": "String", "StringValue": reason}},
+            MessageAttributes={"reason": attribute} if size <= MOST_MESSAGE_BYTES else {},
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.metrics import EphemeralMetrics, MetricUnit
 
+from sluice.adapters import aws
 from sluice.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
 
 VALUES_AT_ONCE: Final = 99
@@ -56,7 +57,14 @@ class Telemetry:
         self._logger.warning(event, extra=_known(facts), exc_info=sys.exc_info()[0] is not None)
 
     def flush(self) -> None:
-        """Emit all metrics gathered so far: one document for the totals, one per model group."""
+        """Emit all metrics gathered so far: one document for the totals, one per model group.
+
+        Calls that AWS refused are reported here, once per invocation: whatever a call was for, its error may have
+        been handled as one of many.
+        """
+        if refused := aws.take_refused():
+            self.problem("AWS refused calls: the function's role lacks a permission", calls=refused)
+            self.count("AccessDenied", sum(refused.values()))
         with self._lock:
             values, self._values = self._values, defaultdict(list)
         for model_group in sorted({group for group, _ in values}, key=str):

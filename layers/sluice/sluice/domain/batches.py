@@ -23,16 +23,17 @@ RANGES_PER_SECTION: Final = 100
 10 million rows."""
 
 MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
-"""A range is held in memory whole."""
+"""Of objects with fewer than `MOST_RANGES` ranges. Memory does not depend on it: a range is run window by window."""
 
 MOST_RANGES: Final = 200_000
 """Of one object: above, ranges get longer instead of more."""
 
 MOST_LINE_BYTES: Final = 8 * 1024 * 1024
-"""A longer line is a bad row. Together with a range it must fit into memory a few times over."""
+"""A longer line is a bad row. One such line must fit into memory a few times over."""
 
 SAMPLE_BYTES: Final = 64 * 1024
-"""What the planner reads of an object to estimate the length of its lines."""
+SAMPLES: Final = 8
+"""The planner reads so many pieces of so many bytes of an object to estimate the length of its lines."""
 
 BOM: Final = b"\xef\xbb\xbf"
 
@@ -271,14 +272,27 @@ def _batch_id(*parts: str) -> str:
     return f"msgbatch_{sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
 
 
-def planned(size: int, sample: bytes) -> Plan:
-    """Cut an object of `size` bytes that begins with `sample` into ranges of about a hundred lines."""
+def sample_places(size: int) -> list[int]:
+    """Return where the planner reads its samples: at the start, at the end, and at equal distances between them."""
+    last = max(0, size - SAMPLE_BYTES)
+    count = max(1, min(SAMPLES, -(-size // SAMPLE_BYTES)))
+    return [last * place // max(1, count - 1) for place in range(count)]
+
+
+def planned(size: int, sample: bytes, *more: bytes) -> Plan:
+    """Cut an object of `size` bytes that begins with `sample` into ranges of about a hundred lines.
+
+    `more`: samples from elsewhere. The estimate is bytes per line over all samples together, so that a few very long
+    lines where a sample happens to be do not decide it; a sample without an end of line counts with its bytes.
+    It is an estimate: what a range holds in memory is bounded where it is run.
+    """
     first = len(BOM) if sample.startswith(BOM) else 0
-    rest = sample[first:]
-    lines = rest.count(b"\n")
-    complete = rest.rfind(b"\n") + 1
-    # A sample without an end of line is (part of) one long line; the only line of a small object is all of it.
-    line_bytes = max(1, complete // lines if lines else len(rest))
+    lines = covered = 0
+    for each in (sample[first:], *more):
+        lines += each.count(b"\n")
+        # Behind the last end of line a line is cut off.
+        covered += each.rfind(b"\n") + 1 or len(each)
+    line_bytes = max(1, covered // max(1, lines))
     length = max(0, size - first)
     wanted = min(line_bytes * LINES_PER_RANGE, MOST_RANGE_BYTES)
     range_bytes = max(wanted, -(-length // MOST_RANGES), 1)
@@ -374,6 +388,13 @@ class RangeState:
     losses: int = 0
     """Workers in a row that died with it and had saved nothing."""
     chunks: tuple[str, ...] = ()
+    windows: int = 0
+    """So many of the chunks, from the first, hold a window each: rows that have all ended, in order, with the bad lines
+    between them."""
+    resume_at: int = 0
+    """The byte offset at which the windows end. 0: there is none yet."""
+    resume_line: int = 0
+    """How many lines the windows have."""
     done: bool = False
     not_before: int | None = None
     """The range waits outside the queue until then, and is sent again."""
@@ -414,6 +435,29 @@ def save_chunk(state: RangeState, owner: str, lease_until: int, chunk: str) -> R
     return _moved(state, lease_until=lease_until, chunks=(*state.chunks, chunk), losses=0)
 
 
+def end_window(  # noqa: PLR0913 - what the next window needs to know
+    state: RangeState,
+    owner: str,
+    lease_until: int,
+    window: str,
+    *,
+    others: Sequence[str],
+    resume_at: int,
+    resume_line: int,
+) -> RangeState:
+    """Note that a chunk holds another window whole; `others` hold rows of later windows."""
+    _owned(state, owner)
+    return _moved(
+        state,
+        lease_until=lease_until,
+        chunks=(*state.chunks[: state.windows], window, *others),
+        windows=state.windows + 1,
+        resume_at=resume_at,
+        resume_line=resume_line,
+        losses=0,
+    )
+
+
 def release_range(
     state: RangeState,
     owner: str,
@@ -438,7 +482,7 @@ def release_range(
 def finish_range(state: RangeState, owner: str) -> RangeState:
     """Note that the range's part is stored."""
     _owned(state, owner)
-    return _moved(state, owner=None, lease_until=0, chunks=(), done=True)
+    return _moved(state, owner=None, lease_until=0, chunks=(), windows=0, done=True)
 
 
 def _owned(state: RangeState, owner: str) -> None:

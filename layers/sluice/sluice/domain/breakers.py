@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
+from sluice.domain.waits import USUAL, Waits
+
 STREAK: Final = 5
 """That many failures in a row open a breaker; a single one is only that job's bad luck."""
-
-PAUSE_MS: Final = 5_000
-PAUSE_CAP_MS: Final = 60_000
 
 PROBES: Final = 2
 """That many probes in a row must be served before everybody may call again."""
@@ -36,12 +35,13 @@ class Breaker:
         return self.streak >= STREAK
 
 
-def failed(breaker: Breaker, now: int) -> Breaker:
+def failed(breaker: Breaker, now: int, waits: Waits = USUAL) -> Breaker:
     """Count a failure. From the fifth in a row on it is open, for 5 s, then 10, 20, ... up to a minute."""
     counted = replace(breaker, streak=breaker.streak + 1, proved=0)
     if not counted.is_open:
         return counted
-    return replace(counted, open_until=max(breaker.open_until, now + _pause(counted.streak)))
+    until = now + _pause(counted.streak, waits)
+    return replace(counted, open_until=max(breaker.open_until, until))
 
 
 def served(breaker: Breaker) -> Breaker | None:
@@ -51,13 +51,13 @@ def served(breaker: Breaker) -> Breaker | None:
     return replace(breaker, proved=breaker.proved + 1, open_until=0)
 
 
-def probed(breaker: Breaker, start: int) -> Breaker:
+def probed(breaker: Breaker, start: int, waits: Waits = USUAL) -> Breaker:
     """Let one probe through at `start`: the next one may go a pause later, or as soon as this one was served."""
-    return (
-        replace(breaker, open_until=start + _pause(breaker.streak)) if breaker.is_open else breaker
-    )
+    if not breaker.is_open:
+        return breaker
+    return replace(breaker, open_until=start + _pause(breaker.streak, waits))
 
 
-def _pause(streak: int) -> int:
+def _pause(streak: int, waits: Waits) -> int:
     doublings = min(max(0, streak - STREAK), 10)
-    return min(PAUSE_CAP_MS, PAUSE_MS << doublings)
+    return min(waits.breaker_pause_cap_ms, waits.breaker_pause_ms << doublings)

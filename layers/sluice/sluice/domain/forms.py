@@ -21,7 +21,7 @@ MOST_UNPACKED_BYTES: Final = 100 * 1024**3
 """Of one gzip file: a small file can be made that unpacks without end."""
 
 PIECE_BYTES: Final = 1024 * 1024
-"""Unpacked at once."""
+"""Unpacked, or read as text, at once."""
 
 PROBLEM: Final = "sluice_problem"
 """A row with this field is known to be bad already; it says why."""
@@ -107,6 +107,11 @@ def _csv_item(names: list[str], record: list[str], number: int, template: str) -
         message = f"the record has {len(record)} fields, the first line {len(names)}"
         return {"custom_id": custom_id, PROBLEM: message}
     fields = dict(zip(names, record, strict=True))
+    size = len(template) + sum(len(fields[name]) for name in fields_of(template))
+    if size > MOST_LINE_BYTES:
+        # Known before it is made: a template may name a long field thousands of times.
+        message = f"the prompt makes about {size:,} characters; the most is {MOST_LINE_BYTES:,}"
+        return {"custom_id": custom_id, PROBLEM: message}
     content = filled(template, fields)
     return {
         "custom_id": fields.get("custom_id", custom_id),
@@ -180,10 +185,15 @@ def _text_lines(pieces: Iterable[bytes]) -> Iterator[str]:
     decoder = getincrementaldecoder("utf-8-sig")()
     rest = ""
     for piece in pieces:
-        *whole, rest = (rest + decoder.decode(piece)).split("\n")
-        yield from (f"{line}\n" for line in whole)
-        if len(rest) > MOST_LINE_BYTES:
-            raise BadForm(f"a line has more than {MOST_LINE_BYTES:,} characters")
+        for at in range(0, len(piece), PIECE_BYTES):
+            text, begin = rest + decoder.decode(piece[at : at + PIECE_BYTES]), 0
+            # One line after the other: a list of them all would be many times their size.
+            while (end := text.find("\n", begin) + 1) > 0:
+                yield text[begin:end]
+                begin = end
+            rest = text[begin:]
+            if len(rest) > MOST_LINE_BYTES:
+                raise BadForm(f"a line has more than {MOST_LINE_BYTES:,} characters")
     rest += decoder.decode(b"", final=True)
     if rest:
         yield rest

@@ -21,6 +21,7 @@ from typing import Final, Literal
 
 from sluice.domain.breakers import Breaker, failed, probed, served
 from sluice.domain.pricing import base_model
+from sluice.domain.waits import USUAL, Waits
 
 SCALE: Final = 60_000_000
 FULL_RATE: Final = 1000
@@ -483,7 +484,11 @@ def _is_drained(group: Group, now: int) -> bool:
 
 
 def reserve(
-    group: Group, costs: Sequence[Cost], now: int, horizon_ms: int | Sequence[int]
+    group: Group,
+    costs: Sequence[Cost],
+    now: int,
+    horizon_ms: int | Sequence[int],
+    waits: Waits = USUAL,
 ) -> tuple[Group, list[int]]:
     """Reserve for the first of `costs` that can start within the horizon; return the group and their start times.
 
@@ -510,8 +515,8 @@ def reserve(
         starts.append(start)
         for name in cost.circuits:
             if name in group.circuits:
-                circuits = {**group.circuits, name: probed(group.circuits[name], start)}
-                group = replace(group, circuits=circuits)
+                breaker = probed(group.circuits[name], start, waits)
+                group = replace(group, circuits={**group.circuits, name: breaker})
     return group, starts
 
 
@@ -793,7 +798,9 @@ def moved(group: Group, organization: str) -> Group:
     return replace(group, moved_to=organization, epoch=group.epoch + 1)
 
 
-def circuit_failed(group: Group, now: int, name: str, *, was_probe: bool = False) -> Group:
+def circuit_failed(
+    group: Group, now: int, name: str, *, was_probe: bool = False, waits: Waits = USUAL
+) -> Group:
     """Count a failure of a model or an endpoint.
 
     Calls that were on their way when its breaker opened are the same event: only probes say more.
@@ -801,7 +808,7 @@ def circuit_failed(group: Group, now: int, name: str, *, was_probe: bool = False
     breaker = group.circuits.get(name, Breaker())
     if breaker.is_open and not was_probe:
         return group
-    return replace(group, circuits={**group.circuits, name: failed(breaker, now)})
+    return replace(group, circuits={**group.circuits, name: failed(breaker, now, waits)})
 
 
 def circuit_served(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 - a change like any other

@@ -12,6 +12,7 @@ from typing import Final
 
 from sluice.domain.jobs import JobError
 from sluice.domain.pricing import Usage
+from sluice.domain.waits import USUAL
 
 SECOND: Final = 1000
 """Milliseconds."""
@@ -123,8 +124,8 @@ class RetryPolicy:
     max_attempts: int = 5
     retry_base_ms: int = 2 * SECOND
     retry_cap_ms: int = 5 * MINUTE
-    overload_base_ms: int = 1 * SECOND
-    overload_cap_ms: int = 5 * MINUTE
+    overload_base_ms: int = USUAL.overload_base_ms
+    overload_cap_ms: int = USUAL.overload_cap_ms
     throttle_spread_ms: int = 2 * SECOND
     """Full jitter on top of `retry-after`, so that returned jobs do not come back in one moment."""
     default_retry_after_ms: int = 5 * SECOND

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NoReturn
@@ -20,6 +20,9 @@ from sluice.domain.jobs import Job, JobError, State
 CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 MESSAGES_URL: Final = "/v1/messages"
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Only as an escape can half a surrogate pair be in text that is UTF-8."""
 
 _ANTHROPIC_TYPES: Final = frozenset(
     {
@@ -72,39 +75,65 @@ class _Unusable(Exception):
     """Carries a bad row's message out of a check."""
 
 
-def missing_bytes(data: bytes, start: int, end: int, first: int, size: int) -> int:
-    """Return how many more bytes must be read to have the last line that begins in [start, end) whole.
+_BEGINNING: Final = 200
+"""Bytes kept of a line that is too long."""
 
-    `data` begins one byte before `start`, or at `first` with it. Zero when its end is in sight, when it is known to be
-    too long, or when no line begins here.
+
+def lines(pieces: Iterable[bytes], start: int, end: int, first: int) -> Iterator[Line]:
+    """Yield the lines that begin in [start, end), holding no more than one of them.
+
+    `pieces` follow one another from the byte before `start` on (which tells whether a line begins right at `start`), or
+    from `first` if that is where the range starts. None is asked for beyond the end of the last line, nor to find the
+    end of a line that is too long.
     """
-    base = max(first, start - 1)
-    read_to = base + len(data)
-    begins = data.rfind(b"\n", 0, end - 1 - base) + 1
-    begins_here = begins > 0 or start == first
-    if read_to >= size or not begins_here or data.find(b"\n", begins) >= 0:
-        return 0
-    return max(0, min(size, base + begins + MOST_LINE_BYTES + 1) - read_to)
+    at = max(first, start - 1)
+    is_ours = start == first
+    held: list[bytes] = []
+    length = number = 0
+
+    def line() -> Line:
+        too_long = length > MOST_LINE_BYTES
+        text = b"".join(held)[:_BEGINNING] if too_long else b"".join(held)
+        return Line(number, at, text.removesuffix(b"\r"), too_long)
+
+    for piece in pieces:
+        position = 0
+        while (stop := piece.find(b"\n", position)) >= 0:
+            length += stop - position
+            if is_ours:
+                held.append(piece[position:stop])
+                yield line()
+                number += 1
+            at, position = at + length + 1, stop + 1
+            is_ours, length = True, 0
+            held.clear()
+            if at >= end:
+                return
+        length += len(piece) - position
+        if is_ours and length <= MOST_LINE_BYTES:
+            held.append(piece[position:])
+        elif is_ours:
+            held[:] = [b"".join([*held, piece[position:]])[:_BEGINNING]]
+        if at + length + 1 >= end and (not is_ours or length > MOST_LINE_BYTES):
+            break
+    if is_ours and length:
+        yield line()
 
 
-def lines(data: bytes, start: int, end: int, first: int) -> Iterator[Line]:
-    """Yield the lines that begin in [start, end). `data` begins one byte before `start`, or at `first` with it.
-
-    The byte before tells whether a line begins right at `start`.
-    """
-    base = max(first, start - 1)
-    position = 0 if start == first else data.find(b"\n") + 1
-    if start > first and not position:
-        return
-    number = 0
-    while base + position < end and position < len(data):
-        stop = data.find(b"\n", position)
-        stop = len(data) if stop < 0 else stop
-        too_long = stop - position > MOST_LINE_BYTES
-        text = data[position : min(stop, position + (200 if too_long else stop))]
-        yield Line(number, base + position, text.removesuffix(b"\r"), too_long)
-        number += 1
-        position = stop + 1
+def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of `pieces` without their ends, holding no more than one of them and a piece."""
+    held: list[bytes] = []
+    for piece in pieces:
+        position = 0
+        while (stop := piece.find(b"\n", position)) >= 0:
+            held.append(piece[position:stop])
+            yield b"".join(held)
+            held.clear()
+            position = stop + 1
+        if position < len(piece):
+            held.append(piece[position:])
+    if held:
+        yield b"".join(held)
 
 
 def read_row(line: Line, options: Options) -> Row | BadRow | None:
@@ -126,8 +155,9 @@ def read_row(line: Line, options: Options) -> Row | BadRow | None:
 def _json(text: bytes) -> dict[str, Any]:
     try:
         item = json.loads(text.decode(), parse_constant=_no_constant)
-        # What was half a surrogate pair in an escape can be read, and sent to nobody.
-        json.dumps(item, ensure_ascii=False).encode()
+        if _SURROGATE.search(text):
+            # What was half a surrogate pair in an escape can be read, and sent to nobody.
+            json.dumps(item, ensure_ascii=False).encode()
     except UnicodeError as error:
         what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "has half a character"
         raise _Unusable(f"the line {what}; save the file as UTF-8") from error
@@ -260,8 +290,39 @@ class Record:
     @classmethod
     def decoded(cls, line: bytes) -> Record:
         """Read a record."""
-        kind, offset, number, custom_id, sums, body = line.decode().rstrip("\n").split("\t", 5)
-        return cls(kind, int(offset), int(number), custom_id, Tally(**json.loads(sums)), body)
+        return Encoded.of(line).record()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A record as it travels, its fields read and its body left as bytes: answers are large."""
+
+    kind: str
+    offset: int
+    line: int
+    custom_id: str
+    sums: bytes
+    body: bytes
+
+    @classmethod
+    def of(cls, line: bytes) -> Encoded:
+        """Read the fields of a record's line, which may end with its line end."""
+        kind, offset, number, custom_id, sums, body = line.split(b"\t", 5)
+        return cls(
+            kind.decode(), int(offset), int(number), custom_id.decode(), sums,
+            body.removesuffix(b"\n"),
+        )  # fmt: skip
+
+    @property
+    def tally(self) -> Tally:
+        """What goes into the sums."""
+        return Tally(**json.loads(self.sums))
+
+    def record(self) -> Record:
+        """Return the record, its body as text."""
+        return Record(
+            self.kind, self.offset, self.line, self.custom_id, self.tally, self.body.decode()
+        )
 
 
 def result_line(custom_id: str, job: Job, message: str | None) -> str:

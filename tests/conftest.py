@@ -1,0 +1,93 @@
+"""Every run of the tests records which AWS calls the functions make, and compares them with what is permitted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from scripts.local_stack.permissions import grants
+from scripts.local_stack.recording.recorder import FOLDER_VARIABLE, install
+from tests import aws_calls
+from tests.expanded_template import expanded_template
+
+HANDLERS: Final = re.compile(r"functions\.(\w+)\.app")
+"""The modules whose handlers tests run in this process."""
+
+WHOLE: Final = ("integration", "acceptance")
+"""The folders whose tests drive functions; run as a whole, they use every grant."""
+
+at_work: list[str] = []
+"""The function whose handler runs in this process."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-calls",
+        action="store_true",
+        help="write the AWS calls of this run to tests/fixtures/aws_calls.json, in place of comparing them",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="sluice-aws-calls-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    install(folder, lambda: at_work[-1] if at_work else None)
+
+
+def pytest_collection_finish() -> None:
+    for name, module in list(sys.modules.items()):
+        if found := HANDLERS.fullmatch(name):
+            vars(module)["handler"] = _noted(_logical_id(found[1]), vars(module)["handler"])
+
+
+def _noted(function: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(handler)
+    def noted(*arguments: Any) -> Any:
+        at_work.append(function)
+        try:
+            return handler(*arguments)
+        finally:
+            at_work.pop()
+
+    return noted
+
+
+def _logical_id(folder: str) -> str:
+    return "".join(word.title() for word in folder.split("_")) + "Function"
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    calls = aws_calls.read(Path(os.environ[FOLDER_VARIABLE]))
+    if session.config.getoption("--record-calls"):
+        aws_calls.write(calls)
+        return
+    expanded = expanded_template()
+    permitted = grants(expanded)
+    wanted = aws_calls.needs(calls)
+    found = list(aws_calls.missing(wanted, permitted))
+    found += [
+        f"not recorded yet (make record-calls): {call}"
+        for call in sorted(calls - aws_calls.recorded())
+    ]
+    if exitstatus == pytest.ExitCode.OK and _is_whole(session):
+        found += aws_calls.unused([*wanted, *aws_calls.needed_by_aws(expanded)], permitted)
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.get_terminal_writer().line("\n".join(["", *found]), red=True)
+
+
+def _is_whole(session: pytest.Session) -> bool:
+    folders = {item.path.parent.name for item in session.items}
+    narrowed = session.config.getoption("keyword") or session.config.getoption("markexpr")
+    named = any("::" in each or each.endswith(".py") for each in session.config.args)
+    return folders.issuperset(WHOLE) and not narrowed and not named
