@@ -61,7 +61,7 @@ def setup(
         deployed.write_key_pool(pool)
         keys = terminal.counted(len(pool["keys"]), "upstream key")
         terminal.say(f"stored {keys} in the key pool of {stack}")
-    _say_executions(deployed)
+    _have_governed(deployed)
     client_key = _print_new_client_key(deployed, tenant, None)
     if endpoint_url is None:
         _try_out(deployed.api_url, client_key)
@@ -321,14 +321,14 @@ def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> s
     return client_key
 
 
-def _say_executions(deployed: "Stack") -> None:
-    """Says what the account's Lambda limit means; a limit that cannot be read fails nothing."""
+def _have_governed(deployed: "Stack") -> None:
+    """Says what the account's Lambda limit means, and has it kept before anybody can submit. What fails is said."""
     try:
-        lines = deployed.about_executions()
+        for line in deployed.about_executions():
+            terminal.say(line)
+        deployed.wake_governor()
     except CommandFailed as failed:
-        lines = [f"{failed}; docs/runbook.md says what the limit means"]
-    for line in lines:
-        terminal.say(line)
+        terminal.say(f"{failed}; the governor runs within a minute by itself")
 
 
 def _try_out(url: str, client_key: str) -> None:

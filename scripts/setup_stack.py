@@ -131,6 +131,17 @@ class Stack:
         with said_plainly("read the account's Lambda limit"):
             return client.get_account_settings()["AccountLimit"]["UnreservedConcurrentExecutions"]
 
+    def wake_governor(self) -> None:
+        """Lets the governor set all concurrencies now, and not within the minute after the deployment."""
+        name = self.outputs.get("GovernorFunctionName")
+        if name is None:
+            return  # a release before 0.2 has no such output
+        client = self._session.client("lambda", endpoint_url=self._endpoint_url)
+        with said_plainly("wake the governor"):
+            answer = client.invoke(FunctionName=name, Payload=b"{}")
+        if "FunctionError" in answer:
+            raise CommandFailed("the governor failed; its log says why")
+
     def about_executions(self) -> list[str]:
         """Returns what the account's Lambda limit means for this stack, line by line."""
         numbers = {

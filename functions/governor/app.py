@@ -1,4 +1,4 @@
-"""Woken every minute: loads limits, sets how many workers may run, and sends jobs and ranges that are due again."""
+"""Woken every minute: loads limits, sets each queue's concurrency, and sends jobs and ranges that are due again."""
 
 from __future__ import annotations
 

@@ -119,19 +119,20 @@ def start_at_ceilings(template: Template) -> None:
 
     Deployed, it starts with the least; on AWS the deployment takes longer than that minute.
     """
+    parameters, resources = template.get("Parameters", {}), template["Resources"]
     ceilings = {
-        "WorkerMapping": template["Parameters"]["MaxConcurrency"]["Default"],
-        "RangesMapping": template["Parameters"]["BulkConcurrency"]["Default"],
+        "WorkerMapping": parameters.get("MaxConcurrency", {}).get("Default"),
+        "RangesMapping": parameters.get("BulkConcurrency", {}).get("Default"),
         "BatchesMapping": CEILINGS["batches"],
         "WebhooksMapping": CEILINGS["webhooks"],
     }
-    for logical_id, ceiling in ceilings.items():
-        mapping = template["Resources"][logical_id]
+    for logical_id in ceilings.keys() & resources.keys():
+        mapping, ceiling = resources[logical_id], ceilings[logical_id]
         properties = {
             **mapping["Properties"],
             "ScalingConfig": {"MaximumConcurrency": int(ceiling)},
         }
-        template["Resources"][logical_id] = {**mapping, "Properties": properties}
+        resources[logical_id] = {**mapping, "Properties": properties}
 
 
 # ---------------------------------------------------------------- package

@@ -80,8 +80,7 @@ class LocalStack:
     concurrency: int | None = None
     """Worker invocations at a time; None: the template's default."""
     account_concurrency: int | None = None
-    """Executions that the emulated account may run at once, and mappings as right after a deployment; None: AWS's
-    usual 1,000, and mappings as after the governor's first run."""
+    """Executions that the emulated account may run at once; None: AWS's usual 1,000."""
     bucket_url: str | None = None
     """Where the functions find S3, when that is to be another address than the rest of the emulated AWS."""
     template: Path = REPOSITORY / "template.yaml"
@@ -127,6 +126,8 @@ class LocalStack:
             claude_url = simulator.url() if simulator else self.claude_url
             pool = credentials.read_key_pool(self.key_pool, claude_url)
             self.say(_about_upstream(pool, simulated=simulator is not None))
+            if self.account_concurrency is not None:
+                _wake_governor(emulator, deployed)
             _install_keys(emulator, deployed, pool, client_key, self.tenant)
 
             api = deployed.resources[_api(deployed)]
@@ -231,6 +232,13 @@ def _install_keys(
         pepper_secret=deployed.resources["ClientKeyPepper"],
         key=client_key,
         tenant=tenant,
+    )
+
+
+def _wake_governor(emulator: Emulator, deployed: deploy.Deployed) -> None:
+    """Do as `sluice setup` does before there is a client key."""
+    emulator.client("lambda").invoke(
+        FunctionName=deployed.resources["GovernorFunction"], Payload=b"{}"
     )
 
 

@@ -20,8 +20,9 @@ from botocore.stub import Stubber
 
 from functions.governor import app
 from scripts.local_stack import LocalStack, Ready
-from scripts.local_stack.emulator import call
+from scripts.local_stack.emulator import REGION, call
 from scripts.local_stack.proofs import mappings_as_sent
+from scripts.setup_stack import Stack
 from sluice import wiring
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import (
@@ -469,6 +470,20 @@ def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(read
     assert ("Disabled", (4, "Enabled")) == (by_hand, mapping(ready))
     assert notes.read().turned_off_at is None
     assert canary_passes(ready, "on")
+
+
+def test_setup_wakes_the_governor(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no client key exists before the concurrencies are set."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    know(ready, rpm=4_000, call_ms=10_000)
+    govern(ready)
+    before = mapping(ready)[0]
+    know(ready, rpm=600, call_ms=7_500)
+
+    Stack("sluice-local", REGION, ready.endpoint_url).wake_governor()
+
+    assert (CEILING, 4) == (before, mapping(ready)[0])
 
 
 def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:

@@ -1,16 +1,19 @@
 """The governor from run to run: what it changes, what it leaves alone, and what it says."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sluice.desk import AT_ONCE
 from sluice.domain.capacity import UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
-from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note
+from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, room_of
 from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
 from tests.fakes import (
@@ -420,6 +423,26 @@ class Six(Scene):
             self.governor()
         return self.enabled()
 
+    def break_for_one_run(self, name: str, fault: str) -> None:
+        """Let something about one mapping fail until it is mended."""
+        mapping, notes = self.mappings[name], self.every_note[name]
+        match fault:
+            case "busy":
+                mapping.busy = 1
+            case "unsettled":
+                mapping.stored = replace(mapping.stored, settled=False)
+            case "state" | "set":
+                mapping.break_down(fault)
+            case _:
+                notes.break_down(fault)
+
+    def mend(self) -> None:
+        for name, mapping in self.mappings.items():
+            mapping.mend()
+            mapping.busy = 0
+            mapping.stored = replace(mapping.stored, settled=True)
+            self.every_note[name].mend()
+
     def enabled(self) -> dict[str, int | None]:
         return {
             name: each.stored.maximum_concurrency
@@ -452,19 +475,18 @@ def test_where_there_is_room_for_all_the_depth_of_a_queue_that_calls_no_claude_i
     assert [] == six.events.problems
 
 
-def test_of_ten_executions_seven_are_given_out_and_idle_mappings_are_disabled_with_a_reason() -> (
-    None
-):
+def test_of_ten_executions_six_are_given_out_and_idle_mappings_are_disabled_with_a_reason() -> None:
     six = Six()
 
-    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run()
-    assert 10 - RESERVED == sum(six.enabled().values())  # type: ignore[arg-type]
+    assert {"jobs": 2, "ranges": 2, "batches": 2} == six.run()
+    # Two for each of three, and the odd one is left to the API.
+    assert 10 - RESERVED - 1 == sum(six.enabled().values())  # type: ignore[arg-type]
     off = six.reasons()["webhooks"]
     assert off.endswith("the account's limit has room for 3 queues at a time")
     assert 7 == six.events.notes[0][1]["executions_for_queues"]
     assert six.every_note["webhooks"].at == six.clock.at
     six.events.notes.clear()
-    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run(5)
+    assert {"jobs": 2, "ranges": 2, "batches": 2} == six.run(5)
     assert [] == six.events.notes
 
 
@@ -473,7 +495,7 @@ def test_a_disabled_mapping_is_enabled_in_the_run_that_sees_a_message() -> None:
     six.run()
     six.wait("jobs", "webhooks")
 
-    assert {"jobs": 3, "ranges": 2, "webhooks": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2, "webhooks": 2} == six.run()
     assert six.every_note["webhooks"].at is None
     assert "messages wait in its queue" in six.reasons()["webhooks"]
     assert "messages wait for webhooks" in six.reasons()["batches"]
@@ -512,10 +534,10 @@ def test_the_room_of_a_mapping_that_still_works_is_given_away_when_it_has_ended(
     six.wait("jobs", "ranges", "batches", "webhooks")
     six.depths["batches"] = Backlog(visible=9, in_flight=2)
 
-    assert {"jobs": 3, "ranges": 2} == six.run()
-    assert {"jobs": 3, "ranges": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2} == six.run()
     six.wait("jobs", "ranges", "webhooks")
-    assert {"jobs": 3, "ranges": 2, "webhooks": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2, "webhooks": 2} == six.run()
 
 
 def test_messages_that_are_hidden_for_hours_hold_no_room_when_their_invocations_must_have_ended() -> (
@@ -528,10 +550,10 @@ def test_messages_that_are_hidden_for_hours_hold_no_room_when_their_invocations_
     six.wait("jobs", "ranges", "batches")
     six.depths["webhooks"] = Backlog(in_flight=40)
 
-    assert {"jobs": 3, "ranges": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2} == six.run()
     assert six.every_note["webhooks"].note.left_until == six.clock.at + MINUTE + APPLIED_MS
-    assert {"jobs": 3, "ranges": 2} == six.run()
-    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2, "batches": 2} == six.run()
 
 
 def test_a_turn_lasts_two_runs() -> None:
@@ -551,8 +573,8 @@ def test_a_change_that_is_refused_keeps_the_room_and_nobody_gets_it() -> None:
     six.wait("jobs", "webhooks")
     six.mappings["batches"].busy = 1
 
-    assert {"jobs": 3, "ranges": 2, "batches": 2} == six.run()
-    assert {"jobs": 3, "ranges": 2, "webhooks": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2, "batches": 2} == six.run()
+    assert {"jobs": 2, "ranges": 2, "webhooks": 2} == six.run()
 
 
 def test_a_change_that_takes_hold_counts_as_it_is() -> None:
@@ -563,7 +585,7 @@ def test_a_change_that_takes_hold_counts_as_it_is() -> None:
     six.mappings["ranges"].stored = replace(six.mappings["ranges"].stored, settled=False)
     six.wait("webhooks")
 
-    assert {"ranges": 2, "batches": 2, "webhooks": 3} == six.run()
+    assert {"ranges": 2, "batches": 2, "webhooks": 2} == six.run()
 
 
 def test_a_mapping_that_cannot_be_read_may_be_using_all_it_may_have() -> None:
@@ -575,7 +597,7 @@ def test_a_mapping_that_cannot_be_read_may_be_using_all_it_may_have() -> None:
     with pytest.raises(StoreBusy):
         six.run()
 
-    assert {"jobs": 3, "ranges": 2} == six.enabled()
+    assert {"jobs": 2, "ranges": 2} == six.enabled()
     assert [("mapping not governed", {"mapping": "jobs"})] == six.events.problems
 
 
@@ -613,9 +635,46 @@ def test_workers_that_were_started_before_the_limit_was_known_hold_their_room() 
     six.depths["jobs"] = Backlog(visible=900, in_flight=1_200)
 
     for _ in range(16):
-        assert {"jobs": 3} == {"jobs": six.run()["jobs"]}
+        assert {"jobs": 2} == {"jobs": six.run()["jobs"]}
         assert {"ranges", "webhooks"}.isdisjoint(six.enabled())
     assert {"ranges", "webhooks"} <= six.run(2).keys()
+
+
+FAULTS = st.tuples(
+    st.sampled_from(MAPPINGS),
+    st.sampled_from(["state", "set", "read", "write", "busy", "unsettled"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([5, 8, 10, 13, 20]),
+    st.lists(st.tuples(st.sets(st.sampled_from(MAPPINGS)), st.lists(FAULTS, max_size=3)), max_size=15),
+    st.sets(st.sampled_from(MAPPINGS)),
+)  # fmt: skip
+def test_whatever_fails_no_mapping_is_lost_and_in_peace_every_queue_is_served(
+    executions: int, runs: list[tuple[set[str], list[tuple[str, str]]]], waiting: set[str]
+) -> None:
+    """A mapping that is off without a note would count as switched off by hand, and stay off for good."""
+    six = Six(executions)
+    six.run()
+    for names, faults in runs:
+        six.wait(*names)
+        for name, fault in faults:
+            six.break_for_one_run(name, fault)
+        with suppress(StoreBusy):
+            six.run()
+        six.mend()
+
+        assert sum(six.enabled().values()) <= room_of(executions)  # type: ignore[arg-type]
+        for name, each in six.mappings.items():
+            assert each.stored.enabled or six.every_note[name].at is not None
+    six.wait(*waiting)
+    served: set[str] = set()
+    for _ in range(len(MAPPINGS) * (TURN_MS // RUN_MS + 2) + 15):
+        served |= six.run().keys()
+
+    assert waiting <= served
 
 
 # Its settings ----------------------------------------------------------------------------------------------
@@ -633,18 +692,18 @@ GOVERNED = {
 def test_the_governors_settings_are_its_own(executions: str, expected: int | None) -> None:
     own = GOVERNED | {"SLUICE_LAMBDA_CONCURRENCY": executions}
 
-    settings = Settings.from_environment(COMPLETE | own)
+    found = Settings.from_environment(COMPLETE | own)
 
     uuids = {name: f"uuid of {name}" for name in MAPPINGS}
-    assert GovernorSettings(uuids, 20, 6, expected) == settings.governed()
+    assert GovernorSettings(uuids, 20, 6, expected) == found.governed()
 
 
 @pytest.mark.parametrize("name", GOVERNED)
 def test_another_function_does_without_them(name: str) -> None:
-    settings = Settings.from_environment(COMPLETE | GOVERNED | {name: ""})
+    found = Settings.from_environment(COMPLETE | GOVERNED | {name: ""})
 
     with pytest.raises(SettingsError, match=f"{name}.* set"):
-        settings.governed()
+        found.governed()
 
 
 @pytest.mark.parametrize(

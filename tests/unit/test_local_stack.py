@@ -13,6 +13,7 @@ import pytest
 from scripts.local_stack import LocalStack, StackError, deploy, emulator
 from scripts.local_stack.credentials import check_client_key, new_client_key, read_key_pool
 from scripts.local_stack.emulator_runner import Gathering, Wake
+from scripts.local_stack.stack import REPOSITORY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -222,6 +223,29 @@ def test_a_file_that_is_no_template_is_named_in_one_line(
 def _names(archive: bytes) -> list[str]:
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         return opened.namelist()
+
+
+def test_each_mapping_starts_as_the_governor_sets_it_in_an_account_with_room_for_all() -> None:
+    local = deploy.prepared(
+        deploy.read_template(REPOSITORY / "template.yaml"), concurrency=7, public_url="http://here"
+    )
+
+    deploy.start_at_ceilings(local)
+
+    started = {
+        name: resource["Properties"]["ScalingConfig"]["MaximumConcurrency"]
+        for name, resource in local["Resources"].items()
+        if resource["Type"] == "AWS::Lambda::EventSourceMapping"
+        and "ScalingConfig" in resource["Properties"]
+    }
+    assert {
+        "WorkerMapping": 7,
+        "RangesMapping": 4,
+        "BatchesMapping": 4,
+        "WebhooksMapping": 5,
+        "DeadLettersMapping": 2,
+        "RangeDeadLettersMapping": 2,
+    } == started
 
 
 def _template(concurrency: object) -> dict[str, Any]:

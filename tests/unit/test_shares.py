@@ -102,16 +102,16 @@ def test_three_executions_are_left_alone_as_far_as_lambda_permits(
 def test_of_ten_executions_three_idle_queues_are_served_at_a_time_the_first_of_the_list() -> None:
     got = given_to(TEN, *every())
 
-    assert {"jobs": 3, "ranges": 2, "batches": 2} == got
+    assert {"jobs": 2, "ranges": 2, "batches": 2} == got
 
 
 def test_following_a_decision_changes_nothing_more() -> None:
-    enabled = [claim("jobs", present=3), claim("ranges"), claim("batches")]
+    enabled = [claim("jobs"), claim("ranges"), claim("batches")]
     disabled = [off(name, EMPTY) for name in ("webhooks", "dead letters", "range dead letters")]
 
     got = given_to(TEN, *enabled, *disabled)
 
-    assert {"jobs": 3, "ranges": 2, "batches": 2} == got
+    assert {"jobs": 2, "ranges": 2, "batches": 2} == got
 
 
 @pytest.mark.parametrize(
@@ -422,5 +422,6 @@ def test_the_room_is_used_when_enough_is_wanted(queues: Sequence[Queue], room: i
         play(queues, room, run)
 
     used = sum(each.present for each in queues if each.enabled)
-    wanted = sum(each.want for each in queues if each.enabled)
-    assert min(room, wanted) == used
+    wanted = sum(each.want for each in queues)
+    # Where not all have room each has two, and an odd execution is left to the API.
+    assert (min(room, wanted) if room >= LEAST * len(queues) else room // LEAST * LEAST) == used

@@ -178,7 +178,9 @@ class Governor:
         elif not consumer.enabled and note.turned_off_at is None:
             decision = switched_off_by_hand(consumer, governed.ceiling)
         else:
-            decision = Decision(governed.ceiling, enabled=True, reason="as many as it may have")
+            decision = Decision(
+                governed.ceiling, enabled=True, reason=f"at most {governed.ceiling}"
+            )
         return Present(governed, consumer, backlog, note, decision)
 
     def _change(  # noqa: PLR0913 - the facts of one run
@@ -299,7 +301,8 @@ def _agreed(decision: Decision, given: Share) -> Decision:
     """Return the decision as far as there is room for it."""
     if not decision.enabled:
         return decision
-    reason = "; ".join(each for each in (decision.reason, given.reason) if each)
+    reasons = [decision.reason, given.reason] if given.enabled else [given.reason]
+    reason = "; ".join(each for each in reasons if each)
     return Decision(given.maximum_concurrency, given.enabled, reason)
 
 

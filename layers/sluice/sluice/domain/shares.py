@@ -5,8 +5,9 @@ accounts. `RESERVED` of them are left to the functions that no queue wakes; the 
 
 - With room for what every mapping wants, each gets it, and all stay enabled.
 - With less, each gets its part: the busy ones first, evenly, and never less than Lambda accepts.
-- With too little for that, as many mappings are enabled as fit and the others are disabled. An idle one makes room for
-  one whose queue has messages; when none is idle they take turns, the longest disabled first.
+- With too little for that, as many mappings are enabled as fit, with two executions each, and the others are disabled.
+  An idle one makes room for one whose queue has messages; when none is idle they take turns, the longest disabled
+  first. An odd execution is left to the API, which serves more than one caller at a time.
 
 A mapping that was disabled, or lowered, still has the invocations it had. What they may use is nobody else's until they
 must have ended, or nothing is in flight.
@@ -127,7 +128,8 @@ def share(claims: Sequence[Claim], room: int, now: int) -> dict[str, Share]:
     others = [each for each in asking if not each.enabled and not each.starves]
     coming += sorted(others, key=lambda each: not each.waits)[:spare]
     taken = sum(each.present for each in claims if each.fixed and each.enabled)
-    goals = _even(staying + coming, room - taken)
+    spare_room = room - taken if len(asking) <= places else 0
+    goals = _even(staying + coming, spare_room)
     given, spent = _kept(claims, staying, goals, room)
     budget = room - spent
     for each in coming:
