@@ -51,8 +51,11 @@ template: $(DEV) $(SAM)
 	.venv-sam/bin/checkov --config-file .checkov.yaml --file template.yaml
 	.venv/bin/pytest -q tests/unit/test_template.py tests/unit/test_floors.py
 
+# More processes than cores: much of the time the tests wait. Those of one file share a stack, and so a process.
+WORKERS_OF_TESTS ?= 4
+
 test: check $(SDK1) $(TYPESCRIPT) ## check, then every test: the gate, here and in CI
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses $(WORKERS_OF_TESTS) --dist loadfile
 
 unit: $(DEV) ## rules and use cases, on fakes
 	.venv/bin/pytest tests/unit

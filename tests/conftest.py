@@ -22,7 +22,7 @@ from tests.expanded_template import expanded_template
 HANDLERS: Final = re.compile(r"functions\.(\w+)\.app")
 """The modules whose handlers tests run in this process."""
 
-WHOLE: Final = ("integration", "acceptance")
+WHOLE: Final = ("tests/integration", "tests/acceptance")
 """The folders whose tests drive functions; run as a whole, they use every grant."""
 
 at_work: list[str] = []
@@ -38,9 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="sluice-aws-calls-"))
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    os.environ[FOLDER_VARIABLE] = str(folder)
+    if not _is_one_of_several(config):
+        made = tempfile.mkdtemp(prefix="sluice-aws-calls-")
+        config.add_cleanup(lambda: shutil.rmtree(made, ignore_errors=True))
+        os.environ[FOLDER_VARIABLE] = made
+    folder = Path(os.environ[FOLDER_VARIABLE])
     install(folder, lambda: at_work[-1] if at_work else None)
 
 
@@ -66,7 +68,14 @@ def _logical_id(folder: str) -> str:
     return "".join(word.title() for word in folder.split("_")) + "Function"
 
 
+def _is_one_of_several(config: pytest.Config) -> bool:
+    """Tell whether this is a process to which pytest-xdist has given a part of the tests."""
+    return hasattr(config, "workerinput")
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _is_one_of_several(session.config):
+        return
     calls = aws_calls.read(Path(os.environ[FOLDER_VARIABLE]))
     if session.config.getoption("--record-calls"):
         aws_calls.write(calls)
@@ -79,15 +88,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         f"not recorded yet (make record-calls): {call}"
         for call in sorted(calls - aws_calls.recorded())
     ]
-    if exitstatus == pytest.ExitCode.OK and _is_whole(session):
+    if exitstatus == pytest.ExitCode.OK and _is_whole(session.config):
         found += aws_calls.unused([*wanted, *aws_calls.needed_by_aws(expanded)], permitted)
     if found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         session.config.get_terminal_writer().line("\n".join(["", *found]), red=True)
 
 
-def _is_whole(session: pytest.Session) -> bool:
-    folders = {item.path.parent.name for item in session.items}
-    narrowed = session.config.getoption("keyword") or session.config.getoption("markexpr")
-    named = any("::" in each or each.endswith(".py") for each in session.config.args)
-    return folders.issuperset(WHOLE) and not narrowed and not named
+def _is_whole(config: pytest.Config) -> bool:
+    """Tell whether all tests that drive functions were to run."""
+    narrowed = config.getoption("keyword") or config.getoption("markexpr")
+    named = {each.rstrip("/") for each in config.args}
+    return not narrowed and ("tests" in named or named.issuperset(WHOLE))
