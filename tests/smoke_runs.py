@@ -44,7 +44,7 @@ class SmokeRun:
 SMOKE_RUNS: Final = (
     SmokeRun("bench.chaos", "--small", r"billed twice, unexplained +│ 0 calls", 45),
     SmokeRun(
-        "bench.bulk memory",
+        "bench.bulk kills",
         "--lines 500 --bad 10 --kills 1",
         r"killed a worker(.|\n)* results +49 +490\n",
         50,
@@ -90,6 +90,7 @@ SMOKE_RUNS: Final = (
 )
 
 RUN_BY_OTHER_TESTS: Final[Mapping[str, str]] = {
+    "bench.memory": "tests/acceptance/test_bench_memory.py",
     "make build": "tests/acceptance/test_sam.py",
     "make help": "tests/unit/test_smoke_runs.py",
     "make local": "tests/acceptance/test_smoke_runs.py",
@@ -103,6 +104,7 @@ _PART: Final = "is no command: another program of this list starts it"
 
 EXEMPT: Final[Mapping[str, str]] = {
     "bench.limits.direct": _PART,
+    "bench.memory.child": _PART,
     "bench.limits.with_litellm": "LiteLLM has an environment of its own, which is optional",
     "make acceptance": _GATE,
     "make check": _GATE,

@@ -474,8 +474,8 @@ def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(read
 
 def test_setup_wakes_the_governor(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no client key exists before the concurrencies are set."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    for name, value in ready.credentials.as_environment().items():
+        monkeypatch.setenv(name, value)
     know(ready, rpm=4_000, call_ms=10_000)
     govern(ready)
     before = mapping(ready)[0]

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,16 @@ def test_a_record_of_another_length_is_a_bad_row_and_no_more() -> None:
 
     assert "the record has 1 fields, the first line 2" == bad[PROBLEM]
     assert "Summarise: x" == said(good)
+
+
+def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_made() -> None:
+    """A template of a few kilobytes can name a long field a thousand times: gigabytes, if it were filled in."""
+    options = replace(PROMPT, prompt="{text}" * 1_000)
+
+    bad, good = rows(b"text\n" + b"x" * 100_000 + b"\ny\n", options, size=50_000)
+
+    assert "the prompt makes about 100,006,000 characters; the most is 8,388,608" == bad[PROBLEM]
+    assert "y" * 1_000 == said(good)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sluice import assemble
 from sluice.domain import batches as life
 from sluice.domain.batches import SAMPLES, Phase, planned
 from sluice.domain.errors import InputGone, StoreBusy
+from sluice.domain.rows import Encoded
 from sluice.plan import FILE_MS, BadOptions, read_options
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON
@@ -673,3 +676,58 @@ def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make
 
 def test_a_plan_is_for_lines_as_long_as_those_of_the_sample() -> None:
     assert 1 == planned(10, b"0123456789").ranges
+
+
+# Memory ----------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_any_size_are_joined_piece_by_piece(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "AHEAD_BYTES", 1_000)
+    bulk = make()
+    rows: list[Any] = [a_row(number) for number in range(300)]
+    rows[7] = b"{"
+    bulk.upload(jsonl(*rows))
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+    bulk.gateway.journal.clear()
+
+    bulk.drain()
+
+    sizes = [
+        int(line.rsplit(" ", 1)[1])
+        for line in bulk.gateway.journal
+        if line.startswith("the data bucket: read") and "/parts/" in line
+    ]
+    assert {1_000} == set(sizes)
+    assert len(sizes) > 2 * len(bulk.batches.ranges)
+    assert [f"row-{number}" for number in range(300) if number != 7] == ids(bulk.results())
+    assert [8] == [error["line"] for error in bulk.errors()]
+
+
+@given(st.sets(st.integers(0, 500)))
+def test_places_are_those_that_were_added(added: set[int]) -> None:
+    places = assemble.Places()
+    for place in added:
+        places.add(place)
+
+    assert added == {place for place in range(510) if place in places}
+    assert bool(added) == bool(places)
+
+
+@given(st.lists(st.integers(0, 10**9), max_size=50))
+def test_an_index_is_its_entries_in_order_behind_a_table_of_counts(offsets: list[int]) -> None:
+    index = assemble.Index()
+    entries = []
+    for place, offset in enumerate(offsets):
+        record = Encoded("R", offset, place, f"row-{offset % 7}", b"{}", b"")
+        index.add(record, place)
+        digest = hashlib.sha256(record.custom_id.encode()).digest()[: assemble.HASH_BYTES]
+        entries.append(digest + offset.to_bytes(8) + place.to_bytes(4))
+
+    written = b"".join(index.pieces())
+
+    before = [sum(entry[0] < byte for entry in entries) for byte in range(256)]
+    assert b"".join(count.to_bytes(4) for count in before) == written[: assemble.TABLE_BYTES]
+    assert b"".join(sorted(entries)) == written[assemble.TABLE_BYTES :]

@@ -235,6 +235,36 @@ def test_a_busy_store_between_windows_delays_them_and_loses_nothing(make: Make) 
     assert {1} == set(calls(bulk).values())
 
 
+@pytest.mark.parametrize("windows", [0, 2])
+def test_a_store_that_is_busy_while_a_range_is_read_errors_no_row(
+    make: Make, monkeypatch: pytest.MonkeyPatch, windows: int
+) -> None:
+    """Its workers do not die: after five minutes nothing says that a row kills them."""
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 1_000)
+    bulk = make(latency_ms=1_000)
+    as_one_range(bulk, jsonl(*(a_row(number) for number in range(40))))
+
+    async def story() -> None:
+        if windows:
+            task = asyncio.ensure_future(bulk.invoke())
+            await asyncio.sleep(windows * 1.5)
+            bulk.objects.break_down("read")
+            await task
+        bulk.objects.break_down("read")
+        end = bulk.time.now() + 5 * MINUTE
+        while (due := bulk.queues.next_visible()) is not None and due < end:
+            await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
+            assert not await bulk.invoke()
+
+    bulk.time.run(story())
+    bulk.objects.mend()
+    bulk.drain()
+
+    assert list(range(40)) == numbers(bulk)
+    assert {1} == set(calls(bulk).values())
+    assert {"range not read"} == set(bulk.events.problem_names)
+
+
 def test_records_that_are_too_much_to_hold_are_read_back_from_what_was_saved(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,13 @@ it had begun and not saved, and never has more than `AT_ONCE` of them.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Final
+from typing import Final, TypeVar
 
 from sluice.call import LONGEST_DELAY_MS
 from sluice.desk import HELD_BYTES, Desk, Ended, Seat
@@ -48,6 +49,8 @@ from sluice.ports import (
 from sluice.submit import NEWEST_VERSION, input_chars
 from sluice.work import Worker
 
+T = TypeVar("T")
+
 WINDOW_ROWS: Final = 512
 WINDOW_BYTES: Final = 8 * 1024 * 1024
 """A window has so many rows and so many bytes of lines at most; one line always fits. A range as planned, of about a
@@ -69,6 +72,9 @@ KEEP_MS: Final = 10_000
 
 HIDE_MS: Final = 40_000
 """A range whose worker died is visible again after this time at the latest, and its lease has run out then."""
+
+NOT_READ_MS: Final = 15_000
+"""A range that could not be read for a busy store is tried again after this time."""
 
 TICK_MS: Final = 100
 BUSY_MS: Final = 1_000
@@ -178,15 +184,21 @@ class RunRange:
 
 
 class Sums:
-    """Adds up what records came to, one at a time."""
+    """Adds up what records came to, one at a time: there may be millions."""
 
     def __init__(self, lines: int = 0) -> None:
         """Begin with lines that are counted already."""
-        self.tally = Tally(lines=lines)
+        self._sums = Counter(lines=lines)
+
+    @property
+    def tally(self) -> Tally:
+        """The sums so far."""
+        return Tally(**self._sums)
 
     def add(self, line: bytes) -> bytes:
         """Add a record's line, and return it."""
-        self.tally += Encoded.of(line).tally
+        for name, number in Encoded.of(line).counts().items():
+            self._sums[name] += number
         return line
 
 
@@ -314,6 +326,14 @@ _RECORD_BYTES: Final = 200
 """About what a record takes in memory beside its body."""
 
 
+class _NotRead(Exception):
+    """The store was busy while a range was read; nothing that is in memory would be lost."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
 class _Run:
     """One invocation's time with one range."""
 
@@ -351,19 +371,22 @@ class _Run:
         keeper = asyncio.create_task(self._keep(over), name="keeper")
         try:
             return await self._run(again=again)
+        except _NotRead as error:
+            self._tools.events.problem("range not read", what=error.what)
+            return await self._written_down(self._give_back)
         finally:
             # Never in the middle of a write: it would not be known whether it was done.
             over.set()
             await keeper
 
     async def _run(self, *, again: bool) -> bool:
-        self._saved = await self._tools.blocking(self._restored)
+        self._saved = await self._read(self._restored)
         windows = _Windows(self._tools.objects, self._batch, self._state, self._saved, self._job_of)
         is_first = True
         rows = 0
         while True:
             try:
-                window = await self._tools.blocking(windows.next)
+                window = await self._read(windows.next)
             except InputGone as error:
                 window = windows.gone(str(error))
             rows += await self._rows_of(window, again=again and is_first, is_first=is_first)
@@ -415,6 +438,12 @@ class _Run:
         return len(messages)
 
     # Reading ---------------------------------------------------------------------------------------------------
+
+    async def _read(self, read: Callable[[], T]) -> T:
+        try:
+            return await self._tools.blocking(read)
+        except StoreBusy as error:
+            raise _NotRead(error.what) from error
 
     def _restored(self) -> _Saved:
         """Read what earlier workers saved, holding no more of it than a desk holds."""
@@ -628,6 +657,14 @@ class _Run:
         """Return the chunks that hold records of rows from an offset on."""
         chunks = self._state.chunks[self._state.windows :]
         return [chunk for chunk in chunks if self._saved.reach.get(chunk, 0) >= offset]
+
+    async def _give_back(self) -> bool:
+        """Give the range back as it is: a busy store is not the death of a worker, nor the fault of a row."""
+        await self._change(
+            partial(life.release_range, owner=self._owner, chunks=self._state.chunks)
+        )
+        await self._runner.back(self._pointer, NOT_READ_MS)
+        return False
 
     async def _release(self, waiting: Sequence[Seat]) -> bool:
         """Give the range back to its queue, or out of it when all its rows wait for long."""

@@ -313,10 +313,15 @@ class Encoded:
             body.removesuffix(b"\n"),
         )  # fmt: skip
 
+    def counts(self) -> dict[str, int]:
+        """Return what goes into the sums, by name."""
+        counts: dict[str, int] = json.loads(self.sums)
+        return counts
+
     @property
     def tally(self) -> Tally:
         """What goes into the sums."""
-        return Tally(**json.loads(self.sums))
+        return Tally(**self.counts())
 
     def record(self) -> Record:
         """Return the record, its body as text."""

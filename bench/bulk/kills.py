@@ -14,7 +14,6 @@ from bench.bulk.stack import MODEL, TENANT, Stack, kill_one, say, stack
 
 FUNCTIONS: Final = ("batches", "ranges")
 PATIENCE_SECONDS: Final = 3_600
-MOST_GROWTH: Final = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,6 @@ class Outcome:
     twice: int
     errors: list[int]
     repeated_calls: int
-    peaks_mb: dict[str, int]
     aws_calls: Counter[str]
     """Of both functions, by what they were about."""
 
@@ -47,12 +45,6 @@ def run(lines: int, bad: int, kills: int) -> int:
     for what in ("seconds", "results", "twice", "repeated_calls"):
         print(f"{what:>22} {getattr(small, what):>12,.0f} {getattr(large, what):>12,.0f}")
     print(f"{'bad lines reported':>22} {len(small.errors):>12,} {len(large.errors):>12,}")
-    for function in FUNCTIONS:
-        peaks = small.peaks_mb[function], large.peaks_mb[function]
-        growth = peaks[1] / peaks[0]
-        print(f"{f'{function}, peak MB':>22} {peaks[0]:>12,} {peaks[1]:>12,}   x {growth:.2f}")
-        if growth > MOST_GROWTH:
-            failed.append(f"memory of {function} grew")
     print("AWS calls per 1,000 rows of the larger file:")
     for what, count in large.aws_calls.most_common():
         print(f"{what:>22} {count * 1000 / large.lines:>12,.1f}")
@@ -108,12 +100,10 @@ def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> O
     numbers = [int(json.loads(line)["custom_id"].removeprefix("row-")) for line in results]
     errors = (started.of_bucket(f"out/{TENANT}/bulk/errors.jsonl") or b"").splitlines()
     stats = httpx.get(f"{started.claude_url}/_simulator/stats").json()
-    peaks = dict.fromkeys(FUNCTIONS, 0)
     aws_calls: Counter[str] = Counter()
     for function in FUNCTIONS:
-        for line in started.logged(function, "peak_mb"):
+        for line in started.logged(function, "aws_calls"):
             if line.get("message") == "used":
-                peaks[function] = max(peaks[function], line["peak_mb"])
                 aws_calls.update(line["aws_calls"])
     return Outcome(
         lines=lines,
@@ -123,7 +113,6 @@ def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> O
         twice=len(numbers) - len(set(numbers)),
         errors=sorted(json.loads(line)["line"] for line in errors),
         repeated_calls=stats["duplicates"]["extra_calls"],
-        peaks_mb=peaks,
         aws_calls=aws_calls,
     )
 
