@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice import assemble
+from sluice import plan as plans
 from sluice.domain import batches as life
 from sluice.domain.batches import SAMPLES, Phase, planned
 from sluice.domain.errors import InputGone, StoreBusy
@@ -458,6 +459,27 @@ def test_a_section_whose_message_was_lost_is_joined_by_whoever_looks_after_the_b
     assert [] == bulk.queues.joins
     assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
     assert 300 == len(bulk.claude.calls)
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_look(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(300))))
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+    bulk.queues.joins.clear()
+
+    monkeypatch.setattr(plans, "JOIN_MS", -1)
+    bulk.planner.plan(bulk.batch.batch_id)
+    phase = bulk.batch.phase
+    monkeypatch.undo()
+    monkeypatch.setattr(life, "RANGES_PER_SECTION", 2)
+    bulk.planner.plan(bulk.batch.batch_id)
+
+    assert Phase.RUNNING == phase
+    assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
 
 
 def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:

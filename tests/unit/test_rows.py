@@ -156,8 +156,9 @@ def test_a_row_with_a_custom_id_has_an_errored_result_as_well(
     assert "a" == json.loads(error.body)["custom_id"]
 
 
-def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory() -> None:
-    data = b"short\n" + b"x" * (MOST_LINE_BYTES + 1) + b"\nafter\n"
+@pytest.mark.parametrize("beyond", [1, 3_000_000])
+def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory(beyond: int) -> None:
+    data = b"short\n" + b"x" * (MOST_LINE_BYTES + beyond) + b"\nafter\n"
 
     pieces = [data[at : at + 1_000_000] for at in range(0, len(data), 1_000_000)]
     short, long, after = lines(pieces, 0, len(data), 0)
