@@ -1,4 +1,4 @@
-"""The emulator's account limit has the consequences it has on AWS; and the stack keeps its promises within it."""
+"""The emulator's account limit has the consequences it has on AWS. That the stack copes is bench/account_limit.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,31 @@ from typing import Any, Final
 
 import pytest
 
-from bench import account_limit
 from scripts.local_stack import LocalStack, StackError
 from scripts.local_stack.emulator import Emulator, call
 
 LIMIT: Final = 2
 WITHIN_SECONDS: Final = 60.0
-ROLE: Final = "arn:aws:iam::000000000000:role/any"
+TRUST: Final = {
+    "Version": "2012-10-17",
+    "Statement": [
+        {
+            "Effect": "Allow",
+            "Principal": {"Service": "lambda.amazonaws.com"},
+            "Action": "sts:AssumeRole",
+        }
+    ],
+}
+CONSUME: Final = {
+    "Version": "2012-10-17",
+    "Statement": [
+        {
+            "Effect": "Allow",
+            "Action": ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"],
+            "Resource": "arn:aws:sqs:*:*:queue",
+        }
+    ],
+}
 HANDLER: Final = """
 import os, time
 
@@ -50,10 +68,13 @@ def function(emulator: Emulator, tmp_path: Any) -> str:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("app.py", HANDLER)
+    iam = emulator.client("iam")
+    role = iam.create_role(RoleName="held", AssumeRolePolicyDocument=json.dumps(TRUST))["Role"]
+    iam.put_role_policy(RoleName="held", PolicyName="it", PolicyDocument=json.dumps(CONSUME))
     created = emulator.client("lambda").create_function(
         FunctionName="held",
         Runtime="python3.13",
-        Role=ROLE,
+        Role=role["Arn"],
         Handler="app.handler",
         Timeout=60,
         Code={"ZipFile": buffer.getvalue()},
@@ -206,7 +227,7 @@ def test_a_throttled_event_is_tried_again(emulator: Emulator, function: str, tmp
     assert eventually((tmp_path / "event").exists)
 
 
-# The stack within it ---------------------------------------------------------------------------------------
+# Its option ------------------------------------------------------------------------------------------------
 
 
 def test_an_account_that_allows_too_few_is_refused_before_anything_starts() -> None:
@@ -215,12 +236,3 @@ def test_an_account_that_allows_too_few_is_refused_before_anything_starts() -> N
         LocalStack(account_concurrency=4).running(),
     ):
         pass
-
-
-def test_jobs_a_file_and_webhooks_are_done_in_an_account_of_ten(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The benchmark of docs/bench.md in small, without its promises about time."""
-    code = account_limit.main(["--small"])
-
-    assert 0 == code, capsys.readouterr().out

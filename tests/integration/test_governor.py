@@ -30,6 +30,7 @@ from sluice.adapters.dynamodb import (
     DynamoGovernorNotes,
     DynamoJobs,
     DynamoLimits,
+    notes_id,
 )
 from sluice.adapters.lambdas import LIMIT_AGE_MS, LambdaExecutions, LambdaQueueMapping
 from sluice.adapters.secrets import POOL_AGE_MS, SecretHistory
@@ -38,7 +39,7 @@ from sluice.domain.capacity import UNREFILLED, Backlog, Consumer
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, State
 from sluice.domain.limits import Group, Seen
-from sluice.domain.shares import Note
+from sluice.domain.shares import CEILINGS, Note
 from sluice.ports import Pointer
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
@@ -472,10 +473,38 @@ def test_what_the_governor_switched_off_goes_on_and_what_a_person_did_stays(read
     assert canary_passes(ready, "on")
 
 
+OTHERS: Final = {
+    "batches": "BatchesMapping",
+    "webhooks": "WebhooksMapping",
+    "dead letters": "DeadLettersMapping",
+    "range dead letters": "RangeDeadLettersMapping",
+}
+"""The mappings that do not depend on Claude's limits, by what their queues hold."""
+
+
+def test_with_room_again_what_it_disabled_is_enabled_with_its_ceiling(ready: Ready) -> None:
+    for name, logical_id in OTHERS.items():
+        notes = DynamoGovernorNotes(
+            ready.client("dynamodb"), ready.resources["LimitsTable"], notes_id(name)
+        )
+        notes.write(Note(turned_off_at=now()))
+        ready.client("lambda").update_event_source_mapping(
+            UUID=ready.resources[logical_id],
+            Enabled=False,
+            ScalingConfig={"MaximumConcurrency": 2},
+        )
+
+    govern(ready)
+
+    assert {name: (CEILINGS[name], "Enabled") for name in OTHERS} == {
+        name: mapping(ready, logical_id) for name, logical_id in OTHERS.items()
+    }
+
+
 def test_setup_wakes_the_governor(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no client key exists before the concurrencies are set."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    for name, value in ready.credentials.as_environment().items():
+        monkeypatch.setenv(name, value)
     know(ready, rpm=4_000, call_ms=10_000)
     govern(ready)
     before = mapping(ready)[0]
