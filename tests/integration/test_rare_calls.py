@@ -1,0 +1,247 @@
+"""What functions do with AWS only when something rare happens, on a running stack: each grant is there for a reason.
+
+The calls are recorded as in every test (tests/conftest.py); without these some grants would seem to be for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+import httpx
+import pytest
+
+from scripts.claude_simulator import read, running
+from scripts.local_stack import LocalStack, Ready
+from sluice.adapters.batch_records import DynamoBatches
+from sluice.adapters.system import SystemClock
+
+CLIENT_KEY: Final = "sluice_rare_of_acme"
+UPSTREAM_KEY: Final = "sk-ant-test-rare"
+ADMIN_KEY: Final = "sk-ant-admin-test-rare"
+ORGANIZATION: Final = "org-rare"
+MODEL: Final = "claude-haiku-5-5"
+TENANT: Final = "acme"
+WITHIN_SECONDS: Final = 90.0
+LONG_DAYS: Final = 90
+"""More than objects under params/ are kept: large requests go under long-params/."""
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Stack:
+    ready: Ready
+    http: httpx.Client
+    batches: DynamoBatches
+
+    @property
+    def bucket(self) -> str:
+        return self.ready.resources["DataBucket"]
+
+    def pause(self, mapping: str) -> None:
+        """Switch a mapping off, and wait until an invocation that looks for more messages has ended."""
+        uuid = self.ready.resources[mapping]
+        self.ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=False)
+        time.sleep(2)
+
+    def resume(self, mapping: str) -> None:
+        uuid = self.ready.resources[mapping]
+        self.ready.client("lambda").update_event_source_mapping(UUID=uuid, Enabled=True)
+
+    def govern(self) -> None:
+        answer = self.ready.client("lambda").invoke(
+            FunctionName=self.ready.resources["GovernorFunction"], Payload=b"{}"
+        )
+        assert "FunctionError" not in answer, answer["Payload"].read()
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.http.get(f"/jobs/{job_id}").json()
+        return found
+
+    def ended(self, job_id: str) -> dict[str, Any]:
+        return within(
+            lambda: job if (job := self.job(job_id))["state"] not in {"queued", "running"} else None
+        )
+
+    def delete_all(self, prefix: str) -> int:
+        s3 = self.ready.client("s3")
+        found = s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix).get("Contents", [])
+        for each in found:
+            s3.delete_object(Bucket=self.bucket, Key=each["Key"])
+        return len(found)
+
+    def planned(self, name: str) -> str:
+        """Drop a file of one row; return its batch's id when it is planned."""
+        line = {"custom_id": "one", "params": {**params("Say hello."), "max_tokens": 5}}
+        self.ready.client("s3").put_object(
+            Bucket=self.bucket, Key=f"in/{TENANT}/{name}", Body=json.dumps(line).encode() + b"\n"
+        )
+
+        def found() -> str | None:
+            for each in self.http.get("/batches").json()["data"]:
+                stored = self.batches.get(each["id"])
+                if stored and stored.plan and stored.input_key.endswith(f"/{name}"):
+                    return str(each["id"])
+            return None
+
+        return within(found)
+
+    def letters(self, body: str) -> Callable[[], bool]:
+        """Return what tells whether a message has been kept as a dead letter."""
+        s3 = self.ready.client("s3")
+
+        def kept() -> bool:
+            listed = s3.list_objects_v2(Bucket=self.bucket, Prefix="dead-letters/")
+            return any(
+                body in s3.get_object(Bucket=self.bucket, Key=each["Key"])["Body"].read().decode()
+                for each in listed.get("Contents", [])
+            )
+
+        return kept
+
+
+def within(find: Callable[[], Found | None]) -> Found:
+    end = time.monotonic() + WITHIN_SECONDS
+    while time.monotonic() < end:
+        if found := find():
+            return found
+        time.sleep(0.2)
+    pytest.fail(f"not within {WITHIN_SECONDS} s")
+
+
+def large(seed: int) -> str:
+    """Text that no compression brings below what a table item holds."""
+    return b64encode(random.Random(seed).randbytes(400_000)).decode()
+
+
+def params(content: str) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "max_tokens": 20,
+        "messages": [{"role": "user", "content": content}],
+    }
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    organization = {"id": ORGANIZATION, "keys": [UPSTREAM_KEY], "admin_keys": [ADMIN_KEY]}
+    with running(read({"organisations": [organization]})) as claude:
+        keys = {"id": "main", "api_key": UPSTREAM_KEY, "organization": ORGANIZATION}
+        admin = {"organization": ORGANIZATION, "api_key": ADMIN_KEY}
+        pool = {
+            "keys": [{**keys, "base_url": claude.url}],
+            "admin_keys": [{**admin, "base_url": claude.url}],
+        }
+        local = LocalStack(
+            key_pool=pool,
+            client_key=CLIENT_KEY,
+            tenant=TENANT,
+            environment={"SLUICE_RETENTION_DAYS": str(LONG_DAYS)},
+        )
+        headers = {"x-api-key": CLIENT_KEY}
+        with (
+            local.running() as ready,
+            httpx.Client(base_url=ready.api_url, headers=headers, timeout=30) as http,
+        ):
+            batches = DynamoBatches(
+                ready.client("dynamodb"), ready.resources["BatchesTable"], LONG_DAYS, SystemClock()
+            )
+            yield Stack(ready, http, batches)
+
+
+def test_a_large_request_that_is_kept_for_long_is_read_and_runs(stack: Stack) -> None:
+    accepted = stack.http.post("/jobs", json={"params": params(large(1))}).json()
+
+    assert "succeeded" == stack.ended(accepted["id"])["state"]
+
+
+def test_a_large_request_that_is_missing_ends_its_job(stack: Stack) -> None:
+    stack.delete_all("long-params/")
+    stack.pause("WorkerMapping")
+    accepted = stack.http.post("/jobs", json={"params": params(large(2))}).json()
+    assert 1 == stack.delete_all("long-params/")
+
+    stack.resume("WorkerMapping")
+    ended = stack.ended(accepted["id"])
+
+    assert ("errored", "request_lost") == (ended["state"], ended["error"]["type"])
+
+
+def test_a_file_that_is_missing_when_its_rows_are_to_run(stack: Stack) -> None:
+    stack.pause("RangesMapping")
+    batch_id = stack.planned("missing.jsonl")
+    assert 1 == stack.delete_all(f"in/{TENANT}/missing.jsonl")
+
+    stack.resume("RangesMapping")
+    shown = within(
+        lambda: (
+            found
+            if (found := stack.http.get(f"/batches/{batch_id}").json())["ended_at"] is not None
+            else None
+        )
+    )
+
+    assert 0 == shown["counts"]["succeeded"], shown
+
+
+def test_an_upload_that_is_given_up_is_forgotten(stack: Stack) -> None:
+    body = {"name": "given-up.jsonl", "bytes": 200_000_000}
+    begun = stack.http.post("/uploads", json=body).json()
+
+    answer = stack.http.delete("/uploads", params={"id": begun["id"], "name": body["name"]})
+
+    assert answer.is_success, answer.text
+
+
+@pytest.mark.parametrize("queue", ["RangesQueue", "WebhooksQueue"])
+def test_a_foreign_message_is_buried(stack: Stack, queue: str) -> None:
+    body = f"not of Sluice: {queue}"
+    stack.ready.client("sqs").send_message(QueueUrl=stack.ready.resources[queue], MessageBody=body)
+
+    if queue == "WebhooksQueue":
+        within(stack.letters(body))
+    else:
+        # It becomes a dead letter of ranges, whose function notes it and lets it go.
+        within(lambda: is_noted(stack, "BatchesLogs", "not a message of Sluice's"))
+
+
+def is_noted(stack: Stack, group: str, phrase: str) -> bool:
+    events = stack.ready.client("logs").filter_log_events(
+        logGroupName=stack.ready.resources[group]
+    )["events"]
+    return any(phrase in event["message"] for event in events)
+
+
+def test_the_limits_of_an_organization_with_an_admin_key_are_loaded(stack: Stack) -> None:
+    stack.govern()
+
+    assert within(lambda: stack.http.get("/limits").json()["data"])
+
+
+def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(
+    stack: Stack,
+) -> None:
+    stack.pause("RangesMapping")
+    batch_id = stack.planned("waits.jsonl")
+    sqs, url = stack.ready.client("sqs"), stack.ready.resources["RangesQueue"]
+    sqs.purge_queue(QueueUrl=url)
+    batch = stack.batches.get(batch_id)
+    assert batch is not None
+    past = SystemClock().now() - 1_000
+    waiting = stack.batches.range_state(batch, 0)
+    stack.batches.replace_range(
+        replace(waiting, version=1, not_before=past, model=MODEL), waiting.version
+    )
+    stack.batches.replace(replace(batch, version=batch.version + 1, due_at=past), batch.version)
+
+    stack.govern()
+    stack.resume("RangesMapping")
+    ended = within(lambda: stack.http.get(f"/batches/{batch_id}").json()["ended_at"])
+
+    assert ended
