@@ -16,7 +16,8 @@ from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
 from sluice.limiter import Admission, Limiter
-from sluice.ports import Due, Received
+from sluice.memory import Grant, Memory
+from sluice.ports import Body, Due, Received
 from sluice.submit import Outcome, Submit
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.upstream import Upstream
@@ -185,6 +186,50 @@ def _release_the_lease_on_cancel() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _forget_to_give_memory_back() -> Iterator[None]:
+    def keep(self: Memory, grant: Grant) -> None:
+        del self, grant
+
+    def leave(grant: Grant, *_: object) -> None:
+        grant.memory.forget(grant)
+
+    with _instead(Memory, "forget", keep), _instead(Grant, "__exit__", leave):
+        yield
+
+
+@contextmanager
+def _read_without_asking() -> Iterator[None]:
+    def at_once(grant: Grant, request_bytes: int) -> bool:
+        del grant, request_bytes
+        return True
+
+    with _instead(Grant, "take_now", at_once):
+        yield
+
+
+@contextmanager
+def _hold_requests_to_the_end() -> Iterator[None]:
+    let_go = Body.let_go
+    kept: list[bytes] = []
+
+    def and_keep(body: Body) -> None:
+        kept.extend([body.data] if body._data is not None else [])  # noqa: SLF001 - what a bug may do
+        let_go(body)
+
+    with _instead(Body, "let_go", and_keep):
+        yield
+
+
+@contextmanager
+def _read_answers_without_room() -> Iterator[None]:
+    async def grow(grant: Grant, answer_bytes: int) -> None:
+        del grant, answer_bytes
+
+    with _instead(Grant, "grow", grow):
+        yield
+
+
 # Real ones: the simulation, or the first look at what it should know, found them in Sluice itself ------------
 
 
@@ -249,6 +294,20 @@ BUGS: Final[Mapping[str, Bug]] = {
     ),
     "release_the_lease_on_cancel": Bug(
         "a cancel ends a running job at once, while its call goes on", _release_the_lease_on_cancel
+    ),
+    "forget_to_give_memory_back": Bug(
+        "what a call held of the worker's memory is not given back at its end",
+        _forget_to_give_memory_back,
+    ),
+    "read_without_asking": Bug(
+        "a large request is read though there is no memory for it", _read_without_asking
+    ),
+    "hold_requests_to_the_end": Bug(
+        "a request's memory is given back when it is sent, and the request is held all the same",
+        _hold_requests_to_the_end,
+    ),
+    "read_answers_without_room": Bug(
+        "an answer is read on though there is no memory for it", _read_answers_without_room
     ),
     "leave_messages_to_the_queue": Bug(
         "a worker does not shorten the visibility of its messages, so they outlive it by 90 minutes",

@@ -25,6 +25,7 @@ from sluice.domain.jobs import (
 )
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import LedgerRow
+from sluice.memory import ANSWER_FACTOR, REQUEST_FACTOR
 from sluice.ports import Received
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.machines import Machine
@@ -65,6 +66,9 @@ class Check:
 
     def used_receipts(self, world: World, machine: Machine, messages: Sequence[Received]) -> None:
         """A worker used the receipts of these messages."""
+
+    def holds_more(self, world: World, machine: Machine) -> None:
+        """A worker holds more of a request, or of an answer, than before."""
 
     def died(self, world: World, machine: Machine) -> None:
         """A machine died."""
@@ -270,6 +274,29 @@ class AttemptsCountRealFailures(Check):
                 )
 
 
+class HeldBytesStayWithinTheBudget(Check):
+    """What a worker holds of large requests and answers, counted by what it was given, is within its budget."""
+
+    name = "held bytes stay within the budget"
+
+    def holds_more(self, world: World, machine: Machine) -> None:
+        budget = world.story.budget
+        requests = sum(
+            min(size * REQUEST_FACTOR, budget.shared) * count
+            for size, count in world.params.held.get(machine, {}).items()
+            if size * REQUEST_FACTOR > budget.own
+        )
+        answers = sum(
+            max(0, call.received * ANSWER_FACTOR - budget.own)
+            for call in world.upstream.calls
+            if call.machine is machine and call.ended_at is None
+        )
+        if requests + answers > budget.shared + budget.reserve:
+            world.fail(self.name, f"{machine.name} holds {requests} + {answers} bytes")
+        if requests > budget.shared:
+            world.fail(self.name, f"{machine.name} holds {requests} bytes of requests")
+
+
 class ThrottlingCostsNoJob(Check):
     """No job errors for anything but a failure of its own."""
 
@@ -451,6 +478,7 @@ CHECKS: Final[Sequence[type[Check]]] = (
     BilledTwiceOnlyForACause,
     TheLedgerHasEveryCall,
     AttemptsCountRealFailures,
+    HeldBytesStayWithinTheBudget,
     ThrottlingCostsNoJob,
     LeasesEndWithTheirOwners,
     AcceptedJobsAreOnTheirWay,

@@ -408,6 +408,26 @@ class SlowAnswers(Fault):
         return Plan(latency_ms=self.rng.choice((100, 250, 700)) * SECOND) if self.chance() else None
 
 
+class SlowUploads(Fault):
+    """Upstream is slow to take a request."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        upload_ms = self.rng.choice((500, 5_000, 60_000))
+        return Plan(latency_ms=call.machine.world.draw_call_ms(), upload_ms=upload_ms)
+
+
+class LargeAnswers(Fault):
+    """Answers that need more memory than each job has of its own."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if self.rng.random() < 0.2:
+            return None
+        size = self.rng.choice((500, 1_000))
+        return Plan(latency_ms=call.machine.world.draw_call_ms(), answer_bytes=size)
+
+
 class Refusals(Fault):
     """Claude refuses to answer; with a fallback model the job goes on there."""
 
@@ -527,6 +547,8 @@ FAULTS: Final[Sequence[type[Fault]]] = (
     ConnectionLost,
     NoConnection,
     SlowAnswers,
+    SlowUploads,
+    LargeAnswers,
     Refusals,
     RevokedKey,
     Surprise,

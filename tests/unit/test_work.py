@@ -1,12 +1,14 @@
 """The worker, message by message: what each outcome writes, what it leaves to others, and what never happens."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from statistics import median
+from typing import Any, Final
 
 import pytest
 
@@ -15,10 +17,11 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.jobs import LEASE_MS, RENEW_MS, AttemptOutcome, Job, State
 from sluice.domain.keys import KeyMark
-from sluice.domain.limits import Seen, block
+from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.key_choice import KEYS_MS
+from sluice.limiter import Admission, Admitted, Limiter
 from sluice.ports import Answer, CallRequest, Received, Refused
 from sluice.work import (
     LINGER_MS,
@@ -112,12 +115,9 @@ def test_the_call_is_the_job_as_it_was_submitted(make: Make) -> None:
 
     gateway.once()
 
-    request = gateway.claude.calls[0].request
-    assert ("main", "claude-a", '{"for":"job_1"}') == (
-        request.key.id,
-        request.model,
-        request.params,
-    )
+    call = gateway.claude.calls[0]
+    request = call.request
+    assert ("main", "claude-a", b'{"for":"job_1"}') == (request.key.id, request.model, call.body)
     assert ("2023-06-01", "files-api", 100) == (
         request.anthropic_version,
         request.anthropic_beta,
@@ -696,7 +696,7 @@ def test_one_request_that_is_refused_ends_no_other_job(make: Make) -> None:
     keys = [upstream_key("a", organization="org-1"), upstream_key("b", organization="org-2")]
     gateway = make(a_job("job_1"), a_job("job_2"), keys=keys)
     gateway.claude.when = lambda request: (
-        refused(403, "permission_error") if "job_1" in request.params else None
+        refused(403, "permission_error") if b"job_1" in request.body.data else None
     )
 
     gateway.once()
@@ -1050,7 +1050,7 @@ def test_a_canary_is_noted_and_calls_nobody(make: Make) -> None:
 def test_a_poison_message_takes_no_other_with_it(make: Make) -> None:
     gateway = make(a_job("job_1"), a_job("job_2"))
     gateway.claude.when = lambda request: (
-        ZeroDivisionError("armchair") if "job_1" in request.params else None
+        ZeroDivisionError("armchair") if b"job_1" in request.body.data else None
     )
 
     assert ["message-1"] == gateway.once()
@@ -1572,7 +1572,7 @@ def test_what_is_being_written_when_the_last_job_ends_is_written_to_the_end(
     gateway = make(*jobs, latency_ms=latency_ms)
     gateway.blocking.latency_ms = 70
     gateway.know(known_group())
-    gateway.claude.when = lambda request: SERVER_ERROR if "job_7" in request.params else None
+    gateway.claude.when = lambda request: SERVER_ERROR if b"job_7" in request.body.data else None
 
     gateway.once(minutes=1)
 
@@ -1605,7 +1605,7 @@ def states(gateway: Gateway) -> set[State]:
 
 def let_one_take_long(gateway: Gateway, job_id: str) -> None:
     def look(request: CallRequest) -> None:
-        gateway.claude.latency_ms = 10 * MINUTE if job_id in request.params else 500
+        gateway.claude.latency_ms = 10 * MINUTE if job_id.encode() in request.body.data else 500
 
     gateway.claude.when = look
 
@@ -1824,7 +1824,7 @@ def test_a_queue_that_is_busy_is_asked_again(make: Make) -> None:
 
 def test_what_a_worker_took_and_could_not_finish_comes_back(make: Make) -> None:
     gateway = make(a_job("job_1"), latency_ms=30 * SECOND)
-    gateway.claude.when = lambda request: SERVER_ERROR if "job_2" in request.params else None
+    gateway.claude.when = lambda request: SERVER_ERROR if b"job_2" in request.body.data else None
 
     async def story() -> list[str]:
         batch = gateway.queue.hand_over()
@@ -2049,3 +2049,114 @@ def test_no_job_is_lost_and_none_is_done_without_its_answer(make: Make) -> None:
         assert 1 == sum(each.state.is_final for each in written)
         assert [each.version for each in written] == sorted({each.version for each in written})
     assert 60 == sum(row.outcome == "succeeded" for row in gateway.ledger.rows.values())
+
+
+# Memory ------------------------------------------------------------------------------------------------------
+
+LARGE: Final = 8_000_000
+"""Bytes of a request; the shared memory holds four such at a time."""
+
+
+def test_large_requests_go_up_a_few_at_a_time_and_their_answers_are_awaited_together(
+    make: Make,
+) -> None:
+    gateway = make(latency_ms=60 * SECOND)
+    gateway.know(known_group("org", "a"))
+    gateway.claude.upload_ms = 2 * SECOND
+    gateway.submit(*(a_job(f"job_{n}", request_bytes=LARGE) for n in range(12)))
+
+    gateway.once()
+
+    began = Counter(call.at // SECOND for call in gateway.claude.calls)
+    assert 12 == len(gateway.claude.answered)
+    assert 4 == max(began.values())
+    assert 12 == gateway.claude.most_in_flight
+    assert 0 == gateway.worker.memory.used
+    no_accident(gateway)
+
+
+def test_small_jobs_do_not_wait_for_large_ones_before_them(make: Make) -> None:
+    gateway = make(latency_ms=1 * SECOND)
+    gateway.know(known_group("org", "a"))
+    small = {f"job_small-{n}" for n in range(30)}
+    gateway.claude.when = lambda request: _slow(gateway, request)
+    gateway.submit(
+        *(a_job(f"job_{n}", request_bytes=LARGE) for n in range(20)),
+        *(a_job(name, tenant="other") for name in sorted(small)),
+    )
+    began = gateway.time.now()
+
+    gateway.once()
+
+    late = [name for name in small if (gateway.job(name).finished_at or 0) - began > 10 * SECOND]
+    assert [] == late
+    no_accident(gateway)
+
+
+def _slow(gateway: Gateway, request: CallRequest) -> None:
+    gateway.claude.upload_ms = 0 if b"small" in request.body.data else 20 * SECOND
+
+
+def test_a_job_that_waits_for_memory_has_no_start_time_that_others_need(make: Make) -> None:
+    gateway = make(latency_ms=1 * SECOND)
+    gateway.know(known_group("org", "a"))
+    gateway.claude.upload_ms = 25 * SECOND
+    gateway.submit(*(a_job(f"job_{n}", request_bytes=LARGE) for n in range(8)))
+    reserved = _reservations(gateway.worker.limiter)
+
+    async def story() -> tuple[int, int]:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(15)
+        seen = len(reserved), gateway.worker.memory.waiting
+        await running
+        return seen
+
+    assert (4, 4) == gateway.time.run(story())
+    assert 8 == len(gateway.claude.answered)
+
+
+def _reservations(limiter: Limiter) -> set[Admission]:
+    """Return the admissions that are not settled, as they change."""
+    reserved: set[Admission] = set()
+    admit, settle = limiter.admit, limiter.settle
+
+    async def admit_and_tell(*args: Any) -> Admitted:
+        given = await admit(*args)
+        if isinstance(given, Admission):
+            reserved.add(given)
+        return given
+
+    def settle_and_tell(admission: Admission, used: Cost | None, **facts: bool) -> None:
+        reserved.remove(admission)
+        settle(admission, used, **facts)
+
+    vars(limiter).update(admit=admit_and_tell, settle=settle_and_tell)
+    return reserved
+
+
+def test_a_large_job_that_gets_no_memory_goes_back_to_the_queue(make: Make) -> None:
+    gateway = make(latency_ms=1 * SECOND)
+    gateway.know(known_group("org", "a"))
+    gateway.claude.upload_ms = 5 * MINUTE
+    gateway.submit(*(a_job(f"job_{n}", request_bytes=LARGE) for n in range(5)))
+
+    async def story() -> int:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(2 * MINUTE // SECOND)
+        waiting = gateway.worker.memory.waiting
+        await running
+        return waiting
+
+    assert gateway.time.run(story()) in {0, 1}
+    gateway.drain()
+    assert 5 == len(gateway.claude.answered)
+    assert {1} == {job.attempts_used for job in gateway.jobs.stored.values()}
+
+
+def test_a_request_of_unknown_size_is_run_as_a_large_one(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.jobs.stored["job_1"] = replace(gateway.job(), request_bytes=0)
+
+    gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state

@@ -45,7 +45,7 @@ from sluice.ports import (
     Received,
     Returns,
 )
-from sluice.submit import NEWEST_VERSION, input_chars, params_text
+from sluice.submit import NEWEST_VERSION, input_chars, request_body
 from sluice.work import Worker
 
 AT_ONCE: Final = 64
@@ -295,7 +295,7 @@ class RowRequests:
         """Return the requests."""
         seats = {job_id: self._desk.seat(job_id) for job_id in job_ids}
         return {
-            job_id: Params(job_id, params_text(seat.row.params), seat.job.request_hash)
+            job_id: Params(job_id, request_body(seat.row.params), seat.job.request_hash)
             for job_id, seat in seats.items()
         }
 
@@ -483,7 +483,11 @@ class _Run:
                 first_of[row.custom_id] = line.offset
                 job_id = row_job_id(self._batch.batch_id, line.offset)
                 job = jobs.get(job_id) or self._job(job_id, row)
-                job = replace(job, version=self._state.claims * CLAIM_VERSIONS)
+                job = replace(
+                    job,
+                    version=self._state.claims * CLAIM_VERSIONS,
+                    request_bytes=len(line.text),
+                )
                 saved = records.get(line.offset)
                 seats.append(_Seat(line, row, job, record=saved, is_saved=saved is not None))
             elif isinstance(row, BadRow):

@@ -268,6 +268,8 @@ class Job:
     max_tokens: int
     anthropic_version: str
     anthropic_beta: str | None = None
+    request_bytes: int = 0
+    """Of the stored request, uncompressed: a worker reserves memory by it before it reads the request. 0: unknown."""
     lane: str = "live"
     custom_id: str | None = None
     deadline: int | None = None
