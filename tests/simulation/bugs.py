@@ -6,8 +6,8 @@ To add one: write a function that changes something and puts it back, and enter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from sluice.limiter import Admission, Limiter
 from sluice.memory import Grant, Memory
 from sluice.ports import Body, Due, Received
 from sluice.submit import Outcome, Submit
+from sluice.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.upstream import Upstream
 from tests.simulation.world import StoryQueue
@@ -230,6 +231,37 @@ def _read_answers_without_room() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _charge_neighbors_for_a_loss() -> Iterator[None]:
+    without_loss = life.without_loss
+
+    def charged(job: Job, now: int) -> Job:
+        return replace(without_loss(job, now), attempts_used=job.attempts_used)
+
+    with _instead(life, "without_loss", charged):
+        yield
+
+
+@contextmanager
+def _let_suspects_mingle() -> Iterator[None]:
+    @asynccontextmanager
+    async def at_once(self: Suspects, most: int) -> AsyncIterator[None]:
+        del self, most
+        yield
+
+    with _instead(Suspects, "turn", at_once):
+        yield
+
+
+@contextmanager
+def _never_suspect_a_job() -> Iterator[None]:
+    def any_number(job: Job) -> None:
+        del job
+
+    with _instead(life, "most_in_flight", any_number):
+        yield
+
+
 # Real ones: the simulation, or the first look at what it should know, found them in Sluice itself ------------
 
 
@@ -308,6 +340,16 @@ BUGS: Final[Mapping[str, Bug]] = {
     ),
     "read_answers_without_room": Bug(
         "an answer is read on though there is no memory for it", _read_answers_without_room
+    ),
+    "charge_neighbors_for_a_loss": Bug(
+        "a job whose worker died uses an attempt, though others were in flight beside it",
+        _charge_neighbors_for_a_loss,
+    ),
+    "let_suspects_mingle": Bug(
+        "a job that has lost many workers runs beside others", _let_suspects_mingle
+    ),
+    "never_suspect_a_job": Bug(
+        "a job no worker survives runs beside others again and again", _never_suspect_a_job
     ),
     "leave_messages_to_the_queue": Bug(
         "a worker does not shorten the visibility of its messages, so they outlive it by 90 minutes",

@@ -145,12 +145,11 @@ class Upstream:
     def _plan(self, call: Call) -> Plan:
         world = self.world
         plan = None
-        if world.strikes:
-            for fault in world.faults:
-                plan = fault.reply(call)
-                if plan is not None:
-                    fault.struck += 1
-                    break
+        for fault in world.faults:
+            plan = fault.reply(call) if world.strikes or fault.lasts else None
+            if plan is not None:
+                fault.struck += 1
+                break
         if plan is not None:
             return plan
         if self.headers == "true" and not self._bucket(call).take(

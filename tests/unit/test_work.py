@@ -329,19 +329,27 @@ def test_attempts_used_up_end_the_job_with_its_last_error(make: Make) -> None:
     assert 3 == gateway.events.counted("UpstreamErrors")
 
 
-def test_a_job_whose_attempts_were_lost_ends_without_a_call(make: Make) -> None:
-    """Workers that die again and again on one job are stopped by its attempts."""
+@pytest.mark.parametrize(
+    ("max_attempts", "ended_by"), [(5, "worker_lost"), (3, "worker_lost"), (2, "attempts_used_up")]
+)
+def test_a_job_that_lost_workers_while_it_ran_alone_ends_without_a_call(
+    make: Make, max_attempts: int, ended_by: str
+) -> None:
     job = a_job()
     for turn in range(3):
-        job = life.claim(job, f"dead-{turn}", NOON - 10 * MINUTE + turn, NOON - 10 * MINUTE + turn)
-    gateway = make(job, max_attempts=3)
+        at = NOON - 10 * MINUTE + turn
+        job = life.claim(job, f"dead-{turn}", at, at, alone=True)
+    if ended_by == "attempts_used_up":
+        job = replace(job, attempts=job.attempts[1:], attempts_used=2)
+    gateway = make(job, max_attempts=max_attempts)
 
     gateway.once()
 
     ended = gateway.job()
     assert State.ERRORED == ended.state
     assert ended.error is not None
-    assert "attempts_used_up" == ended.error.type
+    assert ended_by == ended.error.type
+    assert any(words in ended.error.message for words in ("workers died", "the worker died"))
     assert AttemptOutcome.LOST == ended.attempts[-1].outcome
     assert [] == gateway.claude.calls
 
@@ -1081,13 +1089,13 @@ def test_a_job_at_work_elsewhere_is_left_alone_until_its_lease_has_run_out(make:
     assert [] == gateway.claude.calls
 
 
-def test_a_job_whose_worker_died_is_run_again_with_the_attempt_counted(make: Make) -> None:
+def test_a_job_whose_worker_died_is_run_again_and_keeps_the_lost_attempt(make: Make) -> None:
     gateway = make(life.claim(a_job(), "dead", NOON - LEASE_MS, NOON - 1))
 
     gateway.once()
 
     job = gateway.job()
-    assert (State.SUCCEEDED, 2) == (job.state, job.attempts_used)
+    assert (State.SUCCEEDED, 1) == (job.state, job.attempts_used)
     assert [AttemptOutcome.LOST, AttemptOutcome.SUCCEEDED] == [
         attempt.outcome for attempt in job.attempts
     ]
@@ -2160,3 +2168,83 @@ def test_a_request_of_unknown_size_is_run_as_a_large_one(make: Make) -> None:
     gateway.once()
 
     assert State.SUCCEEDED == gateway.job().state
+
+
+# Killers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_no_worker_survives_takes_no_other_job_with_it(make: Make) -> None:
+    gateway = make(latency_ms=MINUTE)
+    gateway.know(known_group("org", "a"))
+    gateway.know(known_group("org", "b"))
+    innocent = [a_job(f"job_{n}", tenant="other") for n in range(20)]
+    gateway.submit(a_job("job_killer", model="claude-b"), *innocent)
+
+    gateway.time.run(_killed_by(gateway, "job_killer"))
+
+    ends = Counter(gateway.job(job.job_id).state for job in innocent)
+    assert {State.SUCCEEDED: 20} == ends
+    killer = gateway.job("job_killer")
+    assert killer.error is not None
+    assert (State.ERRORED, "worker_lost") == (killer.state, killer.error.type)
+    lost = [attempt.alone for attempt in killer.attempts]
+    assert [False] * 4 + [True] * 3 == lost
+    # Every call that a dead worker made is in the ledger.
+    rows = [row for row in gateway.ledger.rows.values() if row.outcome == "worker_lost"]
+    attempts = [each for job in gateway.jobs.stored.values() for each in job.attempts]
+    assert len(rows) == sum(each.outcome is AttemptOutcome.LOST for each in attempts)
+
+
+async def _killed_by(gateway: Gateway, job_id: str) -> None:
+    """Invoke workers until all jobs have ended; one dies 5 s after it began to call for this job."""
+    while not all(job.state.is_final for job in gateway.jobs.stored.values()):
+        due = gateway.queue.next_visible()
+        assert due is not None
+        await asyncio.sleep(max(0, due - gateway.time.now()) / 1000)
+        before = len(gateway.claude.calls)
+        worker = asyncio.create_task(gateway.invoke(gateway.new_worker()))
+        while not worker.done():
+            await asyncio.sleep(1)
+            began = [
+                call.at for call in gateway.claude.calls[before:] if job_id.encode() in call.body
+            ]
+            if began and gateway.time.now() - began[0] >= 5 * SECOND:
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+                await asyncio.gather(worker, return_exceptions=True)
+
+
+def test_jobs_lost_by_a_few_ordinary_kills_still_run_side_by_side(make: Make) -> None:
+    gateway = make(latency_ms=10 * SECOND)
+    gateway.know(known_group("org", "a"))
+    for number in range(40):
+        job = a_job(f"job_{number}")
+        for turn in range(life.LOSSES_TO_SUSPECT - 1):
+            at = NOON - 10 * MINUTE + turn
+            job = life.claim(job, f"dead-{turn}", at, at)
+        gateway.submit(job)
+
+    gateway.once()
+
+    assert 40 == len(gateway.claude.answered)
+    assert gateway.claude.most_in_flight > 2 * life.FEW
+
+
+def test_suspects_wait_for_the_others_and_healthy_jobs_do_not_wait_for_them(make: Make) -> None:
+    gateway = make(latency_ms=20 * SECOND)
+    gateway.know(known_group("org", "a"))
+    suspect = a_job("job_suspect")
+    for turn in range(life.LOSSES_TO_SUSPECT + 1):
+        at = NOON - 10 * MINUTE + turn
+        suspect = life.claim(suspect, f"dead-{turn}", at, at)
+    gateway.submit(suspect, *(a_job(f"job_{n}") for n in range(30)))
+
+    gateway.once()
+
+    last = max(gateway.claude.calls, key=lambda call: call.at)
+    assert b"job_suspect" in last.body
+    others = max(call.at for call in gateway.claude.calls if call is not last)
+    assert last.at >= others + 20 * SECOND
+    assert gateway.job("job_suspect").attempts[-1].alone
+    assert 31 == len(gateway.claude.answered)
+    no_accident(gateway)

@@ -35,6 +35,7 @@ from sluice.limiter import Admission, Again, Claimant, Later, Limiter, TooLarge,
 from sluice.memory import BUDGET, Budget, Grant, Memory
 from sluice.outbox import Outbox
 from sluice.ports import Body, Params, Received
+from sluice.suspects import Suspects
 from sluice.tools import Rules, Tools, tell_end
 
 HOLD_MS: Final = 300_000
@@ -54,6 +55,9 @@ SLOW_TOKENS_PER_SECOND: Final = 25
 """A pace almost every answer keeps: a call starts only if `max_tokens` at this pace would fit the time left."""
 
 NO_KEY_DELAY_MS: Final = 60_000
+
+HOLD_APART_MS: Final = 15_000
+"""The same for a job that runs apart: others wait for it to be done."""
 
 MEMORY_MS: Final = 30_000
 """How long a large request waits for memory in an invocation. It is free again as soon as another one is sent."""
@@ -174,6 +178,11 @@ class _Batch:
         """The tasks of messages, each with its job's id."""
         self._calls = 0
         self._memory_waits = 0
+        self._is_taking = False
+        """Messages are being received, or their jobs read."""
+        self._suspects = Suspects(
+            self._tools.clock.now, lambda: len(self._under_way) + self._is_taking
+        )
         self._changed = asyncio.Event()
         self._refills = room is None
         self._refill_at = invocation.started
@@ -237,6 +246,7 @@ class _Batch:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._under_way[task]
+        self._suspects.look()
         self._changed.set()
 
     async def _until_something_changes(self) -> None:
@@ -254,6 +264,9 @@ class _Batch:
             self._invocation.started + REFILL_MS,
             (self._invocation.started + self._invocation.stop_at) // 2,
         )
+        suspects_end = self._suspects.refill_until
+        if suspects_end is not None:
+            end = min(end, suspects_end)
         if not self._refills or not self._under_way or self._tools.clock.now() >= end:
             return None
         if self._has_enough():
@@ -275,6 +288,14 @@ class _Batch:
         now, look_at = self._tools.clock.now(), self._next_look()
         if look_at is None or look_at > now:
             return 0
+        self._is_taking = True
+        try:
+            return await self._taken_more(now)
+        finally:
+            self._is_taking = False
+            self._suspects.look()
+
+    async def _taken_more(self, now: int) -> int:
         is_scout = self._has_enough()
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = now + SCOUT_MS
@@ -395,11 +416,8 @@ class _Batch:
             case Step.EXPIRE:
                 error = JobError("deadline_exceeded", "the deadline passed before an answer came")
                 return await self._end(job, State.EXPIRED, error)
-            case Step.USED_UP:
-                last = job.attempts[-1].error if job.attempts else None
-                reason = f"; the last error: {last.type}: {last.message}" if last else ""
-                error = JobError("attempts_used_up", f"{job.attempts_used} attempts failed{reason}")
-                return await self._end(job, State.ERRORED, error)
+            case Step.USED_UP | Step.KILLER:
+                return await self._end(job, State.ERRORED, _why_over(job, step, now))
             case Step.RUN:
                 message = "RUN is not handled here"
                 raise AssertionError(message)
@@ -407,9 +425,17 @@ class _Batch:
                 assert_never(step)
 
     async def _run(self, job: Job, now: int) -> Disposition | Rest | Job:
+        """Run a job beside the others of this worker, or apart from them if it has lost too many workers."""
+        most = life.most_in_flight(job)
+        if most is None:
+            return await self._run_with_memory(job, now, HOLD_MS)
+        async with self._suspects.turn(most):
+            return await self._run_with_memory(job, self._tools.clock.now(), HOLD_APART_MS)
+
+    async def _run_with_memory(self, job: Job, now: int, hold_ms: int) -> Disposition | Rest | Job:
         """Run a job; one whose request is too large for the memory that is left waits, without a start time."""
         with self._memory.grant() as grant:
-            outcome = await self._tried_to_start(job, now, HOLD_MS, grant)
+            outcome = await self._tried_to_start(job, now, hold_ms, grant)
             if not isinstance(outcome, _NoMemory):
                 return outcome
             self._memory_waits += 1
@@ -550,7 +576,13 @@ class _Batch:
 
     async def _claim(self, job: Job, now: int) -> Job:
         """Take the lease; raises Stale when somebody else was quicker."""
-        claimed = life.claim(job, self._invocation.owner, now, now + life.LEASE_MS)
+        claimed = life.claim(
+            job,
+            self._invocation.owner,
+            now,
+            now + life.LEASE_MS,
+            alone=life.most_in_flight(job) == 1,
+        )
         for is_last in (False, True):
             try:
                 await self._tools.blocking(self._tools.jobs.replace, claimed, job.version)
@@ -665,6 +697,16 @@ class _Requests:
 
 def _let_go(message: Received, done: Callable[[Received], object], _: object) -> None:
     done(message)
+
+
+def _why_over(job: Job, step: Step, now: int) -> JobError:
+    if step is Step.KILLER:
+        reason = f"{life.MOST_LOST_ALONE} workers died while each ran nothing but this job"
+        return JobError("worker_lost", f"{reason}; it is not tried again")
+    closed = life.without_loss(job, now)
+    last = closed.attempts[-1].error if closed.attempts else None
+    reason = f"; the last error: {last.type}: {last.message}" if last else ""
+    return JobError("attempts_used_up", f"{closed.attempts_used} attempts failed{reason}")
 
 
 def _too_large(job: Job, tokens: int, limit: int) -> JobError:

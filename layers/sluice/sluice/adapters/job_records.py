@@ -216,4 +216,5 @@ def _attempt(value: dict[str, Any]) -> Attempt:
         request_id=value.get("request_id"),
         usage=_maybe(Usage, value.get("usage")),
         cost_micro_usd=value.get("cost_micro_usd"),
+        alone=value.get("alone", False),
     )
