@@ -741,6 +741,15 @@ def test_model_and_stream_are_put_into_a_request_and_nothing_else_is_touched(
 _VALUES: Final = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_names_its_model_is_not_searched_for_it(*, stream: bool) -> None:
+    body = b'{"messages":[{"model":"other"}],"model":"m"}'
+
+    sent = b"".join(addressed(body, None, stream=stream))
+
+    assert sent == (body.replace(b"{", b'{"stream":true,', 1) if stream else body)
+
+
 @given(
     asked=st.dictionaries(
         st.sampled_from(["model", "stream", "a", "\\", '"', "{", "é💧"]),

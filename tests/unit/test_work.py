@@ -869,6 +869,8 @@ def test_an_overload_moves_on_to_the_fallback_model_at_once(make: Make) -> None:
 
     job = gateway.job()
     assert ["claude-a", "claude-b", "claude-c"] == [call.model for call in gateway.claude.calls]
+    # The stored request names the first one.
+    assert [True, False, False] == [call.request.names_model for call in gateway.claude.calls]
     assert (State.SUCCEEDED, 1, "claude-c") == (job.state, job.attempts_used, job.current_model)
     assert "claude-a" == job.model
     assert 10 * 3 + 20 * 30 == job.cost_micro_usd

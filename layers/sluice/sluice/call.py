@@ -134,6 +134,7 @@ class Call:
             key=self._key,
             model=self._job.current_model,
             body=body,
+            names_model=self._job.fallbacks_used == 0,
             anthropic_version=self._job.anthropic_version,
             anthropic_beta=self._job.anthropic_beta,
             max_tokens=self._job.max_tokens,

@@ -651,6 +651,8 @@ class CallRequest:
     """The headers are wanted as soon as they are there, whatever that costs."""
     heard: Callable[[Headers], None] = ignore
     """Is told the headers when they come before the answer."""
+    names_model: bool = False
+    """The body names `model` already: nobody need look where."""
     room: Callable[[int], Awaitable[None]] = unbounded
     """Is awaited before so many bytes of the answer are held."""
 

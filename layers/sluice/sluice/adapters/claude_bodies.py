@@ -68,19 +68,23 @@ def _members(body: bytes) -> Iterator[_Member]:
             name = token.group()[1:-1]
 
 
-def addressed(body: bytes, model: str, *, stream: bool) -> Iterator[bytes | memoryview]:
-    """Yield a request in pieces as it goes up: to this model, streamed or not, and otherwise byte for byte."""
-    wanted = {b"model": json.dumps(model).encode()}
+def addressed(body: bytes, model: str | None, *, stream: bool) -> Iterator[bytes | memoryview]:
+    """Yield a request in pieces as it goes up: to this model, streamed or not, and otherwise byte for byte.
+
+    None as model: to the one it names.
+    """
+    wanted = {} if model is None else {b"model": json.dumps(model).encode()}
     if stream or b'"stream"' in body:
         wanted[b"stream"] = b"true" if stream else b"false"
     cuts: list[tuple[int, int, bytes]] = []
-    has_members = False
-    for member in _members(body):
-        has_members = True
+    has_members = b":" in body
+    names = [name for name in wanted if b'"%s"' % name in body]
+    for member in _members(body) if names else ():
         value = wanted.pop(member.name, None)
         if value is not None:
             cuts.append((member.begins, member.ends, value))
-        if not wanted or (list(wanted) == [b"stream"] and b'"stream"' not in body):
+            names.remove(member.name)
+        if not names:
             break
     first = body.index(b"{") + 1
     more = b",".join(b'"%s":%s' % each for each in wanted.items())
@@ -98,7 +102,8 @@ class _Upload(httpx2.AsyncByteStream):
 
     def __init__(self, request: CallRequest, *, stream: bool) -> None:
         self._body = request.body
-        self._pieces = list(addressed(request.body.data, request.model, stream=stream))
+        model = None if request.names_model else request.model
+        self._pieces = list(addressed(request.body.data, model, stream=stream))
         self.length = sum(map(len, self._pieces))
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
