@@ -25,7 +25,7 @@ from sluice.adapters.system import SystemClock
 from sluice.ports import Params
 from sluice.submit import PARALLEL_WRITES, STORED_AT_ONCE
 
-BODY: Final = '{"model":"claude-haiku-5-5","max_tokens":256,"messages":[]}'
+BODY: Final = b'{"model":"claude-haiku-5-5","max_tokens":256,"messages":[]}'
 KEY_POOL: Final = {"keys": [{"id": "a", "api_key": "sk-ant-test-intake"}]}
 
 

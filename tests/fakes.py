@@ -38,6 +38,7 @@ from sluice.domain.waits import USUAL, Waits
 from sluice.metrics import METRIC_NAMES
 from sluice.ports import (
     Answer,
+    Body,
     CallRequest,
     Due,
     Headers,
@@ -355,15 +356,12 @@ class MemoryParams(Fragile):
 
     def add(self, params: Params) -> None:
         self._do("add", params.job_id)
-        params.body.encode()  # what cannot be written as UTF-8 cannot be stored
         earlier = self.stored.setdefault(params.job_id, params)
         if earlier.request_hash != params.request_hash:
             raise Conflict(f"another request is stored for job {params.job_id}")
 
     def add_new(self, params: Sequence[Params]) -> set[str]:
         self._do("add_new", " ".join(each.job_id for each in params))
-        for each in params:
-            each.body.encode()
         new = {each.job_id: each for each in params if each.job_id not in self.stored}
         self.stored |= new
         return set(new)
@@ -802,6 +800,10 @@ class Call:
     at: int
 
     @property
+    def body(self) -> bytes:
+        return self.request.body.data
+
+    @property
     def key_id(self) -> str:
         return self.request.key.id
 
@@ -823,6 +825,8 @@ class ScriptedClaude:
         self.otherwise: Reply = answer()
         self.when: Callable[[CallRequest], Reply | None] = lambda _: None
         self.latency_ms = latency_ms
+        self.upload_ms = 0
+        """How long a request takes to be sent."""
         self.headers_after_ms: int | None = None
         self.calls: list[Call] = []
         self.answered: list[Call] = []
@@ -832,13 +836,16 @@ class ScriptedClaude:
         self.most_in_flight = 0
 
     async def send(self, request: CallRequest) -> Answer | Refused:
-        call = Call(request, self._now())
+        # A copy of the body: the caller's is let go when it is sent.
+        call = Call(replace(request, body=Body(request.body.data)), self._now())
         self.calls.append(call)
         reply = self.when(request) or (self.script.popleft() if self.script else self.otherwise)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         rest_ms = self.latency_ms
         try:
+            await asyncio.sleep(self.upload_ms / 1000)
+            request.body.let_go()
             if request.early and self.headers_after_ms is not None and isinstance(reply, Answer):
                 await asyncio.sleep(self.headers_after_ms / 1000)
                 request.heard(reply.headers)
@@ -1031,8 +1038,9 @@ class Gateway:
     def submit(self, *jobs: Job) -> None:
         """Store jobs and send their messages."""
         for job in jobs:
-            self.params.add(Params(job.job_id, f'{{"for":"{job.job_id}"}}', job.request_hash))
-            self.jobs.add(job)
+            body = f'{{"for":"{job.job_id}"}}'.encode()
+            self.params.add(Params(job.job_id, body, job.request_hash))
+            self.jobs.add(replace(job, request_bytes=job.request_bytes or len(body)))
         self.queue.send([Pointer(job.job_id, job.tenant, job.current_model) for job in jobs])
 
     def job(self, job_id: str = "job_1") -> Job:

@@ -111,7 +111,8 @@ class VirtualClaude:
         def now() -> int:
             return engine.clock() // 1_000_000
 
-        decided = decide(engine, request.key.api_key, request.params.encode())
+        decided = decide(engine, request.key.api_key, request.body.data)
+        request.body.let_go()
         if isinstance(decided, Refused):
             return NoAnswer(
                 _failure(decided.failure), limit_headers(_texts(decided.headers), now())

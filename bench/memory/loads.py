@@ -191,7 +191,7 @@ def worker_large(world: World) -> Iterator[dict[str, Any]]:
     for number in range(count):
         job = _job(f"job_{number:032x}", now)
         body = json.dumps(params(noise(world.size(MOST_BYTES - 1_000, 1_000))))
-        wiring._params().add(Params(job.job_id, body, job.request_hash))  # noqa: SLF001 - the store itself
+        wiring._params().add(Params(job.job_id, body.encode(), job.request_hash))  # noqa: SLF001 - the store itself
         wiring.jobs().add(job)
         pointer = json.dumps({"v": 1, "job_id": job.job_id})
         world.cloud.client("sqs").send_message(

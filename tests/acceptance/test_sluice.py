@@ -489,7 +489,7 @@ def test_a_job_that_ended_by_a_dead_letter_is_redriven_and_runs(gateway: Gateway
     dynamodb, clock = ready.client("dynamodb"), SystemClock()
     jobs = DynamoJobs(dynamodb, ready.resources["JobsTable"], 30)
     params = DynamoParams(dynamodb, ready.resources["ParamsTable"], objects, clock, 30)
-    body = json.dumps(a_job("redriven")["params"])
+    body = json.dumps(a_job("redriven")["params"]).encode()
     job = Job(f"job_{7:032x}", "acme", MODEL, clock.now(), "hash", 20, 20, "2026-10-21")
     params.add(Params(job.job_id, body, "hash"))
     jobs.add(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -11,14 +12,19 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scripts.claude_simulator import Running, read, running
 from sluice.adapters.claude import STREAM_FROM_TOKENS, SdkClaude, limit_headers
+from sluice.adapters.claude_bodies import addressed
 from sluice.adapters.system import SystemClock
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen
 from sluice.domain.pricing import Usage
-from sluice.ports import Answer, CallRequest, Headers, Refused
+from sluice.domain.retries import ANSWER_TOO_LARGE
+from sluice.memory import BUDGET
+from sluice.ports import Answer, Body, CallRequest, Headers, Refused
 from tests.fakes import NOON, SECOND
 
 KEY: Final = "sk-ant-test-one"
@@ -55,7 +61,7 @@ def request(
     return CallRequest(
         key=UpstreamKey("main", KEY, base_url=url),
         model=asked["model"],
-        params=json.dumps(asked),
+        body=Body(json.dumps(asked).encode()),
         anthropic_version=VERSION,
         anthropic_beta=None,
         # What decides about streaming; what goes up is what stands in the params.
@@ -681,3 +687,208 @@ async def _heard(reader: asyncio.StreamReader) -> Heard | None:
     length = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
     method, path, _ = first.split(" ")
     return Heard(method, path.partition("?")[0], headers, await reader.readexactly(length))
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------
+
+
+@WAYS
+async def test_a_request_goes_up_byte_for_byte_to_the_model_of_the_call(
+    sdk: SdkClaude, *, streamed: bool
+) -> None:
+    text = 'He said "model": {\\"model\\": [1]}, \\\\ 💧 ' * 9_000
+    asked = {
+        "metadata": {"model": "not this one", "deep": [{"model": 1}]},
+        "model": "claude-opus-5",
+        "max_tokens": 7,
+        "messages": [{"role": "user", "content": text}],
+        "number": 1.50,
+    }
+    body = json.dumps(asked, ensure_ascii=False, separators=(",", ":")).encode()
+    async with upstream(lambda _: response_of(MESSAGE, streamed=streamed)) as odd:
+        call = replace(
+            request(odd.url, params(), streamed=streamed), model="claude-next", body=Body(body)
+        )
+        answered(await sdk.send(call))
+
+    (heard,) = odd.requests
+    up = heard.body
+    wanted = asked | {"model": "claude-next"} | ({"stream": True} if streamed else {})
+    assert json.loads(up) == wanted
+    assert body[body.index(b'"max_tokens"') :] in up
+
+
+@pytest.mark.parametrize(
+    ("body", "stream", "sent"),
+    [
+        (b"{}", False, b'{"model":"m"}'),
+        (b"{}", True, b'{"model":"m","stream":true}'),
+        (b'{"for":"x"}', False, b'{"model":"m","for":"x"}'),
+        (b'{"model":"a","stream":true}', False, b'{"model":"m","stream":false}'),
+        (b'{"stream":false,"model":"a"}', True, b'{"stream":true,"model":"m"}'),
+        (b'{"a":{"stream":1,"model":2},"model":"x"}', True,
+         b'{"stream":true,"a":{"stream":1,"model":2},"model":"m"}'),
+        (b'{"a":"\\"}","model":"x"}', False, b'{"a":"\\"}","model":"m"}'),
+        (b'{"a":["model",":"],"model":null}', False, b'{"a":["model",":"],"model":"m"}'),
+    ],
+)  # fmt: skip
+def test_model_and_stream_are_put_into_a_request_and_nothing_else_is_touched(
+    body: bytes, sent: bytes, *, stream: bool
+) -> None:
+    assert sent == b"".join(addressed(body, "m", stream=stream))
+
+
+_VALUES: Final = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_names_its_model_is_not_searched_for_it(*, stream: bool) -> None:
+    body = b'{"messages":[{"model":"other"}],"model":"m"}'
+
+    sent = b"".join(addressed(body, None, stream=stream))
+
+    assert sent == (body.replace(b"{", b'{"stream":true,', 1) if stream else body)
+
+
+@given(
+    asked=st.dictionaries(
+        st.sampled_from(["model", "stream", "a", "\\", '"', "{", "é💧"]),
+        st.recursive(
+            _VALUES,
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ),
+    ),
+    stream=st.booleans(),
+)
+def test_any_request_stays_what_it_was_but_for_model_and_stream(
+    asked: dict[str, Any], *, stream: bool
+) -> None:
+    body = json.dumps(asked, separators=(",", ":")).encode()
+
+    sent = json.loads(b"".join(addressed(body, "claude-next", stream=stream)))
+
+    assert sent.pop("model") == "claude-next"
+    assert sent.pop("stream", False) is stream
+    assert sent == {name: asked[name] for name in asked if name not in {"model", "stream"}}
+
+
+async def test_a_request_is_let_go_when_it_is_sent(sdk: SdkClaude) -> None:
+    freed: list[bool] = []
+    body = Body(json.dumps(params(padding="x" * 1_000_000)).encode(), lambda: freed.append(True))
+    seen: list[bool] = []
+
+    def reply(_: Heard) -> bytes:
+        seen.append(bool(freed))
+        return response_of(MESSAGE, streamed=False)
+
+    async with upstream(reply) as odd:
+        answered(await sdk.send(replace(request(odd.url, params()), body=body)))
+
+    assert [True] == freed
+    assert [True] == seen
+
+
+HUGE: Final = BUDGET.most_answer + 1
+
+
+@WAYS
+@pytest.mark.parametrize("kind", ["plain", "packed", "packed small"])
+async def test_an_answer_without_end_is_an_error_of_its_job(
+    sdk: SdkClaude, kind: str, *, streamed: bool
+) -> None:
+    text = b'data: {"x": "' if streamed else b'{"x": "'
+    body = text + b"x" * (HUGE * (10 if kind == "packed" else 1))
+    headers = "" if kind == "plain" else "content-encoding: gzip\r\n"
+    body = body if kind == "plain" else gzip.compress(body)
+    async with upstream(lambda _: http_response(body, "text/html", 200, headers)) as odd:
+        outcome = refused(await sdk.send(request(odd.url, params(), streamed=streamed)))
+
+    assert (ANSWER_TOO_LARGE, None) == (outcome.failure.type, outcome.failure.status)
+    assert outcome.failure.may_be_billed
+
+
+async def test_many_events_are_no_large_answer(sdk: SdkClaude) -> None:
+    """What a stream says beside its text is not held."""
+    events = events_of(MESSAGE)
+    pings = [{"type": "ping", "padding": "x" * 60_000}] * (HUGE // 50_000)
+    async with upstream(lambda _: sse_response([*events[:3], *pings, *events[3:]])) as odd:
+        answer = answered(await sdk.send(request(odd.url, params(), streamed=True)))
+
+    assert MESSAGE == json.loads(answer.message)
+
+
+async def test_a_message_that_grows_without_end_is_an_error_of_its_job(sdk: SdkClaude) -> None:
+    events = events_of(MESSAGE)
+    delta = {"type": "text_delta", "text": "x" * 100_000}
+    more = [{"type": "content_block_delta", "index": 1, "delta": delta}] * (HUGE // 100_000 + 1)
+    at = next(n for n, each in enumerate(events) if each.get("index") == 1) + 1
+    async with upstream(lambda _: sse_response([*events[:at], *more, *events[at:]])) as odd:
+        outcome = refused(await sdk.send(request(odd.url, params(), streamed=True)))
+
+    assert ANSWER_TOO_LARGE == outcome.failure.type
+
+
+async def test_an_answer_of_countless_small_parts_is_not_parsed(sdk: SdkClaude) -> None:
+    body = b'{"content":[' + b"[]," * 1_500_000 + b"1]}"
+    async with upstream(lambda _: http_response(body, "application/json")) as odd:
+        outcome = refused(await sdk.send(request(odd.url, params())))
+
+    assert ANSWER_TOO_LARGE == outcome.failure.type
+
+
+@WAYS
+async def test_an_error_without_end_is_that_error(sdk: SdkClaude, *, streamed: bool) -> None:
+    body = b"<html>" + b"x" * HUGE
+    retry = "retry-after: 7\r\n"
+    async with upstream(lambda _: http_response(body, "text/html", 429, retry)) as odd:
+        outcome = refused(await sdk.send(request(odd.url, params(), streamed=streamed)))
+
+    assert (429, 7_000) == (outcome.failure.status, outcome.failure.retry_after_ms)
+    assert len(outcome.failure.message) < 100_000
+
+
+@WAYS
+async def test_an_answer_that_is_packed_unasked_is_read(sdk: SdkClaude, *, streamed: bool) -> None:
+    _, _, body = response_of(MESSAGE, streamed=streamed).partition(b"\r\n\r\n")
+    kind = "text/event-stream" if streamed else "application/json"
+    async with upstream(
+        lambda _: http_response(gzip.compress(body), kind, 200, "content-encoding: gzip\r\n")
+    ) as odd:
+        answer = answered(await sdk.send(request(odd.url, params(), streamed=streamed)))
+
+    assert MESSAGE == json.loads(answer.message)
+    (heard,) = odd.requests
+    wanted = [value for name, value in heard.headers if name.lower() == "accept-encoding"]
+    assert wanted == ["identity"]
+
+
+async def test_the_room_for_an_answer_is_asked_for_as_it_comes(sdk: SdkClaude) -> None:
+    asked: list[int] = []
+
+    async def room(size: int) -> None:
+        asked.append(size)
+
+    message = MESSAGE | {"content": [{"type": "text", "text": "x" * 500_000}]}
+    async with upstream(lambda _: response_of(message, streamed=False)) as odd:
+        answered(await sdk.send(replace(request(odd.url, params()), room=room)))
+
+    assert asked == sorted(asked)
+    assert len(asked) > 3
+    assert max(asked) == len(json.dumps(message))
+
+
+async def test_a_redirect_is_not_followed(sdk: SdkClaude) -> None:
+    """Key and prompt are for this host alone."""
+    async with (
+        upstream(lambda _: response_of(MESSAGE, streamed=False)) as other,
+        upstream(
+            lambda _: http_response(b"", "text/html", 307, f"location: {other.url}/v1/messages\r\n")
+        ) as odd,
+    ):
+        refused(await sdk.send(request(odd.url, params())))
+
+    assert [] == other.requests

@@ -414,7 +414,7 @@ def yard(emulator: Emulator) -> Yard:
             error = JobError("dead_letter", reason)
             job = life.finish_waiting(job, State.ERRORED, now, error)
         jobs.add(job)
-        params.add(Params(job.job_id, "{}", job.request_hash))
+        params.add(Params(job.job_id, b"{}", job.request_hash))
         graveyard.keep(Received(f"letter-{number}", "", "{}", job.job_id, sent_at=now), reason)
     graveyard.keep(Received("letter-x", "", "hello", None), "not a message of Sluice's")
     return Yard(jobs)

@@ -289,7 +289,7 @@ def test_a_request_is_kept_as_long_as_its_job_may_wait(
         cloud.dynamodb, "ParamsTable", data_bucket(cloud), FrozenClock(), retention_days
     )
 
-    params.add(Params(name, "{}", "hash"))
+    params.add(Params(name, b"{}", "hash"))
 
     item = cloud.dynamodb.get_item(TableName="ParamsTable", Key={"job_id": {"S": name}})["Item"]
     assert str(NOON // 1000 + days * DAY_SECONDS) == item["expires_at"]["N"]
@@ -514,7 +514,7 @@ def text_of_size(size: int) -> str:
 
 
 def test_a_request_comes_back_as_it_was_sent(params: ParamsStore, name: str) -> None:
-    body = '{"model": "claude-a", "text": "Wässrig 💧 \\u0000", "n": 1.50}'
+    body = '{"model": "claude-a", "text": "Wässrig 💧 \\u0000", "n": 1.50}'.encode()
     params.add(Params(name, body, "hash-1"))
 
     assert {name: Params(name, body, "hash-1")} == params.get_many([name, f"{name}-none"])
@@ -524,19 +524,19 @@ def test_a_request_comes_back_as_it_was_sent(params: ParamsStore, name: str) -> 
 def test_the_same_request_may_be_stored_again_and_another_may_not(
     params: ParamsStore, name: str
 ) -> None:
-    params.add(Params(name, "{}", "hash-1"))
-    params.add(Params(name, "{}", "hash-1"))
+    params.add(Params(name, b"{}", "hash-1"))
+    params.add(Params(name, b"{}", "hash-1"))
 
     with pytest.raises(Conflict, match=name):
-        params.add(Params(name, "[]", "hash-2"))
+        params.add(Params(name, b"[]", "hash-2"))
 
-    assert {name: Params(name, "{}", "hash-1")} == params.get_many([name])
+    assert {name: Params(name, b"{}", "hash-1")} == params.get_many([name])
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
 def test_a_request_travels_inline_up_to_its_limit(cloud: Aws, name: str, over: int) -> None:
     store = dynamo_params(cloud)
-    body = text_of_size(dynamo.INLINE_BYTES + over)
+    body = text_of_size(dynamo.INLINE_BYTES + over).encode()
 
     store.add(Params(name, body, "hash-of-it"))
 
@@ -554,7 +554,7 @@ def test_a_large_request_is_kept_as_long_as_results_are(
     store = dynamo.DynamoParams(
         cloud.dynamodb, "ParamsTable", data_bucket(cloud), FrozenClock(), days
     )
-    body = noise(600_000)
+    body = noise(600_000).encode()
 
     store.add(Params(name, body, "hash-1"))
 
@@ -564,7 +564,7 @@ def test_a_large_request_is_kept_as_long_as_results_are(
 
 def test_another_large_request_under_an_id_does_not_touch_the_first(cloud: Aws, name: str) -> None:
     store = dynamo_params(cloud)
-    body = noise(600_000)
+    body = noise(600_000).encode()
     store.add(Params(name, body, "hash-1"))
 
     with pytest.raises(Conflict):
@@ -575,8 +575,8 @@ def test_another_large_request_under_an_id_does_not_touch_the_first(cloud: Aws, 
 
 def test_a_large_request_whose_object_is_gone_is_gone(cloud: Aws, name: str) -> None:
     store = dynamo_params(cloud)
-    store.add(Params(name, noise(600_000), "hash-1"))
-    store.add(Params(f"{name}-small", "{}", "hash-2"))
+    store.add(Params(name, noise(600_000).encode(), "hash-1"))
+    store.add(Params(f"{name}-small", b"{}", "hash-2"))
     for key in cloud.objects(f"params/{name}"):
         cloud.s3.delete_object(Bucket=BUCKET, Key=key)
 
@@ -586,7 +586,8 @@ def test_a_large_request_whose_object_is_gone_is_gone(cloud: Aws, name: str) -> 
 def test_many_requests_are_read_at_once_wherever_each_is_stored(
     params: ParamsStore, name: str
 ) -> None:
-    bodies = {f"{name}-{n}": noise(500_000) if n % 50 == 0 else f"[{n}]" for n in range(120)}
+    texts = {f"{name}-{n}": noise(500_000) if n % 50 == 0 else f"[{n}]" for n in range(120)}
+    bodies = {job_id: text.encode() for job_id, text in texts.items()}
     for job_id, body in bodies.items():
         params.add(Params(job_id, body, "hash"))
 
@@ -998,23 +999,23 @@ def test_of_jobs_stored_together_those_whose_ids_are_taken_are_left(
 def test_of_requests_stored_together_those_whose_ids_are_taken_are_left(
     params: ParamsStore, name: str
 ) -> None:
-    params.add(Params(f"{name}-0", '{"first":"é"}', "hash-0"))
+    params.add(Params(f"{name}-0", '{"first":"é"}'.encode(), "hash-0"))
 
     stored = params.add_new(
-        [Params(f"{name}-{number}", '{"second":"?"}', "hash") for number in range(3)]
+        [Params(f"{name}-{number}", b'{"second":"?"}', "hash") for number in range(3)]
     )
 
     assert {f"{name}-1", f"{name}-2"} == stored
     found = params.get_many([f"{name}-0", f"{name}-1"])
-    assert '{"first":"é"}' == found[f"{name}-0"].body
-    assert Params(f"{name}-1", '{"second":"?"}', "hash") == found[f"{name}-1"]
+    assert '{"first":"é"}'.encode() == found[f"{name}-0"].body
+    assert Params(f"{name}-1", b'{"second":"?"}', "hash") == found[f"{name}-1"]
 
 
 def test_large_requests_are_not_stored_together(cloud: Aws, name: str) -> None:
     noise = random.Random(7).randbytes(dynamo.INSERTED_BYTES + 1).hex()  # noqa: S311 - no gzip gets below its bytes
 
     stored = dynamo_params(cloud).add_new(
-        [Params(f"{name}-0", noise, "h"), Params(f"{name}-1", "{}", "h")]
+        [Params(f"{name}-0", noise.encode(), "h"), Params(f"{name}-1", b"{}", "h")]
     )
 
     assert {f"{name}-1"} == stored

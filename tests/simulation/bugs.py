@@ -6,8 +6,8 @@ To add one: write a function that changes something and puts it back, and enter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -16,8 +16,10 @@ from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
 from sluice.limiter import Admission, Limiter
-from sluice.ports import Due, Received
+from sluice.memory import Grant, Memory
+from sluice.ports import Body, Due, Received
 from sluice.submit import Outcome, Submit
+from sluice.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.upstream import Upstream
 from tests.simulation.world import StoryQueue
@@ -185,6 +187,81 @@ def _release_the_lease_on_cancel() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _forget_to_give_memory_back() -> Iterator[None]:
+    def keep(self: Memory, grant: Grant) -> None:
+        del self, grant
+
+    def leave(grant: Grant, *_: object) -> None:
+        grant.memory.forget(grant)
+
+    with _instead(Memory, "forget", keep), _instead(Grant, "__exit__", leave):
+        yield
+
+
+@contextmanager
+def _read_without_asking() -> Iterator[None]:
+    def at_once(grant: Grant, request_bytes: int) -> bool:
+        del grant, request_bytes
+        return True
+
+    with _instead(Grant, "take_now", at_once):
+        yield
+
+
+@contextmanager
+def _hold_requests_to_the_end() -> Iterator[None]:
+    let_go = Body.let_go
+    kept: list[bytes] = []
+
+    def and_keep(body: Body) -> None:
+        kept.extend([body.data] if body._data is not None else [])  # noqa: SLF001 - what a bug may do
+        let_go(body)
+
+    with _instead(Body, "let_go", and_keep):
+        yield
+
+
+@contextmanager
+def _read_answers_without_room() -> Iterator[None]:
+    async def grow(grant: Grant, answer_bytes: int) -> None:
+        del grant, answer_bytes
+
+    with _instead(Grant, "grow", grow):
+        yield
+
+
+@contextmanager
+def _charge_neighbors_for_a_loss() -> Iterator[None]:
+    without_loss = life.without_loss
+
+    def charged(job: Job, now: int) -> Job:
+        return replace(without_loss(job, now), attempts_used=job.attempts_used)
+
+    with _instead(life, "without_loss", charged):
+        yield
+
+
+@contextmanager
+def _let_suspects_mingle() -> Iterator[None]:
+    @asynccontextmanager
+    async def at_once(self: Suspects, most: int) -> AsyncIterator[None]:
+        del self, most
+        yield
+
+    with _instead(Suspects, "turn", at_once):
+        yield
+
+
+@contextmanager
+def _never_suspect_a_job() -> Iterator[None]:
+    def any_number(job: Job) -> None:
+        del job
+
+    with _instead(life, "most_in_flight", any_number):
+        yield
+
+
 # Real ones: the simulation, or the first look at what it should know, found them in Sluice itself ------------
 
 
@@ -249,6 +326,30 @@ BUGS: Final[Mapping[str, Bug]] = {
     ),
     "release_the_lease_on_cancel": Bug(
         "a cancel ends a running job at once, while its call goes on", _release_the_lease_on_cancel
+    ),
+    "forget_to_give_memory_back": Bug(
+        "what a call held of the worker's memory is not given back at its end",
+        _forget_to_give_memory_back,
+    ),
+    "read_without_asking": Bug(
+        "a large request is read though there is no memory for it", _read_without_asking
+    ),
+    "hold_requests_to_the_end": Bug(
+        "a request's memory is given back when it is sent, and the request is held all the same",
+        _hold_requests_to_the_end,
+    ),
+    "read_answers_without_room": Bug(
+        "an answer is read on though there is no memory for it", _read_answers_without_room
+    ),
+    "charge_neighbors_for_a_loss": Bug(
+        "a job whose worker died uses an attempt, though others were in flight beside it",
+        _charge_neighbors_for_a_loss,
+    ),
+    "let_suspects_mingle": Bug(
+        "a job that has lost many workers runs beside others", _let_suspects_mingle
+    ),
+    "never_suspect_a_job": Bug(
+        "a job no worker survives runs beside others again and again", _never_suspect_a_job
     ),
     "leave_messages_to_the_queue": Bug(
         "a worker does not shorten the visibility of its messages, so they outlive it by 90 minutes",

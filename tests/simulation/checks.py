@@ -25,6 +25,7 @@ from sluice.domain.jobs import (
 )
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import LedgerRow
+from sluice.memory import ANSWER_FACTOR, REQUEST_FACTOR
 from sluice.ports import Received
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.machines import Machine
@@ -32,6 +33,10 @@ from tests.simulation.upstream import Call
 
 if TYPE_CHECKING:
     from tests.simulation.world import World, Write
+
+MOST_LOST_BESIDE_OTHERS: Final = 4
+MOST_LOST_ALONE: Final = 3
+"""How many workers a job may take with it: three with whatever was in flight, one with a few others, three alone."""
 
 GRACE_MS: Final = 5 * SECOND
 """What clocks that are off, rounded visibilities and slow steps may add."""
@@ -65,6 +70,9 @@ class Check:
 
     def used_receipts(self, world: World, machine: Machine, messages: Sequence[Received]) -> None:
         """A worker used the receipts of these messages."""
+
+    def holds_more(self, world: World, machine: Machine) -> None:
+        """A worker holds more of a request, or of an answer, than before."""
 
     def died(self, world: World, machine: Machine) -> None:
         """A machine died."""
@@ -243,9 +251,14 @@ class AttemptsCountRealFailures(Check):
 
     def wrote(self, world: World, write: Write) -> None:
         job = write.after
-        if job.attempts_used != len(job.attempts):
+        innocent = sum(
+            each.outcome is AttemptOutcome.LOST and not each.alone for each in job.attempts
+        )
+        if job.attempts_used != len(job.attempts) - innocent:
             world.fail(
-                self.name, f"{job.custom_id}: {job.attempts_used} used, {len(job.attempts)} kept"
+                self.name,
+                f"{job.custom_id}: {job.attempts_used} used, {len(job.attempts)} kept, "
+                f"{innocent} lost beside others",
             )
 
     def ended(self, world: World) -> None:
@@ -268,6 +281,66 @@ class AttemptsCountRealFailures(Check):
                 world.fail(
                     self.name, f"{job.custom_id}: {job.attempts_used} attempts, {most} causes"
                 )
+
+
+class NeighborsOfAKillerSurvive(Check):
+    """Who ends because of lost workers was alone with them; what no worker survives ends so, and soon."""
+
+    name = "neighbors of a killer survive"
+
+    def wrote(self, world: World, write: Write) -> None:
+        job, before = write.after, write.before
+        if job.lease is None or (before is not None and before.lease == job.lease):
+            return
+        beside = [
+            each
+            for each in world.jobs.stored.values()
+            if each.lease is not None
+            and each.lease.owner == job.lease.owner
+            and each.state is State.RUNNING
+        ]
+        loners = [each.custom_id for each in beside if each.attempts[-1].alone]
+        if loners and len(beside) > 1:
+            world.fail(self.name, f"{loners[0]} is said to run alone, and {len(beside)} do")
+
+    def ended(self, world: World) -> None:
+        for job in world.jobs.stored.values():
+            lost = [each for each in job.attempts if each.outcome is AttemptOutcome.LOST]
+            alone = sum(each.alone for each in lost)
+            beside_others = len(lost) - alone
+            if beside_others > MOST_LOST_BESIDE_OTHERS or alone > MOST_LOST_ALONE:
+                world.fail(self.name, f"{job.custom_id}: {beside_others} + {alone} workers lost")
+            if job.error is None or job.error.type not in {"worker_lost", "attempts_used_up"}:
+                continue
+            own = len(job.attempts) - beside_others
+            enough = world.rules.policy.max_attempts
+            if job.error.type == "worker_lost":
+                own, enough = alone, MOST_LOST_ALONE
+            if own < enough:
+                world.fail(self.name, f"{job.custom_id} ended by {job.error.type} after {own}")
+
+
+class HeldBytesStayWithinTheBudget(Check):
+    """What a worker holds of large requests and answers, counted by what it was given, is within its budget."""
+
+    name = "held bytes stay within the budget"
+
+    def holds_more(self, world: World, machine: Machine) -> None:
+        budget = world.story.budget
+        requests = sum(
+            min(size * REQUEST_FACTOR, budget.shared) * count
+            for size, count in world.params.held.get(machine, {}).items()
+            if size * REQUEST_FACTOR > budget.own
+        )
+        answers = sum(
+            max(0, call.received * ANSWER_FACTOR - budget.own)
+            for call in world.upstream.calls
+            if call.machine is machine and call.ended_at is None
+        )
+        if requests + answers > budget.shared + budget.reserve:
+            world.fail(self.name, f"{machine.name} holds {requests} + {answers} bytes")
+        if requests > budget.shared:
+            world.fail(self.name, f"{machine.name} holds {requests} bytes of requests")
 
 
 class ThrottlingCostsNoJob(Check):
@@ -451,6 +524,8 @@ CHECKS: Final[Sequence[type[Check]]] = (
     BilledTwiceOnlyForACause,
     TheLedgerHasEveryCall,
     AttemptsCountRealFailures,
+    NeighborsOfAKillerSurvive,
+    HeldBytesStayWithinTheBudget,
     ThrottlingCostsNoJob,
     LeasesEndWithTheirOwners,
     AcceptedJobsAreOnTheirWay,

@@ -41,6 +41,8 @@ class Fault:
 
     patience_ms = 0
     """How long after the calm its effects may last."""
+    lasts = False
+    """It goes on replying to calls after the calm."""
 
     def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
         self.calm_at_ms = calm_at_ms
@@ -408,6 +410,43 @@ class SlowAnswers(Fault):
         return Plan(latency_ms=self.rng.choice((100, 250, 700)) * SECOND) if self.chance() else None
 
 
+class SlowUploads(Fault):
+    """Upstream is slow to take a request."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.chance():
+            return None
+        upload_ms = self.rng.choice((500, 5_000, 60_000))
+        return Plan(latency_ms=call.machine.world.draw_call_ms(), upload_ms=upload_ms)
+
+
+class LargeAnswers(Fault):
+    """Answers that need more memory than each job has of its own."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if self.rng.random() < 0.2:
+            return None
+        size = self.rng.choice((500, 1_000))
+        return Plan(latency_ms=call.machine.world.draw_call_ms(), answer_bytes=size)
+
+
+class KillerJob(Fault):
+    """A job whose answer no worker ever survives; while it is on its way, the others' calls go on."""
+
+    patience_ms = 6 * 60 * MINUTE
+    lasts = True
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.name = rng.choice(("job-0-0", "job-1-0"))
+        self.after_ms = rng.choice((500, 5_000, 20_000))
+
+    def reply(self, call: Call) -> Plan | None:
+        if call.name == self.name:
+            return Plan(latency_ms=self.after_ms, kills=True)
+        return Plan(latency_ms=self.after_ms + 10 * SECOND)
+
+
 class Refusals(Fault):
     """Claude refuses to answer; with a fallback model the job goes on there."""
 
@@ -527,6 +566,9 @@ FAULTS: Final[Sequence[type[Fault]]] = (
     ConnectionLost,
     NoConnection,
     SlowAnswers,
+    SlowUploads,
+    LargeAnswers,
+    KillerJob,
     Refusals,
     RevokedKey,
     Surprise,

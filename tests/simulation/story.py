@@ -10,6 +10,7 @@ from typing import Final
 
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import DIMENSIONS, SCALE, Dimension, Group, new_group
+from sluice.memory import BUDGET, Budget
 from sluice.submit import Submission
 from tests.fakes import MINUTE, SECOND, upstream_key
 from tests.simulation.faults import FAULTS, Fault
@@ -25,6 +26,9 @@ STATED: Final[Mapping[Dimension, int]] = {
     "input_tokens": 600_000,
     "output_tokens": 600_000,
 }
+
+OWN_BYTES: Final = 600
+"""Of a story's budget: enough for a request without padding."""
 
 DEEP: Final = 10**9
 """A bucket's capacity that is never full, so that every unit can be counted."""
@@ -44,6 +48,8 @@ class Order:
     tries: int = 4
     try_again_ms: int = 7_000
     max_tokens: int = 100
+    padding: int = 0
+    """Characters that make its requests large."""
 
     def submission(self, name: str) -> Submission:
         """Return one of its jobs."""
@@ -51,7 +57,7 @@ class Order:
             params={
                 "model": self.model,
                 "max_tokens": self.max_tokens,
-                "messages": [{"role": "user", "content": name}],
+                "messages": [{"role": "user", "content": f"{name} {'x' * self.padding}".strip()}],
             },
             custom_id=name,
             deadline=None if self.deadline_ms is None else START + self.deadline_ms,
@@ -79,6 +85,10 @@ class Story:
     call_ms: Sequence[int] = (1_000,)
     skew_ms: int = 0
     large_answers: bool = False
+    budget: Budget = BUDGET
+    """The worker's, for what it holds of requests and answers."""
+    sizes_known: bool = True
+    """Jobs are recorded with the sizes of their requests; an earlier release did without."""
     calm_at_ms: int = 5 * MINUTE
     patience_ms: int = 150 * MINUTE
     """How long after the last fault everything may take to come right."""
@@ -97,6 +107,10 @@ def told_by(seed: int) -> Story:
     keys = _keys(rng, stated=headers == "none")
     groups = [_countable(organization, name) for organization in ("org", "other") for name in "abc"]
     rpm = rng.choice((60, 120, 600))
+    # What was drawn before there was a budget is drawn as it was.
+    sizes = random.Random(f"sizes {seed}")  # noqa: S311 - chance that can be repeated
+    if sizes.random() < 0.5:
+        orders = [replace(order, padding=sizes.choice((0, 300, 900, 2_000))) for order in orders]
     return Story(
         seed=seed,
         orders=orders,
@@ -116,6 +130,8 @@ def told_by(seed: int) -> Story:
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (500, 90_000), (2_000, 200_000))),
         skew_ms=rng.choice((0, 0, 500, 3 * SECOND)),
         large_answers=rng.random() < 0.2,
+        budget=Budget(own=OWN_BYTES, shared=sizes.choice((3_000, 6_000)), most_answer=1_000),
+        sizes_known=sizes.random() < 0.8,
         calm_at_ms=calm_at_ms,
         patience_ms=max([150 * MINUTE, *(fault.patience_ms for fault in faults)]),
     )

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 ORGANIZATION: Final = "org"
 
+ANSWER_PIECES: Final = 5
+SMALL_PIECE: Final = 50
+"""Larger pieces of an answer take some time to come."""
+
 REFUSED_MS: Final = 150
 """A call that is turned away ends this soon."""
 
@@ -37,6 +41,9 @@ class Plan:
     kills: bool = False
     """The worker does not survive the answer."""
     stop_reason: str = "end_turn"
+    upload_ms: int = 0
+    """How long the request takes to be sent."""
+    answer_bytes: int = 100
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +63,8 @@ class Call:
     fate: str = "running"
     """Then `answered`, `refused`, `lost`, `timed out`, `stopped` (by its worker) or `died` (with it)."""
     ended_at: int | None = None
+    received: int = 0
+    """Bytes of the answer that the worker has taken."""
 
     @property
     def request_id(self) -> str:
@@ -110,7 +119,7 @@ class Upstream:
     async def send(self, machine: Machine, owner: str, request: CallRequest) -> Answer | Refused:
         """Serve one call as its plan says."""
         world, rng = self.world, self.world.rng
-        name = json.loads(request.params)["messages"][0]["content"]
+        name = json.loads(request.body.data)["messages"][0]["content"].split()[0]
         call = Call(len(self.calls) + 1, name, request, machine, owner, world.time.now())
         self.calls.append(call)
         call.usage = Usage(input_tokens=rng.randrange(5, 50), output_tokens=rng.randrange(1, 100))
@@ -136,12 +145,11 @@ class Upstream:
     def _plan(self, call: Call) -> Plan:
         world = self.world
         plan = None
-        if world.strikes:
-            for fault in world.faults:
-                plan = fault.reply(call)
-                if plan is not None:
-                    fault.struck += 1
-                    break
+        for fault in world.faults:
+            plan = fault.reply(call) if world.strikes or fault.lasts else None
+            if plan is not None:
+                fault.struck += 1
+                break
         if plan is not None:
             return plan
         if self.headers == "true" and not self._bucket(call).take(
@@ -159,6 +167,9 @@ class Upstream:
 
     async def _served(self, call: Call) -> Answer | Refused:
         plan, window = call.plan, call.request.window_ms
+        if plan.upload_ms:
+            await asyncio.sleep(min(plan.upload_ms, window) / 1000)
+        call.request.body.let_go()
         if plan.latency_ms > window:
             await asyncio.sleep(window / 1000)
             call.fate = "timed out"
@@ -183,6 +194,19 @@ class Upstream:
         if self.headers == "true":
             self._bucket(call).levels["output_tokens"] -= call.usage.output_tokens
         headers = self._headers(call)
+        for _ in range(ANSWER_PIECES):
+            size = call.received + -(-plan.answer_bytes // ANSWER_PIECES)
+            try:
+                async with asyncio.timeout(window / 1000):
+                    await call.request.room(size)
+            except TimeoutError:
+                call.fate = "timed out"
+                failure = Failure("output_timeout", "no room for the answer", may_be_billed=True)
+                return Refused(failure, headers)
+            call.received = size
+            self.world.on_bytes(call.machine)
+            if plan.answer_bytes > ANSWER_PIECES * SMALL_PIECE:
+                await asyncio.sleep(self.world.rng.randrange(1, 8_000) / 1000)
         # The answer is on its way; it may come late, or find nobody.
         await asyncio.sleep(self.world.rng.randrange(1, 40) / 1000)
         if plan.kills:

@@ -7,9 +7,9 @@ import gc
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -23,7 +23,7 @@ from sluice.domain.limits import Cost, Group
 from sluice.domain.retries import RetryPolicy
 from sluice.governor import Governed, Governor
 from sluice.limiter import Admission, Limiter
-from sluice.ports import Answer, CallRequest, Due, Pointer, Received, Refused
+from sluice.ports import Answer, CallRequest, Due, Params, Pointer, Received, Refused
 from sluice.submit import Accepted, Outcome, Sender, Submit
 from sluice.sweep import Sweep
 from sluice.tools import Rules, Tools
@@ -104,9 +104,44 @@ class StoryJobs(MemoryJobs):
         return taken
 
     def _put(self, job: Job) -> None:
+        if not self.world.story.sizes_known:
+            job = replace(job, request_bytes=0)
         before = self.stored.get(job.job_id)
         super()._put(job)
         self.world.on_write(before, job)
+
+
+class _Held(bytes):
+    """A request's bytes in a worker's memory: unlike plain bytes they say when nobody holds them any more."""
+
+    sizes: Counter[int]
+
+    def __del__(self) -> None:
+        self.sizes[len(self)] -= 1
+
+
+class StoryParams(MemoryParams):
+    """The requests; what workers hold of them is counted."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.held: dict[Machine, Counter[int]] = {}
+        """Of each machine: how many requests of each size it holds."""
+
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        machine = self.world.writer
+        found = super().get_many(job_ids)
+        if machine is None:
+            return found
+        given = {}
+        for job_id, params in found.items():
+            body = _Held(params.body)
+            body.sizes = self.held.setdefault(machine, Counter())
+            body.sizes[len(body)] += 1
+            given[job_id] = replace(params, body=body)
+        self.world.on_bytes(machine)
+        return given
 
 
 class StoryLimits(MemoryLimits):
@@ -269,7 +304,7 @@ class Environment:
             blocking=machine,
             events=world.events,
         )
-        self.worker = Worker(tools, world.rules)
+        self.worker = Worker(tools, world.rules, world.story.budget)
         self._watch(world, self.worker.limiter)
 
     def _watch(self, world: World, limiter: Limiter) -> None:
@@ -307,7 +342,7 @@ class World:
         self.writer: Machine | None = None
 
         self.jobs = StoryJobs(self)
-        self.params = MemoryParams()
+        self.params = StoryParams(self)
         self.results = MemoryResults(inline_bytes=60 if story.large_answers else 8_000)
         self.limits = StoryLimits(self)
         for group in story.groups:
@@ -483,6 +518,9 @@ class World:
         if error is not None:
             self.fail("a batch always has its result", f"{machine.name}: {error!r}")
             return
+        if environment.worker.memory.used:
+            left = environment.worker.memory.used
+            self.fail("memory is given back", f"{machine.name} keeps {left} bytes")
         not_done = task.result()
         for message in batch:
             if message.message_id not in not_done:
@@ -672,6 +710,11 @@ class World:
         """Take down a new version of a limit group."""
         for check in self.checks:
             check.wrote_group(self, before, after)
+
+    def on_bytes(self, machine: Machine) -> None:
+        """Take down that a worker holds more of a request or an answer than before."""
+        for check in self.checks:
+            check.holds_more(self, machine)
 
     def on_receipts(self, messages: Sequence[Received]) -> None:
         """Take down which receipts a worker uses."""

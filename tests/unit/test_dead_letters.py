@@ -223,7 +223,7 @@ class Yard:
     def bury(self, name: str, reason: str = "received 1001 times", **facts: object) -> Job:
         job = life.finish_waiting(a_job(f"job_{name}", **facts), State.ERRORED, NOON, DEAD)
         self.jobs.add(job)
-        self.params.add(Params(job.job_id, "{}", job.request_hash))
+        self.params.add(Params(job.job_id, b"{}", job.request_hash))
         self.keep(name, job.job_id, reason)
         return job
 

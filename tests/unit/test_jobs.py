@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Final
 
 import pytest
 
@@ -218,7 +219,8 @@ def test_a_takeover_closes_the_open_attempt_as_lost() -> None:
     assert lost.error is not None
     assert "may have been billed" in lost.error.message
     assert (2, None) == (second.number, second.outcome)
-    assert 2 == taken_over.attempts_used
+    # Whatever killed that worker, it need not have been this job.
+    assert 1 == taken_over.attempts_used
     assert NOON == taken_over.started_at
 
 
@@ -572,3 +574,53 @@ def test_an_answer_that_broke_off_for_overload_counts_its_cost_wherever_the_job_
     )
     moved = life.fall_back(job, "worker-1", LATER, reason="overloaded", cost_micro_usd=40)
     assert ("claude-b", 40, 0) == (moved.current_model, moved.cost_micro_usd, moved.attempts_used)
+
+
+# Lost workers ------------------------------------------------------------------------------------------------
+
+
+def lost(job: Job, times: int, *, alone: bool = False) -> Job:
+    """Return the job after so many workers died with it, the last one unnoticed so far."""
+    for _ in range(times):
+        at = NOON + len(job.attempts) * MINUTE
+        job = life.claim(job, f"dead-{len(job.attempts)}", at, at, alone=alone)
+    return job
+
+
+LATE: Final = NOON + 60 * MINUTE
+
+
+@pytest.mark.parametrize(
+    ("beside_others", "most"), [(0, None), (1, None), (2, None), (3, life.FEW), (4, 1), (9, 1)]
+)
+def test_a_job_is_kept_apart_the_more_workers_it_has_lost(
+    beside_others: int, most: int | None
+) -> None:
+    assert most == life.most_in_flight(lost(a_job(), beside_others))
+
+
+def test_workers_lost_beside_others_use_no_attempt() -> None:
+    job = lost(a_job(), 30)
+
+    assert Step.RUN == life.next_step(job, LATE, 1)
+    assert 0 == life.without_loss(job, LATE).attempts_used
+    assert 30 == len(life.without_loss(job, LATE).attempts)
+
+
+@pytest.mark.parametrize(("alone", "step"), [(2, Step.RUN), (3, Step.KILLER), (4, Step.KILLER)])
+def test_a_job_that_loses_its_workers_alone_is_given_up(alone: int, step: Step) -> None:
+    job = lost(lost(a_job(), 4), alone, alone=True)
+
+    assert step == life.next_step(job, LATE, 5)
+    assert alone == life.without_loss(job, LATE).attempts_used
+
+
+def test_workers_lost_before_a_redrive_are_not_held_against_a_job() -> None:
+    ended = life.finish_waiting(
+        lost(lost(a_job(), 4), 2, alone=True), State.ERRORED, LATE, JobError("dead_letter", "")
+    )
+
+    job = life.redrive(ended, LATE + 1)
+
+    assert life.most_in_flight(job) is None
+    assert Step.RUN == life.next_step(job, LATE + 1, 5)

@@ -332,7 +332,7 @@ def test_a_csv_file_runs_under_its_prompt(make: Make, *, packed: bool) -> None:
     bulk.drain()
 
     assert ["a", "b", "row-3"] == ids(bulk.results())
-    said = [json.loads(call.request.params)["messages"][0]["content"] for call in bulk.claude.calls]
+    said = [json.loads(call.body)["messages"][0]["content"] for call in bulk.claude.calls]
     assert ["Say one\ntwo", "Say three"] == said
     assert "the record has 1 fields" in bulk.errors()[0]["error"]["message"]
 
@@ -350,9 +350,7 @@ def test_a_folder_of_documents_runs_when_its_options_arrive(make: Make) -> None:
     bulk.drain()
 
     assert "docs" == bulk.batch.name
-    contents = [
-        json.loads(call.request.params)["messages"][0]["content"] for call in bulk.claude.calls
-    ]
+    contents = [json.loads(call.body)["messages"][0]["content"] for call in bulk.claude.calls]
     assert [
         ("a.md", "What does a.md say?"),
         ("b.txt", "What does b.txt say?"),

@@ -39,7 +39,7 @@ Make = Callable[..., Bulk]
 
 
 def said(request: CallRequest) -> str:
-    text: str = json.loads(request.params)["messages"][0]["content"]
+    text: str = json.loads(request.body.data)["messages"][0]["content"]
     return text
 
 
@@ -72,7 +72,7 @@ def test_a_row_goes_up_as_it_was_written_with_the_batchs_headers(make: Make) -> 
     bulk.drain()
 
     (call,) = bulk.claude.calls
-    assert {**a_row(1)["params"], "new_field": {"a": 1.5}} == json.loads(call.request.params)
+    assert {**a_row(1)["params"], "new_field": {"a": 1.5}} == json.loads(call.body)
     assert ("2023-06-01", "files-api", 100) == (
         call.request.anthropic_version,
         call.request.anthropic_beta,

@@ -1,12 +1,14 @@
 """The worker, message by message: what each outcome writes, what it leaves to others, and what never happens."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from statistics import median
+from typing import Any, Final
 
 import pytest
 
@@ -15,11 +17,12 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.jobs import LEASE_MS, RENEW_MS, AttemptOutcome, Job, State
 from sluice.domain.keys import KeyMark
-from sluice.domain.limits import Seen, block
+from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.domain.waits import USUAL, Waits
 from sluice.key_choice import KEYS_MS
+from sluice.limiter import Admission, Admitted, Limiter
 from sluice.ports import Answer, CallRequest, Received, Refused
 from sluice.work import (
     MOST_WAITING,
@@ -112,12 +115,9 @@ def test_the_call_is_the_job_as_it_was_submitted(make: Make) -> None:
 
     gateway.once()
 
-    request = gateway.claude.calls[0].request
-    assert ("main", "claude-a", '{"for":"job_1"}') == (
-        request.key.id,
-        request.model,
-        request.params,
-    )
+    call = gateway.claude.calls[0]
+    request = call.request
+    assert ("main", "claude-a", b'{"for":"job_1"}') == (request.key.id, request.model, call.body)
     assert ("2023-06-01", "files-api", 100) == (
         request.anthropic_version,
         request.anthropic_beta,
@@ -350,19 +350,27 @@ def test_attempts_used_up_end_the_job_with_its_last_error(make: Make) -> None:
     assert 3 == gateway.events.counted("UpstreamErrors")
 
 
-def test_a_job_whose_attempts_were_lost_ends_without_a_call(make: Make) -> None:
-    """Workers that die again and again on one job are stopped by its attempts."""
+@pytest.mark.parametrize(
+    ("max_attempts", "ended_by"), [(5, "worker_lost"), (3, "worker_lost"), (2, "attempts_used_up")]
+)
+def test_a_job_that_lost_workers_while_it_ran_alone_ends_without_a_call(
+    make: Make, max_attempts: int, ended_by: str
+) -> None:
     job = a_job()
     for turn in range(3):
-        job = life.claim(job, f"dead-{turn}", NOON - 10 * MINUTE + turn, NOON - 10 * MINUTE + turn)
-    gateway = make(job, max_attempts=3)
+        at = NOON - 10 * MINUTE + turn
+        job = life.claim(job, f"dead-{turn}", at, at, alone=True)
+    if ended_by == "attempts_used_up":
+        job = replace(job, attempts=job.attempts[1:], attempts_used=2)
+    gateway = make(job, max_attempts=max_attempts)
 
     gateway.once()
 
     ended = gateway.job()
     assert State.ERRORED == ended.state
     assert ended.error is not None
-    assert "attempts_used_up" == ended.error.type
+    assert ended_by == ended.error.type
+    assert any(words in ended.error.message for words in ("workers died", "the worker died"))
     assert AttemptOutcome.LOST == ended.attempts[-1].outcome
     assert [] == gateway.claude.calls
 
@@ -717,7 +725,7 @@ def test_one_request_that_is_refused_ends_no_other_job(make: Make) -> None:
     keys = [upstream_key("a", organization="org-1"), upstream_key("b", organization="org-2")]
     gateway = make(a_job("job_1"), a_job("job_2"), keys=keys)
     gateway.claude.when = lambda request: (
-        refused(403, "permission_error") if "job_1" in request.params else None
+        refused(403, "permission_error") if b"job_1" in request.body.data else None
     )
 
     gateway.once()
@@ -882,6 +890,8 @@ def test_an_overload_moves_on_to_the_fallback_model_at_once(make: Make) -> None:
 
     job = gateway.job()
     assert ["claude-a", "claude-b", "claude-c"] == [call.model for call in gateway.claude.calls]
+    # The stored request names the first one.
+    assert [True, False, False] == [call.request.names_model for call in gateway.claude.calls]
     assert (State.SUCCEEDED, 1, "claude-c") == (job.state, job.attempts_used, job.current_model)
     assert "claude-a" == job.model
     assert 10 * 3 + 20 * 30 == job.cost_micro_usd
@@ -1071,7 +1081,7 @@ def test_a_canary_is_noted_and_calls_nobody(make: Make) -> None:
 def test_a_poison_message_takes_no_other_with_it(make: Make) -> None:
     gateway = make(a_job("job_1"), a_job("job_2"))
     gateway.claude.when = lambda request: (
-        ZeroDivisionError("armchair") if "job_1" in request.params else None
+        ZeroDivisionError("armchair") if b"job_1" in request.body.data else None
     )
 
     assert ["message-1"] == gateway.once()
@@ -1102,13 +1112,13 @@ def test_a_job_at_work_elsewhere_is_left_alone_until_its_lease_has_run_out(make:
     assert [] == gateway.claude.calls
 
 
-def test_a_job_whose_worker_died_is_run_again_with_the_attempt_counted(make: Make) -> None:
+def test_a_job_whose_worker_died_is_run_again_and_keeps_the_lost_attempt(make: Make) -> None:
     gateway = make(life.claim(a_job(), "dead", NOON - LEASE_MS, NOON - 1))
 
     gateway.once()
 
     job = gateway.job()
-    assert (State.SUCCEEDED, 2) == (job.state, job.attempts_used)
+    assert (State.SUCCEEDED, 1) == (job.state, job.attempts_used)
     assert [AttemptOutcome.LOST, AttemptOutcome.SUCCEEDED] == [
         attempt.outcome for attempt in job.attempts
     ]
@@ -1593,7 +1603,7 @@ def test_what_is_being_written_when_the_last_job_ends_is_written_to_the_end(
     gateway = make(*jobs, latency_ms=latency_ms)
     gateway.blocking.latency_ms = 70
     gateway.know(known_group())
-    gateway.claude.when = lambda request: SERVER_ERROR if "job_7" in request.params else None
+    gateway.claude.when = lambda request: SERVER_ERROR if b"job_7" in request.body.data else None
 
     gateway.once(minutes=1)
 
@@ -1626,7 +1636,7 @@ def states(gateway: Gateway) -> set[State]:
 
 def let_one_take_long(gateway: Gateway, job_id: str) -> None:
     def look(request: CallRequest) -> None:
-        gateway.claude.latency_ms = 10 * MINUTE if job_id in request.params else 500
+        gateway.claude.latency_ms = 10 * MINUTE if job_id.encode() in request.body.data else 500
 
     gateway.claude.when = look
 
@@ -1854,7 +1864,7 @@ def test_a_queue_that_is_busy_is_asked_again(make: Make) -> None:
 
 def test_what_a_worker_took_and_could_not_finish_comes_back(make: Make) -> None:
     gateway = make(a_job("job_1"), latency_ms=30 * SECOND)
-    gateway.claude.when = lambda request: SERVER_ERROR if "job_2" in request.params else None
+    gateway.claude.when = lambda request: SERVER_ERROR if b"job_2" in request.body.data else None
 
     async def story() -> list[str]:
         batch = gateway.queue.hand_over()
@@ -2079,3 +2089,194 @@ def test_no_job_is_lost_and_none_is_done_without_its_answer(make: Make) -> None:
         assert 1 == sum(each.state.is_final for each in written)
         assert [each.version for each in written] == sorted({each.version for each in written})
     assert 60 == sum(row.outcome == "succeeded" for row in gateway.ledger.rows.values())
+
+
+# Memory ------------------------------------------------------------------------------------------------------
+
+LARGE: Final = 8_000_000
+"""Bytes of a request; the shared memory holds four such at a time."""
+
+
+def test_large_requests_go_up_a_few_at_a_time_and_their_answers_are_awaited_together(
+    make: Make,
+) -> None:
+    gateway = make(latency_ms=60 * SECOND)
+    gateway.know(known_group("org", "a"))
+    gateway.claude.upload_ms = 2 * SECOND
+    gateway.submit(*(a_job(f"job_{n}", request_bytes=LARGE) for n in range(12)))
+
+    gateway.once()
+
+    began = Counter(call.at // SECOND for call in gateway.claude.calls)
+    assert 12 == len(gateway.claude.answered)
+    assert 4 == max(began.values())
+    assert 12 == gateway.claude.most_in_flight
+    assert 0 == gateway.worker.memory.used
+    no_accident(gateway)
+
+
+def test_small_jobs_do_not_wait_for_large_ones_before_them(make: Make) -> None:
+    gateway = make(latency_ms=1 * SECOND)
+    gateway.know(known_group("org", "a"))
+    small = {f"job_small-{n}" for n in range(30)}
+    gateway.claude.when = lambda request: _slow(gateway, request)
+    gateway.submit(
+        *(a_job(f"job_{n}", request_bytes=LARGE) for n in range(20)),
+        *(a_job(name, tenant="other") for name in sorted(small)),
+    )
+    began = gateway.time.now()
+
+    gateway.once()
+
+    late = [name for name in small if (gateway.job(name).finished_at or 0) - began > 10 * SECOND]
+    assert [] == late
+    no_accident(gateway)
+
+
+def _slow(gateway: Gateway, request: CallRequest) -> None:
+    gateway.claude.upload_ms = 0 if b"small" in request.body.data else 20 * SECOND
+
+
+def test_a_job_that_waits_for_memory_has_no_start_time_that_others_need(make: Make) -> None:
+    gateway = make(latency_ms=1 * SECOND)
+    gateway.know(known_group("org", "a"))
+    gateway.claude.upload_ms = 25 * SECOND
+    gateway.submit(*(a_job(f"job_{n}", request_bytes=LARGE) for n in range(8)))
+    reserved = _reservations(gateway.worker.limiter)
+
+    async def story() -> tuple[int, int]:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(15)
+        seen = len(reserved), gateway.worker.memory.waiting
+        await running
+        return seen
+
+    assert (4, 4) == gateway.time.run(story())
+    assert 8 == len(gateway.claude.answered)
+
+
+def _reservations(limiter: Limiter) -> set[Admission]:
+    """Return the admissions that are not settled, as they change."""
+    reserved: set[Admission] = set()
+    admit, settle = limiter.admit, limiter.settle
+
+    async def admit_and_tell(*args: Any) -> Admitted:
+        given = await admit(*args)
+        if isinstance(given, Admission):
+            reserved.add(given)
+        return given
+
+    def settle_and_tell(admission: Admission, used: Cost | None, **facts: bool) -> None:
+        reserved.remove(admission)
+        settle(admission, used, **facts)
+
+    vars(limiter).update(admit=admit_and_tell, settle=settle_and_tell)
+    return reserved
+
+
+def test_a_large_job_that_gets_no_memory_goes_back_to_the_queue(make: Make) -> None:
+    gateway = make(latency_ms=1 * SECOND)
+    gateway.know(known_group("org", "a"))
+    gateway.claude.upload_ms = 5 * MINUTE
+    gateway.submit(*(a_job(f"job_{n}", request_bytes=LARGE) for n in range(5)))
+
+    async def story() -> int:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(2 * MINUTE // SECOND)
+        waiting = gateway.worker.memory.waiting
+        await running
+        return waiting
+
+    assert gateway.time.run(story()) in {0, 1}
+    gateway.drain()
+    assert 5 == len(gateway.claude.answered)
+    assert {1} == {job.attempts_used for job in gateway.jobs.stored.values()}
+
+
+def test_a_request_of_unknown_size_is_run_as_a_large_one(make: Make) -> None:
+    gateway = make(a_job())
+    gateway.jobs.stored["job_1"] = replace(gateway.job(), request_bytes=0)
+
+    gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state
+
+
+# Killers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_no_worker_survives_takes_no_other_job_with_it(make: Make) -> None:
+    gateway = make(latency_ms=MINUTE)
+    gateway.know(known_group("org", "a"))
+    gateway.know(known_group("org", "b"))
+    innocent = [a_job(f"job_{n}", tenant="other") for n in range(20)]
+    gateway.submit(a_job("job_killer", model="claude-b"), *innocent)
+
+    gateway.time.run(_killed_by(gateway, "job_killer"))
+
+    ends = Counter(gateway.job(job.job_id).state for job in innocent)
+    assert {State.SUCCEEDED: 20} == ends
+    killer = gateway.job("job_killer")
+    assert killer.error is not None
+    assert (State.ERRORED, "worker_lost") == (killer.state, killer.error.type)
+    lost = [attempt.alone for attempt in killer.attempts]
+    assert [False] * 4 + [True] * 3 == lost
+    # Every call that a dead worker made is in the ledger.
+    rows = [row for row in gateway.ledger.rows.values() if row.outcome == "worker_lost"]
+    attempts = [each for job in gateway.jobs.stored.values() for each in job.attempts]
+    assert len(rows) == sum(each.outcome is AttemptOutcome.LOST for each in attempts)
+
+
+async def _killed_by(gateway: Gateway, job_id: str) -> None:
+    """Invoke workers until all jobs have ended; one dies 5 s after it began to call for this job."""
+    while not all(job.state.is_final for job in gateway.jobs.stored.values()):
+        due = gateway.queue.next_visible()
+        assert due is not None
+        await asyncio.sleep(max(0, due - gateway.time.now()) / 1000)
+        before = len(gateway.claude.calls)
+        worker = asyncio.create_task(gateway.invoke(gateway.new_worker()))
+        while not worker.done():
+            await asyncio.sleep(1)
+            began = [
+                call.at for call in gateway.claude.calls[before:] if job_id.encode() in call.body
+            ]
+            if began and gateway.time.now() - began[0] >= 5 * SECOND:
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+                await asyncio.gather(worker, return_exceptions=True)
+
+
+def test_jobs_lost_by_a_few_ordinary_kills_still_run_side_by_side(make: Make) -> None:
+    gateway = make(latency_ms=10 * SECOND)
+    gateway.know(known_group("org", "a"))
+    for number in range(40):
+        job = a_job(f"job_{number}")
+        for turn in range(life.LOSSES_TO_SUSPECT - 1):
+            at = NOON - 10 * MINUTE + turn
+            job = life.claim(job, f"dead-{turn}", at, at)
+        gateway.submit(job)
+
+    gateway.once()
+
+    assert 40 == len(gateway.claude.answered)
+    assert gateway.claude.most_in_flight > 2 * life.FEW
+
+
+def test_suspects_wait_for_the_others_and_healthy_jobs_do_not_wait_for_them(make: Make) -> None:
+    gateway = make(latency_ms=20 * SECOND)
+    gateway.know(known_group("org", "a"))
+    suspect = a_job("job_suspect")
+    for turn in range(life.LOSSES_TO_SUSPECT + 1):
+        at = NOON - 10 * MINUTE + turn
+        suspect = life.claim(suspect, f"dead-{turn}", at, at)
+    gateway.submit(suspect, *(a_job(f"job_{n}") for n in range(30)))
+
+    gateway.once()
+
+    last = max(gateway.claude.calls, key=lambda call: call.at)
+    assert b"job_suspect" in last.body
+    others = max(call.at for call in gateway.claude.calls if call is not last)
+    assert last.at >= others + 20 * SECOND
+    assert gateway.job("job_suspect").attempts[-1].alone
+    assert 31 == len(gateway.claude.answered)
+    no_accident(gateway)

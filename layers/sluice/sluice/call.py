@@ -16,8 +16,9 @@ from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
 from sluice.key_choice import KeyChoice, endpoint_circuit, model_circuit
 from sluice.limiter import Admission, Limiter
+from sluice.memory import Grant, Memory
 from sluice.outbox import Outbox
-from sluice.ports import Answer, CallRequest, Headers, Refused
+from sluice.ports import Answer, Body, CallRequest, Headers, Refused
 from sluice.tools import Rules, Tools, tell_end
 
 CANCEL_CHECK_MS: Final = 15_000
@@ -73,6 +74,7 @@ class Invocation:
     limiter: Limiter
     keys: KeyChoice
     outbox: Outbox
+    memory: Memory
     owner: str
     """In whose name leases are taken."""
     started: int
@@ -91,9 +93,10 @@ class Call:
     """One claimed job and its upstream call."""
 
     def __init__(
-        self, invocation: Invocation, job: Job, admission: Admission, key: UpstreamKey
+        self, invocation: Invocation, job: Job, admission: Admission, key: UpstreamKey, grant: Grant
     ) -> None:
         self._invocation = invocation
+        self._grant = grant
         self._job = job
         self._admission = admission
         self._key = key
@@ -113,14 +116,14 @@ class Call:
         self._settled = False
         self._renewed_at = self._tools.clock.now()
 
-    async def make(self, params: str) -> Disposition | Rest | Job:
+    async def make(self, body: Body) -> Disposition | Rest | Job:
         """Make the call and write down what came of it."""
         try:
-            return await self._outcome(await self._send(params))
+            return await self._outcome(await self._send(body))
         finally:
             self._settle(None)
 
-    async def _send(self, params: str) -> Answer | Refused:
+    async def _send(self, body: Body) -> Answer | Refused:
         now = self._tools.clock.now()
         # The last seconds of the invocation belong to writing down what came.
         window = max(1_000, self._invocation.stop_at - now)
@@ -128,7 +131,8 @@ class Call:
         request = CallRequest(
             key=self._key,
             model=self._job.current_model,
-            params=params,
+            body=body,
+            names_model=self._job.fallbacks_used == 0,
             anthropic_version=self._job.anthropic_version,
             anthropic_beta=self._job.anthropic_beta,
             max_tokens=self._job.max_tokens,
@@ -136,6 +140,7 @@ class Call:
             full_window=window * 10 >= whole * 9,
             early=not self._limiter.knows(self._admission),
             heard=self._heard,
+            room=self._grant.grow,
         )
         call = asyncio.ensure_future(self._tools.claude.send(request))
         watch = asyncio.ensure_future(self._keep_lease())
@@ -150,6 +155,7 @@ class Call:
             for task in (call, watch):
                 task.cancel()
             await asyncio.gather(call, watch, return_exceptions=True)
+            body.let_go()
         seconds = (self._tools.clock.now() - now) / 1000
         self._events.count("UpstreamCalls")
         self._events.count("Calls", 1, self._group)

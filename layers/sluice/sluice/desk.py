@@ -21,7 +21,7 @@ from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
 from sluice.domain.rows import Line, Row, job_record, read_row
 from sluice.ports import CallBooks, Clock, Params, Received
-from sluice.submit import params_text
+from sluice.submit import request_body
 
 AT_ONCE: Final = 64
 """Rows begun and not saved: the most that a worker that dies has called in vain."""
@@ -345,7 +345,7 @@ class RowRequests:
             seat = self._desk.seat(job_id)
             row = read_row(seat.line, self._desk.options)
             if isinstance(row, Row):
-                found[job_id] = Params(job_id, params_text(row.params), seat.job.request_hash)
+                found[job_id] = Params(job_id, request_body(row.params), seat.job.request_hash)
         return found
 
 

@@ -126,10 +126,10 @@ class DueJobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """The request as sent, as JSON text."""
+    """The request as sent: JSON in UTF-8."""
 
     job_id: str
-    body: str
+    body: bytes
     request_hash: str
 
 
@@ -621,13 +621,42 @@ def ignore(headers: Headers) -> None:
     """Nobody listens."""
 
 
+async def unbounded(size: int) -> None:
+    """Nobody counts."""
+
+
+class Body:
+    """A request's JSON in UTF-8, until it is sent: a large one is not to be held while its answer is awaited."""
+
+    __slots__ = ("_data", "_sent")
+
+    def __init__(self, data: bytes, sent: Callable[[], None] | None = None) -> None:
+        self._data: bytes | None = data
+        self._sent = sent
+
+    @property
+    def data(self) -> bytes:
+        """The bytes; they must not be kept."""
+        if self._data is None:
+            message = "the request has been sent"
+            raise ValueError(message)
+        return self._data
+
+    def let_go(self) -> None:
+        """Hold it no longer. Whoever sends it calls this when all of it is on its way, or when it will not be."""
+        self._data = None
+        if self._sent is not None:
+            self._sent()
+            self._sent = None
+
+
 @dataclass(frozen=True, slots=True)
 class CallRequest:
     """One upstream call."""
 
     key: UpstreamKey
     model: str
-    params: str
+    body: Body
     anthropic_version: str
     anthropic_beta: str | None
     max_tokens: int
@@ -639,6 +668,10 @@ class CallRequest:
     """The headers are wanted as soon as they are there, whatever that costs."""
     heard: Callable[[Headers], None] = ignore
     """Is told the headers when they come before the answer."""
+    names_model: bool = False
+    """The body names `model` already: nobody need look where."""
+    room: Callable[[int], Awaitable[None]] = unbounded
+    """Is awaited before so many bytes of the answer are held."""
 
 
 @dataclass(frozen=True, slots=True)

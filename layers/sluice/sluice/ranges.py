@@ -301,7 +301,9 @@ class _Windows:
             self._offset_of[row.custom_id] = line.offset
         job_id = row_job_id(self._batch.batch_id, line.offset)
         job = self._saved.jobs.pop(job_id, None) or self._make_job(job_id, row)
-        job = replace(job, version=self._state.claims * CLAIM_VERSIONS)
+        job = replace(
+            job, version=self._state.claims * CLAIM_VERSIONS, request_bytes=len(line.text)
+        )
         ended = self._saved.records.pop(line.offset, None)
         return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
 

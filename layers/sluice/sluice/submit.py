@@ -113,7 +113,7 @@ class _Draft:
     """A job that is not stored yet."""
 
     job: Job
-    body: str
+    body: bytes
     slots: tuple[str, ...] = ()
     """For a nameless job of a caller who counts its resends: the ids under which a resend finds it, newest first."""
     is_resend: bool = False
@@ -234,12 +234,14 @@ class Submit:
                 drafts.append(self._draft(submission, sender, position, now))
             except RecursionError:
                 drafts.append(InvalidRequest("the job is nested too deeply"))
+            except UnicodeEncodeError:
+                drafts.append(InvalidRequest("the job has text that is not Unicode"))
         if sender.resends is None or sender.idempotency_key is not None:
             return drafts
         return _findable(drafts, sender.resends, now)
 
     def _draft(self, submission: Submission, sender: Sender, position: int, now: int) -> _Draft:
-        body = params_text(submission.params)
+        body = request_body(submission.params)
         version = sender.anthropic_version or NEWEST_VERSION
         if sender.idempotency_key is not None:
             job_id = derived_job_id(sender.tenant, "key", f"{position}\x00{sender.idempotency_key}")
@@ -264,6 +266,7 @@ class Submit:
             created_at=now,
             request_hash=sha256(canonical.encode()).hexdigest(),
             input_chars=input_chars(submission.params),
+            request_bytes=len(body),
             max_tokens=int(submission.params["max_tokens"]),
             anthropic_version=version,
             anthropic_beta=sender.anthropic_beta,
@@ -334,7 +337,7 @@ class Submit:
             return self._added(job, draft.body)
         return in_place
 
-    def _added(self, job: Job, body: str) -> Outcome:
+    def _added(self, job: Job, body: bytes) -> Outcome:
         """Store params, then the job: a job on record always has its request."""
         try:
             self._params.add(Params(job.job_id, body, job.request_hash))
@@ -466,9 +469,9 @@ def _id_by_name(tenant: str, custom_id: str) -> str:
     return derived_job_id(tenant, "custom_id", custom_id)
 
 
-def params_text(params: Mapping[str, Any]) -> str:
-    """Return a request as it is stored and sent."""
-    return json.dumps(params, ensure_ascii=False, separators=(",", ":"))
+def request_body(params: Mapping[str, Any]) -> bytes:
+    """Return a request as it is stored and sent; raises UnicodeEncodeError."""
+    return json.dumps(params, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def input_chars(params: Mapping[str, Any]) -> int:

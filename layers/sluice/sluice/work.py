@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol, assert_never
 
@@ -28,11 +28,14 @@ from sluice.call import (
 from sluice.domain import jobs as life
 from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
+from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.key_choice import KeyChoice
-from sluice.limiter import Admission, Again, Later, Limiter, TooLarge, until
+from sluice.limiter import Admission, Again, Claimant, Later, Limiter, TooLarge, until
+from sluice.memory import BUDGET, Budget, Grant, Memory
 from sluice.outbox import Outbox
-from sluice.ports import Params, Received
+from sluice.ports import Body, Params, Received
+from sluice.suspects import Suspects
 from sluice.tools import Rules, Tools, tell_end
 
 GROWS_EVERY: Final = 20
@@ -42,6 +45,15 @@ SLOW_TOKENS_PER_SECOND: Final = 25
 """A pace almost every answer keeps: a call starts only if `max_tokens` at this pace would fit the time left."""
 
 NO_KEY_DELAY_MS: Final = 60_000
+
+HOLD_APART_MS: Final = 15_000
+"""The same for a job that runs apart: others wait for it to be done."""
+
+MEMORY_MS: Final = 30_000
+"""How long a large request waits for memory in an invocation. It is free again as soon as another one is sent."""
+
+START_WITH_MEMORY_MS: Final = 15_000
+"""How long a job that has waited for memory may have it before its start; then it is given to the next one."""
 
 SLOTS: Final = 120
 """Jobs a worker has in hand at once, more than the mapping's batch brings."""
@@ -88,14 +100,30 @@ class Room(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """A job whose call can be made."""
+
+    job: Job
+    body: Body
+    is_first: bool
+    """Its first call."""
+
+
+@dataclass(frozen=True, slots=True)
+class _NoMemory:
+    """There is none for the job's request now."""
+
+
 class Worker:
     """Runs batches one after the other on one event loop, and keeps its limiter and key marks between them."""
 
-    def __init__(self, tools: Tools, rules: Rules) -> None:
+    def __init__(self, tools: Tools, rules: Rules, budget: Budget = BUDGET) -> None:
         self._tools = tools
         self._rules = rules
         self._told: set[str] = set()
         self._rows: list[LedgerRow] = []
+        self.memory = Memory(tools.clock, budget)
         self.limiter = Limiter(
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events, rules.waits
         )
@@ -114,6 +142,7 @@ class Worker:
             limiter=self.limiter,
             keys=KeyChoice(self._tools, self.limiter, self._rules.model_groups, self._told),
             outbox=Outbox(self._tools, self._rows),
+            memory=self.memory,
             owner=owner,
             started=self._tools.clock.now(),
             stop_at=stop_at,
@@ -131,12 +160,19 @@ class _Batch:
         self._limiter = invocation.limiter
         self._keys = invocation.keys
         self._outbox = invocation.outbox
+        self._memory = invocation.memory
         self._events = invocation.tools.events
         self._room = room
         self._requests = _Requests(invocation.tools)
         self._under_way: dict[asyncio.Task[None], str | None] = {}
         """The tasks of messages, each with its job's id."""
         self._calls = 0
+        self._memory_waits = 0
+        self._is_taking = False
+        """Messages are being received, or their jobs read."""
+        self._suspects = Suspects(
+            self._tools.clock.now, lambda: len(self._under_way) + self._is_taking
+        )
         self._changed = asyncio.Event()
         self._refills = room is None
         self._refill_at = invocation.started
@@ -159,6 +195,7 @@ class _Batch:
             put_back=self._outbox.messages_put_back,
             seconds=(self._tools.clock.now() - self._invocation.started) / 1000,
             limiter_writes=self._limiter.writes - writes,
+            memory_waits=self._memory_waits,
         )
         return [message.message_id for message in messages if message.message_id in not_done]
 
@@ -199,6 +236,7 @@ class _Batch:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._under_way[task]
+        self._suspects.look()
         self._changed.set()
 
     async def _until_something_changes(self) -> None:
@@ -216,6 +254,9 @@ class _Batch:
             self._invocation.started + REFILL_MS,
             (self._invocation.started + self._invocation.stop_at) // 2,
         )
+        suspects_end = self._suspects.refill_until
+        if suspects_end is not None:
+            end = min(end, suspects_end)
         if not self._refills or not self._under_way or self._tools.clock.now() >= end:
             return None
         if self._has_enough():
@@ -227,7 +268,7 @@ class _Batch:
         """Tell whether more jobs would only wait here instead of in the queue."""
         if len(self._under_way) + RECEIVE_AT_ONCE > SLOTS:
             return True
-        waiting = len(self._under_way) - self._calls
+        waiting = len(self._under_way) - self._calls - self._memory.waiting
         if waiting < WAITING:
             return False
         return waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
@@ -237,6 +278,14 @@ class _Batch:
         now, look_at = self._tools.clock.now(), self._next_look()
         if look_at is None or look_at > now:
             return 0
+        self._is_taking = True
+        try:
+            return await self._taken_more(now)
+        finally:
+            self._is_taking = False
+            self._suspects.look()
+
+    async def _taken_more(self, now: int) -> int:
         is_scout = self._has_enough()
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = now + SCOUT_MS
@@ -357,20 +406,40 @@ class _Batch:
             case Step.EXPIRE:
                 error = JobError("deadline_exceeded", "the deadline passed before an answer came")
                 return await self._end(job, State.EXPIRED, error)
-            case Step.USED_UP:
-                last = job.attempts[-1].error if job.attempts else None
-                reason = f"; the last error: {last.type}: {last.message}" if last else ""
-                error = JobError("attempts_used_up", f"{job.attempts_used} attempts failed{reason}")
-                return await self._end(job, State.ERRORED, error)
+            case Step.USED_UP | Step.KILLER:
+                return await self._end(job, State.ERRORED, _why_over(job, step, now))
             case Step.RUN:
                 message = "RUN is not handled here"
                 raise AssertionError(message)
             case _:
                 assert_never(step)
 
-    async def _run(  # noqa: C901, PLR0911, PLR0912 - one return per way it can go
-        self, job: Job, now: int
-    ) -> Disposition | Rest | Job:
+    async def _run(self, job: Job, now: int) -> Disposition | Rest | Job:
+        """Run a job beside the others of this worker, or apart from them if it has lost too many workers."""
+        most = life.most_in_flight(job)
+        if most is None:
+            return await self._run_with_memory(job, now, self._rules.waits.hold_ms)
+        async with self._suspects.turn(most):
+            return await self._run_with_memory(job, self._tools.clock.now(), HOLD_APART_MS)
+
+    async def _run_with_memory(self, job: Job, now: int, hold_ms: int) -> Disposition | Rest | Job:
+        """Run a job; one whose request is too large for the memory that is left waits, without a start time."""
+        with self._memory.grant() as grant:
+            outcome = await self._tried_to_start(job, now, hold_ms, grant)
+            if not isinstance(outcome, _NoMemory):
+                return outcome
+            self._memory_waits += 1
+            if not await grant.take(job.request_bytes, MEMORY_MS):
+                return PutBack(1_000 + self._spread(4_000))
+            # Those that wait for memory are not to wait for limits that are not theirs.
+            outcome = await self._tried_to_start(
+                job, self._tools.clock.now(), START_WITH_MEMORY_MS, grant
+            )
+            return job if isinstance(outcome, _NoMemory) else outcome
+
+    async def _tried_to_start(  # noqa: PLR0911 - one return per way it can go
+        self, job: Job, now: int, hold_ms: int, grant: Grant
+    ) -> Disposition | Rest | Job | _NoMemory:
         """Get a start time, wait for it, claim, call. A Job means: look again."""
         choice = await self._keys.claimants(job)
         if isinstance(choice, JobError):
@@ -378,15 +447,36 @@ class _Batch:
         if not choice:
             self._refills = False
             return PutBack(NO_KEY_DELAY_MS + self._spread(10_000), grows=True)
+        admitted = await self._admitted(job, [claimant for claimant, _ in choice], now, hold_ms)
+        if not isinstance(admitted, Admission):
+            return admitted
+        key = next(key for claimant, key in choice if claimant == admitted.claimant)
+        try:
+            claimed = await self._claimed_in_time(job, admitted, key, grant)
+        except Stale as stale:
+            self._limiter.settle(admitted, None)
+            return stale.current if isinstance(stale.current, Job) else DONE
+        except BaseException:
+            self._limiter.settle(admitted, None)
+            raise
+        if isinstance(claimed, _Claimed):
+            return await self._called(claimed, admitted, key, grant)
+        self._limiter.settle(admitted, None)
+        if isinstance(claimed, JobError):
+            return await self._end(job, State.ERRORED, claimed)
+        return claimed
+
+    async def _admitted(
+        self, job: Job, claimants: Sequence[Claimant], now: int, hold_ms: int
+    ) -> Admission | Disposition | Job:
+        """Get a start time for a job; a Job means: look again."""
         is_scout = job.job_id in self._scouts
-        hold_ms = SCOUT_MS if is_scout else self._rules.waits.hold_ms
+        hold_ms = min(SCOUT_MS, hold_ms) if is_scout else hold_ms
         latest = min(self._invocation.stop_at - self._window_needed(job), now + hold_ms)
         if latest < now:
             self._refills = False
             return PutBack(self._spread(1_000), leaves=True)
-        admitted = await self._limiter.admit(
-            [claimant for claimant, _ in choice], job.input_chars, job.max_tokens, latest
-        )
+        admitted = await self._limiter.admit(claimants, job.input_chars, job.max_tokens, latest)
         match admitted:
             case Again():
                 return job
@@ -395,45 +485,61 @@ class _Batch:
             case TooLarge(input_tokens=tokens, limit=limit):
                 return await self._end(job, State.ERRORED, _too_large(job, tokens, limit))
             case Admission():
-                pass
+                return admitted
             case _:
                 assert_never(admitted)
-        key = next(key for claimant, key in choice if claimant == admitted.claimant)
+
+    async def _called(
+        self, claimed: _Claimed, admitted: Admission, key: UpstreamKey, grant: Grant
+    ) -> Disposition | Rest | Job:
+        if claimed.is_first:
+            waited_ms = self._tools.clock.now() - claimed.job.created_at
+            self._events.count("StartDelaySeconds", waited_ms / 1000)
+        self._calls += 1
+        self._changed.set()
         try:
-            # Read before the claim: what fails here has used no attempt.
-            params = await self._requests.get(job.job_id)
-            if params is None:
-                self._limiter.settle(admitted, None)
-                error = JobError("request_lost", "the stored request is gone; submit the job again")
-                return await self._end(job, State.ERRORED, error)
-            if not await self._limiter.wait_for_start(admitted):
-                # Whatever took the start time back may have to do with the keys.
-                self._keys.look_anew()
-                self._limiter.settle(admitted, None)
+            return await Call(self._invocation, claimed.job, admitted, key, grant).make(
+                claimed.body
+            )
+        finally:
+            self._calls -= 1
+
+    async def _claimed_in_time(
+        self, job: Job, admitted: Admission, key: UpstreamKey, grant: Grant
+    ) -> _Claimed | JobError | Job | _NoMemory:
+        """Wait for the start time, read the request, claim. A Job means: look again."""
+        is_large = self._memory.wants(job.request_bytes) > 0
+        # A small request is read while its job waits; the memory of a large one is not to wait with it.
+        if is_large and not await self._may_start(admitted):
+            return job
+        if not grant.take_now(job.request_bytes):
+            return _NoMemory()
+        # Read before the claim: what fails here has used no attempt.
+        body = await self._requests.get(job.job_id, grant)
+        if body is None:
+            return JobError("request_lost", "the stored request is gone; submit the job again")
+        try:
+            if not is_large and not await self._may_start(admitted):
                 return job
             now = self._tools.clock.now()
             if life.next_step(
                 job, now, self._rules.policy.max_attempts
             ) is not Step.RUN or self._keys.is_rejected(key):
                 # Its deadline passed while it waited, or its key was rejected.
-                self._limiter.settle(admitted, None)
                 return job
-            claimed = await self._claim(job, now)
-        except Stale as stale:
-            self._limiter.settle(admitted, None)
-            current = stale.current
-            return current if isinstance(current, Job) else DONE
+            return _Claimed(await self._claim(job, now), body, job.started_at is None)
         except BaseException:
-            self._limiter.settle(admitted, None)
+            # An exception holds what was in hand where it was raised.
+            body.let_go()
             raise
-        if job.started_at is None:
-            self._events.count("StartDelaySeconds", (now - job.created_at) / 1000)
-        self._calls += 1
-        self._changed.set()
-        try:
-            return await Call(self._invocation, claimed, admitted, key).make(params.body)
-        finally:
-            self._calls -= 1
+
+    async def _may_start(self, admitted: Admission) -> bool:
+        """Wait for the start time; False when it was taken back."""
+        if await self._limiter.wait_for_start(admitted):
+            return True
+        # Whatever took it back may have to do with the keys.
+        self._keys.look_anew()
+        return False
 
     async def _later(self, job: Job, later: Later, *, is_scout: bool) -> Disposition | Job:
         """Give a job back that cannot start soon: to the queue, or out of it."""
@@ -462,7 +568,13 @@ class _Batch:
 
     async def _claim(self, job: Job, now: int) -> Job:
         """Take the lease; raises Stale when somebody else was quicker."""
-        claimed = life.claim(job, self._invocation.owner, now, now + life.LEASE_MS)
+        claimed = life.claim(
+            job,
+            self._invocation.owner,
+            now,
+            now + life.LEASE_MS,
+            alone=life.most_in_flight(job) == 1,
+        )
         for is_last in (False, True):
             try:
                 await self._tools.blocking(self._tools.jobs.replace, claimed, job.version)
@@ -547,20 +659,21 @@ class _Batch:
 
 
 class _Requests:
-    """Reads the stored requests of jobs that were admitted in the same moment at once."""
+    """Reads the stored requests of jobs that may start in the same moment at once."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._wanted: dict[str, asyncio.Future[Params | None]] = {}
 
-    async def get(self, job_id: str) -> Params | None:
-        """Return the request, None when it is gone."""
+    async def get(self, job_id: str, grant: Grant) -> Body | None:
+        """Return the request, None when it is gone. Its memory is given back when it is sent."""
         first = not self._wanted
         wanted = self._wanted.setdefault(job_id, asyncio.get_running_loop().create_future())
         if first:
             await self._tools.clock.sleep(0)
             await self._read()
-        return await wanted
+        params = await wanted
+        return None if params is None else Body(params.body, grant.sent)
 
     async def _read(self) -> None:
         wanted, self._wanted = self._wanted, {}
@@ -576,6 +689,16 @@ class _Requests:
 
 def _let_go(message: Received, done: Callable[[Received], object], _: object) -> None:
     done(message)
+
+
+def _why_over(job: Job, step: Step, now: int) -> JobError:
+    if step is Step.KILLER:
+        reason = f"{life.MOST_LOST_ALONE} workers died while each ran nothing but this job"
+        return JobError("worker_lost", f"{reason}; it is not tried again")
+    closed = life.without_loss(job, now)
+    last = closed.attempts[-1].error if closed.attempts else None
+    reason = f"; the last error: {last.type}: {last.message}" if last else ""
+    return JobError("attempts_used_up", f"{closed.attempts_used} attempts failed{reason}")
 
 
 def _too_large(job: Job, tokens: int, limit: int) -> JobError:

@@ -1,6 +1,6 @@
 """The Messages API through the official SDK, its own retries off: the queue owns every wait.
 
-The request goes up as it was sent to us (`extra_body`), and the answer is kept as it came.
+The request goes up as it was sent to us, and the answer is kept as it came (`claude_bodies`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ import anthropic
 import httpx2
 from anthropic import AsyncAnthropic, AsyncStream, DefaultAsyncHttpxClient, Omit
 
+from sluice.adapters.claude_bodies import (
+    EXCHANGE,
+    AnswerTooLarge,
+    Exchange,
+    on_request,
+    on_response,
+    parsed,
+)
 from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
-from sluice.domain.retries import Failure
+from sluice.domain.retries import ANSWER_TOO_LARGE, Failure
+from sluice.memory import BUDGET
 from sluice.ports import NO_HEADERS, Answer, CallRequest, Clock, Headers, Refused
 
 STREAM_FROM_TOKENS: Final = 8_192
@@ -92,11 +101,20 @@ class SdkClaude:
             async with asyncio.timeout(request.window_ms / 1000):
                 if request.early or request.max_tokens >= STREAM_FROM_TOKENS:
                     return await self._stream(line.client, request, partial)
-                return await self._ask(line.client, request)
+                return await self._ask(line.client, request, partial)
         except anthropic.APIStatusError as error:
             return self._refused(error, partial)
         except (anthropic.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL) as error:
             return Refused(_connection_lost(error, partial), partial.headers)
+        except AnswerTooLarge:
+            failure = Failure(
+                ANSWER_TOO_LARGE,
+                f"the answer is too large: more than {BUDGET.most_answer:,} bytes, or too many parts",
+                request_id=partial.request_id,
+                usage=partial.message.usage(),
+                may_be_billed=True,
+            )
+            return Refused(failure, partial.headers)
         except TimeoutError:
             failure = Failure(
                 "output_timeout",
@@ -109,8 +127,17 @@ class SdkClaude:
             )
             return Refused(failure, partial.headers)
         finally:
+            EXCHANGE.set(None)
+            request.body.let_go()
             if line is not None:
                 line.calls -= 1
+
+    @staticmethod
+    async def _counted(request: CallRequest, partial: _Partial) -> None:
+        """Wait for room for the Message so far; raises AnswerTooLarge."""
+        if partial.message.size > BUDGET.most_answer:
+            raise AnswerTooLarge
+        await request.room(partial.message.size)
 
     def _refused(self, error: anthropic.APIStatusError, partial: _Partial) -> Refused:
         headers = error.response.headers
@@ -138,7 +165,11 @@ class SdkClaude:
             api_key="set-per-call",
             max_retries=0,
             http_client=DefaultAsyncHttpxClient(
-                verify=self._tls, limits=httpx2.Limits(keepalive_expiry=IDLE_SECONDS)
+                verify=self._tls,
+                limits=httpx2.Limits(keepalive_expiry=IDLE_SECONDS),
+                # Another host is not to see key and prompt, and a body that is sent is not held for a second one.
+                follow_redirects=False,
+                event_hooks={"request": [on_request], "response": [on_response]},
             ),
         )
         lines.append(_Line(client))
@@ -155,29 +186,29 @@ class SdkClaude:
             headers["anthropic-beta"] = request.anthropic_beta
         seconds = request.window_ms / 1000
         read = min(SILENCE_SECONDS, seconds) if stream else seconds
-        body = json.loads(request.params)
-        body["model"] = request.model
-        body.pop("stream", None)
+        EXCHANGE.set(Exchange(request, stream=stream))
+        # The body is put in the place of the SDK's own on its way out.
         return {
             "model": request.model,
             "max_tokens": request.max_tokens,
             "messages": [],
             "extra_headers": headers,
-            "extra_body": body,
             "timeout": httpx2.Timeout(seconds, connect=5.0, read=read),
         }
 
-    async def _ask(self, client: AsyncAnthropic, request: CallRequest) -> Answer | Refused:
-        raw = await client.messages.with_raw_response.create(
+    async def _ask(
+        self, client: AsyncAnthropic, request: CallRequest, partial: _Partial
+    ) -> Answer | Refused:
+        call = client.messages.with_streaming_response.create(
             **self._arguments(request, stream=False)
         )
-        text = raw.http_response.text
-        partial = _Partial(
-            Growing(), limit_headers(raw.headers, self._clock.now()), raw.headers.get("request-id")
-        )
+        async with call as response:
+            partial.headers = limit_headers(response.headers, self._clock.now())
+            partial.request_id = response.headers.get("request-id")
+            text = await response.text()
         try:
-            message = json.loads(text)
-        except ValueError:
+            message = parsed(text)
+        except (ValueError, RecursionError):
             return _not_a_message(partial)
         return _answer(message, text, partial)
 
@@ -194,11 +225,12 @@ class SdkClaude:
             request.heard(partial.headers)
             async for event in AsyncStream.raw_events(response.http_response):
                 try:
-                    document = json.loads(event.data) if event.data else {}
+                    document: Any = parsed(event.data) if event.data else {}
                     if document.get("type") == "error":
                         return _said(document, 200, partial)
-                    partial.message.take(document)
-                except (ValueError, LookupError, TypeError, AttributeError):
+                    partial.message.take(document, len(event.data))
+                    await self._counted(request, partial)
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     return _not_a_message(partial)
         message = partial.message.document
         if message is None or message.get("stop_reason") is None:

@@ -23,11 +23,21 @@ class Growing:
     def __init__(self) -> None:
         self.document: dict[str, Any] | None = None
         """None until it has begun."""
+        self.size = 0
+        """About how many bytes it has as JSON."""
         self._inputs: dict[int, str] = {}
         self._chars = 0
 
-    def take(self, event: dict[str, Any]) -> None:
-        """Add one event; raises LookupError, TypeError or AttributeError when it does not fit."""
+    def take(self, event: dict[str, Any], size: int) -> None:
+        """Add one event of so many bytes; raises LookupError, TypeError or AttributeError when it does not fit."""
+        match event.get("type"):
+            case "content_block_delta":
+                # Most of a delta is its wrapping.
+                texts = [value for value in event["delta"].values() if isinstance(value, str)]
+                is_text = len(texts) == len(event["delta"])
+                self.size += sum(map(len, texts)) if is_text else size
+            case "message_start" | "content_block_start" | "message_delta":
+                self.size += size
         match event.get("type"):
             case "message_start":
                 self.document = {**event["message"], "content": list(event["message"]["content"])}

@@ -293,14 +293,14 @@ class DynamoParams:
                     if body is not None
                 }
         return {
-            name: Params(name, gzip.decompress(bodies[name]).decode(), item["request_hash"]["S"])
+            name: Params(name, gzip.decompress(bodies.pop(name)), item["request_hash"]["S"])
             for item in items
             if (name := item["job_id"]["S"]) in bodies
         }
 
 
 def _packed(params: Params) -> bytes:
-    return gzip.compress(params.body.encode(), compresslevel=6, mtime=0)
+    return gzip.compress(params.body, compresslevel=6, mtime=0)
 
 
 class DynamoLimits:

@@ -136,6 +136,7 @@ def decode(item: Item) -> Job:
         max_tokens=record.get("max_tokens", 0),
         anthropic_version=record.get("anthropic_version", ""),
         anthropic_beta=record.get("anthropic_beta"),
+        request_bytes=record.get("request_bytes", 0),
         deadline=record.get("deadline"),
         fallback_models=tuple(record.get("fallback_models", ())),
         metadata=record.get("metadata", {}),
@@ -215,4 +216,5 @@ def _attempt(value: dict[str, Any]) -> Attempt:
         request_id=value.get("request_id"),
         usage=_maybe(Usage, value.get("usage")),
         cost_micro_usd=value.get("cost_micro_usd"),
+        alone=value.get("alone", False),
     )

@@ -31,6 +31,18 @@ WATCH_MS: Final = 30 * 60_000
 WATCH_GRAIN_MS: Final = 15 * 60_000
 """Such times are rounded up to whole quarters of an hour, so that most writes of a job leave its index entry alone."""
 
+LOSSES_TO_SUSPECT: Final = 3
+"""A job that has lost so many workers may be what kills them: from then on it runs with few others, at first.
+
+Not sooner: deploys, timeouts and broken machines lose dozens of jobs at once, and those must not wait for one another.
+"""
+
+FEW: Final = 8
+"""A suspect's first try apart: at most so many in flight in its worker, itself included. After that it runs alone."""
+
+MOST_LOST_ALONE: Final = 3
+"""A job that loses so many workers while it runs alone ends `errored`: nobody else can have killed them."""
+
 SCHEMA_VERSION: Final = 1
 """Of the stored record and of the queue message."""
 
@@ -115,7 +127,8 @@ CHANGES: Final[Mapping[Change, Rule]] = {
     ),
     Change.TAKE_OVER: Rule(
         (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
-        "the same, after the lease of a worker that died ran out: its attempt is closed as lost",
+        "the same, after the lease of a worker that died ran out: its attempt is closed as lost, and given back unless "
+        "it ran alone",
     ),
     Change.RENEW: Rule(
         (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.WRITER,
@@ -163,7 +176,8 @@ CHANGES: Final[Mapping[Change, Rule]] = {
     ),
     Change.FAIL: Rule(
         _WAITING, State.ERRORED, (Party.WORKER, Party.DEAD_LETTERS), Hold.NOBODY,
-        "attempts used up, no key allowed, too large for the limit, or its message is a dead letter",
+        "attempts used up, workers lost to it alone, no key allowed, too large for the limit, or its message is a dead "
+        "letter",
     ),
     Change.REDRIVE: Rule(
         (State.ERRORED,), State.QUEUED, (Party.OPERATOR,), Hold.NOBODY,
@@ -207,7 +221,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One leased try. Counted when the lease is taken, so that a crash counts; taken back by a snooze."""
+    """One leased try. Counted when the lease is taken; taken back by a snooze, and by a loss that was not its own."""
 
     number: int
     model: str
@@ -218,6 +232,8 @@ class Attempt:
     request_id: str | None = None
     usage: Usage | None = None
     cost_micro_usd: int | None = None
+    alone: bool = False
+    """The worker had nothing else in flight: if it dies, it was this job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +284,8 @@ class Job:
     max_tokens: int
     anthropic_version: str
     anthropic_beta: str | None = None
+    request_bytes: int = 0
+    """Of the stored request, uncompressed: a worker reserves memory by it before it reads the request. 0: unknown."""
     lane: str = "live"
     custom_id: str | None = None
     deadline: int | None = None
@@ -315,6 +333,38 @@ def open_attempt(job: Job) -> Attempt | None:
     return None
 
 
+def losses(job: Job) -> int:
+    """Return how many workers a job has lost that nobody has leased now: since its redrive, if there was one."""
+    since = job.redrives[-1].at if job.redrives else 0
+    return sum(
+        attempt.outcome in {None, AttemptOutcome.LOST}
+        for attempt in job.attempts
+        if attempt.at >= since
+    )
+
+
+def most_in_flight(job: Job) -> int | None:
+    """Return with how many calls in flight, its own included, a worker may call for this job; None: any number."""
+    lost = losses(job)
+    if lost < LOSSES_TO_SUSPECT:
+        return None
+    return FEW if lost == LOSSES_TO_SUSPECT else 1
+
+
+def without_loss(job: Job, now: int) -> Job:
+    """Close the attempt of a worker that died; it is given back unless the job ran alone, as neighbors are innocent."""
+    attempt = open_attempt(job)
+    if attempt is None:
+        return job
+    error = JobError("worker_lost", "the worker died during the call, which may have been billed")
+    lost = replace(attempt, ended_at=now, outcome=AttemptOutcome.LOST, error=error)
+    return replace(
+        job,
+        attempts=(*job.attempts[:-1], lost),
+        attempts_used=job.attempts_used - (not attempt.alone),
+    )
+
+
 class Step(StrEnum):
     """What a worker that received the job's message may do with it."""
 
@@ -328,6 +378,8 @@ class Step(StrEnum):
     EXPIRE = "expire"
     CANCEL = "cancel"
     USED_UP = "used_up"
+    KILLER = "killer"
+    """No worker survives it."""
 
 
 class DueFor(StrEnum):
@@ -383,24 +435,27 @@ def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 -
         return Step.CANCEL
     if job.deadline is not None and job.deadline <= now:
         return Step.EXPIRE
-    if job.attempts_used >= max_attempts:
+    closed = without_loss(job, now)
+    if _lost_alone(closed) >= MOST_LOST_ALONE:
+        return Step.KILLER
+    if closed.attempts_used >= max_attempts:
         return Step.USED_UP
     if job.not_before is not None and job.not_before > now:
         return Step.EARLY
     return Step.RUN
 
 
-def claim(job: Job, owner: str, now: int, lease_until: int) -> Job:
+def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = False) -> Job:
     """Take the lease: `queued` becomes `running`; a lease that ran out is taken over, its attempt closed as lost."""
-    attempts = _close_lost(job, now)
-    number = (attempts[-1].number if attempts else 0) + 1
+    before = without_loss(job, now)
+    number = (before.attempts[-1].number if before.attempts else 0) + 1
     return _changed(
-        job,
+        before,
         Change.TAKE_OVER if job.state is State.RUNNING else Change.CLAIM,
         now=now,
         lease=Lease(owner, lease_until),
-        attempts_used=job.attempts_used + 1,
-        attempts=(*attempts, Attempt(number, job.current_model, now)),
+        attempts_used=before.attempts_used + 1,
+        attempts=(*before.attempts, Attempt(number, job.current_model, now, alone=alone)),
         started_at=job.started_at or now,
         not_before=None,
     )
@@ -430,11 +485,10 @@ def snooze(  # noqa: PLR0913 - the facts of one wait
 def park(job: Job, now: int, *, reason: str, not_before: int) -> Job:
     """Take a job that nobody runs out of the queue until a time: its message goes, the sweep will send another one."""
     return _changed(
-        job,
+        without_loss(job, now),
         Change.PARK,
         now=now,
         lease=None,
-        attempts=_close_lost(job, now),
         not_before=not_before,
         last_snooze=Snooze(now, reason),
     )
@@ -544,7 +598,8 @@ def cancel_running(
 
 def finish_waiting(job: Job, state: State, now: int, error: JobError | None = None) -> Job:
     """End a job that no worker holds: canceled, expired, out of attempts, or found as a dead letter."""
-    return _finished(job, ENDINGS[state], now, attempts=_close_lost(job, now), error=error)
+    before = without_loss(job, now)
+    return _finished(before, ENDINGS[state], now, attempts=before.attempts, error=error)
 
 
 def why_not_redriven(job: Job, now: int) -> str | None:
@@ -639,14 +694,13 @@ def _closed(  # noqa: PLR0913, PLR0917 - private, the facts of one attempt
     return (*job.attempts[:-1], *closed)
 
 
-def _close_lost(job: Job, now: int) -> tuple[Attempt, ...]:
-    attempt = open_attempt(job)
-    if attempt is None:
-        return job.attempts
-    before = job.attempts[:-1]
-    error = JobError("worker_lost", "the worker died during the call, which may have been billed")
-    lost = replace(attempt, ended_at=now, outcome=AttemptOutcome.LOST, error=error)
-    return (*before, lost)
+def _lost_alone(job: Job) -> int:
+    since = job.redrives[-1].at if job.redrives else 0
+    return sum(
+        attempt.outcome is AttemptOutcome.LOST and attempt.alone
+        for attempt in job.attempts
+        if attempt.at >= since
+    )
 
 
 def _finished(  # noqa: PLR0913 - private, what a final state sets

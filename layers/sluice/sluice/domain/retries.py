@@ -52,6 +52,10 @@ class Failure:
         return JobError(self.type, self.message, self.status)
 
 
+ANSWER_TOO_LARGE: Final = "answer_too_large"
+"""The type of a failure: upstream sent more than is read of an answer. It would again, and bill it again."""
+
+
 class Effect(StrEnum):
     """What a failure says about more than this one job."""
 
@@ -184,6 +188,8 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REJECT_KEY)
     if status == 403:  # noqa: PLR2004 - HTTP
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REFUSED_TO_KEY)
+    if failure.type == ANSWER_TOO_LARGE:
+        return Verdict(GiveUp())
     timed_out = failure.type == "output_timeout"
     if timed_out and failure.had_full_window:
         return Verdict(GiveUp())

@@ -1,0 +1,69 @@
+"""Jobs that may be what kills workers, kept apart from the other jobs of this worker.
+
+A job that has lost several workers is a suspect, and so is everything that was in flight beside it. Suspects wait until
+the worker has nothing else in hand. Then a few run side by side, and those that lost a worker even so run alone: who
+dies with its worker then is guilty, and nobody else's job is called in vain. See
+docs/decisions/0026-suspects-run-apart.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+REFILL_MS: Final = 30_000
+"""How long a worker goes on taking other messages when it has a suspect in hand."""
+
+
+@dataclass(eq=False, slots=True)
+class _Suspect:
+    most: int
+    """In flight, itself included."""
+    may_run: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Suspects:
+    """One invocation's."""
+
+    def __init__(self, now: Callable[[], int], in_hand: Callable[[], int]) -> None:
+        """`in_hand`: how many jobs the invocation has, or is about to have; suspects included."""
+        self._now = now
+        self._in_hand = in_hand
+        self._waiting: deque[_Suspect] = deque()
+        self._running: list[_Suspect] = []
+        self._since = 0
+
+    @property
+    def refill_until(self) -> int | None:
+        """Until when more messages may be taken; None without a suspect. 0 while one runs."""
+        if self._running:
+            return 0
+        return self._since + REFILL_MS if self._waiting else None
+
+    @asynccontextmanager
+    async def turn(self, most: int) -> AsyncIterator[None]:
+        """Wait until nothing else is in hand, and no more than `most` suspects run."""
+        suspect = _Suspect(most)
+        if not self._waiting and not self._running:
+            self._since = self._now()
+        self._waiting.append(suspect)
+        self.look()
+        try:
+            await suspect.may_run.wait()
+            yield
+        finally:
+            (self._running if suspect in self._running else self._waiting).remove(suspect)
+            self.look()
+
+    def look(self) -> None:
+        """Let suspects run that may: in the order they came."""
+        while self._waiting and self._in_hand() == len(self._waiting) + len(self._running):
+            first = self._waiting[0]
+            if len(self._running) + 1 > min(each.most for each in (first, *self._running)):
+                return
+            self._running.append(self._waiting.popleft())
+            first.may_run.set()
