@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
+from scripts.local_doors import LocalHandler
+
 HOST: Final = "127.0.0.1"
 EVENT_CHARACTERS: Final = 8_000
 """Of text in one event of a streamed answer."""
@@ -72,7 +74,7 @@ def servers() -> Iterator[tuple[Servers, str]]:
 
 
 def _handler(made: Servers) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(LocalHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:

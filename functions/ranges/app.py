@@ -23,8 +23,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     before = wiring.aws_calls()
     try:
         for each in batch_messages(event["Records"]):
-            # A range that nobody can mean is one that no batch has: the use case buries it.
-            pointer = RangePointer(each.message, each.batch_id or "", each.range or 0)
+            pointer = RangePointer(each.message, each.batch_id, each.range)
             run = wiring.run_range()(pointer, stop_at, owner=context.aws_request_id)
             if not _loop.run_until_complete(run):
                 failures.append({"itemIdentifier": each.message.message_id})

@@ -187,7 +187,7 @@ def test_a_file_that_is_missing_when_its_rows_are_to_run(stack: Stack) -> None:
         )
     )
 
-    assert 0 == shown["counts"]["succeeded"], shown
+    assert 0 == shown["rows"]["succeeded"], shown
 
 
 def test_an_upload_that_is_given_up_is_forgotten(stack: Stack) -> None:

@@ -522,6 +522,21 @@ def test_a_message_for_no_range_is_buried(make: Make, number: int) -> None:
     assert ["no such range"] == [reason for _, reason in bulk.queues.buried]
 
 
+@pytest.mark.parametrize("named", [(None, None), (None, 0), ("msgbatch_of_another_kind", None)])
+def test_a_message_that_is_not_ours_is_buried_unread(
+    make: Make, named: tuple[str | None, int | None]
+) -> None:
+    """DynamoDB refuses an empty key as a fault of the caller's; range 0 is not what such a message means either."""
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.gateway.journal.clear()
+
+    assert bulk.time.run(bulk.invoke(pointer=RangePointer(Received("stray", "", "", None), *named)))
+
+    assert ["not a message of Sluice's"] == [reason for _, reason in bulk.queues.buried]
+    assert not bulk.claude.calls
+
+
 def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
     """Before its batch ended the section is counted once; afterwards nothing is left to do."""
     bulk = make()

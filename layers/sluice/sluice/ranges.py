@@ -85,11 +85,11 @@ LAST_MS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class RangePointer:
-    """What a message of the ranges queue names."""
+    """What a message of the ranges queue names; None where it names nothing of ours."""
 
     message: Received
-    batch_id: str
-    number: int
+    batch_id: str | None
+    number: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +121,14 @@ class RunRange:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
-        batch = await self.tools.blocking(self.tools.batches.get, pointer.batch_id)
-        plan = batch.plan if batch else None
-        if batch is None or plan is None or pointer.number >= plan.ranges:
-            await self.tools.blocking(self.tools.returns.bury, pointer.message, "no such range")
+        named = await self._named(pointer)
+        if isinstance(named, str):
+            await self.tools.blocking(self.tools.returns.bury, pointer.message, named)
             return True
+        batch, number = named
         if batch.phase is life.Phase.ENDED:
             return True
-        state = await self.tools.blocking(self.tools.batches.range_state, batch, pointer.number)
+        state = await self.tools.blocking(self.tools.batches.range_state, batch, number)
         if state.done:
             await self.report(batch, state.number)
             return True
@@ -153,6 +153,16 @@ class RunRange:
             )
         run = _Run(self, batch, claimed, pointer, owner, stop_at - LAST_MS)
         return await run.go(again=was_lost)
+
+    async def _named(self, pointer: RangePointer) -> tuple[Batch, int] | str:
+        """Return the range that a message names, or why it names none."""
+        number = pointer.number
+        if pointer.batch_id is None or number is None:
+            return "not a message of Sluice's"
+        batch = await self.tools.blocking(self.tools.batches.get, pointer.batch_id)
+        if batch is None or batch.plan is None or number >= batch.plan.ranges:
+            return "no such range"
+        return batch, number
 
     # For a run of it -------------------------------------------------------------------------------------------
 
