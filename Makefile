@@ -67,7 +67,8 @@ acceptance: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## what the README promises, fro
 	.venv/bin/pytest tests/acceptance
 
 record-calls: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## after a change of AWS calls: which ones functions make, for the tests to compare
-	.venv/bin/pytest tests/integration tests/acceptance --record-calls
+	.venv/bin/pytest --numprocesses $(WORKERS_OF_TESTS) --dist loadfile \
+		tests/integration tests/acceptance --record-calls
 
 SEEDS ?= 20000
 FIRST_SEED ?= 1

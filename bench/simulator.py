@@ -100,7 +100,7 @@ async def load(
     """Send the load and return the answers by status."""
     host, _, port = url.removeprefix("http://").partition(":")
     head = (
-        f"POST /v1/messages HTTP/1.1\r\nhost: {host}\r\nx-api-key: {KEY}\r\n"
+        f"POST /v1/messages HTTP/1.1\r\nhost: {host}:{port}\r\nx-api-key: {KEY}\r\n"
         "anthropic-version: 2026-10-21\r\ncontent-type: application/json\r\ncontent-length: "
     ).encode()
     text = "Summarise in one sentence what a lock keeper does all day. " * 8

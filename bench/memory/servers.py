@@ -77,7 +77,7 @@ def _handler(made: Servers) -> type[BaseHTTPRequestHandler]:
     class Handler(LocalHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:
+        def do_POST(self) -> None:  # noqa: N802 - its name
             body = self.rfile.read(int(self.headers["content-length"]))
             made.count(self.path)
             if self.path == WEBHOOK:
@@ -92,7 +92,7 @@ def _handler(made: Servers) -> type[BaseHTTPRequestHandler]:
                 message = {**_message(), "content": content, "stop_reason": "end_turn"}
                 self._send("application/json", json.dumps(message, ensure_ascii=False).encode())
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 - its name
             self._send("application/json", b'{"data": [], "has_more": false}')
 
         def _send(self, kind: str, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from sluice import wiring
 from sluice.adapters import sqs
+from sluice.settings import MAPPINGS
 from tests.expanded_template import template
 from tests.moto_aws import in_memory
 
@@ -137,10 +139,10 @@ def invoked_by(function: str) -> set[str]:
 def _deployed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with in_memory() as cloud:
         mappings = {
-            "SLUICE_WORKER_MAPPING": "jobs",
+            "SLUICE_MAPPINGS": json.dumps(dict.fromkeys(MAPPINGS, "uuid")),
             "SLUICE_MAX_CONCURRENCY": "10",
-            "SLUICE_RANGES_MAPPING": "ranges",
             "SLUICE_BULK_CONCURRENCY": "4",
+            "SLUICE_LAMBDA_CONCURRENCY": "0",
         }
         for name, value in (cloud.environment() | mappings).items():
             monkeypatch.setenv(name, value)
