@@ -60,7 +60,14 @@ OTHERWISE_NAMED: Final = {
     "sqs:SendMessageBatch": "sqs:SendMessage",
 }
 
-GRANTED_ALL_THE_SAME: Final[Mapping[tuple[str, str, str], str]] = {}
+_AFTER_A_FAILED_WRITE: Final = (
+    "Clears an upload whose writing failed; its parts are invisible and paid for."
+)
+GRANTED_ALL_THE_SAME: Final[Mapping[tuple[str, str, str], str]] = {
+    ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/out/*"): _AFTER_A_FAILED_WRITE,
+    ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
+    ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
+}
 """Grants that no recorded call uses, as function, action and resource, each with its reason."""
 
 

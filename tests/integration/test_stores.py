@@ -165,6 +165,7 @@ JOBS = st.builds(
     anthropic_version=WORD,
     anthropic_beta=maybe(WORD),
     lane=st.just("live"),
+    request_bytes=st.integers(0, 8 * 1024 * 1024),
     custom_id=maybe(WORD),
     deadline=maybe(TIME),
     fallback_models=FALLBACKS,
