@@ -191,7 +191,9 @@ def test_every_alarm_has_an_entry_that_says_what_to_do_and_no_other_has() -> Non
 def test_an_entry_says_what_it_means_where_to_look_and_what_to_do(alarm: str) -> None:
     entry = section(RUNBOOK, f"### {alarm}")
 
-    assert [part for part in ("**Means.**", "**Look at.**", "**Do.**") if part not in entry] == []
+    assert [
+        part for part in ("**Meaning.**", "**Check.**", "**Action.**") if part not in entry
+    ] == []
 
 
 @pytest.mark.parametrize("metric", sorted(METRIC_NAMES))
