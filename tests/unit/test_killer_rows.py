@@ -180,6 +180,55 @@ async def first_losses(bulk: Bulk) -> None:
     await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
 
 
+def lost(bulk: Bulk, *suspects: int, losses: int = LOSSES_UNTIL_ALONE) -> None:
+    """Record the range as one whose worker was lost, with these rows in flight."""
+    lines = bulk.objects.stored[bulk.batch.input_key].splitlines(keepends=True)
+    offsets = tuple(sum(map(len, lines[:number])) for number in suspects)
+    bulk.batches.ranges[bulk.batch.batch_id, 0] = RangeState(
+        bulk.batch.batch_id, 0, "acme", version=7, losses=losses, suspects=offsets
+    )
+
+
+def test_suspects_run_first_and_all_others_at_once_after_them(make: Make) -> None:
+    bulk = make(latency_ms=2_000)
+    lost(bulk, 30, 31)
+
+    bulk.drain()
+
+    in_order = [number_in(bytes(call.request.body.data)) for call in bulk.claude.calls]
+    assert [30, 31, 0, 1] == in_order[:4]
+    assert bulk.claude.most_in_flight > 16
+
+
+def test_rows_that_run_one_at_a_time_do_not_wait_to_be_saved(make: Make) -> None:
+    bulk = make(rows=20, latency_ms=500)
+    lost(bulk)
+
+    bulk.drain()
+
+    assert 1 == bulk.claude.most_in_flight
+    assert bulk.time.now() - NOON < 20 * 1_000
+
+
+def test_a_row_that_waits_after_its_call_is_not_blamed_for_a_death(make: Make) -> None:
+    bulk = make(rows=1, latency_ms=500)
+    bulk.claude.when = lambda _: refused(429, "rate_limit_error", retry_after_ms=50_000)
+    lost(bulk)
+
+    async def story() -> None:
+        task = asyncio.create_task(bulk.invoke())
+        await asyncio.sleep(20)
+        await bulk.kill(task)
+        await asyncio.sleep(60)
+
+    bulk.time.run(story())
+    (state,) = bulk.batches.ranges.values()
+    after = life.claim_range(state, "next", bulk.time.now(), bulk.time.now() + 1)
+
+    assert 1 == len(bulk.claude.calls)
+    assert () == after.blamed
+
+
 @pytest.mark.parametrize("losses", [1, 4])
 def test_a_range_that_lost_workers_with_the_version_before_goes_on(make: Make, losses: int) -> None:
     """The version before recorded no rows in flight, and counted up to four workers."""
