@@ -54,6 +54,21 @@ def calls(bulk: Bulk) -> Counter[int]:
     return Counter(number_in(bytes(call.request.body.data)) for call in bulk.claude.calls)
 
 
+def lost(bulk: Bulk, *suspects: int, blamed: tuple[int, ...] = ()) -> None:
+    """Record the range as one that lost three workers, the last with these rows in flight."""
+    lines = bulk.objects.stored[bulk.batch.input_key].splitlines(keepends=True)
+    offset_of = [sum(map(len, lines[:number])) for number in range(len(lines))]
+    bulk.batches.ranges[bulk.batch.batch_id, 0] = RangeState(
+        bulk.batch.batch_id,
+        0,
+        "acme",
+        version=7,
+        losses=LOSSES_UNTIL_ALONE,
+        suspects=tuple(offset_of[number] for number in suspects),
+        blamed=tuple(offset_of[number] for number in blamed),
+    )
+
+
 STORIES = [
     pytest.param(Deaths({0}), id="the first row"),
     pytest.param(Deaths({23}), id="a row in the middle"),
@@ -105,6 +120,28 @@ def test_no_call_of_another_row_is_lost_once_rows_run_one_at_a_time(make: Make) 
     # Lost with each of the first three workers, then called alone, and saved before the killer began.
     assert {LOSSES_UNTIL_ALONE + 1} == {called[number] for number in range(3)}
     assert LOSSES_UNTIL_ALONE == max(called[number] for number in range(4, ROWS))
+
+
+def test_the_ledger_names_the_calls_of_a_killer_once(make: Make) -> None:
+    bulk = make(latency_ms=2_000)
+    bulk.drain_with(Deaths({3, 70}))
+
+    rows = [row for row in bulk.ledger.rows.values() if row.outcome == "worker_lost"]
+
+    assert [False, False] == [row.certain for row in rows]
+    assert 2 == len({row.job_id for row in rows})
+
+
+def test_a_ledger_that_is_busy_delays_the_end_of_a_killer(make: Make) -> None:
+    bulk = make(rows=3, latency_ms=2_000)
+    lost(bulk, blamed=(0, 0, 0))
+    bulk.ledger.fail_next("record", 2)
+
+    bulk.drain()
+
+    assert {"errored": {0}, "succeeded": {1, 2}} == by_end(bulk)
+    assert "range not read" in bulk.events.problem_names
+    assert 1 == sum(row.outcome == "worker_lost" for row in bulk.ledger.rows.values())
 
 
 def test_a_killer_is_found_though_rows_wait_for_longer_than_an_invocation(make: Make) -> None:
@@ -178,15 +215,6 @@ async def first_losses(bulk: Bulk) -> None:
     due = bulk.queues.next_visible()
     assert due is not None
     await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
-
-
-def lost(bulk: Bulk, *suspects: int, losses: int = LOSSES_UNTIL_ALONE) -> None:
-    """Record the range as one whose worker was lost, with these rows in flight."""
-    lines = bulk.objects.stored[bulk.batch.input_key].splitlines(keepends=True)
-    offsets = tuple(sum(map(len, lines[:number])) for number in suspects)
-    bulk.batches.ranges[bulk.batch.batch_id, 0] = RangeState(
-        bulk.batch.batch_id, 0, "acme", version=7, losses=losses, suspects=offsets
-    )
 
 
 def test_suspects_run_first_and_all_others_at_once_after_them(make: Make) -> None:

@@ -19,7 +19,7 @@ from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import RangeState
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
+from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
 from sluice.domain.rows import Line, Row, job_record, read_row
 from sluice.ports import CallBooks, Clock, Params, Received
 from sluice.submit import request_body
@@ -191,6 +191,31 @@ class Desk:
             for seat in waiting:
                 self._set(seat, jobs_life.request_cancel(seat.job, now))
             return sum(seat.ended is not None for seat in waiting)
+
+    def account_for_lost(self, offsets: Collection[int]) -> None:
+        """Have the ledger name the calls of rows that are to be given up; again is the same."""
+        day = utc_day(self._clock.now())
+        self._ledger.record(
+            [
+                LedgerRow(
+                    tenant=seat.job.tenant,
+                    day=day,
+                    call_id=f"{seat.job.job_id}#lost",
+                    job_id=seat.job.job_id,
+                    model=seat.job.current_model,
+                    lane=seat.job.lane,
+                    organization=None,
+                    key_id="",
+                    request_id=None,
+                    outcome="worker_lost",
+                    spend=Spend.of_call(Usage(), 0),
+                    certain=False,
+                    note="workers died during calls of this row",
+                )
+                for seat in self.unfinished()
+                if seat.line.offset in offsets
+            ]
+        )
 
     def give_up(self, offsets: Collection[int], error: JobError) -> list[Job]:
         """End rows that nobody runs as errored, and return their jobs."""

@@ -462,6 +462,8 @@ class _Run:
         # In a batch's results the type of an error is one of Anthropic's: the message names ours.
         reason = f"{life.MOST_LOST_ALONE} workers died while each ran nothing but this row"
         error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
+        # Before they end: no later call of theirs will say that these may be billed.
+        await self._read(partial(self._desk.account_for_lost, killers))
         for job in self._desk.give_up(killers, error):
             tell_end(self._tools.events, job)
 
