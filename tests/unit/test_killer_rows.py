@@ -99,8 +99,8 @@ def test_only_a_row_that_kills_its_workers_ends_errored(
     killers = set(deaths.killers)
     assert {"errored": killers, "succeeded": set(range(ROWS)) - killers} == by_end(bulk)
     ordinary = len(deaths.ordinary)
-    # An ordinary death may be one more step of the search for the killer, or undo the steps so far.
-    assert died <= len(killers) * WORKERS + ordinary * WORKERS
+    # An ordinary death may restart the search.
+    assert died <= len(killers) * WORKERS + ordinary * (1 + LOSSES_UNTIL_ALONE)
     called = calls(bulk)
     again = sum(called[number] - 1 for number in set(range(ROWS)) - killers)
     assert again <= (len(killers) + ordinary) * REPEATED
