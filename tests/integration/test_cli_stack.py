@@ -429,7 +429,7 @@ def test_dead_letters_are_listed_with_what_their_jobs_are_now(run: Run) -> None:
         "letter-1": ("errored", True, None),
         "letter-2": ("errored", True, None),
         "letter-3": ("queued", False, "it is queued"),
-        "letter-x": (None, False, "it is no message of Sluice's"),
+        "letter-x": (None, False, "not a Sluice message"),
     } == {row["letter"]: (row["state"], row["redrivable"], row["hindrance"]) for row in rows}
     assert "letter-x" in table.out
     assert "letter-1" not in table.out

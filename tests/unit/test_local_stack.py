@@ -63,8 +63,11 @@ def test_only_keys_without_a_base_url_are_sent_to_the_given_claude() -> None:
         ('{"key": []}', 'must be {"keys": ['),
         ('{"keys": {}}', 'must be {"keys": ['),
         ('{"keys": []}', "has no keys"),
-        ('{"keys": ["sk-ant-test-1"]}', "key 1 of the pool is not an object"),
-        ('{"keys": [{"api_key": "sk-ant-test-1", "weight": -1}]}', "weight must be a whole number"),
+        ('{"keys": ["sk-ant-test-1"]}', "key 1 of the pool is not a JSON object"),
+        (
+            '{"keys": [{"api_key": "sk-ant-test-1", "weight": -1}]}',
+            "weight must be an integer of at least 1",
+        ),
         ('{"keys": [{"api_key": "sk-ant-test-1", "foo": 1}]}', "unknown fields: foo"),
         (
             '{"keys": [{"id": "a", "api_key": "sk-ant-test-1"}, {"id": "b"}]}',
