@@ -98,13 +98,13 @@ class Bucket:
             reason = f"HTTP {answer.status_code}"
             if answer.status_code < 500:  # noqa: PLR2004 - the same again would be refused again
                 break
-        raise CommandFailed(f"the bucket did not take a part of the file ({reason})")
+        raise CommandFailed(f"S3 did not accept a part of the file ({reason}); upload it again")
 
     def download(self, url: str) -> Iterator[bytes]:
         """Yields a file of the bucket, piece by piece."""
         with self.http.stream("GET", url) as answer:
             if not answer.is_success:
-                raise CommandFailed(f"the bucket answers HTTP {answer.status_code}")
+                raise CommandFailed(f"cannot download from S3: HTTP {answer.status_code}")
             yield from answer.iter_bytes()
 
 

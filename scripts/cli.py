@@ -1,5 +1,5 @@
-"""The command line: `sluice`. A client of the HTTP API; `setup`, `keys` and `dead-letters` speak to AWS instead."""
-# ruff: noqa: PLC0415 - what only some commands need is loaded by them, so that --help stays quick
+"""The command line: `sluice`. A client of the HTTP API; `setup`, `keys` and `dead-letters` call AWS instead."""
+# ruff: noqa: PLC0415 - a command imports its own dependencies, so that --help stays fast
 
 import sys
 import uuid
@@ -43,14 +43,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Sluice: a job gateway for Claude in your own AWS account.\n\n"
-        "Set SLUICE_URL to the gateway's address and SLUICE_KEY to your client key, or name a file with "
+        "Set SLUICE_URL to the gateway's URL and SLUICE_KEY to your client key, or pass "
         "--key-file. "
-        "Answers go to standard output, everything else to standard error. "
-        "The exit code is 0 when all went well, 1 when something failed, 2 for a wrong command "
-        "line."
+        "Results go to standard output, messages to standard error. "
+        "Exit codes: 0 success, 1 failure, 2 invalid command line."
     ),
 )
-local_app = typer.Typer(no_args_is_help=True, help="The whole of Sluice on this machine.")
+local_app = typer.Typer(no_args_is_help=True, help="Run Sluice on this machine.")
 
 JobState = Literal["queued", "running", "succeeded", "errored", "canceled", "expired"]
 FinalState = Literal["succeeded", "errored", "canceled", "expired"]
@@ -64,34 +63,40 @@ def submit(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path | None,
         typer.Argument(
-            help='Jobs, one JSON object per line: {"params": {...}, "custom_id": ...}, '
-            "as in Anthropic's batches. A single - reads standard input.",
+            help='JSON Lines file with one job per line: {"params": {...}, "custom_id": ...}, '
+            "the format of Anthropic's Message Batches. Use - for standard input.",
             allow_dash=True,
         ),
     ] = None,
     *,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="One job with this text, in place of FILE.")
+        str | None,
+        typer.Option("--prompt", help="Submit one job with this prompt instead of FILE."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help=f"With --prompt. Default: {DEFAULT_MODEL}.")
+        str | None,
+        typer.Option("--model", help=f"With --prompt: the model. Default: {DEFAULT_MODEL}."),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", min=1, help=f"With --prompt. Default: {DEFAULT_MAX_TOKENS}."),
+        typer.Option(
+            "--max-tokens",
+            min=1,
+            help=f"With --prompt: the maximum output tokens. Default: {DEFAULT_MAX_TOKENS}.",
+        ),
     ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="With --prompt: the system prompt.")
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Show progress until every job is done.")
+        bool, typer.Option("--wait", help="Wait until every job has ended and show progress.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="With --wait: write results here as JSON lines, each as soon as it is there. "
-            "A single - is standard output.",
+            help="With --wait: write each result to this file as a JSON line when its job ends. "
+            "Use - for standard output.",
             allow_dash=True,
         ),
     ] = None,
@@ -99,20 +104,24 @@ def submit(  # noqa: PLR0913 - a command line has options
     fallback_model: FallbackModels = None,
     metadata: Annotated[
         list[str] | None,
-        typer.Option("--metadata", help="name=value, kept with the jobs. May be repeated."),
+        typer.Option(
+            "--metadata", help="Metadata to store with the jobs, as name=value. Repeatable."
+        ),
     ] = None,
     webhook: Webhook = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option(
             "--idempotency-key",
-            help="Name of this run. The same file sent again under the same name makes no second "
-            "jobs: it finds the first ones. Default: a new name each time.",
+            help="Idempotency key. Resending the file with the same key returns the existing jobs. "
+            "Default: a new key for each run.",
         ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print accepted and rejected jobs (with --wait: results)."),
+        typer.Option(
+            "--json", help="Print accepted and rejected jobs as JSON (with --wait: results)."
+        ),
     ] = False,
     url: Url = None,
     key: Key = None,
@@ -120,17 +129,17 @@ def submit(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Submit jobs from a file, or one job from --prompt.
 
-    Prints the job ids. --deadline, --fallback-model, --metadata and --webhook are for jobs that bring
-    none of their own. Lines that are no job and jobs the gateway rejects are reported with their line
-    number after all others were sent; the exit code is then 1, as it is when --wait ends with a job
-    that did not succeed.
+    Prints the job IDs. --deadline, --fallback-model, --metadata and --webhook apply to jobs that do not
+    set their own. Invalid lines and rejected jobs are reported with their line numbers after all other
+    jobs are sent. The exit code is 1 if a line is invalid, a job is rejected or, with --wait, a job does
+    not succeed.
     """
     from scripts.submission import deadline_at
     from scripts.submit_run import Submission, prompt_line
 
     _check_source(file, prompt, key_file, prompt_only=bool(model or max_tokens or system))
     if out is not None and not wait:
-        raise typer.BadParameter("--out goes with --wait")
+        raise typer.BadParameter("--out requires --wait")
     defaults: dict[str, object] = {}
     if deadline:
         defaults["deadline"] = deadline_at(deadline, datetime.now(UTC))
@@ -157,7 +166,7 @@ def submit(  # noqa: PLR0913 - a command line has options
                     prompt, model or DEFAULT_MODEL, max_tokens or DEFAULT_MAX_TOKENS, system
                 )
             ]
-        # Opened before anything is sent: a path that cannot be written is found in time.
+        # Opened before anything is sent, so that an unwritable path fails early.
         sink = cleanup.enter_context(terminal.written_to(out)) if out else None
         good = submission.run(gateway, lines, sink)
     if not good:
@@ -166,14 +175,14 @@ def submit(  # noqa: PLR0913 - a command line has options
 
 @app.command()
 def get(
-    job_id: Annotated[str, typer.Argument(help="The job's id.")],
+    job_id: Annotated[str, typer.Argument(help="Job ID.")],
     *,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Show one job: state, attempts, cost, and the answer or the error."""
+    """Show a job: state, attempts, cost, and the answer or error."""
     with gateway_at(url, key, key_file) as gateway:
         job = gateway.job(job_id)
     if as_json:
@@ -187,24 +196,24 @@ def get(
 @app.command()
 def results(  # noqa: PLR0913 - a command line has options
     job_ids: Annotated[
-        list[str] | None, typer.Argument(help="Jobs. Default: all that are done.")
+        list[str] | None, typer.Argument(help="Job IDs. Default: all ended jobs.")
     ] = None,
     *,
     state: Annotated[
-        FinalState | None, typer.Option("--state", help="Only jobs that ended like this.")
+        FinalState | None, typer.Option("--state", help="Only jobs with this final state.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write. Default: standard output.")
+        Path | None, typer.Option("--out", help="Output file. Default: standard output.")
     ] = None,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Fetch results as JSON lines, in the shape of Anthropic's batch results.
+    """Fetch results as JSON lines, in the format of Anthropic's batch results.
 
-    A line is {"custom_id", "id", "result": {"type": "succeeded", "message": ...}} or one with type
-    errored and its error, canceled, or expired. Jobs named here that are not done are reported, and
-    the exit code is 1.
+    Each line is {"custom_id", "id", "result": {"type": "succeeded", "message": ...}}; other result types
+    are errored (with its error), canceled and expired. If a requested job is unknown or has not ended, it
+    is reported and the exit code is 1.
     """
     from scripts.client import FINAL_STATES
     from scripts.results import fetch, line_of
@@ -227,7 +236,7 @@ def results(  # noqa: PLR0913 - a command line has options
                 sink.write(line_of(job) + "\n")
                 written += 1
     if out is not None:
-        terminal.say(f"{written} results in {out}")
+        terminal.say(f"{written} results written to {out}")
     if missing:
         raise typer.Exit(1)
 
@@ -238,13 +247,13 @@ def list_jobs(  # noqa: PLR0913 - a command line has options
     state: Annotated[
         JobState | None, typer.Option("--state", help="Only jobs in this state.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, at most.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of jobs.")] = 20,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, newest first."""
     with gateway_at(url, key, key_file) as gateway:
         jobs = list(islice(gateway.newest(state, limit), limit))
     if as_json:
@@ -260,13 +269,16 @@ def list_jobs(  # noqa: PLR0913 - a command line has options
 
 @app.command()
 def cancel(
-    job_ids: Annotated[list[str], typer.Argument(help="Jobs to cancel.")],
+    job_ids: Annotated[list[str], typer.Argument(help="IDs of the jobs to cancel.")],
     *,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Cancel jobs. One whose call is running already is paid for and may still succeed."""
+    """Cancel jobs: guaranteed before the upstream call, best effort during it.
+
+    A job whose call is in flight may still succeed, and its call is billed.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     failed = False
@@ -278,7 +290,7 @@ def cancel(
             except GatewayRefused as refused:
                 return refused
             asked = job.get("cancel_requested") and job["state"] == "running"
-            return "cancel requested, a call is running" if asked else str(job["state"])
+            return "cancel requested, call in flight" if asked else str(job["state"])
 
         for job_id, became in zip(job_ids, pool.map(canceled, job_ids), strict=True):
             if isinstance(became, GatewayRefused):
@@ -303,13 +315,13 @@ app.add_typer(cli_batches.batches_app, name="batches")
 def usage(  # noqa: PLR0913 - a command line has options
     *,
     from_day: Annotated[
-        str | None, typer.Option("--from", help="First day (UTC), as 2026-12-01.")
+        str | None, typer.Option("--from", help="First day (UTC), such as 2026-12-01.")
     ] = None,
     to_day: Annotated[
-        str | None, typer.Option("--to", help="Last day (UTC), as 2026-12-31.")
+        str | None, typer.Option("--to", help="Last day (UTC), such as 2026-12-31.")
     ] = None,
     group_by: Annotated[
-        str | None, typer.Option("--group-by", help="Any of day,model,lane with commas between.")
+        str | None, typer.Option("--group-by", help="Comma-separated list of day, model, lane.")
     ] = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -330,7 +342,7 @@ def usage(  # noqa: PLR0913 - a command line has options
 
 @app.command("webhook-secret")
 def webhook_secret(*, url: Url = None, key: Key = None, key_file: KeyFile = None) -> None:
-    """Print the secret that your webhooks are signed with, for a Standard Webhooks library."""
+    """Print the signing secret of your webhooks, for use with a Standard Webhooks library."""
     with gateway_at(url, key, key_file) as gateway:
         print(gateway.webhook_secret())
 
@@ -339,7 +351,7 @@ def webhook_secret(*, url: Url = None, key: Key = None, key_file: KeyFile = None
 def limits(
     *, as_json: AsJson = False, url: Url = None, key: Key = None, key_file: KeyFile = None
 ) -> None:
-    """Show the limit groups: what Claude allows per minute, as learned from its answers."""
+    """Show the limit groups: Claude's rate limits per minute, as learned from its responses."""
     with gateway_at(url, key, key_file) as gateway:
         groups = gateway.limits()
     if as_json:
@@ -350,7 +362,7 @@ def limits(
     if groups:
         show.console().print(show.limits_table(groups))
     else:
-        terminal.say("no limit groups yet: they are learned from the first jobs")
+        terminal.say("no limit groups yet: Sluice learns them from the first jobs")
 
 
 # ---------------------------------------------------------------- stacks
@@ -365,48 +377,51 @@ app.add_typer(local_app, name="local")
 def local_up(  # noqa: PLR0913 - a command line has options
     *,
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")
+        int,
+        typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 selects a free port."),
     ] = 4566,
     claude_url: Annotated[
         str | None,
-        typer.Option("--claude-url", help="Claude for keys that name no base_url."),
+        typer.Option("--claude-url", help="Base URL of Claude for keys without a base_url."),
     ] = None,
     key_pool: Annotated[
-        Path | None, typer.Option("--key-pool", help="JSON file with upstream keys.")
+        Path | None, typer.Option("--key-pool", help="JSON file with the upstream keys.")
     ] = None,
     client_key: Annotated[
         str | None,
         typer.Option(
             "--client-key",
-            help="Client key to let in. Default: a random one. The list of processes shows it: prefer "
-            "--client-key-file or the environment variable SLUICE_CLIENT_KEY.",
+            help="Client key to accept. Default: a random key. The value is visible in the process list; "
+            "prefer --client-key-file or the environment variable SLUICE_CLIENT_KEY.",
         ),
     ] = None,
     client_key_file: Annotated[
         Path | None,
         typer.Option(
             "--client-key-file",
-            help="File with that key on one line. A single - is standard input.",
+            help="File with the client key on one line. Use - for standard input.",
             allow_dash=True,
         ),
     ] = None,
     concurrency: Annotated[
         int | None,
-        typer.Option("--concurrency", min=2, max=1000, help="Worker invocations at a time."),
+        typer.Option(
+            "--concurrency", min=2, max=1000, help="Maximum concurrent worker invocations."
+        ),
     ] = None,
     account_concurrency: Annotated[
         int | None,
         typer.Option(
             "--account-concurrency",
             min=5,
-            help="Concurrent executions of the account's Lambda limit, such as 10. Default: 1,000.",
+            help="Lambda concurrency limit of the account, such as 10. Default: 1,000.",
         ),
     ] = None,
 ) -> None:
-    """Run the whole of Sluice here until Ctrl-C.
+    """Run Sluice locally until Ctrl-C.
 
-    With neither --claude-url nor --key-pool the bundled simulator stands for Claude: no account, no
-    cost. When all is up, one JSON line says where: api_url for SLUICE_URL, client_key for
+    Without --claude-url and --key-pool, jobs run against the bundled Claude simulator: no account, no
+    cost. When the stack is ready, it prints one JSON line: use api_url as SLUICE_URL and client_key as
     SLUICE_KEY.
     """
     client_key = secret_of("client-key", client_key, client_key_file)
@@ -450,11 +465,11 @@ def _check_source(
     file: Path | None, prompt: str | None, key_file: Path | None, *, prompt_only: bool
 ) -> None:
     if (file is None) == (prompt is None):
-        raise typer.BadParameter("give either FILE or --prompt")
+        raise typer.BadParameter("provide either FILE or --prompt")
     if file is not None and prompt_only:
-        raise typer.BadParameter("--model, --max-tokens and --system go with --prompt")
+        raise typer.BadParameter("--model, --max-tokens and --system require --prompt")
     if str(file) == str(key_file) == "-":
-        raise typer.BadParameter("standard input cannot be both FILE and --key-file")
+        raise typer.BadParameter("FILE and --key-file cannot both read standard input")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,5 +1,5 @@
 """Files and batches on the command line: `sluice upload`, `sluice batches`."""
-# ruff: noqa: PLC0415 - what only some commands need is loaded by them, so that --help stays quick
+# ruff: noqa: PLC0415 - a command imports its own dependencies, so that --help stays fast
 
 import sys
 import time
@@ -32,49 +32,53 @@ SOONEST_LOOK_SECONDS = 0.5
 LATEST_LOOK_SECONDS = 5.0
 
 batches_app = typer.Typer(
-    no_args_is_help=True, help="Batches: files, and what the SDKs' batches calls made."
+    no_args_is_help=True,
+    help="Batches, created from files or through the SDKs' Message Batches API.",
 )
 
-BatchId = Annotated[str, typer.Argument(help="The batch's id.")]
-Out = Annotated[Path | None, typer.Option("--out", help="File to write. Default: standard output.")]
+BatchId = Annotated[str, typer.Argument(help="Batch ID.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Output file. Default: standard output.")]
 
 
 def upload(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path,
         typer.Argument(
-            help='Rows, one JSON object per line: {"custom_id": ..., "params": {...}}, as in Anthropic\'s batches.'
+            help='JSON Lines file with one row per line: {"custom_id": ..., "params": {...}}, the format of '
+            "Anthropic's Message Batches. CSV and gzip files are also accepted."
         ),
     ],
     *,
     name: Annotated[
-        str | None, typer.Option("--name", help="Its name there. Default: the file's own.")
+        str | None,
+        typer.Option("--name", help="Name of the uploaded file. Default: the local name."),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show progress until the end.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the batch ends and show progress.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="With --wait: write the results here. A single - is standard output."
+            "--out", help="With --wait: write the results to this file. Use - for standard output."
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="For rows that name none.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model for rows without a model.")
+    ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="For rows that name none.")
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Maximum output tokens for rows without a value."),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(
-            "--prompt", help="For a CSV file: what to ask, with {column} where a field goes."
-        ),
+        typer.Option("--prompt", help="Prompt template for a CSV file. {column} inserts a field."),
     ] = None,
     deadline: Deadline = None,
     fallback_model: FallbackModels = None,
     webhook: Webhook = None,
     again: Annotated[
         str | None,
-        typer.Option(
-            "--run", help="Any text: the same file runs again under a new one, and only then."
-        ),
+        typer.Option("--run", help="Run label. Re-running an identical file requires a new label."),
     ] = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -83,16 +87,18 @@ def upload(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Upload a file of any size as a batch. Needs no AWS credentials.
 
-    Prints the batch's id. The same file under the same name is not run twice. The exit code is 1
-    when a row failed or a line could not run.
+    Prints the batch ID. Re-uploading an identical file does nothing unless you change --run. With --wait, the
+    exit code is 1 if a row fails or a line is invalid.
     """
     from scripts.batch_files import bucket
     from scripts.submission import deadline_at
 
     if out is not None and not wait:
-        raise typer.BadParameter("--out goes with --wait")
+        raise typer.BadParameter("--out requires --wait")
     if not file.is_file():
-        raise CommandFailed(f"{file} is no file")
+        kind = "a directory" if file.is_dir() else "not a regular file"
+        what = kind if file.exists() else "missing"
+        raise CommandFailed(f"{file} is {what}; upload takes one file")
     asked = {
         "model": model,
         "max_tokens": max_tokens,
@@ -108,7 +114,7 @@ def upload(  # noqa: PLR0913 - a command line has options
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         sink = cleanup.enter_context(terminal.written_to(out)) if out else None
         batch = bucket().upload(gateway, file, name or file.name, options, _told)
-        terminal.say(f"{file} is {batch['id']}")
+        terminal.say(f"{file} uploaded as batch {batch['id']}")
         if wait:
             batch = _waited_for(gateway, batch["id"])
             good = _judged(batch)
@@ -125,13 +131,13 @@ def upload(  # noqa: PLR0913 - a command line has options
 @batches_app.command("list")
 def list_batches(
     *,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, at most.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of batches.")] = 20,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """List batches, the newest first."""
+    """List batches, newest first."""
     with gateway_at(url, key, key_file) as gateway:
         batches = list(islice(gateway.newest_batches(limit), limit))
     if as_json:
@@ -149,13 +155,15 @@ def list_batches(
 def show_batch(  # noqa: PLR0913 - a command line has options
     batch_id: BatchId,
     *,
-    wait: Annotated[bool, typer.Option("--wait", help="Show progress until the end.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the batch ends and show progress.")
+    ] = False,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Show one batch: rows done, cost, and when it will probably end."""
+    """Show a batch: completed rows, cost and estimated end time."""
     with gateway_at(url, key, key_file) as gateway:
         batch = _waited_for(gateway, batch_id) if wait else gateway.batch(batch_id)
     if as_json:
@@ -171,14 +179,14 @@ def batch_results(  # noqa: PLR0913 - a command line has options
     batch_id: BatchId,
     *,
     errors: Annotated[
-        bool, typer.Option("--errors", help="The lines that could not run, with their numbers.")
+        bool, typer.Option("--errors", help="Fetch the invalid lines, with line numbers, instead.")
     ] = False,
     out: Out = None,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Fetch the results of a batch that has ended, in the order of its rows."""
+    """Fetch the results of an ended batch, in row order."""
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
@@ -189,7 +197,7 @@ def batch_results(  # noqa: PLR0913 - a command line has options
 def cancel_batch(
     batch_id: BatchId, *, url: Url = None, key: Key = None, key_file: KeyFile = None
 ) -> None:
-    """Cancel a batch. What was answered stays; calls under way are stopped."""
+    """Cancel a batch. Completed results are kept; calls in flight are stopped."""
     with gateway_at(url, key, key_file) as gateway:
         canceled = gateway.cancel_batch(batch_id)
     typer.echo(f"{batch_id} {canceled['processing_status']}")
@@ -211,14 +219,16 @@ def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
                 time.sleep(pause)
                 pause = min(LATEST_LOOK_SECONDS, pause * 1.2)
         except KeyboardInterrupt:
-            display.note(f"the batch goes on; `sluice batches show {batch_id} --wait` waits again")
+            display.note(
+                f"the batch keeps running; run `sluice batches show {batch_id} --wait` to wait again"
+            )
             raise
         finally:
             gateway.on_wait = terminal.say
 
 
 def _judged(batch: "Json") -> bool:
-    """Tells how the batch ended, and whether all is well."""
+    """Reports how the batch ended; returns whether every row succeeded."""
     from scripts.progress import dollars
 
     rows = batch["rows"]
@@ -229,7 +239,9 @@ def _judged(batch: "Json") -> bool:
         terminal.say(f"error: {batch['problem']}")
     elif rows["invalid"]:
         lines = terminal.counted(rows["invalid"], "line")
-        terminal.say(f"{lines} could not run: `sluice batches results {batch['id']} --errors`")
+        terminal.say(
+            f"{lines} invalid; run `sluice batches results {batch['id']} --errors` to see why"
+        )
     return not failed and not rows["invalid"] and not batch["problem"]
 
 
@@ -243,7 +255,7 @@ def _texts(gateway: "Gateway", batch_id: str, kind: str) -> Iterator[str]:
 
     from scripts.batch_files import bucket
 
-    # A piece may end in the middle of a character.
+    # A chunk may end in the middle of a character.
     decoder = codecs.getincrementaldecoder("utf-8")()
     for piece in bucket().download(gateway.batch_links(batch_id)[kind]):
         yield decoder.decode(piece)

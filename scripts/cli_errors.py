@@ -1,33 +1,35 @@
-"""What ends a command early: each is printed as one line, and the exit code is 1.
+"""Errors that end a command: each is printed as one line, and the exit code is 1.
 
 CommandFailed
-├── NotConfigured        the address or the client key is missing or wrong
-├── GatewayUnreachable   no answer came
-└── GatewayRefused       the gateway answered with an error
+├── NotConfigured        the URL or the client key is missing or wrong
+├── GatewayUnreachable   no response from the gateway
+└── GatewayRefused       the gateway returned an error
 """
 
 from typing import Any
 
 
 class CommandFailed(Exception):
-    """The command cannot go on; the message says why and what to do."""
+    """The command cannot continue; the message says why and what to do."""
 
 
 class NotConfigured(CommandFailed):
-    """The address or the client key is missing or wrong."""
+    """The URL or the client key is missing or wrong."""
 
 
 class GatewayUnreachable(CommandFailed):
-    """No answer came from the gateway."""
+    """No response from the gateway."""
 
     def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"no answer from {url} ({reason}); is SLUICE_URL right and the stack up?")
+        super().__init__(
+            f"no response from {url} ({reason}); check SLUICE_URL and that the stack is running"
+        )
         self.url = url
         self.reason = reason
 
 
 class GatewayRefused(CommandFailed):
-    """The gateway answered with an error."""
+    """The gateway returned an error."""
 
     def __init__(
         self,
@@ -43,5 +45,5 @@ class GatewayRefused(CommandFailed):
         self.error_type = error_type
         self.message = message
         self.request_id = request_id
-        # A refused list of jobs still says, job by job, why.
+        # If a whole list is rejected, the response still has the reason for each job.
         self.data = data

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the gateway they name."""
+"""Options shared by several commands, and the gateway they select."""
 
 import os
 from pathlib import Path
@@ -11,41 +11,47 @@ from scripts import terminal
 if TYPE_CHECKING:
     from scripts.client import Gateway
 
-Url = Annotated[
-    str | None, typer.Option("--url", envvar="SLUICE_URL", help="Address of the gateway.")
-]
+Url = Annotated[str | None, typer.Option("--url", envvar="SLUICE_URL", help="URL of the gateway.")]
 Key = Annotated[
     str | None,
     typer.Option(
         "--key",
-        help="Client key. The list of processes shows it: prefer --key-file or the environment variable SLUICE_KEY.",
+        help="Client key. The value is visible in the process list; prefer --key-file or the environment variable "
+        "SLUICE_KEY.",
     ),
 ]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
         "--key-file",
-        help="File with the client key on one line. A single - is standard input.",
+        help="File with the client key on one line. Use - for standard input.",
         allow_dash=True,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API gives it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 Deadline = Annotated[
     str | None,
-    typer.Option("--deadline", help="Give up after this: 90m, 2h, 1d or 2026-12-24T18:00:00Z."),
+    typer.Option(
+        "--deadline",
+        help="Do not start after this time; the job expires. A duration (90m, 2h, 1d) or a time "
+        "(2026-12-24T18:00:00Z).",
+    ),
 ]
 FallbackModels = Annotated[
     list[str] | None,
-    typer.Option("--fallback-model", help="When the model is overloaded. May be repeated."),
+    typer.Option(
+        "--fallback-model",
+        help="Model to use if the requested one is overloaded or refuses. Repeatable.",
+    ),
 ]
 
 Webhook = Annotated[
-    str | None, typer.Option("--webhook", help="An https address that is told of the end.")
+    str | None, typer.Option("--webhook", help="HTTPS URL to notify on completion.")
 ]
 
 
 def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -> "Gateway":
-    """Returns the gateway of these options; raises CommandFailed where they are missing."""
+    """Returns the gateway of these options; raises CommandFailed if one is missing."""
     from scripts.client import Gateway  # noqa: PLC0415 - --help does without it
 
     return Gateway(url, secret_of("key", key, key_file), on_wait=terminal.say)
@@ -54,7 +60,7 @@ def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -
 def secret_of(option: str, given: str | None, file: Path | None) -> str | None:
     """Returns the secret of `--<option>` or `--<option>-file`, else of the variable `SLUICE_<OPTION>`."""
     if given is not None and file is not None:
-        raise typer.BadParameter(f"give --{option} or --{option}-file, not both")
+        raise typer.BadParameter(f"provide --{option} or --{option}-file, not both")
     if file is not None:
         return terminal.secret_in(file)
     if given is not None:

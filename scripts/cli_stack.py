@@ -1,5 +1,5 @@
-"""Commands for a deployed stack: `sluice setup`, `sluice keys` and `sluice dead-letters`. They speak to AWS."""
-# ruff: noqa: PLC0415 - boto3 takes half a second to load; only these commands pay for it
+"""Commands for a deployed stack: `sluice setup`, `sluice keys` and `sluice dead-letters`. They call AWS."""
+# ruff: noqa: PLC0415 - boto3 takes half a second to import; only these commands need it
 
 import sys
 from pathlib import Path
@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from scripts.setup_stack import KeyPool, Stack
     from sluice.dead_letters import Candidate, KeptLetter, Redriver
 
-keys_app = typer.Typer(no_args_is_help=True, help="Client keys of a deployed stack.")
+keys_app = typer.Typer(
+    no_args_is_help=True, help="Client keys of a deployed stack. Uses your AWS credentials."
+)
 letters_app = typer.Typer(
     no_args_is_help=True, help="Dead letters of a deployed stack. Uses your AWS credentials."
 )
 
 StackName = Annotated[str, typer.Option("--stack", help="Name of the CloudFormation stack.")]
 Region = Annotated[
-    str | None, typer.Option("--region", help="AWS region. Default: that of your AWS profile.")
+    str | None,
+    typer.Option("--region", help="AWS region. Default: the region of your AWS profile."),
 ]
 EndpointUrl = Annotated[
     str | None,
-    typer.Option("--endpoint-url", help="Another address for AWS, such as the local stack's."),
+    typer.Option("--endpoint-url", help="AWS endpoint URL, such as that of the local stack."),
 ]
 
 
@@ -36,21 +39,21 @@ def setup(
         Path | None,
         typer.Option(
             "--key-pool",
-            help='File with the upstream keys: {"keys": [{"id", "api_key", ...}]}. `-` reads '
-            "standard input. Default: asks for them, hidden.",
+            help='JSON file with the upstream keys: {"keys": [{"id", "api_key", ...}]}. Use `-` for '
+            "standard input. Default: prompts for the keys with hidden input.",
             allow_dash=True,
         ),
     ] = None,
     tenant: Annotated[
-        str, typer.Option("--tenant", help="Who the first client key is for.")
+        str, typer.Option("--tenant", help="Tenant of the first client key.")
     ] = "default",
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Make a freshly deployed stack ready: store Claude API keys, print a first client key.
+    """Set up a deployed stack: store your Claude API keys and print the first client key.
 
-    Uses your AWS credentials. Run again, it keeps the upstream keys unless told otherwise, and
-    makes another client key.
+    Uses your AWS credentials. A later run keeps the stored upstream keys unless you replace them, and
+    creates another client key.
     """
     from scripts.setup_stack import Stack, check_tenant
 
@@ -67,7 +70,7 @@ def setup(
         _try_out(deployed.api_url, client_key)
     else:
         terminal.say(
-            "SLUICE_URL is the address in AWS; the local stack's is api_url of its own line"
+            "SLUICE_URL above is the AWS URL; for the local stack, use the api_url that it printed"
         )
 
 
@@ -75,14 +78,14 @@ def setup(
 def create_key(
     *,
     stack: StackName,
-    tenant: Annotated[str, typer.Option("--tenant", help="Who the key is for.")],
+    tenant: Annotated[str, typer.Option("--tenant", help="Tenant of the key.")],
     name: Annotated[
-        str | None, typer.Option("--name", help="A word to know the key by. Default: the tenant.")
+        str | None, typer.Option("--name", help="Display name of the key. Default: the tenant.")
     ] = None,
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Make a client key and print it, once: only its hash is kept."""
+    """Create a client key and print it once. Only its hash is stored."""
     from scripts.setup_stack import Stack
 
     _print_new_client_key(Stack(stack, region, endpoint_url), tenant, name)
@@ -96,7 +99,7 @@ def list_keys(
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """List client keys: id, tenant, name, state. The keys themselves are not kept anywhere."""
+    """List client keys: ID, tenant, name, state. The keys themselves are not stored."""
     from scripts.setup_stack import Stack
 
     keys = Stack(stack, region, endpoint_url).list_client_keys()
@@ -107,18 +110,18 @@ def list_keys(
 
         show.console().print(show.keys_table(keys))
     else:
-        terminal.say("no client keys: `sluice keys create` makes one")
+        terminal.say("no client keys: run `sluice keys create` to create one")
 
 
 @keys_app.command("revoke")
 def revoke_keys(
-    key_ids: Annotated[list[str], typer.Argument(help="Key ids, as `sluice keys list` shows.")],
+    key_ids: Annotated[list[str], typer.Argument(help="Key IDs, as shown by `sluice keys list`.")],
     *,
     stack: StackName,
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Revoke client keys, within a minute. Jobs they submitted go on."""
+    """Revoke client keys. Takes effect within a minute; jobs already submitted keep running."""
     from scripts.setup_stack import Stack
 
     deployed = Stack(stack, region, endpoint_url)
@@ -128,7 +131,7 @@ def revoke_keys(
 
 
 Reason = Annotated[
-    str | None, typer.Option("--reason", help="Only letters whose reason holds these words.")
+    str | None, typer.Option("--reason", help="Only dead letters whose reason contains this text.")
 ]
 
 
@@ -141,7 +144,7 @@ def list_letters(
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """List dead letters, oldest first: why each died, and what its job is now."""
+    """List dead letters, oldest first, with the reason and the current state of each job."""
     from scripts.setup_stack import Stack, said_plainly
 
     redriver = Stack(stack, region, endpoint_url).redriver()
@@ -152,13 +155,15 @@ def list_letters(
 
 @letters_app.command("show")
 def show_letter(
-    letter: Annotated[str, typer.Argument(help="Letter, as `sluice dead-letters list` shows.")],
+    letter: Annotated[
+        str, typer.Argument(help="Dead letter ID, as shown by `sluice dead-letters list`.")
+    ],
     *,
     stack: StackName,
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Show a dead letter as JSON, with its raw body, its job's record, and whether that can be redriven.
+    """Show a dead letter as JSON: its raw body, its job record, and whether the job can be redriven.
 
     The job's request and answer are not shown.
     """
@@ -176,29 +181,31 @@ def show_letter(
 @letters_app.command("redrive")
 def redrive_letters(  # noqa: PLR0913 - a command line has options
     letters: Annotated[
-        list[str] | None, typer.Argument(help="Letters, as `sluice dead-letters list` shows.")
+        list[str] | None,
+        typer.Argument(help="Dead letter IDs, as shown by `sluice dead-letters list`."),
     ] = None,
     *,
     stack: StackName,
     reason: Reason = None,
-    every: Annotated[bool, typer.Option("--all", help="All letters.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be redriven, and its cost.")
+        bool,
+        typer.Option("--dry-run", help="Show what would be redriven and its cost; change nothing."),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Skip the confirmation prompt.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     region: Region = None,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """Make jobs that ended by a dead letter runnable again, from their records.
+    """Redrive jobs that ended as dead letters: run them again from their stored records.
 
-    Shows first which, and what they would cost: an estimate by the price list. They start within
-    about a minute, as fast as the limits allow, with all their attempts.
+    First shows the jobs and their estimated cost at list prices. Redriven jobs start within about a
+    minute, as fast as the rate limits allow, with a full set of attempts.
     """
     from scripts.setup_stack import Stack, said_plainly
 
     if (bool(letters), reason is not None, every).count(True) != 1:
-        raise typer.BadParameter("give letters, --reason or --all")
+        raise typer.BadParameter("provide dead letter IDs, --reason or --all")
     redriver = Stack(stack, region, endpoint_url).redriver()
     with said_plainly("read the dead letters"):
         chosen = _letters_named(redriver, letters) if letters else redriver.letters(reason)
@@ -210,7 +217,7 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
         return
     if not yes:
         if not sys.stdin.isatty():
-            raise CommandFailed("there is no terminal to ask: give --yes, or --dry-run to look")
+            raise CommandFailed("no terminal to confirm on: use --yes, or --dry-run to preview")
         _print_candidates(found, as_json=False, nothing="")
         _tell_estimate(able, "would be redriven")
         if not typer.confirm("Redrive?", default=False, err=True):
@@ -229,7 +236,7 @@ def _letters_named(redriver: "Redriver", names: list[str]) -> "list[KeptLetter]"
         letter = redriver.letter(name)
         if letter is None:
             raise CommandFailed(
-                f"there is no dead letter {name}; `sluice dead-letters list` shows what there is"
+                f"dead letter {name} does not exist; run `sluice dead-letters list` to list them"
             )
         found.append(letter)
     return found
@@ -274,12 +281,10 @@ def _tell_estimate(able: "list[Candidate]", what: str) -> None:
     total = sum((each.estimate for each in able if each.estimate), Estimate(0, 0))
     unpriced = sum(each.estimate is None for each in able)
     jobs = terminal.counted(len(able), "job")
-    without = (
-        f", {terminal.counted(unpriced, 'job')} without a price not counted" if unpriced else ""
-    )
+    without = f"; excludes {terminal.counted(unpriced, 'job')} without a price" if unpriced else ""
     terminal.say(
         f"{jobs} {what}; estimated cost {dollars(total.likely)}, at most {dollars(total.most)} "
-        f"(by the price list{without})"
+        f"(list prices{without})"
         if able
         else f"{jobs} {what}"
     )
@@ -296,15 +301,17 @@ def _key_pool_for(deployed: "Stack", file: Path | None) -> "KeyPool | None":
     present = deployed.key_pool_ids()
     if not sys.stdin.isatty():
         if present:
-            terminal.say(f"kept the upstream keys {', '.join(present)}; --key-pool replaces them")
+            terminal.say(
+                f"kept the upstream keys {', '.join(present)}; use --key-pool to replace them"
+            )
             return None
-        raise CommandFailed("there is no terminal to ask for upstream keys: give --key-pool FILE")
+        raise CommandFailed("no terminal to prompt for upstream keys: use --key-pool FILE")
     if present:
         there = terminal.counted(len(present), "upstream key")
         question = f"The stack has {there} ({', '.join(present)}). Replace?"
         if not typer.confirm(question, default=False, err=True):
             return None
-    terminal.say("Keys of one organization share its limits: a second one adds no speed.")
+    terminal.say("Keys of one organization share its rate limits: a second key adds no throughput.")
     return ask_for_key_pool(_ask_hidden, terminal.say)
 
 
@@ -315,30 +322,30 @@ def _ask_hidden(question: str) -> str:
 
 def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> str:
     client_key, key_id = deployed.create_client_key(tenant, name)
-    terminal.say(f'client key {key_id} for tenant "{tenant}"; it is shown this once:')
+    terminal.say(f'client key {key_id} for tenant "{tenant}"; it is shown only once:')
     print(f"export SLUICE_URL={deployed.api_url}")
     print(f"export SLUICE_KEY={client_key}")
     return client_key
 
 
 def _have_governed(deployed: "Stack") -> None:
-    """Says what the account's Lambda limit means, and has it kept before anybody can submit. What fails is said."""
+    """Reports the account's Lambda limit and applies it before the first submit. A failure is only reported."""
     try:
         for line in deployed.about_executions():
             terminal.say(line)
         deployed.wake_governor()
     except CommandFailed as failed:
-        terminal.say(f"{failed}; the governor runs within a minute by itself")
+        terminal.say(f"{failed}; the governor's next scheduled run is within a minute")
 
 
 def _try_out(url: str, client_key: str) -> None:
-    """Proves address and key with one call; what goes wrong is said and fails nothing."""
+    """Checks URL and key with one call. A failure is only reported."""
     from scripts.client import Gateway
 
     try:
         with Gateway(url, client_key) as gateway:
             gateway.limits()
     except CommandFailed as failed:
-        terminal.say(f"the gateway does not answer as it should yet: {failed}")
+        terminal.say(f"the gateway is not ready yet: {failed}")
     else:
-        terminal.say('the gateway answers; try: sluice submit --prompt "Hello" --wait')
+        terminal.say('the gateway is ready; try: sluice submit --prompt "Hello" --wait')

@@ -1,4 +1,4 @@
-"""The HTTP API of Sluice as Python calls: resends what may be resent, raises typed errors."""
+"""A Python client for Sluice's HTTP API: retries idempotent calls, raises typed errors."""
 
 import json
 import random
@@ -23,12 +23,12 @@ UNAUTHORIZED = 401
 # Idempotency-Key. So a lost reply and these answers are followed by the same call again.
 RESENT_STATUSES = frozenset({429, 500, 502, 503, 504})
 
-# An API Gateway integration gives up after 30 s, so waiting longer for an answer is in vain.
+# API Gateway times out an integration after 30 s, so a longer wait is pointless.
 ANSWER_TIMEOUT_SECONDS = 35.0
-# Nothing has answered yet: most likely the address is wrong, and the person wants to know now.
+# Before the first response, the URL is probably wrong, so fail quickly.
 FIRST_ANSWER_PATIENCE_SECONDS = 1.5
 PATIENCE_SECONDS = 60.0
-# 429 and 503 are a request to come back later, not a fault.
+# 429 and 503 ask the client to retry later; they are not failures.
 BUSY_PATIENCE_SECONDS = 300.0
 LONGEST_BACKOFF_SECONDS = 10.0
 WORTH_SAYING_SECONDS = 2.0
@@ -199,7 +199,7 @@ class Gateway:
             if self._clock() - started + pause > patience:
                 raise failure
             if pause >= WORTH_SAYING_SECONDS:
-                self.on_wait(f"{failure}; sending again in {pause:.0f} s")
+                self.on_wait(f"{failure}; retrying in {pause:.0f} s")
             self._sleep(pause)
         raise AssertionError  # pragma: no cover (count() has no end)
 
@@ -249,22 +249,21 @@ class Gateway:
         )
         if status == UNAUTHORIZED:
             return NotConfigured(
-                f"{self.url} does not accept this client key: set SLUICE_KEY or give --key "
-                f"({refused})"
+                f"{self.url} rejected this client key: set SLUICE_KEY or --key ({refused})"
             )
         return refused
 
     def _not_sluice(self, status: int) -> str:
         return (
-            f"{self.url} does not answer as Sluice does (HTTP {status}): "
-            "set SLUICE_URL to the stack's ApiUrl or give --url"
+            f"{self.url} is not a Sluice gateway (HTTP {status}): "
+            "set SLUICE_URL or --url to the stack's ApiUrl"
         )
 
 
 def _checked_url(url: str | None) -> str:
     if not url:
         raise NotConfigured(
-            "no gateway address: set SLUICE_URL or give --url "
+            "no gateway URL: set SLUICE_URL or --url "
             "(`sluice setup` and `sluice local up` print it)"
         )
     try:
@@ -273,7 +272,7 @@ def _checked_url(url: str | None) -> str:
         parts = httpx.URL("")
     if parts.scheme not in {"http", "https"} or not parts.host:
         raise NotConfigured(
-            f'"{url}" is no gateway address: set SLUICE_URL or give --url as https://...'
+            f'"{url}" is not a valid gateway URL: set SLUICE_URL or --url to https://...'
         )
     return url.rstrip("/")
 
@@ -281,11 +280,11 @@ def _checked_url(url: str | None) -> str:
 def _checked_key(key: str | None) -> str:
     if not key:
         raise NotConfigured(
-            "no client key: set SLUICE_KEY or give --key "
-            "(`sluice setup` and `sluice keys create` make one)"
+            "no client key: set SLUICE_KEY or --key "
+            "(`sluice setup` and `sluice keys create` create one)"
         )
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise NotConfigured("this client key holds characters no key has: set SLUICE_KEY again")
+        raise NotConfigured("the client key contains invalid characters: set SLUICE_KEY again")
     return key
 
 

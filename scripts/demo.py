@@ -1,7 +1,7 @@
-"""`make demo`: the whole of Sluice on this machine, 200 jobs against the simulator, and the bill.
+"""`make demo`: runs Sluice locally, submits 200 jobs against the simulator, and prints the results and the cost.
 
-Needs no account and costs nothing. With ANTHROPIC_API_KEY set, and a person at the terminal, it
-offers three tiny jobs against the real API in its place.
+Needs no account and costs nothing. If ANTHROPIC_API_KEY is set and standard input is a terminal, it offers to
+send three small jobs to the real API instead.
 """
 
 import json
@@ -48,11 +48,11 @@ SHOWN_CHARACTERS = 400
 
 SMALL, MIDDLE, LARGE = "claude-haiku-5-5", "claude-sonnet-5-5", "claude-opus-5-5"
 TASKS = (
-    "Summarise in two sentences what support ticket {n} is about: the parcel came late.",
+    "Summarize support ticket {n} in two sentences: the parcel arrived late.",
     "Translate into French: order {n} has left our warehouse.",
     "Is review {n} positive, negative or mixed? It did what it promised, but it was loud.",
     "Write a product description of at most fifty words for article {n}, a blue kettle.",
-    "Which city, date and amount stand in invoice {n}? Berlin, 3 May, 120 euros.",
+    "Extract city, date and amount from invoice {n}: Berlin, 3 May, 120 euros.",
 )
 
 REAL_JOBS = 3
@@ -65,7 +65,7 @@ REAL_TASKS = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of submitting a list of jobs and waiting for them."""
+    """The results of a list of jobs."""
 
     jobs: int
     succeeded: int
@@ -85,7 +85,7 @@ class Run:
 
 
 def demo_jobs() -> list[Json]:
-    """Returns 200 jobs of many kinds; no two are alike, so that a call paid twice would show."""
+    """Returns 200 jobs of several kinds; all differ, so that a call billed twice is detected."""
     return [_demo_job(number) for number in range(1, JOBS + 1)]
 
 
@@ -123,12 +123,12 @@ def _real_jobs() -> list[Json]:
 
 
 def run_jobs(ready: Ready, jobs: list[Json]) -> Run:
-    """Submits the jobs, shows the bar until they are done, and returns what came of them."""
+    """Submits the jobs, shows a progress bar until they end, and returns the results."""
     finished: list[Json] = []
     with Gateway(ready.api_url, ready.client_key, on_wait=say) as gateway:
         began_at = time.time()
         lines = (json.dumps(job).encode() for job in jobs)
-        # Whatever goes wrong (a key that is not accepted, say), the demo comes to an end.
+        # The deadline ends the demo whatever goes wrong, such as a rejected key.
         defaults = {"deadline": deadline_at(DEADLINE, datetime.now(UTC))}
         outcome = send(gateway, read_jobs(lines, defaults), f"demo-{uuid.uuid4().hex}")
         if outcome.stopped:
@@ -161,7 +161,7 @@ def _epoch(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the simulator has seen: it keeps books as Claude's billing would."""
+    """What the simulator recorded: it keeps a ledger as Claude's billing would."""
 
     calls: int
     answered: int
@@ -173,7 +173,7 @@ class Upstream:
 
 
 def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -> Upstream:
-    """Returns what the simulator's books say about a run that began at `began_at`."""
+    """Returns the simulator's statistics for a run that started at `began_at`."""
     answered: dict[str, list[Json]] = defaultdict(list)
     for row in ledger:
         if row["outcome"] == "answered":
@@ -195,7 +195,7 @@ def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -
 
 
 def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> float:
-    """Returns how long these calls take if each starts as soon as the request limit lets it."""
+    """Returns how long these calls take if each starts as soon as the request limit allows."""
     times = sorted((float(call["at"]), float(call["ended_at"])) for call in calls)
     return max(
         max(0.0, (place - capacity) / per_second) + ended_at - at
@@ -231,7 +231,7 @@ def _simulator() -> Iterator[str]:
 
 
 def _against_simulator(console: Console) -> bool:
-    say(f"Starting Claude's simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice.")
+    say(f"Starting the Claude simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice.")
     with _simulator() as claude_url:
         pool = {"keys": [{"id": "demo", "api_key": UPSTREAM_KEY, "base_url": claude_url}]}
         with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
@@ -254,13 +254,13 @@ def _simulated_table(run: Run, upstream: Upstream) -> Table:
     per_answer = upstream.rate_limited / max(1, upstream.answered)
     twice = upstream.billed_twice
     table = _result_table(run)
-    table.add_row("429s from Claude", f"{upstream.rate_limited} in {upstream.calls} calls")
+    table.add_row("429s from Claude", f"{upstream.rate_limited} of {upstream.calls} calls")
     table.add_row("429s per answer", f"{per_answer:.3f}")
-    table.add_row("billed twice", Text(f"{twice} calls", style="red" if twice else "green"))
-    table.add_row("limit used until the last start", f"{upstream.limit_use:.0%}")
-    table.add_row("time", f"{run.seconds:.1f} s")
-    table.add_row("ideal time under this limit", f"{upstream.ideal_seconds:.1f} s")
-    table.add_row("cost", f"{dollars(run.cost_micro_usd)} (would be, at Claude's prices)")
+    table.add_row("Billed twice", Text(f"{twice} calls", style="red" if twice else "green"))
+    table.add_row("Rate-limit utilization", f"{upstream.limit_use:.0%}")
+    table.add_row("Elapsed time", f"{run.seconds:.1f} s")
+    table.add_row("Ideal elapsed time", f"{upstream.ideal_seconds:.1f} s")
+    table.add_row("Cost", f"{dollars(run.cost_micro_usd)} (simulated, at list prices)")
     return table
 
 
@@ -273,8 +273,8 @@ def _against_claude(console: Console, api_key: str) -> bool:
     with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
         run = run_jobs(ready, _real_jobs())
     table = _result_table(run)
-    table.add_row("time", span(run.seconds))
-    table.add_row("cost", dollars(run.cost_micro_usd))
+    table.add_row("Elapsed time", span(run.seconds))
+    table.add_row("Cost", dollars(run.cost_micro_usd))
     console.print(table)
     _print_answer(console, run)
     return run.succeeded == run.jobs
@@ -286,8 +286,8 @@ def _real_key_if_wanted() -> str | None:
     if not key or not sys.stdin.isatty() or not sys.stdout.isatty():
         return None
     question = (
-        f"ANTHROPIC_API_KEY is set. Send {REAL_JOBS} tiny jobs to the real API (far below one "
-        "cent) in place of the simulator?"
+        f"ANTHROPIC_API_KEY is set. Send {REAL_JOBS} small jobs to the real API (well below one "
+        "cent) instead of the simulator?"
     )
     return key if typer.confirm(question, default=False) else None
 
@@ -296,14 +296,14 @@ def _real_key_if_wanted() -> str | None:
 
 
 def _result_table(run: Run) -> Table:
-    table = Table(title="What came of it", title_justify="left", show_header=False)
+    table = Table(title="Results", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_row(
-        "succeeded",
+        "Succeeded",
         Text(f"{run.succeeded} of {run.jobs} jobs", style="red" if run.failed else "green"),
     )
-    table.add_row("failed", Text(f"{run.failed} jobs", style="red" if run.failed else "green"))
+    table.add_row("Failed", Text(f"{run.failed} jobs", style="red" if run.failed else "green"))
     return table
 
 
@@ -311,7 +311,7 @@ def _print_answer(console: Console, run: Run) -> None:
     text = run.answer
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}…"
-    console.print(Panel(Text(text), title="One of the answers", title_align="left"))
+    console.print(Panel(Text(text), title="Sample answer", title_align="left"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -334,7 +334,7 @@ def main() -> int:
         say(f"error: {error}")
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        say("stopped; nothing is left running")
+        say("stopped; all processes have ended")
         return 130
     return 0 if good else 1
 

@@ -16,8 +16,8 @@ from functions.api.app import app
 DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "openapi.json"
 
 ABOUT: Final = (
-    "A job gateway for Claude. Post Messages API requests as jobs, and collect Claude's answers when they are there: "
-    "as fast as your rate limits allow, each paid for once."
+    "A job gateway for Claude. Submit Messages API requests as jobs and fetch Claude's answers when they are "
+    "complete. Jobs run as fast as your rate limits allow, and each is billed once."
 )
 
 
@@ -29,9 +29,11 @@ def document() -> dict[str, Any]:
         description=ABOUT,
         security_schemes={
             "x-api-key": APIKey.model_validate(
-                {"name": "x-api-key", "in": "header", "description": "A client key of Sluice."}
+                {"name": "x-api-key", "in": "header", "description": "A Sluice client key."}
             ),
-            "bearer": HTTPBearer(description="The same key as `Authorization: Bearer`."),
+            "bearer": HTTPBearer(
+                description="The same client key, sent as `Authorization: Bearer`."
+            ),
         },
     )
     found: dict[str, Any] = json.loads(text)
@@ -55,14 +57,16 @@ def written() -> str:
 def main() -> int:
     """Write the document, or with --check compare it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare, exit 1 on drift")
+    parser.add_argument(
+        "--check", action="store_true", help="compare only; exit 1 if the file is out of date"
+    )
     if not parser.parse_args().check:
         DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(written(), encoding="utf-8")
         return 0
     if DOCUMENT.exists() and DOCUMENT.read_text(encoding="utf-8") == written():
         return 0
-    print(f"{DOCUMENT} is not what the API says; run python -m scripts.openapi", file=sys.stderr)
+    print(f"{DOCUMENT} is out of date; run python -m scripts.openapi", file=sys.stderr)
     return 1
 
 

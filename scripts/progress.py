@@ -1,4 +1,4 @@
-"""Waiting for jobs: what is known of them, when to look again, and progress as plain lines."""
+"""Waiting for jobs: their known states, when to poll again, and progress as plain lines."""
 
 import time
 from collections import Counter, deque
@@ -246,7 +246,7 @@ def wait_for(  # noqa: PLR0913 - the last two are the outside world
             except (GatewayUnreachable, GatewayRefused) as failure:
                 if _is_lasting(failure) or clock() - answered_at > UNREACHABLE_PATIENCE_SECONDS:
                     raise
-                display.note(f"{failure}; the jobs go on, looking again")
+                display.note(f"{failure}; the jobs keep running, retrying")
                 pause = LATEST_LOOK_SECONDS
                 continue
             answered_at = clock()

@@ -59,9 +59,9 @@ def fetch(
             except GatewayRefused as refused:
                 if refused.error_type != "not_found_error":
                     raise
-                on_missing(job_id, "there is no such job")
+                on_missing(job_id, "job not found")
                 continue
             if job["state"] in FINAL_STATES:
                 yield job
             else:
-                on_missing(job_id, f"not finished: {job['state']}")
+                on_missing(job_id, f"not ended: {job['state']}")

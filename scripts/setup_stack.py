@@ -1,4 +1,4 @@
-"""A deployed stack as its operator sees it: upstream keys go in, client keys come out."""
+"""A deployed stack from the operator's side: stores upstream keys and creates client keys."""
 
 import json
 import os
@@ -62,7 +62,7 @@ class Stack:
         missing = [output for output in NEEDED_OUTPUTS if output not in outputs]
         if missing:
             raise CommandFailed(
-                f"stack {name} has no output {', '.join(missing)}: is it a Sluice stack?"
+                f"stack {name} has no output {', '.join(missing)}: check that it is a Sluice stack"
             )
         self.name = name
         self.outputs = outputs
@@ -85,11 +85,12 @@ class Stack:
         if not found:
             region = self._session.region_name
             raise CommandFailed(
-                f"there is no stack {name} in {region}: deploy it first, or give --region"
+                f"stack {name} does not exist in {region}: deploy it first, or set --region"
             )
         if found[0]["StackStatus"] not in USABLE_STATUSES:
             raise CommandFailed(
-                f"stack {name} is {found[0]['StackStatus']}: wait or mend the deployment first"
+                f"stack {name} is {found[0]['StackStatus']}: "
+                "wait for the deployment to finish, or fix it"
             )
         return found[0]
 
@@ -98,7 +99,9 @@ class Stack:
         names = ("JobsTableName", "ParamsTableName", "LimitsTableName", "DataBucketName")
         missing = [name for name in names if name not in self.outputs]
         if missing:
-            raise CommandFailed(f"stack {self.name} has no output {', '.join(missing)}")
+            raise CommandFailed(
+                f"stack {self.name} has no output {', '.join(missing)}: deploy the current release"
+            )
         days = int(self.parameters.get("RetentionDays", USUAL_RETENTION_DAYS))
         jobs, params, limits, bucket = (self.outputs[name] for name in names)
         with said_plainly("reach the stack's data"):
@@ -132,15 +135,15 @@ class Stack:
             return client.get_account_settings()["AccountLimit"]["UnreservedConcurrentExecutions"]
 
     def wake_governor(self) -> None:
-        """Lets the governor set all concurrencies now, and not within the minute after the deployment."""
+        """Invokes the governor now, so that it sets all concurrencies before its first scheduled run."""
         name = self.outputs.get("GovernorFunctionName")
         if name is None:
             return  # a release before 0.2 has no such output
         client = self._session.client("lambda", endpoint_url=self._endpoint_url)
-        with said_plainly("wake the governor"):
+        with said_plainly("invoke the governor"):
             answer = client.invoke(FunctionName=name, Payload=b"{}")
         if "FunctionError" in answer:
-            raise CommandFailed("the governor failed; its log says why")
+            raise CommandFailed("the governor failed; check its log")
 
     def about_executions(self) -> list[str]:
         """Returns what the account's Lambda limit means for this stack, line by line."""
@@ -161,7 +164,7 @@ class Stack:
             return []
 
     def write_key_pool(self, pool: Mapping[str, Any]) -> None:
-        """Makes `pool` the stack's upstream keys."""
+        """Stores `pool` as the stack's upstream keys."""
         with said_plainly("write the key pool"):
             self._secrets.put_secret_value(
                 SecretId=self._key_pool_secret, SecretString=json.dumps(pool)
@@ -214,7 +217,7 @@ class Stack:
         return sorted(keys, key=lambda key: (key["created_at"] or "", key["key_id"]))
 
     def revoke_client_key(self, key_id: str) -> None:
-        """Disables a client key; its jobs go on."""
+        """Disables a client key; its jobs keep running."""
         with said_plainly("revoke the client key"):
             try:
                 self._dynamodb.update_item(
@@ -228,31 +231,31 @@ class Stack:
                 if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
                     raise
                 raise CommandFailed(
-                    f"there is no client key {key_id}; `sluice keys list` shows the key ids"
+                    f"client key {key_id} does not exist; run `sluice keys list` to list key IDs"
                 ) from None
 
 
 def about_executions(executions: int, at_most: int, wanted: int, queues: int) -> list[str]:
     """Returns what so many executions of Lambda mean for queues that want so many; `at_most` 0: no cap of our own."""
-    counted = f"Lambda may run {executions:,} executions at once in this account and region"
+    counted = f"Lambda concurrency limit of this account and region: {executions:,}"
     if at_most and at_most < executions:
-        counted += f", and Sluice {at_most:,} of them (LambdaConcurrency)"
+        counted += f", of which Sluice may use {at_most:,} (LambdaConcurrency)"
     room = room_of(min(executions, at_most) if at_most else executions)
     all_in_all = wanted + RESERVED
     if room >= wanted:
-        return [f"{counted}: enough for all queues of this stack ({all_in_all:,})"]
+        return [f"{counted}; enough for all queues of this stack ({all_in_all:,})"]
     at_a_time = room // LEAST
     if at_a_time >= queues:
         meaning = f"its queues share {room:,}"
     else:
         meaning = (
-            f"{at_a_time} of its {queues} queues are served at a time, "
-            "and the others wait some minutes for their turn"
+            f"{at_a_time} of its {queues} queues run at a time, "
+            "and the others wait a few minutes for their turn"
         )
     lines = [f"{counted}; this stack can use {all_in_all:,}, so {meaning}"]
     if executions < all_in_all:
         lines.append(
-            'to request more (free; Service Quotas, "Concurrent executions"): '
+            'to request a quota increase (free; Service Quotas, "Concurrent executions"): '
             "aws service-quotas request-service-quota-increase --service-code lambda "
             f"--quota-code {QUOTA} --desired-value 1000"
         )
@@ -260,34 +263,35 @@ def about_executions(executions: int, at_most: int, wanted: int, queues: int) ->
 
 
 def check_tenant(tenant: str) -> None:
-    """Says what is wrong with a tenant's name, if anything is."""
+    """Raises CommandFailed if the tenant's name is invalid."""
     if not TENANT.fullmatch(tenant):
         raise CommandFailed(
-            f"{tenant!r} cannot be a tenant: use 1 to 64 letters, digits, hyphens and underscores"
+            f"{tenant!r} is not a valid tenant name: "
+            "use 1 to 64 letters, digits, hyphens and underscores"
         )
 
 
 def read_key_pool(text: str, source: str) -> KeyPool:
-    """Returns the key pool written in `text`; says what is wrong with it, never showing a key."""
+    """Returns the key pool written in `text`; raises CommandFailed with the reason, never showing a key."""
     try:
         pool = json.loads(text)
         keys = parse_key_pool(pool)
     except json.JSONDecodeError as error:
         raise CommandFailed(
-            f"{source} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+            f"{source} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
         ) from None
     except KeyPoolBroken as error:
         raise CommandFailed(f"{source}: {error}") from None
     if not keys:
-        raise CommandFailed(f"{source} has no keys")
+        raise CommandFailed(f"{source} has no keys; add at least one Claude API key")
     return dict(pool)
 
 
 def ask_for_key_pool(ask: Callable[[str], str], say: Callable[[str], None]) -> KeyPool:
-    """Returns a key pool of the keys a person types, until an empty line."""
+    """Returns a key pool of the keys entered at the prompt, until an empty line."""
     keys: list[str] = []
     while True:
-        key = ask(f"Claude API key {len(keys) + 1} (hidden; empty line to end)").strip()
+        key = ask(f"Claude API key {len(keys) + 1} (hidden; empty line to finish)").strip()
         if not key:
             break
         reason = _wrong_with_key(key, keys)
@@ -296,7 +300,9 @@ def ask_for_key_pool(ask: Callable[[str], str], say: Callable[[str], None]) -> K
             continue
         keys.append(key)
     if not keys:
-        raise CommandFailed("no upstream key was given, so no job could run: nothing was changed")
+        raise CommandFailed(
+            "no upstream key entered: nothing was changed; jobs need at least one key"
+        )
     return {
         "keys": [
             {"id": "main" if number == 1 else f"key-{number}", "api_key": key}
@@ -307,33 +313,33 @@ def ask_for_key_pool(ask: Callable[[str], str], say: Callable[[str], None]) -> K
 
 def _wrong_with_key(key: str, others: list[str]) -> str | None:
     if not key.isascii() or not key.isprintable() or " " in key:
-        return "That holds characters no key has; copy it again."
+        return "The key contains invalid characters; copy it again."
     if key.startswith("sk-ant-admin"):
-        return "That is an admin key, which cannot send messages; give an API key (sk-ant-api...)."
+        return "This is an admin key, which cannot send messages; enter an API key (sk-ant-api...)."
     if key in others:
-        return "That key was given before."
+        return "This key was already entered."
     return None
 
 
 @contextmanager
 def said_plainly(doing: str) -> Iterator[None]:
-    """Turns what boto3 raises into one line that says what to do."""
+    """Turns boto3 errors into one line that says what to do."""
     try:
         yield
     except NoRegionError:
-        raise CommandFailed("no AWS region: give --region or set AWS_REGION") from None
+        raise CommandFailed("no AWS region: set --region or AWS_REGION") from None
     except NoCredentialsError:
         raise CommandFailed(
             "no AWS credentials: sign in first (`aws sso login`), or set AWS_PROFILE"
         ) from None
     except ProfileNotFound as error:
-        raise CommandFailed(f"{error}: set AWS_PROFILE to one of yours") from None
+        raise CommandFailed(f"{error}: set AWS_PROFILE to an existing profile") from None
     except ClientError as error:
         facts = error.response["Error"]
         code, message = facts.get("Code", "error"), facts.get("Message", "")
-        raise CommandFailed(f"AWS refused to {doing}: {code}: {message}") from None
+        raise CommandFailed(f"cannot {doing}: AWS returned {code}: {message}") from None
     except StoreBusy as busy:
-        raise CommandFailed(f"AWS was too busy to {doing}: {busy.what}; try again") from None
+        raise CommandFailed(f"cannot {doing}: {busy.what} is busy; try again") from None
     except (BotoCoreError, ValueError) as error:
-        # ValueError: an endpoint URL that is none.
+        # ValueError: an invalid endpoint URL.
         raise CommandFailed(f"cannot {doing}: {error}") from None

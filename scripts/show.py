@@ -23,7 +23,7 @@ WIDTH_WITHOUT_TERMINAL = 160
 
 
 def console() -> Console:
-    """Returns where tables go: the terminal, or a pipe wide enough not to cut them."""
+    """Returns the console for tables: the terminal, or a pipe wide enough not to truncate them."""
     out = Console(highlight=False, emoji=False, markup=False)
     if not out.is_terminal:
         out = Console(highlight=False, emoji=False, markup=False, width=WIDTH_WITHOUT_TERMINAL)
@@ -147,11 +147,11 @@ def usage_table(usage: Json) -> Table:
 
 
 def limits_table(groups: Sequence[Json]) -> Table:
-    """Returns one row per limit group: what is left of what, per minute, and what is in the way."""
+    """Returns one row per limit group: remaining capacity, limits per minute, and current blocks."""
     table = Table("limit group", box=None)
     for title in ("requests", "input tokens", "output tokens", "output/call"):
         table.add_column(title, justify="right")
-    for title in ("known from", "pace", "waits"):
+    for title in ("source", "rate", "blocked"):
         table.add_column(title)
     for group in groups:
         limits, levels = group.get("limits") or {}, group.get("level") or {}
@@ -165,7 +165,7 @@ def limits_table(groups: Sequence[Json]) -> Table:
                 for name in ("requests", "input_tokens", "output_tokens")
             ),
             "-" if estimate is None else f"~{estimate:,}",
-            "answers" if group.get("learned") else "a safe guess",
+            "learned" if group.get("learned") else "default",
             f"{group.get('rate_factor', 1.0):.0%}",
             Text("\n".join(_waits(group)), style="yellow"),
         )
@@ -173,26 +173,26 @@ def limits_table(groups: Sequence[Json]) -> Table:
 
 
 def _waits(group: Json) -> list[str]:
-    """Returns a line for everything that keeps calls of a limit group back: until when, why, and who said so."""
+    """Returns a line for each block on a limit group: until when, why, and the source."""
     lines = []
     if group.get("blocked_until"):
         why = [group.get("blocked_reason"), group.get("blocked_by")]
         facts = ", ".join(each for each in why if each)
         lines.append(
-            f"all until {moment(group['blocked_until'])}" + (f" ({facts})" if facts else "")
+            f"group until {moment(group['blocked_until'])}" + (f" ({facts})" if facts else "")
         )
     lines += [
         f"{each['what']} until {moment(each['until'])}" for each in group.get("set_aside") or ()
     ]
     day = group.get("tokens_per_day")
     if day and day["level"] <= 0:
-        lines.append(f"{day['limit']:,} tokens per day are used up")
+        lines.append(f"{day['limit']:,} tokens per day exhausted")
     return lines
 
 
 def keys_table(keys: Sequence[Json]) -> Table:
     """Returns one row per client key."""
-    table = Table("key id", "tenant", "name", "created", "state", box=None)
+    table = Table("key ID", "tenant", "name", "created", "state", box=None)
     for key in keys:
         table.add_row(
             key["key_id"],
@@ -206,9 +206,9 @@ def keys_table(keys: Sequence[Json]) -> Table:
 
 def letters_table(letters: Sequence[Json]) -> Table:
     """Returns one row per dead letter."""
-    table = Table("letter", "kept", "reason", "job", "now", box=None)
+    table = Table("letter", "stored", "reason", "job", "job state", box=None)
     table.add_column("estimate", justify="right")
-    table.add_column("redrive")
+    table.add_column("redrivable")
     for letter in letters:
         state = letter["state"]
         cost = letter["estimated_cost_micro_usd"]
@@ -225,7 +225,7 @@ def letters_table(letters: Sequence[Json]) -> Table:
 
 
 def moment(text: str) -> str:
-    """Writes a time of the API in the person's own time zone; anything else as it is."""
+    """Writes a time of the API in the local time zone; returns any other text unchanged."""
     try:
         return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:
@@ -233,7 +233,7 @@ def moment(text: str) -> str:
 
 
 def batches_table(batches: Sequence[Json]) -> Table:
-    """Returns batches, a line each."""
+    """Returns one row per batch."""
     table = Table("batch", "name", "state", "rows", "failed", "created", "cost", box=None)
     for batch in batches:
         rows = batch["rows"]
@@ -267,7 +267,7 @@ def batch_panel(batch: Json) -> Panel:
         "name": batch["name"],
         "state": batch["state"],
         "rows": f"{rows['done']:,} of {about}{rows['expected']:,}",
-        "of them": counts,
+        "row states": counts,
         "tokens": f"{batch['input_tokens']:,} input, {batch['output_tokens']:,} output",
         "cost": dollars(batch["cost_micro_usd"]),
         "problem": batch["problem"],

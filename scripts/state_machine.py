@@ -1,7 +1,7 @@
 """Writes the job's state machine into docs/state_machine.md, from the table that the code obeys.
 
-python -m scripts.state_machine            writes the drawing and the table
-python -m scripts.state_machine --check    says whether they are up to date, by the exit code
+python -m scripts.state_machine            writes the diagram and the table
+python -m scripts.state_machine --check    exits with 1 if they are out of date
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def up_to_date(page: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write drawing and table, or check them; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m scripts.state_machine")
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 when out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="compare only; exit 1 if the page is out of date"
+    )
     wanted = parser.parse_args(arguments)
     page = PAGE.read_text(encoding="utf-8")
     new = up_to_date(page)

@@ -86,7 +86,7 @@ def read_jobs(lines: Iterable[bytes], defaults: Mapping[str, object]) -> Iterato
             first = line_of.setdefault(item.custom_id, number)
             if first != number:
                 # The gateway sees one list at a time; here all of the file is in sight.
-                reason = f'custom_id "{item.custom_id}" stands in line {first} already'
+                reason = f'duplicate custom_id "{item.custom_id}"; first used in line {first}'
                 item = Rejected(number, "invalid_request_error", reason)
         yield item
 
@@ -102,7 +102,7 @@ def _read_job(number: int, text: bytes, defaults: Mapping[str, object]) -> Line 
     custom_id = job.get("custom_id")
     room = MAX_BYTES_PER_LIST - len(_BODY_OPENS) - len(_BODY_CLOSES)
     if len(body) > room:
-        too_large = f"the job has {len(body):,} bytes; at most {room:,} can be sent"
+        too_large = f"the job has {len(body):,} bytes; the maximum is {room:,}"
         return Rejected(number, "request_too_large", too_large)
     return Line(number, body, custom_id if isinstance(custom_id, str) else None)
 
@@ -236,14 +236,17 @@ def deadline_at(text: str, now: datetime) -> str:
         try:
             at = now + timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
         except OverflowError:
-            raise CommandFailed(f'deadline "{text}" lies beyond all calendars') from None
+            raise CommandFailed(f'deadline "{text}" is too far in the future') from None
     else:
         try:
             at = datetime.fromisoformat(text.strip())
         except ValueError:
             raise CommandFailed(
-                f'"{text}" is no deadline; give a span (90m, 2h, 1d) or 2026-12-24T18:00:00Z'
+                f'"{text}" is not a deadline; use a duration (90m, 2h, 1d) or a time '
+                "(2026-12-24T18:00:00Z)"
             ) from None
         if at.tzinfo is None:
-            raise CommandFailed(f'deadline "{text}" has no time zone; end it with Z or +01:00')
+            raise CommandFailed(
+                f'deadline "{text}" has no time zone; append Z or an offset (+01:00)'
+            )
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""One run of `sluice submit`: send, report, and if asked to, wait and hand out the results."""
+"""One run of `sluice submit`: sends, reports, and optionally waits and writes the results."""
 
 import json
 import sys
@@ -51,7 +51,9 @@ class Submission:
         try:
             outcome = send(gateway, read_jobs(lines, self.defaults), self.run_key)
         except KeyboardInterrupt:
-            terminal.say(f"stopped; the same command with {self._again} makes no job twice")
+            terminal.say(
+                f"stopped; run the same command with {self._again} to continue without duplicates"
+            )
             raise
         self._report(outcome)
         good = not outcome.rejected and not outcome.stopped
@@ -74,8 +76,8 @@ class Submission:
         accepted = f"{terminal.counted(len(outcome.accepted), 'job')} accepted"
         if outcome.stopped and outcome.accepted:
             terminal.say(
-                f"{accepted} before it stopped; the same command with {self._again} "
-                "sends the rest and makes no job twice"
+                f"{accepted} before the error; run the same command with {self._again} "
+                "to send the rest without duplicates"
             )
         elif not outcome.stopped and not self.is_prompt:
             terminal.say(f"{accepted}, {len(outcome.rejected):,} rejected")
@@ -101,7 +103,7 @@ class Submission:
             print(job.job_id)
         more = len(outcome.accepted) - len(shown)
         if more:
-            terminal.say(f"and {more:,} more; a pipe gets them all, `sluice list` shows the newest")
+            terminal.say(f"and {more:,} more; pipe the output to get all IDs, or run `sluice list`")
 
     def _wait(self, gateway: Gateway, job_ids: list[str], sink: TextIO | None) -> bool:
         text_only = self.is_prompt and not sink and not self.as_json
@@ -124,7 +126,7 @@ class Submission:
         for job in answers:
             _print_answer(job)
         if not sink and not text_only:
-            terminal.say("`sluice results` fetches the answers, or --out FILE next time")
+            terminal.say("run `sluice results` to fetch the answers, or use --out FILE next time")
         return good
 
 
@@ -145,7 +147,9 @@ def wait_and_show(
             )
         except KeyboardInterrupt:
             if again:
-                display.note(f"the jobs go on; the same command with {again} waits for them again")
+                display.note(
+                    f"the jobs keep running; run the same command with {again} to wait again"
+                )
             raise
         finally:
             gateway.on_wait = terminal.say

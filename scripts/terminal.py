@@ -1,4 +1,4 @@
-"""What commands read from and write to: answers on standard output, all else on standard error."""
+"""Input and output of commands: results on standard output, messages on standard error."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from scripts.cli_errors import CommandFailed
 
 
 def say(text: str) -> None:
-    """Tells the person something that is not the command's answer."""
+    """Prints a message to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_json(value: object) -> None:
-    """Prints an answer for a program."""
+    """Prints a result as JSON to standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def is_piped() -> bool:
-    """Tells whether a program, not a person, reads standard output."""
+    """Returns whether standard output is not a terminal."""
     return not sys.stdout.isatty()
 
 
@@ -46,13 +46,13 @@ def secret_in(file: Path) -> str:
     with lines_of(file) as source:
         lines = [line.strip() for line in source]
     if len(lines) > 1 and any(lines[1:]):
-        raise CommandFailed(f"{file} has several lines; a key file has one, with the key")
+        raise CommandFailed(f"{file} has several lines; a key file must have one line with the key")
     try:
         secret = b"".join(lines).decode("ascii")
     except UnicodeDecodeError:
-        raise CommandFailed(f"{file} does not hold a key: it is not plain text") from None
+        raise CommandFailed(f"{file} does not contain a key: it is not plain ASCII text") from None
     if not secret:
-        raise CommandFailed(f"{file} is empty; a key file has one line, with the key")
+        raise CommandFailed(f"{file} is empty; a key file must have one line with the key")
     return secret
 
 
@@ -79,7 +79,7 @@ def written_to(file: Path) -> Iterator[TextIO]:
                 os.fchmod(descriptor, PRIVATE)
         except OSError as error:
             raise CommandFailed(
-                f"{file} cannot be made private ({error.strerror}); name another file"
+                f"cannot set private permissions on {file} ({error.strerror}); use another file"
             ) from None
         yield opened
 

@@ -78,7 +78,7 @@ SMOKE_RUNS: Final = (
         r"JSON, answered at once +200:200 ",
         5,
     ),
-    SmokeRun("scripts.demo", "", r"200 of 200 jobs(.|\n)*billed twice +│ 0 calls", 22),
+    SmokeRun("scripts.demo", "", r"200 of 200 jobs(.|\n)*Billed twice +│ 0 calls", 22),
     SmokeRun("scripts.openapi", "--check", "", 1),
     SmokeRun("scripts.state_machine", "--check", "", 1),
     SmokeRun("tests.simulation", "--seeds 40 --processes 2", r"20 stories, 0 broke", 2),

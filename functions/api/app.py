@@ -1,4 +1,4 @@
-"""Woken by the HTTP API: authenticates, and serves jobs, usage and limits."""
+"""Invoked by the HTTP API: authenticates callers and serves jobs, batches, uploads, usage and limits."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.StoreBusy: (503, "overloaded_error"),
     errors.Unexpected: (500, "api_error"),
 }
-"""What each of our errors is in HTTP, in Anthropic's words. Everything else is a 500 that says nothing."""
+"""HTTP status and Anthropic error type of each error. Any other exception is a 500 without details."""
 
 WORTH_SENDING_AGAIN: Final = (errors.StoreBusy, errors.Unexpected)
-"""What a whole list is answered with if one of its jobs was, first things first: the others are refused once more."""
+"""If a whole list is rejected, the first of these found decides the response, so that the client retries."""
 
 MOST_ID: Final = 64
 """Characters of a job id."""
 
 PASSED_OVER: Final = frozenset({"beta"})
-"""Query parameters that mean nothing here: Anthropic's SDKs add `beta=true` to the calls of their beta resources."""
+"""Ignored query parameters: Anthropic's SDKs add `beta=true` to the calls of their beta resources."""
 
 GROUPINGS: Final = ("day", "model", "lane")
 
@@ -59,10 +59,10 @@ GROUPINGS: Final = ("day", "model", "lane")
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Answer one request."""
-    # Bodies are JSON whatever the header says: `curl -d` calls everything a form.
+    # Bodies are parsed as JSON whatever the content type: `curl -d` sends a form content type.
     event.setdefault("headers", {})["content-type"] = "application/json"
     if event.get("isBase64Encoded"):
-        # What is not UTF-8 stays visible as such, and is refused where it stands.
+        # Invalid UTF-8 is kept as surrogates and rejected by the validation of the field.
         text = b64decode(event.get("body") or "").decode(errors="surrogateescape")
         event |= {"body": text, "isBase64Encoded": False}
     try:
@@ -82,26 +82,26 @@ app.use(middlewares=[named])
 
 
 def checked(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
-    """Let a request through that is not too large, carries a client key, and asks for nothing that we do not know."""
+    """Check body size, client key and query parameters before the route runs."""
     app.append_context(tenant=tenant_of_request())  # type: ignore[no-untyped-call]
     known = sorted(each.alias for each in app.context["_route"].dependant.query_params)
     unknown = sorted(set(app.current_event.query_string_parameters) - {*known, *PASSED_OVER})
     if unknown:
-        there_is = f"there is {', '.join(known)}" if known else "this route takes none"
-        message = f"{', '.join(unknown)}: no such query parameter; {there_is}"
+        accepted = f"use {', '.join(known)}" if known else "this route takes none"
+        message = f"{', '.join(unknown)}: unknown query parameter; {accepted}"
         raise errors.InvalidRequest(message)
     return next_middleware(app)
 
 
 def as_it_is(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
-    """Put a body of bytes into the answer behind Powertools' back, which takes every body for text."""
+    """Set a bytes body after Powertools, which treats every body as text."""
     response = next_middleware(app)
     response.body = app.context.pop("body", response.body)
     return response
 
 
 def tenant_of_request() -> str:
-    """Return whose request this is; raises Unauthenticated, or RequestTooLarge for anybody's."""
+    """Return the tenant of this request; raises RequestTooLarge before it checks the key, or Unauthenticated."""
     event = app.current_event
     size = len((event.body or "").encode(errors="surrogatepass"))
     if size > http.MOST_BYTES:
@@ -122,27 +122,27 @@ def account() -> Account:
 
 @app.get(
     "/health",
-    summary="Look whether the gateway answers",
-    description="Needs no key.",
+    summary="Health check",
+    description="Requires no client key.",
     tags=["health"],
-    responses=http.responses(200, "It does.", http.Health),
+    responses=http.responses(200, "The gateway is healthy.", http.Health),
 )
 def health() -> dict[str, str]:
-    """Answer that we are here."""
+    """Return status and version."""
     return {"status": "ok", "version": sluice.__version__}
 
 
 @app.post(
     "/jobs",
     summary="Submit jobs",
-    description="Accepts one job, or a list of up to 100 in which each item has its own outcome. "
+    description="Accepts one job, or a list of up to 100 jobs that are accepted or rejected individually. "
     "A longer list becomes a batch.",
     status_code=202,
     tags=["jobs"],
     security=http.CLIENT_KEY,
     responses=http.responses(
         202,
-        "Stored and queued: the job, or the outcome of each item of the list.",
+        "The jobs are stored and queued. Returns the job, or for a list the outcome of each item.",
         http.SubmittedJob | http.SubmittedList | http.Batch,
         *(400, 401, 409, 413, 503),
     ),
@@ -155,29 +155,36 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         Header(
             min_length=1,
             max_length=255,
-            description="Names this submit: sent again, it finds its jobs instead of making new ones.",
+            description="Idempotency key. Resending the request with the same key returns the existing jobs.",
         ),
     ] = None,
     anthropic_version: Annotated[
         str | None,
         Header(
             pattern=http.VERSION,
-            description="Sent upstream with the jobs; the newest version we know if left out.",
+            description="API version for the upstream calls. Default: the latest version that Sluice supports.",
         ),
     ] = None,
     anthropic_beta: Annotated[
         str | None,
-        Header(max_length=1024, pattern=http.PRINTABLE, description="Sent upstream with the jobs."),
+        Header(
+            max_length=1024,
+            pattern=http.PRINTABLE,
+            description="Beta features; forwarded with the upstream calls.",
+        ),
     ] = None,
     sluice_webhook: Annotated[
-        str | None, Header(description="The `webhook` of jobs that name none, or of the batch.")
+        str | None,
+        Header(
+            description="Default `webhook` for jobs that do not set one, or the batch's webhook."
+        ),
     ] = None,
     x_stainless_retry_count: Annotated[
         int | None,
         Header(
             ge=0,
-            description="Sent by Anthropic's SDKs. Above 0, jobs without a name are looked for among those of the "
-            "same request within 10 minutes.",
+            description="Retry count, sent by Anthropic's SDKs. If it is above 0, a job without a custom_id and "
+            "without an Idempotency-Key is matched to the same request sent within the last 10 minutes.",
         ),
     ] = None,
 ) -> Response[Any]:
@@ -242,7 +249,7 @@ def _accepted(outcome: Accepted) -> dict[str, Any]:
 @app.get(
     "/jobs",
     summary="List jobs",
-    description="Lists jobs, newest first; or shows the jobs named in `ids`.",
+    description="Lists jobs, newest first, or returns the jobs named in `ids`.",
     tags=["jobs"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "A page of jobs.", http.Listing, 400, 401, 503),
@@ -250,19 +257,20 @@ def _accepted(outcome: Accepted) -> dict[str, Any]:
 )
 def list_jobs(
     state: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=100, description="Jobs per page.")] = 20,
     page: Annotated[
-        str | None, Query(max_length=200, description="The `next_page` of the answer before.")
+        str | None,
+        Query(max_length=200, description="Cursor: `next_page` of the previous response."),
     ] = None,
-    ids: Annotated[str | None, Query(description="Up to 100 job ids, separated by commas.")] = None,
+    ids: Annotated[str | None, Query(description="Up to 100 comma-separated job IDs.")] = None,
 ) -> dict[str, Any]:
     """List jobs."""
     if ids is not None:
         wanted = [each.strip() for each in ids.split(",") if each.strip()]
         if len(wanted) > http.MOST_JOBS:
-            message = f"ids: {len(wanted)} ids, the most is {http.MOST_JOBS}"
+            message = f"ids: {len(wanted)} job IDs; the maximum is {http.MOST_JOBS}"
             raise errors.InvalidRequest(message)
-        # DynamoDB refuses a batch with a key that long, and no job has one.
+        # DynamoDB rejects a batch that contains a longer key, and no job ID is longer.
         known = [each for each in wanted if len(each) <= MOST_ID]
         data = [http.job_summary(job) for job in account().some_jobs(known)]
         return {"data": data, "has_more": False, "next_page": None}
@@ -277,7 +285,7 @@ def list_jobs(
 @app.get(
     "/jobs/<job_id>",
     summary="Show a job",
-    description="State, attempts, usage, cost, and Claude's Message once it is there.",
+    description="Returns state, attempts, usage, cost, and Claude's Message once the job has succeeded.",
     tags=["jobs"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The job.", http.Job, 400, 401, 404, 503),
@@ -292,12 +300,13 @@ def show_job(job_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]
 @app.delete(
     "/jobs/<job_id>",
     summary="Cancel a job",
-    description="For sure before its call, as well as possible during it. A job that has ended stays as it is.",
+    description="Cancels a job: guaranteed before the upstream call, best effort during it. "
+    "A job that has ended is not changed.",
     tags=["jobs"],
     security=http.CLIENT_KEY,
     responses=http.responses(
         200,
-        "The job: `canceled`, or with `cancel_requested` while its call is running.",
+        "The job: `canceled`, or with `cancel_requested` while its call is in flight.",
         http.Job,
         *(400, 401, 404, 503),
     ),
@@ -311,21 +320,21 @@ def cancel_job(job_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, An
 
 @app.get(
     "/usage",
-    summary="Show what was spent",
-    description="From the first day to the last (UTC), today if left out.",
+    summary="Show usage and cost",
+    description="Covers the days from `from` to `to`, inclusive (UTC). Default: today.",
     tags=["usage"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "The sums.", http.UsageReport, 400, 401, 503),
+    responses=http.responses(200, "Usage and cost.", http.UsageReport, 400, 401, 503),
     middlewares=[checked],
 )
 def show_usage(
-    first: Annotated[date | None, Query(alias="from", description="The first day.")] = None,
-    last: Annotated[date | None, Query(alias="to", description="The last day.")] = None,
+    first: Annotated[date | None, Query(alias="from", description="First day.")] = None,
+    last: Annotated[date | None, Query(alias="to", description="Last day.")] = None,
     group_by: Annotated[
-        str, Query(description="Any of day, model, lane, separated by commas.")
+        str, Query(description="Comma-separated list of day, model, lane.")
     ] = "day",
 ) -> dict[str, Any]:
-    """Show what was spent."""
+    """Show usage and cost."""
     today = datetime.now(UTC).date()
     last = last or max(today, first or today)
     first = first or last
@@ -341,8 +350,8 @@ def show_usage(
 
 @app.get(
     "/limits",
-    summary="Show the limit groups",
-    description="The limits of each, what is left, and what blocks it until when.",
+    summary="Show rate limits",
+    description="Returns each limit group with its limits, remaining capacity and current blocks.",
     tags=["limits"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The limit groups.", http.Limits, 400, 401, 503),
@@ -362,8 +371,8 @@ BATCHES: Final = "/v1/messages/batches"
 @app.post(
     BATCHES,
     summary="Create a batch",
-    description="Anthropic's Message Batches API, served by Sluice's own engine. "
-    "A create that an SDK sends again makes no second batch.",
+    description="Anthropic's Message Batches API, run by Sluice's own engine. "
+    "A create request that an SDK retries creates no second batch.",
     tags=["batches"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The batch.", http.MessageBatch, *(400, 401, 409, 413, 503)),
@@ -373,21 +382,37 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
     body: Annotated[http.BatchBody, Body()],
     idempotency_key: Annotated[
         str | None,
-        Header(min_length=1, max_length=255, description="Names this create, for good."),
+        Header(
+            min_length=1,
+            max_length=255,
+            description="Idempotency key. Resending the request with the same key returns the existing batch.",
+        ),
     ] = None,
     anthropic_version: Annotated[str | None, Header(pattern=r"^\d{4}-\d{2}-\d{2}$")] = None,
     anthropic_beta: Annotated[
-        str | None, Header(max_length=1024, pattern=r"^[!-~ ]+$", description="Sent upstream.")
+        str | None,
+        Header(
+            max_length=1024,
+            pattern=r"^[!-~ ]+$",
+            description="Beta features; forwarded with the upstream calls.",
+        ),
     ] = None,
     sluice_deadline: Annotated[
         str | None,
-        Header(description="RFC 3339: rows not begun by then are `expired`; default 24 hours."),
+        Header(
+            description="RFC 3339 time. Rows that have not started by then are `expired`. Default: after 24 hours."
+        ),
     ] = None,
     sluice_webhook: Annotated[
-        str | None, Header(description="An https address that is told of the batch's end, signed.")
+        str | None,
+        Header(description="HTTPS URL to notify on completion, with a signed request."),
     ] = None,
     x_stainless_retry_count: Annotated[
-        int, Header(ge=0, description="Says that an SDK sends the very same create again.")
+        int,
+        Header(
+            ge=0,
+            description="Retry count, sent by Anthropic's SDKs. Above 0, the request is a retry.",
+        ),
     ] = 0,
 ) -> dict[str, Any]:
     """Create a batch."""
@@ -410,10 +435,10 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
 @app.get(
     BATCHES,
     summary="List batches",
-    description="Newest first, files among them.",
+    description="Lists batches, newest first, including those created from files.",
     tags=["batches"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "A page.", http.MessageBatchList, 400, 401, 404, 503),
+    responses=http.responses(200, "A page of batches.", http.MessageBatchList, 400, 401, 404, 503),
     middlewares=[checked],
 )
 def list_batches(
@@ -435,7 +460,7 @@ def list_batches(
 @app.get(
     f"{BATCHES}/<batch_id>",
     summary="Show a batch",
-    description="As Anthropic's API does; counts move when the whole batch has ended.",
+    description="Same format as Anthropic's API. `request_counts` changes only when the whole batch has ended.",
     tags=["batches"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The batch.", http.MessageBatch, 400, 401, 404, 503),
@@ -449,7 +474,7 @@ def show_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, 
 @app.post(
     f"{BATCHES}/<batch_id>/cancel",
     summary="Cancel a batch",
-    description="Rows that wait are canceled, calls under way are stopped; what was answered stays.",
+    description="Cancels waiting rows and stops calls in flight. Completed results are kept.",
     tags=["batches"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The batch.", http.MessageBatch, 400, 401, 404, 503),
@@ -463,10 +488,12 @@ def cancel_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str
 @app.delete(
     f"{BATCHES}/<batch_id>",
     summary="Delete a batch",
-    description="Only once it has ended.",
+    description="Deletes an ended batch.",
     tags=["batches"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "It is gone.", http.DeletedMessageBatch, 400, 401, 404, 503),
+    responses=http.responses(
+        200, "The batch is deleted.", http.DeletedMessageBatch, 400, 401, 404, 503
+    ),
     middlewares=[checked],
 )
 def delete_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str, Any]:
@@ -478,8 +505,8 @@ def delete_batch(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str
 @app.get(
     f"{BATCHES}/<batch_id>/results",
     summary="Fetch the results of a batch",
-    description="A line of JSON per row, in the order of the rows: gzipped while it fits into an answer, else "
-    "a redirect to the bucket for clients that send a bearer token.",
+    description="Returns JSON Lines in row order, gzipped if the client accepts it. If the results exceed the response "
+    "limit, clients that send a bearer token get a redirect to a presigned S3 URL.",
     tags=["batches"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The results.", http.ResultLine, 400, 401, 404, 503),
@@ -497,7 +524,7 @@ def batch_results(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> Respons
         body, coding = decompress(found.packed), {}
         if len(body) > MOST_INLINE_BYTES:
             message = (
-                f"the results have {len(body):,} bytes, more than one answer takes; "
+                f"the results have {len(body):,} bytes, which exceeds the response limit; "
                 "send Accept-Encoding: gzip"
             )
             raise errors.InvalidRequest(message)
@@ -512,16 +539,17 @@ def batch_results(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> Respons
 @app.get(
     "/batches",
     summary="List batches with their progress",
-    description="Newest first.",
+    description="Lists batches, newest first.",
     tags=["batches"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "A page.", http.BatchListing, 400, 401, 404, 503),
+    responses=http.responses(200, "A page of batches.", http.BatchListing, 400, 401, 404, 503),
     middlewares=[checked],
 )
 def list_progress(
-    limit: Annotated[int, Query(ge=1, le=100, description="Batches on a page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=100, description="Batches per page.")] = 20,
     page: Annotated[
-        str | None, Query(max_length=MOST_ID, description="The `next_page` of the answer before.")
+        str | None,
+        Query(max_length=MOST_ID, description="Cursor: `next_page` of the previous response."),
     ] = None,
 ) -> dict[str, Any]:
     """List batches."""
@@ -536,7 +564,7 @@ def list_progress(
 @app.get(
     "/batches/<batch_id>",
     summary="Show a batch with its progress",
-    description="Rows done, tokens, cost, and when it will probably end.",
+    description="Returns completed rows, tokens, cost and estimated end time.",
     tags=["batches"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The batch.", http.Batch, 400, 401, 404, 503),
@@ -549,8 +577,8 @@ def show_progress(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[st
 
 @app.get(
     "/batches/<batch_id>/links",
-    summary="Get links to the files of a batch",
-    description="Results, errors and summary of a batch that has ended; to be fetched without a key.",
+    summary="Get download links for a batch",
+    description="Presigned URLs for the results, errors and summary of an ended batch; they expire in 15 minutes.",
     tags=["batches"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The links.", http.BatchLinks, 400, 401, 404, 503),
@@ -563,16 +591,18 @@ def batch_links(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str,
 
 @app.post(
     "/uploads",
-    summary="Begin an upload",
-    description="Of a file of any size, by links that need no AWS credentials. PUT each part to its link, "
-    "without a key, and keep the ETag of each answer.",
+    summary="Start an upload",
+    description="Starts a multipart upload of a file of any size; requires no AWS credentials. PUT each part to its "
+    "presigned URL, without the client key, and keep the ETag of each response.",
     tags=["uploads"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "Where its parts go.", http.Upload, 400, 401, 413, 503),
+    responses=http.responses(
+        200, "The upload with its first presigned URLs.", http.Upload, 400, 401, 413, 503
+    ),
     middlewares=[checked],
 )
 def begin_upload(body: Annotated[http.UploadRequest, Body()]) -> dict[str, Any]:
-    """Begin an upload."""
+    """Start an upload."""
     begun = uploads().begin(body.name, body.bytes, body.options)
     return {
         "type": "upload",
@@ -586,11 +616,11 @@ def begin_upload(body: Annotated[http.UploadRequest, Body()]) -> dict[str, Any]:
 
 @app.post(
     "/uploads/parts",
-    summary="Get links of more parts",
-    description="Up to a hundred at once.",
+    summary="Get more upload URLs",
+    description="Returns presigned URLs for up to 100 parts.",
     tags=["uploads"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "Where they go.", http.UploadLinks, 400, 401, 413, 503),
+    responses=http.responses(200, "Presigned URLs.", http.UploadLinks, 400, 401, 413, 503),
     middlewares=[checked],
 )
 def upload_parts(body: Annotated[http.UploadParts, Body()]) -> dict[str, Any]:
@@ -601,7 +631,7 @@ def upload_parts(body: Annotated[http.UploadParts, Body()]) -> dict[str, Any]:
 @app.post(
     "/uploads/complete",
     summary="Complete an upload",
-    description="Puts the parts together; the file is a batch from then on. May be sent again.",
+    description="Joins the parts and creates a batch from the file. Safe to retry.",
     tags=["uploads"],
     security=http.CLIENT_KEY,
     responses=http.responses(200, "The batch.", http.Batch, 400, 401, 413, 503),
@@ -616,10 +646,10 @@ def complete_upload(body: Annotated[http.UploadDone, Body()]) -> dict[str, Any]:
 @app.delete(
     "/uploads",
     summary="Abort an upload",
-    description="Forgets its parts.",
+    description="Deletes the parts uploaded so far.",
     tags=["uploads"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "It is forgotten.", http.AbortedUpload, 400, 401, 503),
+    responses=http.responses(200, "The upload is aborted.", http.AbortedUpload, 400, 401, 503),
     middlewares=[checked],
 )
 def abort_upload(
@@ -633,11 +663,11 @@ def abort_upload(
 
 @app.get(
     "/webhooks/secret",
-    summary="Get the secret of your webhooks",
-    description="Every webhook of this tenant is signed with it, as Standard Webhooks says.",
+    summary="Get the webhook signing secret",
+    description="All webhooks of this tenant are signed with this secret, following Standard Webhooks.",
     tags=["webhooks"],
     security=http.CLIENT_KEY,
-    responses=http.responses(200, "The secret.", http.WebhookSecret, 401, 503),
+    responses=http.responses(200, "The signing secret.", http.WebhookSecret, 401, 503),
     middlewares=[checked],
 )
 def webhook_secret() -> dict[str, str]:
@@ -703,13 +733,13 @@ def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
     status, _ = HTTP_OF[type(error)]
     headers = retry_after(error)
     if isinstance(error, errors.Conflict):
-        # Anthropic's SDKs try a 409 again; this one stays.
+        # Anthropic's SDKs retry a 409; retrying this one is pointless.
         headers["x-should-retry"] = "false"
     return answer(status, {**error_body(error), **more}, headers)
 
 
 def retry_after(*refused: errors.SluiceError) -> dict[str, str]:
-    """Return the header that says when to come back, if one of the errors passes."""
+    """Return the retry-after header if one of the errors is retryable."""
     seconds = [each.retry_after_seconds for each in refused if isinstance(each, errors.StoreBusy)]
     return {"retry-after": str(max(seconds))} if seconds else {}
 
@@ -722,7 +752,7 @@ def on_our_error(error: errors.SluiceError) -> Response[Any]:
 
 @app.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
 def on_bad_form(error: RequestValidationError) -> Response[Any]:
-    """Answer a request whose form is wrong; that is no business of those who may not ask at all."""
+    """Return the validation error of a malformed request, but only to authenticated callers."""
     try:
         tenant_of_request()
     except errors.SluiceError as refused:
@@ -732,7 +762,7 @@ def on_bad_form(error: RequestValidationError) -> Response[Any]:
 
 @app.not_found
 def on_unknown_route(_: NotFoundError) -> Response[Any]:
-    """Answer a path or method that does not exist."""
+    """Return 404 for an unknown path or method."""
     event = app.current_event
     message = f"{event.http_method} {event.path} does not exist; see docs/openapi.json"
     body = {"type": "error", "error": {"type": "not_found_error", "message": message}}
@@ -741,6 +771,6 @@ def on_unknown_route(_: NotFoundError) -> Response[Any]:
 
 @app.exception_handler(Exception)  # type: ignore[untyped-decorator]
 def on_surprise(_: Exception) -> Response[Any]:
-    """Answer what nobody thought of: the log has the traceback, the caller a request id."""
+    """Return 500 for an unexpected exception: the traceback goes to the log, the request ID to the caller."""
     wiring.telemetry().problem("request failed", request_id=request_id())
     return refusal(errors.Unexpected())

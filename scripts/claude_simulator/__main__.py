@@ -18,7 +18,7 @@ KEYS_VARIABLE = "CLAUDE_SIMULATOR_KEYS"
 ADMIN_KEYS_VARIABLE = "CLAUDE_SIMULATOR_ADMIN_KEYS"
 """Where keys come from when they are not to show in the list of processes."""
 
-# flag, the setting of the one organisation it stands for, how to read it, what it says
+# flag, the setting of the single organization, its type, help text
 ORGANISATION_FLAGS = (
     (
         "--burst-seconds",
@@ -36,9 +36,14 @@ ORGANISATION_FLAGS = (
         "--max-in-flight",
         "max_in_flight",
         int,
-        "calls at the same time, above them a 429 (no limit)",
+        "maximum concurrent calls; more get a 429 (no limit)",
     ),
-    ("--retry-after", "retry_after", str, "what a 429 names: next_slot (default), full or none"),
+    (
+        "--retry-after",
+        "retry_after",
+        str,
+        "retry-after of a 429: next_slot (default), full or none",
+    ),
 )
 LIMIT_FLAGS = (
     ("--rpm", "rpm", "requests per minute and model group (1000)"),
@@ -47,8 +52,8 @@ LIMIT_FLAGS = (
 )
 SERVICE_FLAGS = (
     ("--ttft", "ttft_seconds", "median seconds to the first token (0.8)"),
-    ("--tokens-per-second", "tokens_per_second", "speed of an answer, 0 for unlimited (80)"),
-    ("--output-tokens", "output_tokens", "median output tokens of an answer (300)"),
+    ("--tokens-per-second", "tokens_per_second", "output speed, 0 for unlimited (80)"),
+    ("--output-tokens", "output_tokens", "median output tokens per response (300)"),
 )
 
 
@@ -76,39 +81,54 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.claude_simulator",
-        description="Claude's API on 127.0.0.1, with true limits, headers and faults.",
+        description="Simulates Claude's API on 127.0.0.1, with rate limits, headers and faults.",
     )
     add = parser.add_argument
     add("--port", type=int, default=8089, help="port to listen on, 0 for a free one (8089)")
-    add("--config", type=Path, help="JSON file; the docstring of the package describes it")
-    add("--seed", type=int, help="seed of all chance (1)")
+    add("--config", type=Path, help="JSON configuration file; the package docstring describes it")
+    add("--seed", type=int, help="random seed (1)")
     add(
         "--keys",
         default=os.environ.get(KEYS_VARIABLE),
-        help=f"keys of one organisation, separated by commas ({KEYS_VARIABLE}, or sk-ant-test-one)",
+        help=f"comma-separated API keys of one organization ({KEYS_VARIABLE}, or sk-ant-test-one)",
     )
     add(
         "--admin-keys",
         default=os.environ.get(ADMIN_KEYS_VARIABLE),
-        help=f"admin keys of it, each begins with sk-ant-admin ({ADMIN_KEYS_VARIABLE}, or none)",
+        help="comma-separated admin keys of the organization, starting with sk-ant-admin "
+        f"({ADMIN_KEYS_VARIABLE}, or none)",
     )
     for flag, _, text in LIMIT_FLAGS:
         add(flag, type=int, help=f"{text}; 0 for no limit")
     for flag, _, kind, text in ORGANISATION_FLAGS:
         add(flag, type=kind, help=text)
-    add("--no-limit-headers", action="store_true", help="a relay that sends no limit headers")
     add(
-        "--reserve-max-tokens", action="store_true", help="the old rule: OTPM charged by max_tokens"
+        "--no-limit-headers",
+        action="store_true",
+        help="send no rate-limit headers, as some relays do",
+    )
+    add(
+        "--reserve-max-tokens",
+        action="store_true",
+        help="charge OTPM by max_tokens instead of actual output (the former rule)",
     )
     for flag, _, text in SERVICE_FLAGS:
         add(flag, type=float, help=text)
-    add("--batch-seconds", type=float, help="time a batch takes (by its size, 100 a second)")
+    add(
+        "--batch-seconds", type=float, help="duration of a batch (default: 100 requests per second)"
+    )
     add(
         "--fast",
         action="store_true",
-        help="answers take no time (--ttft 0 --tokens-per-second 0 --batch-seconds 0)",
+        help="respond without delay (--ttft 0 --tokens-per-second 0 --batch-seconds 0)",
     )
-    add("--fault", action="append", default=[], metavar="NAME=RATE", help="for example 529=0.02")
+    add(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="NAME=RATE",
+        help="fault rate, such as 529=0.02; repeatable",
+    )
     return parser
 
 
@@ -119,7 +139,7 @@ def _data(flags: argparse.Namespace) -> dict[str, Any]:
     if organisation:
         if "organisations" in data:
             raise settings.SettingsError(
-                f"{flags.config}: has organisations; leave out --keys and the flags for limits"
+                f"{flags.config}: defines organisations; omit --keys and the rate-limit flags"
             )
         data["organisations"] = [organisation]
     if flags.seed is not None:

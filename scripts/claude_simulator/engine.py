@@ -141,7 +141,7 @@ class Engine:
         checked = settings_.read({"revoke_at": revoke_at}).revoke_at
         for names in (revoke, unrevoke):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise settings_.SettingsError("revoke, unrevoke: a list of keys")
+                raise settings_.SettingsError("revoke, unrevoke: must be a list of keys")
         self._apply(settings_.merged(self.settings, patch), now)
         self._revoke_at(checked, now)
         self._revoke_at(dict.fromkeys(revoke, 0.0), now)

@@ -56,7 +56,9 @@ class Failure:
 
 
 FAILURES: Final[dict[str, Failure]] = {
-    "400": Failure(400, "invalid_request_error", "The simulator was told to refuse this request."),
+    "400": Failure(
+        400, "invalid_request_error", "The simulator rejected this request, as configured."
+    ),
     "401": Failure(401, "authentication_error", "invalid x-api-key"),
     "402": Failure(402, "billing_error", "There is a problem with your payment information."),
     "403": Failure(
@@ -186,13 +188,13 @@ def _failure(word: str) -> tuple[str, int | None]:
     if x and name in FAILURES and count.isascii() and count.isdigit():
         return name, int(count)
     known = ", ".join([*FAILURES, *KINDS, *(f"{setting}=N" for setting in SETTINGS)])
-    message = f'the simulator knows no "{word}"; it knows {known}'
+    message = f'unknown marker "{word}"; use one of {known}'
     raise MarkerError(message)
 
 
 def _number(name: str, text: str) -> float:
     if name not in SETTINGS:
-        message = f'the simulator knows no setting "{name}"; it knows {", ".join(SETTINGS)}'
+        message = f'unknown setting "{name}"; use one of {", ".join(SETTINGS)}'
         raise MarkerError(message)
     try:
         number = float(text)

@@ -489,7 +489,7 @@ class _Server(uvicorn.Server):
 def bind(port: int) -> socket.socket:
     """Return a socket bound to the loopback interface, or raise `PortError`."""
     if not 0 <= port <= 65535:  # noqa: PLR2004
-        raise PortError(f"port {port} is no port; choose one from 0 to 65535 with --port")
+        raise PortError(f"port {port} is not valid; use --port with a number from 0 to 65535")
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -497,7 +497,7 @@ def bind(port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise PortError(f"port {port} is in use; choose another with --port") from error
+            raise PortError(f"port {port} is in use; use --port to choose another") from error
         raise PortError(f"port {port} cannot be used: {error.strerror}") from error
     return bound
 

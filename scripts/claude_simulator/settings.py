@@ -92,7 +92,7 @@ class BatchService(_Part):
     def _fits_together(self) -> Self:
         for name in self.create_faults:
             if name not in FAILURES or FAILURES[name].place is Place.IN_STREAM:
-                message = f'create_faults: no failure "{name}" of a call without a stream'
+                message = f'create_faults: "{name}" is not a failure of a non-streaming call'
                 raise ValueError(message)
         for rates in (self.create_faults.values(), (self.errored_rate, self.expired_rate)):
             if sum(rates) > 1:
@@ -133,10 +133,14 @@ class Organisation(_Part):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.blocked_by is not None and self.blocked_by not in FAILURES:
-            message = f'blocked_by: no failure "{self.blocked_by}"; there are {", ".join(FAILURES)}'
+            message = (
+                f'blocked_by: unknown failure "{self.blocked_by}"; use one of {", ".join(FAILURES)}'
+            )
             raise ValueError(message)
         if self.workspace in self.workspaces:
-            message = f"workspaces: {self.workspace} is the default one; name it in workspace only"
+            message = (
+                f"workspaces: {self.workspace} is the default workspace; set it in workspace only"
+            )
             raise ValueError(message)
         return self
 
@@ -214,7 +218,7 @@ class Settings(_Part):
         known = (*FAILURES, *KINDS)
         for name in self.faults:
             if name not in known:
-                message = f'faults: no fault "{name}"; there are {", ".join(known)}'
+                message = f'faults: unknown fault "{name}"; use one of {", ".join(known)}'
                 raise ValueError(message)
         for names, sort in ((FAILURES, "failures"), (KINDS, "kinds of answer")):
             if sum(self.faults.get(name, 0.0) for name in names) > 1:
@@ -226,13 +230,13 @@ class Settings(_Part):
             for key in (*organisation.keys, *extra, *organisation.admin_keys):
                 if key in seen:
                     message = (
-                        f"organisations: key {key} stands twice ({seen[key]} and {organisation.id})"
+                        f"organisations: duplicate key {key} ({seen[key]} and {organisation.id})"
                     )
                     raise ValueError(message)
                 seen[key] = organisation.id
         ids = [organisation.id for organisation in self.organisations]
         if len(set(ids)) < len(ids):
-            message = "organisations: two of them have the same id"
+            message = "organisations: duplicate id"
             raise ValueError(message)
         return self
 
@@ -256,7 +260,7 @@ def read_file(path: Path) -> dict[str, Any]:
         message = f"{path}: {error.strerror}"
         raise SettingsError(message) from error
     except ValueError as error:
-        message = f"{path}: not JSON ({error})"
+        message = f"{path}: not valid JSON ({error})"
         raise SettingsError(message) from error
     if not isinstance(data, dict):
         message = f"{path}: not a JSON object"

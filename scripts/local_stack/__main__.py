@@ -15,27 +15,32 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     made = argparse.ArgumentParser(prog="python -m scripts.local_stack", description=__doc__)
     made.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="port of the API; 0 for any free one"
+        "--port", type=int, default=DEFAULT_PORT, help="port to listen on; 0 selects a free port"
     )
-    made.add_argument("--claude-url", help="Claude's address for keys without a base_url")
+    made.add_argument("--claude-url", help="base URL of Claude for keys without a base_url")
     made.add_argument("--key-pool", type=Path, help="JSON file with the upstream keys")
     secret = made.add_mutually_exclusive_group()
     secret.add_argument(
-        "--client-key", help="the client key to let in; default: SLUICE_CLIENT_KEY, or a random one"
+        "--client-key",
+        help="client key to accept; default: SLUICE_CLIENT_KEY, or a random key",
     )
     secret.add_argument(
-        "--client-key-file", type=Path, help="file with that key on one line; - is standard input"
+        "--client-key-file",
+        type=Path,
+        help="file with the client key on one line; - for standard input",
     )
-    made.add_argument("--concurrency", type=int, help="worker invocations at a time, 2 to 1000")
+    made.add_argument(
+        "--concurrency", type=int, help="maximum concurrent worker invocations, 2 to 1000"
+    )
     made.add_argument(
         "--account-concurrency",
         type=int,
-        help="executions that the account may run at once, from 5",
+        help="Lambda concurrency limit of the account, at least 5",
     )
     made.add_argument(
         "--emulator-alone",
         action="store_true",
-        help="the AWS emulator without Sluice; prints the environment variables its callers need",
+        help="run only the AWS emulator; prints the environment variables that its clients need",
     )
     return made
 

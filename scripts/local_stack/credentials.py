@@ -36,7 +36,7 @@ def read_key_pool(source: Path | KeyPool | None, claude_url: str | None) -> KeyP
         except OSError as error:
             raise StackError(f"{name} cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise StackError(f"{name} is not JSON: {error}") from error
+            raise StackError(f"{name} is not valid JSON: {error}") from error
     else:
         name, pool = "the key pool", source
     _check(name, pool)
@@ -50,7 +50,7 @@ def _check(name: str, pool: object) -> None:
     except KeyPoolBroken as error:
         raise StackError(f"{name}: {error}") from error
     if not keys:
-        raise StackError(f"{name} has no keys")
+        raise StackError(f"{name} has no keys; add at least one Claude API key")
 
 
 def _with_base_url(key: Mapping[str, Any], claude_url: str | None) -> Mapping[str, Any]:
@@ -73,7 +73,7 @@ def check_client_key(key: str) -> None:
     """Raise `StackError` when a client key is one that Sluice refuses."""
     if len(key) < client_keys.MIN_LENGTH:
         raise StackError(
-            f"the client key has {len(key)} characters, it needs {client_keys.MIN_LENGTH}"
+            f"the client key has {len(key)} characters; the minimum is {client_keys.MIN_LENGTH}"
         )
 
 

@@ -57,9 +57,9 @@ def deploy(emulator: Emulator, template: Template, folder: Path) -> Deployed:
         fix_time_to_live(emulator, deployed)
     except ClientError as error:
         said = error.response.get("Error", {}).get("Message") or str(error)
-        raise StackError(f"template.yaml does not deploy: {said}") from error
+        raise StackError(f"cannot deploy template.yaml: {said}") from error
     except BotoCoreError as error:
-        raise StackError(f"template.yaml does not deploy: {error}") from error
+        raise StackError(f"cannot deploy template.yaml: {error}") from error
     return deployed
 
 
@@ -72,7 +72,7 @@ def read_template(path: Path) -> Template:
     except OSError as error:
         raise StackError(f"{path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise StackError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise StackError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, dict) or not isinstance(parsed.get("Resources"), dict):
         raise StackError(f"{path} has no Resources")
     return parsed
@@ -213,7 +213,7 @@ def transform(template: Template) -> Template:
         )
     except InvalidDocumentException as error:
         causes = "; ".join(cause.message for cause in error.causes)
-        raise StackError(f"template.yaml cannot be transformed: {causes}") from error
+        raise StackError(f"cannot transform template.yaml: {causes}") from error
     plain: Template = json.loads(json.dumps(translated))
     return plain
 
@@ -222,7 +222,7 @@ def refuse_what_lacks_permission(template: Template) -> None:
     """Raise `StackError` where AWS would refuse the stack, or leave a part of it silent, for want of a permission."""
     found = permissions.problems(template)
     if found:
-        raise StackError(f"template.yaml would not work on AWS: {'; '.join(found)}")
+        raise StackError(f"template.yaml would fail on AWS: {'; '.join(found)}")
 
 
 class _OneRegion:
@@ -345,11 +345,11 @@ def _created(emulator: Emulator, template: Template) -> Deployed:
             break
         if stack["StackStatus"] != "CREATE_IN_PROGRESS":
             raise StackError(
-                "template.yaml does not deploy: "
+                "cannot deploy template.yaml: "
                 f"{_first_failure(cloudformation) or stack['StackStatus']}"
             )
         if time.monotonic() > deadline:
-            raise StackError(f"template.yaml is not deployed after {DEPLOY_SECONDS:.0f} s")
+            raise StackError(f"deploying template.yaml timed out after {DEPLOY_SECONDS:.0f} s")
         time.sleep(0.03)
     listed = cloudformation.describe_stack_resources(StackName=STACK_NAME)["StackResources"]
     return Deployed(

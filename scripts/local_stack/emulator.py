@@ -157,13 +157,13 @@ class Emulator:
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self.child.process.poll() is not None:
-                raise StackError(f"the emulator ended at once: {self.child.last_words()}")
+                raise StackError(f"the emulator exited at startup: {self.child.last_words()}")
             with suppress(OSError):
                 call("GET", self.endpoint_url)
                 return
             if time.monotonic() > deadline:
                 raise StackError(
-                    f"the emulator does not answer on {self.endpoint_url} "
+                    f"no response from the emulator on {self.endpoint_url} "
                     f"after {START_SECONDS:.0f} s"
                 )
             time.sleep(0.02)
@@ -220,7 +220,9 @@ def check_packages() -> None:
     line, and the emulator starts while they load.
     """
     if not Path(sys.executable or "/nowhere").exists():
-        raise StackError(f"the Python interpreter {sys.executable!r} is gone; run `make setup`")
+        raise StackError(
+            f"the Python interpreter {sys.executable!r} no longer exists; run `make setup`"
+        )
     missing = []
     for name in ("ministack", "aws-sam-translator", "boto3", "anthropic", "aws-lambda-powertools"):
         try:
@@ -231,7 +233,8 @@ def check_packages() -> None:
         raise StackError(f"{sys.executable} lacks {', '.join(missing)}; run `make setup`")
     if (found := metadata.version("ministack")) != MINISTACK_VERSION:
         raise StackError(
-            f"ministack {found} is installed, Sluice needs {MINISTACK_VERSION}; run `make setup`"
+            f"ministack {found} is installed, but Sluice requires {MINISTACK_VERSION}; "
+            "run `make setup`"
         )
 
 
@@ -244,7 +247,7 @@ def free_port(port: int) -> int:
         except (OSError, OverflowError) as error:
             raise StackError(
                 f"port {port} on {HOST} cannot be used ({error}); "
-                "name another with --port, or 0 for any"
+                "use --port to choose another, or 0 for any free port"
             ) from error
         return int(probe.getsockname()[1])
 

@@ -242,9 +242,7 @@ def main() -> None:
     """Check the pin, patch, serve. The settings come from the environment (see emulator.py)."""
     version = metadata.version("ministack")
     if version != MINISTACK_VERSION:
-        sys.exit(
-            f"ministack {version} is installed, this runner is written for {MINISTACK_VERSION}"
-        )
+        sys.exit(f"ministack {version} is installed, but this runner requires {MINISTACK_VERSION}")
     try:
         lift_batch_cap()
         pace_streams()
@@ -255,7 +253,7 @@ def main() -> None:
         if FAULTS_VARIABLE in os.environ:
             make_dynamodb_fail(Path(os.environ[FAULTS_VARIABLE]))
     except LookupError as error:
-        sys.exit(f"ministack {version} cannot be brought to real batch sizes: {error}")
+        sys.exit(f"cannot apply AWS batch sizes to ministack {version}: {error}")
     sys.argv = sys.argv[:1]
     import_module("ministack.app").main()
 

@@ -39,7 +39,7 @@ def canary_arrives(emulator: Emulator, deployed: Deployed, canary: str) -> None:
     while "Item" not in dynamodb.get_item(**item, ConsistentRead=True):
         if time.monotonic() > deadline:
             raise StackError(
-                "the canary message did not pass from JobsQueue through the worker "
+                "the worker did not consume the canary message from JobsQueue "
                 f"in {CANARY_SECONDS:.0f} s"
                 f"{_clue(emulator, deployed, 'WorkerFunction')}"
             )
@@ -52,7 +52,7 @@ def health_answers(emulator: Emulator, deployed: Deployed, api_url: str) -> None
     status, body = call("GET", f"{api_url}/health")
     if status != HTTPStatus.OK:
         raise StackError(
-            f"GET /health gives {status} {json.dumps(body)[:200]}"
+            f"GET /health returned {status} {json.dumps(body)[:200]}"
             f"{_clue(emulator, deployed, 'ApiFunction')}"
         )
 
@@ -62,7 +62,7 @@ def wrong_key_is_refused(emulator: Emulator, deployed: Deployed, api_url: str) -
     status, body = call("POST", f"{api_url}/jobs", {"params": {}}, {"x-api-key": WRONG_KEY})
     if status != HTTPStatus.UNAUTHORIZED:
         raise StackError(
-            f"POST /jobs with a wrong client key gives {status}, not 401: {json.dumps(body)[:200]}"
+            f"POST /jobs with a wrong client key returned {status} instead of 401: {json.dumps(body)[:200]}"
             f"{_clue(emulator, deployed, 'ApiFunction')}"
         )
 

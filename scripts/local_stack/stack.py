@@ -155,8 +155,8 @@ class LocalStack:
         check_packages()
         if self.concurrency is not None and not FEWEST <= self.concurrency <= MOST:
             raise StackError(
-                f"concurrency {self.concurrency} is outside {FEWEST} to {MOST}, "
-                "which is what SQS event source mappings allow"
+                f"concurrency {self.concurrency} is out of range: "
+                f"SQS event source mappings allow {FEWEST} to {MOST}"
             )
         if self.account_concurrency is not None and self.account_concurrency < FEWEST_OF_ACCOUNT:
             raise StackError(
@@ -164,7 +164,9 @@ class LocalStack:
                 f"{RESERVED} for the API, the governor and the stream, {FEWEST} for one queue"
             )
         if self.claude_url is not None and not self.claude_url.startswith(("http://", "https://")):
-            raise StackError(f"{self.claude_url} is no address of Claude; it begins with http://")
+            raise StackError(
+                f"{self.claude_url} is not a URL; it must start with http:// or https://"
+            )
         if self.key_pool is not None:
             credentials.read_key_pool(self.key_pool, self.claude_url)
         client_key = self.client_key or credentials.new_client_key()
@@ -212,9 +214,7 @@ class Simulator:
 
 
 def _about_upstream(pool: credentials.KeyPool, *, simulated: bool) -> str:
-    urls = sorted(
-        {key.get("base_url") or "Claude itself (this costs money)" for key in pool["keys"]}
-    )
+    urls = sorted({key.get("base_url") or "the Claude API (billed)" for key in pool["keys"]})
     return f"upstream: {', '.join(urls)}{', the bundled simulator' if simulated else ''}"
 
 
@@ -349,7 +349,7 @@ def serve(stack: LocalStack) -> int:
 
     def run() -> str:
         with stack.running() as ready:
-            _say(f"ready after {time.monotonic() - began:.1f} s; stop with Ctrl-C")
+            _say(f"ready after {time.monotonic() - began:.1f} s; press Ctrl-C to stop")
             line = {
                 "ready": True,
                 "api_url": ready.api_url,

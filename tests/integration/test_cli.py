@@ -240,7 +240,7 @@ def test_when_sending_stops_half_way_it_says_how_to_go_on(
 
     assert 1 == ended.code
     assert "error: billing_error: the budget is used up (HTTP 402, request req_7)" in ended.err
-    assert "--idempotency-key nightly sends the rest" in ended.err
+    assert "--idempotency-key nightly to send the rest" in ended.err
 
 
 def test_accepted_and_rejected_jobs_can_be_had_as_json(
@@ -336,10 +336,10 @@ def test_a_result_file_that_cannot_be_written_is_found_before_anything_is_sent(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["submit"], "give either FILE or --prompt"),
-        (["submit", "x.jsonl", "--prompt", "x"], "give either FILE or --prompt"),
-        (["submit", "x.jsonl", "--model", "m"], "go with --prompt"),
-        (["submit", "--prompt", "x", "--out", "y"], "--out goes with --wait"),
+        (["submit"], "provide either FILE or --prompt"),
+        (["submit", "x.jsonl", "--prompt", "x"], "provide either FILE or --prompt"),
+        (["submit", "x.jsonl", "--model", "m"], "require --prompt"),
+        (["submit", "--prompt", "x", "--out", "y"], "--out requires --wait"),
         (["submit", "--prompt", "x", "--metadata", "team"], "is not name=value"),
         (["list", "--state", "done"], "'done' is not one of"),
     ],
@@ -358,6 +358,16 @@ def test_a_file_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
 
     assert 1 == ended.code
     assert "nothing.jsonl cannot be read: No such file or directory" in ended.err
+
+
+@pytest.mark.parametrize(("name", "what"), [("", "a directory"), ("nothing.jsonl", "missing")])
+def test_an_upload_of_what_is_not_a_file_says_what_it_is(
+    run: Run, tmp_path: Path, name: str, what: str
+) -> None:
+    ended = run("upload", tmp_path / name)
+
+    assert 1 == ended.code
+    assert f"{tmp_path / name} is {what}; upload takes one file" in ended.err
 
 
 # ---------------------------------------------------------------- jobs
@@ -431,7 +441,7 @@ def test_results_without_names_are_those_of_all_jobs_that_are_done(
     errored = run("results", "--state", "errored")
 
     assert 0 == everything.code
-    assert "120 results in" in everything.err
+    assert "120 results written to" in everything.err
     assert 120 == len(out.read_text().splitlines())
     assert ["my-p2"] == [row["custom_id"] for row in errored.rows()]
 
@@ -442,8 +452,8 @@ def test_results_of_jobs_not_done_or_not_there_are_reported(run: Run) -> None:
     ended = run("results", job_id, "job_0")
 
     assert (1, "") == (ended.code, ended.out)
-    assert f"{job_id}: not finished: queued" in ended.err
-    assert "job_0: there is no such job" in ended.err
+    assert f"{job_id}: not ended: queued" in ended.err
+    assert "job_0: job not found" in ended.err
 
 
 def test_jobs_are_listed_newest_first_as_many_as_asked_for(
@@ -474,7 +484,7 @@ def test_canceling_says_what_became_of_each_job(run: Run, gateway: FakeGateway) 
     assert 1 == ended.code
     assert [
         f"{waiting} canceled",
-        f"{running} cancel requested, a call is running",
+        f"{running} cancel requested, call in flight",
     ] == ended.out.splitlines()
     assert "job_0: not_found_error" in ended.err
 
@@ -505,7 +515,7 @@ def test_limits_show_what_is_known_and_what_is_blocked(run: Run, gateway: FakeGa
     ended = run("limits")
     raw = run("limits", "--json")
 
-    for fact in ("org-one/claude-haiku-5-5", "600", "100,000", "answers", "50%", "rate limited"):
+    for fact in ("org-one/claude-haiku-5-5", "600", "100,000", "learned", "50%", "rate limited"):
         assert fact in ended.out
     assert {"data": gateway.limits} == json.loads(raw.out)
 
@@ -525,13 +535,13 @@ def test_no_limits_yet_is_said_in_words(run: Run, gateway: FakeGateway) -> None:
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"SLUICE_URL": ""}, "no gateway address: set SLUICE_URL or give --url"),
-        ({"SLUICE_KEY": ""}, "no client key: set SLUICE_KEY or give --key"),
-        ({"SLUICE_URL": "example.org"}, '"example.org" is no gateway address: set SLUICE_URL'),
-        ({"SLUICE_URL": "http://[::1"}, '"http://[::1" is no gateway address'),
-        ({"SLUICE_KEY": "a b"}, "characters no key has: set SLUICE_KEY again"),
-        ({"SLUICE_KEY": "not_the_right_key"}, "does not accept this client key: set SLUICE_KEY"),
-        ({"SLUICE_URL": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9"),
+        ({"SLUICE_URL": ""}, "no gateway URL: set SLUICE_URL or --url"),
+        ({"SLUICE_KEY": ""}, "no client key: set SLUICE_KEY or --key"),
+        ({"SLUICE_URL": "example.org"}, '"example.org" is not a valid gateway URL: set SLUICE_URL'),
+        ({"SLUICE_URL": "http://[::1"}, '"http://[::1" is not a valid gateway URL'),
+        ({"SLUICE_KEY": "a b"}, "contains invalid characters: set SLUICE_KEY again"),
+        ({"SLUICE_KEY": "not_the_right_key"}, "rejected this client key: set SLUICE_KEY"),
+        ({"SLUICE_URL": "http://127.0.0.1:9"}, "no response from http://127.0.0.1:9"),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line_that_says_what_to_set(
@@ -564,7 +574,7 @@ def test_an_address_that_is_not_sluice_is_told_apart(
     ended = run("limits")
 
     assert 1 == ended.code
-    assert "does not answer as Sluice does" in ended.err
+    assert "is not a Sluice gateway" in ended.err
 
 
 def test_options_win_over_the_environment(
@@ -606,7 +616,7 @@ def test_a_key_comes_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPat
         (b"", "is empty"),
         (b"  \n\n", "is empty"),
         (b"sluice_secret_a\nsluice_secret_b\n", "has several lines"),
-        ("schlüssel".encode(), "not plain text"),
+        ("schlüssel".encode(), "not plain ASCII text"),
     ],
     ids=["missing", "empty", "blank", "several lines", "not ASCII"],
 )
@@ -631,7 +641,7 @@ def test_a_key_is_given_in_one_way(run: Run, tmp_path: Path) -> None:
 
     assert (2, 2) == (both.code, twice.code)
     assert "--key-file, not both" in both.err
-    assert "cannot be both" in twice.err
+    assert "cannot both read" in twice.err
 
 
 def test_every_command_with_a_key_takes_it_from_a_file() -> None:

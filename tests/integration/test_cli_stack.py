@@ -191,7 +191,7 @@ def test_setup_says_when_the_gateway_does_not_answer_and_keeps_what_it_did(
     ended = run("setup", "--stack", "prod", "--key-pool", pool_file(tmp_path, "main"))
 
     assert 0 == ended.code
-    assert "the gateway does not answer as it should yet: no answer from" in ended.err
+    assert "the gateway is not ready yet: no response from" in ended.err
 
 
 @pytest.mark.usefixtures("stack")
@@ -199,7 +199,7 @@ def test_setup_says_what_the_accounts_lambda_limit_means(run: Run, tmp_path: Pat
     ended = run("setup", "--stack", "prod", "--key-pool", pool_file(tmp_path, "main"))
 
     assert (
-        "Lambda may run 1,000 executions at once in this account and region: "
+        "Lambda concurrency limit of this account and region: 1,000; "
         "enough for all queues of this stack (30)"
     ) in ended.err
 
@@ -207,14 +207,14 @@ def test_setup_says_what_the_accounts_lambda_limit_means(run: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("executions", "at_most", "said", "asks"),
     [
-        (1_000, 0, "1,000 executions at once in this account and region: enough for all", False),
+        (1_000, 0, "account and region: 1,000; enough for all", False),
         (30, 0, "enough for all queues of this stack (30)", False),
         (29, 0, "this stack can use 30, so its queues share 26", True),
         (15, 0, "so its queues share 12", True),
-        (10, 0, "so 3 of its 6 queues are served at a time", True),
+        (10, 0, "so 3 of its 6 queues run at a time", True),
         # A cap of one's own is no reason to ask AWS for more.
-        (1_000, 20, "and Sluice 20 of them (LambdaConcurrency); this stack can use 30", False),
-        (10, 20, "region; this stack can use 30, so 3 of its 6 queues", True),
+        (1_000, 20, "of which Sluice may use 20 (LambdaConcurrency); this stack can use 30", False),
+        (10, 20, "region: 10; this stack can use 30, so 3 of its 6 queues", True),
     ],
 )
 def test_a_small_limit_is_explained_with_what_to_ask_aws_for(
@@ -250,7 +250,7 @@ def test_setup_without_a_terminal_and_without_keys_says_what_to_give(run: Run) -
     ended = run("setup", "--stack", "prod")
 
     assert (1, "") == (ended.code, ended.out)
-    assert "give --key-pool FILE" in ended.err
+    assert "use --key-pool FILE" in ended.err
 
 
 @pytest.mark.usefixtures("stack")
@@ -281,7 +281,7 @@ def test_a_tenant_the_queue_would_refuse_is_refused_at_once(
     ended = run(*command, "--stack", "prod", "--tenant", tenant)
 
     assert 1 == ended.code
-    assert "cannot be a tenant: use 1 to 64 letters" in ended.err
+    assert "is not a valid tenant name: use 1 to 64 letters" in ended.err
 
 
 @pytest.mark.usefixtures("stack")
@@ -290,7 +290,7 @@ def test_revoking_a_key_nobody_has_made_makes_none(run: Run) -> None:
 
     left = run("keys", "list", "--stack", "prod")
     assert 1 == ended.code
-    assert "there is no client key 000" in ended.err
+    assert "error: client key 000" in ended.err
     assert (0, "") == (left.code, left.out)
 
 
@@ -298,7 +298,7 @@ def test_a_stack_that_is_not_there_is_named_with_its_region(run: Run) -> None:
     ended = run("setup", "--stack", "nowhere")
 
     assert 1 == ended.code
-    assert f"error: there is no stack nowhere in {REGION}" in ended.err
+    assert f"error: stack nowhere does not exist in {REGION}" in ended.err
 
 
 def test_another_kind_of_stack_is_refused(run: Run, emulator: Emulator) -> None:
@@ -315,7 +315,7 @@ def test_without_a_region_it_says_what_to_set(run: Run, monkeypatch: pytest.Monk
 
     ended = run("setup", "--stack", "prod")
 
-    assert (1, "error: no AWS region: give --region or set AWS_REGION\n") == (ended.code, ended.err)
+    assert (1, "error: no AWS region: set --region or AWS_REGION\n") == (ended.code, ended.err)
 
 
 def test_an_unknown_profile_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_an_endpoint_that_is_no_address_is_one_line(run: Run) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "pool.json is not JSON"),
+        ("{", "pool.json is not valid JSON"),
         ("[]", "the key pool must be"),
         ('{"keys": []}', "pool.json has no keys"),
         ('{"keys": [{"id": "a", "api_key": ""}]}', "no api_key"),
@@ -429,7 +429,7 @@ def test_dead_letters_are_listed_with_what_their_jobs_are_now(run: Run) -> None:
         "letter-1": ("errored", True, None),
         "letter-2": ("errored", True, None),
         "letter-3": ("queued", False, "it is queued"),
-        "letter-x": (None, False, "it is no message of Sluice's"),
+        "letter-x": (None, False, "not a Sluice message"),
     } == {row["letter"]: (row["state"], row["redrivable"], row["hindrance"]) for row in rows}
     assert "letter-x" in table.out
     assert "letter-1" not in table.out
@@ -444,7 +444,7 @@ def test_a_dead_letter_is_shown_with_its_body_and_its_jobs_record(run: Run) -> N
     assert (job_id(1), "dead_letter") == (ours["job"], ours["job_record"]["error"]["type"])
     assert ("hello", None) == (foreign["body"], foreign["job_record"])
     assert 1 == missing.code
-    assert "there is no dead letter letter-9" in missing.err
+    assert "dead letter letter-9 does not exist" in missing.err
 
 
 def test_a_dry_run_shows_what_would_be_redriven_and_its_cost_and_changes_nothing(
@@ -485,7 +485,7 @@ def test_without_a_terminal_nothing_is_redriven_unasked(run: Run, yard: Yard) ->
     ended = run("dead-letters", "redrive", "--all", "--stack", "prod")
 
     assert 1 == ended.code
-    assert "give --yes, or --dry-run to look" in ended.err
+    assert "use --yes, or --dry-run to preview" in ended.err
     assert State.ERRORED == yard.state(1).state
 
 
@@ -494,7 +494,7 @@ def test_a_redrive_wants_to_know_of_what(run: Run, chosen: list[str]) -> None:
     ended = run("dead-letters", "redrive", *chosen, "--stack", "prod")
 
     assert 2 == ended.code
-    assert "give letters, --reason or --all" in ended.err
+    assert "provide dead letter IDs, --reason or --all" in ended.err
 
 
 @pytest.mark.usefixtures("stack")

@@ -429,43 +429,46 @@ def test_whoever_may_not_ask_is_told_nothing_about_the_form(gateway: Gateway) ->
 
 
 BAD: Final[list[tuple[str, Any, str]]] = [
-    ("malformed", '{"params": ', "the body is not JSON: Expecting value at character 11"),
+    ("malformed", '{"params": ', "the body is not valid JSON: Expecting value at character 11"),
     ("empty", "", "the body is empty"),
     ("null", "null", "the body is empty"),
-    ("NaN", '{"params": NaN}', "NaN is not JSON"),
-    ("infinite", '{"params": -1e400}', "-1e400 is too large a number"),
+    ("NaN", '{"params": NaN}', "NaN is not valid JSON"),
+    ("infinite", '{"params": -1e400}', "the number -1e400 is too large"),
     ("deep job", {"params": params(system=json.loads("[" * 200 + "]" * 200))}, "the job is nested too deeply"),
     ("deep", "[" * 100_000, "the body is nested too deeply: at most 100 levels"),
-    ("long number", "9" * 5_000, "the body is not JSON"),
-    ("bytes", b'{"params": "\xff"}', "not Unicode"),
-    ("half a pair", '{"params": {"model": "\\ud83d"}}', "not Unicode"),
+    ("long number", "9" * 5_000, "the body is not valid JSON"),
+    ("bytes", b'{"params": "\xff"}', "not valid Unicode"),
+    ("half a pair", '{"params": {"model": "\\ud83d"}}', "not valid Unicode"),
     ("a list", "[]", "must be a JSON object"),
     ("a list of jobs", [a_job(), a_job()], "must be a JSON object"),
     ("a text", '"params"', "must be a JSON object"),
     ("nothing", {}, "params: is required"),
-    ("unknown field", a_job(prioirty=1), "prioirty: is not known here (got 1)"),
+    ("unknown field", a_job(prioirty=1), "prioirty: unknown field (got 1)"),
+    ("field of params", {**a_job(), "model": "m"}, "Unknown top-level field `model`; move it inside `params`."),
+    ("params left out", params(),
+     "Unknown top-level fields `model`, `max_tokens`, `messages`; move them inside `params`."),
     ("no max_tokens", {"params": {"model": "m", "messages": [{}]}},
      "params.max_tokens: is required"),
     ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: is required"),
     ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: is required"),
-    ("empty messages", {"params": params(messages=[])}, "params.messages: must have at least 1, has 0"),
+    ("empty messages", {"params": params(messages=[])}, "params.messages: has 0 items; the minimum is 1"),
     ("text for a number", {"params": params(max_tokens="20")},
-     "params.max_tokens: must be a whole number (got '20')"),
+     "params.max_tokens: must be an integer (got '20')"),
     ("a float", {"params": params(max_tokens=1.5)}, "params.max_tokens"),
     ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: must be at least 1 (got 0)"),
-    ("number for a model", {"params": params(model=5)}, "params.model: must be text (got 5)"),
-    ("streaming", {"params": params(stream=True)}, "params.stream: must be false or left out"),
+    ("number for a model", {"params": params(model=5)}, "params.model: must be a string (got 5)"),
+    ("streaming", {"params": params(stream=True)}, "params.stream: must be false or omitted"),
     ("params a text", {"params": "hello"}, "params: must be a JSON object"),
     ("custom_id", a_job(custom_id="not/mine"), "custom_id: must be 1 to 64 letters"),
-    ("unknown lane", a_job(lane="batch"), "lane: there is no lane 'batch' yet"),
-    ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: must be RFC 3339 text with a time zone"),
-    ("no time", a_job(deadline="tomorrow"), "deadline: must be RFC 3339 text with a time zone"),
-    ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline: it has passed already"),
-    ("metadata", a_job(metadata={"n": 1}), "metadata.n: must be text (got 1)"),
-    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: may have at most 5, has 6"),
+    ("unknown lane", a_job(lane="batch"), "lane: must be 'live' or omitted (got 'batch')"),
+    ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: must be an RFC 3339 string with a time zone"),
+    ("no time", a_job(deadline="tomorrow"), "deadline: must be an RFC 3339 string with a time zone"),
+    ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline is in the past"),
+    ("metadata", a_job(metadata={"n": 1}), "metadata.n: must be a string (got 1)"),
+    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: has 6 items; the maximum is 5"),
     ("empty list", {"jobs": []}, "jobs: must be a list of 1 to 100 jobs"),
     ("no list", {"jobs": a_job()}, "jobs: must be a list of 1 to 100 jobs"),
-    ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: not known beside jobs"),
+    ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: unknown field next to jobs; set it in each job"),
     ("list of rubbish", {"jobs": [5]}, "the job must be a JSON object (got 5)"),
 ]  # fmt: skip
 
@@ -490,8 +493,8 @@ def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> No
     posted = gateway.call("POST", "/jobs", a_job(), query={"dry_run": "true"})
     stranger = gateway.call("GET", "/jobs", query={"limits": "5"}, key=None)
 
-    assert "limits: no such query parameter; there is ids, limit, page, state" == typo.message
-    assert "dry_run: no such query parameter; this route takes none" == posted.message
+    assert "limits: unknown query parameter; use ids, limit, page, state" == typo.message
+    assert "dry_run: unknown query parameter; this route takes none" == posted.message
     assert (400, 400, 401) == (typo.status, posted.status, stranger.status)
     assert 200 == gateway.call("GET", "/jobs", query={"beta": "true"}).status, "as SDKs send it"
     assert [] == gateway.call("GET", "/jobs").body["data"]
@@ -521,7 +524,7 @@ def test_a_body_of_five_megabytes_is_too_large(gateway: Gateway, *, as_bytes: bo
 
     assert (413, "request_too_large") == answered.error
     assert "the limit is 4,000,000" in answered.message
-    assert "send fewer jobs in one list" in answered.message
+    assert "Send fewer jobs per list" in answered.message
 
 
 def test_a_body_is_measured_as_it_was_sent_not_as_the_gateway_encodes_it(gateway: Gateway) -> None:
@@ -683,7 +686,7 @@ def test_each_item_of_a_list_has_its_own_outcome(gateway: Gateway) -> None:
         item["status"] for item in body["data"]
     ]
     assert list(range(5)) == [item["index"] for item in body["data"]]
-    assert "custom_id 'one' stands at item 0" in body["data"][2]["error"]["message"]
+    assert "duplicate custom_id 'one'; first used by item 0" in body["data"][2]["error"]["message"]
     assert 2 == len(gateway.call("GET", "/jobs").body["data"])
 
 
@@ -717,7 +720,7 @@ def test_a_custom_id_used_twice_is_a_conflict_and_a_repeat_is_not(gateway: Gatew
 
     assert first.body["id"] == repeat.body["id"] != of_another_tenant.body["id"]
     assert (409, "conflict_error") == another.error
-    assert "custom_id 'mine' stands for another request already" in another.message
+    assert "custom_id 'mine' was already used for a different request" in another.message
 
 
 def test_another_tenants_job_does_not_exist(gateway: Gateway) -> None:
@@ -957,8 +960,8 @@ def test_a_webhook_to_a_private_address_is_refused_wherever_it_stands(gateway: G
 
     assert [(400, "invalid_request_error")] * 2 == [each.error for each in answers]
     assert [
-        "webhook: must not lead to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
-        "sluice-webhook: must not lead to a private address (10.0.0.1)",
+        "webhook: must not point to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
+        "sluice-webhook: must not point to a private address (10.0.0.1)",
     ] == [each.message for each in answers]
 
 

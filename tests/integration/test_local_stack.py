@@ -255,7 +255,7 @@ def test_a_function_that_does_not_start_is_named_with_what_it_logged(tmp_path: P
     template = _project(tmp_path, api="import no_such_module", worker=LOOKING_WORKER)
 
     with (
-        pytest.raises(StackError, match=r"GET /health gives 5\d\d.*no_such_module"),
+        pytest.raises(StackError, match=r"GET /health returned 5\d\d.*no_such_module"),
         LocalStack(claude_url=CLAUDE_URL, template=template).running(),
     ):
         pass
@@ -266,7 +266,7 @@ def test_a_template_with_an_unknown_resource_is_refused_by_name(tmp_path: Path) 
     template.write_text("Resources: {Odd: {Type: AWS::Nowhere::Thing}}")
 
     with (
-        pytest.raises(StackError, match=r"template\.yaml does not deploy: .*AWS::Nowhere::Thing"),
+        pytest.raises(StackError, match=r"cannot deploy template\.yaml: .*AWS::Nowhere::Thing"),
         LocalStack(claude_url=CLAUDE_URL, template=template).running(),
     ):
         pass
@@ -280,7 +280,7 @@ def test_a_resource_that_cannot_be_created_is_named_with_the_reason(tmp_path: Pa
     )
 
     with (
-        pytest.raises(StackError, match=r"template\.yaml does not deploy: Rate: ."),
+        pytest.raises(StackError, match=r"cannot deploy template\.yaml: Rate: ."),
         LocalStack(claude_url=CLAUDE_URL, template=template).running(),
     ):
         pass
@@ -375,7 +375,7 @@ def test_a_broken_key_pool_ends_the_command_with_one_line(tmp_path: Path) -> Non
 
     assert ended.returncode == 1
     assert ended.stdout == ""
-    assert ended.stderr == f"error: key pool {file} has no keys\n"
+    assert ended.stderr == f"error: key pool {file} has no keys; add at least one Claude API key\n"
 
 
 # ---------------------------------------------------------------- what the tests need

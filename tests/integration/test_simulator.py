@@ -679,7 +679,7 @@ def test_limits_faults_and_keys_change_at_run_time() -> None:
     assert before == fresh == [200, 429]
     assert (after, failing, revoked) == (200, 529, 401)
     assert wrong.status_code == 400
-    assert 'no fault "rain"' in wrong.json()["error"]["message"]
+    assert 'unknown fault "rain"' in wrong.json()["error"]["message"]
     assert counted["requests"] == 2
     assert len(counted["organisations"]["org-one"]["model_groups"]["opus-5"]["starts"]) == 1
 
@@ -851,14 +851,14 @@ def test_a_port_in_use_is_one_clear_line() -> None:
             output, errors = process.communicate(timeout=10)
 
     assert (process.returncode, output) == (1, "")
-    assert errors == f"claude_simulator: port {port} is in use; choose another with --port\n"
+    assert errors == f"claude_simulator: port {port} is in use; use --port to choose another\n"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not JSON"),
-        ('{"faults": {"rain": 1}}', 'no fault "rain"'),
+        ("{", "not valid JSON"),
+        ('{"faults": {"rain": 1}}', 'unknown fault "rain"'),
         ('{"organisations": [{"keys": 5}]}', "organisations.0.keys"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_tenant_sees_its_own_job(office: Office) -> None:
 def test_another_tenants_job_does_not_exist(office: Office) -> None:
     office.keep(a_job(tenant="zenith"))
 
-    with pytest.raises(JobNotFound, match="no job 'job_1'"):
+    with pytest.raises(JobNotFound, match="job 'job_1' does not exist"):
         office.account().job("job_1")
     with pytest.raises(JobNotFound):
         office.account().cancel("job_1")

@@ -166,7 +166,7 @@ def test_an_idempotency_key_names_a_batch_for_good(caller: Caller) -> None:
     assert first.batch_id == again.batch_id
     assert Phase.ENDED == again.phase
     assert [] == caller.bulk.queues.plans
-    with pytest.raises(Conflict, match="stands for another batch"):
+    with pytest.raises(Conflict, match="was already used for a different batch"):
         caller.create(a_row(2), idempotency_key="monday")
     assert first.batch_id != Caller(caller.bulk, "other").create(idempotency_key="monday").batch_id
 
@@ -179,7 +179,7 @@ def test_a_deadline_may_be_nearer_or_farther_than_a_day(caller: Caller) -> None:
     assert [NOON + MINUTE, NOON + 3 * DAY, NOON + 13 * DAY] == [
         each.expires_at for each in (near, far, never)
     ]
-    with pytest.raises(InvalidRequest, match="sluice-deadline: it has passed already"):
+    with pytest.raises(InvalidRequest, match="sluice-deadline: deadline is in the past"):
         caller.create(options=Options(deadline=NOON))
 
 
@@ -253,7 +253,7 @@ def test_nobody_sees_batches_of_others(caller: Caller) -> None:
     batch = caller.create()
     other = Caller(caller.bulk, "other")
 
-    with pytest.raises(BatchNotFound, match=f"message_batch: {batch.batch_id} is not there"):
+    with pytest.raises(BatchNotFound, match=f"message_batch: {batch.batch_id} does not exist"):
         other.batches.get(batch.batch_id)
     with pytest.raises(BatchNotFound):
         other.batches.cancel(batch.batch_id)
@@ -357,7 +357,7 @@ def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
 
 def test_results_are_in_the_answer_while_they_fit(caller: Caller) -> None:
     batch = caller.create(a_row(1), a_row(2))
-    with pytest.raises(InvalidRequest, match="is in_progress; no results yet"):
+    with pytest.raises(InvalidRequest, match="is in_progress; results are available once"):
         caller.batches.results(batch.batch_id, may_follow=True)
     caller.run()
 
@@ -431,7 +431,10 @@ def test_other_bodies_are_no_long_list(body: object) -> None:
     ("job", "message"),
     [
         (7, "jobs.100: Input should be a valid dictionary"),
-        ({"params": {}, "metadata": {}}, "jobs.100.metadata: not for lists of more than 100 jobs"),
+        (
+            {"params": {}, "metadata": {}},
+            "jobs.100.metadata: not supported in lists of more than 100 jobs",
+        ),
     ],
 )
 def test_what_a_row_cannot_have_is_refused_at_once(job: object, message: str) -> None:
@@ -469,7 +472,7 @@ def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller)
 
 def test_links_lead_to_the_three_files_of_a_batch(caller: Caller) -> None:
     batch = caller.create()
-    with pytest.raises(InvalidRequest, match="no results yet"):
+    with pytest.raises(InvalidRequest, match="results are available once it has ended"):
         caller.batches.links(batch.batch_id)
     caller.run()
 

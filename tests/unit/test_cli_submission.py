@@ -90,7 +90,9 @@ def test_a_custom_id_that_stands_twice_is_rejected_the_second_time() -> None:
     first, second = read(line, line)
 
     assert isinstance(first, Line)
-    assert second == Rejected(2, "invalid_request_error", 'custom_id "a" stands in line 1 already')
+    assert second == Rejected(
+        2, "invalid_request_error", 'duplicate custom_id "a"; first used in line 1'
+    )
 
 
 def test_what_the_line_says_wins_over_the_defaults_and_metadata_is_merged() -> None:

@@ -278,12 +278,12 @@ def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
     yard.keep("again", "job_twice")
 
     assert {
-        "m-foreign": "it is no message of Sluice's",
-        "m-unknown": "its job is not on record",
+        "m-foreign": "not a Sluice message",
+        "m-unknown": "job record not found",
         "m-late": "its deadline has passed",
-        "m-lost": "its request is not kept any more",
+        "m-lost": "the stored request has expired",
         "m-twice": None,
-        "m-again": "letter m-twice is about the same job",
+        "m-again": "duplicate of letter m-twice (same job)",
     } == yard.hindrances()
     for each in yard.redriver.candidates(yard.redriver.letters()):
         if each.hindrance is not None:
@@ -302,7 +302,7 @@ def test_a_job_is_redriven_once_whoever_is_quicker(yard: Yard) -> None:
 
     yard.redriver.redrive(first)
 
-    assert "somebody else changed it meanwhile" == yard.redriver.redrive(second).hindrance
+    assert "the job was changed concurrently; try again" == yard.redriver.redrive(second).hindrance
     assert 1 == len(yard.jobs.stored["job_1"].redrives)
 
 
@@ -314,7 +314,7 @@ def test_a_busy_table_is_told_of_one_job_and_the_others_go_on(yard: Yard) -> Non
 
     busy, done = map(yard.redriver.redrive, candidates)
 
-    assert "the jobs table is busy; try again in 2 s" == busy.hindrance
+    assert "the jobs table is busy; retry in 2 s" == busy.hindrance
     assert done.hindrance is None
     assert {"m-1": None, "m-2": "it is queued"} == yard.hindrances()
 

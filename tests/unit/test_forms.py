@@ -62,20 +62,20 @@ def test_what_unpacks_to_much_comes_a_little_at_a_time() -> None:
 def test_a_file_that_unpacks_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "MOST_UNPACKED_BYTES", 1_000)
 
-    with pytest.raises(BadForm, match="unpacks to more than 1,000 bytes"):
+    with pytest.raises(BadForm, match="the unpacked file exceeds 1,000 bytes"):
         list(unpacked([gzip.compress(b"x" * 2_000)]))
 
 
 def test_gzip_that_is_broken_or_cut_off_says_so() -> None:
-    with pytest.raises(BadForm, match="the file is not gzip"):
+    with pytest.raises(BadForm, match="the file is not valid gzip"):
         list(unpacked([b"\x1f\x8bnothing of the kind"]))
-    with pytest.raises(BadForm, match="ends in the middle"):
+    with pytest.raises(BadForm, match="truncated"):
         list(unpacked([gzip.compress(b"x" * 1_000)[:-5]]))
     assert [] == list(unpacked([]))
 
 
 def test_trailing_zeros_of_a_tape_are_no_member() -> None:
-    with pytest.raises(BadForm, match="not gzip"):
+    with pytest.raises(BadForm, match="not valid gzip"):
         list(unpacked([gzip.compress(b"x"), b"\0" * 10]))
 
 
@@ -100,7 +100,7 @@ def test_without_a_column_for_it_rows_are_numbered() -> None:
 def test_a_record_of_another_length_is_a_bad_row_and_no_more() -> None:
     bad, good = rows(b"text,more\nonly\nx,y\n")
 
-    assert "the record has 1 fields, the first line 2" == bad[PROBLEM]
+    assert "the record has 1 fields; the header has 2" == bad[PROBLEM]
     assert "Summarise: x" == said(good)
 
 
@@ -110,18 +110,21 @@ def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_made() -> N
 
     bad, good = rows(b"text\n" + b"x" * 100_000 + b"\ny\n", options, size=50_000)
 
-    assert "the prompt makes about 100,006,000 characters; the most is 8,388,608" == bad[PROBLEM]
+    assert (
+        "the filled prompt has about 100,006,000 characters; the maximum is 8,388,608"
+        == bad[PROBLEM]
+    )
     assert "y" * 1_000 == said(good)
 
 
 @pytest.mark.parametrize(
     ("body", "options", "message"),
     [
-        (b"text\nx\n", Options(), "a CSV file needs a prompt"),
+        (b"text\nx\n", Options(), "a CSV file requires a prompt"),
         (b"", PROMPT, "the file is empty"),
-        (b"other\nx\n", PROMPT, "the prompt asks for 'text'; the columns are other"),
-        (b'text\n"x', PROMPT, "the file is not CSV"),
-        (b"text\n\xff\n", PROMPT, "the file is not UTF-8"),
+        (b"other\nx\n", PROMPT, "the prompt uses unknown column 'text'; the columns are other"),
+        (b'text\n"x', PROMPT, "the file is not valid CSV"),
+        (b"text\n\xff\n", PROMPT, "the file is not valid UTF-8"),
     ],
 )
 def test_a_csv_file_that_cannot_become_rows_says_why(
@@ -134,7 +137,7 @@ def test_a_csv_file_that_cannot_become_rows_says_why(
 def test_a_line_without_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "MOST_LINE_BYTES", 100)
 
-    with pytest.raises(BadForm, match="a line has more than 100 characters"):
+    with pytest.raises(BadForm, match="a line exceeds 100 characters"):
         rows(b"text\n" + b"x" * 500)
 
 
@@ -163,8 +166,8 @@ def test_a_document_that_cannot_go_up_is_a_bad_row() -> None:
     not_text = json.loads(document_row("x.txt", b"\xff", PROMPT))
     large = json.loads(document_row("x.txt", b"x" * MOST_LINE_BYTES, PROMPT))
 
-    assert "x.txt is not UTF-8" == not_text[PROBLEM]
-    assert "x.txt makes a request of 8,388," in large[PROBLEM]
+    assert "x.txt is not valid UTF-8; save it as UTF-8" == not_text[PROBLEM]
+    assert "the request for x.txt has 8,388," in large[PROBLEM]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "ä/ö ü.md", "x" * 200 + ".pdf"])

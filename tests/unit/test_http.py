@@ -100,7 +100,7 @@ def test_stream_false_is_taken_and_left_out() -> None:
         (None, "the job must be a JSON object"),
         ({"params": {}}, "params.model: is required"),
         ({"params": {"model": "a", "messages": [{}]}}, "params.max_tokens: is required"),
-        ({"params": PARAMS | {"max_tokens": "64"}}, "must be a whole number (got '64')"),
+        ({"params": PARAMS | {"max_tokens": "64"}}, "must be an integer (got '64')"),
         ({"params": PARAMS | {"max_tokens": 0}}, "params.max_tokens: must be at least 1 (got 0)"),
         ({"params": PARAMS | {"max_tokens": 1.5}}, "params.max_tokens: "),
         ({"params": PARAMS | {"max_tokens": True}}, "params.max_tokens: "),
@@ -109,26 +109,38 @@ def test_stream_false_is_taken_and_left_out() -> None:
         ({"params": PARAMS | {"messages": ["hi"]}}, "params.messages.0: "),
         ({"params": PARAMS | {"model": ""}}, "params.model: "),
         ({"params": PARAMS | {"stream": True}}, "params.stream: "),
-        ({"params": PARAMS, "prams": {}}, "prams: is not known here"),
-        ({"params": PARAMS, "body": {}}, "body: is not known here"),
+        ({"params": PARAMS, "prams": {}}, "prams: unknown field"),
+        ({"params": PARAMS, "body": {}}, "body: unknown field"),
+        (
+            {"params": PARAMS, "model": "claude-a"},
+            "Unknown top-level field `model`; move it inside `params`.",
+        ),
+        (PARAMS, "Unknown top-level fields `model`, `max_tokens`, `messages`; move them inside"),
+        (
+            PARAMS | {"prams": {}},
+            "move them inside `params`. params: is required; prams: unknown field",
+        ),
         (
             {"params": PARAMS, "custom_id": "no spaces"},
-            "must be 1 to 64 letters, digits, hyphens and underscores (got 'no spaces')",
+            "must be 1 to 64 letters, digits, hyphens or underscores (got 'no spaces')",
         ),
         ({"params": PARAMS, "custom_id": "x" * 65}, "custom_id: "),
         ({"params": PARAMS, "custom_id": ""}, "custom_id: "),
         ({"params": PARAMS, "custom_id": 7}, "custom_id: "),
         ({"params": PARAMS, "deadline": "2026-11-20T13:00:00"}, "deadline: "),
         ({"params": PARAMS, "deadline": "soon"}, "(got 'soon')"),
-        ({"params": PARAMS, "deadline": 5}, "deadline: must be RFC 3339 text with a time zone"),
+        (
+            {"params": PARAMS, "deadline": 5},
+            "deadline: must be an RFC 3339 string with a time zone",
+        ),
         # The year 10,000 in UTC: it could be stored and never be shown.
         ({"params": PARAMS, "deadline": "9999-12-31T23:59:59-14:00"}, "deadline: "),
         # Python reads more forms of a time than pydantic.
-        ({"params": PARAMS, "deadline": "2099-W01-1T00:00:00Z"}, "as in 2026-12-24T18:00:00Z"),
+        ({"params": PARAMS, "deadline": "2099-W01-1T00:00:00Z"}, "such as 2026-12-24T18:00:00Z"),
         ({"params": PARAMS, "fallback_models": ["m"] * 6}, "fallback_models: "),
         ({"params": PARAMS, "metadata": {"k": 7}}, "metadata.k: "),
         ({"params": PARAMS, "metadata": {str(n): "" for n in range(17)}}, "metadata: "),
-        ({"params": PARAMS, "lane": "batch"}, "there is no lane 'batch' yet"),
+        ({"params": PARAMS, "lane": "batch"}, "lane: must be 'live' or omitted (got 'batch')"),
     ],
 )
 def test_a_bad_job_is_told_where_and_why(job: object, words: str) -> None:
@@ -168,8 +180,11 @@ def test_a_bad_item_keeps_its_place() -> None:
         ({"jobs": []}, "a list of 1 to 100 jobs"),
         ({"jobs": {}}, "a list of 1 to 100 jobs"),
         ({"jobs": None}, "a list of 1 to 100 jobs"),
-        ({"jobs": [{"params": PARAMS}] * 101}, "101 jobs in one request, the most is 100"),
-        ({"jobs": [{"params": PARAMS}], "lane": "live", "b": 1}, "b, lane: not known beside jobs"),
+        ({"jobs": [{"params": PARAMS}] * 101}, "101 jobs in one request; the maximum is 100"),
+        (
+            {"jobs": [{"params": PARAMS}], "lane": "live", "b": 1},
+            "b, lane: unknown field next to jobs",
+        ),
     ],
 )
 def test_a_bad_envelope_is_refused_as_a_whole(body: object, words: str) -> None:
@@ -187,9 +202,9 @@ def test_a_hundred_jobs_fit() -> None:
 def test_what_the_gateway_says_of_itself_tells_the_cure() -> None:
     too_large = RequestTooLarge(5_000_000, http.MOST_BYTES)
 
-    assert "the body has 5,000,000 bytes, the limit is 4,000,000; send fewer" in str(too_large)
+    assert "the body has 5,000,000 bytes; the limit is 4,000,000. Send fewer" in str(too_large)
     assert (5_000_000, 4_000_000) == (too_large.size, too_large.limit)
-    assert "send it as `x-api-key` or `Authorization: Bearer`" in str(Unauthenticated())
+    assert "send a valid one as `x-api-key` or `Authorization: Bearer`" in str(Unauthenticated())
 
 
 # Answers ---------------------------------------------------------------------------------------------------

@@ -58,13 +58,16 @@ def test_only_keys_without_a_base_url_are_sent_to_the_given_claude() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         ("[]", 'must be {"keys": ['),
         ('{"key": []}', 'must be {"keys": ['),
         ('{"keys": {}}', 'must be {"keys": ['),
         ('{"keys": []}', "has no keys"),
-        ('{"keys": ["sk-ant-test-1"]}', "key 1 of the pool is not an object"),
-        ('{"keys": [{"api_key": "sk-ant-test-1", "weight": -1}]}', "weight must be a whole number"),
+        ('{"keys": ["sk-ant-test-1"]}', "key 1 of the pool is not a JSON object"),
+        (
+            '{"keys": [{"api_key": "sk-ant-test-1", "weight": -1}]}',
+            "weight must be an integer of at least 1",
+        ),
         ('{"keys": [{"api_key": "sk-ant-test-1", "foo": 1}]}', "unknown fields: foo"),
         (
             '{"keys": [{"id": "a", "api_key": "sk-ant-test-1"}, {"id": "b"}]}',
@@ -101,16 +104,22 @@ def test_a_new_client_key_is_one_that_sluice_takes_and_never_the_same() -> None:
 
 
 def test_a_short_client_key_is_refused() -> None:
-    with pytest.raises(StackError, match="has 6 characters, it needs 16"):
+    with pytest.raises(StackError, match="has 6 characters; the minimum is 16"):
         check_client_key("secret")
 
 
 @pytest.mark.parametrize(
     ("stack", "said"),
     [
-        (LocalStack(concurrency=1), "concurrency 1 is outside 2 to 1000"),
-        (LocalStack(concurrency=1001), "concurrency 1001 is outside 2 to 1000"),
-        (LocalStack(claude_url="localhost:8089"), "localhost:8089 is no address of Claude"),
+        (
+            LocalStack(concurrency=1),
+            "concurrency 1 is out of range: SQS event source mappings allow 2 to 1000",
+        ),
+        (
+            LocalStack(concurrency=1001),
+            "concurrency 1001 is out of range: SQS event source mappings allow 2 to 1000",
+        ),
+        (LocalStack(claude_url="localhost:8089"), "localhost:8089 is not a URL"),
         (LocalStack(key_pool={"keys": []}), "the key pool has no keys"),
         (LocalStack(client_key="short"), "the client key has 5 characters"),
     ],
@@ -206,7 +215,11 @@ def test_only_tables_that_declare_a_time_to_live_get_one() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [", "is not YAML"), ("Parameters: {}", "has no Resources"), ("", "has no Resources")],
+    [
+        ("a: [", "is not valid YAML"),
+        ("Parameters: {}", "has no Resources"),
+        ("", "has no Resources"),
+    ],
 )
 def test_a_file_that_is_no_template_is_named_in_one_line(
     tmp_path: Path, text: str, said: str

@@ -203,16 +203,16 @@ def test_metadata_wins_over_options_beside_the_file(make: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (b"{", "in/acme/first.options.json is not JSON"),
-        (b"[]", "in/acme/first.options.json is no JSON object"),
-        (b'{"modle": "x"}', "options: 'modle' is not one of anthropic_beta,"),
-        (b'{"max_tokens": 0}', "options: max_tokens cannot be 0"),
-        (b'{"model": ""}', 'options: model cannot be ""'),
-        (b'{"fallback_models": "a"}', 'options: fallback_models cannot be "a"'),
-        (b'{"deadline": "tomorrow"}', 'options: deadline cannot be "tomorrow"'),
-        (b'{"deadline": "2026-12-24T18:00:00"}', "options: deadline cannot be"),
-        (b'{"deadline": 5}', "options: deadline cannot be 5"),
-        (b" " * 300_000, "in/acme/first.options.json has more than"),
+        (b"{", "in/acme/first.options.json is not valid JSON"),
+        (b"[]", "in/acme/first.options.json is not a JSON object"),
+        (b'{"modle": "x"}', "options: unknown field 'modle'; use anthropic_beta,"),
+        (b'{"max_tokens": 0}', "options: invalid max_tokens: 0"),
+        (b'{"model": ""}', 'options: invalid model: ""'),
+        (b'{"fallback_models": "a"}', 'options: invalid fallback_models: "a"'),
+        (b'{"deadline": "tomorrow"}', 'options: invalid deadline: "tomorrow"'),
+        (b'{"deadline": "2026-12-24T18:00:00"}', "options: invalid deadline:"),
+        (b'{"deadline": 5}', "options: invalid deadline: 5"),
+        (b" " * 300_000, "in/acme/first.options.json exceeds"),
     ],
 )
 def test_options_that_cannot_be_used_end_the_batch_with_a_reason(
@@ -237,7 +237,7 @@ def test_of_options_that_cannot_be_used_a_good_webhook_hears_of_it(make: Make) -
 
     bulk.upload(jsonl(a_row(1)))
 
-    assert (bulk.batch.problem or "").startswith("options: max_tokens cannot be 0")
+    assert (bulk.batch.problem or "").startswith("options: invalid max_tokens: 0")
     assert "https://acme.example/" == bulk.batch.options.webhook
 
 
@@ -253,7 +253,7 @@ def test_options_are_read_or_refused() -> None:
     assert ("a",) == read_options({"fallback_models": ["a"]}).fallback_models
     with pytest.raises(BadOptions):
         read_options({"max_tokens": True})
-    with pytest.raises(BadOptions, match="options: webhook must not lead to a private address"):
+    with pytest.raises(BadOptions, match="options: webhook must not point to a private address"):
         read_options({"webhook": "https://10.0.0.1/"})
 
 
@@ -267,7 +267,10 @@ def test_options_are_read_or_refused() -> None:
         (b"\xef\xbb\xbf", "the file is empty"),
         (b"\n \n", "the file is empty"),
         (jsonl(a_row(1)).decode().encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
-        (b"PK\x03\x04...", "the file is a ZIP archive; upload the JSONL itself, or gzip it"),
+        (
+            b"PK\x03\x04...",
+            "the file is a ZIP archive; upload the JSONL file itself or compress it with gzip",
+        ),
     ],
 )
 def test_a_file_that_as_a_whole_cannot_be_run_says_why(
@@ -318,7 +321,7 @@ def test_a_broken_gzip_file_says_so(make: Make) -> None:
 
     bulk.upload(gzip.compress(jsonl(a_row(1)))[:-4], "first.jsonl.gz")
 
-    assert "the gzip file ends in the middle; upload it again" == bulk.batch.problem
+    assert "the gzip file is truncated; upload it again" == bulk.batch.problem
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -379,7 +382,7 @@ def test_a_folder_without_a_prompt_says_so(make: Make) -> None:
 
     bulk.upload(b'{"model": "claude-a"}', "docs/options.json")
 
-    assert (bulk.batch.problem or "").startswith('in/acme/docs/options.json needs a "prompt"')
+    assert (bulk.batch.problem or "").startswith('in/acme/docs/options.json requires a "prompt"')
 
 
 def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:

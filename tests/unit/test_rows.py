@@ -85,12 +85,15 @@ def test_the_batchs_options_hold_where_the_row_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"{", "the line is not JSON: Expecting property name enclosed in double quotes at column"),
-        (b"\xff\xfe{", "the line is not UTF-8; save the file as UTF-8"),
-        (b'{"custom_id": "\\ud800"}', "the line has half a character; save the file as UTF-8"),
-        (b'{"a": NaN}', "the line is not usable JSON: NaN is not JSON"),
+        (
+            b"{",
+            "the line is not valid JSON: Expecting property name enclosed in double quotes at column",
+        ),
+        (b"\xff\xfe{", "the line is not valid UTF-8; save the file as UTF-8"),
+        (b'{"custom_id": "\\ud800"}', "the line has an unpaired surrogate escape; remove it"),
+        (b'{"a": NaN}', "the line is not usable JSON: NaN is not valid JSON"),
         (b"[" * 100_000, "the line is not usable JSON: "),
-        (b"[1]", "the line is no JSON object; a line is "),
+        (b"[1]", "the line is not a JSON object; expected "),
         ({"params": PARAMS}, "custom_id: Field required"),
         ({"custom_id": "a b", "params": PARAMS}, 'custom_id: "a b" does not match ^[a-zA-Z0-9_-]'),
         ({"custom_id": 7, "params": PARAMS}, "custom_id: 7 does not match"),
@@ -117,12 +120,21 @@ def test_a_line_without_a_usable_custom_id_is_an_error_only(text: object, messag
     [
         ({}, "params: Field required"),
         ({"params": []}, "params: Input should be a valid dictionary"),
-        ({"url": "/v1/complete", "body": {}}, 'method and url: "POST" "/v1/complete" is not POST'),
-        ({"method": "GET", "body": {}}, 'method and url: "GET" "/v1/messages" is not POST'),
+        (
+            {"url": "/v1/complete", "body": {}},
+            'method and url: "POST" "/v1/complete" is not supported',
+        ),
+        ({"method": "GET", "body": {}}, 'method and url: "GET" "/v1/messages" is not supported'),
         ({"params": {**PARAMS, "stream": True}}, "stream: streaming is not supported in a batch"),
-        ({"params": PARAMS, "deadline": "soon"}, "deadline: must be RFC 3339 text with a time"),
-        ({"params": PARAMS, "deadline": 5}, "deadline: must be RFC 3339 text with a time zone"),
-        ({"params": PARAMS, "deadline": "2026-11-20T13:00"}, "deadline: must be RFC 3339"),
+        (
+            {"params": PARAMS, "deadline": "soon"},
+            "deadline: must be an RFC 3339 string with a time",
+        ),
+        (
+            {"params": PARAMS, "deadline": 5},
+            "deadline: must be an RFC 3339 string with a time zone",
+        ),
+        ({"params": PARAMS, "deadline": "2026-11-20T13:00"}, "deadline: must be an RFC 3339"),
         ({"params": PARAMS, "fallback_models": "x"}, "fallback_models: Input should be a valid"),
         ({"params": PARAMS, "sluice_problem": "too few fields"}, "too few fields"),
         ({"params": {}}, "model: Field required"),
@@ -168,7 +180,7 @@ def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory(beyond: int) 
     assert len(long.text) < 1_000
     bad = read_row(long, Options())
     assert isinstance(bad, BadRow)
-    assert f"the line has more than {MOST_LINE_BYTES:,} bytes" == bad.message
+    assert f"the line exceeds {MOST_LINE_BYTES:,} bytes" == bad.message
 
 
 def test_the_end_of_a_line_above_the_limit_is_not_searched_for() -> None:

@@ -234,7 +234,7 @@ def test_a_batch_takes_nothing_from_the_limits_of_messages() -> None:
         ({"max_tokens": 200_000}, "maximum allowed number of output tokens"),
         ({"temperature": 1.0}, "not supported under anthropic-version 2026-10-21"),
         ({"messages": []}, "at least one message"),
-        ({"metadata": {"user_id": "sim:nonsense"}}, "knows no"),
+        ({"metadata": {"user_id": "sim:nonsense"}}, "unknown marker"),
     ],
 )
 def test_params_that_may_not_be_are_errored_at_the_end(more: dict[str, Any], said: str) -> None:

@@ -334,7 +334,7 @@ def test_a_key_can_be_revoked_at_a_time_and_allowed_again() -> None:
 
 def test_settings_change_at_run_time_all_or_nothing() -> None:
     claude = Claude(organisations=limited(rpm=60))
-    with pytest.raises(SettingsError, match="no fault"):
+    with pytest.raises(SettingsError, match="unknown fault"):
         claude.engine.configure({"organisations": limited(rpm=5), "faults": {"530": 1}})
     assert claude.engine.settings.organisations[0].limits["default"].rpm == 60
     claude.engine.configure(
@@ -389,7 +389,7 @@ def test_a_reset_empties_the_books_and_fills_the_buckets() -> None:
         ({"thinking": {"type": ["adaptive"]}}, 400, "thinking.type"),
         ({"messages": [{"role": ["user"], "content": "hi"}]}, 400, "role"),
         ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, 400, "not supported"),
-        ({"metadata": {"user_id": "sim:nonsense"}}, 400, "knows no"),
+        ({"metadata": {"user_id": "sim:nonsense"}}, 400, "unknown marker"),
         ({"messages": [{"role": "user", "content": "x" * 4_000_000}]}, 400, "prompt is too long"),
     ],
 )
@@ -422,10 +422,10 @@ def test_an_unknown_version_is_refused(version: str | None) -> None:
     ("data", "said"),
     [
         ({"colour": 1}, "colour: Extra inputs are not permitted"),
-        ({"faults": {"530": 0.1}}, 'no fault "530"'),
+        ({"faults": {"530": 0.1}}, 'unknown fault "530"'),
         ({"faults": {"529": 0.6, "500": 0.6}}, "more than 1"),
-        ({"organisations": [{"id": "a"}, {"id": "b"}]}, "stands twice"),
-        ({"organisations": [{"blocked_by": "rain"}]}, 'no failure "rain"'),
+        ({"organisations": [{"id": "a"}, {"id": "b"}]}, "duplicate key"),
+        ({"organisations": [{"blocked_by": "rain"}]}, 'unknown failure "rain"'),
         ({"organisations": [{"limits": {"default": {"rpm": 0}}}]}, "organisations.0.limits"),
         ([], "valid dictionary"),
     ],

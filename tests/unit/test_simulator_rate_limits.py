@@ -182,8 +182,8 @@ def test_a_question_about_a_workspace_may_be_refused(
     ("changes", "said"),
     [
         ({"admin_keys": ["sk-ant-test-two"]}, "admin_keys"),
-        ({"workspaces": {"wrkspc_default": {}}}, "wrkspc_default is the default one"),
-        ({"workspaces": {"wrkspc_two": {"keys": ["sk-ant-test-one"]}}}, "stands twice"),
+        ({"workspaces": {"wrkspc_default": {}}}, "wrkspc_default is the default workspace"),
+        ({"workspaces": {"wrkspc_two": {"keys": ["sk-ant-test-one"]}}}, "duplicate key"),
     ],
 )
 def test_a_wrong_workspace_or_admin_key_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -301,7 +301,7 @@ def test_another_request_under_the_same_name_is_a_conflict(
     error = rejected(intake(second, sender=sender)[0])
 
     assert isinstance(error, Conflict)
-    assert f"{name} stands for another request already (job {job.job_id})" in str(error)
+    assert f"{name} was already used for a different request (job {job.job_id})" in str(error)
     assert job == intake.jobs.stored[job.job_id]
     assert [job.job_id] == intake.sent
 
@@ -494,8 +494,8 @@ def test_every_item_has_its_own_outcome_in_its_own_place(intake: Intake) -> None
     ]
     assert bad_form is rejected(outcomes[1])
     assert isinstance(rejected(outcomes[2]), Conflict)
-    assert str(rejected(outcomes[3])).startswith("deadline: it has passed already")
-    assert "custom_id 'row-1' stands at item 0 of the list already" == str(rejected(outcomes[4]))
+    assert str(rejected(outcomes[3])).startswith("deadline is in the past")
+    assert "duplicate custom_id 'row-1'; first used by item 0" == str(rejected(outcomes[4]))
     assert 1 + 2 == len(intake.jobs.stored)
     assert 1 + 2 == intake.events.counted("JobsAccepted")
 

@@ -121,9 +121,7 @@ class Batches:
         etag = self._objects.put(key, body)
         deadline = asked.options.deadline
         if deadline is not None and deadline <= now:
-            raise InvalidRequest(
-                "sluice-deadline: it has passed already; give a time that lies ahead"
-            )
+            raise InvalidRequest("sluice-deadline: deadline is in the past; send a later time")
         batch = Batch(
             batch_id=batch_id,
             tenant=self._tenant,
@@ -143,7 +141,7 @@ class Batches:
             earlier = stale.current
             if not isinstance(earlier, Batch) or earlier.input_key != key:
                 raise Conflict(
-                    "this Idempotency-Key stands for another batch already; use another one"
+                    "this Idempotency-Key was already used for a different batch; use a new one"
                 ) from stale
             batch = earlier
         else:
@@ -181,7 +179,7 @@ class Batches:
     def page(self, limit: int, after_id: str | None, before_id: str | None) -> BatchPage:
         """Return a page of the tenant's batches, newest first."""
         if after_id is not None and before_id is not None:
-            raise InvalidRequest("after_id, before_id: give one of them, not both")
+            raise InvalidRequest("after_id, before_id: use one of them, not both")
         after = self.get(after_id) if after_id is not None else None
         before = self.get(before_id) if before_id is not None else None
         return self._batches.listing(self._tenant, limit, after=after, before=before)
@@ -232,7 +230,9 @@ class Batches:
         """
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
-            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
+            raise InvalidRequest(
+                f"Message batch {batch_id} is {status(batch)}; results are available once it has ended."
+            )
         if is_archived(batch, self._clock.now()):
             raise BatchNotFound(batch_id)
         stored = self._objects.head(batch.packed_key)
@@ -242,8 +242,8 @@ class Batches:
                 return Inline(packed)
         if not may_follow:
             raise InvalidRequest(
-                f"the results have {batch.results_bytes:,} bytes, more than one answer takes, and a client "
-                "that sends x-api-key would send it to the link as well. Send the key as "
+                f"the results have {batch.results_bytes:,} bytes, which exceeds the response limit, and a "
+                "redirect would forward the x-api-key header to S3. Send the key as "
                 "Authorization: Bearer (Anthropic's SDKs from version 2, TypeScript 1), run "
                 f"`sluice batches results {batch_id}`, or read s3://<DataBucketName>/{batch.results_key}"
             )
@@ -253,7 +253,9 @@ class Batches:
         """Return addresses of an ended batch's files that need no key, for a quarter of an hour."""
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
-            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
+            raise InvalidRequest(
+                f"Message batch {batch_id} is {status(batch)}; results are available once it has ended."
+            )
         keys = {
             "results": batch.results_key,
             "errors": batch.errors_key,
@@ -307,7 +309,7 @@ def _jsonl(items: Sequence[object], fields: frozenset[str]) -> bytes:
         try:
             lines.append(json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode())
         except UnicodeEncodeError as error:
-            raise InvalidRequest(f"{place}: has text that is not Unicode") from error
+            raise InvalidRequest(f"{place}: has text that is not valid Unicode") from error
         except RecursionError as error:
             raise InvalidRequest(f"{place}: nested too deeply") from error
     return b"\n".join(lines) + b"\n"

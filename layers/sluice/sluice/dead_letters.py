@@ -177,15 +177,15 @@ class Redriver:
 
         def judged(letter: KeptLetter) -> Candidate:
             if letter.job_id is None:
-                return Candidate(letter, None, "it is no message of Sluice's")
+                return Candidate(letter, None, "not a Sluice message")
             job = found.get(letter.job_id)
             if job is None:
-                return Candidate(letter, None, "its job is not on record")
+                return Candidate(letter, None, "job record not found")
             hindrance = life.why_not_redriven(job, self._clock.now())
             if hindrance is None and first[job.job_id] != letter.message_id:
-                hindrance = f"letter {first[job.job_id]} is about the same job"
+                hindrance = f"duplicate of letter {first[job.job_id]} (same job)"
             if hindrance is None and not self._params.get_many([job.job_id]):
-                hindrance = "its request is not kept any more"
+                hindrance = "the stored request has expired"
             if hindrance is not None:
                 return Candidate(letter, job, hindrance)
             return Candidate(letter, job, None, self._estimate(job, means))
@@ -204,7 +204,7 @@ class Redriver:
         except IllegalTransition as late:
             return Candidate(candidate.letter, job, str(late))
         except Stale:
-            return Candidate(candidate.letter, job, "somebody else changed it meanwhile")
+            return Candidate(candidate.letter, job, "the job was changed concurrently; try again")
         except StoreBusy as busy:
             # The others go on; once more later finds out, and redrives nothing twice.
             return Candidate(candidate.letter, job, str(busy))

@@ -1,4 +1,4 @@
-"""The HTTP API's shapes: what requests must look like, and how jobs, usage and limits are shown."""
+"""The HTTP API's schemas: request validation, and the views of jobs, batches, usage and limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOST_JOBS: Final = 100
 """Jobs in one POST."""
 
 MOST_BYTES: Final = 4_000_000
-"""Of a request body. Lambda takes 6 MB including the headers and JSON escapes that API Gateway adds."""
+"""Of a request body. Lambda accepts 6 MB, including the headers and JSON escapes that API Gateway adds."""
 
 DEEPEST: Final = 100
 """Levels of objects and lists in one job, itself the first. A Messages request has about ten."""
@@ -51,7 +51,7 @@ TOO_DEEP: Final = f"nested too deeply: at most {DEEPEST} levels of objects and l
 CUSTOM_ID: Final = r"^[a-zA-Z0-9_-]{1,64}$"
 VERSION: Final = r"^\d{4}-\d{2}-\d{2}$"
 PRINTABLE: Final = r"^[!-~ ]+$"
-A_TIME: Final = "must be RFC 3339 text with a time zone, as in 2026-12-24T18:00:00Z"
+A_TIME: Final = "must be an RFC 3339 string with a time zone, such as 2026-12-24T18:00:00Z"
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -60,7 +60,7 @@ ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class Params(BaseModel):
-    """A Messages API request as it is. Only what every request needs is checked here; Claude checks the rest."""
+    """A Messages API request. Sluice validates only the fields that every request needs; Claude validates the rest."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -80,30 +80,31 @@ class JobRequest(BaseModel):
         str | None,
         Field(
             pattern=CUSTOM_ID,
-            description="Your own name for the job. Without an Idempotency-Key it also makes a repeat find it.",
+            description="Your identifier for the job. Without an Idempotency-Key, resending the same job returns the "
+            "existing one.",
         ),
     ] = None
     deadline: Annotated[
         AwareDatetime | None,
-        Field(description="RFC 3339, with a time zone. A later job is `expired`."),
+        Field(
+            description="RFC 3339 time with a time zone. A job that has not started by then is `expired`."
+        ),
     ] = None
     fallback_models: Annotated[
         list[ModelName],
-        Field(max_length=5, description="Tried in order when the model is overloaded or refuses."),
+        Field(max_length=5, description="Tried in order if the model is overloaded or refuses."),
     ] = []
     metadata: Annotated[
         dict[
             Annotated[str, StringConstraints(min_length=1, max_length=64)],
             Annotated[str, StringConstraints(max_length=512)],
         ],
-        Field(
-            max_length=16, description="Kept with the job and shown with it; not sent to Claude."
-        ),
+        Field(max_length=16, description="Stored and returned with the job; not sent to Claude."),
     ] = {}
-    lane: Annotated[str, Field(description="`live` is the only lane so far.")] = "live"
+    lane: Annotated[str, Field(description="Only `live` is supported.")] = "live"
     webhook: Annotated[
         str | None,
-        Field(description="An https address that is told when the job has ended, signed."),
+        Field(description="HTTPS URL to notify on completion, with a signed request."),
     ] = None
 
     @field_validator("webhook")
@@ -133,13 +134,13 @@ class JobRequest(BaseModel):
     @classmethod
     def _known_lane(cls, lane: str) -> str:
         if lane != "live":
-            message = f"there is no lane {lane!r} yet; leave it out or say 'live'"
+            message = "must be 'live' or omitted"
             raise ValueError(message)
         return lane
 
 
 class JobList(BaseModel):
-    """Up to 100 jobs; each has its own outcome."""
+    """Up to 100 jobs; each is accepted or rejected individually."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -147,9 +148,9 @@ class JobList(BaseModel):
 
 
 class SubmitBody(RootModel[Any]):
-    """One job, or a list of them.
+    """One job, or a list of jobs.
 
-    Items are checked one by one later, so that a bad one does not take the others with it.
+    Items are validated individually later, so that an invalid one does not reject the others.
     """
 
     @classmethod
@@ -160,7 +161,7 @@ class SubmitBody(RootModel[Any]):
 
 
 def read_json(text: str) -> Any:
-    """Parse a request body; raises JSONDecodeError, also for NaN, numbers beyond all floats and nesting without end."""
+    """Parse a request body; raises JSONDecodeError, also for NaN, numbers outside the float range and deep nesting."""
     try:
         body = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError:
@@ -181,33 +182,33 @@ class _NoNumber(ValueError):
 
 
 def _no_constant(name: str) -> Any:
-    message = f"{name} is not JSON"
+    message = f"{name} is not valid JSON"
     raise _NoNumber(message)
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if isinf(number):
-        message = f"{digits[:20]} is too large a number"
+        message = f"the number {digits[:20]} is too large"
         raise _NoNumber(message)
     return number
 
 
 class UploadRequest(BaseModel):
-    """A file to come."""
+    """A file to upload."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=512, examples=["reviews.jsonl"])]
-    bytes: Annotated[int, Field(ge=1, description="Its size.")]
+    bytes: Annotated[int, Field(ge=1, description="Size of the file in bytes.")]
     options: Annotated[
         dict[str, Any],
-        Field(description="What holds for all its rows: model, max_tokens, deadline ..."),
+        Field(description="Defaults for all rows: model, max_tokens, deadline and others."),
     ] = {}
 
 
 class UploadParts(BaseModel):
-    """Some of an upload's parts, up to a hundred."""
+    """A range of up to 100 parts of an upload."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -218,16 +219,18 @@ class UploadParts(BaseModel):
 
 
 class UploadedPart(BaseModel):
-    """A part that was sent."""
+    """An uploaded part."""
 
     model_config = ConfigDict(extra="forbid")
 
     part: Annotated[int, Field(ge=1, le=10_000)]
-    etag: Annotated[str, Field(min_length=1, max_length=256, description="S3 answered with it.")]
+    etag: Annotated[
+        str, Field(min_length=1, max_length=256, description="ETag from the S3 response.")
+    ]
 
 
 class UploadDone(BaseModel):
-    """All parts are sent."""
+    """Completes an upload after all parts are sent."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -246,7 +249,7 @@ class BatchRequest(BaseModel):
 
 
 class BatchRequests(BaseModel):
-    """Up to 100,000 rows, as many as fit into a body."""
+    """Up to 100,000 rows, within the body size limit."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -254,7 +257,7 @@ class BatchRequests(BaseModel):
 
 
 class BatchBody(RootModel[Any]):
-    """The body of a create; its items are checked one by one later."""
+    """The body of a create request; its items are validated individually later."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: core.CoreSchema, handler: Any) -> Any:
@@ -264,9 +267,9 @@ class BatchBody(RootModel[Any]):
 
 
 def long_list(body: object) -> list[object] | None:
-    """Return the jobs of a list too long to be answered one by one, as rows of a batch; None for any other body.
+    """Return the jobs of a list above the limit as rows of a batch; None for any other body.
 
-    Jobs without a `custom_id` are named by their place. What is wrong with one is told with the batch's errors.
+    Jobs without a `custom_id` are named by their position. An invalid job is reported in the batch's errors.
     """
     jobs = body.get("jobs") if isinstance(body, dict) else None
     if not isinstance(jobs, list) or len(jobs) <= MOST_JOBS:
@@ -278,7 +281,7 @@ def long_list(body: object) -> list[object] | None:
         for name in job:
             if name not in {"params", "custom_id", "deadline", "fallback_models"}:
                 raise InvalidRequest(
-                    f"jobs.{index}.{name}: not for lists of more than {MOST_JOBS} jobs, which run as a batch"
+                    f"jobs.{index}.{name}: not supported in lists of more than {MOST_JOBS} jobs, which run as a batch"
                 )
         rows.append({"custom_id": job.get("custom_id") or f"job-{index}", **job})
     return rows
@@ -306,7 +309,7 @@ def read_deadline(text: str | None) -> int | None:
     deadline = read_moment(text)
     if deadline is None:
         raise InvalidRequest(
-            "sluice-deadline: must be RFC 3339 with a time zone, as in 2026-12-24T18:00:00Z "
+            "sluice-deadline: must be RFC 3339 with a time zone, such as 2026-12-24T18:00:00Z "
             f"(got {text!r})"
         )
     return deadline
@@ -335,7 +338,7 @@ def read_submissions(
         return [read_submission(body, networks)], False
     unknown = sorted(set(body) - {"jobs"})
     if unknown:
-        message = f"{', '.join(unknown)}: not known beside jobs"
+        message = f"{', '.join(unknown)}: unknown field next to jobs; set it in each job"
         raise InvalidRequest(message)
     jobs = body["jobs"]
     if not isinstance(jobs, list) or not jobs:
@@ -343,7 +346,7 @@ def read_submissions(
         raise InvalidRequest(message)
     if len(jobs) > MOST_JOBS:
         message = (
-            f"jobs: {len(jobs)} jobs in one request, the most is {MOST_JOBS}; send several lists"
+            f"jobs: {len(jobs)} jobs in one request; the maximum is {MOST_JOBS}; send several lists"
         )
         raise InvalidRequest(message)
     return [read_submission(job, networks) for job in jobs], True
@@ -356,7 +359,7 @@ def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission
     try:
         json.dumps(job, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return InvalidRequest("the job has text that is not Unicode (half a surrogate pair)")
+        return InvalidRequest("the job has text that is not valid Unicode (unpaired surrogate)")
     try:
         request = JobRequest.model_validate(job, context={"networks": networks})
     except ValidationError as error:
@@ -389,39 +392,53 @@ def _is_too_deep(job: object) -> bool:
 
 PHRASES: Final[Mapping[str, str]] = {
     "missing": "is required",
-    "extra_forbidden": "is not known here",
-    "string_type": "must be text",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
+    "extra_forbidden": "unknown field",
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "int_parsing": "must be an integer",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
     "list_type": "must be a list",
     "dict_type": "must be a JSON object",
     "model_type": "must be a JSON object",
-    "too_short": "must have at least {min_length}, has {actual_length}",
-    "too_long": "may have at most {max_length}, has {actual_length}",
+    "too_short": "has {actual_length} items; the minimum is {min_length}",
+    "too_long": "has {actual_length} items; the maximum is {max_length}",
     "string_too_short": "must not be empty",
-    "string_too_long": "may have at most {max_length} characters",
-    "literal_error": "must be false or left out: a job shows its answer when it is complete",  # `stream`
+    "string_too_long": "must have at most {max_length} characters",
+    "literal_error": "must be false or omitted: a job returns its answer when it is complete",  # `stream`
     "enum": "must be {expected}",
-    "date_from_datetime_parsing": "must be a day, as in 2026-12-24",
-    "date_parsing": "must be a day, as in 2026-12-24",
+    "date_from_datetime_parsing": "must be a date, such as 2026-12-24",
+    "date_parsing": "must be a date, such as 2026-12-24",
 }
-"""What we say for pydantic, which speaks to programmers. What is missing here is said in its words."""
+"""Messages for pydantic's error types, in place of its own. A type that is not listed keeps pydantic's message."""
 
 PATTERNS: Final[Mapping[str, str]] = {
-    CUSTOM_ID: "must be 1 to 64 letters, digits, hyphens and underscores",
-    VERSION: "must be a day, as in 2026-10-21",
+    CUSTOM_ID: "must be 1 to 64 letters, digits, hyphens or underscores",
+    VERSION: "must be a date, such as 2026-10-21",
     PRINTABLE: "must be printable ASCII",
 }
 
 
-def explained(errors: Sequence[Mapping[str, Any]], *, of_request: bool = False) -> str:
-    """Put pydantic's findings into one line: where, what, and the value where it is short.
+OF_A_MESSAGE: Final = frozenset(
+    {
+        *("cache_control", "container", "context_management", "inference_geo", "max_tokens"),
+        *("mcp_servers", "messages", "model", "output_config", "service_tier", "stop_sequences"),
+        *("stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p"),
+    }
+)
+"""Fields of a Messages API request: one of them beside `params` is in the wrong place, not misspelled."""
 
-    Those of a whole request say first which part of it they mean (body, query, header), which nobody needs to read.
+
+def explained(errors: Sequence[Mapping[str, Any]], *, of_request: bool = False) -> str:
+    """Put pydantic's findings into one line: the field, the problem, and the value if it is short.
+
+    Locations in a whole request start with its part (body, query, header), which is left out.
     """
+    misplaced = [] if of_request else [error for error in errors if _is_misplaced(error)]
+    if misplaced:
+        others = [error for error in errors if not _is_misplaced(error)]
+        return " ".join([_moved_inside(misplaced), *([explained(others)] if others else [])])
     parts = []
     for error in errors[:5]:
         where = ".".join(str(part) for part in error["loc"][of_request:])
@@ -429,7 +446,7 @@ def explained(errors: Sequence[Mapping[str, Any]], *, of_request: bool = False) 
             reason, place = error.get("ctx", {}).get("error", ""), error["loc"][-1]
             at = f" at character {place}" if place else ""
             whole = {NOT_AN_OBJECT: NOT_AN_OBJECT, TOO_DEEP: f"the body is {TOO_DEEP}"}
-            parts.append(whole.get(reason, f"the body is not JSON: {reason}{at}"))
+            parts.append(whole.get(reason, f"the body is not valid JSON: {reason}{at}"))
             continue
         if error["type"] == "missing" and not where:
             parts.append(f"the body is empty; {NOT_AN_OBJECT}")
@@ -439,6 +456,18 @@ def explained(errors: Sequence[Mapping[str, Any]], *, of_request: bool = False) 
         parts.append(f"{f'{where}:' if where else 'the job'} {_phrase(error)}{shown}")
     more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""  # noqa: PLR2004 - as above
     return "; ".join(parts) + more
+
+
+def _is_misplaced(error: Mapping[str, Any]) -> bool:
+    """Tell whether a field of a Messages API request is outside `params`."""
+    return error["type"] == "extra_forbidden" and next(iter(error["loc"])) in OF_A_MESSAGE
+
+
+def _moved_inside(misplaced: Sequence[Mapping[str, Any]]) -> str:
+    names = ", ".join(f"`{error['loc'][0]}`" for error in misplaced)
+    if len(misplaced) == 1:
+        return f"Unknown top-level field {names}; move it inside `params`."
+    return f"Unknown top-level fields {names}; move them inside `params`."
 
 
 def _phrase(error: Mapping[str, Any]) -> str:
@@ -675,27 +704,27 @@ Usd = Annotated[str, Field(description="US dollars with six decimals.", examples
 
 
 class Shape(BaseModel):
-    """Something the API answers with."""
+    """A response schema."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 class Health(Shape):
-    """The gateway answers."""
+    """The gateway's status."""
 
     status: Literal["ok"]
     version: str
 
 
 class ErrorBody(Shape):
-    """What went wrong, in Anthropic's words."""
+    """Error type, as in Anthropic's API, and message."""
 
     type: Annotated[str, Field(examples=["invalid_request_error", "not_found_error"])]
     message: str
 
 
 class Item(Shape):
-    """The outcome of one item of a list of jobs: `job` when it was accepted, `error` when it was not."""
+    """The outcome of one item of a list: `job` if it was accepted, `error` if it was rejected."""
 
     index: int
     status: Literal["accepted", "rejected"]
@@ -704,14 +733,14 @@ class Item(Shape):
 
 
 class Error(Shape):
-    """An error in Anthropic's shape."""
+    """An error in Anthropic's format."""
 
     type: Literal["error"]
     error: ErrorBody
     request_id: str
     data: Annotated[
         list[Item] | None,
-        Field(description="Only for a list of jobs none of which was accepted: why, one by one."),
+        Field(description="Only if every job of a list was rejected: the error of each job."),
     ] = None
 
 
@@ -725,11 +754,11 @@ class JobError(Shape):
 class AttemptError(JobError):
     """Why an attempt failed."""
 
-    status: Annotated[int | None, Field(description="HTTP status, if upstream answered at all.")]
+    status: Annotated[int | None, Field(description="HTTP status, if upstream responded.")]
 
 
 class Usage(Shape):
-    """Tokens of one call, by kind."""
+    """Tokens of one call, by type."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -739,7 +768,7 @@ class Usage(Shape):
 
 
 class Attempt(Shape):
-    """One try upstream. Waiting for a rate limit uses none up."""
+    """One attempt of an upstream call. Waiting for a rate limit uses no attempt."""
 
     attempt: int
     model: str
@@ -747,27 +776,29 @@ class Attempt(Shape):
     ended_at: Time | None
     outcome: AttemptOutcome | None
     error: AttemptError | None
-    request_id: Annotated[str | None, Field(description="Anthropic's, for its support.")]
+    request_id: Annotated[
+        str | None, Field(description="Anthropic's request ID, for support cases.")
+    ]
     usage: Usage | None
     cost_micro_usd: MicroUsd | None
 
 
 class Redrive(Shape):
-    """An operator has sent the job back after it ended; `attempts_used` counts from here on."""
+    """An operator redrove the job after it ended; `attempts_used` counts from this time."""
 
     at: Time
-    error: Annotated[JobError, Field(description="What it had ended with.")]
+    error: Annotated[JobError, Field(description="The error with which the job had ended.")]
 
 
 class LastSnooze(Shape):
-    """The last time the job went back to the queue without using an attempt."""
+    """The last time the job returned to the queue without using an attempt."""
 
     at: Time
     reason: str
 
 
 class JobSummary(Shape):
-    """A job as lists show it."""
+    """A job as shown in lists."""
 
     id: Annotated[str, Field(pattern="^job_[0-9a-f]{32}$")]
     type: Literal["job"]
@@ -784,24 +815,26 @@ class JobSummary(Shape):
 
 
 class Job(JobSummary):
-    """All of a job."""
+    """A job with all its fields."""
 
     started_at: Time | None
     deadline: Time | None
-    not_before: Annotated[Time | None, Field(description="The job rests until then.")]
+    not_before: Annotated[
+        Time | None, Field(description="The job is not started before this time.")
+    ]
     attempts: list[Attempt]
     redrives: list[Redrive]
     last_snooze: LastSnooze | None
     usage: Usage | None
     message: Annotated[
         dict[str, Any] | None,
-        Field(description="Claude's Message as it came, fields unknown to us included."),
+        Field(description="Claude's Message, unchanged, including fields unknown to Sluice."),
     ]
     text: Annotated[str | None, Field(description="The text blocks of `message`, joined.")]
     error: JobError | None
     metadata: dict[str, str]
     fallback_models: list[str]
-    webhook: Annotated[str | None, Field(description="Who is told of its end.")]
+    webhook: Annotated[str | None, Field(description="URL to notify on completion.")]
     cancel_requested: bool
 
 
@@ -809,12 +842,12 @@ class SubmittedJob(Job):
     """An accepted job."""
 
     estimated_start_at: Annotated[
-        Time | None, Field(description="About when it starts; null when nobody can tell.")
+        Time | None, Field(description="Estimated start time; null if unknown.")
     ]
 
 
 class SubmittedList(Shape):
-    """What became of a list of jobs."""
+    """The outcome of a list of jobs."""
 
     type: Literal["job_list"]
     accepted: int
@@ -823,15 +856,17 @@ class SubmittedList(Shape):
 
 
 class Listing(Shape):
-    """Some jobs, newest first."""
+    """A page of jobs, newest first."""
 
     data: list[JobSummary]
     has_more: bool
-    next_page: Annotated[str | None, Field(description="Send it as `page` to go on.")]
+    next_page: Annotated[
+        str | None, Field(description="Cursor for the next page; pass it as `page`.")
+    ]
 
 
 class Sums(Shape):
-    """Sums over calls."""
+    """Totals over calls."""
 
     calls: int
     input_tokens: int
@@ -843,7 +878,7 @@ class Sums(Shape):
 
 
 class UsageGroup(Sums):
-    """Sums of one group; it has those of `day`, `model` and `lane` that were asked for."""
+    """Totals of one group; it has the fields of `day`, `model` and `lane` named in `group_by`."""
 
     day: Day | None = None
     model: str | None = None
@@ -851,7 +886,7 @@ class UsageGroup(Sums):
 
 
 class UsageReport(Shape):
-    """What was spent."""
+    """Usage and cost."""
 
     first: Annotated[Day, Field(alias="from")]
     last: Annotated[Day, Field(alias="to")]
@@ -861,7 +896,7 @@ class UsageReport(Shape):
 
 
 class PerDimension(Shape):
-    """One number per kind of limit."""
+    """One number per limit type."""
 
     requests: int
     input_tokens: int
@@ -869,7 +904,7 @@ class PerDimension(Shape):
 
 
 class Estimates(Shape):
-    """What the next call is reckoned with."""
+    """Estimates used to reserve capacity for the next call."""
 
     output_tokens: int
     chars_per_token: float
@@ -877,39 +912,42 @@ class Estimates(Shape):
 
 
 class DayLimit(Shape):
-    """A limit on input and output tokens together, per day."""
+    """A daily limit on input plus output tokens."""
 
     limit: int
     level: int
 
 
 class SetAside(Shape):
-    """A model that is overloaded, or an endpoint that does not work: single calls probe it."""
+    """An open circuit breaker: an overloaded model or a failing endpoint, probed with single calls."""
 
     what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
     until: Time
 
 
 class LimitGroup(Shape):
-    """An organisation and the models that share one limit there."""
+    """An organization and the models that share its rate limit."""
 
     group: Annotated[str, Field(examples=["org-id/haiku-5-5"])]
     organization: str
     model_group: str
     limits: Annotated[PerDimension, Field(description="Per minute.")]
-    learned: Annotated[bool, Field(description="False until the first answer told the limits.")]
+    learned: Annotated[
+        bool, Field(description="False until the first response reports the limits.")
+    ]
     level: Annotated[
-        PerDimension, Field(description="What is left; below zero it is given out for later.")
+        PerDimension,
+        Field(description="Remaining capacity; negative if it is reserved for later starts."),
     ]
     estimates: Estimates
     tokens_per_day: DayLimit | None
     rate_factor: Annotated[
-        float, Field(description="Share of the limits in use, lower after 429s.")
+        float, Field(description="Fraction of the limits that Sluice uses; reduced after 429s.")
     ]
     blocked_until: Time | None
     blocked_reason: str | None
     blocked_by: Annotated[
-        str | None, Field(description="The key, and the request id of the refusal.")
+        str | None, Field(description="The upstream key and the request ID of the rejected call.")
     ]
     set_aside: list[SetAside]
 
@@ -921,46 +959,46 @@ class Limits(Shape):
 
 
 class PartLink(Shape):
-    """Where a part is to be PUT, without a key, within an hour."""
+    """Presigned upload URL for one part; expires in one hour."""
 
     part: int
     url: str
 
 
 class Upload(Shape):
-    """An upload that has begun."""
+    """A started upload."""
 
     type: Literal["upload"]
     id: str
     name: str
-    part_bytes: Annotated[int, Field(description="Of every part but the last.")]
+    part_bytes: Annotated[int, Field(description="Size of every part except the last.")]
     parts: int
-    links: Annotated[list[PartLink], Field(description="Of the first hundred parts.")]
+    links: Annotated[list[PartLink], Field(description="Presigned URLs of the first 100 parts.")]
 
 
 class UploadLinks(Shape):
-    """Where more parts go."""
+    """Presigned URLs of more parts."""
 
     links: list[PartLink]
 
 
 class AbortedUpload(Shape):
-    """An upload that is forgotten."""
+    """An aborted upload."""
 
     type: Literal["upload_aborted"]
     id: str
 
 
 class BatchRows(Shape):
-    """What became of the rows so far."""
+    """Row counts so far."""
 
-    expected: Annotated[int, Field(description="An estimate until the batch has ended.")]
+    expected: Annotated[int, Field(description="An estimate until the batch ends.")]
     done: int
     succeeded: int
     errored: int
     canceled: int
     expired: int
-    invalid: Annotated[int, Field(description="Lines that could not become a job.")]
+    invalid: Annotated[int, Field(description="Lines that are not valid rows.")]
     duplicates: int
 
 
@@ -982,22 +1020,24 @@ class Batch(Shape):
     expires_at: Time
     ended_at: Time | None
     estimated_end_at: Annotated[
-        Time | None, Field(description="By the pace so far; null while nobody can tell.")
+        Time | None, Field(description="Estimated from the progress so far; null if unknown.")
     ]
-    webhook: Annotated[str | None, Field(description="Who is told of its end.")]
-    problem: Annotated[str | None, Field(description="Why the file as a whole could not be run.")]
+    webhook: Annotated[str | None, Field(description="URL to notify on completion.")]
+    problem: Annotated[str | None, Field(description="Why the whole file could not run.")]
 
 
 class BatchListing(Shape):
-    """Some batches, newest first."""
+    """A page of batches, newest first."""
 
     data: list[Batch]
     has_more: bool
-    next_page: Annotated[str | None, Field(description="Send it as `page` to go on.")]
+    next_page: Annotated[
+        str | None, Field(description="Cursor for the next page; pass it as `page`.")
+    ]
 
 
 class BatchLinks(Shape):
-    """Where the files of an ended batch are, for a quarter of an hour; no key is needed there."""
+    """Presigned download URLs of an ended batch's files; they expire in 15 minutes."""
 
     results: str
     errors: str
@@ -1005,14 +1045,16 @@ class BatchLinks(Shape):
 
 
 class WebhookSecret(Shape):
-    """What a tenant's webhooks are signed with."""
+    """The signing secret of a tenant's webhooks."""
 
     type: Literal["webhook_secret"]
-    secret: Annotated[str, Field(pattern="^whsec_", description="For a Standard Webhooks library.")]
+    secret: Annotated[
+        str, Field(pattern="^whsec_", description="For use with a Standard Webhooks library.")
+    ]
 
 
 class RequestCounts(Shape):
-    """All `processing` until the whole batch has ended."""
+    """Row counts. All rows are `processing` until the whole batch has ended."""
 
     processing: int
     succeeded: int
@@ -1022,7 +1064,7 @@ class RequestCounts(Shape):
 
 
 class MessageBatch(Shape):
-    """A batch in Anthropic's shape."""
+    """A batch in Anthropic's format."""
 
     id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
     type: Literal["message_batch"]
@@ -1034,12 +1076,12 @@ class MessageBatch(Shape):
     cancel_initiated_at: Time | None
     archived_at: Time | None
     results_url: Annotated[
-        str | None, Field(description="Of this gateway. Null until the batch has ended.")
+        str | None, Field(description="URL of this gateway. Null until the batch has ended.")
     ]
 
 
 class MessageBatchList(Shape):
-    """Some batches, newest first."""
+    """A page of batches, newest first."""
 
     data: list[MessageBatch]
     has_more: bool
@@ -1053,35 +1095,40 @@ class ResultLine(Shape):
     custom_id: str
     result: Annotated[
         dict[str, Any],
-        Field(description="`type` is succeeded, errored, canceled or expired, as Anthropic's."),
+        Field(
+            description="`type` is succeeded, errored, canceled or expired, as in Anthropic's API."
+        ),
     ]
 
 
 class DeletedMessageBatch(Shape):
-    """A batch that is out of sight."""
+    """A deleted batch."""
 
     id: str
     type: Literal["message_batch_deleted"]
 
 
 REFUSALS: Final[Mapping[int, str]] = {
-    400: "The request is wrong; the message says where.",
-    401: "No client key, or one that is unknown or disabled.",
-    404: "No such job or batch for this client key.",
-    409: "The custom_id or Idempotency-Key stands for another request already.",
-    413: f"The body has more than {MOST_BYTES:,} bytes.",
-    500: "Something went wrong in the gateway; the log has it under this request_id.",
-    503: "A store is busy; try again after `retry-after` seconds.",
+    400: "The request is invalid; the message names the field.",
+    401: "The client key is missing, unknown or disabled.",
+    404: "The job or batch does not exist for this client key.",
+    409: "The custom_id or Idempotency-Key was already used for a different request.",
+    413: f"The body exceeds {MOST_BYTES:,} bytes.",
+    500: "Internal error; search the log for this request_id.",
+    503: "A data store is busy; retry after `retry-after` seconds.",
 }
 
-_REQUEST_ID: Final = {"description": "This request's id.", "schema": {"type": "string"}}
-_RETRY_AFTER: Final = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+_REQUEST_ID: Final = {"description": "ID of this request.", "schema": {"type": "string"}}
+_RETRY_AFTER: Final = {
+    "description": "Seconds to wait before a retry.",
+    "schema": {"type": "integer"},
+}
 _RETRY_AFTER_SOME: Final = {
-    "description": "Seconds to wait before sending what was rejected as `overloaded_error` again.",
+    "description": "Seconds to wait before resending the jobs rejected with `overloaded_error`.",
     "schema": {"type": "integer"},
 }
 _LOCATION: Final = {
-    "description": "Of the job, when there was one and no list.",
+    "description": "Path of the job or batch; not set for a list of jobs.",
     "schema": {"type": "string", "examples": ["/jobs/job_0123456789abcdef0123456789abcdef"]},
 }
 
@@ -1090,7 +1137,7 @@ CLIENT_KEY: Final[list[dict[str, list[str]]]] = [{"x-api-key": []}, {"bearer": [
 
 
 def responses(status: int, said: str, shape: Any, *refusals: int) -> dict[int, Any]:
-    """Document what a route answers: its shape, and the refusals it knows (500 always)."""
+    """Document a route's responses: its schema and its error statuses (always including 500)."""
     headers: dict[str, Any] = {"request-id": _REQUEST_ID}
     if status == 202:  # noqa: PLR2004 - the one that makes something
         headers |= {"Location": _LOCATION, "retry-after": _RETRY_AFTER_SOME}

@@ -305,7 +305,7 @@ class PlanBatch:
         if _is_folder(key):
             folder = key.removesuffix(FOLDER_OPTIONS)
             if batch.options.prompt is None:
-                raise BadForm(f'{key} needs a "prompt" that says what to do with each document')
+                raise BadForm(f'{key} requires a "prompt" to apply to each document')
             for each in self._documents(folder):
                 body = self._objects.read(each.key, 0, MOST_LINE_BYTES + 1, each.etag)
                 yield document_row(each.key.removeprefix(folder), body, batch.options)
@@ -343,13 +343,13 @@ class PlanBatch:
         stored = self._objects.head(key)
         if stored is not None:
             if stored.size > MOST_OPTIONS_BYTES:
-                raise BadOptions(f"{key} has more than {MOST_OPTIONS_BYTES:,} bytes")
+                raise BadOptions(f"{key} exceeds {MOST_OPTIONS_BYTES:,} bytes")
             try:
                 said = json.loads(self._objects.read(key, 0, stored.size))
             except (ValueError, RecursionError) as error:
-                raise BadOptions(f"{key} is not JSON: {error}") from error
+                raise BadOptions(f"{key} is not valid JSON: {error}") from error
             if not isinstance(said, dict):
-                raise BadOptions(f"{key} is no JSON object")
+                raise BadOptions(f"{key} is not a JSON object")
         metadata = {
             name.removeprefix(METADATA_PREFIX).replace("-", "_"): _from_metadata(name, value)
             for name, value in file.stored.metadata.items()
@@ -383,7 +383,7 @@ def read_options(said: Mapping[str, Any], networks: Sequence[Network] = ()) -> O
     known = {each.name for each in fields(Options)}
     for name in said:
         if name not in known:
-            raise BadOptions(f"options: {name!r} is not one of {', '.join(sorted(known))}")
+            raise BadOptions(f"options: unknown field {name!r}; use {', '.join(sorted(known))}")
     read: dict[str, Any] = {}
     for name, value in said.items():
         read[name] = value
@@ -399,7 +399,7 @@ def read_options(said: Mapping[str, Any], networks: Sequence[Network] = ()) -> O
             case _:
                 good = isinstance(value, str) and bool(value)
         if not good:
-            raise BadOptions(f"options: {name} cannot be {json.dumps(value)[:80]}")
+            raise BadOptions(f"options: invalid {name}: {json.dumps(value)[:80]}")
         if name == "webhook":
             try:
                 check_url(value, networks)
@@ -432,7 +432,7 @@ def _unreadable(sample: bytes) -> str | None:
     if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "the file is UTF-16; save it as UTF-8"
     if sample.startswith(b"PK\x03\x04"):
-        return "the file is a ZIP archive; upload the JSONL itself, or gzip it"
+        return "the file is a ZIP archive; upload the JSONL file itself or compress it with gzip"
     if not sample.removeprefix(life.BOM).strip() and len(sample) < SAMPLE_BYTES:
         return "the file is empty"
     return None

@@ -223,9 +223,7 @@ class Submit:
             name = submission.custom_id
             if name is not None and name in seen:
                 drafts.append(
-                    InvalidRequest(
-                        f"custom_id {name!r} stands at item {seen[name]} of the list already"
-                    )
+                    InvalidRequest(f"duplicate custom_id {name!r}; first used by item {seen[name]}")
                 )
                 continue
             if name is not None:
@@ -235,7 +233,7 @@ class Submit:
             except RecursionError:
                 drafts.append(InvalidRequest("the job is nested too deeply"))
             except UnicodeEncodeError:
-                drafts.append(InvalidRequest("the job has text that is not Unicode"))
+                drafts.append(InvalidRequest("the job has text that is not valid Unicode"))
         if sender.resends is None or sender.idempotency_key is not None:
             return drafts
         return _findable(drafts, sender.resends, now)
@@ -377,9 +375,7 @@ class Submit:
         earlier = self._jobs.get(job.job_id)
         if earlier is not None and earlier.request_hash == job.request_hash:
             return Accepted(earlier, is_repeat=True)
-        return Rejected(
-            InvalidRequest("deadline: it has passed already; give a time that lies ahead")
-        )
+        return Rejected(InvalidRequest("deadline is in the past; send a later time"))
 
 
 class Waiting:
@@ -460,8 +456,8 @@ def _conflict(job: Job) -> Conflict:
     named = job.custom_id is not None and job.job_id == _id_by_name(job.tenant, job.custom_id)
     name = f"custom_id {job.custom_id!r}" if named else "this Idempotency-Key"
     return Conflict(
-        f"{name} stands for another request already (job {job.job_id}); "
-        "use another one, or send each run with an Idempotency-Key of its own"
+        f"{name} was already used for a different request (job {job.job_id}); "
+        "use a new one, or send a new Idempotency-Key with each run"
     )
 
 

@@ -49,7 +49,7 @@ class Uploads:
         """Begin an upload; its options are stored beside the file that will come."""
         key = self._key(name)
         if not 1 <= size <= MOST_BYTES:
-            raise InvalidRequest(f"bytes: {size:,} is not from 1 to {MOST_BYTES:,}")
+            raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
         try:
             self._planner.read_options(options)
         except BadOptions as error:
@@ -68,7 +68,8 @@ class Uploads:
         """Return where some of the parts go, up to a hundred at once."""
         if not 1 <= first <= last <= MOST_PARTS or last - first >= LINKS_AT_ONCE:
             raise InvalidRequest(
-                f"first, last: {first} to {last} are not up to {LINKS_AT_ONCE} parts from 1 to {MOST_PARTS:,}"
+                f"first, last: must be a range of up to {LINKS_AT_ONCE} parts from 1 to {MOST_PARTS:,} "
+                f"(got {first} to {last})"
             )
         return self._links.links(self._key(name), upload_id, range(first, last + 1))
 
@@ -87,6 +88,7 @@ class Uploads:
     def _key(self, name: str) -> str:
         if len(name) > _MOST_NAME or not _NAME.fullmatch(name) or not is_known(name):
             raise InvalidRequest(
-                f"name: {name[:80]!r} is no file name as in reviews.jsonl or 2026/january.jsonl"
+                f"name: {name[:80]!r} is not a valid file name; "
+                "use one such as reviews.jsonl or 2026/january.jsonl"
             )
         return f"in/{self._tenant}/{name}"

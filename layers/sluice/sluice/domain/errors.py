@@ -1,24 +1,24 @@
-"""Every error Sluice raises on purpose.
+"""All errors that Sluice raises.
 
 ::
 
     SluiceError
-    ├── InvalidRequest       the caller's request cannot be accepted as it is
-    ├── Unauthenticated      no client key, or one we do not know
-    ├── JobNotFound          no such job for this tenant
-    ├── BatchNotFound        no such batch for this tenant
-    ├── Conflict             the same name or Idempotency-Key stands for another request
-    ├── RequestTooLarge      the body is above the size the gateway takes
-    ├── StoreBusy            a store or queue did not take the write; try again later
-    ├── Unexpected           a fault nobody thought of; the log has it
-    ├── Stale                somebody else changed the record first (carries what it is now)
-    ├── IllegalTransition    a change of state that the state machine does not know
-    ├── LeaseLost            the job or range no longer belongs to this worker
-    ├── RangeBusy            the range belongs to another worker until a time
-    ├── InputGone            a batch's object is not there any more, or another one stands in its place
-    └── KeyPoolBroken        the key-pool secret cannot be read or has the wrong shape
+    ├── InvalidRequest       the request is invalid
+    ├── Unauthenticated      the client key is missing or unknown
+    ├── JobNotFound          the job does not exist for this tenant
+    ├── BatchNotFound        the batch does not exist for this tenant
+    ├── Conflict             the custom_id or Idempotency-Key was already used for a different request
+    ├── RequestTooLarge      the body exceeds the size limit
+    ├── StoreBusy            a store or queue did not accept the write; retry later
+    ├── Unexpected           an unexpected exception; the log has the traceback
+    ├── Stale                optimistic lock failure: the record changed (carries its current value)
+    ├── IllegalTransition    a change of state that the state machine does not allow
+    ├── LeaseLost            this worker no longer holds the lease on the job or range
+    ├── RangeBusy            another worker holds the lease on the range
+    ├── InputGone            a batch's object was deleted or replaced
+    └── KeyPoolBroken        the key-pool secret cannot be read or is invalid
 
-What each of them is in HTTP stands in one table, in ``functions/api/app.py``.
+``functions/api/app.py`` maps each of them to an HTTP status.
 """
 
 from __future__ import annotations
@@ -29,84 +29,86 @@ Record = TypeVar("Record")
 
 
 class SluiceError(Exception):
-    """Something Sluice refuses or could not do."""
+    """Base class of Sluice's errors."""
 
 
 class InvalidRequest(SluiceError):
-    """The request cannot be accepted as it is."""
+    """The request is invalid; the message says why."""
 
 
 class Unauthenticated(SluiceError):
-    """A valid client key is needed: send it as `x-api-key` or `Authorization: Bearer`."""
+    """The client key is missing, unknown or disabled: send a valid one as `x-api-key` or `Authorization: Bearer`."""
 
     def __init__(self) -> None:
         super().__init__(type(self).__doc__)
 
 
 class JobNotFound(SluiceError):
-    """No such job."""
+    """The job does not exist for this tenant."""
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"no job {job_id!r} for this client key; GET /jobs lists what there is")
+        super().__init__(
+            f"job {job_id!r} does not exist for this client key; use GET /jobs to list jobs"
+        )
         self.job_id = job_id
 
 
 class BatchNotFound(SluiceError):
-    """No such batch."""
+    """The batch does not exist for this tenant."""
 
     def __init__(self, batch_id: str) -> None:
         super().__init__(
-            f"message_batch: {batch_id} is not there for this client key; "
-            "GET /v1/messages/batches lists those that are"
+            f"message_batch: {batch_id} does not exist for this client key; "
+            "use GET /v1/messages/batches to list batches"
         )
         self.batch_id = batch_id
 
 
 class Conflict(SluiceError):
-    """The same name stands for another request."""
+    """The custom_id or Idempotency-Key was already used for a different request."""
 
 
 class RequestTooLarge(SluiceError):
-    """The body is above the size the gateway takes."""
+    """The body exceeds the size limit."""
 
     def __init__(self, size: int, limit: int) -> None:
         super().__init__(
-            f"the body has {size:,} bytes, the limit is {limit:,}; "
-            "send fewer jobs in one list, or all of them as a file: `sluice upload FILE`, or POST /uploads"
+            f"the body has {size:,} bytes; the limit is {limit:,}. "
+            "Send fewer jobs per list, or upload them as a file with `sluice upload FILE` or POST /uploads"
         )
         self.size = size
         self.limit = limit
 
 
 class StoreBusy(SluiceError):
-    """A store or queue did not take the write, or its reply was lost: then `may_be_done` says so."""
+    """A store or queue did not accept the write, or its response was lost (`may_be_done`)."""
 
     def __init__(
         self, what: str, retry_after_seconds: int = 2, *, may_be_done: bool = False
     ) -> None:
-        super().__init__(f"{what} is busy; try again in {retry_after_seconds} s")
+        super().__init__(f"{what} is busy; retry in {retry_after_seconds} s")
         self.what = what
         self.retry_after_seconds = retry_after_seconds
         self.may_be_done = may_be_done
 
 
 class Unexpected(SluiceError):
-    """Something went wrong in the gateway. Send it again under the same Idempotency-Key or custom_id."""
+    """Internal error in the gateway. Retry with the same Idempotency-Key or custom_id."""
 
     def __init__(self) -> None:
         super().__init__(type(self).__doc__)
 
 
 class Stale(SluiceError, Generic[Record]):
-    """Somebody else changed the record first; `current` is what it is now, None when gone."""
+    """Optimistic lock failure: the record changed. `current` is its current value, None if it was deleted."""
 
     def __init__(self, current: Record | None) -> None:
-        super().__init__("the record was changed by somebody else")
+        super().__init__("the record was changed concurrently")
         self.current = current
 
 
 class IllegalTransition(SluiceError):
-    """A change of state that the state machine does not know."""
+    """A change of state that the state machine does not allow."""
 
     def __init__(self, job_id: str, current: str, new: str) -> None:
         super().__init__(f"job {job_id} is {current} and cannot become {new}")
@@ -114,7 +116,7 @@ class IllegalTransition(SluiceError):
 
 
 class LeaseLost(SluiceError):
-    """The job no longer belongs to this worker."""
+    """This worker no longer holds the lease."""
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"the lease on {job_id} was lost")
@@ -122,7 +124,7 @@ class LeaseLost(SluiceError):
 
 
 class RangeBusy(SluiceError):
-    """The range belongs to another worker until a time (epoch milliseconds)."""
+    """Another worker holds the lease on the range until a time (epoch milliseconds)."""
 
     def __init__(self, batch_id: str, number: int, until: int) -> None:
         super().__init__(f"range {number} of {batch_id} is leased to another worker")
@@ -130,7 +132,7 @@ class RangeBusy(SluiceError):
 
 
 class InputGone(SluiceError):
-    """A batch's object is not there any more, or another one stands in its place."""
+    """A batch's object was deleted or replaced."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"{key} was deleted or replaced while the batch ran")
@@ -138,4 +140,4 @@ class InputGone(SluiceError):
 
 
 class KeyPoolBroken(SluiceError):
-    """The key-pool secret cannot be read or has the wrong shape."""
+    """The key-pool secret cannot be read or is invalid."""

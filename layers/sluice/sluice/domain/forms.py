@@ -63,14 +63,14 @@ def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
                 rest = unpacker.unconsumed_tail or unpacker.unused_data
                 total += len(found)
                 if total > MOST_UNPACKED_BYTES:
-                    raise BadForm(f"the file unpacks to more than {MOST_UNPACKED_BYTES:,} bytes")
+                    raise BadForm(f"the unpacked file exceeds {MOST_UNPACKED_BYTES:,} bytes")
                 yield found
                 if not found and not unpacker.eof and not unpacker.unconsumed_tail:
                     break
     except zlib.error as error:
-        raise BadForm(f"the file is not gzip: {error}") from error
+        raise BadForm(f"the file is not valid gzip: {error}") from error
     if begun and not unpacker.eof:
-        raise BadForm("the gzip file ends in the middle; upload it again")
+        raise BadForm("the gzip file is truncated; upload it again")
 
 
 def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
@@ -81,8 +81,8 @@ def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
     template = options.prompt
     if template is None:
         raise BadForm(
-            'a CSV file needs a prompt: put {"prompt": "Summarise: {text}", "model": ..., '
-            '"max_tokens": ...} beside it as <name>.options.json'
+            'a CSV file requires a prompt: store {"prompt": "Summarize: {text}", "model": ..., '
+            '"max_tokens": ...} next to it as <name>.options.json'
         )
     records = csv.reader(_text_lines(pieces), strict=True)
     try:
@@ -92,25 +92,30 @@ def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
         names = [name.strip() for name in columns]
         for field in fields_of(template):
             if field not in names:
-                raise BadForm(f"the prompt asks for {field!r}; the columns are {', '.join(names)}")
+                raise BadForm(
+                    f"the prompt uses unknown column {field!r}; the columns are {', '.join(names)}"
+                )
         for number, record in enumerate(records, start=1):
             if record:
                 yield _line(_csv_item(names, record, number, template))
     except (csv.Error, UnicodeDecodeError) as error:
-        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not CSV: {error}"
-        raise BadForm(f"the file {what}") from error
+        is_encoding = isinstance(error, UnicodeDecodeError)
+        what = "UTF-8; save it as UTF-8" if is_encoding else f"CSV: {error}"
+        raise BadForm(f"the file is not valid {what}") from error
 
 
 def _csv_item(names: list[str], record: list[str], number: int, template: str) -> dict[str, Any]:
     custom_id = f"row-{number}"
     if len(record) != len(names):
-        message = f"the record has {len(record)} fields, the first line {len(names)}"
+        message = f"the record has {len(record)} fields; the header has {len(names)}"
         return {"custom_id": custom_id, PROBLEM: message}
     fields = dict(zip(names, record, strict=True))
     size = len(template) + sum(len(fields[name]) for name in fields_of(template))
     if size > MOST_LINE_BYTES:
         # Known before it is made: a template may name a long field thousands of times.
-        message = f"the prompt makes about {size:,} characters; the most is {MOST_LINE_BYTES:,}"
+        message = (
+            f"the filled prompt has about {size:,} characters; the maximum is {MOST_LINE_BYTES:,}"
+        )
         return {"custom_id": custom_id, PROBLEM: message}
     content = filled(template, fields)
     return {
@@ -125,7 +130,9 @@ def document_row(name: str, body: bytes, options: Options) -> bytes:
     try:
         source = _source(name, body)
     except UnicodeDecodeError:
-        return _line({"custom_id": custom_id, PROBLEM: f"{name} is not UTF-8"})
+        return _line(
+            {"custom_id": custom_id, PROBLEM: f"{name} is not valid UTF-8; save it as UTF-8"}
+        )
     content = [
         {"type": "document", "source": source, "title": name[-500:]},
         {"type": "text", "text": filled(options.prompt or "", {"name": name})},
@@ -134,7 +141,9 @@ def document_row(name: str, body: bytes, options: Options) -> bytes:
         {"custom_id": custom_id, "params": {"messages": [{"role": "user", "content": content}]}}
     )
     if len(line) > MOST_LINE_BYTES:
-        message = f"{name} makes a request of {len(line):,} bytes; the most is {MOST_LINE_BYTES:,}"
+        message = (
+            f"the request for {name} has {len(line):,} bytes; the maximum is {MOST_LINE_BYTES:,}"
+        )
         return _line({"custom_id": custom_id, PROBLEM: message})
     return line
 
@@ -193,7 +202,7 @@ def _text_lines(pieces: Iterable[bytes]) -> Iterator[str]:
                 begin = end
             rest = text[begin:]
             if len(rest) > MOST_LINE_BYTES:
-                raise BadForm(f"a line has more than {MOST_LINE_BYTES:,} characters")
+                raise BadForm(f"a line exceeds {MOST_LINE_BYTES:,} characters")
     rest += decoder.decode(b"", final=True)
     if rest:
         yield rest

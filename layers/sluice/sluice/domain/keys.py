@@ -88,7 +88,7 @@ def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:
     ids = [key.id for key in keys]
     for key_id in ids:
         if ids.count(key_id) > 1:
-            message = f"two keys of the pool are called {key_id!r}; ids must differ"
+            message = f"duplicate key id {key_id!r} in the pool; use a unique id for each key"
             raise KeyPoolBroken(message)
     return keys
 
@@ -133,7 +133,7 @@ def shared_organizations(keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMar
         by_organization.setdefault(organization, []).append(key.id)
     return [
         f"keys {', '.join(ids)} belong to organization {organization}: "
-        "they share its limits, so the second adds no capacity"
+        "they share its limits, so a second key adds no capacity"
         for organization, ids in by_organization.items()
         if len(ids) > 1
     ]
@@ -144,14 +144,14 @@ def _parse_admin_key(position: int, value: object) -> AdminKey:
     row = _object(value, where, {"organization", "api_key", "base_url"})
     organization = _text(row, "organization", where)
     if organization is None:
-        message = f"{where} must name its organization"
+        message = f"{where} has no organization; set it"
         raise KeyPoolBroken(message)
     return AdminKey(organization, _api_key(row, where), _base_url(row, where))
 
 
 def _object(value: object, where: str, fields: set[str]) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        message = f"{where} is not an object"
+        message = f"{where} is not a JSON object"
         raise KeyPoolBroken(message)
     unknown = set(value) - fields
     if unknown:
@@ -164,7 +164,8 @@ def _api_key(row: Mapping[str, Any], where: str) -> str:
     api_key = row.get("api_key")
     if isinstance(api_key, str) and api_key.strip() and api_key.isascii():
         return api_key.strip()
-    message = f"{where} has no api_key, or one that is not plain text"
+    is_missing = not isinstance(api_key, str) or not api_key.strip()
+    message = f"{where} has {'no api_key' if is_missing else 'an api_key that is not ASCII text'}"
     raise KeyPoolBroken(message)
 
 
@@ -172,7 +173,7 @@ def _base_url(row: Mapping[str, Any], where: str) -> str:
     base_url = _text(row, "base_url", where) or DEFAULT_BASE_URL
     if base_url.startswith(("https://", "http://")):
         return base_url.rstrip("/")
-    message = f"{where}: base_url must start with https:// (or http://), got {base_url!r}"
+    message = f"{where}: base_url must start with https:// or http://, got {base_url!r}"
     raise KeyPoolBroken(message)
 
 
@@ -186,7 +187,7 @@ def _parse_key(position: int, value: object) -> UpstreamKey:
     api_key = _api_key(row, where)
     weight = row.get("weight") or 1
     if not isinstance(weight, int) or weight < 1:
-        message = f"{where}: weight must be a whole number from 1 up, got {weight!r}"
+        message = f"{where}: weight must be an integer of at least 1, got {weight!r}"
         raise KeyPoolBroken(message)
     return UpstreamKey(
         id=_text(row, "id", where) or f"key-{position + 1}",
@@ -204,11 +205,11 @@ def _limits(row: Mapping[str, Any], where: str) -> Mapping[str, int]:
     value = row.get("limits") or {}
     if not isinstance(value, Mapping) or not set(value) <= {*DIMENSIONS, TOKENS_PER_DAY}:
         names = f"{', '.join(DIMENSIONS)} per minute, and {TOKENS_PER_DAY}"
-        message = f"{where}: limits may state {names}, got {value!r}"
+        message = f"{where}: limits supports {names}; got {value!r}"
         raise KeyPoolBroken(message)
     for name, limit in value.items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            message = f"{where}: limits.{name} must be a whole number from 1 up, got {limit!r}"
+            message = f"{where}: limits.{name} must be an integer of at least 1, got {limit!r}"
             raise KeyPoolBroken(message)
     return dict(value)
 
@@ -217,7 +218,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:
     value = row.get(name)
     if value is None or (isinstance(value, str) and value):
         return value
-    message = f"{where}: {name} must be text, got {value!r}"
+    message = f"{where}: {name} must be a non-empty string, got {value!r}"
     raise KeyPoolBroken(message)
 
 
@@ -227,5 +228,5 @@ def _names(row: Mapping[str, Any], name: str, where: str) -> frozenset[str] | No
         return None
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         return frozenset(value)
-    message = f"{where}: {name} must be a list of names, got {value!r}"
+    message = f"{where}: {name} must be a non-empty list of strings, got {value!r}"
     raise KeyPoolBroken(message)

@@ -139,7 +139,7 @@ def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def read_row(line: Line, options: Options) -> Row | BadRow | None:
     """Return what the line asks for, why it cannot be done, or None for a blank line."""
     if line.too_long:
-        return BadRow(f"the line has more than {MOST_LINE_BYTES:,} bytes")
+        return BadRow(f"the line exceeds {MOST_LINE_BYTES:,} bytes")
     text = line.text.removeprefix(BOM).strip()
     if not text:
         return None
@@ -159,19 +159,24 @@ def _json(text: bytes) -> dict[str, Any]:
             # What was half a surrogate pair in an escape can be read, and sent to nobody.
             json.dumps(item, ensure_ascii=False).encode()
     except UnicodeError as error:
-        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "has half a character"
-        raise _Unusable(f"the line {what}; save the file as UTF-8") from error
+        if isinstance(error, UnicodeDecodeError):
+            raise _Unusable("the line is not valid UTF-8; save the file as UTF-8") from error
+        raise _Unusable("the line has an unpaired surrogate escape; remove it") from error
     except json.JSONDecodeError as error:
-        raise _Unusable(f"the line is not JSON: {error.msg} at column {error.colno}") from error
+        raise _Unusable(
+            f"the line is not valid JSON: {error.msg} at column {error.colno}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise _Unusable(f"the line is not usable JSON: {error}") from error
     if not isinstance(item, dict):
-        raise _Unusable('the line is no JSON object; a line is {"custom_id": ..., "params": {...}}')
+        raise _Unusable(
+            'the line is not a JSON object; expected {"custom_id": ..., "params": {...}}'
+        )
     return item
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _custom_id(item: Mapping[str, Any]) -> str:
@@ -194,7 +199,7 @@ def _params(item: Mapping[str, Any], options: Options) -> dict[str, Any]:
         method, url = item.get("method", "POST"), item.get("url", MESSAGES_URL)
         if method != "POST" or url != MESSAGES_URL:
             shown = f"{json.dumps(method)} {json.dumps(url)}"[:80]
-            raise _Unusable(f"method and url: {shown} is not POST {MESSAGES_URL}")
+            raise _Unusable(f"method and url: {shown} is not supported; use POST {MESSAGES_URL}")
         params = item["body"]
     if params is None:
         raise _Unusable("params: Field required")
@@ -208,7 +213,8 @@ def _deadline(item: Mapping[str, Any]) -> int | None:
         return None
     deadline = read_moment(item["deadline"])
     if deadline is None:
-        raise _Unusable("deadline: must be RFC 3339 text with a time zone")
+        shown = json.dumps(item["deadline"])[:80]
+        raise _Unusable(f"deadline: must be an RFC 3339 string with a time zone (got {shown})")
     return deadline
 
 

@@ -85,20 +85,24 @@ def check_url(url: str, networks: Sequence[Network] = ()) -> None:
     schemes = ("https", "http") if networks else ("https",)
     is_text = url.isascii() and url.isprintable() and " " not in url
     if len(url) > MOST_CHARACTERS or not is_text:
-        raise ValueError(f"must be an address of at most {MOST_CHARACTERS:,} ASCII characters")
+        raise ValueError(
+            f"must be a URL of at most {MOST_CHARACTERS:,} printable ASCII characters without spaces"
+        )
     parts = _split(url)
     if parts is None:
-        raise ValueError("must have a host, and after a colon a port from 1 to 65535")
+        raise ValueError("must have a valid host and, if given, a port from 1 to 65535")
     if parts.scheme not in schemes or not parts.hostname:
-        raise ValueError(f"must begin with {' or '.join(f'{each}://' for each in schemes)}")
+        raise ValueError(
+            f"must start with {' or '.join(f'{each}://' for each in schemes)} and have a host"
+        )
     if parts.username is not None or parts.fragment:
-        raise ValueError("must have neither a user name nor a #fragment")
+        raise ValueError("must not contain a user name or a #fragment")
     if any(not label for label in parts.hostname.split(".")):
-        raise ValueError(f"must have a host without empty parts ({parts.hostname})")
+        raise ValueError(f"host has an empty label ({parts.hostname})")
     address = as_address(parts.hostname)
     is_plain = parts.scheme == "http"
     if address is not None and not may_be_called(address, networks, plainly=is_plain):
-        raise ValueError(f"must not lead to a private address ({parts.hostname})")
+        raise ValueError(f"must not point to a private address ({parts.hostname})")
 
 
 def may_be_called(
