@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -269,3 +270,26 @@ def test_a_range_that_lost_workers_with_the_version_before_goes_on(make: Make, l
 
     assert {"errored": {23, 70}, "succeeded": set(range(ROWS)) - {23, 70}} == by_end(bulk)
     assert died <= 2 * WORKERS
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_killers_are_found_whatever_else_happens(make: Make, seed: int) -> None:
+    """Rows that wait in the invocation or out of it, ordinary deaths, and several killers, at random."""
+    rng = Random(seed)  # noqa: S311 - a story, not a secret
+    bulk = make(latency_ms=rng.choice([200, 2_000, 30_000]))
+    waits = {rng.randrange(ROWS): rng.choice([5, 50, 300, 800]) for _ in range(10)}
+
+    def once(request: CallRequest) -> Refused | None:
+        seconds = waits.pop(number_in(bytes(request.body.data)), None)
+        if seconds is None:
+            return None
+        return refused(429, "rate_limit_error", retry_after_ms=seconds * 1_000)
+
+    bulk.claude.when = once
+    killers = {rng.randrange(ROWS) for _ in range(rng.choice([1, 2, 5]))}
+    ordinary = {rng.randrange(1, 12): rng.choice([1, 5, 20, 50]) for _ in range(2)}
+    deaths = Deaths(killers, rng.choice(list(KillsAt)), rng.choice([0, 300, 10_000]), ordinary)
+    died = bulk.drain_with(deaths)
+
+    assert {"errored": killers, "succeeded": set(range(ROWS)) - killers} == by_end(bulk)
+    assert died <= len(killers) * WORKERS + len(ordinary) * (1 + LOSSES_UNTIL_ALONE)
