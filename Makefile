@@ -51,11 +51,13 @@ template: $(DEV) $(SAM)
 	.venv-sam/bin/checkov --config-file .checkov.yaml --file template.yaml
 	.venv/bin/pytest -q tests/unit/test_template.py tests/unit/test_floors.py
 
-# More processes than cores: much of the time the tests wait. Those of one file share a stack, and so a process.
+# More processes than cores: much of the time the tests wait. Those of one file share a stack, and so a process. Files go
+# in order, because the long ones come first, and not those with the most tests.
 WORKERS_OF_TESTS ?= 4
+IN_PARALLEL := --numprocesses $(WORKERS_OF_TESTS) --dist loadfile --no-loadscope-reorder
 
 test: check $(SDK1) $(TYPESCRIPT) ## check, then every test: the gate, here and in CI
-	.venv/bin/pytest --numprocesses $(WORKERS_OF_TESTS) --dist loadfile
+	.venv/bin/pytest $(IN_PARALLEL)
 
 unit: $(DEV) ## rules and use cases, on fakes
 	.venv/bin/pytest tests/unit
@@ -67,8 +69,7 @@ acceptance: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## what the README promises, fro
 	.venv/bin/pytest tests/acceptance
 
 record-calls: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## after a change of AWS calls: which ones functions make, for the tests to compare
-	.venv/bin/pytest --numprocesses $(WORKERS_OF_TESTS) --dist loadfile \
-		tests/integration tests/acceptance --record-calls
+	.venv/bin/pytest $(IN_PARALLEL) tests/integration tests/acceptance --record-calls
 
 SEEDS ?= 20000
 FIRST_SEED ?= 1

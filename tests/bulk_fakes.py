@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from hashlib import sha256
 from typing import Any
 
@@ -15,7 +17,7 @@ from sluice.desk import Desk, RowRequests
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.plan import PlanBatch
-from sluice.ports import BatchPage, DueRange, Notice, Received, Stored
+from sluice.ports import BatchPage, CallRequest, DueRange, Notice, Params, Received, Stored
 from sluice.ranges import RangePointer, RangeTools, RunRange
 from sluice.tools import Tools
 from sluice.work import Worker
@@ -182,9 +184,12 @@ class MemoryObjects(Fragile):
         super().__init__(journal)
         self.stored: dict[str, bytes] = {}
         self.metadata: dict[str, dict[str, str]] = {}
+        self.before_put: Callable[[str, bytes], None] = lambda _key, _body: None
+        """Runs before an object is written; nothing is written if it raises."""
 
     def put(self, key: str, body: bytes) -> str:
         self._do("put", key)
+        self.before_put(key, body)
         self.stored[key] = body
         return _etag(body)
 
@@ -360,11 +365,53 @@ def a_row(number: int | str, **more: Any) -> dict[str, Any]:
     return {"custom_id": f"row-{number}", "params": params | more}
 
 
+def number_in(request: bytes) -> int:
+    """Return the number of the row that a request is of."""
+    content: str = json.loads(request)["messages"][0]["content"]
+    return int(content.removeprefix("Say "))
+
+
 def jsonl(*rows: Any) -> bytes:
     """Return rows as lines; text stands as it is."""
     return b"".join(
         (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
     )
+
+
+class KillsAt(StrEnum):
+    """When a killer row ends its worker."""
+
+    REQUEST = "request"
+    """When its request is made, before the call."""
+    CALL = "call"
+    SAVE = "save"
+    """When its answer is saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deaths:
+    """Rows that no worker survives, and workers that die for another reason."""
+
+    killers: Collection[int] = ()
+    kills_at: KillsAt = KillsAt.CALL
+    after_ms: int = 300
+    """Between the killer's call, its request or its save, and the end of the worker; half a call at most."""
+    ordinary: Mapping[int, float] = field(default_factory=dict)
+    """By the number of the invocation, from 1: the seconds it lives, whatever it runs."""
+
+
+class WatchedRequests(RowRequests):
+    """The requests of a range's rows; `seen` is called with each that was read."""
+
+    def __init__(self, desk: Desk, seen: Callable[[bytes], None]) -> None:
+        super().__init__(desk)
+        self._seen = seen
+
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        found = super().get_many(job_ids)
+        for params in found.values():
+            self._seen(params.body)
+        return found
 
 
 class Bulk:
@@ -386,6 +433,7 @@ class Bulk:
             self.batches, self.objects, self.queues, self.assemble, (), clock, self.events
         )
         self._invocations = 0
+        self.request_seen: Callable[[bytes], None] = lambda _: None
 
     def runner(self) -> RunRange:
         """Return the ranges function as a fresh environment has it."""
@@ -393,7 +441,7 @@ class Bulk:
         desk = Desk(self.ledger, self.gateway.rules.prices, clock)
         tools = Tools(
             jobs=desk,
-            params=RowRequests(desk),
+            params=WatchedRequests(desk, lambda body: self.request_seen(body)),  # noqa: PLW0108
             results=desk,
             inbox=desk,
             limits=self.gateway.limits,
@@ -471,6 +519,82 @@ class Bulk:
     def once(self, minutes: float = 14) -> bool:
         """Run one invocation."""
         return self.time.run(self.invoke(minutes=minutes))
+
+    async def kill(self, task: asyncio.Task[bool]) -> None:
+        """End a worker as a process ends: without a last word."""
+        for each in asyncio.all_tasks() - {asyncio.current_task()}:
+            each.cancel()
+        # Nothing it writes while it is torn down may count: a dead process writes nothing.
+        stores = (self.batches, self.objects, self.queues, self.ledger)
+        for store in stores:
+            for verb in ("replace_range", "put", "put_back", "record"):
+                store.break_down(verb)
+        with suppress(asyncio.CancelledError, StoreBusy):
+            await task
+        for store in stores:
+            store.mend()
+
+    def drain_with(self, deaths: Deaths) -> int:
+        """Run ranges and join sections until nothing is left in the queues; return how many workers died."""
+        return self.time.run(self._drain_with(deaths))
+
+    async def _drain_with(self, deaths: Deaths) -> int:
+        dying = asyncio.Event()
+        self._arm(deaths, dying)
+        died = 0
+        for _ in range(1_000):
+            while self.queues.joins:
+                self.assemble.join(*self.queues.joins.pop(0))
+            due = self.queues.next_visible()
+            if due is None:
+                return died
+            await asyncio.sleep(max(0, due - self.time.now()) / 1000)
+            died += await self._dies(dying, deaths.ordinary.get(self._invocations + 1))
+        raise AssertionError("still not done after 1,000 invocations")
+
+    def _arm(self, deaths: Deaths, dying: asyncio.Event) -> None:
+        """Have the killers set `dying`."""
+        loop = asyncio.get_running_loop()
+
+        def strike() -> None:
+            loop.call_later(min(deaths.after_ms, self.claude.latency_ms / 2) / 1000, dying.set)
+
+        def look(request: bytes) -> None:
+            if number_in(request) in deaths.killers:
+                strike()
+
+        before = self.claude.when
+
+        def called(request: CallRequest) -> Reply | None:
+            look(bytes(request.body.data))
+            return before(request)
+
+        def saved(_key: str, body: bytes) -> None:
+            answers = [line for line in body.splitlines() if b'"succeeded"' in line]
+            if any(b"\trow-%d\t" % each in line for each in deaths.killers for line in answers):
+                strike()
+                raise StoreBusy(self.objects.name)
+
+        match deaths.kills_at:
+            case KillsAt.CALL:
+                self.claude.when = called
+            case KillsAt.REQUEST:
+                self.request_seen = look
+            case KillsAt.SAVE:
+                self.objects.before_put = saved
+
+    async def _dies(self, dying: asyncio.Event, lives: float | None) -> bool:
+        """Run an invocation until it ends or dies, after so many seconds at the latest."""
+        dying.clear()
+        task = asyncio.create_task(self.invoke())
+        end = asyncio.create_task(dying.wait())
+        await asyncio.wait({task, end}, timeout=lives, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            end.cancel()
+            task.result()
+            return False
+        await self.kill(task)
+        return True
 
     def drain(self) -> None:
         """Run ranges and join sections until nothing is left in the queues."""

@@ -296,69 +296,70 @@ def _keep_silent_about_lost_calls() -> Iterator[None]:
 
 BUGS: Final[Mapping[str, Bug]] = {
     "skip_the_claim": Bug(
-        "a worker begins a job without the condition that nobody else has it", _skip_the_claim
+        "a worker starts a job without the condition that no other worker holds it", _skip_the_claim
     ),
     "acknowledge_before_storing": Bug(
-        "the message is deleted when the answer comes, before it is stored",
+        "the message is deleted when the answer arrives, before the answer is stored",
         _acknowledge_before_storing,
     ),
     "count_a_snooze": Bug("a snooze uses up an attempt", _count_a_snooze),
     "lease_shorter_than_the_call": Bug(
-        "a lease holds for 10 s, shorter than most calls and than the time to its renewal",
+        "a lease lasts 10 s, shorter than most calls and than the renewal interval",
         _lease_shorter_than_the_call,
     ),
     "settle_twice": Bug("a reservation of the limiter is settled twice", _settle_twice),
-    "lose_a_refund": Bug(
-        "a reservation whose call was never sent is not given back", _lose_a_refund
-    ),
+    "lose_a_refund": Bug("a reservation whose call was never sent is not refunded", _lose_a_refund),
     "trust_a_stale_header": Bug(
-        "limit headers are believed though newer ones came before", _trust_a_stale_header
+        "limit headers are applied although newer ones were already received", _trust_a_stale_header
     ),
     "two_sweeps_at_once": Bug(
-        "a sweep takes a due job without the condition that nobody else did", _two_sweeps_at_once
+        "a sweep takes a due job without the condition that no other sweep took it",
+        _two_sweeps_at_once,
     ),
     "reuse_a_receipt_handle": Bug(
-        "a worker keeps the receipt of a message's first delivery", _reuse_a_receipt_handle
+        "a worker keeps using the receipt handle of a message's first delivery",
+        _reuse_a_receipt_handle,
     ),
     "forget_what_was_not_sent": Bug(
-        "a job is accepted though storing succeeded and sending failed, and not parked",
+        "a job that was stored but whose message was not sent is accepted without being parked",
         _forget_what_was_not_sent,
     ),
     "release_the_lease_on_cancel": Bug(
-        "a cancel ends a running job at once, while its call goes on", _release_the_lease_on_cancel
+        "a cancel ends a running job at once while its call is still in flight",
+        _release_the_lease_on_cancel,
     ),
     "forget_to_give_memory_back": Bug(
-        "what a call held of the worker's memory is not given back at its end",
+        "the memory grant of a call is not released when the call ends",
         _forget_to_give_memory_back,
     ),
     "read_without_asking": Bug(
-        "a large request is read though there is no memory for it", _read_without_asking
+        "a large request is read without a memory grant", _read_without_asking
     ),
     "hold_requests_to_the_end": Bug(
-        "a request's memory is given back when it is sent, and the request is held all the same",
+        "the memory of a request is released when it is sent, although the request is still held",
         _hold_requests_to_the_end,
     ),
     "read_answers_without_room": Bug(
-        "an answer is read on though there is no memory for it", _read_answers_without_room
+        "an answer is read further without a memory grant", _read_answers_without_room
     ),
     "charge_neighbors_for_a_loss": Bug(
-        "a job whose worker died uses an attempt, though others were in flight beside it",
+        "a job whose worker died uses an attempt although other jobs were in flight beside it",
         _charge_neighbors_for_a_loss,
     ),
     "let_suspects_mingle": Bug(
-        "a job that has lost many workers runs beside others", _let_suspects_mingle
+        "a job that has lost many workers runs beside other jobs", _let_suspects_mingle
     ),
     "never_suspect_a_job": Bug(
-        "a job no worker survives runs beside others again and again", _never_suspect_a_job
+        "a job that kills every worker runs beside other jobs again and again", _never_suspect_a_job
     ),
     "leave_messages_to_the_queue": Bug(
-        "a worker does not shorten the visibility of its messages, so they outlive it by 90 minutes",
+        "a worker does not shorten its messages' visibility timeout, so they stay hidden for 90 minutes if it dies",
         _leave_messages_to_the_queue,
     ),
     "care_for_parked_jobs_only": Bug(
-        "the sweep does not look at jobs whose message is lost", _care_for_parked_jobs_only
+        "the sweep ignores jobs whose message is lost", _care_for_parked_jobs_only
     ),
     "keep_silent_about_lost_calls": Bug(
-        "no ledger row for a call whose worker died", _keep_silent_about_lost_calls
+        "a call whose worker died has no ledger row", _keep_silent_about_lost_calls
     ),
 }

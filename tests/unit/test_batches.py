@@ -299,16 +299,68 @@ def test_a_range_is_claimed_by_one_worker_at_a_time() -> None:
     assert NOON + 60 == busy.value.until
 
 
-def test_a_range_whose_worker_died_counts_it_until_one_of_them_saved_something() -> None:
-    state = life.claim_range(a_range(), "one", NOON, NOON + 1)
-    for number in range(life.LOSSES_WITHOUT_PROGRESS):
-        assert not life.kills_its_workers(state)
-        state = life.claim_range(state, f"next-{number}", state.lease_until, state.lease_until + 1)
+def lost_with(state: RangeState, *running: int) -> RangeState:
+    """Return the range after the loss of a worker that had these rows in flight, claimed anew."""
+    noted = life.note_running(state, str(state.owner), running)
+    return life.claim_range(noted, f"after-{noted.version}", NOON, 0)
 
-    assert life.kills_its_workers(state)
-    saved = life.save_chunk(state, str(state.owner), NOON + 99, "6-1")
-    assert not life.kills_its_workers(saved)
-    assert ("6-1",) == saved.chunks
+
+def test_each_loss_narrows_the_search_for_a_killer() -> None:
+    state = life.claim_range(a_range(), "one", NOON, 0)
+    found = []
+    for running in ((), (10, 20, 30), (20, 30), (20,)):
+        state = lost_with(state, *running)
+        found.append((state.losses, state.suspects, state.blamed))
+
+    assert [
+        (1, (), ()),
+        (2, (10, 20, 30), ()),
+        (3, (20, 30), ()),
+        (3, (30,), (20,)),
+    ] == found
+    assert () == state.running
+    saved = life.save_chunk(state, str(state.owner), NOON + 99, "5-1", rows=[30])
+    assert (0, (), (20,), ("5-1",)) == (saved.losses, saved.suspects, saved.blamed, saved.chunks)
+
+
+def test_a_row_is_given_up_after_three_losses_alone() -> None:
+    state = life.claim_range(a_range(losses=3), "one", NOON, 0)
+    for _ in range(life.MOST_LOST_ALONE):
+        assert not life.killers(state)
+        state = lost_with(state, 20)
+
+    assert {20} == life.killers(state)
+    ended = life.save_chunk(state, str(state.owner), NOON + 99, "5-1", rows=[20])
+    assert not life.killers(ended)
+
+
+def test_a_row_that_is_alone_by_chance_is_not_blamed_before_the_search_has_narrowed() -> None:
+    state = life.claim_range(a_range(), "one", NOON, 0)
+    for _ in range(life.LOSSES_UNTIL_ALONE):
+        state = lost_with(state, 20)
+
+    assert (3, (20,), ()) == (state.losses, state.suspects, state.blamed)
+
+
+def test_a_worker_that_dies_with_no_row_in_flight_blames_none() -> None:
+    state = a_range(owner="one", losses=3, suspects=(20, 30), blamed=(10,))
+
+    after = lost_with(state)
+
+    assert (3, (20, 30), (10,)) == (after.losses, after.suspects, after.blamed)
+
+
+def test_a_search_goes_on_after_a_worker_that_gave_the_range_back() -> None:
+    state = a_range(owner="one", losses=2, running=(20,), suspects=(20, 30), blamed=(10,))
+
+    again = life.claim_range(life.release_range(state, "one", chunks=()), "two", NOON, 0)
+
+    assert (2, (), (20, 30), (10,)) == (
+        again.losses,
+        again.running,
+        again.suspects,
+        again.blamed,
+    )
 
 
 def test_a_released_range_is_anybodys_and_no_loss() -> None:
@@ -331,6 +383,7 @@ def test_a_released_range_is_anybodys_and_no_loss() -> None:
 
 def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:
     state = a_range(owner="one", chunks=("w1", "1-2", "1-3"), windows=1, losses=2)
+    state = replace(state, running=(1,), suspects=(1, 2), blamed=(3,))
 
     ended = life.end_window(
         state, "one", NOON + 60, "w2", others=["1-3"], resume_at=700, resume_line=7
@@ -343,6 +396,7 @@ def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:
         ended.resume_line,
         ended.losses,
     )
+    assert ((), (), ()) == (ended.running, ended.suspects, ended.blamed)
     with pytest.raises(LeaseLost):
         life.end_window(state, "two", NOON, "w2", others=(), resume_at=1, resume_line=1)
 
@@ -353,12 +407,14 @@ def test_only_the_owner_writes() -> None:
     with pytest.raises(LeaseLost):
         life.keep_range(state, "two", NOON)
     with pytest.raises(LeaseLost):
-        life.save_chunk(state, "two", NOON, "x")
+        life.save_chunk(state, "two", NOON, "x", rows=())
+    with pytest.raises(LeaseLost):
+        life.note_running(state, "two", [7])
     with pytest.raises(LeaseLost):
         life.release_range(state, "two", chunks=())
     with pytest.raises(LeaseLost):
         life.finish_range(state, "two")
-    done = life.finish_range(life.save_chunk(state, "one", NOON, "1-1"), "one")
+    done = life.finish_range(life.save_chunk(state, "one", NOON, "1-1", rows=()), "one")
     assert (True, None, ()) == (done.done, done.owner, done.chunks)
 
 

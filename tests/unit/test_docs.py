@@ -191,7 +191,9 @@ def test_every_alarm_has_an_entry_that_says_what_to_do_and_no_other_has() -> Non
 def test_an_entry_says_what_it_means_where_to_look_and_what_to_do(alarm: str) -> None:
     entry = section(RUNBOOK, f"### {alarm}")
 
-    assert [part for part in ("**Means.**", "**Look at.**", "**Do.**") if part not in entry] == []
+    assert [
+        part for part in ("**Meaning.**", "**Check.**", "**Action.**") if part not in entry
+    ] == []
 
 
 @pytest.mark.parametrize("metric", sorted(METRIC_NAMES))
@@ -254,7 +256,7 @@ def test_every_decision_has_its_four_parts() -> None:
 def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
     said = " ".join(README.split())
 
-    assert "Pooling them raises no limit, and Sluice is not a way around limits" in said
+    assert "Pooling keys does not raise any limit, and Sluice is not a way around limits" in said
 
 
 @pytest.mark.parametrize(
@@ -268,16 +270,16 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
         ("s ahead ({:.0f} s at slow rates)", [limiter.LONGEST_HORIZON_MS / 1000]),
         ("cannot start within {:.0f} s go back to the queue", [USUAL.hold_ms / 1000]),
         ("blocked for more than {:.0f} s", [limiter.BLOCK_MS / 1000]),
-        ("once it has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
+        ("large call that has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
         ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
-        ("has {} jobs in hand", [work.SLOTS]),
+        ("holds up to {} jobs", [work.SLOTS]),
         ("for up to {:.0f} minutes. Jobs", [work.REFILL_MS / 60_000]),
         ("Up to {:.0f} s of a wait", [USUAL.rest_ms / 1000]),
         ("for at most {:.0f} minutes at a time", [call.LONGEST_DELAY_MS / 60_000]),
-        ("goes on at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
+        ("continues at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
         ("gains {:.0f} % of the limit per second", [limits.RECOVERY_PER_SECOND / 10]),
         (
-            "It pauses for {:.0f} to {:.0f} s",
+            "calls pause for {:.0f} to {:.0f} s",
             [USUAL.breaker_pause_ms / 1000, USUAL.breaker_pause_cap_ms / 1000],
         ),
         ("tried again every {:.0f} minutes", [POLICY.park_recheck_ms / 60_000]),

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import pytest
 
-from scripts.local_stack import permissions
+from scripts.local_stack import StackError, permissions
+from scripts.local_stack.deploy import refuse_what_lacks_permission
 from scripts.local_stack.permissions import Grant, as_list, grants, of_type, problems
 from tests.aws_calls import (
     AS_NAMED,
@@ -224,6 +225,11 @@ def test_what_aws_may_not_do_is_named(template: dict[str, Any], problem: str) ->
     (found,) = problems(template)
 
     assert found.startswith(problem)
+
+
+def test_a_template_that_lacks_a_permission_is_not_deployed() -> None:
+    with pytest.raises(StackError, match=r"would not work on AWS: FileArrived: no queue policy"):
+        refuse_what_lacks_permission(without("BatchesQueuePolicy"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +12,9 @@ import pytest
 from sluice.desk import AGAIN, AT_ONCE, SAVE_ROWS
 from sluice.domain import batches as life
 from sluice.domain.batches import Options
-from sluice.domain.errors import StoreBusy
 from sluice.ports import CallRequest, Received
 from sluice.ranges import KEEP_MS, LEASE_MS, RangePointer
-from tests.bulk_fakes import Bulk, a_row, jsonl
+from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
 from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
 
 SERVER_ERROR = refused(500, "api_error", message="boom")
@@ -235,19 +233,7 @@ def kill_after(bulk: Bulk, seconds: float) -> None:
     async def story() -> None:
         task = asyncio.ensure_future(bulk.invoke())
         await asyncio.sleep(seconds)
-        for each in asyncio.all_tasks() - {asyncio.current_task()}:
-            each.cancel()
-        # Nothing it writes while it is torn down may count: a dead process writes nothing.
-        stores = (bulk.batches, bulk.objects, bulk.queues, bulk.ledger)
-        for store in stores:
-            store.break_down("replace_range")
-            store.break_down("put")
-            store.break_down("put_back")
-            store.break_down("record")
-        with suppress(asyncio.CancelledError, StoreBusy):
-            await task
-        for store in stores:
-            store.mend()
+        await bulk.kill(task)
 
     bulk.time.run(story())
 
@@ -313,23 +299,14 @@ def test_a_dead_workers_range_is_visible_and_free_within_a_minute(make: Make) ->
     assert state.lease_until < due <= bulk.time.now() + 60 * SECOND
 
 
-def test_a_range_that_kills_every_worker_ends_with_errors(make: Make) -> None:
+def test_ordinary_deaths_end_no_row(make: Make) -> None:
     bulk = make(latency_ms=30_000)
-    bulk.upload(jsonl(a_row(1), a_row(2)))
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
 
-    for _ in range(life.LOSSES_WITHOUT_PROGRESS + 1):
-        due = bulk.queues.next_visible()
-        assert due is not None
+    died = bulk.drain_with(Deaths(ordinary={1: 20, 3: 40, 4: 5, 5: 50, 6: 20}))
 
-        async def until_due(due: int = due) -> None:
-            await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
-
-        bulk.time.run(until_due())
-        kill_after(bulk, 5)
-    bulk.drain()
-
-    assert ["errored", "errored"] == [row["result"]["type"] for row in bulk.results()]
-    assert "5 workers in a row died" in json.dumps(bulk.results())
+    assert 5 == died
+    assert ["succeeded"] * 100 == [row["result"]["type"] for row in bulk.results()]
 
 
 def test_two_workers_never_run_one_range(make: Make) -> None:

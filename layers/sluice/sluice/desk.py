@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Final
 
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
+from sluice.domain.batches import RangeState
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
+from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
 from sluice.domain.rows import Line, Row, job_record, read_row
 from sluice.ports import CallBooks, Clock, Params, Received
 from sluice.submit import request_body
@@ -95,10 +96,22 @@ class Desk:
         self._held_bytes = 0
         self._door = asyncio.Lock()
         """Rows begin one after the other, in their order."""
+        self._at_door = 0
         self._room_made = asyncio.Event()
-        self._at_once = AT_ONCE
         self._begun = 0
         self._expected_bytes = 0
+        self._losses = 0
+        self._suspects: set[str] | None = None
+        """Rows that the search for a killer has to run. None: all of the window."""
+        self._suspects_waiting: set[str] = set()
+        """Those of them that wait for longer than this invocation: the search is not over, but goes on without them."""
+        self._apart: set[str] = set()
+        """Rows that lost a worker while they ran alone. They run last, and alone again."""
+        self._is_apart = False
+        """One of those has the room."""
+        self._started: set[str] = set()
+        """Rows whose requests may be in memory, or their answers, unsaved."""
+        self._note: Callable[[], None] | None = None
         self._kept: set[str] = set()
         """Rows that have ended and keep their place until they are saved."""
         self._again: set[str] = set()
@@ -106,25 +119,40 @@ class Desk:
         self.options = life.Options()
 
     def open(
-        self, seats: Iterable[Seat], options: life.Options, *, again: bool = False, losses: int = 0
+        self,
+        seats: Iterable[Seat],
+        options: life.Options,
+        *,
+        again: bool = False,
+        state: RangeState | None = None,
+        note: Callable[[], None] | None = None,
     ) -> None:
         """Lay out the rows of a window; `again`: a worker died with them.
 
-        After `losses` workers in a row that died without saving anything, fewer rows run at once, in the end one: if it
-        is their size that kills the workers, they fit, and if it is one of them, the others are saved before it.
+        If workers were lost by `state`, fewer rows run at once, in the end one: if it is their size that kills the
+        workers, they fit, and if it is one of them, it is found. While that goes on, `note` is called, in a thread,
+        before a row that was not `running` is.
         """
         self._seats = {seat.job.job_id: seat for seat in seats}
         self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
         self._door, self._room_made = asyncio.Lock(), asyncio.Event()
-        self._at_once = max(1, AT_ONCE >> 2 * losses)
-        self._begun = self._expected_bytes = 0
+        self._at_door = self._begun = self._expected_bytes = 0
         self._kept = set()
-        self._is_closed = False
+        self._started = set()
+        self._is_apart = self._is_closed = False
         self.options = options
         for seat in self._seats.values():
             if seat.ended is not None:
                 self._hold(seat.ended)
         self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
+        self._note = note
+        self._losses = state.losses if state else 0
+        self._suspects = self._ids(state.suspects) if state and state.suspects else None
+        self._suspects_waiting = set()
+        self._apart = self._ids(state.blamed) if state else set()
+
+    def _ids(self, offsets: Collection[int]) -> set[str]:
+        return {seat.job.job_id for seat in self.unfinished() if seat.line.offset in offsets}
 
     def close(self) -> None:
         """Let nothing be written any more: the range is somebody else's."""
@@ -144,10 +172,15 @@ class Desk:
         return self._seats[job_id]
 
     def messages(self) -> list[Received]:
-        """Return a message for each row that has not ended, as the worker takes them."""
+        """Return a message for each row that has not ended, as the worker takes them: suspects first, killers last."""
+        suspects = self._suspects or set()
+        in_order = sorted(
+            self.unfinished(),
+            key=lambda seat: (seat.job.job_id in self._apart, seat.job.job_id not in suspects),
+        )
         return [
             Received(seat.job.job_id, "", "", seat.job.job_id, sent_at=seat.job.created_at)
-            for seat in self.unfinished()
+            for seat in in_order
         ]
 
     def cancel(self) -> int:
@@ -159,12 +192,39 @@ class Desk:
                 self._set(seat, jobs_life.request_cancel(seat.job, now))
             return sum(seat.ended is not None for seat in waiting)
 
-    def give_up(self, error: JobError) -> None:
-        """End all rows that nobody runs as errored."""
+    def account_for_lost(self, offsets: Collection[int]) -> None:
+        """Have the ledger name the calls of rows that are to be given up; again is the same."""
+        day = utc_day(self._clock.now())
+        self._ledger.record(
+            [
+                LedgerRow(
+                    tenant=seat.job.tenant,
+                    day=day,
+                    call_id=f"{seat.job.job_id}#lost",
+                    job_id=seat.job.job_id,
+                    model=seat.job.current_model,
+                    lane=seat.job.lane,
+                    organization=None,
+                    key_id="",
+                    request_id=None,
+                    outcome="worker_lost",
+                    spend=Spend.of_call(Usage(), 0),
+                    certain=False,
+                    note="workers died during calls of this row",
+                )
+                for seat in self.unfinished()
+                if seat.line.offset in offsets
+            ]
+        )
+
+    def give_up(self, offsets: Collection[int], error: JobError) -> list[Job]:
+        """End rows that nobody runs as errored, and return their jobs."""
         with self._lock:
             now = self._clock.now()
-            for seat in self.unfinished():
+            seats = [seat for seat in self.unfinished() if seat.line.offset in offsets]
+            for seat in seats:
                 self._set(seat, jobs_life.finish_waiting(seat.job, State.ERRORED, now, error))
+            return [seat.job for seat in seats]
 
     # What has ended and is not saved ---------------------------------------------------------------------------
 
@@ -173,7 +233,9 @@ class Desk:
         with self._lock:
             gathered = len(self._unsaved)
             old = self._clock.now() - self._oldest_unsaved >= SAVE_MS
-            is_much = gathered >= SAVE_ROWS or self._unsaved_bytes >= SAVE_BYTES
+            # Nobody is to wait for a place that is kept for a row that has ended.
+            most = min(SAVE_ROWS, 1 if self._is_apart else self._at_once())
+            is_much = gathered >= most or self._unsaved_bytes >= SAVE_BYTES
             return is_much or (gathered > 0 and old)
 
     def take_unsaved(self) -> list[Seat]:
@@ -203,6 +265,7 @@ class Desk:
             record.chunk, record.first = chunk, first
             first += record.size
             self._hold(record)
+            self._clear(seat.job.job_id)
             if seat.job.job_id in self._kept:
                 self._kept.remove(seat.job.job_id)
                 self._make_room(seat)
@@ -221,12 +284,21 @@ class Desk:
     async def enter(self, message: Received) -> None:
         """Wait until the row may be worked on."""
         seat = self._seats[message.message_id]
-        async with self._door:
-            while not self._has_room(seat):
-                self._room_made.clear()
-                await self._room_made.wait()
-            self._begun += 1
-            self._expected_bytes += seat.expected_bytes
+        if message.message_id in self._apart:
+            while self._begun or self._at_door:
+                await self._something_leaves()
+            self._is_apart = True
+            self._take_room(seat)
+            return
+        self._at_door += 1
+        try:
+            async with self._door:
+                while not self._has_room(seat):
+                    await self._something_leaves()
+                self._take_room(seat)
+        finally:
+            self._at_door -= 1
+            self._room_made.set()
 
     def leave(self, message: Received) -> None:
         """Give the place back, unless the row has ended: then when it is saved."""
@@ -236,15 +308,59 @@ class Desk:
         else:
             self._make_room(seat)
 
+    async def _something_leaves(self) -> None:
+        self._room_made.clear()
+        await self._room_made.wait()
+
+    def _at_once(self) -> int:
+        """Return how many rows may be in flight: fewer during a search for a killer."""
+        if self._suspects is not None and not self._suspects:
+            return AT_ONCE
+        return max(1, AT_ONCE >> 2 * self._losses)
+
     def _has_room(self, seat: Seat) -> bool:
-        if self._begun >= self._at_once:
+        if self._is_apart or self._begun >= self._at_once():
             return False
         return not self._begun or self._expected_bytes + seat.expected_bytes <= ANSWERS_BYTES
 
+    def _take_room(self, seat: Seat) -> None:
+        self._begun += 1
+        self._expected_bytes += seat.expected_bytes
+
     def _make_room(self, seat: Seat) -> None:
+        with self._lock:
+            self._started.discard(seat.job.job_id)
+        self._is_apart = False
         self._begun -= 1
         self._expected_bytes -= seat.expected_bytes
         self._room_made.set()
+
+    # The search for rows that kill their workers ---------------------------------------------------------------
+
+    def starting(self, job_ids: Sequence[str]) -> None:
+        """Have rows noted as running, before anything is made of them, if that may be what kills the worker."""
+        if self._note is None or not (self._is_apart or self._losses):
+            return
+        with self._lock:
+            self._started.update(job_ids)
+        self._note()
+
+    def running(self) -> tuple[int, ...]:
+        """Return the byte offsets of the rows that were noted and are not saved, nor back from their calls."""
+        with self._lock:
+            seats = [seat for job_id, seat in self._seats.items() if job_id in self._started]
+            return tuple(
+                seat.line.offset for seat in seats if seat.ended is None or seat.ended.chunk is None
+            )
+
+    def _clear(self, job_id: str) -> None:
+        """Take a row that has ended out of the search; it is over with the last one."""
+        if self._suspects is None:
+            return
+        self._suspects.discard(job_id)
+        self._suspects_waiting.discard(job_id)
+        if not self._suspects and not self._suspects_waiting:
+            self._losses = 0
 
     # The worker's stores ---------------------------------------------------------------------------------------
 
@@ -289,6 +405,10 @@ class Desk:
         now = self._clock.now()
         for message, delay in delays:
             self._seats[message.message_id].due_at = now + delay
+            if self._suspects and message.message_id in self._suspects:
+                # Others need not wait for it.
+                self._suspects.remove(message.message_id)
+                self._suspects_waiting.add(message.message_id)
 
     def bury(self, message: Received, reason: str) -> None:
         """Never happens: all messages are our own rows."""
@@ -340,6 +460,7 @@ class RowRequests:
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return the requests."""
+        self._desk.starting(job_ids)
         found = {}
         for job_id in job_ids:
             seat = self._desk.seat(job_id)

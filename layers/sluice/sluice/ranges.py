@@ -9,6 +9,7 @@ it had begun and not saved, and never has more than `AT_ONCE` of them.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -47,6 +48,7 @@ from sluice.ports import (
     Returns,
 )
 from sluice.submit import NEWEST_VERSION, input_chars
+from sluice.tools import tell_end
 from sluice.work import Worker
 
 T = TypeVar("T")
@@ -371,7 +373,7 @@ class _Run:
         self._chunk = 0
         self._kept_at = self._tools.clock.now()
         self._saving = asyncio.Lock()
-        self._changing = asyncio.Lock()
+        self._changing = threading.Lock()
         self._rows_run = False
         self._is_lost = False
         self._tally: Tally | None = None
@@ -429,15 +431,18 @@ class _Run:
 
     async def _rows_of(self, window: _Window, *, again: bool, is_first: bool) -> int:
         """Run the rows of a window as far as they come; return how many there were to run."""
-        losses = self._state.losses if is_first else 0
-        self._desk.open(window.seats, self._batch.options, again=again, losses=losses)
+        self._desk.open(
+            window.seats,
+            self._batch.options,
+            again=again,
+            state=self._state,
+            note=self._note_running,
+        )
         if self._is_lost:
             self._desk.close()
         if self._state.claims == 1 or not is_first:
             self._tools.events.count("JobsAccepted", len(window.seats))
-        if life.kills_its_workers(self._state) and is_first:
-            reason = f"{self._state.losses} workers in a row died with this row's range"
-            self._desk.give_up(JobError("worker_lost", reason))
+        await self._give_up_killers()
         if self._batch.cancel_initiated_at is not None:
             self._cancel()
         messages = self._desk.messages()
@@ -448,6 +453,19 @@ class _Run:
             finally:
                 self._rows_run = False
         return len(messages)
+
+    async def _give_up_killers(self) -> None:
+        """End rows that no worker survives."""
+        killers = life.killers(self._state)
+        if not killers:
+            return
+        # In a batch's results the type of an error is one of Anthropic's: the message names ours.
+        reason = f"{life.MOST_LOST_ALONE} workers died while each ran nothing but this row"
+        error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
+        # Before they end: no later call of theirs will say that these may be billed.
+        await self._read(partial(self._desk.account_for_lost, killers))
+        for job in self._desk.give_up(killers, error):
+            tell_end(self._tools.events, job)
 
     # Reading ---------------------------------------------------------------------------------------------------
 
@@ -512,6 +530,9 @@ class _Run:
             try:
                 if self._desk.worth_saving():
                     await self._save()
+                if set(self._state.running) - set(self._desk.running()):
+                    # Back from their calls alive: they are not to be blamed for what comes now.
+                    await self._change(self._as_running)
                 if self._tools.clock.now() - self._kept_at >= KEEP_MS:
                     await self._look_around()
             except StoreBusy as error:
@@ -539,8 +560,15 @@ class _Run:
                     body = b"".join(text for text in texts if text is not None)
                     await self._tools.blocking(self._tools.objects.put, self._chunk_key(name), body)
                     until = self._tools.clock.now() + LEASE_MS
+                    rows = {seat.line.offset for seat in seats}
                     await self._change(
-                        partial(life.save_chunk, owner=self._owner, lease_until=until, chunk=name)
+                        partial(
+                            life.save_chunk,
+                            owner=self._owner,
+                            lease_until=until,
+                            chunk=name,
+                            rows=rows,
+                        )
                     )
                 except BaseException:
                     self._desk.not_saved(seats)
@@ -565,13 +593,30 @@ class _Run:
             self._tools.events.count("JobsCanceled", canceled)
 
     async def _change(self, change: Callable[[RangeState], RangeState]) -> None:
+        """Write the range's state anew."""
+        await self._tools.blocking(self._change_now, change)
+
+    def _change_now(self, change: Callable[[RangeState], RangeState]) -> None:
         """Write the range's state anew; one after the other, for each is a change of the one before."""
-        async with self._changing:
+        with self._changing:
             changed = change(self._state)
-            await self._tools.blocking(
-                self._tools.batches.replace_range, changed, self._state.version
-            )
+            if changed is self._state:
+                return
+            self._tools.batches.replace_range(changed, self._state.version)
             self._state = changed
+
+    def _as_running(self, state: RangeState) -> RangeState:
+        return life.note_running(state, self._owner, self._desk.running())
+
+    def _note_running(self) -> None:
+        """Record which rows are in flight; raises Stale when the range is somebody else's."""
+        if self._is_lost:
+            raise Stale(None)
+        try:
+            self._change_now(self._as_running)
+        except (Stale, LeaseLost):
+            self._lose()
+            raise Stale(None) from None
 
     def _new_name(self) -> str:
         self._chunk += 1

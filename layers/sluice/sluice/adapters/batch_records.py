@@ -296,7 +296,8 @@ def _batch(item: Item) -> Batch:
 
 def _range(item: Item) -> RangeState:
     record: dict[str, Any] = json.loads(item["record"]["S"])
-    return job_records.made(RangeState, record | {"chunks": tuple(record["chunks"])})
+    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    return job_records.made(RangeState, record | lists)
 
 
 def _progress(item: Item) -> Progress:

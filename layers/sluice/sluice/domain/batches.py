@@ -7,7 +7,7 @@ Times are epoch milliseconds. Nothing here is written; stores write records on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from hashlib import sha256
@@ -37,8 +37,11 @@ SAMPLES: Final = 8
 
 BOM: Final = b"\xef\xbb\xbf"
 
-LOSSES_WITHOUT_PROGRESS: Final = 5
-"""A range whose workers died so often in a row, none of them having saved a row, ends: one of its rows kills them."""
+LOSSES_UNTIL_ALONE: Final = 3
+"""Each worker that a window loses reduces how many of its rows run at once; after so many losses it is one row."""
+
+MOST_LOST_ALONE: Final = 3
+"""A row that loses so many workers while nothing else of its range is in flight ends `errored`."""
 
 CLAIM_VERSIONS: Final = 100_000
 """Versions that a row's job may go through under one claim of its range; what makes a call's id unique."""
@@ -386,7 +389,8 @@ class RangeState:
     lease_until: int = 0
     claims: int = 0
     losses: int = 0
-    """Workers in a row that died with it and had saved nothing."""
+    """Steps of the search for a row that kills its workers: workers lost in this window, up to `LOSSES_UNTIL_ALONE`. 0
+    again when none of the suspects is left."""
     chunks: tuple[str, ...] = ()
     windows: int = 0
     """So many of the chunks, from the first, hold a window each: rows that have all ended, in order, with the bad lines
@@ -400,27 +404,62 @@ class RangeState:
     """The range waits outside the queue until then, and is sent again."""
     model: str | None = None
     """Of the row that is due first, while the range waits outside the queue."""
+    running: tuple[int, ...] = ()
+    """The byte offsets of the rows in flight: on record while a killer is searched for, or when a row runs apart."""
+    suspects: tuple[int, ...] = ()
+    """The rows that were in flight when the last worker was lost, unless they have ended. Empty with losses: any row of
+    the window may be the killer."""
+    blamed: tuple[int, ...] = ()
+    """The row of each worker that was lost while it ran this row alone."""
 
 
 def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> RangeState:
     """Take the lease; raises RangeBusy while somebody else holds it. A lease that ran out was lost by a dead worker."""
     if state.owner is not None and state.lease_until > now:
         raise RangeBusy(state.batch_id, state.number, state.lease_until)
-    lost = state.owner is not None
+    known = state if state.owner is None else _after_loss(state)
     return _moved(
-        state,
+        known,
         owner=owner,
         lease_until=lease_until,
         claims=state.claims + 1,
-        losses=state.losses + 1 if lost else 0,
+        running=(),
         not_before=None,
         model=None,
     )
 
 
-def kills_its_workers(state: RangeState) -> bool:
-    """Tell whether the range should be given up instead of tried once more."""
-    return state.losses >= LOSSES_WITHOUT_PROGRESS
+def _after_loss(state: RangeState) -> RangeState:
+    """Narrow the search for a killer down to the rows that were in flight when the worker died."""
+    if len(state.running) == 1:
+        (alone,) = state.running
+        if alone in state.blamed or state.losses >= LOSSES_UNTIL_ALONE:
+            return replace(_without(state, state.running), blamed=(*state.blamed, alone))
+    if state.losses and not state.running:
+        # Nothing was in flight: no row is to blame.
+        return state
+    # Before the first loss the record of rows in flight is not complete.
+    suspects = state.running if state.losses else ()
+    return replace(state, losses=min(state.losses + 1, LOSSES_UNTIL_ALONE), suspects=suspects)
+
+
+def _without(state: RangeState, rows: Collection[int]) -> RangeState:
+    """Clear rows of suspicion; the search is over when the last suspect is cleared."""
+    left = tuple(row for row in state.suspects if row not in rows)
+    is_over = bool(state.suspects) and not left
+    return replace(state, suspects=left, losses=0 if is_over else state.losses)
+
+
+def killers(state: RangeState) -> frozenset[int]:
+    """Return the rows that have lost so many workers alone that they are not tried again."""
+    blamed = state.blamed
+    return frozenset(row for row in blamed if blamed.count(row) >= MOST_LOST_ALONE)
+
+
+def note_running(state: RangeState, owner: str, rows: Sequence[int]) -> RangeState:
+    """Record the rows in flight, before their requests are made."""
+    _owned(state, owner)
+    return state if tuple(rows) == state.running else _moved(state, running=tuple(rows))
 
 
 def keep_range(state: RangeState, owner: str, lease_until: int) -> RangeState:
@@ -429,10 +468,18 @@ def keep_range(state: RangeState, owner: str, lease_until: int) -> RangeState:
     return _moved(state, lease_until=lease_until)
 
 
-def save_chunk(state: RangeState, owner: str, lease_until: int, chunk: str) -> RangeState:
-    """Note that another chunk of ended rows is saved."""
+def save_chunk(
+    state: RangeState, owner: str, lease_until: int, chunk: str, rows: Collection[int]
+) -> RangeState:
+    """Note that another chunk of ended rows is saved, those at these byte offsets."""
     _owned(state, owner)
-    return _moved(state, lease_until=lease_until, chunks=(*state.chunks, chunk), losses=0)
+    return _moved(
+        _without(state, rows),
+        lease_until=lease_until,
+        chunks=(*state.chunks, chunk),
+        running=tuple(row for row in state.running if row not in rows),
+        blamed=tuple(row for row in state.blamed if row not in rows),
+    )
 
 
 def end_window(  # noqa: PLR0913 - what the next window needs to know
@@ -455,6 +502,9 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
         resume_at=resume_at,
         resume_line=resume_line,
         losses=0,
+        running=(),
+        suspects=(),
+        blamed=(),
     )
 
 
@@ -466,14 +516,14 @@ def release_range(
     not_before: int | None = None,
     model: str | None = None,
 ) -> RangeState:
-    """Give the range back with rows that are not done; `chunks` then hold all there is of it."""
+    """Give the range back with rows that are not done; `chunks` then hold all of it. Suspects remain suspects."""
     _owned(state, owner)
     return _moved(
         state,
         owner=None,
         lease_until=0,
         chunks=tuple(chunks),
-        losses=0,
+        running=(),
         not_before=not_before,
         model=model,
     )
@@ -482,7 +532,18 @@ def release_range(
 def finish_range(state: RangeState, owner: str) -> RangeState:
     """Note that the range's part is stored."""
     _owned(state, owner)
-    return _moved(state, owner=None, lease_until=0, chunks=(), windows=0, done=True)
+    return _moved(
+        state,
+        owner=None,
+        lease_until=0,
+        chunks=(),
+        windows=0,
+        done=True,
+        losses=0,
+        running=(),
+        suspects=(),
+        blamed=(),
+    )
 
 
 def _owned(state: RangeState, owner: str) -> None:
