@@ -339,7 +339,7 @@ def said_plainly(doing: str) -> Iterator[None]:
         code, message = facts.get("Code", "error"), facts.get("Message", "")
         raise CommandFailed(f"cannot {doing}: AWS returned {code}: {message}") from None
     except StoreBusy as busy:
-        raise CommandFailed(f"cannot {doing}: {busy.what} is busy; try again") from None
+        raise CommandFailed(f"cannot {doing}: {busy.what} is busy; retry") from None
     except (BotoCoreError, ValueError) as error:
         # ValueError: an invalid endpoint URL.
         raise CommandFailed(f"cannot {doing}: {error}") from None

@@ -1,11 +1,11 @@
-"""The Claude simulator: Claude's API over real HTTP, with true limits, headers and faults.
+"""The Claude simulator: Claude's API over real HTTP, with rate limits, headers and faults.
 
     python -m scripts.claude_simulator --port 8089 --rpm 600 --keys sk-ant-test-one --fast
 
 It listens on 127.0.0.1 only and prints one JSON line when it is ready. Keys can come from
-CLAUDE_SIMULATOR_KEYS and CLAUDE_SIMULATOR_ADMIN_KEYS instead: the list of processes shows none then.
-Nothing in it is random: the same seed and the same request get the same answer, whatever arrives
-before or beside it.
+CLAUDE_SIMULATOR_KEYS and CLAUDE_SIMULATOR_ADMIN_KEYS instead, so that the process list does not show
+them. It is deterministic: the same seed and the same request get the same answer, whatever other
+requests it receives.
 
 Claude's API
     POST /v1/messages (JSON and events), POST /v1/messages/count_tokens, GET /v1/models and
@@ -14,36 +14,36 @@ Claude's API
     Message Batches: POST and GET /v1/messages/batches, GET and DELETE /v1/messages/batches/{id},
     POST .../{id}/cancel, GET .../{id}/results.
     With an admin key: GET /v1/organizations/rate_limits (`group_type`, `model`, `limit`, `page`)
-    and /v1/organizations/workspaces/{id}/rate_limits (`include_inherited` besides), each in the
-    shape of its version. Other keys get a 401 there, as admin keys get everywhere else.
+    and /v1/organizations/workspaces/{id}/rate_limits (also `include_inherited`), each in the
+    format of its version. Other keys get a 401 there, and admin keys get a 401 on all other routes.
 
 Limits
-    Per organisation and model group three buckets: requests, input tokens, output tokens. Each
+    Each organization and model group has three buckets: requests, input tokens, output tokens. Each
     refills continuously at limit/60 per second, up to `burst_seconds` of refill. Input is charged
-    as estimated when a call starts, and corrected to input plus cache writes at the first token.
-    Output is charged while it is produced: a call is admitted when the level is above zero, and the
-    level may fall below it. A refused call takes nothing. The headers of an answer show the
-    buckets at the moment the headers are sent.
+    by estimate when a call starts, and corrected to input plus cache writes at the first token.
+    Output is charged as it is produced: a call is admitted if the level is above zero, and the
+    level may become negative. A rejected call is not charged. Response headers show the buckets
+    at the time the headers are sent.
 
 Message Batches
-    Only the shape of `requests` is looked at when a batch is made; each `params` is checked when
-    its turn comes, under the version the batch was made with, and errs in its result alone. A
-    batch begins after `start_seconds` and takes `seconds`, or its size at `items_per_second`; it
-    keeps the speed it was made with. Its requests meet no rate limit and no failure by rate of
-    `faults`; they have `errored_rate` and `expired_rate`, and markers. Counts stay `processing`
-    until the whole batch has ended. What is not done when a batch is canceled or a day old ends
-    canceled or expired. Only keys of its workspace see a batch; results go after 29 days. They
-    come in an order the seed decides, which is also the order of the work.
-    The queue has room for `queued_requests` of an organisation; a batch that does not fit is a 429.
-    The batch clock runs with the others until it is set ahead.
+    Creating a batch validates only the structure of `requests`. Each `params` is validated when its
+    request runs, under the version of the create call; an invalid one errors only its own result. A
+    batch starts after `start_seconds` and takes `seconds`, or its size at `items_per_second`; it
+    keeps the speed it was created with. Rate limits and the failure rates of `faults` do not apply to
+    its requests; `errored_rate`, `expired_rate` and markers do. Counts stay `processing`
+    until the whole batch has ended. Requests that are not complete end canceled when the batch is
+    canceled, or expired after one day. Only keys of the batch's workspace can read it; results are
+    deleted after 29 days. The seed determines the processing order, which is also the results order.
+    The queue holds `queued_requests` per organization; a batch that exceeds it gets a 429.
+    The batch clock follows the real clock until it is advanced.
 
 Faults
     By rate in `faults`, or by a marker in `metadata.user_id` such as "sim:529x3,thinking": see
-    faults.py for the grammar and every name. Failures that come before the work take nothing and
-    are not billed; `drop_after_billing` is billed; `sse_error` charges half an answer to the
-    limits and is not billed. A failure by rate is drawn from the seed, the content and the number
-    of the call for that content, so a repeated call may succeed. A caller that hangs up is billed
-    in full, as its answer is produced all the same.
+    faults.py for the grammar and all names. Failures before processing are not charged to the limits
+    and not billed; `drop_after_billing` is billed; `sse_error` charges half an answer to the
+    limits and is not billed. A failure by rate depends on the seed, the content and the call count
+    for that content, so a retry may succeed. A caller that disconnects is billed in full, because
+    its answer is still produced.
 
 Configuration (`--config FILE`; every part has a default)
     {"seed": 1,
@@ -54,22 +54,22 @@ Configuration (`--config FILE`; every part has a default)
      "service_by_group": {"opus-5": {...}},
      "faults": {"529": 0.02, "drop_after_billing": 0.001, "thinking": 0.1},
      "batches": {"start_seconds": 0, "seconds": null, "items_per_second": 100,    null: at once
-                 "cancel_seconds": 1,                    from the cancel to the end
+                 "cancel_seconds": 1,                    from cancel to end
                  "errored_rate": 0, "expired_rate": 0,
-                 "create_faults": {"529": 0.01, "drop_after_billing": 0.01},   of the call itself
-                 "not_found_seconds": 0,                 a new batch cannot be read for so long
-                 "not_found_rate": 0,                    share of reads answered by a 404
+                 "create_faults": {"529": 0.01, "drop_after_billing": 0.01},   of the create call
+                 "not_found_seconds": 0,                 a new batch returns 404 for this time
+                 "not_found_rate": 0,                    share of reads that return 404
                  "results_url": "absolute"},             or "relative"
      "ramp_retry_after_seconds": 5,
      "organisations": [
        {"id": "org-one", "workspace": "wrkspc_default", "keys": ["sk-ant-test-one"],
-        "workspaces": {"wrkspc_two": {"keys": [...],     more of them; limits of theirs
-                                      "limits": {"opus-5": {"rpm": 50}}}},   hold as well
-        "admin_keys": [],                                each begins with sk-ant-admin
+        "workspaces": {"wrkspc_two": {"keys": [...],     more workspaces; their limits
+                                      "limits": {"opus-5": {"rpm": 50}}}},   apply in addition
+        "admin_keys": [],                                each starts with sk-ant-admin
         "limits": {"default": {"rpm": 1000, "itpm": 2000000, "otpm": 400000},     null: no limit
                    "opus-5": {...}},
-        "input_limit_type": "input_tokens_per_minute_cache_aware",   how the Rate Limits API names
-                                                         it; or "input_tokens_per_minute"
+        "input_limit_type": "input_tokens_per_minute_cache_aware",   name in the Rate Limits API;
+                                                         or "input_tokens_per_minute"
         "batch_limits": {"rpm": 1000,                    calls of all batch endpoints
                          "queued_requests": 200000},
         "count_tokens_rpm": 2000,
@@ -79,27 +79,27 @@ Configuration (`--config FILE`; every part has a default)
         "retry_after": "next_slot",                      or "full", or "none"
         "limit_headers": true,
         "reserve_max_tokens": false,
-        "blocked_by": null}],                            or a failure: every call meets it
-     "models": {"my-model": {"group": "my-group"}},      beside or over those of models.json
+        "blocked_by": null}],                            or a failure that every call gets
+     "models": {"my-model": {"group": "my-group"}},      adds to or overrides models.json
      "revoke_at": {"sk-ant-test-one": 30},               seconds after the start
      "ledger_rows": 1000000}
 
 Pages of other origins
-    A request whose Host or Origin is not the simulator's own loopback address is a 403
-    (scripts/local_doors.py), and no answer permits another origin to read it. A POST of the
-    control below needs `content-type: application/json` besides, else it is a 415.
+    A request whose Host or Origin is not the simulator's own loopback address gets a 403
+    (scripts/local_doors.py), and no response permits another origin to read it. A POST to the
+    control routes below also requires `content-type: application/json`; otherwise it gets a 415.
 
 Control
-    GET  /_simulator/stats[?starts=1]    the counts, below
-    GET  /_simulator/ledger              every ended call and request of a batch as JSON lines;
+    GET  /_simulator/stats[?starts=1]    the counts described below
+    GET  /_simulator/ledger              all ended calls and batch requests as JSON lines;
                                          `lane` is "live" or "batch"
-    POST /_simulator/batch_clock         {"advance_seconds": 86400}: set the batch clock ahead
-    POST /_simulator/config              a part of the configuration, laid over the present one:
-                                         objects by key, organisations by id. Besides
+    POST /_simulator/batch_clock         {"advance_seconds": 86400}: advance the batch clock
+    POST /_simulator/config              a partial configuration, merged into the current one:
+                                         objects by key, organizations by id. Also accepts
                                          "revoke": [keys], "unrevoke": [keys] and "revoke_at":
                                          {key: seconds from now}
-    POST /_simulator/reset[?config=1]    empty books, full buckets; with config=1 the first
-                                         configuration too
+    POST /_simulator/reset[?config=1]    clear the ledger, refill the buckets; with config=1 also
+                                         restore the initial configuration
 
 Stats (times in epoch seconds)
     {"now", "started_at", "process_cpu_seconds", "first_request_at", "last_request_at",
@@ -120,14 +120,14 @@ Stats (times in epoch seconds)
        "output_tokens"?, "burst"?, "concurrency"?}, "overloaded" (529), "failed": {FAILURE: n},
        "invalid", "billed", "delivered", "undelivered", and of the billed calls "input_tokens",
        "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens".
-    "answered" are whole answers, delivered or not. A failure by fault or marker stands in "failed"
-    under its name, a refusal by a bucket in "rate_limited" under the bucket's. Token counting has a
-    group of its own, "count_tokens", as have the calls of batch endpoints, "batches"; neither is
-    part of the sums, nor are the requests in batches. A batch's answer is delivered when its line
-    of the results was sent.
-    A duplicate is a request body billed more than once, on whichever lane. Bodies are compared by
-    `params_hash`: sorted, compact JSON without `stream`. Its first twelve hex digits stand in every
-    answer's text.
+    "answered" counts complete answers, delivered or not. A failure by fault or marker is counted in
+    "failed" under its name, a rejection by a bucket in "rate_limited" under the bucket's name. Token
+    counting and the calls of batch endpoints have their own groups, "count_tokens" and "batches". The
+    totals exclude both groups and the requests in batches. A batch's answer counts as delivered when
+    its results line is sent.
+    A duplicate is a request body billed more than once, on either lane. Bodies are compared by
+    `params_hash`: sorted, compact JSON without `stream`. Every answer's text contains its first
+    twelve hex digits.
 
 In the same process: `with running(Settings(...)) as simulator: simulator.url`.
 """

@@ -357,7 +357,7 @@ def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
 
 def test_results_are_in_the_answer_while_they_fit(caller: Caller) -> None:
     batch = caller.create(a_row(1), a_row(2))
-    with pytest.raises(InvalidRequest, match="is in_progress; results are available once"):
+    with pytest.raises(InvalidRequest, match="is in_progress; no results yet"):
         caller.batches.results(batch.batch_id, may_follow=True)
     caller.run()
 
@@ -472,7 +472,7 @@ def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller)
 
 def test_links_lead_to_the_three_files_of_a_batch(caller: Caller) -> None:
     batch = caller.create()
-    with pytest.raises(InvalidRequest, match="results are available once it has ended"):
+    with pytest.raises(InvalidRequest, match="no results yet"):
         caller.batches.links(batch.batch_id)
     caller.run()
 

@@ -230,9 +230,7 @@ class Batches:
         """
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
-            raise InvalidRequest(
-                f"Message batch {batch_id} is {status(batch)}; results are available once it has ended."
-            )
+            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
         if is_archived(batch, self._clock.now()):
             raise BatchNotFound(batch_id)
         stored = self._objects.head(batch.packed_key)
@@ -253,9 +251,7 @@ class Batches:
         """Return addresses of an ended batch's files that need no key, for a quarter of an hour."""
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
-            raise InvalidRequest(
-                f"Message batch {batch_id} is {status(batch)}; results are available once it has ended."
-            )
+            raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
         keys = {
             "results": batch.results_key,
             "errors": batch.errors_key,

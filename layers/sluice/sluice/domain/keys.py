@@ -12,7 +12,7 @@ from sluice.domain.limits import DIMENSIONS, TOKENS_PER_DAY
 from sluice.domain.pricing import base_model
 
 PLACEHOLDER = "key:"
-"""Begins the name under which a key's limits are kept until its organisation is known."""
+"""Prefix of the placeholder for a key's organization until it is known."""
 
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 
@@ -46,7 +46,7 @@ class UpstreamKey:
 
 @dataclass(frozen=True, slots=True)
 class AdminKey:
-    """An admin key of an organisation: it reads limits, and makes no calls."""
+    """An admin key of an organization: used to read limits, not for calls."""
 
     organization: str
     api_key: str = field(repr=False)
@@ -60,7 +60,7 @@ class KeyMark:
     key_id: str
     organization: str | None = None
     learned_with: str | None = None
-    """Fingerprint of the key whose answers told the organisation; another key under the id may be another's."""
+    """Fingerprint of the key whose responses named the organization; a different key under the same id may differ."""
     rejected: str | None = None
     """Fingerprint of the key that upstream rejected with 401; another key under the same id is tried again."""
 
@@ -70,7 +70,7 @@ class KeyMark:
 
 
 def organization_of(key: UpstreamKey, mark: KeyMark | None) -> str:
-    """Return the organisation whose limits the key draws on; until it is known, one of the key's own."""
+    """Return the organization whose limits the key shares; a placeholder for this key until it is known."""
     if key.organization:
         return key.organization
     if mark is not None and mark.organization and mark.learned_with == key.fingerprint:
@@ -116,7 +116,7 @@ def parse_model_groups(document: object) -> Mapping[str, str]:
 def stated_limits(
     keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMark]
 ) -> dict[str, dict[str, int]]:
-    """Return the limits the pool states per organisation: of several keys' statements the lowest holds."""
+    """Return the limits that the pool configures per organization: the lowest value of all its keys."""
     stated: dict[str, dict[str, int]] = {}
     for key in keys:
         limits = stated.setdefault(organization_of(key, marks.get(key.id)), {})
@@ -126,7 +126,7 @@ def stated_limits(
 
 
 def shared_organizations(keys: Iterable[UpstreamKey], marks: Mapping[str, KeyMark]) -> list[str]:
-    """Return a sentence for each organisation with several keys: they add no capacity."""
+    """Return a warning for each organization with several keys: they add no capacity."""
     by_organization: dict[str, list[str]] = {}
     for key in keys:
         organization = organization_of(key, marks.get(key.id))
