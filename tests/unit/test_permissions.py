@@ -228,7 +228,7 @@ def test_what_aws_may_not_do_is_named(template: dict[str, Any], problem: str) ->
 
 
 def test_a_template_that_lacks_a_permission_is_not_deployed() -> None:
-    with pytest.raises(StackError, match=r"would not work on AWS: FileArrived: no queue policy"):
+    with pytest.raises(StackError, match=r"would fail on AWS: FileArrived: no queue policy"):
         refuse_what_lacks_permission(without("BatchesQueuePolicy"))
 
 
