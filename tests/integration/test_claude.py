@@ -23,8 +23,8 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import ANSWER_TOO_LARGE
-from sluice.memory import BUDGET
 from sluice.ports import Answer, Body, CallRequest, Headers, Refused
+from sluice.worker.memory import BUDGET
 from tests.fakes import NOON, SECOND
 
 KEY: Final = "sk-ant-test-one"
