@@ -1,4 +1,4 @@
-"""The dependency rule: functions -> wiring -> adapters -> use cases -> domain, never up; a table says who knows whom."""
+"""The dependency rule: functions, wiring, adapters, use cases, domain; never up. A table says who knows whom."""
 
 import ast
 import os
