@@ -12,7 +12,7 @@ from scripts.cli_errors import CommandFailed
 
 if TYPE_CHECKING:
     from scripts.setup_stack import KeyPool, Stack
-    from sluice.dead_letters import Candidate, KeptLetter, Redriver
+    from sluice.upkeep.dead_letters import Candidate, KeptLetter, Redriver
 
 keys_app = typer.Typer(
     no_args_is_help=True, help="Client keys of a deployed stack. Uses your AWS credentials."
@@ -168,7 +168,7 @@ def show_letter(
     The job's request and answer are not shown.
     """
     from scripts.setup_stack import Stack, said_plainly
-    from sluice import http
+    from sluice.api import http
 
     redriver = Stack(stack, region, endpoint_url).redriver()
     with said_plainly("read the dead letter"):
@@ -243,7 +243,7 @@ def _letters_named(redriver: "Redriver", names: list[str]) -> "list[KeptLetter]"
 
 
 def _as_json(found: "Candidate") -> dict[str, object]:
-    from sluice import http
+    from sluice.api import http
 
     letter, job, estimate = found.letter, found.job, found.estimate
     return {
@@ -276,7 +276,7 @@ def _print_candidates(found: "list[Candidate]", *, as_json: bool, nothing: str) 
 
 def _tell_estimate(able: "list[Candidate]", what: str) -> None:
     from scripts.progress import dollars
-    from sluice.dead_letters import Estimate
+    from sluice.upkeep.dead_letters import Estimate
 
     total = sum((each.estimate for each in able if each.estimate), Estimate(0, 0))
     unpriced = sum(each.estimate is None for each in able)

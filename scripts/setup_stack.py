@@ -23,12 +23,12 @@ from sluice.adapters import aws
 from sluice.adapters.dynamodb import DynamoJobs, DynamoLimits, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects
 from sluice.adapters.system import SystemClock
-from sluice.dead_letters import Redriver
 from sluice.domain import client_keys
 from sluice.domain.capacity import LEAST
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import parse_key_pool
 from sluice.domain.shares import CEILINGS, RESERVED, room_of
+from sluice.upkeep.dead_letters import Redriver
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation.type_defs import StackTypeDef

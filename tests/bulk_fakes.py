@@ -12,15 +12,15 @@ from hashlib import sha256
 from typing import Any
 
 from sluice.adapters import job_records
-from sluice.assemble import Assemble
-from sluice.desk import Desk, RowRequests
+from sluice.bulk.assemble import Assemble
+from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
-from sluice.plan import PlanBatch
 from sluice.ports import BatchPage, CallRequest, DueRange, Notice, Params, Received, Stored
-from sluice.ranges import RangePointer, RangeTools, RunRange
-from sluice.tools import Tools
-from sluice.work import Worker
+from sluice.worker.desk import Desk, RowRequests
+from sluice.worker.ranges import RangePointer, RangeTools, RunRange
+from sluice.worker.tools import Tools
+from sluice.worker.work import Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
 
 

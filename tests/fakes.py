@@ -18,7 +18,6 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any, Final, TypeVar
 
-from sluice.dead_letters import KeptLetter
 from sluice.domain.capacity import REFILLED, Backlog, Consumer
 from sluice.domain.errors import (
     Conflict,
@@ -48,8 +47,9 @@ from sluice.ports import (
     Received,
     Refused,
 )
-from sluice.tools import Rules, Tools
-from sluice.work import Worker
+from sluice.upkeep.dead_letters import KeptLetter
+from sluice.worker.tools import Rules, Tools
+from sluice.worker.work import Worker
 
 T = TypeVar("T")
 

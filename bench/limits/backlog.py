@@ -31,13 +31,13 @@ from sluice.domain.capacity import Backlog
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import model_group
 from sluice.domain.retries import RetryPolicy
-from sluice.governor import Governed, Governor
+from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports import Pointer, Received
-from sluice.submit import Sender, Submission, Submit
-from sluice.sweep import Sweep
-from sluice.tools import Rules, Tools
+from sluice.upkeep.governor import Governed, Governor
+from sluice.upkeep.sweep import Sweep
 from sluice.wiring import model_groups, prices
-from sluice.work import Worker
+from sluice.worker.tools import Rules, Tools
+from sluice.worker.work import Worker
 from tests.fakes import (
     VISIBILITY_MS,
     AccountLimit,

@@ -33,12 +33,12 @@ from sluice.adapters.claude import limit_headers
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure, RetryPolicy
+from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports import Answer, CallRequest, Headers
 from sluice.ports import Refused as NoAnswer
-from sluice.submit import Sender, Submission, Submit
-from sluice.tools import Rules, Tools
 from sluice.wiring import model_groups, prices
-from sluice.work import Worker
+from sluice.worker.tools import Rules, Tools
+from sluice.worker.work import Worker
 from tests.fakes import (
     DirectCalls,
     MemoryJobs,

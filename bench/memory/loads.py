@@ -17,13 +17,13 @@ from bench.memory.servers import EMOJI, Servers
 from sluice import wiring
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
+from sluice.api.http import MOST_BYTES
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import MOST_LINE_BYTES, Batch, Phase, Plan, Source, Tally
 from sluice.domain.jobs import Job, Result, State
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
-from sluice.http import MOST_BYTES
 from sluice.ports import Params
 
 MODEL: Final = "claude-haiku-5-5"

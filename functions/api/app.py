@@ -13,16 +13,17 @@ from aws_lambda_powertools.event_handler.openapi.exceptions import RequestValida
 from aws_lambda_powertools.event_handler.openapi.params import Body, Header, Path, Query
 
 import sluice
-from sluice import http, wiring
-from sluice.accounts import Account
-from sluice.batches import MOST_INLINE_BYTES, Batches, Create, Link
+from sluice import wiring
+from sluice.api import http
 from sluice.domain import errors
 from sluice.domain.batches import Batch, Options, Source
 from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
 from sluice.domain.webhooks import signing_secret
-from sluice.submit import Accepted, Rejected, Sender
-from sluice.uploads import Uploads
+from sluice.intake.accounts import Account
+from sluice.intake.batches import MOST_INLINE_BYTES, Batches, Create, Link
+from sluice.intake.submit import Accepted, Rejected, Sender
+from sluice.intake.uploads import Uploads
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.event_handler.middlewares import NextMiddleware

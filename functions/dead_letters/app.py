@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
-from sluice.dead_letters import DeadLetter
 from sluice.messages import reason_of, received
+from sluice.upkeep.dead_letters import DeadLetter
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
 from sluice.messages import batch_messages
-from sluice.ranges import RangePointer
+from sluice.worker.ranges import RangePointer
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext

@@ -23,7 +23,7 @@ from standardwebhooks.webhooks import Webhook
 
 from scripts.claude_simulator import Running, read, running
 from scripts.local_stack import LocalStack, Ready
-from sluice.desk import AGAIN, AT_ONCE
+from sluice.worker.desk import AGAIN, AT_ONCE
 
 UPSTREAM_KEY: Final = "sk-ant-test-bulk"
 CLIENT_KEY: Final = "sluice_bulk_of_acme"
@@ -301,7 +301,7 @@ def test_a_file_is_uploaded_watched_and_its_results_fetched(
 
     assert 1 == done.returncode, done.stderr
     assert "250 succeeded, 0 failed" in done.stderr
-    assert "1 line could not run" in done.stderr
+    assert "1 line invalid" in done.stderr
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert list(range(250)) == numbers(results)
     batch_id = next(word for word in done.stderr.split() if word.startswith("msgbatch_"))
@@ -342,4 +342,4 @@ def test_a_missing_batch_is_said_plainly(gateway: Gateway) -> None:
     done = sluice(gateway, "batches", "show", "msgbatch_none")
 
     assert 1 == done.returncode
-    assert "not_found_error: message_batch: msgbatch_none is not there" in done.stderr
+    assert "not_found_error: message_batch: msgbatch_none does not exist" in done.stderr

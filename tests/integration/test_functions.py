@@ -31,9 +31,10 @@ from functions.webhooks import app as webhooks_app
 from functions.worker import app as worker_app
 from scripts import openapi
 from scripts.claude_simulator import Running, read, running
-from sluice import http, wiring
+from sluice import wiring
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
+from sluice.api import http
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State

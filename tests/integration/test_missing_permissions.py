@@ -143,7 +143,7 @@ def test_a_planner_that_may_not_send_ranges(ready: Ready, role: Role) -> None:
 
 @pytest.mark.parametrize("role", ["ApiFunction"], indirect=True)
 def test_an_api_that_may_not_read_a_secret(ready: Ready, http: httpx.Client, role: Role) -> None:
-    role.lose("ShowSigningSecrets", "secretsmanager:GetSecretValue")
+    role.lose("DeriveSigningSecrets", "secretsmanager:GetSecretValue")
     since, before = time.time(), counted(ready)
 
     answer = http.get("/webhooks/secret")

@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 from sluice.adapters import aws, job_records
 from sluice.adapters import dynamodb as dynamo
 from sluice.adapters import s3 as objects
-from sluice.dead_letters import Graveyard
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id
 from sluice.domain.errors import Conflict, InvalidRequest, JobNotFound, Stale, StoreBusy
@@ -47,6 +46,7 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Group, new_group
 from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.ports import JobStore, Ledger, LimitStore, Params, ParamsStore, Received, ResultStore
+from sluice.upkeep.dead_letters import Graveyard
 from tests.fakes import (
     NOON,
     FrozenClock,

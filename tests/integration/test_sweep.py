@@ -23,7 +23,7 @@ from sluice.domain.jobs import DueFor, Job, JobError
 from sluice.domain.shares import Note
 from sluice.ports import Due, DueJobs, GovernorNotes, JobStore
 from sluice.settings import MAPPINGS
-from sluice.sweep import Sweep, Swept
+from sluice.upkeep.sweep import Sweep, Swept
 from tests.fakes import (
     MINUTE,
     NOON,

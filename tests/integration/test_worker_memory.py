@@ -56,8 +56,8 @@ from dataclasses import replace
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.system import SystemClock, Threads, peak_mb
 from sluice.ports import Params
-from sluice.tools import Tools
-from sluice.work import Worker
+from sluice.worker.tools import Tools
+from sluice.worker.work import Worker
 from tests.fakes import Gateway, a_job, known_group, upstream_key
 
 port, sizes, known = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "known"

@@ -11,15 +11,15 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sluice import limiter, work
 from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
-from sluice.limiter import Admission, Limiter
-from sluice.memory import Grant, Memory
+from sluice.intake.submit import Outcome, Submit
 from sluice.ports import Body, Due, Received
-from sluice.submit import Outcome, Submit
-from sluice.suspects import Suspects
+from sluice.worker import limiter, work
+from sluice.worker.limiter import Admission, Limiter
+from sluice.worker.memory import Grant, Memory
+from sluice.worker.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.upstream import Upstream
 from tests.simulation.world import StoryQueue

@@ -25,8 +25,8 @@ from sluice.domain.jobs import (
 )
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import LedgerRow
-from sluice.memory import ANSWER_FACTOR, REQUEST_FACTOR
 from sluice.ports import Received
+from sluice.worker.memory import ANSWER_FACTOR, REQUEST_FACTOR
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.machines import Machine
 from tests.simulation.upstream import Call

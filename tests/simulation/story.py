@@ -10,8 +10,8 @@ from typing import Final
 
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import DIMENSIONS, SCALE, Dimension, Group, new_group
-from sluice.memory import BUDGET, Budget
-from sluice.submit import Submission
+from sluice.intake.submit import Submission
+from sluice.worker.memory import BUDGET, Budget
 from tests.fakes import MINUTE, SECOND, upstream_key
 from tests.simulation.faults import FAULTS, Fault
 from tests.simulation.upstream import ORGANIZATION

@@ -13,21 +13,21 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-from sluice import submit as submitting
-from sluice import sweep as sweeping
-from sluice.accounts import Account
-from sluice.dead_letters import DeadLetter, TakeDeadLetter
 from sluice.domain.errors import JobNotFound, StoreBusy
 from sluice.domain.jobs import Job, Party
 from sluice.domain.limits import Cost, Group
 from sluice.domain.retries import RetryPolicy
-from sluice.governor import Governed, Governor
-from sluice.limiter import Admission, Limiter
+from sluice.intake import submit as submitting
+from sluice.intake.accounts import Account
+from sluice.intake.submit import Accepted, Outcome, Sender, Submit
 from sluice.ports import Answer, CallRequest, Due, Params, Pointer, Received, Refused
-from sluice.submit import Accepted, Outcome, Sender, Submit
-from sluice.sweep import Sweep
-from sluice.tools import Rules, Tools
-from sluice.work import Worker
+from sluice.upkeep import sweep as sweeping
+from sluice.upkeep.dead_letters import DeadLetter, TakeDeadLetter
+from sluice.upkeep.governor import Governed, Governor
+from sluice.upkeep.sweep import Sweep
+from sluice.worker.limiter import Admission, Limiter
+from sluice.worker.tools import Rules, Tools
+from sluice.worker.work import Worker
 from tests.fakes import (
     MINUTE,
     SECOND,

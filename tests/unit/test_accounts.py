@@ -6,12 +6,12 @@ from datetime import date
 
 import pytest
 
-from sluice.accounts import Account
 from sluice.domain import jobs as life
 from sluice.domain.errors import InvalidRequest, JobNotFound, StoreBusy
 from sluice.domain.jobs import Job, State
 from sluice.domain.limits import moved, new_group
 from sluice.domain.pricing import Spend
+from sluice.intake.accounts import Account
 from tests.fakes import (
     MESSAGE,
     NOON,

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from sluice import batches as api
-from sluice import http
-from sluice.batches import Batches, Create, Inline, Link
+from sluice.api import http
 from sluice.domain import batches as life
 from sluice.domain.batches import Options, Phase, Source, Tally
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
+from sluice.intake import batches as api
+from sluice.intake.batches import Batches, Create, Inline, Link
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON, VirtualClock
 

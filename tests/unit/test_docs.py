@@ -11,13 +11,15 @@ from typer.core import TyperGroup
 
 from scripts import cli
 from scripts.state_machine import PAGE, redrawn, up_to_date
-from sluice import call, http, limiter, submit, work
+from sluice.api import http
 from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import USUAL
+from sluice.intake import submit
 from sluice.metrics import METRIC_NAMES
+from sluice.worker import call, limiter, work
 from tests.expanded_template import template
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The dependency rule: functions -> wiring -> adapters -> use cases -> domain, and never up."""
+"""The dependency rule: functions, wiring, adapters, use cases, domain; never up. A table says who knows whom."""
 
 import ast
 import os
@@ -42,19 +42,42 @@ class Floor:
     """Whether it may touch clocks, chance, files and networks through the standard library."""
 
 
-DOMAIN = Floor(ours=("sluice.domain",))
-USE_CASE = Floor(ours=("sluice.domain", "sluice.ports", "sluice.metrics", "<use cases>"))
-DELIVER = Floor(ours=USE_CASE.ours, others=frozenset({"standardwebhooks"}))
-HTTP = Floor(ours=USE_CASE.ours, others=frozenset({"pydantic", "pydantic_core"}))
-ADAPTER = Floor(ours=(*USE_CASE.ours, "sluice.adapters"), others=None, world=True)
-SETTINGS = Floor(ours=("sluice.domain",), world=True)
+MAY_IMPORT: dict[str, set[str]] = {
+    "domain": set(),
+    "ports": {"domain"},
+    "metrics": set(),
+    "messages": {"domain", "ports"},
+    # The use cases, from those that need no other to those that do.
+    "bulk": {"domain", "ports"},
+    "intake": {"domain", "ports", "bulk"},
+    "worker": {"domain", "ports", "intake"},
+    "upkeep": {"domain", "ports", "worker"},
+    "notices": {"domain", "ports", "messages", "bulk"},
+    "api": {"domain", "intake", "bulk"},
+    "adapters": {
+        *{"domain", "ports", "metrics", "messages"},
+        *{"bulk", "worker", "upkeep"},
+    },
+    "settings": {"domain"},
+}
+"""Which folders and modules of the layer each of them may import; everything in it is known to the composition root."""
+
+WORLDLY = {"adapters", "settings"}
+OTHERS: dict[str, frozenset[str] | None] = {
+    "adapters": None,
+    "api": frozenset({"pydantic", "pydantic_core"}),
+    "notices": frozenset({"standardwebhooks"}),
+}
+"""Packages from elsewhere that a folder may import; None is any."""
+
+SETTINGS = Floor(ours=("sluice.settings", "sluice.domain"), world=True)
 WIRING = Floor(
     ours=("sluice",),
     others=frozenset({"aws_lambda_powertools"}),
     world=True,
 )
 FUNCTION = Floor(
-    ours=(*USE_CASE.ours, "sluice.wiring", "sluice.settings"),
+    ours=tuple(f"sluice.{each}" for each in (*(MAY_IMPORT.keys() - {"adapters"}), "wiring")),
     others=frozenset({"aws_lambda_powertools", "pydantic"}),
     world=True,
 )
@@ -64,28 +87,25 @@ FILES = sorted(
     for folder in (LAYER / "sluice", ROOT / "functions")
     for path in folder.rglob("*.py")
 )
-USE_CASES = tuple(
-    f"sluice.{path.stem}"
-    for path in (LAYER / "sluice").glob("*.py")
-    if path.stem not in {"__init__", "ports", "metrics", "settings", "wiring"}
-)
 
 
 def floor_of(path: Path) -> Floor:
     if path.parts[0] == "functions":
         return FUNCTION
-    inside = path.relative_to("layers/sluice/sluice")
-    if inside.parts[0] == "domain":
-        return DOMAIN
-    if inside.parts[0] == "adapters":
-        return ADAPTER
-    special = {
-        "deliver.py": DELIVER,
-        "http.py": HTTP,
-        "settings.py": SETTINGS,
-        "wiring.py": WIRING,
-    }
-    return special.get(inside.name, USE_CASE)
+    subject = path.relative_to("layers/sluice/sluice").parts[0].removesuffix(".py")
+    match subject:
+        case "wiring":
+            return WIRING
+        case "settings":
+            return SETTINGS
+        case "__init__" | "data":
+            return Floor()
+        case _:
+            return Floor(
+                ours=tuple(f"sluice.{each}" for each in (subject, *MAY_IMPORT[subject])),
+                others=OTHERS.get(subject, frozenset()),
+                world=subject in WORLDLY,
+            )
 
 
 def imports(node: ast.AST) -> Iterator[str]:
@@ -119,16 +139,13 @@ def below(module: str, allowed: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_down_only(path: Path) -> None:
     floor = floor_of(path)
-    ours = tuple(
-        name for entry in floor.ours for name in (USE_CASES if entry == "<use cases>" else (entry,))
-    )
 
     tree = parse(path)
     for module in imports(tree):
         top = module.partition(".")[0]
         assert top, f"{path} imports relatively ({module}); say the whole name"
         if top in {"functions", "scripts", "sluice", "tests"}:
-            assert module == "sluice" or below(module, ours), f"{path} imports {module}"
+            assert module == "sluice" or below(module, floor.ours), f"{path} imports {module}"
         elif top in sys.stdlib_module_names:
             allowed = floor.world or top not in WORLD or below(module, PURE)
             assert allowed, f"{path} imports {module}: pass it in instead"

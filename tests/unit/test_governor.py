@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.desk import AT_ONCE
 from sluice.domain.capacity import UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, room_of
-from sluice.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
+from sluice.upkeep.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
+from sluice.worker.desk import AT_ONCE
 from tests.fakes import (
     MINUTE,
     NOON,

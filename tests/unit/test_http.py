@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from sluice import http
-from sluice.accounts import UsageRow
+from sluice.api import http
 from sluice.domain import jobs as life
 from sluice.domain.errors import InvalidRequest, RequestTooLarge, Unauthenticated
 from sluice.domain.jobs import JobError, Result, State
 from sluice.domain.limits import Observation, Seen, block, new_group, observe
 from sluice.domain.pricing import Spend, Usage
-from sluice.submit import Submission
+from sluice.intake.accounts import UsageRow
+from sluice.intake.submit import Submission
 from tests.fakes import MESSAGE, NOON, SECOND, a_job
 
 PARAMS: dict[str, Any] = {

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sluice import ranges
-from sluice.desk import AT_ONCE
 from sluice.domain import batches as life
 from sluice.domain.batches import LOSSES_UNTIL_ALONE, MOST_LOST_ALONE, RangeState
 from sluice.ports import CallRequest, Refused
+from sluice.worker import ranges
+from sluice.worker.desk import AT_ONCE
 from tests.bulk_fakes import Bulk, Deaths, KillsAt, a_row, jsonl, number_in
 from tests.fakes import MINUTE, NOON, refused
 from tests.unit.test_windows import as_one_range

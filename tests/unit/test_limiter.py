@@ -20,7 +20,8 @@ from sluice.domain.limits import (
     block,
     group_id,
 )
-from sluice.limiter import (
+from sluice.ports import Headers
+from sluice.worker.limiter import (
     BLOCK_MS,
     REFUND_MS,
     SETTLE_MS,
@@ -33,7 +34,6 @@ from sluice.limiter import (
     Limiter,
     TooLarge,
 )
-from sluice.ports import Headers
 from tests.fakes import (
     MINUTE,
     NOON,

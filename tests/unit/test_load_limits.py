@@ -8,7 +8,7 @@ import pytest
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import AdminKey
 from sluice.domain.limits import TOKENS_PER_DAY, KnownLimits, new_group
-from sluice.load_limits import EVERY_MS, LoadLimits
+from sluice.upkeep.load_limits import EVERY_MS, LoadLimits
 from tests.fakes import NOON, FrozenClock, MemoryLimits, RecordingEvents, known_group
 
 GROUPS = {"claude-a": "a", "claude-a-2": "a", "claude-b": "b", "claude-c": "c"}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.memory import (
+from sluice.worker.memory import (
     ANSWER_FACTOR,
     BUDGET,
     LARGEST_REQUEST_BYTES,
@@ -18,7 +18,7 @@ from sluice.memory import (
     Budget,
     Memory,
 )
-from sluice.work import SLOTS
+from sluice.worker.work import SLOTS
 from tests.fakes import SECOND, VirtualClock, VirtualTime
 
 SMALL = Budget(own=100, shared=3_000, most_answer=500)

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice import assemble
-from sluice import plan as plans
+from sluice.bulk import assemble
+from sluice.bulk import plan as plans
+from sluice.bulk.plan import FILE_MS, BadOptions, read_options
 from sluice.domain import batches as life
 from sluice.domain.batches import SAMPLES, Phase, planned
 from sluice.domain.errors import InputGone, StoreBusy
 from sluice.domain.rows import Encoded
-from sluice.plan import FILE_MS, BadOptions, read_options
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from sluice.desk import AGAIN, AT_ONCE, SAVE_ROWS
 from sluice.domain import batches as life
 from sluice.domain.batches import Options
 from sluice.ports import CallRequest, Received
-from sluice.ranges import KEEP_MS, LEASE_MS, RangePointer
+from sluice.worker.desk import AGAIN, AT_ONCE, SAVE_ROWS
+from sluice.worker.ranges import KEEP_MS, LEASE_MS, RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
 from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
 

@@ -7,7 +7,7 @@ import pytest
 
 from sluice.domain.batches import Phase
 from sluice.domain.errors import StoreBusy
-from sluice.resume import Resume, Resumed
+from sluice.upkeep.resume import Resume, Resumed
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON, VirtualClock, answer, refused
 

@@ -12,8 +12,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy, Unexpected
 from sluice.domain.jobs import DueFor, Job, State, derived_job_id
 from sluice.domain.limits import SAFE_START, block, new_group
-from sluice.ports import Params
-from sluice.submit import (
+from sluice.intake.submit import (
     BEGIN_WITHIN_MS,
     IMAGE_CHARS,
     MOST_MEDIA_CHARS,
@@ -27,6 +26,7 @@ from sluice.submit import (
     Submit,
     Waiting,
 )
+from sluice.ports import Params
 from tests.fakes import (
     MINUTE,
     NOON,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sluice.suspects import REFILL_MS, Suspects
+from sluice.worker.suspects import REFILL_MS, Suspects
 from tests.fakes import VirtualTime
 
 

@@ -9,7 +9,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, JobError, Lease, State
 from sluice.domain.limits import Group, new_group
-from sluice.sweep import HOLD_MS, NEW_KEYS_MS, QUIET_MS, Sweep, Swept
+from sluice.upkeep.sweep import HOLD_MS, NEW_KEYS_MS, QUIET_MS, Sweep, Swept
 from tests.fakes import (
     MINUTE,
     NOON,

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from sluice import uploads
 from sluice.domain.errors import InvalidRequest
-from sluice.uploads import Uploads
+from sluice.intake import uploads
+from sluice.intake.uploads import Uploads
 from tests.bulk_fakes import Bulk, MemoryLinks, a_row, jsonl
 
 ROWS = jsonl(a_row(1), a_row(2))

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook as Signer
 
-from sluice.deliver import REFUSED, Deliver
 from sluice.domain.jobs import JobError, State
 from sluice.domain.pricing import Usage
 from sluice.domain.webhooks import (
@@ -32,8 +31,9 @@ from sluice.domain.webhooks import (
     signing_secret,
 )
 from sluice.messages import webhook_of
+from sluice.notices.deliver import REFUSED, Deliver
+from sluice.notices.tell import Tell
 from sluice.ports import Notice, Received, Reply, Webhook
-from sluice.tell import Tell
 from tests.bulk_fakes import MemoryNotices
 from tests.fakes import NOON, SECOND, FrozenClock, MemoryQueue, RecordingEvents, a_job
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import pytest
 
-from sluice.call import LONGEST_DELAY_MS
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.jobs import LEASE_MS, RENEW_MS, AttemptOutcome, Job, State
@@ -21,10 +20,11 @@ from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.domain.waits import USUAL, Waits
-from sluice.key_choice import KEYS_MS
-from sluice.limiter import Admission, Admitted, Limiter
 from sluice.ports import Answer, CallRequest, Received, Refused
-from sluice.work import (
+from sluice.worker.call import LONGEST_DELAY_MS
+from sluice.worker.key_choice import KEYS_MS
+from sluice.worker.limiter import Admission, Admitted, Limiter
+from sluice.worker.work import (
     MOST_WAITING,
     REFILL_MS,
     SCOUT_MS,

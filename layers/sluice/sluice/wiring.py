@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aws_lambda_powertools import Logger
 
-from sluice.accounts import Account
 from sluice.adapters import aws, job_records, system
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import (
@@ -39,26 +38,27 @@ from sluice.adapters.sqs import (
 )
 from sluice.adapters.system import SystemClock, Threads
 from sluice.adapters.telemetry import Telemetry, hush
-from sluice.assemble import Assemble
-from sluice.batches import Batches
-from sluice.dead_letters import TakeDeadLetter
+from sluice.bulk.assemble import Assemble
+from sluice.bulk.plan import PlanBatch
 from sluice.domain.capacity import REFILLED, UNREFILLED
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import LEASE_MS
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.shares import CEILINGS
-from sluice.governor import Governed, Governor
-from sluice.load_limits import LoadLimits
-from sluice.plan import PlanBatch
-from sluice.resume import Resume
+from sluice.intake.accounts import Account
+from sluice.intake.batches import Batches
+from sluice.intake.submit import Submit, Waiting
+from sluice.intake.uploads import LINK_SECONDS, Uploads
+from sluice.notices.tell import Tell
 from sluice.settings import MAPPINGS, Settings
-from sluice.submit import Submit, Waiting
-from sluice.sweep import Sweep
-from sluice.tell import Tell
-from sluice.tools import Rules, Tools
-from sluice.uploads import LINK_SECONDS, Uploads
-from sluice.work import Worker
+from sluice.upkeep.dead_letters import TakeDeadLetter
+from sluice.upkeep.governor import Governed, Governor
+from sluice.upkeep.load_limits import LoadLimits
+from sluice.upkeep.resume import Resume
+from sluice.upkeep.sweep import Sweep
+from sluice.worker.tools import Rules, Tools
+from sluice.worker.work import Worker
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -67,10 +67,10 @@ if TYPE_CHECKING:
     from mypy_boto3_secretsmanager import SecretsManagerClient
     from mypy_boto3_sqs import SQSClient
 
-    from sluice.deliver import Deliver
     from sluice.domain.jobs import Job
+    from sluice.notices.deliver import Deliver
     from sluice.ports import Answers, CallBooks, Inbox, JobRecords, Received, Requests
-    from sluice.ranges import RunRange
+    from sluice.worker.ranges import RunRange
 
 CLOCK = SystemClock()
 
@@ -258,7 +258,7 @@ def signing_secrets() -> WebhookSecrets:
 def deliver() -> Deliver:
     """Return the use case behind the webhooks queue. The HTTP client is imported only where it is used."""
     from sluice.adapters.web import HttpWeb  # noqa: PLC0415
-    from sluice.deliver import Deliver  # noqa: PLC0415
+    from sluice.notices.deliver import Deliver  # noqa: PLC0415
 
     returns = SqsInbox(
         _sqs(),
@@ -350,7 +350,7 @@ def governor() -> Governor:
 
 def _governed(name: str, client: LambdaClient) -> Governed:
     """Return a mapping for the governor, by what its queue holds."""
-    from sluice.desk import AT_ONCE  # noqa: PLC0415
+    from sluice.worker.desk import AT_ONCE  # noqa: PLC0415
 
     own = settings().governed()
     queue_urls = {
@@ -417,8 +417,8 @@ def worker() -> Worker:
 @cache
 def run_range() -> RunRange:
     """Return the use case behind the ranges queue, with a worker for the rows of a range."""
-    from sluice.desk import Desk, RowRequests  # noqa: PLC0415
-    from sluice.ranges import RangeTools, RunRange  # noqa: PLC0415
+    from sluice.worker.desk import Desk, RowRequests  # noqa: PLC0415
+    from sluice.worker.ranges import RangeTools, RunRange  # noqa: PLC0415
 
     desk = Desk(_ledger(), prices(), CLOCK)
     threads = Threads()

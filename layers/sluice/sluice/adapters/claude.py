@@ -29,8 +29,8 @@ from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import ANSWER_TOO_LARGE, Failure
-from sluice.memory import BUDGET
 from sluice.ports import NO_HEADERS, Answer, CallRequest, Clock, Headers, Refused
+from sluice.worker.memory import BUDGET
 
 STREAM_FROM_TOKENS: Final = 8_192
 """Longer outputs are streamed, so that no idle connection is cut on the way."""

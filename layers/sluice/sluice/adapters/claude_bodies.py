@@ -18,8 +18,8 @@ from typing import Final
 
 import httpx2
 
-from sluice.memory import BUDGET
 from sluice.ports import CallRequest
+from sluice.worker.memory import BUDGET
 
 PIECE_BYTES: Final = 64 * 1024
 

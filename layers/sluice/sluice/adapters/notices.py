@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
 from sluice.adapters.sqs import message_group
-from sluice.assemble import moment
+from sluice.bulk.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
 from sluice.ports import Events, Notice

@@ -12,11 +12,11 @@ from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
-from sluice.dead_letters import KeptLetter
 from sluice.domain.batches import Copied, Streamed, parts
 from sluice.domain.errors import InputGone, InvalidRequest, JobNotFound
 from sluice.domain.jobs import Result
 from sluice.ports import Received, Stored
+from sluice.upkeep.dead_letters import KeptLetter
 
 if TYPE_CHECKING:
     from datetime import datetime

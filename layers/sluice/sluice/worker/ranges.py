@@ -18,8 +18,6 @@ from functools import partial
 from itertools import chain
 from typing import Final, TypeVar
 
-from sluice.call import LONGEST_DELAY_MS
-from sluice.desk import HELD_BYTES, Desk, Ended, Seat
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import CLAIM_VERSIONS, Batch, RangeState, Tally, row_job_id
@@ -37,6 +35,7 @@ from sluice.domain.rows import (
     read_row,
     split,
 )
+from sluice.intake.submit import NEWEST_VERSION, input_chars
 from sluice.ports import (
     BatchesQueue,
     BatchStore,
@@ -47,9 +46,10 @@ from sluice.ports import (
     Received,
     Returns,
 )
-from sluice.submit import NEWEST_VERSION, input_chars
-from sluice.tools import tell_end
-from sluice.work import Worker
+from sluice.worker.call import LONGEST_DELAY_MS
+from sluice.worker.desk import HELD_BYTES, Desk, Ended, Seat
+from sluice.worker.tools import tell_end
+from sluice.worker.work import Worker
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sluice.bulk.plan import BadOptions, PlanBatch, is_known, stem_of
 from sluice.domain.batches import Batch
 from sluice.domain.errors import InvalidRequest
-from sluice.plan import BadOptions, PlanBatch, is_known, stem_of
 from sluice.ports import Objects, PartLinks
 
 PART_BYTES: Final = 16 * 1024 * 1024

@@ -21,8 +21,8 @@ from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
 from sluice.domain.rows import Line, Row, job_record, read_row
+from sluice.intake.submit import request_body
 from sluice.ports import CallBooks, Clock, Params, Received
-from sluice.submit import request_body
 
 AT_ONCE: Final = 64
 """Rows begun and not saved: the most that a worker that dies has called in vain."""

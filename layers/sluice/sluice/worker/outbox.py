@@ -11,7 +11,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.ports import Received
-from sluice.tools import Tools
+from sluice.worker.tools import Tools
 
 T = TypeVar("T")
 

@@ -32,7 +32,7 @@ from sluice.ports import (
     Pointer,
     PoolHistory,
 )
-from sluice.tools import tell_end
+from sluice.worker.tools import tell_end
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""

@@ -15,8 +15,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from sluice.limiter import until
 from sluice.ports import Clock
+from sluice.worker.limiter import until
 
 MEBIBYTE: Final = 1024 * 1024
 

@@ -17,8 +17,8 @@ from sluice.domain.keys import (
     stated_limits,
 )
 from sluice.domain.limits import group_id, model_group
-from sluice.limiter import Claimant, Limiter, claimant_for
-from sluice.tools import Tools
+from sluice.worker.limiter import Claimant, Limiter, claimant_for
+from sluice.worker.tools import Tools
 
 KEYS_MS: Final = 5_000
 """How old the key pool, and what others have learned about its keys, may be."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from sluice.assemble import moment
+from sluice.bulk.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.pricing import usd

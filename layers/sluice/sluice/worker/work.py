@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol, assert_never
 
-from sluice.call import (
+from sluice.domain import jobs as life
+from sluice.domain.errors import Stale, StoreBusy
+from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
+from sluice.domain.keys import UpstreamKey
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
+from sluice.ports import Body, Params, Received
+from sluice.worker.call import (
     BUSY_MS,
     DONE,
     LEAST_WINDOW_MS,
@@ -25,18 +31,12 @@ from sluice.call import (
     Rest,
     wait_outside,
 )
-from sluice.domain import jobs as life
-from sluice.domain.errors import Stale, StoreBusy
-from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
-from sluice.domain.keys import UpstreamKey
-from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
-from sluice.key_choice import KeyChoice
-from sluice.limiter import Admission, Again, Claimant, Later, Limiter, TooLarge, until
-from sluice.memory import BUDGET, Budget, Grant, Memory
-from sluice.outbox import Outbox
-from sluice.ports import Body, Params, Received
-from sluice.suspects import Suspects
-from sluice.tools import Rules, Tools, tell_end
+from sluice.worker.key_choice import KeyChoice
+from sluice.worker.limiter import Admission, Again, Claimant, Later, Limiter, TooLarge, until
+from sluice.worker.memory import BUDGET, Budget, Grant, Memory
+from sluice.worker.outbox import Outbox
+from sluice.worker.suspects import Suspects
+from sluice.worker.tools import Rules, Tools, tell_end
 
 GROWS_EVERY: Final = 20
 """Receives after which the pause of a fault that lasts is doubled."""

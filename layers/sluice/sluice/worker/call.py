@@ -14,12 +14,12 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
-from sluice.key_choice import KeyChoice, endpoint_circuit, model_circuit
-from sluice.limiter import Admission, Limiter
-from sluice.memory import Grant, Memory
-from sluice.outbox import Outbox
 from sluice.ports import Answer, Body, CallRequest, Headers, Refused
-from sluice.tools import Rules, Tools, tell_end
+from sluice.worker.key_choice import KeyChoice, endpoint_circuit, model_circuit
+from sluice.worker.limiter import Admission, Limiter
+from sluice.worker.memory import Grant, Memory
+from sluice.worker.outbox import Outbox
+from sluice.worker.tools import Rules, Tools, tell_end
 
 CANCEL_CHECK_MS: Final = 15_000
 LEAST_WINDOW_MS: Final = 60_000

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any, Final
 
-from sluice.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
+from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
 from sluice.domain import batches as life
 from sluice.domain.batches import (
     MOST_LINE_BYTES,

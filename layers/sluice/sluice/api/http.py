@@ -22,9 +22,7 @@ from pydantic import (
 )
 from pydantic_core import core_schema as core
 
-from sluice.accounts import UsageRow
-from sluice.assemble import moment
-from sluice.batches import ARCHIVED_MS, is_archived, status
+from sluice.bulk.assemble import moment
 from sluice.domain import batches as life_of_batches
 from sluice.domain import jobs as life
 from sluice.domain.batches import Phase, Source, Tally
@@ -34,7 +32,9 @@ from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
 from sluice.domain.rows import read_moment
 from sluice.domain.webhooks import Network, check_url
-from sluice.submit import Submission
+from sluice.intake.accounts import UsageRow
+from sluice.intake.batches import ARCHIVED_MS, is_archived, status
+from sluice.intake.submit import Submission
 
 MOST_JOBS: Final = 100
 """Jobs in one POST."""

@@ -1,0 +1,1 @@
+"""Batches as a whole: planning files into ranges, and assembling their results."""

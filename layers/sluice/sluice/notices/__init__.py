@@ -1,0 +1,1 @@
+"""Telling of ends: events on the default bus, and webhooks."""

@@ -1,0 +1,1 @@
+"""Running jobs and rows: taking them, waiting for the limits, calling Claude, recording the result."""
