@@ -35,6 +35,7 @@ UPSTREAM_KEY: Final = "sk-ant-test-runtime"
 CLIENT_KEY: Final = "sluice_runtime_of_acme"
 MODEL: Final = "claude-haiku-5-5"
 PATIENCE_SECONDS: Final = 60.0
+QUIET_TURNS: Final = 3
 FROZEN_SECONDS: Final = 16
 """Of an invocation that is to end by its timeout: a cold start on a busy machine takes several."""
 
@@ -109,6 +110,8 @@ class Freezer:
 
     def __init__(self, port: int) -> None:
         self._to = port
+        # A loop and a stream know their tasks weakly: one that waits for a side that is silent would be collected.
+        self._connections: set[asyncio.Task[None] | None] = set()
         self._loop = asyncio.new_event_loop()
         self._thawed = asyncio.Event()
         self._thawed.set()
@@ -128,11 +131,16 @@ class Freezer:
     def stop(self) -> None:
         async def close() -> None:
             self._server.close()
-            # Whoever was just let in begins only now.
-            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            # A connection that was just accepted gets its task in a later turn of the loop.
+            quiet_turns = 0
+            while quiet_turns < QUIET_TURNS:
+                others = asyncio.all_tasks() - {asyncio.current_task()}
                 for each in others:
                     each.cancel()
-                await asyncio.wait(others, timeout=1)
+                if others:
+                    await asyncio.wait(others, timeout=1)
+                quiet_turns = 0 if others else quiet_turns + 1
+                await asyncio.sleep(0.05)
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -140,14 +148,17 @@ class Freezer:
         self._loop.close()
 
     async def _connection(self, down: asyncio.StreamReader, up: asyncio.StreamWriter) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._to)
+        self._connections.add(asyncio.current_task())
+        ends = [up]
         try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._to)
+            ends.append(writer)
             await asyncio.gather(self._carry(down, writer), self._carry(reader, up))
         except (OSError, asyncio.CancelledError):
-            pass  # one side is gone, or this test is over
+            pass  # one side has closed, or this test is over
         finally:
-            up.close()
-            writer.close()
+            for each in ends:
+                each.close()
 
     async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         while data := await source.read(65_536):

@@ -306,7 +306,7 @@ class _Windows:
             return bad_row_records(line, row)
         before = self._offset_of.get(row.custom_id)
         if before is not None:
-            message = f"custom_id {row.custom_id!r} stands at byte {before} already"
+            message = f"custom_id {row.custom_id!r} was already used by the row at byte {before}"
             error = error_line(line.offset, message, row.custom_id)
             return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
         if len(self._offset_of) < REMEMBERED_IDS:
