@@ -31,7 +31,7 @@ RECEIVER_BYTES: Final = 16 * 1024 * 1024
 
 
 class Servers:
-    """Both servers. What they do is set by whoever runs a load."""
+    """Both servers. The load that runs configures what they do."""
 
     def __init__(self) -> None:
         self.answer_bytes = 1_000

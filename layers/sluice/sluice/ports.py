@@ -643,7 +643,7 @@ class Body:
         return self._data
 
     def let_go(self) -> None:
-        """Hold it no longer. Whoever sends it calls this when all of it is on its way, or when it will not be."""
+        """Release it. The sender calls this once all of it is sent, or will not be sent."""
         self._data = None
         if self._sent is not None:
             self._sent()

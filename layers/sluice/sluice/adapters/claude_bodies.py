@@ -120,7 +120,7 @@ class _Upload(httpx2.AsyncByteStream):
 
 
 class _Download(httpx2.AsyncByteStream):
-    """An answer's bytes as they come, unpacked, and no more of them than there may be."""
+    """Reads an answer's bytes as they arrive, unpacked, up to the limit."""
 
     def __init__(self, inner: httpx2.AsyncByteStream, packed: str, exchange: Exchange) -> None:
         self._inner = inner
@@ -221,7 +221,7 @@ async def on_request(request: httpx2.Request) -> None:
 
 
 async def on_response(response: httpx2.Response) -> None:
-    """Let no more come down than there may be."""
+    """Limits how much of a response is read."""
     exchange = EXCHANGE.get()
     if exchange is not None:
         exchange.receive(response)

@@ -46,7 +46,7 @@ MOST_OPTIONS_BYTES: Final = 256 * 1024
 SEND_ROUNDS: Final = 5
 
 JOIN_MS: Final = 5 * 60_000
-"""No section is begun after this time while a batch is looked after: the last one has the other ten minutes."""
+"""No section is started after this time in one look at a batch; ten minutes remain for the last one."""
 
 _KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
 _ENDING: Final = re.compile(r"\.(jsonl|ndjson|csv)(\.gz)?$", re.IGNORECASE)

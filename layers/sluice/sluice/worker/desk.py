@@ -25,10 +25,10 @@ from sluice.intake.submit import request_body
 from sluice.ports import CallBooks, Clock, Params, Received
 
 AT_ONCE: Final = 64
-"""Rows begun and not saved: the most that a worker that dies has called in vain."""
+"""Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""
 
 ANSWERS_BYTES: Final = 24 * 1024 * 1024
-"""Rows begun and not saved have together answers of about this size at most; one row may always begin."""
+"""Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
 
 TOKEN_BYTES: Final = 4
 MOST_EXPECTED_BYTES: Final = 1024 * 1024

@@ -146,7 +146,7 @@ class Memory:
     # For grants -------------------------------------------------------------------------------------------------
 
     def has_free(self, amount: int) -> bool:
-        """Tell whether so much is free, and nobody stands in line for it."""
+        """Return whether this much is free and no request waits for it."""
         return not self._requests and self._fits(amount)
 
     async def wait_in_line(self, grant: Grant, amount: int, patience_ms: int) -> bool:

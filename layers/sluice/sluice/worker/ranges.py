@@ -3,7 +3,7 @@
 A range is run window by window, in the order of its lines: a window is as many rows as may be in memory at once. What
 has ended is saved every few rows or seconds. A window that has ended is one object, and the range's part is put
 together from those. The range is leased as a whole, by conditional writes. A worker that dies repeats at most the rows
-it had begun and not saved, and never has more than `AT_ONCE` of them.
+it had started and not saved, and never has more than `AT_ONCE` of them.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class _Window:
 
 
 class _Windows:
-    """Reads a range line by line and parts it into windows: always the same ones, whoever reads it."""
+    """Reads a range line by line and splits it into windows. Every worker gets the same windows."""
 
     def __init__(
         self,
@@ -680,7 +680,7 @@ class _Run:
                 yield sums.add(line) + b"\n"
         for text in self._records(window):
             yield sums.add(text)
-        # Last, because only now it is known. Whoever reads a part takes it wherever it is.
+        # Last, because the count is known only now. Readers of a part accept it at any position.
         yield Record("H", 0, window.lines, "", Tally(lines=window.lines), "").encoded()
 
     def _records(self, window: _Window) -> Iterator[bytes]:
