@@ -23,7 +23,7 @@ from sluice.adapters.dynamodb import DynamoParams
 from sluice.adapters.s3 import Objects
 from sluice.adapters.system import SystemClock
 from sluice.intake.submit import PARALLEL_WRITES, STORED_AT_ONCE
-from sluice.ports import Params
+from sluice.ports.jobs import Params
 
 BODY: Final = b'{"model":"claude-haiku-5-5","max_tokens":256,"messages":[]}'
 KEY_POOL: Final = {"keys": [{"id": "a", "api_key": "sk-ant-test-intake"}]}

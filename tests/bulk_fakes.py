@@ -16,7 +16,10 @@ from sluice.bulk.assemble import Assemble
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
-from sluice.ports import BatchPage, CallRequest, DueRange, Notice, Params, Received, Stored
+from sluice.ports.batches import BatchPage, DueRange, Stored
+from sluice.ports.claude import CallRequest
+from sluice.ports.jobs import Params, Received
+from sluice.ports.world import Notice
 from sluice.worker.desk import Desk, RowRequests
 from sluice.worker.ranges import RangePointer, RangeTools, RunRange
 from sluice.worker.tools import Tools

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from sluice.domain.capacity import REFILLED, Backlog, Consumer
 from sluice.domain.errors import (
@@ -35,22 +35,13 @@ from sluice.domain.retries import Failure, RetryPolicy
 from sluice.domain.shares import Note
 from sluice.domain.waits import USUAL, Waits
 from sluice.metrics import METRIC_NAMES
-from sluice.ports import (
-    Answer,
-    Body,
-    CallRequest,
-    Due,
-    Headers,
-    Page,
-    Params,
-    Pointer,
-    Received,
-    Refused,
-)
+from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
+from sluice.ports.jobs import Due, Page, Params, Pointer, Received
 from sluice.upkeep.dead_letters import KeptLetter
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.work import Worker
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 NOON: Final = int(datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp()) * 1000
@@ -176,9 +167,9 @@ class DirectCalls:
     def __init__(self, latency_ms: int = 0) -> None:
         self.latency_ms = latency_ms
 
-    async def __call__(self, call: Callable[..., T], /, *args: Any) -> T:
+    async def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         await asyncio.sleep(self.latency_ms / 1000)
-        return call(*args)
+        return call(*args, **kwargs)
 
 
 # Stores ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from aws_lambda_powertools.utilities.typing import LambdaContext
 
-    from sluice.ports import Received
+    from sluice.ports.jobs import Received
 
 NOTES: Final = Path(os.environ["CHAOS_NOTES"])
 

@@ -32,7 +32,7 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import model_group
 from sluice.domain.retries import RetryPolicy
 from sluice.intake.submit import Sender, Submission, Submit
-from sluice.ports import Pointer, Received
+from sluice.ports.jobs import Pointer, Received
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.sweep import Sweep
 from sluice.wiring import model_groups, prices

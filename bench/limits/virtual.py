@@ -34,8 +34,8 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.intake.submit import Sender, Submission, Submit
-from sluice.ports import Answer, CallRequest, Headers
-from sluice.ports import Refused as NoAnswer
+from sluice.ports.claude import Answer, CallRequest, Headers
+from sluice.ports.claude import Refused as NoAnswer
 from sluice.wiring import model_groups, prices
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.work import Worker

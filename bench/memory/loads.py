@@ -24,7 +24,7 @@ from sluice.domain.batches import MOST_LINE_BYTES, Batch, Phase, Plan, Source, T
 from sluice.domain.jobs import Job, Result, State
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
-from sluice.ports import Params
+from sluice.ports.jobs import Params
 
 MODEL: Final = "claude-haiku-5-5"
 DAY_MS: Final = 86_400_000

@@ -27,7 +27,7 @@ from sluice.adapters.s3 import Objects
 from sluice.adapters.system import SystemClock
 from sluice.domain import client_keys
 from sluice.domain.jobs import Job
-from sluice.ports import Params
+from sluice.ports.jobs import Params
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 README: Final = REPOSITORY / "README.md"

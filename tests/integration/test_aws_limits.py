@@ -24,7 +24,7 @@ from botocore.exceptions import ClientError
 
 from scripts.local_stack.emulator import Emulator
 from sluice.adapters.sqs import SqsInbox
-from sluice.ports import Received
+from sluice.ports.jobs import Received
 
 ROLE: Final = "arn:aws:iam::000000000000:role/any"
 SYNCHRONOUS: Final = 6_291_556

@@ -28,7 +28,9 @@ from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, 
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.messages import batch_messages
-from sluice.ports import BatchStore, DueRange, Notice, Objects, Received, WaitingRanges
+from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
+from sluice.ports.jobs import Received
+from sluice.ports.world import Notice
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
 from tests.fakes import NOON, FrozenClock, RecordingEvents, a_job
 from tests.moto_aws import BUCKET, Aws, in_memory

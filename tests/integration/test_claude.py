@@ -23,7 +23,7 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import ANSWER_TOO_LARGE
-from sluice.ports import Answer, Body, CallRequest, Headers, Refused
+from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.worker.memory import BUDGET
 from tests.fakes import NOON, SECOND
 

@@ -24,7 +24,7 @@ from sluice.adapters.system import SystemClock
 from sluice.domain import client_keys
 from sluice.domain import jobs as life
 from sluice.domain.jobs import DueFor, Job, JobError, State
-from sluice.ports import Params, Received
+from sluice.ports.jobs import Params, Received
 from tests.expanded_template import template
 from tests.fakes import a_job
 

@@ -40,7 +40,7 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, State
 from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import CEILINGS, Note
-from sluice.ports import Pointer
+from sluice.ports.jobs import Pointer
 from sluice.settings import SettingsError
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
 from tests.moto_aws import STACK, Aws, in_memory

@@ -45,7 +45,8 @@ from sluice.domain.jobs import (
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Group, new_group
 from sluice.domain.pricing import LedgerRow, Spend, Usage
-from sluice.ports import JobStore, Ledger, LimitStore, Params, ParamsStore, Received, ResultStore
+from sluice.ports.jobs import JobStore, Ledger, Params, ParamsStore, Received, ResultStore
+from sluice.ports.limits import LimitStore
 from sluice.upkeep.dead_letters import Graveyard
 from tests.fakes import (
     NOON,

@@ -21,7 +21,8 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, JobError
 from sluice.domain.shares import Note
-from sluice.ports import Due, DueJobs, GovernorNotes, JobStore
+from sluice.ports.jobs import Due, DueJobs, JobStore
+from sluice.ports.limits import GovernorNotes
 from sluice.settings import MAPPINGS
 from sluice.upkeep.sweep import Sweep, Swept
 from tests.fakes import (

@@ -28,7 +28,7 @@ from sluice.adapters.secrets import POOL_AGE_MS, WebhookSecrets
 from sluice.adapters.web import HttpWeb
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Result, State
-from sluice.ports import Reply
+from sluice.ports.world import Reply
 from tests.fakes import NOON, FrozenClock, a_job
 from tests.moto_aws import Aws, in_memory
 

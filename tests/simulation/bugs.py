@@ -15,7 +15,8 @@ from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
 from sluice.intake.submit import Outcome, Submit
-from sluice.ports import Body, Due, Received
+from sluice.ports.claude import Body
+from sluice.ports.jobs import Due, Received
 from sluice.worker import limiter, work
 from sluice.worker.limiter import Admission, Limiter
 from sluice.worker.memory import Grant, Memory

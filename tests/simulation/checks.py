@@ -25,7 +25,7 @@ from sluice.domain.jobs import (
 )
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import LedgerRow
-from sluice.ports import Received
+from sluice.ports.jobs import Received
 from sluice.worker.memory import ANSWER_FACTOR, REQUEST_FACTOR
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.machines import Machine

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.limits import settle
 from sluice.domain.retries import Failure
-from sluice.ports import Headers, Refused
+from sluice.ports.claude import Headers, Refused
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.machines import Killed, Point
 from tests.simulation.upstream import REFUSED_MS, Call, Plan

@@ -13,13 +13,14 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, cast
 
 from sluice.domain.jobs import Party
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 SLOWEST_STEP_MS: Final = 24
@@ -69,7 +70,7 @@ class Machine:
 
     # The `Blocking` port.
 
-    async def __call__(self, call: Callable[..., T], /, *args: Any) -> T:
+    async def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a store call: some time passes before it and after it, and faults strike at both moments."""
         self.check()
         world = self.world
@@ -83,7 +84,7 @@ class Machine:
             self.check()
         world.writer = self
         try:
-            answer = call(*args)
+            answer = call(*args, **kwargs)
         except Exception as error:
             world.tell(self, f"{point.store}: {point.verb} -> {type(error).__name__}")
             raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure
-from sluice.ports import Answer, CallRequest, Headers, Refused
+from sluice.ports.claude import Answer, CallRequest, Headers, Refused
 from tests.fakes import ROOMY
 from tests.simulation.machines import Killed, Machine
 

@@ -20,7 +20,8 @@ from sluice.domain.retries import RetryPolicy
 from sluice.intake import submit as submitting
 from sluice.intake.accounts import Account
 from sluice.intake.submit import Accepted, Outcome, Sender, Submit
-from sluice.ports import Answer, CallRequest, Due, Params, Pointer, Received, Refused
+from sluice.ports.claude import Answer, CallRequest, Refused
+from sluice.ports.jobs import Due, Params, Pointer, Received
 from sluice.upkeep import sweep as sweeping
 from sluice.upkeep.dead_letters import DeadLetter, TakeDeadLetter
 from sluice.upkeep.governor import Governed, Governor

@@ -8,7 +8,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import AttemptOutcome, DueFor, Job, JobError, State
 from sluice.domain.limits import new_group
-from sluice.ports import Params, Received
+from sluice.ports.jobs import Params, Received
 from sluice.upkeep.dead_letters import DeadLetter, Estimate, Redriver, TakeDeadLetter
 from tests.fakes import (
     MINUTE,

@@ -10,7 +10,7 @@ import pytest
 
 from sluice.domain import batches as life
 from sluice.domain.batches import LOSSES_UNTIL_ALONE, MOST_LOST_ALONE, RangeState
-from sluice.ports import CallRequest, Refused
+from sluice.ports.claude import CallRequest, Refused
 from sluice.worker import ranges
 from sluice.worker.desk import AT_ONCE
 from tests.bulk_fakes import Bulk, Deaths, KillsAt, a_row, jsonl, number_in

@@ -20,7 +20,7 @@ from sluice.domain.limits import (
     block,
     group_id,
 )
-from sluice.ports import Headers
+from sluice.ports.claude import Headers
 from sluice.worker.limiter import (
     BLOCK_MS,
     REFUND_MS,

@@ -11,7 +11,8 @@ import pytest
 
 from sluice.domain import batches as life
 from sluice.domain.batches import Options
-from sluice.ports import CallRequest, Received
+from sluice.ports.claude import CallRequest
+from sluice.ports.jobs import Received
 from sluice.worker.desk import AGAIN, AT_ONCE, SAVE_ROWS
 from sluice.worker.ranges import KEEP_MS, LEASE_MS, RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl

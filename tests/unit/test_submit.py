@@ -26,7 +26,7 @@ from sluice.intake.submit import (
     Submit,
     Waiting,
 )
-from sluice.ports import Params
+from sluice.ports.jobs import Params
 from tests.fakes import (
     MINUTE,
     NOON,

@@ -33,7 +33,8 @@ from sluice.domain.webhooks import (
 from sluice.messages import webhook_of
 from sluice.notices.deliver import REFUSED, Deliver
 from sluice.notices.tell import Tell
-from sluice.ports import Notice, Received, Reply, Webhook
+from sluice.ports.jobs import Received
+from sluice.ports.world import Notice, Reply, Webhook
 from tests.bulk_fakes import MemoryNotices
 from tests.fakes import NOON, SECOND, FrozenClock, MemoryQueue, RecordingEvents, a_job
 

@@ -12,7 +12,7 @@ from sluice.domain import batches as life
 from sluice.domain.batches import Options, Plan, RangeState, Tally, row_job_id
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
-from sluice.ports import Answer, CallRequest
+from sluice.ports.claude import Answer, CallRequest
 from sluice.worker import desk as desks
 from sluice.worker import ranges
 from tests.bulk_fakes import Bulk, a_row, jsonl

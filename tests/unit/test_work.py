@@ -20,7 +20,8 @@ from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
 from sluice.domain.waits import USUAL, Waits
-from sluice.ports import Answer, CallRequest, Received, Refused
+from sluice.ports.claude import Answer, CallRequest, Refused
+from sluice.ports.jobs import Received
 from sluice.worker.call import LONGEST_DELAY_MS
 from sluice.worker.key_choice import KEYS_MS
 from sluice.worker.limiter import Admission, Admitted, Limiter

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sluice.domain.jobs import SCHEMA_VERSION
-from sluice.ports import Received, Webhook
+from sluice.ports.jobs import Received
+from sluice.ports.world import Webhook
 
 _JOB_ID: Final = re.compile(r"job_[0-9a-f]{32}")
 _BATCH_ID: Final = re.compile(r"msgbatch_[0-9a-f]{32}")

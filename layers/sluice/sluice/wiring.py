@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
     from sluice.domain.jobs import Job
     from sluice.notices.deliver import Deliver
-    from sluice.ports import Answers, CallBooks, Inbox, JobRecords, Received, Requests
+    from sluice.ports.jobs import Answers, CallBooks, Inbox, JobRecords, Received, Requests
     from sluice.worker.ranges import RunRange
 
 CLOCK = SystemClock()

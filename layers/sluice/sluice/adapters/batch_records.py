@@ -23,7 +23,8 @@ from sluice.domain.batches import (
     Tally,
 )
 from sluice.domain.errors import Stale
-from sluice.ports import BatchPage, Clock, DueRange
+from sluice.ports.batches import BatchPage, DueRange
+from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

@@ -29,7 +29,8 @@ from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import ANSWER_TOO_LARGE, Failure
-from sluice.ports import NO_HEADERS, Answer, CallRequest, Clock, Headers, Refused
+from sluice.ports.claude import NO_HEADERS, Answer, CallRequest, Headers, Refused
+from sluice.ports.world import Clock
 from sluice.worker.memory import BUDGET
 
 STREAM_FROM_TOKENS: Final = 8_192

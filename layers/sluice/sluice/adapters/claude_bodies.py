@@ -18,7 +18,7 @@ from typing import Final
 
 import httpx2
 
-from sluice.ports import CallRequest
+from sluice.ports.claude import CallRequest
 from sluice.worker.memory import BUDGET
 
 PIECE_BYTES: Final = 64 * 1024

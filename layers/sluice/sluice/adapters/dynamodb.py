@@ -23,7 +23,8 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
-from sluice.ports import Clock, Due, Page, Params
+from sluice.ports.jobs import Due, Page, Params
+from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.domain.capacity import REFILLED, Consumer
 from sluice.domain.errors import StoreBusy
-from sluice.ports import Clock
+from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient

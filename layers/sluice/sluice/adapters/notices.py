@@ -11,7 +11,7 @@ from sluice.adapters.sqs import message_group
 from sluice.bulk.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
-from sluice.ports import Events, Notice
+from sluice.ports.world import Events, Notice
 
 if TYPE_CHECKING:
     from mypy_boto3_events import EventBridgeClient

@@ -15,7 +15,8 @@ from sluice.adapters.job_records import made
 from sluice.domain.batches import Copied, Streamed, parts
 from sluice.domain.errors import InputGone, InvalidRequest, JobNotFound
 from sluice.domain.jobs import Result
-from sluice.ports import Received, Stored
+from sluice.ports.batches import Stored
+from sluice.ports.jobs import Received
 from sluice.upkeep.dead_letters import KeptLetter
 
 if TYPE_CHECKING:

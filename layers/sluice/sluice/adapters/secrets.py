@@ -18,7 +18,7 @@ from sluice.domain.keys import (
     parse_key_pool,
     parse_model_groups,
 )
-from sluice.ports import Clock
+from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
     from mypy_boto3_secretsmanager import SecretsManagerClient

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS = 16
@@ -35,9 +36,11 @@ class Threads:
     def __init__(self, threads: int = THREADS) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sluice")
 
-    def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
+    def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Return what the call returns."""
-        return asyncio.get_running_loop().run_in_executor(self._pool, partial(call, *args))
+        return asyncio.get_running_loop().run_in_executor(
+            self._pool, partial(call, *args, **kwargs)
+        )
 
 
 def peak_mb() -> int:

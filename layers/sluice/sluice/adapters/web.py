@@ -10,7 +10,7 @@ from typing import Final
 
 import httpx2
 
-from sluice.ports import Reply
+from sluice.ports.world import Reply
 
 SECONDS: Final = 15.0
 """For a whole delivery: the receiver should answer first and work afterwards (Standard Webhooks)."""

@@ -21,7 +21,8 @@ from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
 from sluice.domain.errors import Stale
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
-from sluice.ports import BatchStore, Clock, Events, Notice, Notices, Objects
+from sluice.ports.batches import BatchStore, Objects
+from sluice.ports.world import Clock, Events, Notice, Notices
 
 PARTS_AHEAD: Final = 4
 AHEAD_BYTES: Final = 4 * 1024 * 1024

@@ -35,7 +35,8 @@ from sluice.domain.forms import (
 )
 from sluice.domain.rows import read_moment
 from sluice.domain.webhooks import Network, check_url
-from sluice.ports import BatchStore, Clock, Events, Objects, RangesQueue, Stored
+from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
+from sluice.ports.world import Clock, Events
 
 FILE_MS: Final = 13 * 86_400_000
 """How long the rows of a file may wait, unless its options say less: below the 14 days of a message."""

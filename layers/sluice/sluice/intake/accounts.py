@@ -11,7 +11,9 @@ from sluice.domain.errors import InvalidRequest, JobNotFound, Stale
 from sluice.domain.jobs import Job, State
 from sluice.domain.limits import Group
 from sluice.domain.pricing import Spend
-from sluice.ports import Clock, Events, JobStore, Ledger, LimitStore, Page, ResultStore
+from sluice.ports.jobs import JobStore, Ledger, Page, ResultStore
+from sluice.ports.limits import LimitStore
+from sluice.ports.world import Clock, Events
 
 LONGEST_REPORT_DAYS = 366
 

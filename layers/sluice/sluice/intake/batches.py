@@ -24,15 +24,8 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale, StoreBusy
 from sluice.domain.rows import CUSTOM_ID
-from sluice.ports import (
-    BatchesQueue,
-    BatchPage,
-    BatchStore,
-    Clock,
-    Events,
-    Objects,
-    RandomBytes,
-)
+from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects
+from sluice.ports.world import Clock, Events, RandomBytes
 
 DAY_MS: Final = 86_400_000
 

@@ -24,17 +24,9 @@ from sluice.domain.errors import (
 )
 from sluice.domain.jobs import Job, derived_job_id, random_job_id
 from sluice.domain.limits import Group, expected_start
-from sluice.ports import (
-    Clock,
-    Events,
-    JobQueue,
-    JobStore,
-    LimitStore,
-    Params,
-    ParamsStore,
-    Pointer,
-    RandomBytes,
-)
+from sluice.ports.jobs import JobQueue, JobStore, Params, ParamsStore, Pointer
+from sluice.ports.limits import LimitStore
+from sluice.ports.world import Clock, Events, RandomBytes
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sluice.bulk.plan import BadOptions, PlanBatch, is_known, stem_of
 from sluice.domain.batches import Batch
 from sluice.domain.errors import InvalidRequest
-from sluice.ports import Objects, PartLinks
+from sluice.ports.batches import Objects, PartLinks
 
 PART_BYTES: Final = 16 * 1024 * 1024
 MOST_PARTS: Final = 10_000

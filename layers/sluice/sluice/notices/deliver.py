@@ -23,7 +23,8 @@ from sluice.domain.webhooks import (
     signing_secret,
 )
 from sluice.messages import webhook_of
-from sluice.ports import Clock, Events, Received, Reply, Returns, SigningSecrets, Web, Webhook
+from sluice.ports.jobs import Received, Returns
+from sluice.ports.world import Clock, Events, Reply, SigningSecrets, Web, Webhook
 
 STRANGE_MS: Final = 60_000
 """Pause after a failure of our own; the queue counts them, and makes the hundredth a dead letter."""

@@ -9,7 +9,7 @@ from sluice.bulk.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.pricing import usd
-from sluice.ports import Events, Notice, Notices
+from sluice.ports.world import Events, Notice, Notices
 
 ENDED: Final = "Job Ended"
 """The event's `detail-type`."""

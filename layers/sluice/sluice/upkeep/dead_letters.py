@@ -12,7 +12,9 @@ from sluice.domain.errors import IllegalTransition, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError, State
 from sluice.domain.limits import model_group, new_group
 from sluice.domain.pricing import PriceList, Usage, utc_day
-from sluice.ports import Clock, Events, JobStore, LimitStore, ParamsStore, Received
+from sluice.ports.jobs import JobStore, ParamsStore, Received
+from sluice.ports.limits import LimitStore
+from sluice.ports.world import Clock, Events
 
 PARALLEL_READS: Final = 16
 

@@ -22,15 +22,8 @@ from sluice.domain.capacity import (
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group
 from sluice.domain.shares import APPLIED_MS, Claim, Note, Share, room_of, share
-from sluice.ports import (
-    Clock,
-    Events,
-    Executions,
-    GovernorNotes,
-    LimitStore,
-    PoolHistory,
-    QueueMapping,
-)
+from sluice.ports.limits import Executions, GovernorNotes, LimitStore, PoolHistory, QueueMapping
+from sluice.ports.world import Clock, Events
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""

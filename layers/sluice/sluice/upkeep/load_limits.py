@@ -12,7 +12,8 @@ from typing import Final
 from sluice.domain.errors import KeyPoolBroken, Stale, StoreBusy
 from sluice.domain.keys import AdminKey
 from sluice.domain.limits import Group, KnownLimits, group_id, loaded, model_group, new_group
-from sluice.ports import AdminKeys, Clock, Events, LimitStore, RateLimits
+from sluice.ports.limits import AdminKeys, LimitStore, RateLimits
+from sluice.ports.world import Clock, Events
 
 EVERY_MS: Final = 3_600_000
 """Changed limits take effect within about an hour anyway (Anthropic, Rate Limits API)."""

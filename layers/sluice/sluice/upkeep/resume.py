@@ -13,16 +13,9 @@ from typing import Final
 from sluice.domain.batches import LINES_PER_RANGE, WATCH_MS
 from sluice.domain.capacity import startable
 from sluice.domain.limits import Group, model_group
-from sluice.ports import (
-    BatchesQueue,
-    BatchStore,
-    Clock,
-    DueRange,
-    Events,
-    LimitStore,
-    RangesQueue,
-    WaitingRanges,
-)
+from sluice.ports.batches import BatchesQueue, BatchStore, DueRange, RangesQueue, WaitingRanges
+from sluice.ports.limits import LimitStore
+from sluice.ports.world import Clock, Events
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""

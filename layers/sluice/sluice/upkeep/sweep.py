@@ -21,17 +21,9 @@ from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.jobs import DueFor, JobError, State
 from sluice.domain.limits import Group, model_group
-from sluice.ports import (
-    Clock,
-    Due,
-    DueJobs,
-    Events,
-    JobQueue,
-    JobStore,
-    LimitStore,
-    Pointer,
-    PoolHistory,
-)
+from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
+from sluice.ports.limits import LimitStore, PoolHistory
+from sluice.ports.world import Clock, Events
 from sluice.worker.tools import tell_end
 
 RUN_MS: Final = 60_000

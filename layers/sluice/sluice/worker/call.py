@@ -14,7 +14,7 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
-from sluice.ports import Answer, Body, CallRequest, Headers, Refused
+from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.worker.key_choice import KeyChoice, endpoint_circuit, model_circuit
 from sluice.worker.limiter import Admission, Limiter
 from sluice.worker.memory import Grant, Memory

@@ -22,7 +22,8 @@ from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
 from sluice.domain.rows import Line, Row, job_record, read_row
 from sluice.intake.submit import request_body
-from sluice.ports import CallBooks, Clock, Params, Received
+from sluice.ports.jobs import CallBooks, Params, Received
+from sluice.ports.world import Clock
 
 AT_ONCE: Final = 64
 """Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""

@@ -48,7 +48,9 @@ from sluice.domain.limits import (
     usual_gap,
 )
 from sluice.domain.waits import USUAL, Waits
-from sluice.ports import NO_HEADERS, Blocking, Clock, Events, Headers, Jitter, LimitStore
+from sluice.ports.claude import NO_HEADERS, Headers
+from sluice.ports.limits import LimitStore
+from sluice.ports.world import Blocking, Clock, Events, Jitter
 
 HORIZON_MS: Final = 3_000
 """How far ahead start times are given out. Short, so that a correction is soon felt by everybody."""

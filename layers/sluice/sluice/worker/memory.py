@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from sluice.ports import Clock
+from sluice.ports.world import Clock
 from sluice.worker.limiter import until
 
 MEBIBYTE: Final = 1024 * 1024

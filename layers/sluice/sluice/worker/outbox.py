@@ -10,7 +10,7 @@ from typing import Any, Final, Self, TypeVar
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.pricing import LedgerRow, Spend
-from sluice.ports import Received
+from sluice.ports.jobs import Received
 from sluice.worker.tools import Tools
 
 T = TypeVar("T")

@@ -36,16 +36,9 @@ from sluice.domain.rows import (
     split,
 )
 from sluice.intake.submit import NEWEST_VERSION, input_chars
-from sluice.ports import (
-    BatchesQueue,
-    BatchStore,
-    Blocking,
-    Clock,
-    Events,
-    Objects,
-    Received,
-    Returns,
-)
+from sluice.ports.batches import BatchesQueue, BatchStore, Objects
+from sluice.ports.jobs import Received, Returns
+from sluice.ports.world import Blocking, Clock, Events
 from sluice.worker.call import LONGEST_DELAY_MS
 from sluice.worker.desk import HELD_BYTES, Desk, Ended, Seat
 from sluice.worker.tools import tell_end

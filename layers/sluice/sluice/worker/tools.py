@@ -10,20 +10,10 @@ from sluice.domain.jobs import Job, State
 from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import USUAL, Waits
-from sluice.ports import (
-    Answers,
-    Blocking,
-    CallBooks,
-    Claude,
-    Clock,
-    Events,
-    Inbox,
-    Jitter,
-    JobRecords,
-    KeyPool,
-    LimitStore,
-    Requests,
-)
+from sluice.ports.claude import Claude
+from sluice.ports.jobs import Answers, CallBooks, Inbox, JobRecords, Requests
+from sluice.ports.limits import KeyPool, LimitStore
+from sluice.ports.world import Blocking, Clock, Events, Jitter
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
-from sluice.ports import Body, Params, Received
+from sluice.ports.claude import Body
+from sluice.ports.jobs import Params, Received
 from sluice.worker.call import (
     BUSY_MS,
     DONE,
