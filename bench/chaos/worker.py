@@ -16,7 +16,7 @@ import deployed  # type: ignore[import-not-found]  # the file that is deployed, 
 
 from sluice import wiring
 from sluice.adapters.sqs import SqsInbox
-from sluice.messages import received
+from sluice.ports.messages import received
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

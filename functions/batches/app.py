@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
-from sluice.messages import BatchMessage, batch_messages
+from sluice.ports.messages import BatchMessage, batch_messages
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
-from sluice.messages import reason_of, received
+from sluice.ports.messages import reason_of, received
 from sluice.upkeep.dead_letters import DeadLetter
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
-from sluice.messages import batch_messages
+from sluice.ports.messages import batch_messages
 from sluice.worker.ranges import RangePointer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sluice import wiring
-from sluice.messages import received
+from sluice.ports.messages import received
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext

@@ -39,7 +39,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State
 from sluice.domain.webhooks import signing_secret
-from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
+from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from tests.moto_aws import STACK, Aws, in_memory
 
 EVENTS: Final = Path(__file__).resolve().parents[2] / "events"
