@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sluice.domain import jobs as life
+from sluice.domain import waits
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
 from sluice.intake.submit import Outcome, Submit
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Due, Received
-from sluice.worker import limiter, work
+from sluice.worker import limiter
+from sluice.worker.ledger import Ledger
 from sluice.worker.limiter import Admission, Limiter
 from sluice.worker.memory import Grant, Memory
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.upstream import Upstream
@@ -102,7 +105,7 @@ def _count_a_snooze() -> Iterator[None]:
 
 @contextmanager
 def _lease_shorter_than_the_call() -> Iterator[None]:
-    with _instead(life, "LEASE_MS", 10_000):
+    with _instead(waits, "LEASE_MS", 10_000):
         yield
 
 
@@ -112,6 +115,7 @@ def _settle_twice() -> Iterator[None]:
 
     def twice(self: Limiter, admission: Admission, used: Cost | None, **facts: bool) -> None:
         settle(self, admission, used, **facts)
+        admission.is_settled = False
         settle(self, admission, used, **facts)
 
     with _instead(Limiter, "settle", twice):
@@ -153,16 +157,16 @@ def _two_sweeps_at_once() -> Iterator[None]:
 
 @contextmanager
 def _reuse_a_receipt_handle() -> Iterator[None]:
-    run = work.Worker.run
+    run = RunJobs.__call__
 
     async def with_old_receipts(
-        self: work.Worker, messages: list[Received], stop_at: int, owner: str
+        self: RunJobs, messages: list[Received], stop_at: int, owner: str
     ) -> list[str]:
-        known = vars(self).setdefault("_receipts", {})
+        known = self.worker.__dict__.setdefault("_receipts", {})
         old = [known.setdefault(message.message_id, message) for message in messages]
         return await run(self, old, stop_at, owner)
 
-    with _instead(work.Worker, "run", with_old_receipts):
+    with _instead(RunJobs, "__call__", with_old_receipts):
         yield
 
 
@@ -291,7 +295,7 @@ def _keep_silent_about_lost_calls() -> Iterator[None]:
     async def silent(*_: object) -> None:
         return
 
-    with _instead(work._Batch, "_account_for_lost", silent):  # noqa: SLF001 - what a bug may do
+    with _instead(Ledger, "account_for_lost", silent):
         yield
 
 

@@ -17,10 +17,10 @@ from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
-from sluice.domain.waits import USUAL
+from sluice.domain.waits import LONGEST_DELAY_MS, USUAL
 from sluice.intake import submit
 from sluice.ports.metrics import METRIC_NAMES
-from sluice.worker import call, limiter, work
+from sluice.worker import limiter, queue_source
 from tests.expanded_template import template
 
 ROOT = Path(__file__).parents[2]
@@ -283,10 +283,10 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
         ("blocked for more than {:.0f} s", [limiter.BLOCK_MS / 1000]),
         ("large call that has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
         ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
-        ("holds up to {} jobs", [work.SLOTS]),
-        ("for up to {:.0f} minutes. Jobs", [work.REFILL_MS / 60_000]),
+        ("holds up to {} jobs", [queue_source.SLOTS]),
+        ("for up to {:.0f} minutes. Jobs", [queue_source.REFILL_MS / 60_000]),
         ("Up to {:.0f} s of a wait", [USUAL.rest_ms / 1000]),
-        ("for at most {:.0f} minutes at a time", [call.LONGEST_DELAY_MS / 60_000]),
+        ("for at most {:.0f} minutes at a time", [LONGEST_DELAY_MS / 60_000]),
         ("continues at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
         ("gains {:.0f} % of the limit per second", [limits.RECOVERY_PER_SECOND / 10]),
         (

@@ -11,8 +11,8 @@ import pytest
 from sluice.domain import batches as life
 from sluice.domain.batches import LOSSES_UNTIL_ALONE, MOST_LOST_ALONE, RangeState
 from sluice.ports.claude import CallRequest, Refused
-from sluice.worker import ranges
-from sluice.worker.desk import AT_ONCE
+from sluice.worker import range_windows
+from sluice.worker.range_source import AT_ONCE
 from tests.bulk_fakes import Bulk, Deaths, KillsAt, a_row, jsonl, number_in
 from tests.fakes import MINUTE, NOON, refused
 from tests.unit.test_windows import as_one_range
@@ -29,7 +29,7 @@ REPEATED = AT_ONCE + 16 + 4 - 3
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Windows of fifty rows, so that a range of a hundred has two."""
-    monkeypatch.setattr(ranges, "WINDOW_ROWS", 50)
+    monkeypatch.setattr(range_windows, "WINDOW_ROWS", 50)
     made: list[Bulk] = []
 
     def one(rows: int = ROWS, expires_at: int = NOON + 24 * 60 * MINUTE, **facts: Any) -> Bulk:

@@ -28,10 +28,10 @@ from sluice.worker.limiter import (
     WATCH_MS,
     Admission,
     Admitted,
-    Again,
     Claimant,
     Later,
     Limiter,
+    Moved,
     TooLarge,
 )
 from tests.fakes import (
@@ -491,7 +491,7 @@ def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) ->
     moved, answers = crew.play(story)
 
     assert {"key:main/a": "org"} == moved
-    assert [Again()] * 3 == answers
+    assert [Moved()] * 3 == answers
     assert "org" == crew.store.stored["key:main/a"].moved_to
     assert 600 == crew.group.requests.limit
 

@@ -14,24 +14,25 @@ import pytest
 
 from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
-from sluice.domain.jobs import LEASE_MS, RENEW_MS, AttemptOutcome, Job, State
+from sluice.domain.jobs import AttemptOutcome, Job, State
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
-from sluice.domain.waits import USUAL, Waits
+from sluice.domain.waits import (
+    LEASE_MS,
+    LONGEST_DELAY_MS,
+    LONGEST_PARK_MS,
+    RENEW_MS,
+    SCOUT_MS,
+    USUAL,
+    Waits,
+)
 from sluice.ports.claude import Answer, CallRequest, Refused
 from sluice.ports.jobs import Received
-from sluice.worker.call import LONGEST_DELAY_MS
-from sluice.worker.key_choice import KEYS_MS
+from sluice.worker.keys import KEYS_MS
 from sluice.worker.limiter import Admission, Admitted, Limiter
-from sluice.worker.work import (
-    MOST_WAITING,
-    REFILL_MS,
-    SCOUT_MS,
-    SLOTS,
-    WAITING,
-)
+from sluice.worker.queue_source import MOST_WAITING, REFILL_MS, SLOTS, WAITING
 from tests.fakes import (
     MESSAGE,
     MINUTE,
@@ -593,7 +594,7 @@ def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -
     job = gateway.job()
     assert (State.QUEUED, 0) == (job.state, job.attempts_used)
     assert job.not_before is not None
-    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + life.LONGEST_PARK_MS
+    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + LONGEST_PARK_MS
     assert [] == gateway.queue.delays
 
 

@@ -16,15 +16,6 @@ from typing import Final
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 
-LEASE_MS: Final = 120_000
-"""Longer than any gap between renewals; a job whose worker died is free again after this time at the latest."""
-
-RENEW_MS: Final = 45_000
-"""How often a worker says that it is alive: to the jobs it runs, and to the queue about the messages it holds."""
-
-LONGEST_PARK_MS: Final = 6 * 3_600_000
-"""A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
-
 WATCH_MS: Final = 30 * 60_000
 """A job of which nothing was written for so long may have lost its message: the sweep looks at it."""
 

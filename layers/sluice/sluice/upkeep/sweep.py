@@ -21,6 +21,7 @@ from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, JobError, State
 from sluice.domain.limits import Group, model_group
+from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
 from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
@@ -42,13 +43,13 @@ LOOK_AT: Final = 10_000
 CARE_FOR: Final = 1_000
 """Jobs looked at per run whose message may be lost."""
 
-QUIET_MS: Final = life.LONGEST_PARK_MS
+QUIET_MS: Final = LONGEST_PARK_MS
 """While more waits in the queue than can start, a job's message is probably there: it is believed for so long."""
 
 AT_ONCE: Final = 100
 """Jobs taken, sent and noted together; between two such steps the sweep may stop."""
 
-NEW_KEYS_MS: Final = life.LONGEST_PARK_MS + NEW_POOL_MS
+NEW_KEYS_MS: Final = LONGEST_PARK_MS + NEW_POOL_MS
 """A key pool written this recently may serve jobs whose known groups are all blocked: until then each was due once."""
 
 PARALLEL_WRITES: Final = 16

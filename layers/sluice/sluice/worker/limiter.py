@@ -51,6 +51,7 @@ from sluice.domain.waits import USUAL, Waits
 from sluice.ports.claude import NO_HEADERS, Headers
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Blocking, Clock, Events, Jitter
+from sluice.worker.timeouts import wait_at_most
 
 HORIZON_MS: Final = 3_000
 """How far ahead start times are given out. Short, so that a correction is soon felt by everybody."""
@@ -103,17 +104,33 @@ class Claimant:
 
 @dataclass(eq=False, slots=True)
 class Admission:
-    """A start time in a limit group. `settle` it exactly once, whatever happens."""
+    """A start time in a limit group: reserved, and settled exactly once.
 
+    As a context manager it gives the reservation back on leaving, unless `settle` has said what was used.
+    """
+
+    door: Limiter
     claimant: Claimant
     start: int
     epoch: int
     reserved: Cost
     input_chars: int
     is_probe: bool = False
-    """A breaker is open, and this call is to find out whether it still has to be."""
+    """A circuit breaker is open, and this call is to find out whether it still must be."""
     started_at: int | None = None
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
+    is_settled: bool = False
+
+    def settle(self, used: Cost | None, *, answered: bool = False, cached: bool = False) -> None:
+        """Report what the call used, as `Limiter.settle`."""
+        self.door.settle(self, used, answered=answered, cached=cached)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.is_settled:
+            self.settle(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +150,11 @@ class TooLarge:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class Moved:
     """The group is known under another name now: choose again."""
 
 
-Admitted = Admission | Later | TooLarge | Again
-
-
-async def until(event: asyncio.Event, clock: Clock, milliseconds: int) -> None:
-    """Wait for the event, but no longer than that."""
-    if milliseconds <= 0 or event.is_set():
-        return
-    sleeping = asyncio.ensure_future(clock.sleep(milliseconds))
-    happened = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({sleeping, happened}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        sleeping.cancel()
-        happened.cancel()
+Admitted = Admission | Later | TooLarge | Moved
 
 
 @dataclass(eq=False, slots=True)
@@ -370,7 +374,7 @@ class Limiter:
 
     async def wait_for_start(self, admission: Admission) -> bool:
         """Wait until the start time. False when the plan changed meanwhile: give the reservation back and ask again."""
-        await until(admission.revoked, self._clock, admission.start - self._clock.now())
+        await wait_at_most(admission.revoked, self._clock, admission.start - self._clock.now())
         if admission.revoked.is_set() or self._is_cut_off(admission):
             return False
         admission.started_at = self._clock.now()
@@ -400,6 +404,8 @@ class Limiter:
 
         `answered`: `used` is real usage and teaches the estimates; `cached`: its input was partly cached.
         """
+        assert not admission.is_settled, "a reservation is settled once"  # noqa: S101
+        admission.is_settled = True
         now = self._clock.now()
         call_ms = max(1, now - (admission.started_at or now)) if answered else 0
         books = self._books[admission.claimant.group]
@@ -552,7 +558,7 @@ class Limiter:
             # A moment's rest even when woken at once, so that what arrives together travels together.
             await self._clock.sleep(min(pause, CONFLICT_MS))
             rest = pause - CONFLICT_MS
-            await until(self._wake, self._clock, rest)
+            await wait_at_most(self._wake, self._clock, rest)
 
     def _send_late_ones_away(self) -> None:
         now = self._clock.now()
@@ -645,7 +651,7 @@ class Limiter:
             self.moved[current.id] = current.moved_to
             for waiter in list(self._waiters):
                 if any(claimant.group == current.id for claimant in waiter.claimants):
-                    self._answer(waiter, Again())
+                    self._answer(waiter, Moved())
 
     def _draft(self, now: int) -> dict[str, list[_Waiter]]:
         """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
@@ -855,7 +861,9 @@ class Limiter:
                 books.give_back(group.epoch, cost, self._clock.now())
                 continue
             claimant = next(each for each in waiter.claimants if each.group == group.id)
-            admission = Admission(claimant, start, group.epoch, cost, waiter.input_chars, is_probe)
+            admission = Admission(
+                self, claimant, start, group.epoch, cost, waiter.input_chars, is_probe
+            )
             books.open.append(admission)
             self._answer(waiter, admission)
 
