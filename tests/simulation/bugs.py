@@ -18,9 +18,10 @@ from sluice.domain.limits import Cost, Group, Observation, observe
 from sluice.intake.submit import Outcome, Submit
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Due, Received
-from sluice.worker import limiter
+from sluice.worker import limit_writer
 from sluice.worker.ledger import Ledger
-from sluice.worker.limiter import Admission, Limiter
+from sluice.worker.limit_books import Admission
+from sluice.worker.limiter import Limiter
 from sluice.worker.memory import Grant, Memory
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.suspects import Suspects
@@ -139,7 +140,7 @@ def _trust_a_stale_header() -> Iterator[None]:
     def trusting(group: Group, observation: Observation, now: int) -> Group:
         return observe(replace(group, observed_at=0), observation, now)
 
-    with _instead(limiter, "observe", trusting):
+    with _instead(limit_writer, "observe", trusting):
         yield
 
 

@@ -26,7 +26,8 @@ from sluice.upkeep import sweep as sweeping
 from sluice.upkeep.dead_letters import DeadLetter, TakeDeadLetter
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.sweep import Sweep
-from sluice.worker.limiter import Admission, Limiter
+from sluice.worker.limit_books import Admission
+from sluice.worker.limiter import Limiter
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.worker import Worker

@@ -20,7 +20,7 @@ from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import LONGEST_DELAY_MS, USUAL
 from sluice.intake import submit
 from sluice.ports.metrics import METRIC_NAMES
-from sluice.worker import limiter, queue_source
+from sluice.worker import limit_books, limit_planner, queue_source
 from tests.expanded_template import template
 
 ROOT = Path(__file__).parents[2]
@@ -277,11 +277,11 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "starts at {} requests, {:,} input and {:,} output tokens a minute",
             [limits.SAFE_START[dimension] for dimension in limits.DIMENSIONS],
         ),
-        ("start time up to {:.0f} s ahead", [limiter.HORIZON_MS / 1000]),
-        ("s ahead ({:.0f} s at slow rates)", [limiter.LONGEST_HORIZON_MS / 1000]),
+        ("start time up to {:.0f} s ahead", [limit_books.HORIZON_MS / 1000]),
+        ("s ahead ({:.0f} s at slow rates)", [limit_books.LONGEST_HORIZON_MS / 1000]),
         ("cannot start within {:.0f} s go back to the queue", [USUAL.hold_ms / 1000]),
-        ("blocked for more than {:.0f} s", [limiter.BLOCK_MS / 1000]),
-        ("large call that has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
+        ("blocked for more than {:.0f} s", [limit_planner.BLOCK_MS / 1000]),
+        ("large call that has waited {:.0f} s", [limit_books.PATIENCE_MS / 1000]),
         ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
         ("holds up to {} jobs", [queue_source.SLOTS]),
         ("for up to {:.0f} minutes. Jobs", [queue_source.REFILL_MS / 60_000]),

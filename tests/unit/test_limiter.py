@@ -1,7 +1,7 @@
 """The limiter as workers use it: blocks of start times, settled later, through one shared record."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
 from typing import Any, TypeVar
@@ -21,19 +21,19 @@ from sluice.domain.limits import (
     group_id,
 )
 from sluice.ports.claude import Headers
-from sluice.worker.limiter import (
-    BLOCK_MS,
+from sluice.worker.limit_books import (
     REFUND_MS,
     SETTLE_MS,
-    WATCH_MS,
     Admission,
     Admitted,
     Claimant,
     Later,
-    Limiter,
     Moved,
     TooLarge,
 )
+from sluice.worker.limit_planner import BLOCK_MS
+from sluice.worker.limit_writer import WATCH_MS
+from sluice.worker.limiter import Limiter
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -479,7 +479,7 @@ def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) ->
                 return admitted
             limiter.settle(admitted, None)
 
-    async def story(limiter: Limiter) -> tuple[dict[str, str], list[Admitted]]:
+    async def story(limiter: Limiter) -> tuple[Mapping[str, str], list[Admitted]]:
         admitted = await crew.admit(limiter, claimants=[unknown])
         assert isinstance(admitted, Admission)
         waiting = [asyncio.create_task(ask(limiter)) for _ in range(3)]

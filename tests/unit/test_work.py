@@ -31,7 +31,8 @@ from sluice.domain.waits import (
 from sluice.ports.claude import Answer, CallRequest, Refused
 from sluice.ports.jobs import Received
 from sluice.worker.keys import KEYS_MS
-from sluice.worker.limiter import Admission, Admitted, Limiter
+from sluice.worker.limit_books import Admission, Admitted
+from sluice.worker.limiter import Limiter
 from sluice.worker.queue_source import MOST_WAITING, REFILL_MS, SLOTS, WAITING
 from tests.fakes import (
     MESSAGE,

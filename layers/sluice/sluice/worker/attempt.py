@@ -22,7 +22,7 @@ from sluice.worker.call import Call, Heartbeat
 from sluice.worker.endings import DONE, Again, Done, Ending, Wait
 from sluice.worker.invocation import Invocation
 from sluice.worker.ledger import CallEntry
-from sluice.worker.limiter import Admission, Later, Moved, TooLarge
+from sluice.worker.limit_books import Admission, Later, Moved, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken

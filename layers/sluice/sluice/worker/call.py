@@ -13,7 +13,7 @@ from sluice.domain.retries import Failure
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.swap import swap
 from sluice.worker.invocation import Invocation
-from sluice.worker.limiter import Admission
+from sluice.worker.limit_books import Admission
 from sluice.worker.memory import Grant
 
 

@@ -18,7 +18,8 @@ from sluice.domain.keys import (
 )
 from sluice.domain.limits import group_id, model_group
 from sluice.ports.claude import Headers
-from sluice.worker.limiter import Claimant, Limiter, claimant_for
+from sluice.worker.limit_books import Claimant, claimant_for
+from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
 
 KEYS_MS: Final = 5_000

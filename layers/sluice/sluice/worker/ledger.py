@@ -13,7 +13,7 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
 from sluice.ports.jobs import CallBooks
 from sluice.ports.world import Blocking, Clock, Events
-from sluice.worker.limiter import Claimant
+from sluice.worker.limit_books import Claimant
 
 MOST_ROWS: Final = 10_000
 """Rows a worker keeps while the ledger is unavailable: 10 MB."""

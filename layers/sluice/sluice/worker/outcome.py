@@ -23,7 +23,7 @@ from sluice.worker.endings import DONE, Again, Ending
 from sluice.worker.invocation import Invocation
 from sluice.worker.keys import endpoint_circuit, model_circuit
 from sluice.worker.ledger import CallEntry
-from sluice.worker.limiter import Admission
+from sluice.worker.limit_books import Admission
 
 Change = Callable[[Job, int], Job]
 Then = Callable[[Job], Ending]
