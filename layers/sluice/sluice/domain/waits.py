@@ -98,15 +98,14 @@ class Place(StrEnum):
     """Outside the queue: its record has a `not_before`, and the sweep sends a new message."""
 
 
-def place_of(
-    delay_ms: int, *, stay_ms: int = 0, left_ms: int = 0, window_ms: int = LEAST_WINDOW_MS
-) -> Place:
+def place_of(delay_ms: int, *, stay_ms: int = 0, left_ms: int = 0, window_ms: int = 0) -> Place:
     """Return where a job waits that can go on after `delay_ms`.
 
     `stay_ms` is the longest wait worth spending in the invocation: none by default. The job stays there only if its
-    call, which needs `window_ms`, still fits into the `left_ms` until the invocation's calls must have ended.
+    call, which needs `window_ms` and never less than `LEAST_WINDOW_MS`, still fits into the `left_ms` until the
+    invocation's calls must have ended.
     """
-    if delay_ms <= stay_ms and delay_ms + window_ms <= left_ms:
+    if delay_ms <= stay_ms and delay_ms + max(window_ms, LEAST_WINDOW_MS) <= left_ms:
         return Place.INVOCATION
     return Place.QUEUE if delay_ms <= LONGEST_DELAY_MS else Place.PARKED
 

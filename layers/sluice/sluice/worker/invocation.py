@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sluice.domain.jobs import Job
-from sluice.domain.waits import LEAST_WINDOW_MS, LONGEST_DELAY_MS, Place, place_of, window_of
+from sluice.domain.waits import LONGEST_DELAY_MS, Place, place_of, window_of
 from sluice.worker.endings import Wait
 from sluice.worker.keys import KeyChoice
 from sluice.worker.ledger import Ledger
@@ -62,6 +62,10 @@ class Invocation:
 
     def after_call(self, delay_ms: int, job: Job) -> Wait:
         """Return the wait of a job after a call that brought no answer."""
-        rest_ms = self.rules.waits.rest_ms
-        place = place_of(delay_ms, stay_ms=rest_ms, left_ms=self.left(), window_ms=LEAST_WINDOW_MS)
+        place = place_of(
+            delay_ms,
+            stay_ms=self.rules.waits.rest_ms,
+            left_ms=self.left(),
+            window_ms=self.window(job),
+        )
         return Wait(self.now() + delay_ms, place, job)
