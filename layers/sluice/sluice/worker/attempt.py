@@ -6,6 +6,7 @@ per call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -22,7 +23,7 @@ from sluice.worker.call import Call, Heartbeat
 from sluice.worker.endings import DONE, Again, Done, Ending, Wait
 from sluice.worker.invocation import Invocation
 from sluice.worker.ledger import CallEntry
-from sluice.worker.limit_books import Admission, Later, Moved, TooLarge
+from sluice.worker.limit_books import Admission, Claimant, Later, Moved, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken
@@ -58,32 +59,31 @@ class Attempt:
         if step is not Step.RUN:
             return await self._without_call(step)
         most = life.most_in_flight(self._job)
-        if most is None:
-            return await self._with_memory(self._rules.waits.hold_ms)
+        hold_ms = self._rules.waits.hold_ms if most is None else waits.HOLD_APART_MS
         async with self._invocation.hand.suspects.turn(most):
-            return await self._with_memory(waits.HOLD_APART_MS)
+            return await self._with_memory(hold_ms)
 
     async def _with_memory(self, hold_ms: int) -> Ending:
         """Run it; a request too large for the memory that is left waits in line for it, without a start time."""
         with self._invocation.memory.grant() as grant:
             ending = await self._once(grant, hold_ms)
-            if not isinstance(ending, _NoMemory):
-                return ending
-            self._invocation.hand.memory_waits += 1
-            if not await grant.take(self._job.request_bytes, waits.MEMORY_MS):
-                return self._invocation.in_queue(1_000 + self._invocation.spread(4_000))
-            # Jobs that wait for memory must not wait for limits that are not theirs.
-            ending = await self._once(grant, waits.START_WITH_MEMORY_MS)
-            return Again(self._job) if isinstance(ending, _NoMemory) else ending
+            return await self._in_line(grant) if isinstance(ending, _NoMemory) else ending
+
+    async def _in_line(self, grant: Grant) -> Ending:
+        """Wait in line for memory, then try again."""
+        self._invocation.hand.memory_waits += 1
+        if not await grant.take(self._job.request_bytes, waits.MEMORY_MS):
+            return self._invocation.in_queue(1_000 + self._invocation.spread(4_000))
+        # Jobs that wait for memory must not wait for limits that are not theirs.
+        ending = await self._once(grant, waits.START_WITH_MEMORY_MS)
+        return Again(self._job) if isinstance(ending, _NoMemory) else ending
 
     async def _once(self, grant: Grant, hold_ms: int) -> Ending | _NoMemory:
         """Choose, admit, claim, call, record."""
         latest = self._latest_start(hold_ms)
         choice = await self._invocation.keys.claimants(self._job)
-        if isinstance(choice, JobError):
-            return await self._end(State.ERRORED, choice)
-        if not choice or latest is None:
-            return self._nothing_starts(has_key=bool(choice))
+        if isinstance(choice, JobError) or not choice or latest is None:
+            return await self._not_chosen(choice)
         admission = await self._limiter.admit(
             [claimant for claimant, _ in choice],
             self._job.input_chars,
@@ -97,9 +97,7 @@ class Attempt:
             claimed = await self._claimed(admission, key, grant)
             if isinstance(claimed, _Claimed):
                 return await self._called(claimed, admission, key, grant)
-        if isinstance(claimed, JobError):
-            return await self._end(State.ERRORED, claimed)
-        return claimed
+        return await self._end(State.ERRORED, claimed) if isinstance(claimed, JobError) else claimed
 
     # Choose -----------------------------------------------------------------------------------------------------
 
@@ -138,16 +136,18 @@ class Attempt:
         latest = min(self._invocation.stop_at - self._invocation.window(self._job), now + hold_ms)
         return None if latest < now else latest
 
-    def _nothing_starts(self, *, has_key: bool) -> Wait:
-        """Give the job back to the queue: no key is usable, or too little time is left."""
+    async def _not_chosen(
+        self, choice: Sequence[tuple[Claimant, UpstreamKey]] | JobError
+    ) -> Ending:
+        """End a job that no key may be used for; else give it back: no key is usable now, or no time is left."""
+        if isinstance(choice, JobError):
+            return await self._end(State.ERRORED, choice)
         self._invocation.hand.may_take = False
         spread = self._invocation.spread
-        if has_key:
+        if choice:
             return self._invocation.in_queue(spread(1_000))
-        return self._invocation.in_queue(self._grown(waits.NO_KEY_MS + spread(10_000)))
-
-    def _grown(self, delay_ms: int) -> int:
-        return waits.grown(delay_ms, self._taken.message.receive_count)
+        delay = waits.NO_KEY_MS + spread(10_000)
+        return self._invocation.in_queue(waits.grown(delay, self._taken.message.receive_count))
 
     # Admit ------------------------------------------------------------------------------------------------------
 

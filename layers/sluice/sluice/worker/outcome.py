@@ -63,15 +63,11 @@ class Outcome:
     async def record(self, answer: Answer | Refused) -> Ending:
         """Use what the response said, and write what it means for the job."""
         await self._learn(answer)
-        match answer:
-            case Answer():
-                return await self._answered(answer)
-            case Refused(failure=failure, headers=headers):
-                if self._heartbeat.is_canceled or failure.type == "canceled":
-                    return await self._stopped()
-                return await self._failed(failure, headers)
-            case _:
-                assert_never(answer)
+        if isinstance(answer, Answer):
+            return await self._answered(answer)
+        if self._heartbeat.is_canceled or answer.failure.type == "canceled":
+            return await self._stopped()
+        return await self._failed(answer.failure, answer.headers)
 
     # What the response says about more than this job ------------------------------------------------------------
 
@@ -328,14 +324,12 @@ class Outcome:
             self._events.problem("lease lost", job_id=self._heartbeat.job.job_id)
             self._account(row, "lease lost")
             return self._invocation.in_queue(waits.LEASE_MS)
-        if written is None:
-            self._account(row, "job record gone")
-            return DONE
-        self._account(row)
-        if written.state.is_final:
+        self._account(row, None if written else "job record gone")
+        if written is not None and not written.state.is_final:
+            return then(written)
+        if written is not None:
             report_end(self._events, written)
-            return DONE
-        return then(written)
+        return DONE
 
     async def _changed(self, change: Change, row: LedgerRow | None) -> Job | None:
         """Write a change of the job; None when its record was deleted. Raises LeaseLost, or StoreBusy at the end."""

@@ -147,9 +147,7 @@ class QueueSource:
     ) -> Sequence[Taken]:
         """Return the jobs that messages name and that are not in hand, with their records."""
         new = [(job_id, each) for each in messages if (job_id := self._new_job(each)) is not None]
-        if not new:
-            return ()
-        jobs = await self._read([job_id for job_id, _ in new])
+        jobs = await self._read([job_id for job_id, _ in new]) if new else {}
         taken = []
         for job_id, message in new:
             if jobs is not None and job_id not in jobs:
