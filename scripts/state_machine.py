@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from sluice.domain.jobs import CHANGES, Change, Rule, State
+from sluice.domain.jobs import TRANSITIONS, Rule, State, Transition
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "state_machine.md"
 
 
-def drawing(changes: Mapping[Change, Rule]) -> str:
+def drawing(changes: Mapping[Transition, Rule]) -> str:
     """Return the state machine as a mermaid diagram in a Markdown code block."""
     arrows: dict[tuple[State, State], list[str]] = {}
     for change, rule in changes.items():
@@ -29,7 +29,7 @@ def drawing(changes: Mapping[Change, Rule]) -> str:
     return "\n".join([*lines, "```"])
 
 
-def table(changes: Mapping[Change, Rule]) -> str:
+def table(changes: Mapping[Transition, Rule]) -> str:
     """Return the changes as a Markdown table."""
     rows = ["| change | from | to | who | the lease | when |", "|---|---|---|---|---|---|"]
     for change, rule in changes.items():
@@ -51,7 +51,7 @@ def redrawn(page: str, name: str, content: str) -> str:
 
 def up_to_date(page: str) -> str:
     """Return the page as the code has it."""
-    return redrawn(redrawn(page, "drawing", drawing(CHANGES)), "changes", table(CHANGES))
+    return redrawn(redrawn(page, "drawing", drawing(TRANSITIONS)), "changes", table(TRANSITIONS))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

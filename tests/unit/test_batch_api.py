@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from sluice.api import http
-from sluice.domain import batches as life
-from sluice.domain.batches import Options, Phase, Source, Tally
+from sluice.domain.batches import Batch, Options, Phase, Source, Tally, delete_batch
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
 from sluice.intake import batches as api
 from sluice.intake.batches import Batches, Create, Inline, Link
@@ -41,7 +40,7 @@ class Caller:
         self._drawn += 1
         return bytes([self._drawn]) * count
 
-    def create(self, *rows: object, **more: Any) -> life.Batch:
+    def create(self, *rows: object, **more: Any) -> Batch:
         options = more.pop("options", Options())
         return self.batches.create(Create(rows or [a_row(1)], options, **more))
 
@@ -342,7 +341,7 @@ def test_only_an_ended_batch_can_be_deleted(caller: Caller) -> None:
 def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
-    gone = life.delete(caller.batches.get(batch.batch_id))
+    gone = delete_batch(caller.batches.get(batch.batch_id))
     caller.bulk.batches.fail_next("replace", error=Stale(gone))
 
     caller.batches.delete(batch.batch_id)

@@ -48,9 +48,10 @@ from sluice.domain.retries import RetryPolicy
 from sluice.domain.shares import CEILINGS
 from sluice.intake.accounts import Account
 from sluice.intake.batches import Batches
-from sluice.intake.submit import Submit, Waiting
+from sluice.intake.start_estimate import StartEstimate
+from sluice.intake.submit import Submit
 from sluice.intake.uploads import LINK_SECONDS, Uploads
-from sluice.notices.tell import Tell
+from sluice.notices.publish import Publish
 from sluice.settings import MAPPINGS, Settings
 from sluice.upkeep.dead_letters import TakeDeadLetter
 from sluice.upkeep.governor import Governed, Governor
@@ -190,9 +191,9 @@ def submit() -> Submit:
 
 
 @cache
-def waiting() -> Waiting:
+def waiting() -> StartEstimate:
     """Return how long new jobs will probably wait."""
-    return Waiting(_queue(), limits(), CLOCK, telemetry())
+    return StartEstimate(_queue(), limits(), CLOCK, telemetry())
 
 
 def account(tenant: str) -> Account:
@@ -228,9 +229,9 @@ def _notices() -> BusNotices:
 
 
 @cache
-def tell() -> Tell:
+def publish() -> Publish:
     """Return the use case behind the stream of the jobs table."""
-    return Tell(_notices(), telemetry())
+    return Publish(_notices(), telemetry())
 
 
 def ended_jobs(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, Job]]:

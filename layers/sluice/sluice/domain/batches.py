@@ -243,7 +243,7 @@ class Batch:
         return f"batches/{self.batch_id}/sections/{section:06d}.{kind}"
 
 
-TELL_MS: Final = 2 * 60_000
+NOTIFY_MS: Final = 2 * 60_000
 """An end that nobody was told of after this time is told again."""
 
 WATCH_MS: Final = 20 * 60_000
@@ -321,7 +321,7 @@ def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
     )
 
 
-def begin(batch: Batch, now: int) -> Batch:
+def start_batch(batch: Batch, now: int) -> Batch:
     """Note that all ranges are on their way. Ranges that were quick may have ended the batch already."""
     if batch.phase is not Phase.PLANNING:
         return batch
@@ -329,23 +329,23 @@ def begin(batch: Batch, now: int) -> Batch:
 
 
 def is_overdue(batch: Batch, now: int) -> bool:
-    """Tell whether a batch should have ended: its rows expired a while ago, so messages of it must be lost."""
+    """Return whether a batch should have ended: its rows expired a while ago, so messages of it must be lost."""
     return now >= batch.expires_at + WATCH_MS
 
 
-def cancel(batch: Batch, now: int) -> Batch:
+def cancel_batch(batch: Batch, now: int) -> Batch:
     """Ask for the end: rows that wait are canceled, calls under way are stopped. A batch that ended stays as it is."""
     if batch.phase is Phase.ENDED or batch.cancel_initiated_at is not None:
         return batch
     return _changed(batch, cancel_initiated_at=now)
 
 
-def end(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: int) -> Batch:
+def end_batch(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: int) -> Batch:
     """Note that the results are put together."""
     return _changed(
         batch,
         phase=Phase.ENDED,
-        due_at=now + TELL_MS,
+        due_at=now + NOTIFY_MS,
         ended_at=now,
         tally=tally,
         duplicates=duplicates,
@@ -353,18 +353,18 @@ def end(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: in
     )
 
 
-def fail(batch: Batch, now: int, problem: str) -> Batch:
+def fail_batch(batch: Batch, now: int, problem: str) -> Batch:
     """End a batch whose object as a whole cannot be run."""
-    ended = end(batch, now, Tally(invalid=1), 0, 0)
+    ended = end_batch(batch, now, Tally(invalid=1), 0, 0)
     return replace(ended, problem=problem)
 
 
-def tell(batch: Batch) -> Batch:
+def mark_notified(batch: Batch) -> Batch:
     """Note that whoever listens has heard of the end."""
     return _changed(batch, told=True, due_at=None)
 
 
-def delete(batch: Batch) -> Batch:
+def delete_batch(batch: Batch) -> Batch:
     """Take an ended batch out of sight; its objects go with their retention."""
     return batch if batch.deleted else _changed(batch, deleted=True)
 

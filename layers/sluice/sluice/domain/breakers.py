@@ -31,7 +31,7 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether calls have to wait, or to be probes."""
+        """Return whether calls have to wait, or to be probes."""
         return self.streak >= STREAK
 
 

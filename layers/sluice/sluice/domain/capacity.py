@@ -92,7 +92,7 @@ class Decision:
     reason: str
 
     def changes(self, consumer: Consumer) -> bool:
-        """Tell whether the mapping is anything else now. While it is off, its number does not matter."""
+        """Return whether the mapping is anything else now. While it is off, its number does not matter."""
         if not self.enabled and not consumer.enabled:
             return False
         return (self.maximum_concurrency, self.enabled) != (
@@ -155,12 +155,12 @@ def switched_off_by_hand(consumer: Consumer, ceiling: int) -> Decision:
 
 
 def has_work(group: Group, now: int) -> bool:
-    """Tell whether jobs of the group were started or answered lately; a blocked group counts until its block ends."""
+    """Return whether jobs of the group were started or answered lately; a blocked group counts until its block ends."""
     return max(group.last_start, group.observed_at) > now - ACTIVE_MS
 
 
 def is_stalled(group: Group, now: int) -> bool:
-    """Tell whether the group can use no worker for longer: blocked for over a minute, or set aside and silent."""
+    """Return whether the group can use no worker for longer: blocked for over a minute, or set aside and silent."""
     if group.blocked_until > now + LONG_MS:
         return True
     is_cut_off = any(breaker.is_open for breaker in group.circuits.values())
@@ -168,7 +168,7 @@ def is_stalled(group: Group, now: int) -> bool:
 
 
 def is_new(pool_changed_at: int | None, now: int, within: int = NEW_POOL_MS) -> bool:
-    """Tell whether the key pool was written lately, so that it may hold keys of groups that nobody knows yet."""
+    """Return whether the key pool was written lately, so that it may hold keys of groups that nobody knows yet."""
     return pool_changed_at is not None and now - pool_changed_at < within
 
 

@@ -33,5 +33,5 @@ def verifier(pepper: str, key: str) -> str:
 
 
 def matches(pepper: str, key: str, stored: str) -> bool:
-    """Tell whether `key` belongs to the stored verifier, in constant time."""
+    """Return whether `key` belongs to the stored verifier, in constant time."""
     return hmac.compare_digest(verifier(pepper, key), stored)

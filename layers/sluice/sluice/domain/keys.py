@@ -38,7 +38,7 @@ class UpstreamKey:
         return sha256(self.api_key.encode()).hexdigest()[:16]
 
     def allows(self, tenant: str, model: str) -> bool:
-        """Tell whether the pool lets `tenant` use this key for `model`."""
+        """Return whether the pool lets `tenant` use this key for `model`."""
         if self.tenants is not None and tenant not in self.tenants:
             return False
         return self.models is None or bool({model, base_model(model)} & self.models)
@@ -65,7 +65,7 @@ class KeyMark:
     """Fingerprint of the key that upstream rejected with 401; another key under the same id is tried again."""
 
     def rejects(self, key: UpstreamKey) -> bool:
-        """Tell whether this key is out of the rotation."""
+        """Return whether this key is out of the rotation."""
         return self.rejected == key.fingerprint
 
 

@@ -239,7 +239,7 @@ class Group:
 
     @property
     def has_answers(self) -> bool:
-        """Tell whether any call in this group was answered: until then its rate is a guess."""
+        """Return whether any call in this group was answered: until then its rate is a guess."""
         return self.requests.learned or self.samples > FIRST_GUESS
 
     @property
@@ -415,7 +415,7 @@ def usual_gap(group: Group) -> int:
 
 
 def is_bound_by_output(group: Group) -> bool:
-    """Tell whether ordinary calls wait for output tokens, and not for requests or input."""
+    """Return whether ordinary calls wait for output tokens, and not for requests or input."""
     return _output_gap(group) >= usual_gap(group)
 
 
@@ -476,7 +476,7 @@ def _gap(group: Group, cost: Cost, now: int, *, is_end: bool) -> int:
 
 
 def _is_drained(group: Group, now: int) -> bool:
-    """Tell whether the jobs that wait are the last, and few enough to start together."""
+    """Return whether the jobs that wait are the last, and few enough to start together."""
     if now - group.drained_at >= DRAINED_MS:
         return False
     jobs = sum(jobs for jobs, at in group.waiting.values() if now - at < WAITING_MS)
@@ -631,7 +631,7 @@ class Observation:
 
 
 def known(group: Group, dimension: Dimension, seen: Seen) -> bool:
-    """Tell whether a limit that headers name is the one that is kept to already."""
+    """Return whether a limit that headers name is the one that is kept to already."""
     bucket = group.bucket(dimension)
     return bucket.learned and bucket.limit == min(
         seen.limit, group.stated.get(dimension, seen.limit)

@@ -41,7 +41,7 @@ class Failure:
 
     @property
     def is_word_of_upstream(self) -> bool:
-        """Tell whether a working endpoint said so; a lost connection or a server error says that it does not work."""
+        """Return whether a working endpoint said so; a lost connection or a server error says that it does not work."""
         return self.status is not None and (
             self.status < _SERVER_ERRORS or self.status == _OVERLOADED
         )

@@ -84,17 +84,17 @@ class Claim:
 
     @property
     def waits(self) -> bool:
-        """Tell whether its queue has messages that nobody has taken."""
+        """Return whether its queue has messages that nobody has taken."""
         return self.backlog.visible > 0
 
     @property
     def starves(self) -> bool:
-        """Tell whether messages wait and nobody works on its queue, not even an invocation from before."""
+        """Return whether messages wait and nobody works on its queue, not even an invocation from before."""
         return self.waits and not self.enabled and not self.left
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether its queue is empty, so that none of its invocations is running."""
+        """Return whether its queue is empty, so that none of its invocations is running."""
         return self.backlog.total == 0
 
 

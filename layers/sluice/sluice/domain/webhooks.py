@@ -60,7 +60,7 @@ _TRANSLATED_SOMEHOW: Final = ip_network("64:ff9b:1::/48")
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class Retry:
     """The delivery failed; the next one after so long."""
 
     after_ms: int
@@ -72,7 +72,7 @@ class Delivered:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenUp:
+class GiveUp:
     """The delivery failed, and there is no other."""
 
 
@@ -108,7 +108,7 @@ def check_url(url: str, networks: Sequence[Network] = ()) -> None:
 def may_be_called(
     address: Address, networks: Sequence[Network] = (), *, plainly: bool = False
 ) -> bool:
-    """Tell whether a webhook may go to an address: a public one, or one in the operator's `networks`.
+    """Return whether a webhook may go to an address: a public one, or one in the operator's `networks`.
 
     `plainly`: over http, which is for the operator's networks alone. A public address that a router turns into a
     private one counts as private.
@@ -141,7 +141,7 @@ def signing_secret(master: str, tenant: str) -> str:
 
 def judge(
     status: int | None, receive_count: int, age_ms: int, retry_after_s: int | None = None
-) -> Delivered | Again | GivenUp:
+) -> Delivered | Retry | GiveUp:
     """Tell what becomes of a delivery.
 
     `status` is None when no answer came; `receive_count` and `age_ms` are those of the queue's message. Only 2xx is a
@@ -150,9 +150,9 @@ def judge(
     if status is not None and 200 <= status < 300:  # noqa: PLR2004 - HTTP
         return Delivered()
     if status == GONE or age_ms >= PATIENCE_MS:
-        return GivenUp()
+        return GiveUp()
     pause = PAUSES_MS[min(max(0, receive_count - 1), len(PAUSES_MS) - 1)]
-    return Again(min(LONGEST_PAUSE_MS, max(pause, (retry_after_s or 0) * SECOND_MS)))
+    return Retry(min(LONGEST_PAUSE_MS, max(pause, (retry_after_s or 0) * SECOND_MS)))
 
 
 def _split(url: str) -> SplitResult | None:

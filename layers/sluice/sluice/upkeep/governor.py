@@ -300,7 +300,7 @@ def _agreed(decision: Decision, given: Share) -> Decision:
 
 
 def _raises(decision: Decision, consumer: Consumer) -> bool:
-    """Tell whether the mapping can run more after the change than before it."""
+    """Return whether the mapping can run more after the change than before it."""
     if not decision.enabled:
         return False
     present = consumer.maximum_concurrency

@@ -140,7 +140,7 @@ class Call:
             window_ms=window,
             full_window=window * 10 >= whole * 9,
             early=not self._limiter.knows(self._admission),
-            heard=self._heard,
+            on_headers=self._heard,
             room=self._grant.grow,
         )
         call = asyncio.ensure_future(self._tools.claude.send(request))
@@ -156,7 +156,7 @@ class Call:
             for task in (call, watch):
                 task.cancel()
             await asyncio.gather(call, watch, return_exceptions=True)
-            body.let_go()
+            body.release()
         seconds = (self._tools.clock.now() - now) / 1000
         self._events.count("UpstreamCalls")
         self._events.count("Calls", 1, self._group)
