@@ -631,9 +631,9 @@ def test_a_429_that_names_hours_leaves_the_queue_too(make: Make) -> None:
         (refused(429, error_code="enforced_spend_limit_reached"), next_month(NOON)),
         (
             refused(400, "invalid_request_error", message=OWN_SPEND_LIMIT),
-            NOON + 500 + RetryPolicy().park_recheck_ms,
+            NOON + 500 + RetryPolicy().spend_recheck_ms,
         ),
-        (refused(402, "billing_error"), NOON + 500 + RetryPolicy().park_recheck_ms),
+        (refused(402, "billing_error"), NOON + 500 + RetryPolicy().spend_recheck_ms),
     ],
 )
 def test_a_spend_cap_parks_the_group_and_somebody_is_told(

@@ -201,7 +201,7 @@ class Call:
         self._limiter.heard(self._admission, answer.headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._limiter.works(self._admission, model_circuit(self._job.current_model))
-        if isinstance(answer, Answer) or answer.failure.is_word_of_upstream:
+        if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
             self._limiter.works(self._admission, endpoint_circuit(self._key))
         if isinstance(answer, Answer):
             return await self._answered(answer)
@@ -436,7 +436,7 @@ class Call:
                     headers=headers,
                     request_id=failure.request_id,
                 )
-            case Effect.PARK_GROUP:
+            case Effect.SPEND_LIMIT:
                 group = self._limiter.group(self._admission.claimant.group)
                 if group is None or group.blocked_until <= self._tools.clock.now():
                     self._events.count("GroupsParked")
