@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, Valid
 from pydantic_core import core_schema as core
 
 from sluice.domain.errors import InvalidRequest, SluiceError
-from sluice.domain.rows import read_moment
+from sluice.domain.times import parse_rfc3339
 from sluice.domain.webhooks import Network, check_url
 from sluice.intake.requests import NOT_AN_OBJECT, TOO_DEEP, JobRequest, _is_too_deep, explained
 from sluice.intake.submit import Submission
@@ -190,7 +190,7 @@ def read_deadline(text: str | None) -> int | None:
     """Return the deadline in epoch milliseconds; InvalidRequest when it is none."""
     if text is None:
         return None
-    deadline = read_moment(text)
+    deadline = parse_rfc3339(text)
     if deadline is None:
         raise InvalidRequest(
             "sluice-deadline: must be RFC 3339 with a time zone, such as 2026-12-24T18:00:00Z "

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sluice.bulk.assemble import moment
 from sluice.domain import batches as life_of_batches
 from sluice.domain import jobs as life
 from sluice.domain.batches import Phase, Tally
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
+from sluice.domain.times import rfc3339
 from sluice.intake.accounts import UsageRow
 from sluice.intake.batches import ARCHIVED_MS, is_archived, status
 
@@ -154,11 +154,11 @@ def message_batch(batch: life_of_batches.Batch, now: int, public_url: str) -> di
             "canceled": counts.canceled,
             "expired": counts.expired,
         },
-        "created_at": moment(batch.created_at),
-        "expires_at": moment(batch.expires_at),
-        "ended_at": moment(batch.ended_at),
-        "cancel_initiated_at": moment(batch.cancel_initiated_at),
-        "archived_at": moment(batch.created_at + ARCHIVED_MS) if archived else None,
+        "created_at": rfc3339(batch.created_at),
+        "expires_at": rfc3339(batch.expires_at),
+        "ended_at": rfc3339(batch.ended_at),
+        "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),
+        "archived_at": rfc3339(batch.created_at + ARCHIVED_MS) if archived else None,
         "results_url": f"{public_url}{path}" if ended and not archived else None,
     }
 
