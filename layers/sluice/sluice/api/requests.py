@@ -13,11 +13,14 @@ from pydantic_core import core_schema as core
 from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.times import parse_rfc3339
 from sluice.domain.webhooks import Network, check_url
-from sluice.intake.requests import NOT_AN_OBJECT, TOO_DEEP, JobRequest, _is_too_deep, explained
+from sluice.intake.requests import NOT_AN_OBJECT, TOO_DEEP, JobRequest, explained, is_too_deep
 from sluice.intake.submit import Submission
 
 MOST_JOBS: Final = 100
 """Jobs in one POST."""
+
+MOST_ID: Final = 64
+"""Characters of a job or batch ID."""
 
 MOST_BYTES: Final = 4_000_000
 """Of a request body. Lambda accepts 6 MB, including the headers and JSON escapes that API Gateway adds."""
@@ -238,7 +241,7 @@ def read_submissions(
 
 def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission | SluiceError:
     """Check one job; return the error instead when its form is wrong."""
-    if _is_too_deep(job):
+    if is_too_deep(job):
         return InvalidRequest(f"the job is {TOO_DEEP}")
     try:
         json.dumps(job, ensure_ascii=False).encode()

@@ -112,7 +112,7 @@ class JobRequest(BaseModel):
         return lane
 
 
-def _is_too_deep(job: object) -> bool:
+def is_too_deep(job: object) -> bool:
     """Tell whether there are more levels than DEEPEST. Goes by levels, so that no depth is too deep for it."""
     level = [job] if isinstance(job, dict | list) else []
     for _ in range(DEEPEST):
