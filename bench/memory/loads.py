@@ -16,7 +16,7 @@ from bench.memory.cloud import BUCKET, CLIENT_KEY, ROOT, TENANT, Cloud, record
 from bench.memory.servers import EMOJI, Servers
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
-from sluice.api.http import MOST_BYTES
+from sluice.api.requests import MOST_BYTES
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import (
     MOST_LINE_BYTES,
