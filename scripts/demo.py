@@ -28,12 +28,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from scripts.cli import terminal
 from scripts.cli.client import Gateway, Json
 from scripts.cli.errors import CommandFailed
 from scripts.cli.progress import dollars, span
 from scripts.cli.run import wait_and_show
 from scripts.cli.submission import deadline_at, read_jobs, send
-from scripts.cli.terminal import say
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.emulator import Child, clean_environment
 
@@ -125,7 +125,7 @@ def _real_jobs() -> list[Json]:
 def run_jobs(ready: Ready, jobs: list[Json]) -> Run:
     """Submits the jobs, shows a progress bar until they end, and returns the results."""
     finished: list[Json] = []
-    with Gateway(ready.api_url, ready.client_key, on_wait=say) as gateway:
+    with Gateway(ready.api_url, ready.client_key, on_wait=terminal.say) as gateway:
         began_at = time.time()
         lines = (json.dumps(job).encode() for job in jobs)
         # The deadline ends the demo whatever goes wrong, such as a rejected key.
@@ -134,13 +134,15 @@ def run_jobs(ready: Ready, jobs: list[Json]) -> Run:
         if outcome.stopped:
             raise outcome.stopped
         for line in outcome.rejected:
-            say(f"job {line.line}: {line.error_type}: {line.message}")
+            terminal.say(f"job {line.line}: {line.error_type}: {line.message}")
         wait_and_show(gateway, [job.job_id for job in outcome.accepted], finished.extend)
         done = [job for job in finished if job["state"] == "succeeded"]
         example = gateway.job(done[0]["id"]) if done else None
         failed = [job for job in finished if job["state"] != "succeeded"]
         for job in failed:
-            say(f"{job['custom_id']} {job['state']}: {(job.get('error') or {}).get('message')}")
+            terminal.say(
+                f"{job['custom_id']} {job['state']}: {(job.get('error') or {}).get('message')}"
+            )
     return Run(
         jobs=len(jobs),
         succeeded=len(done),
@@ -231,11 +233,13 @@ def _simulator() -> Iterator[str]:
 
 
 def _against_simulator(console: Console) -> bool:
-    say(f"Starting the Claude simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice.")
+    terminal.say(
+        f"Starting the Claude simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice."
+    )
     with _simulator() as claude_url:
         pool = {"keys": [{"id": "demo", "api_key": UPSTREAM_KEY, "base_url": claude_url}]}
-        with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
-            say(f"Submitting {JOBS} jobs.")
+        with LocalStack(key_pool=pool, tenant="demo", say=terminal.say).running() as ready:
+            terminal.say(f"Submitting {JOBS} jobs.")
             run = run_jobs(ready, demo_jobs())
             upstream = _books(claude_url, run.began_at)
     console.print(_simulated_table(run, upstream))
@@ -268,9 +272,9 @@ def _simulated_table(run: Run, upstream: Upstream) -> Table:
 
 
 def _against_claude(console: Console, api_key: str) -> bool:
-    say("Starting Sluice.")
+    terminal.say("Starting Sluice.")
     pool = {"keys": [{"id": "main", "api_key": api_key}]}
-    with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
+    with LocalStack(key_pool=pool, tenant="demo", say=terminal.say).running() as ready:
         run = run_jobs(ready, _real_jobs())
     table = _result_table(run)
     table.add_row("Elapsed time", span(run.seconds))
@@ -289,7 +293,7 @@ def _real_key_if_wanted() -> str | None:
         f"ANTHROPIC_API_KEY is set. Send {REAL_JOBS} small jobs to the real API (well below one "
         "cent) instead of the simulator?"
     )
-    return key if typer.confirm(question, default=False) else None
+    return key if terminal.confirm(question) else None
 
 
 # ---------------------------------------------------------------- what is shown
@@ -311,7 +315,7 @@ def _print_answer(console: Console, run: Run) -> None:
     text = run.answer
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}…"
-    console.print(Panel(Text(text), title="Sample answer", title_align="left"))
+    console.print(Panel(Text(terminal.block(text)), title="Sample answer", title_align="left"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -331,10 +335,10 @@ def main() -> int:
         signal.signal(signal.SIGTERM, _stop)
         good = _against_claude(console, key) if key else _against_simulator(console)
     except (CommandFailed, StackError) as error:
-        say(f"error: {error}")
+        terminal.say(f"error: {error}")
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        say("stopped; all processes have ended")
+        terminal.say("stopped; all processes have ended")
         return 130
     return 0 if good else 1
 

@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from scripts.cli import terminal
 from scripts.cli.progress import Snapshot
 
 
@@ -33,7 +34,7 @@ class LiveBar:
 
     def note(self, text: str) -> None:
         """Writes a line above the bar."""
-        self._console.print(text, style="yellow", markup=False, highlight=False)
+        self._console.print(terminal.line(text), style="yellow", markup=False, highlight=False)
 
     @staticmethod
     def _drawn(snapshot: Snapshot) -> Group:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -89,7 +89,7 @@ class Gateway:
 
     def job(self, job_id: str) -> Json:
         """Returns one job with its attempts and its answer."""
-        return self._call("GET", f"/jobs/{quote(job_id, safe='')}")
+        return self._call("GET", f"/jobs/{_quoted(job_id)}")
 
     def look(self, job_ids: Sequence[str]) -> list[Json]:
         """Returns the summaries of up to 100 jobs; unknown ones are left out."""
@@ -112,11 +112,11 @@ class Gateway:
 
     def cancel(self, job_id: str) -> Json:
         """Cancels a job that has not started; asks a running one to end."""
-        return self._call("DELETE", f"/jobs/{quote(job_id, safe='')}")
+        return self._call("DELETE", f"/jobs/{_quoted(job_id)}")
 
     def batch(self, batch_id: str) -> Json:
         """Returns one batch with its progress."""
-        return self._call("GET", f"/batches/{quote(batch_id, safe='')}")
+        return self._call("GET", f"/batches/{_quoted(batch_id)}")
 
     def newest_batches(self, page_size: int = 100) -> Iterator[Json]:
         """Yields all batches, newest first, page after page of up to 100."""
@@ -124,11 +124,11 @@ class Gateway:
 
     def batch_links(self, batch_id: str) -> Json:
         """Returns where the files of an ended batch can be fetched without a key."""
-        return self._call("GET", f"/batches/{quote(batch_id, safe='')}/links")
+        return self._call("GET", f"/batches/{_quoted(batch_id)}/links")
 
     def cancel_batch(self, batch_id: str) -> Json:
         """Asks a batch to end."""
-        return self._call("POST", f"/v1/messages/batches/{quote(batch_id, safe='')}/cancel")
+        return self._call("POST", f"/v1/messages/batches/{_quoted(batch_id)}/cancel")
 
     def begin_upload(self, name: str, size: int, options: Mapping[str, object]) -> Json:
         """Begins an upload; sent twice it begins two, of which one is never completed."""
@@ -174,13 +174,13 @@ class Gateway:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Json:
+        if query:
+            path = f"{path}?{urlencode(query, errors='surrogatepass')}"
         started = self._clock()
         failure: CommandFailed
         for resend in count():
             try:
-                response = self._http.request(
-                    method, path, params=query, content=content, headers=headers
-                )
+                response = self._http.request(method, path, content=content, headers=headers)
             except httpx.TransportError as error:
                 failure = GatewayUnreachable(self.url, str(error) or type(error).__name__)
                 patience = PATIENCE_SECONDS if self._has_answered else FIRST_ANSWER_PATIENCE_SECONDS
@@ -268,7 +268,7 @@ def _checked_url(url: str | None) -> str:
         )
     try:
         parts = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):
         parts = httpx.URL("")
     if parts.scheme not in {"http", "https"} or not parts.host:
         raise NotConfigured(
@@ -286,6 +286,11 @@ def _checked_key(key: str | None) -> str:
     if not key.isascii() or not key.isprintable() or " " in key:
         raise NotConfigured("the client key contains invalid characters: set SLUICE_KEY again")
     return key
+
+
+def _quoted(name: str) -> str:
+    """Return a name for a path, also one from a command line that is not valid UTF-8."""
+    return quote(name, safe="", errors="surrogatepass")
 
 
 def _is_passing(entry: Json) -> bool:

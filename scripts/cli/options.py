@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.cli import terminal
+from scripts.cli import files, terminal
+from scripts.cli.errors import InvalidUsage
 
 if TYPE_CHECKING:
     from scripts.cli.client import Gateway
@@ -69,9 +70,9 @@ def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -
 def secret_of(option: str, given: str | None, file: Path | None) -> str | None:
     """Returns the secret of `--<option>` or `--<option>-file`, else of the variable `SLUICE_<OPTION>`."""
     if given is not None and file is not None:
-        raise typer.BadParameter(f"provide --{option} or --{option}-file, not both")
+        raise InvalidUsage(f"provide --{option} or --{option}-file, not both")
     if file is not None:
-        return terminal.secret_in(file)
+        return files.secret_in(file)
     if given is not None:
         return given
     return os.environ.get(f"SLUICE_{option.upper().replace('-', '_')}") or None

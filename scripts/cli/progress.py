@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, Self, TextIO
 
+from scripts.cli import terminal
 from scripts.cli.client import FINAL_STATES, MAX_IDS_PER_LOOK, Json
 from scripts.cli.errors import CommandFailed, GatewayRefused, GatewayUnreachable
 
@@ -290,7 +291,7 @@ class PlainLines:
 
     def note(self, text: str) -> None:
         """Writes a line."""
-        print(f"{self._now():%H:%M:%S}  {text}", file=self._stream, flush=True)
+        print(f"{self._now():%H:%M:%S}  {terminal.line(text)}", file=self._stream, flush=True)
 
 
 def span(seconds: float) -> str:

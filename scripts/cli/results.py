@@ -1,11 +1,11 @@
 """Finished jobs as lines of JSON, in the shape of Anthropic's batch results."""
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
+from scripts.cli import terminal
 from scripts.cli.client import FINAL_STATES, Gateway, Json
 from scripts.cli.errors import GatewayRefused
 
@@ -29,9 +29,9 @@ def batch_result(job: Json) -> Json:
     return {"custom_id": job.get("custom_id"), "id": job["id"], "result": result}
 
 
-def line_of(job: Json) -> str:
-    """Returns a finished job as one line of JSON."""
-    return json.dumps(batch_result(job), ensure_ascii=False, separators=(",", ":"))
+def line_of(job: Json) -> bytes:
+    """Return an ended job as one line of JSON Lines."""
+    return terminal.as_json(batch_result(job)).encode() + b"\n"
 
 
 def fetch(

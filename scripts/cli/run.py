@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from importlib import resources
 from typing import TextIO
 
-from scripts.cli import terminal
+from scripts.cli import files, terminal
 from scripts.cli.client import Gateway, Json
+from scripts.cli.errors import CommandFailed
 from scripts.cli.progress import Display, PlainLines, dollars, span, wait_for
 from scripts.cli.results import fetch, line_of
 from scripts.cli.submission import Outcome, read_jobs, send
@@ -42,7 +43,7 @@ class Submission:
     as_json: bool
     is_prompt: bool
 
-    def run(self, gateway: Gateway, lines: Iterable[bytes], sink: TextIO | None) -> bool:
+    def run(self, gateway: Gateway, lines: Iterable[bytes], sink: files.Output | None) -> bool:
         """Returns whether everything went well: nothing rejected, and no job failed if waited for.
 
         Results go to `sink`, each as soon as it is there. Without one they go to standard output
@@ -100,15 +101,15 @@ class Submission:
             return
         shown = outcome.accepted if terminal.is_piped() else outcome.accepted[:IDS_FOR_A_PERSON]
         for job in shown:
-            print(job.job_id)
+            terminal.put(job.job_id)
         more = len(outcome.accepted) - len(shown)
         if more:
             terminal.say(f"and {more:,} more; pipe the output to get all IDs, or run `sluice list`")
 
-    def _wait(self, gateway: Gateway, job_ids: list[str], sink: TextIO | None) -> bool:
+    def _wait(self, gateway: Gateway, job_ids: list[str], sink: files.Output | None) -> bool:
         text_only = self.is_prompt and not sink and not self.as_json
         if not sink and not text_only and (self.as_json or terminal.is_piped()):
-            sink = sys.stdout
+            sink = files.standard_output()
         answers: list[Json] = []
 
         def hand_out(finished: list[Json]) -> None:
@@ -116,11 +117,9 @@ class Submission:
                 return
             for job in fetch(gateway, [job["id"] for job in finished], _must_be_there):
                 if sink:
-                    sink.write(line_of(job) + "\n")
+                    sink.write(line_of(job))
                 else:
                     answers.append(job)
-            if sink:
-                sink.flush()
 
         good = wait_and_show(gateway, job_ids, hand_out, again=self._again)
         for job in answers:
@@ -145,7 +144,7 @@ def wait_and_show(
             last = wait_for(
                 gateway, job_ids, display=display, group_of=group_of, on_finished=on_finished
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CommandFailed):
             if again:
                 display.note(
                     f"the jobs keep running; run the same command with {again} to wait again"
@@ -176,7 +175,9 @@ def group_of(model: str) -> str:
 
 @cache
 def _model_groups() -> dict[str, str]:
-    rows = json.loads(files("sluice.data").joinpath("model_groups.json").read_bytes())["groups"]
+    rows = json.loads(resources.files("sluice.data").joinpath("model_groups.json").read_bytes())[
+        "groups"
+    ]
     return {model: row["group"] for row in rows for model in row["models"]}
 
 
@@ -187,7 +188,7 @@ def _must_be_there(job_id: str, reason: str) -> None:
 
 def _print_answer(job: Json) -> None:
     if job["state"] == "succeeded":
-        print(job.get("text") or json.dumps(job["message"]["content"], ensure_ascii=False))
+        terminal.put_block(job.get("text") or terminal.as_json(job["message"]["content"]))
     else:
         error = job.get("error") or {"type": job["state"], "message": "no answer"}
         terminal.say(f"{job['id']} {job['state']}: {error['type']}: {error['message']}")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,16 +103,22 @@ class Bucket:
 
     def download(self, url: str) -> Iterator[bytes]:
         """Yields a file of the bucket, piece by piece."""
-        with self.http.stream("GET", url) as answer:
-            if not answer.is_success:
-                raise CommandFailed(f"cannot download from S3: HTTP {answer.status_code}")
-            yield from answer.iter_bytes()
+        try:
+            with self.http.stream("GET", url) as answer:
+                if not answer.is_success:
+                    raise CommandFailed(f"cannot download from S3: HTTP {answer.status_code}")
+                yield from answer.iter_bytes()
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise CommandFailed(f"the download from S3 failed ({reason}); retry") from None
 
 
-def bucket() -> Bucket:
-    """Returns a bucket over a connection of its own, which never carries the client key."""
+@contextmanager
+def bucket() -> Iterator[Bucket]:
+    """Give a bucket over connections of its own, which never carry the client key."""
     timeout = httpx.Timeout(BUCKET_TIMEOUT_SECONDS, connect=10.0)
-    return Bucket(httpx.Client(timeout=timeout))
+    with httpx.Client(timeout=timeout) as http:
+        yield Bucket(http)
 
 
 def _links(gateway: Uploads, upload: Json) -> Iterator[tuple[int, str]]:
