@@ -1,4 +1,4 @@
-"""`make demo`: runs Sluice locally, submits 200 jobs against the simulator, and prints the results and the cost.
+"""`make demo`: run Sluice locally, submit 200 jobs against the simulator, and print the results and the cost.
 
 Needs no account and costs nothing. If ANTHROPIC_API_KEY is set and standard input is a terminal, it offers to
 send three small jobs to the real API instead.
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """From the submit to the last answer."""
+        """Seconds from the submit to the last answer."""
         return self.ended_at - self.began_at
 
 
@@ -85,7 +85,7 @@ class Run:
 
 
 def demo_jobs() -> list[Json]:
-    """Returns 200 jobs of several kinds; all differ, so that a call billed twice is detected."""
+    """Return 200 jobs of several kinds; all differ, so that a call billed twice is detected."""
     return [_demo_job(number) for number in range(1, JOBS + 1)]
 
 
@@ -123,12 +123,12 @@ def _real_jobs() -> list[Json]:
 
 
 def run_jobs(ready: Ready, jobs: list[Json]) -> Run:
-    """Submits the jobs, shows a progress bar until they end, and returns the results."""
+    """Submit the jobs, show progress until they end, and return the results."""
     finished: list[Json] = []
     with Gateway(ready.api_url, ready.client_key, on_wait=terminal.say) as gateway:
         began_at = time.time()
         lines = (json.dumps(job).encode() for job in jobs)
-        # The deadline ends the demo whatever goes wrong, such as a rejected key.
+        # The deadline ends the demo whatever fails, such as a rejected key.
         defaults = {"deadline": deadline_at(DEADLINE, datetime.now(UTC))}
         outcome = send(gateway, read_jobs(lines, defaults), f"demo-{uuid.uuid4().hex}")
         if outcome.stopped:
@@ -175,7 +175,7 @@ class Upstream:
 
 
 def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -> Upstream:
-    """Returns the simulator's statistics for a run that started at `began_at`."""
+    """Return the simulator's statistics for a run that started at `began_at`."""
     answered: dict[str, list[Json]] = defaultdict(list)
     for row in ledger:
         if row["outcome"] == "answered":
@@ -197,7 +197,7 @@ def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -
 
 
 def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> float:
-    """Returns how long these calls take if each starts as soon as the request limit allows."""
+    """Return how long these calls take if each starts as soon as the request limit allows."""
     times = sorted((float(call["at"]), float(call["ended_at"])) for call in calls)
     return max(
         max(0.0, (place - capacity) / per_second) + ended_at - at
@@ -207,7 +207,7 @@ def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> floa
 
 @contextmanager
 def _simulator() -> Iterator[str]:
-    """Gives the address of a simulator with the demo's limits."""
+    """Give the URL of a simulator with the demo's limits."""
     child = Child(
         *("scripts.claude_simulator", "--port", "0"),
         *("--rpm", str(REQUESTS_PER_MINUTE), "--burst-seconds", str(BURST_SECONDS)),
@@ -217,7 +217,7 @@ def _simulator() -> Iterator[str]:
     try:
         stdout = child.process.stdout
         lines: list[bytes] = []
-        # A reader of its own, because reading a pipe cannot be given up after a time.
+        # In a thread of its own, because reading from a pipe has no timeout.
         reader = threading.Thread(
             target=lambda: lines.append(stdout.readline() if stdout else b""), daemon=True
         )
@@ -285,7 +285,7 @@ def _against_claude(console: Console, api_key: str) -> bool:
 
 
 def _real_key_if_wanted() -> str | None:
-    """Returns the real key when there is one, a person to ask, and the person says yes."""
+    """Return the real key if it is set, there is a terminal, and the answer is yes."""
     key = os.environ.get("ANTHROPIC_API_KEY")
     if not key or not sys.stdin.isatty() or not sys.stdout.isatty():
         return None
@@ -320,14 +320,14 @@ def _print_answer(console: Console, run: Run) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     del number, frame
-    # A second Ctrl-C must not interrupt the cleaning up.
+    # A second Ctrl-C must not interrupt the cleanup.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Runs the demo; returns 0 only if every job succeeded and none was billed twice."""
+    """Run the demo; return 0 only if every job succeeded and none was billed twice."""
     console = Console(highlight=False)
     try:
         key = _real_key_if_wanted()

@@ -13,7 +13,7 @@ from scripts.cli.errors import CommandFailed
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    # Else the lines of a docstring stay lines, whatever the width of the terminal.
+    # Without it, the line breaks of a docstring are kept, whatever the width of the terminal.
     rich_markup_mode="markdown",
     # Local variables in a traceback would show keys.
     pretty_exceptions_enable=False,

@@ -19,6 +19,7 @@ from scripts.cli.options import (
     FallbackModels,
     Key,
     KeyFile,
+    Out,
     Url,
     Webhook,
     gateway_at,
@@ -36,15 +37,15 @@ batches_app = typer.Typer(
 )
 
 BatchId = Annotated[str, typer.Argument(help="Batch ID.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Output file. Default: standard output.")]
 
 
 def upload(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path,
         typer.Argument(
+            metavar="FILE",
             help='JSON Lines file with one row per line: {"custom_id": ..., "params": {...}}, the format of '
-            "Anthropic's Message Batches. CSV and gzip files are also accepted."
+            "Anthropic's Message Batches. CSV and gzip files are also accepted.",
         ),
     ],
     *,
@@ -58,7 +59,10 @@ def upload(  # noqa: PLR0913 - a command line has options
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="With --wait: write the results to this file. Use - for standard output."
+            "--out",
+            help="With --wait: write the results to this file when the batch has ended; until then, an "
+            "existing file is kept. Use - for standard output.",
+            allow_dash=True,
         ),
     ] = None,
     model: Annotated[
@@ -234,7 +238,7 @@ def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
 
 
 def _judged(batch: "Json") -> bool:
-    """Reports how the batch ended; returns whether every row succeeded."""
+    """Report how the batch ended; return whether every row succeeded."""
     from scripts.cli.progress import dollars
 
     rows = batch["rows"]

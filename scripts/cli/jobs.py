@@ -19,6 +19,7 @@ from scripts.cli.options import (
     FallbackModels,
     Key,
     KeyFile,
+    Out,
     Url,
     Webhook,
     gateway_at,
@@ -37,6 +38,7 @@ def submit(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path | None,
         typer.Argument(
+            metavar="FILE",
             help='JSON Lines file with one job per line: {"params": {...}, "custom_id": ...}, '
             "the format of Anthropic's Message Batches. Use - for standard input.",
             allow_dash=True,
@@ -69,8 +71,8 @@ def submit(  # noqa: PLR0913 - a command line has options
         Path | None,
         typer.Option(
             "--out",
-            help="With --wait: write each result to this file as a JSON line when its job ends. "
-            "Use - for standard output.",
+            help="With --wait: write the results to this file as JSON lines when all jobs have ended; "
+            "until then, an existing file is kept. Use - for standard output.",
             allow_dash=True,
         ),
     ] = None,
@@ -178,9 +180,7 @@ def results(  # noqa: PLR0913 - a command line has options
     state: Annotated[
         FinalState | None, typer.Option("--state", help="Only jobs with this final state.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Output file. Default: standard output.")
-    ] = None,
+    out: Out = None,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,

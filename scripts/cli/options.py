@@ -30,6 +30,14 @@ KeyFile = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Output file, replaced when all results are there. Default: standard output.",
+        allow_dash=True,
+    ),
+]
 Deadline = Annotated[
     str | None,
     typer.Option(
@@ -61,14 +69,14 @@ EndpointUrl = Annotated[
 
 
 def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -> "Gateway":
-    """Returns the gateway of these options; raises CommandFailed if one is missing."""
-    from scripts.cli.client import Gateway  # noqa: PLC0415 - --help does without it
+    """Return the gateway that the options select; raise CommandFailed if one is missing."""
+    from scripts.cli.client import Gateway  # noqa: PLC0415 - not needed for --help
 
     return Gateway(url, secret_of("key", key, key_file), on_wait=terminal.say)
 
 
 def secret_of(option: str, given: str | None, file: Path | None) -> str | None:
-    """Returns the secret of `--<option>` or `--<option>-file`, else of the variable `SLUICE_<OPTION>`."""
+    """Return the secret of `--<option>` or `--<option>-file`, otherwise of the variable `SLUICE_<OPTION>`."""
     if given is not None and file is not None:
         raise InvalidUsage(f"provide --{option} or --{option}-file, not both")
     if file is not None:

@@ -1,4 +1,4 @@
-"""Finished jobs as lines of JSON, in the shape of Anthropic's batch results."""
+"""Ended jobs as JSON Lines, in the format of Anthropic's batch results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ FETCHES_IN_FLIGHT = 8
 
 
 def batch_result(job: Json) -> Json:
-    """Returns a finished job as one row of batch results, with the job's id beside it."""
+    """Return an ended job as a row of batch results, with the job's ID added."""
     state = job["state"]
     result: Json = {"type": state}
     if state == "succeeded":
@@ -39,9 +39,9 @@ def fetch(
     job_ids: Iterable[str],
     on_missing: Callable[[str, str], None],
 ) -> Iterator[Json]:
-    """Yields each finished job in full, in the order asked for, several on their way at once.
+    """Yield each ended job in full, in the order of `job_ids`, with several requests in flight.
 
-    A job that is unknown or not finished goes to `on_missing` with the reason.
+    A job that is unknown or has not ended is passed to `on_missing` with the reason.
     """
     names = iter(job_ids)
     with ThreadPoolExecutor(FETCHES_IN_FLIGHT) as pool:
@@ -49,7 +49,7 @@ def fetch(
         def ask(count: int) -> Iterator[tuple[str, Future[Json]]]:
             return ((name, pool.submit(gateway.job, name)) for name in islice(names, count))
 
-        # Twice as many as there are threads: a slow one in front does not idle the others.
+        # Twice as many as there are threads, so that a slow first request does not idle the others.
         on_the_way = deque(ask(2 * FETCHES_IN_FLIGHT))
         while on_the_way:
             job_id, future = on_the_way.popleft()

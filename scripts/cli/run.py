@@ -1,4 +1,4 @@
-"""One run of `sluice submit`: sends, reports, and optionally waits and writes the results."""
+"""One run of `sluice submit`: send, report, and optionally wait and write the results."""
 
 import json
 import sys
@@ -17,12 +17,12 @@ from scripts.cli.results import fetch, line_of
 from scripts.cli.submission import Outcome, read_jobs, send
 from sluice.domain import limits
 
-# More ids than this would push what a person has to read off the screen.
+# More IDs than this would scroll the messages off the screen.
 IDS_FOR_A_PERSON = 10
 
 
 def prompt_line(prompt: str, model: str, max_tokens: int, system: str | None) -> bytes:
-    """Returns the job that --prompt stands for, as a line of a file."""
+    """Return the job of --prompt as a line of a file."""
     params: dict[str, object] = {
         "model": model,
         "max_tokens": max_tokens,
@@ -35,7 +35,7 @@ def prompt_line(prompt: str, model: str, max_tokens: int, system: str | None) ->
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What the command line asked for."""
+    """The options of a run."""
 
     run_key: str
     defaults: Mapping[str, object]
@@ -44,10 +44,10 @@ class Submission:
     is_prompt: bool
 
     def run(self, gateway: Gateway, lines: Iterable[bytes], sink: files.Output | None) -> bool:
-        """Returns whether everything went well: nothing rejected, and no job failed if waited for.
+        """Send, report and wait; return whether nothing was rejected and, with `wait`, all jobs succeeded.
 
-        Results go to `sink`, each as soon as it is there. Without one they go to standard output
-        when a program reads it or --json was given; of a --prompt, only the answer's text does.
+        Results go to `sink` as jobs end. Without a sink, they go to standard output if it is piped
+        or --json is set; of a --prompt, only the text of the answer does.
         """
         try:
             outcome = send(gateway, read_jobs(lines, self.defaults), self.run_key)
@@ -66,7 +66,7 @@ class Submission:
 
     @property
     def _again(self) -> str:
-        """The options under which the same command finds the jobs it has made."""
+        """The options with which the same command finds the existing jobs."""
         deadline = self.defaults.get("deadline")
         return f"--idempotency-key {self.run_key}" + (f" --deadline {deadline}" if deadline else "")
 
@@ -136,7 +136,7 @@ def wait_and_show(
     *,
     again: str | None = None,
 ) -> bool:
-    """Returns whether all jobs succeeded, when they are done; shows progress until then."""
+    """Wait until all jobs have ended and show progress; return whether all succeeded."""
     started = time.monotonic()
     with display_for(sys.stderr) as display:
         gateway.on_wait = display.note
@@ -159,17 +159,17 @@ def wait_and_show(
 
 
 def display_for(stream: TextIO) -> Display:
-    """Returns the live bar on a terminal, plain lines anywhere else."""
+    """Return a live bar on a terminal, plain lines anywhere else."""
     if not stream.isatty():
         return PlainLines(stream)
-    # Rich costs tens of milliseconds to load; only those who see the bar pay for it.
+    # Rich takes tens of milliseconds to import, so only the bar imports it.
     from scripts.cli.bar import LiveBar  # noqa: PLC0415
 
     return LiveBar(stream)
 
 
 def group_of(model: str) -> str:
-    """Returns the limit group a model belongs to."""
+    """Return the model group of a model."""
     return limits.model_group(model, _model_groups())
 
 
@@ -182,7 +182,7 @@ def _model_groups() -> dict[str, str]:
 
 
 def _must_be_there(job_id: str, reason: str) -> None:
-    # It was final a moment ago; only deletion by its retention time takes it away.
+    # It had ended a moment ago; it can only have been deleted at the end of its retention.
     terminal.say(f"{job_id}: {reason}")
 
 

@@ -119,7 +119,7 @@ def revoke_keys(
 
 
 def _key_pool_for(deployed: "Stack", file: Path | None) -> "KeyPool | None":
-    """Returns the upstream keys to store, or None to keep those the stack has."""
+    """Return the upstream keys to store, or None to keep the stored ones."""
     from scripts.cli.deployed import ask_for_key_pool, read_key_pool
 
     if file is not None:
@@ -152,7 +152,7 @@ def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> s
 
 
 def _have_governed(deployed: "Stack") -> None:
-    """Reports the account's Lambda limit and applies it before the first submit. A failure is only reported."""
+    """Report the account's Lambda limit and apply it before the first submit. A failure is only reported."""
     try:
         for line in deployed.about_executions():
             terminal.say(line)
@@ -162,7 +162,7 @@ def _have_governed(deployed: "Stack") -> None:
 
 
 def _try_out(url: str, client_key: str) -> None:
-    """Checks URL and key with one call. A failure is only reported."""
+    """Check the URL and the key with one call. A failure is only reported."""
     from scripts.cli.client import Gateway
 
     try:

@@ -31,7 +31,7 @@ def show(made: Panel | Table) -> None:
 
 
 def job_panel(job: Json) -> Panel:
-    """Returns one job: its state, its attempts, what it cost, and the answer or the error."""
+    """Return a job: state, attempts, cost, and the answer or error."""
     answer, job = job.get("text"), terminal.safe(job)
     parts: list[Table | Text] = [_facts_table(job)]
     if job.get("attempts"):
@@ -96,7 +96,7 @@ def _attempts_table(attempts: list[Json]) -> Table:
 
 
 def jobs_table(jobs: list[Json]) -> Table:
-    """Returns one row per job."""
+    """Return a row per job."""
     table = Table("job", "custom_id", "state", "model", "created", "finished", box=None)
     table.add_column("attempts", justify="right")
     table.add_column("cost", justify="right")
@@ -116,7 +116,7 @@ def jobs_table(jobs: list[Json]) -> Table:
 
 
 def usage_table(usage: Json) -> Table:
-    """Returns one row per group and a last one for all."""
+    """Return a row per group and a total."""
     usage = terminal.safe(usage)
     groups: list[str] = list(usage["group_by"])
     numbers = (
@@ -149,7 +149,7 @@ def usage_table(usage: Json) -> Table:
 
 
 def limits_table(groups: list[Json]) -> Table:
-    """Returns one row per limit group: remaining capacity, limits per minute, and current blocks."""
+    """Return a row per limit group: remaining capacity, limits per minute, and current blocks."""
     table = Table("limit group", box=None)
     for title in ("requests", "input tokens", "output tokens", "output/call"):
         table.add_column(title, justify="right")
@@ -175,7 +175,7 @@ def limits_table(groups: list[Json]) -> Table:
 
 
 def _waits(group: Json) -> list[str]:
-    """Returns a line for each block on a limit group: until when, why, and the source."""
+    """Return a line for each block on a limit group: until when, why, and the source."""
     lines = []
     if group.get("blocked_until"):
         why = [group.get("blocked_reason"), group.get("blocked_by")]
@@ -193,7 +193,7 @@ def _waits(group: Json) -> list[str]:
 
 
 def keys_table(keys: list[Json]) -> Table:
-    """Returns one row per client key."""
+    """Return a row per client key."""
     table = Table("key ID", "tenant", "name", "created", "state", box=None)
     for key in terminal.safe(keys):
         table.add_row(
@@ -207,7 +207,7 @@ def keys_table(keys: list[Json]) -> Table:
 
 
 def letters_table(letters: list[Json]) -> Table:
-    """Returns one row per dead letter."""
+    """Return a row per dead letter."""
     table = Table("letter", "stored", "reason", "job", "job state", box=None)
     table.add_column("estimate", justify="right")
     table.add_column("redrivable")
@@ -227,7 +227,7 @@ def letters_table(letters: list[Json]) -> Table:
 
 
 def moment(text: str) -> str:
-    """Writes a time of the API in the local time zone; returns any other text unchanged."""
+    """Return a time of the API in the local time zone, and any other text unchanged."""
     try:
         return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:
@@ -235,7 +235,7 @@ def moment(text: str) -> str:
 
 
 def batches_table(batches: list[Json]) -> Table:
-    """Returns one row per batch."""
+    """Return a row per batch."""
     table = Table("batch", "name", "state", "rows", "failed", "created", "cost", box=None)
     for batch in terminal.safe(batches):
         rows = batch["rows"]
@@ -254,7 +254,7 @@ def batches_table(batches: list[Json]) -> Table:
 
 
 def batch_panel(batch: Json) -> Panel:
-    """Returns one batch: its state, its rows, what it cost."""
+    """Return a batch: state, rows, cost."""
     batch = terminal.safe(batch)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
