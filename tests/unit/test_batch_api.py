@@ -347,9 +347,18 @@ def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
 
     caller.batches.delete(batch.batch_id)
 
-    caller.bulk.batches.fail_next("replace", error=Stale(replace(gone, deleted=False)))
-    with pytest.raises(Stale):
-        caller.batches.delete(batch.batch_id)
+
+def test_a_delete_goes_by_what_the_batch_is_by_then(caller: Caller) -> None:
+    batch = caller.create()
+    caller.run()
+    newer = replace(caller.batches.get(batch.batch_id), version=70)
+    caller.bulk.batches.fail_next("replace", error=Stale(newer))
+    caller.bulk.batches.stored[batch.batch_id] = newer
+
+    caller.batches.delete(batch.batch_id)
+
+    deleted = caller.bulk.batches.stored[batch.batch_id]
+    assert (True, 71) == (deleted.deleted, deleted.version)
 
 
 # Results ---------------------------------------------------------------------------------------------------

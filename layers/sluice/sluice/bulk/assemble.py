@@ -18,10 +18,10 @@ from typing import Any, Final
 
 from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
-from sluice.domain.errors import Stale
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.ports.batches import BatchStore, Objects
+from sluice.ports.swap import Written, change, swap
 from sluice.ports.world import Clock, Events, Notice, Notices
 
 PARTS_AHEAD: Final = 4
@@ -100,9 +100,8 @@ class Assemble:
             webhook=batch.options.webhook,
         )
         self._notices.tell([ended])
-        try:
-            self._batches.replace(life.tell(batch), batch.version)
-        except Stale:
+        told = life.tell(batch)
+        if swap(self._batches.replace, told, batch.version) is not told:
             # Deleted, or told by somebody else, meanwhile.
             self._events.note("batch changed while it was told", batch_id=batch.batch_id)
 
@@ -265,33 +264,34 @@ class Assemble:
 
     def _write(self, batch: Batch, ended: Batch) -> None:
         """Store the summary, then the batch's end; a cancel that came meanwhile stays on record."""
-        while True:
-            text = json.dumps(summary(ended), indent=2)
-            self._objects.put(ended.summary_key, text.encode())
-            try:
-                self._batches.replace(ended, batch.version)
-            except Stale as stale:
-                if not isinstance(stale.current, Batch) or stale.current.phase is Phase.ENDED:
-                    return
-                batch = stale.current
-                ended = replace(
-                    ended,
-                    version=batch.version + 1,
-                    cancel_initiated_at=batch.cancel_initiated_at,
-                    plan=batch.plan,
-                )
-            else:
-                self._events.note(
-                    "batch ended",
-                    batch_id=ended.batch_id,
-                    tenant=ended.tenant,
-                    problem=ended.problem,
-                    duplicates=ended.duplicates,
-                    seconds=((ended.ended_at or 0) - ended.created_at) / 1000,
-                    **ended.tally.as_dict(),
-                )
-                self.tell(ended)
-                return
+
+        def summed_up(current: Batch) -> Batch:
+            if current.phase is Phase.ENDED:
+                return current
+            wanted = replace(
+                ended,
+                version=current.version + 1,
+                cancel_initiated_at=current.cancel_initiated_at,
+                plan=current.plan,
+            )
+            text = json.dumps(summary(wanted), indent=2)
+            self._objects.put(wanted.summary_key, text.encode())
+            return wanted
+
+        result = change(self._batches.replace, batch, summed_up, f"batch {batch.batch_id}")
+        if not isinstance(result, Written):
+            return
+        ended = result.record
+        self._events.note(
+            "batch ended",
+            batch_id=ended.batch_id,
+            tenant=ended.tenant,
+            problem=ended.problem,
+            duplicates=ended.duplicates,
+            seconds=((ended.ended_at or 0) - ended.created_at) / 1000,
+            **ended.tally.as_dict(),
+        )
+        self.tell(ended)
 
 
 def summary(batch: Batch) -> dict[str, Any]:

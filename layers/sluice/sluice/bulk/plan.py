@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -23,7 +23,7 @@ from sluice.domain.batches import (
     file_batch_id,
     planned,
 )
-from sluice.domain.errors import InputGone, Stale, StoreBusy
+from sluice.domain.errors import InputGone, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
@@ -36,6 +36,7 @@ from sluice.domain.forms import (
 from sluice.domain.rows import read_moment
 from sluice.domain.webhooks import Network, check_url
 from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
+from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
 
 FILE_MS: Final = 13 * 86_400_000
@@ -134,14 +135,10 @@ class PlanBatch:
         except BadOptions as error:
             options, problem = Options(webhook=error.webhook), str(error)
         batch = self._batch(file, options)
-        try:
-            self._batches.add(batch)
-        except Stale as stale:
-            if not isinstance(stale.current, Batch):
-                raise
-            return stale.current, problem
-        self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
-        return batch, problem
+        recorded = insert(self._batches.add, batch) or batch
+        if recorded is batch:
+            self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
+        return recorded, problem
 
     def _file(self, tenant: str, path: str, stored: Stored) -> _File:
         folder, _, name = path.rpartition("/")
@@ -317,21 +314,9 @@ class PlanBatch:
         is_csv = key.lower().removesuffix(".gz").endswith(".csv")
         yield from csv_rows(pieces, batch.options) if is_csv else pieces
 
-    def _changed(self, batch: Batch, change: Any) -> Batch:
-        while True:
-            changed: Batch = change(batch)
-            if changed is batch:
-                return batch
-            try:
-                self._batches.replace(changed, batch.version)
-            except Stale as stale:
-                if not isinstance(stale.current, Batch):
-                    raise
-                batch = stale.current
-                if batch.phase is Phase.ENDED or (batch.plan and changed.phase is Phase.PLANNING):
-                    return batch
-            else:
-                return changed
+    def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
+        result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")
+        return batch if isinstance(result, Deleted) else result.record
 
     # Options ---------------------------------------------------------------------------------------------------
 

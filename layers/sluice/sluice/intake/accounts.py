@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import date
 
 from sluice.domain import jobs as life
-from sluice.domain.errors import InvalidRequest, JobNotFound, Stale
+from sluice.domain.errors import InvalidRequest, JobNotFound
 from sluice.domain.jobs import Job, State
 from sluice.domain.limits import Group
 from sluice.domain.pricing import Spend
 from sluice.ports.jobs import JobStore, Ledger, Page, ResultStore
 from sluice.ports.limits import LimitStore
+from sluice.ports.swap import Deleted, Kept, Written, change
 from sluice.ports.world import Clock, Events
 
 LONGEST_REPORT_DAYS = 366
@@ -73,21 +74,21 @@ class Account:
 
     def cancel(self, job_id: str) -> Job:
         """Cancel: for sure before the call, by a flag the worker looks at during it. A final job stays as it is."""
-        job = self.job(job_id)
-        while True:
-            canceled = life.request_cancel(job, self._clock.now())
-            if canceled is job:
-                return job
-            try:
-                self._jobs.replace(canceled, job.version)
-            except Stale as stale:
-                if not isinstance(stale.current, Job):
-                    raise JobNotFound(job_id) from stale
-                job = stale.current
-            else:
-                if canceled.state is State.CANCELED:
+        canceled = change(
+            self._jobs.replace,
+            self.job(job_id),
+            lambda job: life.request_cancel(job, self._clock.now()),
+            f"job {job_id}",
+        )
+        match canceled:
+            case Written(job):
+                if job.state is State.CANCELED:
                     self._events.count("JobsCanceled")
-                return canceled
+                return job
+            case Kept(job):
+                return job
+            case Deleted():
+                raise JobNotFound(job_id)
 
     def usage(self, first: date, last: date, group_by: Sequence[str]) -> list[UsageRow]:
         """Return what was spent from the first day to the last, by any of `day`, `model` and `lane`."""

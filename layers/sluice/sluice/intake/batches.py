@@ -6,10 +6,10 @@ A batch is the same however it came in: here its rows become the stored object t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Final
+from typing import Final
 
 from sluice.domain import batches as life
 from sluice.domain.batches import (
@@ -22,9 +22,10 @@ from sluice.domain.batches import (
     named_batch_id,
     random_batch_id,
 )
-from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale, StoreBusy
+from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
 from sluice.domain.rows import CUSTOM_ID
 from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects
+from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
 
 DAY_MS: Final = 86_400_000
@@ -128,20 +129,16 @@ class Batches:
             rows=len(asked.items),
             due_at=now + PLANNED_MS,
         )
-        try:
-            self._batches.add(batch)
-        except Stale as stale:
-            earlier = stale.current
-            if not isinstance(earlier, Batch) or earlier.input_key != key:
-                raise Conflict(
-                    "this Idempotency-Key was already used for a different batch; use a new one"
-                ) from stale
-            batch = earlier
-        else:
+        stored = insert(self._batches.add, batch)
+        if stored is None or stored.input_key != key:
+            raise Conflict(
+                "this Idempotency-Key was already used for a different batch; use a new one"
+            )
+        if stored is batch:
             self._events.note("batch begun", batch_id=batch_id, tenant=self._tenant)
-        if batch.phase is Phase.PLANNING:
+        if stored.phase is Phase.PLANNING:
             self._have_planned(batch_id)
-        return batch
+        return stored
 
     def _id_for(self, asked: Create, digest: str, now: int) -> str:
         if asked.idempotency_key is not None:
@@ -188,19 +185,13 @@ class Batches:
 
     def cancel(self, batch_id: str) -> Batch:
         """Ask for the end of a batch; canceling again changes nothing."""
-        batch = self.get(batch_id)
-        while True:
+
+        def canceled(batch: Batch) -> Batch:
             if batch.phase is Phase.ENDED:
                 raise InvalidRequest(f"Message batch {batch_id} has ended and cannot be canceled.")
-            canceled = life.cancel(batch, self._clock.now())
-            if canceled is batch:
-                return batch
-            try:
-                self._batches.replace(canceled, batch.version)
-            except Stale as stale:
-                batch = _current(stale, batch_id)
-            else:
-                return canceled
+            return life.cancel(batch, self._clock.now())
+
+        return self._changed(self.get(batch_id), canceled)
 
     def delete(self, batch_id: str) -> None:
         """Take an ended batch out of sight."""
@@ -209,11 +200,13 @@ class Batches:
             raise InvalidRequest(
                 f"Message batch {batch_id} is {status(batch)}; it can be deleted once it has ended."
             )
-        try:
-            self._batches.replace(life.delete(batch), batch.version)
-        except Stale as stale:
-            if not _current(stale, batch_id).deleted:
-                raise
+        self._changed(batch, life.delete)
+
+    def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
+        result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")
+        if isinstance(result, Deleted):
+            raise BatchNotFound(batch.batch_id)
+        return result.record
 
     def results(self, batch_id: str, *, may_follow: bool) -> Inline | Link:
         """Return the results, or where they are.
@@ -267,12 +260,6 @@ def is_archived(batch: Batch, now: int) -> bool:
 
 def _sum(groups: Mapping[str, Progress]) -> Tally:
     return sum((group.tally for group in groups.values()), Tally())
-
-
-def _current(stale: Stale[Any], batch_id: str) -> Batch:
-    if not isinstance(stale.current, Batch):
-        raise BatchNotFound(batch_id) from stale
-    return stale.current
 
 
 _FIELDS: Final[Mapping[Source, frozenset[str]]] = {

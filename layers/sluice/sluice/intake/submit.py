@@ -18,7 +18,6 @@ from sluice.domain.errors import (
     Conflict,
     InvalidRequest,
     SluiceError,
-    Stale,
     StoreBusy,
     Unexpected,
 )
@@ -26,6 +25,7 @@ from sluice.domain.jobs import Job, derived_job_id, random_job_id
 from sluice.domain.limits import Group, expected_start
 from sluice.ports.jobs import JobQueue, JobStore, Params, ParamsStore, Pointer
 from sluice.ports.limits import LimitStore
+from sluice.ports.swap import insert, swap
 from sluice.ports.world import Clock, Events, RandomBytes
 
 T = TypeVar("T")
@@ -189,19 +189,17 @@ class Submit:
             return outcome
         parked = life.park(outcome.job, now, reason="queue busy", not_before=now)
         try:
-            self._jobs.replace(parked, outcome.job.version)
+            stored = swap(self._jobs.replace, parked, outcome.job.version)
         except StoreBusy as error:
             after_all = self._taken_after_all(parked, error)
             if after_all is None:
                 # It is stored all the same, and the sweep looks after jobs that nobody has touched for long.
                 self._events.problem("job not parked", job_id=outcome.job.job_id)
             return after_all or outcome
-        except Stale as stale:
-            # Somebody went on with it meanwhile: canceled, parked by a repeat, or sent by one and begun.
-            if not isinstance(stale.current, Job):
-                return Rejected(StoreBusy("the jobs table"))
-            return Accepted(stale.current, outcome.is_repeat)
-        return Accepted(parked, outcome.is_repeat)
+        # Not ours if it was changed meanwhile: canceled, parked by a repeat, or sent by one and started.
+        if stored is None:
+            return Rejected(StoreBusy("the jobs table"))
+        return Accepted(stored, outcome.is_repeat)
 
     def _drafts(
         self, submissions: Sequence[Submission | SluiceError], sender: Sender, now: int
@@ -331,17 +329,14 @@ class Submit:
         """Store params, then the job: a job on record always has its request."""
         try:
             self._params.add(Params(job.job_id, body, job.request_hash))
-            self._jobs.add(job)
-        except Stale as stale:
-            earlier = stale.current
-            if isinstance(earlier, Job) and earlier.request_hash == job.request_hash:
-                return Accepted(earlier, is_repeat=True)
-            return Rejected(_conflict(job))
+            stored = insert(self._jobs.add, job)
         except Conflict:
             return Rejected(_conflict(job))
         except StoreBusy as error:
             return self._taken_after_all(job, error) or Rejected(error)
-        return Accepted(job)
+        if stored is None or stored.request_hash != job.request_hash:
+            return Rejected(_conflict(job))
+        return Accepted(stored, is_repeat=stored is not job)
 
     def _sent_before(self, draft: _Draft) -> Job | None:
         """Return the job that an SDK's earlier sending of the same request made."""

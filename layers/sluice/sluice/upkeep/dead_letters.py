@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from sluice.domain import jobs as life
-from sluice.domain.errors import IllegalTransition, Stale, StoreBusy
+from sluice.domain.errors import IllegalTransition, StoreBusy
 from sluice.domain.jobs import Job, JobError, State
 from sluice.domain.limits import model_group, new_group
 from sluice.domain.pricing import PriceList, Usage, utc_day
 from sluice.ports.jobs import JobStore, ParamsStore, Received
 from sluice.ports.limits import LimitStore
+from sluice.ports.swap import Deleted, Kept, Written, change, swap
 from sluice.ports.world import Clock, Events
 
 PARALLEL_READS: Final = 16
@@ -81,20 +82,24 @@ class TakeDeadLetter:
         self._events.problem(
             "dead letter", message_id=message.message_id, job_id=message.job_id, reason=reason
         )
-        while job is not None and self._depends_on(job, message):
-            now = self._clock.now()
-            error = JobError(life.DEAD_LETTER, reason)
-            ended = life.finish_waiting(job, State.ERRORED, now, error)
-            try:
-                self._jobs.replace(ended, job.version)
-            except Stale as stale:
-                job = stale.current if isinstance(stale.current, Job) else None
-                if job is not None and self._is_at_work(job):
-                    return False
-            else:
+        return job is None or self._ended(job, message, JobError(life.DEAD_LETTER, reason))
+
+    def _ended(self, job: Job, message: Received, error: JobError) -> bool:
+        """End the job if it depends on the message; False when a worker has started on it meanwhile."""
+
+        def ended(job: Job) -> Job:
+            if self._is_at_work(job) or not self._depends_on(job, message):
+                return job
+            return life.finish_waiting(job, State.ERRORED, self._clock.now(), error)
+
+        match change(self._jobs.replace, job, ended, f"job {job.job_id}"):
+            case Written():
                 self._events.count("JobsErrored")
-                break
-        return True
+                return True
+            case Kept(job):
+                return not self._is_at_work(job)
+            case Deleted():
+                return True
 
     def _is_at_work(self, job: Job) -> bool:
         return job.lease is not None and job.lease.until > self._clock.now()
@@ -202,14 +207,14 @@ class Redriver:
             return candidate
         try:
             redriven = life.redrive(job, self._clock.now())
-            self._jobs.replace(redriven, job.version)
+            stored = swap(self._jobs.replace, redriven, job.version)
         except IllegalTransition as late:
             return Candidate(candidate.letter, job, str(late))
-        except Stale:
-            return Candidate(candidate.letter, job, "the job was changed concurrently; try again")
         except StoreBusy as busy:
             # The others go on; once more later finds out, and redrives nothing twice.
             return Candidate(candidate.letter, job, str(busy))
+        if stored is not redriven:
+            return Candidate(candidate.letter, job, "the job was changed concurrently; try again")
         return Candidate(candidate.letter, redriven, None, candidate.estimate)
 
     def _mean_outputs(self) -> Mapping[str, tuple[int, int]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from sluice.domain.errors import KeyPoolBroken, Stale, StoreBusy
+from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import AdminKey
 from sluice.domain.limits import Group, KnownLimits, group_id, loaded, model_group, new_group
 from sluice.ports.limits import AdminKeys, LimitStore, RateLimits
+from sluice.ports.swap import Written, change
 from sluice.ports.world import Clock, Events
 
 EVERY_MS: Final = 3_600_000
@@ -96,19 +97,15 @@ class LoadLimits:
             )
 
     def _entered(self, group: Group, known: KnownLimits, now: int) -> None:
-        while True:
-            changed = loaded(group, known.limits, now)
-            if changed is group:
-                return
-            try:
-                self._limits.replace(changed, group.version)
-            except Stale as stale:
-                if not isinstance(stale.current, Group):
-                    return
-                group = stale.current
-                continue
-            except StoreBusy as busy:
-                self._events.problem("store busy", what=busy.what)
-                return
-            self._events.note("limits loaded", limit_group=group.id, limits=dict(known.limits))
+        try:
+            result = change(
+                self._limits.replace,
+                group,
+                lambda current: loaded(current, known.limits, now),
+                f"limit group {group.id}",
+            )
+        except StoreBusy as busy:
+            self._events.problem("store busy", what=busy.what)
             return
+        if isinstance(result, Written):
+            self._events.note("limits loaded", limit_group=group.id, limits=dict(known.limits))

@@ -18,11 +18,12 @@ from typing import Final
 
 from sluice.domain import jobs as life
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
-from sluice.domain.errors import Stale, StoreBusy
+from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, JobError, State
 from sluice.domain.limits import Group, model_group
 from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
+from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
 from sluice.worker.tools import tell_end
 
@@ -220,9 +221,7 @@ class Sweep:
             return False
         error = JobError("deadline_exceeded", "the deadline passed before an answer came")
         ended = life.finish_waiting(job, State.EXPIRED, now, error)
-        try:
-            self._jobs.replace(ended, job.version)
-        except Stale:
+        if swap(self._jobs.replace, ended, job.version) is not ended:
             return False
         tell_end(self._events, ended)
         return True
