@@ -34,11 +34,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from scripts.client import Gateway
+from scripts.cli.client import Gateway
+from scripts.cli.submission import read_jobs, send
 from scripts.local_doors import LocalHandler
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import Child, clean_environment
-from scripts.submission import read_jobs, send
 from sluice.domain.shares import room_of
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]

@@ -34,10 +34,10 @@ from bench.limits.scoring import (
     taken_by,
 )
 from scripts.claude_simulator import params_hash
-from scripts.client import FINAL_STATES, MAX_IDS_PER_LOOK, Gateway
+from scripts.cli.client import FINAL_STATES, MAX_IDS_PER_LOOK, Gateway
+from scripts.cli.submission import read_jobs, send
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.emulator import Child, clean_environment
-from scripts.submission import read_jobs, send
 
 Json = dict[str, Any]
 
