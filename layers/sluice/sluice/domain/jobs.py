@@ -181,7 +181,7 @@ CHANGES: Final[Mapping[Change, Rule]] = {
     ),
     Change.REDRIVE: Rule(
         (State.ERRORED,), State.QUEUED, (Party.OPERATOR,), Hold.NOBODY,
-        "it ended by a dead letter, its deadline lies ahead, and nobody canceled it: parked until now",
+        "it ended by a dead letter, its deadline is in the future, and it was not canceled: parked until now",
     ),
 }  # fmt: skip
 """The state machine. Every function below that changes a job obeys it, and `docs/state_machine.md` is made from it."""
