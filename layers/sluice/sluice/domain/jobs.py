@@ -123,36 +123,36 @@ _WAITING: Final = (State.QUEUED, State.RUNNING)
 CHANGES: Final[Mapping[Change, Rule]] = {
     Change.CLAIM: Rule(
         (State.QUEUED,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
-        "it has a start time from the limiter, and the time has come: a worker takes the lease",
+        "its start time has been reached: a worker takes the lease",
     ),
     Change.TAKE_OVER: Rule(
         (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
-        "the same, after the lease of a worker that died ran out: its attempt is closed as lost, and given back unless "
+        "the same, after the lease of a dead worker has expired: its attempt is closed as lost, and not counted unless "
         "it ran alone",
     ),
     Change.RENEW: Rule(
         (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.WRITER,
-        "the call goes on: the lease is renewed",
+        "the call continues: the lease is renewed",
     ),
     Change.ASK_TO_CANCEL: Rule(
         (State.RUNNING,), State.RUNNING, (Party.API,), Hold.SOMEBODY,
-        "canceled during the call: a flag, which the worker finds within 15 s",
+        "canceled during the call: sets a flag, which the worker reads within 15 s",
     ),
     Change.SNOOZE: Rule(
         (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
-        "rate limited, overloaded, key rejected, spend limit: the attempt is given back",
+        "rate limited, overloaded, key rejected, spend limit reached: the attempt is not counted",
     ),
     Change.RETRY: Rule(
         (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
-        "the call failed, or Claude refused and there is a fallback model: the attempt is used",
+        "the call failed, or Claude refused and there is a fallback model: the attempt is counted",
     ),
     Change.FALL_BACK: Rule(
         (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
-        "overloaded, and there is a fallback model: the attempt is given back",
+        "overloaded, and there is a fallback model: the attempt is not counted",
     ),
     Change.PARK: Rule(
         _WAITING, State.QUEUED, (Party.API, Party.WORKER), Hold.NOBODY,
-        "it must wait for more than 15 minutes, or the queue did not take its message: the sweep sends it",
+        "it must wait for more than 15 minutes, or the queue did not accept its message: the sweep sends it",
     ),
     Change.SUCCEED: Rule(
         (State.RUNNING,), State.SUCCEEDED, (Party.WORKER,), Hold.WRITER,
@@ -160,11 +160,11 @@ CHANGES: Final[Mapping[Change, Rule]] = {
     ),
     Change.GIVE_UP: Rule(
         (State.RUNNING,), State.ERRORED, (Party.WORKER,), Hold.WRITER,
-        "the call failed for good, or failed at the last attempt",
+        "the call failed permanently, or at the last attempt",
     ),
     Change.STOP: Rule(
         (State.RUNNING,), State.CANCELED, (Party.WORKER,), Hold.WRITER,
-        "canceled during the call, which is ended",
+        "canceled during the call, which is stopped",
     ),
     Change.CANCEL: Rule(
         _WAITING, State.CANCELED, (Party.API, Party.WORKER), Hold.NOBODY,
