@@ -36,7 +36,7 @@ from sluice.domain.retries import Failure, RetryPolicy
 from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.claude import Answer, CallRequest, Headers
 from sluice.ports.claude import Refused as NoAnswer
-from sluice.wiring import model_groups, prices
+from sluice.wiring.shared import model_groups, prices
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.work import Worker
 from tests.fakes import (
