@@ -3,8 +3,6 @@
 All durations are milliseconds.
 """
 
-# ruff: noqa: S101 - relations between constants are asserted where they are declared
-
 from __future__ import annotations
 
 import json

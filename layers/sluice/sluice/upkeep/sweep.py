@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from sluice.domain import jobs as life
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import DueFor, JobError, State
+from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group, model_group
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
@@ -97,7 +96,7 @@ class Sweep:
         """Send what is due and can start soon, end what is past its deadline; begin no further step after `stop_at`."""
         now = self._clock.now()
         due = self._due.due(DueFor.CALL, now, LOOK_AT)
-        unheard = self._due.due(DueFor.CARE, now, CARE_FOR)
+        unheard = self._due.due(DueFor.CHECK, now, CARE_FOR)
         if not due and not unheard:
             return Swept()
         late = [each for each in due if each.deadline is not None and each.deadline <= now]
@@ -110,7 +109,7 @@ class Sweep:
             for some in self._steps(late, stop_at):
                 expired += sum(threads.map(self._expire, some))
             for some in self._steps(chosen, stop_at):
-                sent += self._send(threads, some, lambda _: life.WATCH_MS)
+                sent += self._send(threads, some, lambda _: WATCH_MS)
             for some in self._steps(lost, stop_at):
                 rescued += self._send(threads, some, self._look_after)
         swept = Swept(len(due), sent, expired, len(due) - sent - expired, rescued)
@@ -135,7 +134,7 @@ class Sweep:
             for each, after in zip(due, threads.map(pause, due), strict=True)
             if after is not None
         }
-        held = list(threads.map(lambda each: self._due.hold(each, until), pauses))
+        held = list(threads.map(lambda each: self._due.postpone(each, until), pauses))
         after = {
             taken: pause_ms
             for taken, pause_ms in zip(held, pauses.values(), strict=True)
@@ -169,10 +168,10 @@ class Sweep:
         if job is None or job.state.is_final:
             return None
         if job.lease is not None and job.lease.until > now:
-            self._due.hold(due, now + life.WATCH_MS)
+            self._due.postpone(due, now + WATCH_MS)
             return None
         # Twice as long each time: a job that waits for hours for its turn gets a handful of messages, not hundreds.
-        return max(life.WATCH_MS, now - job.created_at)
+        return max(WATCH_MS, now - job.created_at)
 
     def _steps(self, due: Sequence[Due], stop_at: int) -> Iterator[Sequence[Due]]:
         for start in range(0, len(due), AT_ONCE):
@@ -199,7 +198,7 @@ class Sweep:
         return sorted(chosen, key=lambda each: (each.due_at, each.job_id))
 
     def _has_new_pool(self, now: int) -> bool:
-        """Tell whether a key of another organisation may have come for jobs whose known groups are all blocked.
+        """Return whether a key of another organisation may have come for jobs whose known groups are all blocked.
 
         Only a job that a worker holds finds that out, so some must be sent though no known group can start them.
         """
@@ -218,10 +217,10 @@ class Sweep:
             return False
         if job.lease is not None and job.lease.until > now:
             # Its call may still bring an answer; if its worker is dead, nobody else will end it.
-            self._due.hold(due, job.lease.until)
+            self._due.postpone(due, job.lease.until)
             return False
         error = JobError("deadline_exceeded", "the deadline passed before an answer came")
-        ended = life.finish_waiting(job, State.EXPIRED, now, error)
+        ended = finish_waiting(job, State.EXPIRED, now, error)
         if swap(self._jobs.replace, ended, job.version) is not ended:
             return False
         report_end(self._events, ended)

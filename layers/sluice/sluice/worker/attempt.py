@@ -212,11 +212,11 @@ class Attempt:
                 claim = await self._claim(key)
         except BaseException:
             # An exception holds what was in hand where it was raised.
-            body.let_go()
+            body.release()
             raise
         if isinstance(claim, Job):
             return _Claimed(claim, body)
-        body.let_go()
+        body.release()
         return claim
 
     async def _may_start(self, admission: Admission) -> bool:

@@ -83,7 +83,7 @@ class Call:
             for task in (call, watch):
                 task.cancel()
             await asyncio.gather(call, watch, return_exceptions=True)
-            body.let_go()
+            body.release()
 
     def _request(self, body: Body, grant: Grant) -> CallRequest:
         invocation, job = self._invocation, self._heartbeat.job
@@ -100,7 +100,7 @@ class Call:
             window_ms=window,
             full_window=window * 10 >= invocation.whole_ms * 9,
             early=not invocation.limiter.knows(self._admission),
-            heard=self._heard,
+            on_headers=self._heard,
             room=grant.grow,
         )
 

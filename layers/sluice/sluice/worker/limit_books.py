@@ -37,8 +37,8 @@ REFUND_MS: Final = 300
 PATIENCE_MS: Final = 10_000
 """After this time a large job stops giving way to small ones that others bring."""
 
-assert HORIZON_MS < LONGEST_HORIZON_MS  # noqa: S101
-assert REFUND_MS < SETTLE_MS  # noqa: S101
+assert HORIZON_MS < LONGEST_HORIZON_MS
+assert REFUND_MS < SETTLE_MS
 
 
 @dataclass(frozen=True, slots=True)

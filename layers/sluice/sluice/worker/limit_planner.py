@@ -228,7 +228,7 @@ def _best(
             best = (start, draft, cost)
     if best is not None:
         return best
-    assert too_large is not None  # noqa: S101 - claimants are never empty
+    assert too_large is not None
     return too_large
 
 

@@ -62,7 +62,7 @@ CONFLICT_MS: Final = 20
 MOST_CONFLICTS: Final = 100
 """Races that one write may lose in a row: two seconds."""
 
-assert FRESH_MS < WATCH_MS  # noqa: S101
+assert FRESH_MS < WATCH_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class LimitWriter:
         """Use what was read of a group, perhaps for the first time."""
         books = self.books.get(name)
         if books is None:
-            assert claimant is not None  # noqa: S101 - only a waiter brings a new group
+            assert claimant is not None
             stated = dict(claimant.stated)
             fresh = new_group(claimant.organization, claimant.model_group, now, stated)
             books = self.books[name] = Books(current or fresh, now)

@@ -144,7 +144,7 @@ class Limiter:
 
         `answered`: `used` is real usage and teaches the estimates; `cached`: its input was partly cached.
         """
-        assert not admission.is_settled, "a reservation is settled once"  # noqa: S101
+        assert not admission.is_settled, "a reservation is settled once"
         admission.is_settled = True
         now = self._clock.now()
         call_ms = max(1, now - (admission.started_at or now)) if answered else 0

@@ -80,7 +80,7 @@ class Outcome:
         self._limiter.heard(admission, headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._limiter.works(admission, model_circuit(self._heartbeat.job.current_model))
-        if isinstance(answer, Answer) or answer.failure.is_word_of_upstream:
+        if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
             self._limiter.works(admission, endpoint_circuit(self._key))
 
     async def _apply(self, verdict: Verdict, failure: Failure, headers: Headers) -> None:
@@ -101,7 +101,7 @@ class Outcome:
                     headers=headers,
                     request_id=failure.request_id,
                 )
-            case Effect.PARK_GROUP:
+            case Effect.SPEND_LIMIT:
                 self._park_group(verdict, failure)
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")

@@ -37,7 +37,7 @@ REFILL_MS: Final = 300_000
 REFILL_PAUSE_MS: Final = 1_000
 """Pause after the queue gave less than asked for."""
 
-assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE  # noqa: S101
+assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 
 
 class RunJobs:
@@ -84,7 +84,7 @@ class QueueSource:
         self._jobs: dict[str, list[Received]] = {}
         """Jobs in hand, each with further messages that name it."""
         self._strangers: list[tuple[Received, str]] = []
-        """Messages that name no job, and why they are to be buried."""
+        """Messages that name no job, and why they are rejected."""
         self._to_put_back: list[tuple[Received, int]] = []
         """Each with the time at which it becomes visible."""
         self._to_delete: list[Received] = []
@@ -217,9 +217,9 @@ class QueueSource:
     # Housekeeping -----------------------------------------------------------------------------------------------
 
     async def keep(self, *, last: bool = False) -> bool:
-        """Keep messages hidden; bury strangers; tell the queue what is given back or done."""
+        """Keep messages hidden; reject messages that name no job; tell the queue what is given back or done."""
         await self._keep_hidden()
-        await self._see_off_strangers()
+        await self._handle_strangers()
         now = self._tools.clock.now()
         delays = [(message, max(0, at - now)) for message, at in self._to_put_back]
         inbox, back, delete = self._inbox, self._to_put_back, self._to_delete
@@ -244,7 +244,7 @@ class QueueSource:
         else:
             self._hidden_at = now
 
-    async def _see_off_strangers(self) -> None:
+    async def _handle_strangers(self) -> None:
         strangers, self._strangers = self._strangers, []
         for message, reason in strangers:
             now = self._tools.clock.now()
@@ -252,9 +252,9 @@ class QueueSource:
                 if message.canary is not None:
                     await self._tools.blocking(self._tools.limits.canary, message.canary, now)
                 else:
-                    await self._tools.blocking(self._inbox.bury, message, reason)
+                    await self._tools.blocking(self._inbox.reject, message, reason)
             except Exception:  # noqa: BLE001 - tried again at its next delivery
-                self._events.problem("message not buried", job_id=message.job_id)
+                self._events.problem("message not rejected", job_id=message.job_id)
                 self.give_back(
                     message, now + waits.grown(2 * waits.STORE_BUSY_MS, message.receive_count)
                 )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import chain
 
 from sluice.domain.batches import Batch, RangeState, Tally
-from sluice.domain.errors import InputGone
+from sluice.domain.errors import InputMissing
 from sluice.domain.jobs import Job
 from sluice.domain.rows import Encoded, Record, split
 from sluice.ports.batches import Objects
@@ -38,7 +38,7 @@ class Sums:
 def stored_tally(objects: Objects, part_key: str) -> Tally:
     """Return the sums of a part that is stored already."""
     sums = Sums()
-    with suppress(InputGone):
+    with suppress(InputMissing):
         for line in split(objects.stream(part_key)):
             sums.add(line)
     return sums.tally
@@ -72,7 +72,7 @@ class RangeChunks:
         for chunk in state.chunks[state.windows :]:
             first = 0
             # A chunk that is missing has outlived its retention: its rows run again.
-            with suppress(InputGone):
+            with suppress(InputMissing):
                 for line in split(self._objects.stream(self._key(chunk))):
                     record, size = Encoded.of(line), len(line) + 1
                     self._reach[chunk] = max(self._reach.get(chunk, 0), record.offset)

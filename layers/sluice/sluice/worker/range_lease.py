@@ -6,8 +6,16 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sluice.domain import batches as life
-from sluice.domain.batches import Batch, RangeState
+from sluice.domain.batches import (
+    Batch,
+    RangeState,
+    end_window,
+    finish_range,
+    keep_range,
+    note_running,
+    release_range,
+    save_chunk,
+)
 from sluice.domain.errors import LeaseLost
 from sluice.ports.batches import BatchStore
 from sluice.ports.swap import swap
@@ -20,7 +28,7 @@ KEEP_MS: Final = 10_000
 HIDE_MS: Final = 40_000
 """Visibility timeout of a range's message. The lease of a dead worker has run out when the message is visible again."""
 
-assert 2 * KEEP_MS < LEASE_MS < HIDE_MS  # noqa: S101
+assert 2 * KEEP_MS < LEASE_MS < HIDE_MS
 
 Rule = Callable[[RangeState], RangeState]
 
@@ -53,15 +61,13 @@ class RangeLease:
     async def keep(self) -> None:
         """Renew it."""
         until = self.until
-        await self.change(lambda state: life.keep_range(state, self._owner, until))
+        await self.change(lambda state: keep_range(state, self._owner, until))
 
     async def save_chunk(self, name: str, rows: set[int]) -> None:
         """Add a chunk with the records of some rows."""
         until = self.until
         await self.change(
-            lambda state: life.save_chunk(
-                state, self._owner, lease_until=until, chunk=name, rows=rows
-            )
+            lambda state: save_chunk(state, self._owner, lease_until=until, chunk=name, rows=rows)
         )
 
     async def end_window(
@@ -70,7 +76,7 @@ class RangeLease:
         """Replace the chunks of a window by one with all its records; `others` hold records of later rows."""
         until = self.until
         await self.change(
-            lambda state: life.end_window(
+            lambda state: end_window(
                 state,
                 self._owner,
                 lease_until=until,
@@ -83,7 +89,7 @@ class RangeLease:
 
     async def finish(self) -> None:
         """Note that the range's part is stored."""
-        await self.change(lambda state: life.finish_range(state, self._owner))
+        await self.change(lambda state: finish_range(state, self._owner))
 
     async def release(
         self, chunks: Sequence[str], not_before: int | None = None, model: str | None = None
@@ -91,7 +97,7 @@ class RangeLease:
         """Give the range back with its saved chunks; out of its queue with a `not_before`."""
         kept = tuple(chunks)
         await self.change(
-            lambda state: life.release_range(
+            lambda state: release_range(
                 state, self._owner, chunks=kept, not_before=not_before, model=model
             )
         )
@@ -112,4 +118,4 @@ class RangeLease:
 
     def as_running(self, running: Callable[[], Sequence[int]]) -> Rule:
         """Return the change that notes which rows are running at the time of the write."""
-        return lambda state: life.note_running(state, self._owner, running())
+        return lambda state: note_running(state, self._owner, running())

@@ -309,5 +309,5 @@ def _nothing(job_ids: Sequence[str]) -> None:
 
 
 def _record(seat: Seat) -> Ended:
-    assert seat.ended is not None  # noqa: S101 - only what has ended is saved
+    assert seat.ended is not None
     return seat.ended

@@ -80,7 +80,7 @@ class Windows:
         self._state = state
         self._saved = saved
         self._make_job = make_job
-        assert batch.plan is not None  # noqa: S101 - ranges are cut by it
+        assert batch.plan is not None
         self._plan = batch.plan
         self._start, self._end = self._plan.bounds(state.number)
         self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
@@ -89,7 +89,7 @@ class Windows:
         self._offset_of: dict[str, int] = {}
 
     def next(self) -> Window:
-        """Read the next window; raises InputGone."""
+        """Read the next window; raises InputMissing."""
         seats: list[Seat] = []
         bad: list[Record] = []
         text_bytes = bad_bytes = 0

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
 
-from sluice.domain import batches as life
 from sluice.domain import waits
-from sluice.domain.batches import Batch, Tally
-from sluice.domain.errors import InputGone, LeaseLost, RangeBusy, StoreBusy
+from sluice.domain.batches import Batch, Phase, Tally, claim_range, killers
+from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.rows import Row
@@ -86,10 +85,10 @@ class RunRange:
         """
         named = await self._named(pointer)
         if isinstance(named, str):
-            await self.tools.blocking(self.tools.returns.bury, pointer.message, named)
+            await self.tools.blocking(self.tools.returns.reject, pointer.message, named)
             return True
         batch, number = named
-        if batch.phase is life.Phase.ENDED:
+        if batch.phase is Phase.ENDED:
             return True
         state = await self.tools.blocking(self.tools.batches.range_state, batch, number)
         if state.done:
@@ -97,7 +96,7 @@ class RunRange:
             return True
         now = self.tools.clock.now()
         try:
-            claimed = life.claim_range(state, owner, now, now + LEASE_MS)
+            claimed = claim_range(state, owner, now, now + LEASE_MS)
         except RangeBusy as busy:
             await self.back(pointer, busy.until - now + 1_000)
             return False
@@ -136,7 +135,7 @@ class RunRange:
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
         """Count the range as done; the one that completes its section has the results joined."""
-        assert batch.plan is not None  # noqa: S101 - ranges are cut by it
+        assert batch.plan is not None
         if tally is None:
             key = batch.part_key(number)
             tally = await self.tools.blocking(stored_tally, self.tools.objects, key)
@@ -205,7 +204,7 @@ class _Run:
         while True:
             try:
                 window = await self._read(windows.next)
-            except InputGone as error:
+            except InputMissing as error:
                 window = windows.gone(str(error))
             run_rows += await self._run_window(window, again=again and is_first, is_first=is_first)
             waiting = self._rows.unfinished()
@@ -260,16 +259,16 @@ class _Run:
 
     async def _give_up_killers(self) -> None:
         """End rows that no worker survives."""
-        killers = life.killers(self._lease.state)
-        if not killers:
+        guilty = killers(self._lease.state)
+        if not guilty:
             return
         # In a batch's results the type of an error is one of Anthropic's: the message names ours.
         reason = f"{MOST_LOST_ALONE} workers died while each ran nothing but this row"
         error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
         # Before they end: no later call of theirs will say that these may be billed.
-        rows = self._rows.lost_rows(killers)
+        rows = self._rows.lost_rows(guilty)
         await self._read(partial(self._runner.worker.tools.ledger.record, rows))
-        for job in self._rows.give_up(killers, error):
+        for job in self._rows.give_up(guilty, error):
             report_end(self._tools.events, job)
 
     async def _read(self, read: Callable[[], T]) -> T:
