@@ -218,7 +218,7 @@ class WindowRows:
             return is_much or (gathered > 0 and old)
 
     def take_unsaved(self) -> list[Seat]:
-        """Return what is to be saved next; it must come back by `saved` or `not_saved`."""
+        """Return what is to be saved next; it must be returned by `saved` or `not_saved`."""
         with self._lock:
             taken = size = 0
             for seat in self._unsaved:
