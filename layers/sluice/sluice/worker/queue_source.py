@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
-from sluice.ports.jobs import Inbox, Received
+from sluice.ports.jobs import Inbox, JobStore, Received
 from sluice.worker.source import Held, Taken
 from sluice.worker.worker import Worker
 
@@ -43,8 +43,9 @@ assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 class RunJobs:
     """The use case behind the jobs queue."""
 
-    def __init__(self, inbox: Inbox, worker: Worker) -> None:
+    def __init__(self, inbox: Inbox, jobs: JobStore, worker: Worker) -> None:
         self._inbox = inbox
+        self._jobs = jobs
         self.worker = worker
 
     async def __call__(self, messages: Sequence[Received], stop_at: int, owner: str) -> list[str]:
@@ -52,7 +53,7 @@ class RunJobs:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
-        source = QueueSource(self._inbox, self.worker, messages, stop_at)
+        source = QueueSource(self._inbox, self._jobs, self.worker, messages, stop_at)
         await self.worker.run(source, stop_at, owner)
         return [each.message_id for each in messages if each.message_id in source.not_done]
 
@@ -61,9 +62,15 @@ class QueueSource:
     """One invocation's messages of the jobs queue."""
 
     def __init__(
-        self, inbox: Inbox, worker: Worker, messages: Sequence[Received], stop_at: int
+        self,
+        inbox: Inbox,
+        records: JobStore,
+        worker: Worker,
+        messages: Sequence[Received],
+        stop_at: int,
     ) -> None:
         self._inbox = inbox
+        self._records = records
         self._tools = worker.tools
         self._events = worker.tools.events
         self._limiter = worker.limiter
@@ -181,7 +188,7 @@ class QueueSource:
     async def _read(self, job_ids: Sequence[str]) -> Mapping[str, Job] | None:
         """Read the records together; None on failure: the worker reads them one by one."""
         try:
-            return await self._tools.blocking(self._tools.jobs.get_many, job_ids)
+            return await self._tools.blocking(self._records.get_many, job_ids)
         except StoreBusy as error:
             self._events.problem("batch not readable", reason=str(error))
         except Exception:  # noqa: BLE001 - each job is read again on its own
