@@ -102,6 +102,7 @@ def upload(  # noqa: PLR0913 - a command line has options
         kind = "a directory" if file.is_dir() else "not a regular file"
         what = kind if file.exists() else "missing"
         raise CommandFailed(f"{file} is {what}; upload takes one file")
+    files.refuse_inputs(out, [file, key_file])
     asked = {
         "model": model,
         "max_tokens": max_tokens,
@@ -115,7 +116,6 @@ def upload(  # noqa: PLR0913 - a command line has options
     good = True
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
-        files.refuse_inputs(out, [file, key_file])
         sink = cleanup.enter_context(files.writing(out)) if out else None
         store = cleanup.enter_context(bucket())
         batch = store.upload(gateway, file, name or file.name, options, _say_sent)
