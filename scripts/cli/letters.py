@@ -55,12 +55,12 @@ def show_letter(
     The job's request and answer are not shown.
     """
     from scripts.cli.deployed import Stack, aws_errors
-    from sluice.api import http
+    from sluice.api import views
 
     redriver = Stack(stack, region, endpoint_url).redriver()
     with aws_errors("read the dead letter"):
         (found,) = redriver.candidates(_letters_named(redriver, [letter]))
-    job = None if found.job is None else http.job_view(found.job)
+    job = None if found.job is None else views.job_view(found.job)
     shown = _as_json(found) | {"body": found.letter.body, "job_record": job}
     terminal.print_json(shown)
 
@@ -130,12 +130,12 @@ def _letters_named(redriver: "Redriver", names: list[str]) -> "list[KeptLetter]"
 
 
 def _as_json(found: "Candidate") -> dict[str, object]:
-    from sluice.api import http
+    from sluice.api import views
 
     letter, job, estimate = found.letter, found.job, found.estimate
     return {
         "letter": letter.message_id,
-        "kept_at": http.time(letter.kept_at),
+        "kept_at": views.time(letter.kept_at),
         "reason": letter.reason,
         "receive_count": letter.receive_count,
         "job": letter.job_id,
