@@ -19,6 +19,8 @@ CODE_IS_CHECKED = {
     "functions": False,
     "layers": False,
     "scripts": False,
+    "scripts/cli": True,
+    "scripts/documents": True,
     "tests": False,
 }
 """Folders with Python code. While the texts of a folder are being rewritten, it is False."""
