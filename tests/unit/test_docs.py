@@ -14,12 +14,13 @@ from bench.limits.scenarios import SCENARIOS
 from scripts.cli import app
 from scripts.documents.__main__ import DOCS, DOCUMENTS
 from scripts.documents.markers import replaced
-from sluice.api import http
+from sluice.api import requests
 from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import USUAL
+from sluice.intake import requests as validation
 from sluice.intake import submit
 from sluice.ports.metrics import METRIC_NAMES
 from sluice.worker import call, limiter, work
@@ -268,6 +269,8 @@ def test_every_decision_has_its_four_parts() -> None:
     parts = ["**Context.**", "**Decision.**", "**Alternatives.**", "**Consequences.**"]
 
     assert decisions
+    numbers = sorted(name.rpartition("/")[2][:4] for name in decisions)
+    assert numbers == [f"{number:04}" for number in range(1, len(numbers) + 1)]
     for name, page in decisions.items():
         number = name.rpartition("/")[2][:4]
         assert page.startswith(f"# {number} "), name
@@ -303,7 +306,7 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "calls pause for {:.0f} to {:.0f} s",
             [USUAL.breaker_pause_ms / 1000, USUAL.breaker_pause_cap_ms / 1000],
         ),
-        ("tried again every {:.0f} minutes", [POLICY.park_recheck_ms / 60_000]),
+        ("tried again every {:.0f} minutes", [POLICY.spend_recheck_ms / 60_000]),
         (
             "random time up to {:.0f}, 2, 4 ... {:.0f} s",
             [POLICY.overload_base_ms / 1000, POLICY.overload_cap_ms / 1000],
@@ -313,10 +316,10 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "up to {:.0f}, 4, 8 ... {:.0f} s",
             [POLICY.retry_base_ms / 1000, POLICY.retry_cap_ms / 1000],
         ),
-        ("at most {:,} bytes", [http.MOST_BYTES]),
+        ("at most {:,} bytes", [requests.MOST_BYTES]),
         ("sent again within {:.0f} minutes", [submit.RESEND_WINDOW_MS / 60_000]),
-        ("a job at most {} levels of nesting", [http.DEEPEST]),
-        ("a list of up to {}", [http.MOST_JOBS]),
+        ("a job at most {} levels of nesting", [validation.DEEPEST]),
+        ("a list of up to {}", [requests.MOST_JOBS]),
     ],
 )
 def test_numbers_in_the_documents_are_those_of_the_code(

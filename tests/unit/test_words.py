@@ -40,7 +40,6 @@ EXEMPT: tuple[Exempt, ...] = (
 
 
 FIELDS = {
-    "GONE": "the name of HTTP status 410",
     "set_aside": "a field of GET /limits",
     "told": "stored in batches",
     "under_way": "stored in limit groups",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from sluice.domain import batches as life
 from sluice.domain.batches import (
     Batch,
     Options,
@@ -19,6 +18,8 @@ from sluice.domain.batches import (
     Progress,
     Source,
     Tally,
+    cancel_batch,
+    delete_batch,
     named_batch_id,
     random_batch_id,
 )
@@ -189,7 +190,7 @@ class Batches:
         def canceled(batch: Batch) -> Batch:
             if batch.phase is Phase.ENDED:
                 raise InvalidRequest(f"Message batch {batch_id} has ended and cannot be canceled.")
-            return life.cancel(batch, self._clock.now())
+            return cancel_batch(batch, self._clock.now())
 
         return self._changed(self.get(batch_id), canceled)
 
@@ -200,7 +201,7 @@ class Batches:
             raise InvalidRequest(
                 f"Message batch {batch_id} is {status(batch)}; it can be deleted once it has ended."
             )
-        self._changed(batch, life.delete)
+        self._changed(batch, delete_batch)
 
     def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
         result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")
