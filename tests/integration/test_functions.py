@@ -1269,7 +1269,7 @@ def test_a_dead_letter_ends_its_job_and_keeps_its_body(gateway: Gateway) -> None
     job = gateway.job(job_id)
     assert {"batchItemFailures": []} == answer == again
     assert ("errored", "dead_letter") == (job["state"], job["error"]["type"])
-    assert "received 1001 times without an end" == job["error"]["message"]
+    assert "received 1001 times without being deleted" == job["error"]["message"]
     (text,) = gateway.cloud.objects("dead-letters/").values()
     assert record["body"] == json.loads(text)["body"]
 

@@ -37,7 +37,7 @@ from tests.fakes import (
 )
 
 LEASE_END = NOON + 120 * SECOND
-DEAD = JobError("dead_letter", "received 1001 times without an end")
+DEAD = JobError("dead_letter", "received 1001 times without being deleted")
 
 
 class Scene:
@@ -68,7 +68,7 @@ def test_the_job_ends_as_errored_with_the_reason(scene: Scene) -> None:
 
     job = scene.jobs.stored["job_1"]
     assert State.ERRORED == job.state
-    assert JobError("dead_letter", "received 1001 times without an end") == job.error
+    assert JobError("dead_letter", "received 1001 times without being deleted") == job.error
     assert (1, 1) == (scene.events.counted("DeadLetters"), scene.events.counted("JobsErrored"))
     assert ["dead letter"] == scene.events.problem_names
 

@@ -14,7 +14,8 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, room_of
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
-from sluice.upkeep.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
+from sluice.upkeep.governor import DAY_MS, OLD_DAYS, Governed, Governor
+from sluice.upkeep.schedule import RUN_MS
 from sluice.worker.desk import AT_ONCE
 from tests.fakes import (
     MINUTE,

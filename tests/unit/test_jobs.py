@@ -47,7 +47,7 @@ from tests.fakes import MINUTE, NOON, SECOND, a_job
 LATER = NOON + 10 * SECOND
 LEASE_END = NOON + 120 * SECOND
 AFTER_LEASE = LEASE_END + 1
-DEAD = JobError("dead_letter", "received 1001 times without an end")
+DEAD = JobError("dead_letter", "received 1001 times without being deleted")
 BOOM = JobError("api_error", "boom", 500)
 USED = Usage(input_tokens=7, output_tokens=3)
 

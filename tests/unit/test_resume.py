@@ -144,5 +144,5 @@ def test_a_batch_taken_by_another_sweep_is_left_to_it(bulk: Bulk) -> None:
     (due,) = bulk.batches.due(bulk.time.now(), 10)
     bulk.batches.postpone(due, bulk.time.now() + MINUTE)
 
-    assert not resume(bulk)._look_at(due)  # noqa: SLF001 - the race itself
+    assert not resume(bulk)._check(due)  # noqa: SLF001 - the race itself
     assert [] == bulk.queues.plans

@@ -18,7 +18,8 @@ from sluice.domain.jobs import (
     snooze,
 )
 from sluice.domain.limits import Group, new_group
-from sluice.upkeep.sweep import HOLD_MS, NEW_KEYS_MS, QUIET_MS, Sweep, Swept
+from sluice.upkeep.schedule import UNSENT_MS
+from sluice.upkeep.sweep import NEW_KEYS_MS, QUIET_MS, Sweep, Swept
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -122,7 +123,7 @@ def test_two_sweeps_at_once_send_it_once() -> None:
     scene.sweep()
 
     (late,) = seen
-    assert scene.jobs.postpone(late, NOON + HOLD_MS) is None
+    assert scene.jobs.postpone(late, NOON + UNSENT_MS) is None
     assert ["job_1"] == scene.sent()
 
 
@@ -132,7 +133,7 @@ def test_what_the_queue_does_not_take_stays_due() -> None:
 
     assert Swept(due=2, sent=1, left=1) == scene.sweep()
     scene.queue.untaken = set()
-    scene.clock.at += HOLD_MS
+    scene.clock.at += UNSENT_MS
     assert Swept(due=1, sent=1) == scene.sweep()
 
     assert ["job_2", "job_1"] == scene.sent()
@@ -146,7 +147,7 @@ def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
 
     with pytest.raises(StoreBusy):
         scene.sweep()
-    scene.clock.at += HOLD_MS
+    scene.clock.at += UNSENT_MS
     scene.sweep()
 
     assert {"job_1"} == set(scene.sent())

@@ -12,10 +12,11 @@ import pytest
 from sluice.adapters.dynamodb import SHORT_DAYS
 from sluice.adapters.job_records import WAITING_DAYS
 from sluice.domain.capacity import LEAST
-from sluice.domain.jobs import State
+from sluice.domain.jobs import LEASE_MS, State
 from sluice.domain.shares import RESERVED
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
 from sluice.settings import MAPPINGS as MAPPINGS_BY_QUEUE
+from sluice.upkeep.schedule import RUN_MS
 from sluice.wiring.governor import LONG_TIMEOUT_MS, SHORT, SHORT_TIMEOUT_MS
 from tests.expanded_template import expanded_template, template
 
@@ -240,6 +241,21 @@ def test_the_governor_knows_how_long_an_invocation_can_last(queue: str) -> None:
     timeout = FUNCTIONS[target_function(MAPPINGS[GOVERNED[queue]])]["Timeout"]
 
     assert timeout * 1000 == (SHORT_TIMEOUT_MS if queue in SHORT else LONG_TIMEOUT_MS)
+
+
+def test_the_schedule_is_the_one_that_upkeep_counts_on() -> None:
+    governor = FUNCTIONS["GovernorFunction"]
+
+    assert "rate(1 minute)" == governor["Events"]["EveryMinute"]["Properties"]["ScheduleExpression"]
+    assert (RUN_MS, RUN_MS) == (60_000, governor["Timeout"] * 1000)
+
+
+def test_a_running_job_or_range_keeps_its_message_hidden() -> None:
+    """Workers shorten the visibility timeout of a message; a crash before that must not free the job early."""
+    jobs, ranges = QUEUES["JobsQueue"], QUEUES["RangesQueue"]
+
+    assert jobs["VisibilityTimeout"] * 1000 > LEASE_MS
+    assert ranges["VisibilityTimeout"] * 1000 > LEASE_MS
 
 
 def test_a_failed_run_of_the_governor_is_not_repeated_and_a_throttled_one_for_a_minute() -> None:
