@@ -605,7 +605,7 @@ def batch_links(batch_id: Annotated[str, Path(max_length=MOST_ID)]) -> dict[str,
 )
 def begin_upload(body: Annotated[http.UploadRequest, Body()]) -> dict[str, Any]:
     """Start an upload."""
-    begun = uploads().begin(body.name, body.bytes, body.options)
+    begun = uploads().start(body.name, body.bytes, body.options)
     return {
         "type": "upload",
         "id": begun.upload_id,

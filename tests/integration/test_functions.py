@@ -984,7 +984,7 @@ def test_an_end_in_the_stream_becomes_a_webhook_that_waits_for_its_receiver(
     assert {"batchItemFailures": []} == answer
     assert 1 == len(gateway.run_webhooks()), "hooks.acme.example leads nowhere"
     log = said()
-    assert "its name leads nowhere" in log
+    assert "the host name does not resolve" in log
     assert "https://hooks.acme.example" not in log
 
 

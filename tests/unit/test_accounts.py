@@ -238,7 +238,7 @@ def test_nothing_spent_is_an_empty_report(office: Office) -> None:
 @pytest.mark.parametrize(
     ("first", "last", "complaint"),
     [
-        (date(2026, 11, 21), DAY, "2026-11-20 lies before from"),
+        (date(2026, 11, 21), DAY, "2026-11-20 is before from"),
         (date(2025, 11, 19), DAY, "at most 366 days"),
     ],
 )

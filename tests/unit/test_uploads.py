@@ -33,7 +33,7 @@ def test_a_file_in_parts_becomes_a_batch(
     door: Uploads, links: MemoryLinks, bulk: Bulk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "PART_BYTES", 100)
-    begun = door.begin("2026/reviews.jsonl", len(ROWS), {"model": "claude-b"})
+    begun = door.start("2026/reviews.jsonl", len(ROWS), {"model": "claude-b"})
     etags = {
         part: links.send(begun.upload_id, part, ROWS[100 * (part - 1) : 100 * part])
         for part in range(1, begun.parts + 1)
@@ -52,22 +52,22 @@ def test_a_file_in_parts_becomes_a_batch(
 
 
 def test_options_of_an_earlier_file_of_that_name_do_not_hold(door: Uploads, bulk: Bulk) -> None:
-    door.begin("reviews.jsonl", 10, {"model": "claude-b"})
+    door.start("reviews.jsonl", 10, {"model": "claude-b"})
 
-    door.begin("reviews.jsonl", 10, {})
+    door.start("reviews.jsonl", 10, {})
 
     assert b"{}" == bulk.objects.stored["in/acme/reviews.options.json"]
 
 
 def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:
-    begun = door.begin("huge.jsonl", 5 * 1024**4, {})
+    begun = door.start("huge.jsonl", 5 * 1024**4, {})
 
     assert begun.parts <= uploads.MOST_PARTS
     assert uploads.LINKS_AT_ONCE == len(begun.links)
 
 
 def test_more_links_come_a_hundred_at_a_time(door: Uploads) -> None:
-    begun = door.begin("huge.jsonl", 10**12, {})
+    begun = door.start("huge.jsonl", 10**12, {})
 
     assert range(101, 201) == range(*_ends(door.links("huge.jsonl", begun.upload_id, 101, 200)))
     for first, last in ((0, 5), (5, 4), (1, 101), (9_999, 10_001)):
@@ -89,7 +89,7 @@ def _ends(links: object) -> tuple[int, int]:
 )
 def test_a_name_stays_in_the_tenants_own_place(door: Uploads, name: str) -> None:
     with pytest.raises(InvalidRequest, match="name: "):
-        door.begin(name, 10, {})
+        door.start(name, 10, {})
     with pytest.raises(InvalidRequest, match="name: "):
         door.complete(name, "upload-1", {1: "etag"})
 
@@ -98,9 +98,9 @@ def test_what_cannot_be_an_upload_is_refused_before_it_begins(
     door: Uploads, links: MemoryLinks
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"bytes: must be from 1 to .* \(got 0\)"):
-        door.begin("x.jsonl", 0, {})
+        door.start("x.jsonl", 0, {})
     with pytest.raises(InvalidRequest, match="options: unknown field 'modle'; use"):
-        door.begin("x.jsonl", 10, {"modle": "x"})
+        door.start("x.jsonl", 10, {"modle": "x"})
     assert {} == links.going
     with pytest.raises(InvalidRequest, match="parts: List should have at least 1 item"):
         door.complete("x.jsonl", "upload-1", {})
@@ -109,7 +109,7 @@ def test_what_cannot_be_an_upload_is_refused_before_it_begins(
 
 
 def test_an_aborted_upload_is_forgotten(door: Uploads, links: MemoryLinks) -> None:
-    begun = door.begin("x.jsonl", 10, {})
+    begun = door.start("x.jsonl", 10, {})
 
     door.abort("x.jsonl", begun.upload_id)
     door.abort("x.jsonl", begun.upload_id)

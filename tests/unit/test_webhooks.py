@@ -295,7 +295,7 @@ def test_one_that_fails_strangely_comes_again_like_any_other() -> None:
     assert 1 == len(scene.once())
 
     assert 1 == scene.events.counted("WebhooksDelivered")
-    assert ["webhook failed strangely"] == scene.events.problem_names
+    assert ["unexpected error delivering webhook"] == scene.events.problem_names
 
 
 def test_a_queue_that_is_busy_takes_nothing_back_and_forgets_nothing() -> None:
