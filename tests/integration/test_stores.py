@@ -429,7 +429,7 @@ def test_an_empty_listing_is_empty(jobs: JobStore, name: str) -> None:
 
 @pytest.mark.parametrize("page", ["nonsense", "bm9uc2Vuc2U", "é", "I2pvYl8x", "//", "MQ=="])
 def test_a_page_that_was_never_given_out_is_refused(jobs: JobStore, page: str) -> None:
-    with pytest.raises(InvalidRequest, match="next_page of an earlier answer"):
+    with pytest.raises(InvalidRequest, match="next_page of an earlier response"):
         jobs.listing("anybody", None, 20, page)
 
 

@@ -9,7 +9,7 @@ import pytest
 from aws_lambda_powertools import Logger
 
 from sluice.adapters import aws
-from sluice.adapters.telemetry import VALUES_AT_ONCE, Telemetry, hush
+from sluice.adapters.telemetry import VALUES_AT_ONCE, Telemetry, quiet_libraries
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, SAMPLED, TOTALS
 
 
@@ -130,7 +130,7 @@ def test_a_library_that_logs_every_call_is_hushed(library: str) -> None:
     logger = logging.getLogger(library)
     logger.setLevel(logging.INFO)
 
-    hush()
+    quiet_libraries()
 
     assert not logger.isEnabledFor(logging.INFO)
     assert logger.isEnabledFor(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Clock and threads of the machine we run on."""
+"""The clock, threads and memory of the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THREADS = 16
 
 
 class SystemClock:
-    """The real time."""
+    """The system clock."""
 
     def now(self) -> int:
         """Return epoch milliseconds."""
@@ -31,7 +31,7 @@ class SystemClock:
 
 
 class Threads:
-    """Runs blocking calls in threads, so that the event loop goes on."""
+    """Runs blocking calls in threads, so that they do not block the event loop."""
 
     def __init__(self, threads: int = THREADS) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sluice")
@@ -44,10 +44,10 @@ class Threads:
 
 
 def peak_mb() -> int:
-    """Return the most memory this process ever held, in megabytes."""
+    """Return the peak memory of this process in megabytes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
-        # macOS, in bytes. Linux's own answer here may be that of the process we were started by.
+        # On macOS, in bytes. On Linux this value may be that of the parent process.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
     return int(status.partition("VmHWM:")[2].split()[0]) >> 10

@@ -12,7 +12,7 @@ from aws_lambda_powertools import Logger
 
 from sluice.adapters import aws, system
 from sluice.adapters.system import SystemClock
-from sluice.adapters.telemetry import Telemetry, hush
+from sluice.adapters.telemetry import Telemetry, quiet_libraries
 from sluice.domain.pricing import PriceList
 from sluice.settings import Settings
 
@@ -45,7 +45,7 @@ def settings() -> Settings:
 @cache
 def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
-    hush()
+    quiet_libraries()
     return Telemetry(Logger())
 
 
