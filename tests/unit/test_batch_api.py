@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sluice.api import http
+from sluice.api import document, requests, views
 from sluice.domain.batches import Batch, Options, Phase, Source, Tally, delete_batch
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
 from sluice.intake import batches as api
@@ -51,7 +51,7 @@ class Caller:
         self.bulk.drain()
 
     def shown(self, batch_id: str) -> dict[str, Any]:
-        return http.message_batch(self.batches.get(batch_id), self.bulk.time.now(), URL)
+        return views.message_batch(self.batches.get(batch_id), self.bulk.time.now(), URL)
 
 
 @pytest.fixture
@@ -233,16 +233,16 @@ def test_no_more_rows_than_anthropic_takes(caller: Caller, monkeypatch: pytest.M
 )
 def test_an_envelope_is_checked_in_anthropics_words(body: object, message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        http.read_requests(body)
+        requests.read_requests(body)
 
     assert message == str(refused.value)
 
 
 def test_a_deadline_header_is_a_time_with_a_zone() -> None:
-    assert http.read_deadline(None) is None
-    assert NOON == http.read_deadline("2026-11-20T13:00:00+01:00")
+    assert requests.read_deadline(None) is None
+    assert NOON == requests.read_deadline("2026-11-20T13:00:00+01:00")
     with pytest.raises(InvalidRequest, match="sluice-deadline: must be RFC 3339"):
-        http.read_deadline("tomorrow")
+        requests.read_deadline("tomorrow")
 
 
 # Looking ---------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_a_file_is_listed_among_the_others(caller: Caller) -> None:
 def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
     jobs: list[Any] = [{"params": a_row(number)["params"]} for number in range(150)]
     jobs[7] |= {"custom_id": "mine", "deadline": "2026-11-21T12:00:00Z", "fallback_models": ["b"]}
-    rows = http.long_list({"jobs": jobs})
+    rows = requests.long_list({"jobs": jobs})
     assert rows is not None
 
     batch = caller.create(*rows, source=Source.JOBS)
@@ -432,7 +432,7 @@ def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
 
 @pytest.mark.parametrize("body", [[], {}, {"jobs": {}}, {"jobs": [{}] * 100}])
 def test_other_bodies_are_no_long_list(body: object) -> None:
-    assert http.long_list(body) is None
+    assert requests.long_list(body) is None
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_other_bodies_are_no_long_list(body: object) -> None:
 )
 def test_what_a_row_cannot_have_is_refused_at_once(job: object, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        http.long_list({"jobs": [{"params": {}}] * 100 + [job]})
+        requests.long_list({"jobs": [{"params": {}}] * 100 + [job]})
 
 
 def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller) -> None:
@@ -455,10 +455,10 @@ def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller)
     caller.bulk.planner.plan(caller.bulk.queues.plans.pop())
     so_far = Tally(succeeded=40, invalid=10, cost_micro_usd=1_234_567)
 
-    running = http.batch_view(caller.batches.get(batch.batch_id), so_far, NOON + 10 * MINUTE)
+    running = views.batch_view(caller.batches.get(batch.batch_id), so_far, NOON + 10 * MINUTE)
     caller.run()
     ended = caller.batches.get(batch.batch_id)
-    shown = http.batch_view(ended, ended.tally, NOON + DAY)
+    shown = views.batch_view(ended, ended.tally, NOON + DAY)
 
     assert ("running", 200, 50, "1.234567") == (
         running["state"],
@@ -473,9 +473,9 @@ def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller)
         shown["rows"]["done"],
         shown["estimated_end_at"],
     )
-    assert "planning" == http.batch_view(batch, Tally(), NOON)["state"]
-    http.Batch.model_validate_json(json.dumps(shown), strict=True)
-    http.MessageBatch.model_validate_json(json.dumps(caller.shown(batch.batch_id)), strict=True)
+    assert "planning" == views.batch_view(batch, Tally(), NOON)["state"]
+    document.Batch.model_validate_json(json.dumps(shown), strict=True)
+    document.MessageBatch.model_validate_json(json.dumps(caller.shown(batch.batch_id)), strict=True)
 
 
 def test_links_lead_to_the_three_files_of_a_batch(caller: Caller) -> None:
