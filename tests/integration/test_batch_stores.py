@@ -489,7 +489,7 @@ def test_what_aws_will_never_take_is_passed_over_and_holds_up_nobody() -> None:
 
         notices.publish(told)
 
-    assert ["end not told", "end not told"] == events.problem_names
+    assert ["end not published", "end not published"] == events.problem_names
 
 
 @pytest.mark.usefixtures("cloud")
@@ -591,7 +591,7 @@ def test_parts_that_make_no_object_are_the_callers_fault(cloud: Aws, name: str) 
     links = s3.Links(cloud.s3, BUCKET, 60)
     upload = links.begin(name)
 
-    with pytest.raises(InvalidRequest, match="parts: S3 says InvalidPart"):
+    with pytest.raises(InvalidRequest, match="parts: S3 returned InvalidPart"):
         links.complete(name, upload, {1: '"no such part"'})
     links.abort(name, upload)
 
@@ -614,7 +614,7 @@ def test_an_upload_that_is_gone_is_done_when_its_object_is_there(name: str) -> N
         stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
 
         links.complete(name, "upload", {1: "x"})
-        with pytest.raises(InvalidRequest, match="parts: S3 says NoSuchUpload: gone"):
+        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: gone"):
             links.complete(name, "upload", {1: "x"})
         links.abort(name, "upload")
 

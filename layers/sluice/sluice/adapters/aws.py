@@ -80,10 +80,6 @@ _TRANSIENT = frozenset(
 )
 
 
-CALLS: Counter[str] = Counter()
-"""Calls made so far, including retries, by resource; logged per invocation. Threads may lose a few."""
-
-
 REFUSED: Counter[str] = Counter()
 """Unreported calls that AWS refused for lack of a permission: their number by operation and resource."""
 
@@ -157,10 +153,6 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     """Call AWS; retry transient errors up to three times within about a second, then raise StoreBusy(what)."""
     doubtful = False
 
-    def counted(**arguments: Any) -> T:
-        CALLS[what] += 1
-        return call(**arguments)
-
     def is_retried(error: BaseException) -> bool:
         nonlocal doubtful
         if not is_transient(error):
@@ -176,7 +168,7 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
         reraise=True,
     )
     try:
-        return attempts(counted, **arguments)
+        return attempts(call, **arguments)
     except (ClientError, BotoCoreError) as error:
         if is_transient(error):
             raise StoreBusy(what, may_be_done=doubtful) from error

@@ -58,10 +58,10 @@ def message_group(name: str) -> str:
     return name if _GROUP_ID.fullmatch(name) else sha256(name.encode()).hexdigest()
 
 
-def _send_together(client: SQSClient, url: str, what: str, entries: Any) -> list[str]:
+def _unsent(entries: Any, send: Callable[..., Any]) -> list[str]:
     """Send at most ten messages in one call; return the entry ids of those that were not accepted."""
     try:
-        answer = aws.patiently(what, client.send_message_batch, QueueUrl=url, Entries=entries)
+        answer = send(Entries=entries)
     except StoreBusy:
         return [entry["Id"] for entry in entries]
     return [each["Id"] for each in answer.get("Failed", ())]
@@ -87,9 +87,13 @@ class SqsQueue:
                 }
                 for position, job in enumerate(some)
             ]
-            failed = _send_together(self._client, self._url, "the jobs queue", entries)
-            unsent.extend(some[int(position)].job_id for position in failed)
+            unsent += [some[int(position)].job_id for position in _unsent(entries, self._send)]
         return unsent
+
+    def _send(self, **entries: Any) -> Any:
+        return aws.patiently(
+            "the jobs queue", self._client.send_message_batch, QueueUrl=self._url, **entries
+        )
 
     def _fair_group(self, job: Pointer) -> str:
         """Fair queue: the backlog of one tenant or of a blocked limit group does not delay the others."""
@@ -136,10 +140,10 @@ class SqsRangesQueue:
         """Send a pointer to each range, by concurrent calls; return the numbers that were not accepted."""
         with ThreadPoolExecutor(SENDS_AT_ONCE) as threads:
             some = chunks(numbers, AT_ONCE)
-            unsent = threads.map(lambda each: self._send(batch, each), some)
+            unsent = threads.map(lambda each: self._unsent(batch, each), some)
             return [int(number) for each in unsent for number in each]
 
-    def _send(self, batch: Batch, numbers: Sequence[int]) -> list[str]:
+    def _unsent(self, batch: Batch, numbers: Sequence[int]) -> list[str]:
         entries = [
             {
                 "Id": str(number),
@@ -151,7 +155,12 @@ class SqsRangesQueue:
             }
             for number in numbers
         ]
-        return _send_together(self._client, self._url, "the ranges queue", entries)
+        return _unsent(entries, self._send)
+
+    def _send(self, **entries: Any) -> Any:
+        return aws.patiently(
+            "the ranges queue", self._client.send_message_batch, QueueUrl=self._url, **entries
+        )
 
 
 class SqsBatchesQueue:

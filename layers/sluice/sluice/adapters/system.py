@@ -1,14 +1,12 @@
-"""The clock, threads and memory of the process."""
+"""The clock and threads of the process."""
 
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -41,13 +39,3 @@ class Threads:
         return asyncio.get_running_loop().run_in_executor(
             self._pool, partial(call, *args, **kwargs)
         )
-
-
-def peak_mb() -> int:
-    """Return the peak memory of this process in megabytes."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        # On macOS, in bytes. On Linux this value may be that of the parent process.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
-    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
