@@ -88,10 +88,10 @@ def _used(started: Stack, since: float) -> tuple[float, int]:
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         planned = list(started.logged("batches", "planned", since))
-        begun = list(started.logged("batches", "begun", since))
-        if planned and begun:
+        created = list(started.logged("batches", "created", since))
+        if planned and created:
             peak = max(map(peak_mb, workers(started, "batches")))
-            return _at(planned[-1]) - _at(begun[-1]), peak
+            return _at(planned[-1]) - _at(created[-1]), peak
         time.sleep(0.2)
     raise TimeoutError("the planner did not end")
 

@@ -72,11 +72,10 @@ class Settings:
     def governed(self) -> GovernorSettings:
         """Return the settings of the governor; raises SettingsError in any other function."""
         if self.governor is None:
-            message = (
+            raise SettingsError(
                 "SLUICE_MAPPINGS, SLUICE_MAX_CONCURRENCY, SLUICE_BULK_CONCURRENCY and "
                 "SLUICE_LAMBDA_CONCURRENCY are not all set; the template sets them only for the governor"
             )
-            raise SettingsError(message)
         return self.governor
 
     @classmethod
@@ -132,16 +131,18 @@ class _Reader:
         try:
             return read_networks(self.environment.get(name, ""))
         except ValueError as error:
-            message = f"{name} must be networks such as 10.0.0.0/8,fd00::/8: {error}"
-            raise SettingsError(message) from None
+            raise SettingsError(
+                f"{name} must be networks such as 10.0.0.0/8,fd00::/8: {error}"
+            ) from None
 
     def waits(self, name: str) -> Waits:
         text = self.environment.get(name)
         try:
             return Waits.from_json(text) if text else USUAL
         except ValueError as error:
-            message = f'{name} must be waits such as {{"hold_ms": 1000}}: {error}'
-            raise SettingsError(message) from None
+            raise SettingsError(
+                f'{name} must be waits such as {{"hold_ms": 1000}}: {error}'
+            ) from None
 
     def mappings(self, name: str) -> Mapping[str, str]:
         try:
@@ -149,8 +150,9 @@ class _Reader:
         except (ValueError, AttributeError):
             found = {}
         if found.keys() != set(MAPPINGS) or not all(found.values()):
-            message = f"{name} must be a JSON object with a UUID for each of {', '.join(MAPPINGS)}"
-            raise SettingsError(message)
+            raise SettingsError(
+                f"{name} must be a JSON object with a UUID for each of {', '.join(MAPPINGS)}"
+            )
         return found
 
     def governor(self) -> GovernorSettings | None:

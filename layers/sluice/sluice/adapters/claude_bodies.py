@@ -148,8 +148,9 @@ class _Download(httpx2.AsyncByteStream):
             try:
                 yield unpacker.decompress(packed, PIECE_BYTES)
             except zlib.error as error:
-                message = "the answer does not match its content-encoding"
-                raise httpx2.DecodingError(message) from error
+                raise httpx2.DecodingError(
+                    "the answer does not match its content-encoding"
+                ) from error
             packed = unpacker.unconsumed_tail
 
     @property

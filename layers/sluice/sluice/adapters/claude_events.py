@@ -65,8 +65,7 @@ class Growing:
     @property
     def _message(self) -> dict[str, Any]:
         if self.document is None:
-            message = "an event arrived before message_start"
-            raise LookupError(message)
+            raise LookupError("an event arrived before message_start")
         return self.document
 
     def _grow(self, index: int, delta: dict[str, Any]) -> None:

@@ -55,8 +55,9 @@ def _page(client: httpx2.Client, key: AdminKey, query: Mapping[str, str]) -> Map
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         raise StoreBusy(what) from error
     if answer.status_code in {400, 401, 403, 404}:
-        message = f"{what} answered {answer.status_code} to the admin key of {key.organization}"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(
+            f"{what} answered {answer.status_code} to the admin key of {key.organization}"
+        )
     if not answer.is_success or not isinstance(document.get("data"), list):
         raise StoreBusy(what)
     return dict(document)

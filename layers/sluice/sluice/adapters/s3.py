@@ -232,8 +232,7 @@ class Links:
                 "EntityTooSmall",
             }:
                 said = error.response["Error"].get("Message", aws.code(error))
-                message = f"parts: S3 returned {aws.code(error)}: {said}"
-                raise InvalidRequest(message) from error
+                raise InvalidRequest(f"parts: S3 returned {aws.code(error)}: {said}") from error
             raise
 
     def abort(self, key: str, upload_id: str) -> None:

@@ -50,11 +50,11 @@ class SecretText:
                     "Secrets Manager", self._client.get_secret_value, SecretId=self._name
                 )
             except ClientError as error:
-                message = f"the secret {self._name} cannot be read: {aws.code(error)}"
-                raise KeyPoolBroken(message) from None
+                raise KeyPoolBroken(
+                    f"the secret {self._name} cannot be read: {aws.code(error)}"
+                ) from None
             if "SecretString" not in answer:
-                message = f"the secret {self._name} is binary; store it as text"
-                raise KeyPoolBroken(message)
+                raise KeyPoolBroken(f"the secret {self._name} is binary; store it as text")
             self._text = answer["SecretString"]
             self._read_at = now
         return self._text
@@ -157,8 +157,7 @@ class SecretKeyPool:
             try:
                 document = json.loads(text)
             except ValueError:
-                message = "the key-pool secret is not JSON"
-                raise KeyPoolBroken(message) from None
+                raise KeyPoolBroken("the key-pool secret is not JSON") from None
             pool = _Pool(
                 parse_key_pool(document), parse_admin_keys(document), parse_model_groups(document)
             )

@@ -39,8 +39,7 @@ class Telemetry:
     def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
         """Add to a metric."""
         if metric not in METRIC_NAMES:
-            message = f"metric {metric!r} is not in sluice/ports/metrics.py"
-            raise ValueError(message)
+            raise ValueError(f"metric {metric!r} is not in sluice/ports/metrics.py")
         with self._lock:
             values = self._values[model_group, metric]
             if values and metric not in SAMPLED:

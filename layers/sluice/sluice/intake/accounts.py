@@ -92,11 +92,9 @@ class Account:
     def usage(self, first: date, last: date, group_by: Sequence[str]) -> list[UsageRow]:
         """Return the usage from the first day to the last, grouped by any of `day`, `model` and `lane`."""
         if last < first:
-            message = f"to: {last} is before from ({first})"
-            raise InvalidRequest(message)
+            raise InvalidRequest(f"to: {last} is before from ({first})")
         if (last - first).days >= LONGEST_REPORT_DAYS:
-            message = f"from/to: a report covers at most {LONGEST_REPORT_DAYS} days"
-            raise InvalidRequest(message)
+            raise InvalidRequest(f"from/to: a report covers at most {LONGEST_REPORT_DAYS} days")
         sums: dict[tuple[str, ...], Spend] = {}
         for day, model, lane, spend in self._ledger.spent(self._tenant, first, last):
             names = {"day": day.isoformat(), "model": model, "lane": lane}

@@ -44,8 +44,7 @@ class Body:
     def data(self) -> bytes:
         """The bytes; callers must not keep them."""
         if self._data is None:
-            message = "the request has been sent"
-            raise ValueError(message)
+            raise ValueError("the request has been sent")
         return self._data
 
     def release(self) -> None:

@@ -81,7 +81,7 @@ class TakeDeadLetter:
         """
         message = letter.message
         job = self._jobs.get(message.job_id) if message.job_id is not None else None
-        if job is not None and self._is_running(job):
+        if job is not None and job.is_leased(self._clock.now()):
             return False
         reason = letter.reason or f"received {message.receive_count} times without being deleted"
         self._kept.keep(message, reason)
@@ -95,7 +95,7 @@ class TakeDeadLetter:
         """End the job if it depends on the message; False if a worker has started it meanwhile."""
 
         def ended(job: Job) -> Job:
-            if self._is_running(job) or not self._depends_on(job, message):
+            if job.is_leased(self._clock.now()) or not self._depends_on(job, message):
                 return job
             return finish_waiting(job, State.ERRORED, self._clock.now(), error)
 
@@ -104,12 +104,9 @@ class TakeDeadLetter:
                 self._events.count("JobsErrored")
                 return True
             case Kept(job):
-                return not self._is_running(job)
+                return not job.is_leased(self._clock.now())
             case Deleted():
                 return True
-
-    def _is_running(self, job: Job) -> bool:
-        return job.lease is not None and job.lease.until > self._clock.now()
 
     def _depends_on(self, job: Job, message: Received) -> bool:
         """Return whether the job has not ended and will get no other message than this one."""

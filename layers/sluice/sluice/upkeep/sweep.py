@@ -161,7 +161,7 @@ class Sweep:
         now = self._clock.now()
         if job is None or job.state.is_final:
             return None
-        if job.lease is not None and job.lease.until > now:
+        if job.is_leased(now):
             self._due.postpone(due, now + WATCH_MS)
             return None
         # Twice as long each time: a job that waits for hours gets a few extra messages, not hundreds.
