@@ -19,6 +19,8 @@ CODE_IS_CHECKED = {
     "functions": False,
     "layers": False,
     "scripts": False,
+    "scripts/cli": True,
+    "scripts/documents": True,
     "tests": False,
 }
 """Folders with Python code. While the texts of a folder are being rewritten, it is False."""
@@ -180,7 +182,7 @@ def test_every_folder_with_code_is_in_the_table() -> None:
         if path.is_dir() and not path.name.startswith(".") and any(path.rglob("*.py"))
     }
 
-    assert with_code == set(CODE_IS_CHECKED)
+    assert with_code == {path.partition("/")[0] for path in CODE_IS_CHECKED}
 
 
 @pytest.mark.parametrize("exception", EXEMPT, ids=lambda each: each.text)
