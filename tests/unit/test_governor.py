@@ -711,7 +711,7 @@ def test_another_function_does_without_them(name: str) -> None:
     "name", ["SLUICE_MAX_CONCURRENCY", "SLUICE_BULK_CONCURRENCY", "SLUICE_LAMBDA_CONCURRENCY"]
 )
 def test_a_number_that_is_none_is_named(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"{name} must be a whole number"):
+    with pytest.raises(SettingsError, match=f"{name} must be an integer"):
         Settings.from_environment(COMPLETE | GOVERNED | {name: "many"})
 
 
