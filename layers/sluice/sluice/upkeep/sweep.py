@@ -30,6 +30,8 @@ from sluice.upkeep.schedule import RUN_MS, UNSENT_MS
 MARGIN_MS: Final = 15_000
 """The next run may be late by this time: jobs that can start until then are sent now."""
 
+assert MARGIN_MS < RUN_MS, "a run sends little that the next run could send"
+
 MOST_DUE: Final = 10_000
 """Maximum due jobs read per run."""
 
