@@ -1,4 +1,4 @@
-"""The sweep: parked jobs come back when they are due, each once, and no faster than they can start."""
+"""The sweep: parked jobs are sent when they are due, each once, and no faster than they can start."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -297,7 +297,7 @@ def test_a_new_key_slows_nothing_down() -> None:
     assert 150 == scene.sweep().sent
 
 
-def test_the_sweep_goes_on_when_the_age_of_keys_cannot_be_told() -> None:
+def test_the_sweep_goes_on_when_the_age_of_keys_cannot_be_read() -> None:
     scene = Scene(parked(), groups=(slow_group(60),))
     scene.pool.break_down("changed_at")
 
@@ -331,7 +331,7 @@ ROOMY = slow_group(6_000)
 
 
 def unheard(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
-    """A job that was accepted so long ago that the sweep looks at it after so many minutes."""
+    """A job that was accepted so long ago that the sweep checks it after so many minutes."""
     return a_job(job_id, created_at=NOON - WATCH_MS + int(minutes * MINUTE), **facts)
 
 
@@ -343,7 +343,7 @@ def test_a_job_whose_message_was_never_sent_is_found_and_sent() -> None:
     assert State.QUEUED == scene.jobs.stored["job_1"].state
 
 
-def test_it_is_looked_at_again_after_twice_the_time() -> None:
+def test_it_is_checked_again_after_twice_the_time() -> None:
     scene = Scene(unheard(), groups=(ROOMY,))
     sweeps = []
 
@@ -418,7 +418,7 @@ def test_a_job_with_a_message_expires_at_its_deadline_all_the_same() -> None:
     assert State.EXPIRED == scene.jobs.stored["job_1"].state
 
 
-def test_a_call_under_way_may_end_after_the_deadline_and_a_dead_workers_job_expires_then() -> None:
+def test_a_call_in_flight_may_end_after_the_deadline_and_a_dead_workers_job_expires_then() -> None:
     running = claim(a_job(deadline=NOON), "worker", NOON - MINUTE, NOON + MINUTE)
     scene = Scene(running)
 
