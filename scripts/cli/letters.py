@@ -100,19 +100,19 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
     able = [each for each in found if each.hindrance is None]
     if dry_run or not able:
         _print_candidates(found, as_json=as_json, nothing="no dead letters")
-        _report_estimate(able, "would be redriven")
+        _print_estimate(able, "would be redriven")
         return
     if not yes:
         if not sys.stdin.isatty():
             raise CommandFailed("no terminal to confirm on: use --yes, or --dry-run to preview")
         _print_candidates(found, as_json=False, nothing="")
-        _report_estimate(able, "would be redriven")
+        _print_estimate(able, "would be redriven")
         if not terminal.confirm("Redrive?"):
             return
     with aws_errors("redrive jobs"):
         done = [redriver.redrive(each) for each in able]
     _print_candidates(done, as_json=as_json, nothing="")
-    _report_estimate([each for each in done if each.hindrance is None], "redriven")
+    _print_estimate([each for each in done if each.hindrance is None], "redriven")
     if any(each.hindrance is not None for each in done):
         raise typer.Exit(1)
 
@@ -161,7 +161,7 @@ def _print_candidates(found: "list[Candidate]", *, as_json: bool, nothing: str) 
         terminal.say(nothing)
 
 
-def _report_estimate(able: "list[Candidate]", what: str) -> None:
+def _print_estimate(able: "list[Candidate]", what: str) -> None:
     from scripts.cli.progress import dollars
     from sluice.upkeep.dead_letters import Estimate
 

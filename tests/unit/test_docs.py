@@ -287,6 +287,8 @@ def test_every_decision_has_its_four_parts() -> None:
     parts = ["**Context.**", "**Decision.**", "**Alternatives.**", "**Consequences.**"]
 
     assert decisions
+    numbers = sorted(name.rpartition("/")[2][:4] for name in decisions)
+    assert numbers == [f"{number:04}" for number in range(1, len(numbers) + 1)]
     for name, page in decisions.items():
         number = name.rpartition("/")[2][:4]
         assert page.startswith(f"# {number} "), name
