@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from sluice.ports.world import Clock
-from sluice.worker.limiter import until
+from sluice.worker.timeouts import wait_at_most
 
 MEBIBYTE: Final = 1024 * 1024
 
@@ -155,7 +155,7 @@ class Memory:
         self._requests.append(wish)
         self.hand_out()
         try:
-            await until(wish.granted, self._clock, patience_ms)
+            await wait_at_most(wish.granted, self._clock, patience_ms)
         finally:
             if not wish.granted.is_set():
                 self._requests.remove(wish)

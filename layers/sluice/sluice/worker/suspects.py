@@ -45,8 +45,11 @@ class Suspects:
         return self._since + REFILL_MS if self._waiting else None
 
     @asynccontextmanager
-    async def turn(self, most: int) -> AsyncIterator[None]:
-        """Wait until nothing else is in hand, and no more than `most` suspects run."""
+    async def turn(self, most: int | None) -> AsyncIterator[None]:
+        """Wait until nothing else is in hand, and no more than `most` suspects run; None: the job is no suspect."""
+        if most is None:
+            yield
+            return
         suspect = _Suspect(most)
         if not self._waiting and not self._running:
             self._since = self._now()

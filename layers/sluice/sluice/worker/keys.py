@@ -17,7 +17,9 @@ from sluice.domain.keys import (
     stated_limits,
 )
 from sluice.domain.limits import group_id, model_group
-from sluice.worker.limiter import Claimant, Limiter, claimant_for
+from sluice.ports.claude import Headers
+from sluice.worker.limit_books import Claimant, claimant_for
+from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
 
 KEYS_MS: Final = 5_000
@@ -116,6 +118,23 @@ class KeyChoice:
         learned = replace(mark, organization=organization, learned_with=key.fingerprint)
         if learned != mark and await self._marked(learned):
             self._marks[key.id] = self._own_marks[key.id] = learned
+
+    def other_organization(
+        self, key: UpstreamKey, claimant: Claimant, headers: Headers
+    ) -> str | None:
+        """Return whose limits the key draws on, if that is not the organization it was admitted for."""
+        organization = headers.organization
+        if organization is None or organization == claimant.organization:
+            return None
+        if key.organization is None:
+            return organization
+        self._tools.events.problem(
+            "key belongs to another organization than the pool says",
+            key_id=key.id,
+            stated=key.organization,
+            organization=organization,
+        )
+        return None
 
     async def _pool(self) -> Sequence[UpstreamKey]:
         """Return the keys, and know what others have learned about them, both a few seconds old at most."""
