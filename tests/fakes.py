@@ -1048,7 +1048,7 @@ class Gateway:
         self._invocations += 1
         batch = self.queue.hand_over() if messages is None else messages
         stop_at = self.time.now() + int(minutes * MINUTE)
-        run_jobs = RunJobs(self.queue, worker or self.worker)
+        run_jobs = RunJobs(self.queue, self.jobs, worker or self.worker)
         not_done = await run_jobs(batch, stop_at, f"invocation-{self._invocations}")
         self.queue.delete([each for each in batch if each.message_id not in not_done])
         return not_done

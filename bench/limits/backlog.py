@@ -320,7 +320,7 @@ class Backlogged:
         self.story.invocations += 1
         try:
             stop_at = self.time.now() + STOP_SECONDS * 1000
-            not_done = await RunJobs(self.queue, worker)(messages, stop_at, owner)
+            not_done = await RunJobs(self.queue, self.jobs, worker)(messages, stop_at, owner)
             self.queue.delete([each for each in messages if each.message_id not in not_done])
         finally:
             self.alive -= 1

@@ -260,7 +260,7 @@ class Play:
                 self.importing -= 1
                 worker = self._new_worker()
             stop_at = self.time.now() + STOP_SECONDS * 1000
-            not_done = await RunJobs(self.queue, worker)(
+            not_done = await RunJobs(self.queue, self.jobs, worker)(
                 messages, stop_at, f"worker-{number}-{invocation}"
             )
             self.queue.delete([each for each in messages if each.message_id not in not_done])

@@ -90,7 +90,7 @@ async def main():
         limits=gateway.limits, keys=gateway.pool, claude=SdkClaude(clock), ledger=gateway.ledger,
         clock=clock, jitter=lambda: 0.5, blocking=Threads(), events=gateway.events,
     )
-    run_jobs = RunJobs(gateway.queue, Worker(tools, gateway.rules))
+    run_jobs = RunJobs(gateway.queue, gateway.jobs, Worker(tools, gateway.rules))
     while any(not job.state.is_final for job in gateway.jobs.stored.values()):
         batch = gateway.queue.hand_over(50)
         not_done = await run_jobs(batch, clock.now() + 300_000, "me")

@@ -493,7 +493,9 @@ class World:
         self.tell(machine, f"receives {who} as {owner}")
         remaining = self.rng.choice(self.story.timeouts_ms)
         stop_at = machine.now() + remaining - min(LAST_MS, remaining // 4)
-        task = machine.spawn(RunJobs(self.queue, environment.worker)(batch, stop_at, owner), owner)
+        task = machine.spawn(
+            RunJobs(self.queue, self.jobs, environment.worker)(batch, stop_at, owner), owner
+        )
         try:
             await asyncio.wait({task}, timeout=remaining / 1000)
             if not task.done():

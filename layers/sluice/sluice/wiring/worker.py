@@ -45,4 +45,4 @@ def run_jobs() -> RunJobs:
     from sluice.worker.queue_source import RunJobs  # noqa: PLC0415
 
     worker = new_worker(jobs(), params(), results(), ledger(), Threads())
-    return RunJobs(_inbox(), worker)
+    return RunJobs(_inbox(), jobs(), worker)

@@ -60,7 +60,7 @@ class Attempt:
             return await self._without_call(step)
         most = life.most_in_flight(self._job)
         hold_ms = self._rules.waits.hold_ms if most is None else waits.HOLD_APART_MS
-        async with self._invocation.hand.suspects.turn(most):
+        async with self._invocation.held.suspects.turn(most):
             return await self._with_memory(hold_ms)
 
     async def _with_memory(self, hold_ms: int) -> Ending:
@@ -71,7 +71,7 @@ class Attempt:
 
     async def _in_line(self, grant: Grant) -> Ending:
         """Wait in line for memory, then try again."""
-        self._invocation.hand.memory_waits += 1
+        self._invocation.held.memory_waits += 1
         if not await grant.take(self._job.request_bytes, waits.MEMORY_MS):
             return self._invocation.in_queue(1_000 + self._invocation.spread(4_000))
         # Jobs that wait for memory must not wait for limits that are not theirs.
@@ -142,7 +142,7 @@ class Attempt:
         """End a job that no key may be used for; else give it back: no key is usable now, or no time is left."""
         if isinstance(choice, JobError):
             return await self._end(State.ERRORED, choice)
-        self._invocation.hand.may_take = False
+        self._invocation.held.may_take = False
         spread = self._invocation.spread
         if choice:
             return self._invocation.in_queue(spread(1_000))
@@ -167,7 +167,7 @@ class Attempt:
         is_scout = self._taken.is_scout
         if not is_scout:
             # What is behind it in the queue would not start sooner.
-            self._invocation.hand.may_take = False
+            self._invocation.held.may_take = False
             await self._linger(later.at)
         now = self._invocation.now()
         delay = max(1_000, later.at - now)
@@ -204,14 +204,14 @@ class Attempt:
         # Read before the claim: what fails here has used no attempt.
         body = await self._invocation.requests.read(self._job.job_id, grant)
         if body is None:
-            return JobError("request_lost", "the stored request is gone; submit the job again")
+            return JobError("request_lost", "the stored request is missing; submit the job again")
         try:
             if not is_large and not await self._may_start(admission):
                 claim: Job | Ending = Again(self._job)
             else:
                 claim = await self._claim(key)
         except BaseException:
-            # An exception holds what was in hand where it was raised.
+            # The exception's traceback would keep the body in memory.
             body.release()
             raise
         if isinstance(claim, Job):
@@ -258,7 +258,7 @@ class Attempt:
             events.count("StartDelaySeconds", (started - job.created_at) / 1000)
         entry = CallEntry(job, admission.claimant, key, self._rules.prices, self._tools.clock)
         heartbeat = Heartbeat(invocation, job)
-        with invocation.hand.calling():
+        with invocation.held.calling():
             answer = await Call(invocation, heartbeat, admission, key).make(claimed.body, grant)
             events.count("UpstreamCalls")
             events.count("Calls", 1, entry.metric_group)

@@ -12,7 +12,7 @@ from sluice.worker.ledger import Ledger
 from sluice.worker.limiter import Limiter
 from sluice.worker.memory import Memory
 from sluice.worker.requests import RequestReader
-from sluice.worker.source import Hand
+from sluice.worker.source import Held
 from sluice.worker.tools import Rules, Tools
 
 
@@ -27,7 +27,7 @@ class Invocation:
     ledger: Ledger
     memory: Memory
     requests: RequestReader
-    hand: Hand
+    held: Held
     owner: str
     """Owner of the leases it takes."""
     started: int

@@ -157,7 +157,7 @@ class KeyChoice:
             return self._keys
 
     async def _read_groups(self) -> None:
-        """Know which models share limits: our data, corrected by upstream, corrected by whoever wrote the pool."""
+        """Read which models share limits: our data, corrected by upstream, then by the key pool."""
         learned = await self._tools.blocking(self._tools.limits.learned_groups)
         stated = await self._tools.blocking(self._tools.keys.model_groups)
         self._groups = {**self._model_groups, **learned, **stated}
@@ -165,7 +165,7 @@ class KeyChoice:
     def _working(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
     ) -> Sequence[tuple[Claimant, UpstreamKey]]:
-        """Leave out endpoints that are set aside, unless there is no other."""
+        """Leave out endpoints whose circuit breaker is open, unless there is no other."""
         working = [
             (claimant, key)
             for claimant, key in choices
@@ -187,7 +187,7 @@ class KeyChoice:
         try:
             await self._tools.blocking(self._tools.limits.mark, mark)
         except StoreBusy:
-            # Another answer will say it again; the one at hand must not be lost for it.
+            # Another answer will say it again; the one at held must not be lost for it.
             self._tools.events.problem("key mark not written", key_id=mark.key_id)
             return False
         return True

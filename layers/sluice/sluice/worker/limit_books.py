@@ -182,7 +182,7 @@ class Line:
     def __init__(self) -> None:
         self.waiters: list[Waiter] = []
         self.drained_at = 0
-        """When the queue was last seen empty: no job waits behind those in hand."""
+        """When the queue was last seen empty: no job waits behind those that workers hold."""
 
     def __len__(self) -> int:
         return len(self.waiters)

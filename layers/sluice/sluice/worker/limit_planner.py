@@ -77,7 +77,7 @@ class Planner:
         self._stopping = False
 
     def wake(self, *, if_idle: bool = False) -> None:
-        """Have it look at once; with `if_idle` only if nothing else would make it look."""
+        """Start the next turn now; with `if_idle` only if none is scheduled."""
         if self._is_idle or not if_idle:
             self._wake.set()
 
@@ -115,7 +115,7 @@ class Planner:
             now = self._clock.now()
             self._line.send_away(now, Later(now + BUSY_MS, "limits table busy"))
         except Exception as error:  # noqa: BLE001 - raised in all that wait
-            # They must not wait for ever for a planner that cannot plan.
+            # They must not wait forever for a planner that cannot plan.
             self._events.problem("limiter failed")
             self._line.fail(error)
         return WATCH_MS
@@ -160,7 +160,7 @@ class Planner:
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
             draft.leave_waiting(start)
-            # Before the first answer the rate is only a safe guess: who leaves now would come back too late.
+            # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
             is_blocked = draft.group.blocked_until > min(waiter.latest_start, now + BLOCK_MS)
             knows = draft.group.has_answers or now > waiter.latest_start
             if is_blocked or (start > waiter.latest_start and knows):
@@ -200,7 +200,7 @@ class Planner:
     def _next_look(self, group: Group, now: int) -> int:
         """Return when a block will be worth a write: some time before its first start, when it is full.
 
-        Workers look at different moments, so that they do not all write at once.
+        Workers choose different moments, so that they do not all write at once.
         """
         first = self._line.waiters[0]
         cost = first.cost(group)

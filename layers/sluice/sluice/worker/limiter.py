@@ -239,7 +239,7 @@ class Limiter:
         self._planner.wake()
 
     def drained(self) -> None:
-        """Note that the queue is empty: no job waits behind those in hand."""
+        """Note that the queue is empty: no job waits behind those that workers hold."""
         self._line.drained_at = self._clock.now()
 
     def _react(self, admission: Admission, change: Change) -> None:
@@ -270,7 +270,7 @@ class Limiter:
         return self._books[admission.claimant.group].group.has_answers
 
     def starts_in(self, milliseconds: int) -> int:
-        """Return how many calls about can start in a time, in the groups of the jobs in hand."""
+        """Return how many calls about can start in a time, in the groups of the held jobs."""
         groups = self._line.counts()
         in_use = [books for name, books in self._books.items() if name in groups or books.open]
         return sum(milliseconds // usual_gap(books.group) for books in in_use)

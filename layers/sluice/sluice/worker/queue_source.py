@@ -8,14 +8,14 @@ from typing import Any, Final, TypeVar
 from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
-from sluice.ports.jobs import Inbox, Received
-from sluice.worker.source import Hand, Taken
+from sluice.ports.jobs import Inbox, JobStore, Received
+from sluice.worker.source import Held, Taken
 from sluice.worker.worker import Worker
 
 T = TypeVar("T")
 
 SLOTS: Final = 120
-"""Jobs a worker has in hand at most, more than the mapping's batch brings."""
+"""Maximum jobs a worker holds, more than the mapping's batch brings."""
 
 WAITING: Final = 30
 """A worker receives more messages while fewer jobs than this wait for their start."""
@@ -24,7 +24,7 @@ MOST_WAITING: Final = 80
 AHEAD_MS: Final = 15_000
 """Where the limits let more than WAITING jobs start in this time, a worker holds as many, up to MOST_WAITING.
 
-So the last jobs of a queue are all in hand while there is still time to start the long ones among them. At slow rates
+So the last jobs of a queue are all held while there is still time to start the long ones among them. At slow rates
 they would only be in the way of other tenants' jobs, which a fair queue would deliver first.
 """
 
@@ -43,8 +43,9 @@ assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 class RunJobs:
     """The use case behind the jobs queue."""
 
-    def __init__(self, inbox: Inbox, worker: Worker) -> None:
+    def __init__(self, inbox: Inbox, jobs: JobStore, worker: Worker) -> None:
         self._inbox = inbox
+        self._jobs = jobs
         self.worker = worker
 
     async def __call__(self, messages: Sequence[Received], stop_at: int, owner: str) -> list[str]:
@@ -52,7 +53,7 @@ class RunJobs:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
-        source = QueueSource(self._inbox, self.worker, messages, stop_at)
+        source = QueueSource(self._inbox, self._jobs, self.worker, messages, stop_at)
         await self.worker.run(source, stop_at, owner)
         return [each.message_id for each in messages if each.message_id in source.not_done]
 
@@ -61,9 +62,15 @@ class QueueSource:
     """One invocation's messages of the jobs queue."""
 
     def __init__(
-        self, inbox: Inbox, worker: Worker, messages: Sequence[Received], stop_at: int
+        self,
+        inbox: Inbox,
+        records: JobStore,
+        worker: Worker,
+        messages: Sequence[Received],
+        stop_at: int,
     ) -> None:
         self._inbox = inbox
+        self._records = records
         self._tools = worker.tools
         self._events = worker.tools.events
         self._limiter = worker.limiter
@@ -72,7 +79,7 @@ class QueueSource:
         self.not_done = {message.message_id for message in messages}
         """Those of them that Lambda must not delete."""
         self._batched = set(self.not_done)
-        """Those of them in hand: Lambda deletes them, by the receipts it has, unless they were given back."""
+        """Those of them that are held: Lambda deletes them, by the receipts it has, unless they were given back."""
         now = self._tools.clock.now()
         self._linger_until = now + worker.rules.waits.linger_ms
         self._refills_end = min(now + REFILL_MS, (now + stop_at) // 2)
@@ -82,7 +89,7 @@ class QueueSource:
         """Messages that are this worker's until it is done with them, with the receipt of their last delivery."""
         self._hidden_at: int | None = None
         self._jobs: dict[str, list[Received]] = {}
-        """Jobs in hand, each with further messages that name it."""
+        """Held jobs, each with further messages that name it."""
         self._strangers: list[tuple[Received, str]] = []
         """Messages that name no job, and why they are rejected."""
         self._to_put_back: list[tuple[Received, int]] = []
@@ -91,43 +98,43 @@ class QueueSource:
 
     # Taking -----------------------------------------------------------------------------------------------------
 
-    async def take(self, hand: Hand) -> Sequence[Taken]:
-        """Return the batch; then wait for a time to receive more, until the jobs in hand have ended."""
+    async def take(self, held: Held) -> Sequence[Taken]:
+        """Return the batch; then wait for a time to receive more, until the held jobs have ended."""
         batch, self._batch = self._batch, ()
         if taken := await self._jobs_of(batch):
             return taken
-        while hand.count:
-            await hand.change(self._next_receive(hand))
-            at = self._next_receive(hand)
+        while held.count:
+            await held.change(self._next_receive(held))
+            at = self._next_receive(held)
             if at is not None and at <= self._tools.clock.now():
-                with hand.taking():
-                    taken = await self._receive(hand)
+                with held.taking():
+                    taken = await self._receive(held)
                 if taken:
                     return taken
         return ()
 
-    def _next_receive(self, hand: Hand) -> int | None:
+    def _next_receive(self, held: Held) -> int | None:
         """Return when to receive more messages; None while there is no room, or no use."""
         end = self._refills_end
-        if hand.suspects.refill_until is not None:
-            end = min(end, hand.suspects.refill_until)
-        if not hand.may_take or not hand.count or self._tools.clock.now() >= end:
+        if held.suspects.refill_until is not None:
+            end = min(end, held.suspects.refill_until)
+        if not held.may_take or not held.count or self._tools.clock.now() >= end:
             return None
-        if not self._has_enough(hand):
+        if not self._has_enough(held):
             return self._refill_at
         # One more than the slots, for a job that need not wait for the limits of the others.
-        return max(self._refill_at, self._scout_at) if hand.count <= SLOTS else None
+        return max(self._refill_at, self._scout_at) if held.count <= SLOTS else None
 
-    def _has_enough(self, hand: Hand) -> bool:
+    def _has_enough(self, held: Held) -> bool:
         """Tell whether more jobs would only wait here instead of in the queue."""
-        if hand.count + RECEIVE_AT_ONCE > SLOTS:
+        if held.count + RECEIVE_AT_ONCE > SLOTS:
             return True
-        if hand.waiting < WAITING:
+        if held.waiting < WAITING:
             return False
-        return hand.waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
+        return held.waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
 
-    async def _receive(self, hand: Hand) -> Sequence[Taken]:
-        is_scout = self._has_enough(hand)
+    async def _receive(self, held: Held) -> Sequence[Taken]:
+        is_scout = self._has_enough(held)
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = self._tools.clock.now() + waits.SCOUT_MS
         try:
@@ -145,7 +152,7 @@ class QueueSource:
     async def _jobs_of(
         self, messages: Sequence[Received], *, is_scout: bool = False
     ) -> Sequence[Taken]:
-        """Return the jobs that messages name and that are not in hand, with their records."""
+        """Return the jobs that messages name and that are not held, with their records."""
         new = [(job_id, each) for each in messages if (job_id := self._new_job(each)) is not None]
         jobs = await self._read([job_id for job_id, _ in new]) if new else {}
         taken = []
@@ -181,7 +188,7 @@ class QueueSource:
     async def _read(self, job_ids: Sequence[str]) -> Mapping[str, Job] | None:
         """Read the records together; None on failure: the worker reads them one by one."""
         try:
-            return await self._tools.blocking(self._tools.jobs.get_many, job_ids)
+            return await self._tools.blocking(self._records.get_many, job_ids)
         except StoreBusy as error:
             self._events.problem("batch not readable", reason=str(error))
         except Exception:  # noqa: BLE001 - each job is read again on its own
@@ -217,7 +224,7 @@ class QueueSource:
     # Housekeeping -----------------------------------------------------------------------------------------------
 
     async def keep(self, *, last: bool = False) -> bool:
-        """Keep messages hidden; reject messages that name no job; tell the queue what is given back or done."""
+        """Keep messages hidden; reject messages that name no job; return or delete messages."""
         await self._keep_hidden()
         await self._handle_strangers()
         now = self._tools.clock.now()

@@ -163,10 +163,6 @@ class WindowRows:
         with self._lock:
             return None if self._is_closed else self._seats[job_id].job
 
-    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
-        """Return the rows' jobs."""
-        return {job_id: job for job_id in job_ids if (job := self.get(job_id)) is not None}
-
     def replace(self, job: Job, expected_version: int) -> None:
         """Write the job; raises Stale."""
         with self._lock:
@@ -218,7 +214,7 @@ class WindowRows:
             return is_much or (gathered > 0 and old)
 
     def take_unsaved(self) -> list[Seat]:
-        """Return what is to be saved next; it must come back by `saved` or `not_saved`."""
+        """Return what is to be saved next; it must be returned by `saved` or `not_saved`."""
         with self._lock:
             taken = size = 0
             for seat in self._unsaved:

@@ -17,7 +17,7 @@ from sluice.domain.waits import ROW_STAY_MS, Place, place_of, window_of
 from sluice.ports.jobs import Received
 from sluice.ports.world import Clock
 from sluice.worker.range_rows import Seat, WindowRows
-from sluice.worker.source import Hand, Taken
+from sluice.worker.source import Held, Taken
 
 AT_ONCE: Final = 64
 """Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""
@@ -47,7 +47,7 @@ class RangeSource:
         self._stop_at = stop_at
         self._note_running = note_running
         self._lock = threading.Lock()
-        self._hand: Hand | None = None
+        self._held: Held | None = None
         self._losses = state.losses
         self._suspects = self._ids(state.suspects) if state.suspects else None
         """Rows that the search for a killer has to run. None: all of the window."""
@@ -78,16 +78,16 @@ class RangeSource:
 
     # The worker's source ----------------------------------------------------------------------------------------
 
-    async def take(self, hand: Hand) -> Sequence[Taken]:
+    async def take(self, held: Held) -> Sequence[Taken]:
         """Wait for rows that may run now."""
-        self._hand = hand
+        self._held = held
         while True:
             if seats := self._next_rows():
                 return [_taken(seat) for seat in seats]
             due_at = min((seat.due_at for seat in self._resting), default=None)
-            if not hand.count and due_at is None and not self._waits_for_saving():
+            if not held.count and due_at is None and not self._waits_for_saving():
                 return ()
-            await hand.change(due_at)
+            await held.change(due_at)
 
     def done(self, message: Received) -> None:
         """Keep the place of a row that has ended until it is saved."""
@@ -141,8 +141,8 @@ class RangeSource:
 
     def wake(self) -> None:
         """Have `take` see that another worker has the range."""
-        if self._hand is not None:
-            self._hand.changed.set()
+        if self._held is not None:
+            self._held.changed.set()
 
     # Room -------------------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ class Windows:
                 bad += found
                 bad_bytes += sum(len(record.body) + _RECORD_BYTES for record in found)
 
-    def gone(self, problem: str) -> Window:
+    def unreadable(self, problem: str) -> Window:
         """Return what is left to say when the object cannot be read any more: no saved answer is lost."""
         others = self._saved.records.values()
         count = max([self._state.resume_line, *(each.line + 1 for each in others)])

@@ -42,7 +42,7 @@ TICK_MS: Final = 100
 """Pause between two rounds of housekeeping."""
 
 LAST_MS: Final = 10_000
-"""The end of the invocation, for writing what came of the calls."""
+"""The end of the invocation, for writing the results of the calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ class _Run:
             try:
                 window = await self._read(windows.next)
             except InputMissing as error:
-                window = windows.gone(str(error))
+                window = windows.unreadable(str(error))
             run_rows += await self._run_window(window, again=again and is_first, is_first=is_first)
             waiting = self._rows.unfinished()
             if waiting:

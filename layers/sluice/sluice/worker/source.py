@@ -33,8 +33,8 @@ class Taken:
 class Source(Protocol):
     """A queue of jobs, or a range of rows."""
 
-    async def take(self, hand: Hand) -> Sequence[Taken]:
-        """Wait for the next jobs worth taking; nothing when no job is in hand and none is to come."""
+    async def take(self, held: Held) -> Sequence[Taken]:
+        """Wait for the next jobs worth taking; nothing when no job is held and none is to come."""
         ...
 
     def done(self, message: Received) -> None:
@@ -46,15 +46,15 @@ class Source(Protocol):
         ...
 
     async def keep(self, *, last: bool = False) -> bool:
-        """Keep the messages in hand from other workers, and write what was noted; return whether all of it is written.
+        """Keep the held messages hidden, and write what was noted; return whether all of it is written.
 
         `last`: what cannot be written now is reported and dropped.
         """
         ...
 
 
-class Hand:
-    """The jobs that one invocation has in hand."""
+class Held:
+    """The jobs that one invocation holds."""
 
     def __init__(self, clock: Clock, memory: Memory) -> None:
         self._clock = clock
@@ -71,7 +71,7 @@ class Hand:
 
     @property
     def count(self) -> int:
-        """The number of jobs in hand."""
+        """The number of held jobs."""
         return len(self._tasks)
 
     @property
@@ -86,7 +86,7 @@ class Hand:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Keep suspects waiting: jobs are about to be in hand."""
+        """Keep suspects waiting: jobs are about to be held."""
         self._takes += 1
         try:
             yield

@@ -22,7 +22,7 @@ from sluice.worker.ledger import Ledger
 from sluice.worker.limiter import Limiter
 from sluice.worker.memory import BUDGET, Budget, Memory
 from sluice.worker.requests import RequestReader
-from sluice.worker.source import Hand, Source, Taken
+from sluice.worker.source import Held, Source, Taken
 from sluice.worker.tools import Rules, Tools
 
 KEEP_MS: Final = 3_000
@@ -58,7 +58,7 @@ class Worker:
             ledger=self._ledger,
             memory=self.memory,
             requests=RequestReader(self.tools),
-            hand=Hand(self.tools.clock, self.memory),
+            held=Held(self.tools.clock, self.memory),
             owner=owner,
             started=self.tools.clock.now(),
             stop_at=stop_at,
@@ -79,21 +79,21 @@ class _Run:
         self._given_back = 0
 
     async def run(self) -> None:
-        limiter, hand = self._invocation.limiter, self._invocation.hand
+        limiter, held = self._invocation.limiter, self._invocation.held
         writes = limiter.writes
         async with limiter, self._housekeeping():
-            while taken := await self._source.take(hand):
+            while taken := await self._source.take(held):
                 self._taken += len(taken)
                 for each in taken:
                     task = asyncio.create_task(self._job(each), name=each.message.message_id)
-                    hand.hold(task)
+                    held.hold(task)
         self._events.note(
             "batch done",
             messages=self._taken,
             put_back=self._given_back,
             seconds=(self._invocation.now() - self._invocation.started) / 1000,
             limiter_writes=limiter.writes - writes,
-            memory_waits=hand.memory_waits,
+            memory_waits=held.memory_waits,
         )
 
     # Jobs -------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class _Run:
             job = job or await self._tools.blocking(self._tools.jobs.get, taken.job_id)
             if job is not None:
                 return await Attempt(self._invocation, taken, job).run()
-            # The source looks at its next delivery.
+            # The source decides at its next delivery.
             self._events.problem("job record missing", job_id=taken.job_id)
             delay = waits.FAULT_MS + spread(waits.FAULT_MS)
         except StoreBusy as error:
@@ -149,7 +149,7 @@ class _Run:
         try:
             yield
         finally:
-            # Never in the middle of a write: what it has taken in hand would be lost.
+            # Never in the middle of a write: what it is writing would be lost.
             async with self._writing:
                 keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
