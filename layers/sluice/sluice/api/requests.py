@@ -13,11 +13,20 @@ from pydantic_core import core_schema as core
 from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.times import parse_rfc3339
 from sluice.domain.webhooks import Network, check_url
-from sluice.intake.requests import NOT_AN_OBJECT, TOO_DEEP, JobRequest, explained, is_too_deep
+from sluice.intake.requests import (
+    CustomId,
+    JobRequest,
+    decode,
+    explained,
+    milliseconds,
+    read_job,
+)
 from sluice.intake.submit import Submission
 
 MOST_JOBS: Final = 100
 """Jobs in one POST."""
+
+NOT_AN_OBJECT: Final = 'the body must be a JSON object: one job, or {"jobs": [...]}'
 
 MOST_ID: Final = 64
 """Characters of a job or batch ID."""
@@ -48,37 +57,17 @@ class SubmitBody(RootModel[Any]):
 
 
 def read_json(text: str) -> Any:
-    """Parse a request body; raises JSONDecodeError, also for NaN, numbers outside the float range and deep nesting."""
+    """Parse a request body; raises JSONDecodeError, which Powertools turns into a validation error."""
     try:
-        body = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        body = decode(text)
     except json.JSONDecodeError:
         raise
-    except RecursionError as error:
-        raise json.JSONDecodeError(TOO_DEEP, "", 0) from error
     except ValueError as error:
-        what = str(error) if isinstance(error, _NoNumber) else "a number has too many digits"
-        raise json.JSONDecodeError(what, "", 0) from error
+        raise json.JSONDecodeError(str(error), "", 0) from error
     if isinstance(body, list):
         # Powertools would take the first item of a list for the whole body.
         raise json.JSONDecodeError(NOT_AN_OBJECT, "", 0)
     return body
-
-
-class _NoNumber(ValueError):
-    """NaN or an infinity: Python reads and writes them, JSON has none."""
-
-
-def _no_constant(name: str) -> Any:
-    message = f"{name} is not valid JSON"
-    raise _NoNumber(message)
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if isinf(number):
-        message = f"the number {digits[:20]} is too large"
-        raise _NoNumber(message)
-    return number
 
 
 class UploadRequest(BaseModel):
@@ -131,7 +120,7 @@ class BatchRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    custom_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    custom_id: CustomId
     params: dict[str, Any]
 
 
@@ -174,42 +163,20 @@ def long_list(body: object) -> list[object] | None:
     return rows
 
 
-def read_requests(body: object) -> list[object]:
-    """Return the items of a create; InvalidRequest for a bad envelope, in Anthropic's words."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request body must be a JSON object.")
-    for name in body:
-        if name != "requests":
-            raise InvalidRequest(f"{name}: Extra inputs are not permitted")
-    if "requests" not in body:
-        raise InvalidRequest("requests: Field required")
-    requests = body["requests"]
-    if not isinstance(requests, list):
-        raise InvalidRequest("requests: Input should be a valid list")
-    return requests
+def read_requests(body: object) -> list[Any]:
+    """Return the items of a create request; raises InvalidRequest for a bad envelope. Items are validated later."""
+    try:
+        return _Envelope.model_validate(body).requests
+    except ValidationError as error:
+        raise InvalidRequest(explained(error.errors(include_url=False))) from error
 
 
-def read_deadline(text: str | None) -> int | None:
-    """Return the deadline in epoch milliseconds; InvalidRequest when it is none."""
-    if text is None:
-        return None
-    deadline = parse_rfc3339(text)
-    if deadline is None:
-        raise InvalidRequest(
-            "sluice-deadline: must be RFC 3339 with a time zone, such as 2026-12-24T18:00:00Z "
-            f"(got {text!r})"
-        )
-    return deadline
+class _Envelope(BaseModel):
+    """The body of a create request, its items unread."""
 
+    model_config = ConfigDict(extra="forbid")
 
-def read_webhook(url: str | None, networks: Sequence[Network] = ()) -> str | None:
-    """Return the header's webhook; InvalidRequest when it is none that may be called."""
-    if url is not None:
-        try:
-            check_url(url, networks)
-        except ValueError as error:
-            raise InvalidRequest(f"sluice-webhook: {error}") from error
-    return url
+    requests: list[Any]
 
 
 def read_submissions(
@@ -240,25 +207,35 @@ def read_submissions(
 
 
 def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission | SluiceError:
-    """Check one job; return the error instead when its form is wrong."""
-    if is_too_deep(job):
-        return InvalidRequest(f"the job is {TOO_DEEP}")
-    try:
-        json.dumps(job, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return InvalidRequest("the job has text that is not valid Unicode (unpaired surrogate)")
-    try:
-        request = JobRequest.model_validate(job, context={"networks": networks})
-    except ValidationError as error:
-        return InvalidRequest(explained(error.errors(include_url=False)))
+    """Validate one job; return the error instead if it is invalid."""
+    request = read_job(job, networks)
+    if isinstance(request, SluiceError):
+        return request
     # As it was sent, not as it was parsed: a field we do not know must go up unchanged.
     params = {name: value for name, value in job["params"].items() if name != "stream"}  # type: ignore[index]
     return Submission(
         params=params,
         custom_id=request.custom_id,
-        deadline=None if request.deadline is None else int(request.deadline.timestamp() * 1000),
+        deadline=milliseconds(request.deadline),
         fallback_models=tuple(request.fallback_models),
         metadata=request.metadata,
         lane=request.lane,
         webhook=request.webhook,
     )
+
+
+PARTS: Final = frozenset({"body", "query", "path", "header"})
+"""Locations in a whole request start with one of these, which is left out of messages."""
+
+
+def explained_form(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Put the errors of a malformed HTTP request into one line."""
+    for error in errors:
+        if error["type"] == "json_invalid":
+            reason, at = error.get("ctx", {}).get("error", ""), error["loc"][-1]
+            if reason == NOT_AN_OBJECT:
+                return NOT_AN_OBJECT
+            return f"the body is not valid JSON: {reason}" + (f" at character {at}" if at else "")
+        if error["type"] == "missing" and error["loc"] == ("body",):
+            return f"the body is empty; {NOT_AN_OBJECT}"
+    return explained([{**error, "loc": error["loc"][1:]} for error in errors])
