@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scripts.cli import terminal
-from scripts.cli.errors import CommandFailed
+from scripts.cli.errors import CommandFailed, InvalidUsage
 from scripts.cli.options import EndpointUrl, Region, StackName
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
     from scripts.cli.deployed import Stack, said_plainly
 
     if (bool(letters), reason is not None, every).count(True) != 1:
-        raise typer.BadParameter("provide dead letter IDs, --reason or --all")
+        raise InvalidUsage("provide dead letter IDs, --reason or --all")
     redriver = Stack(stack, region, endpoint_url).redriver()
     with said_plainly("read the dead letters"):
         chosen = _letters_named(redriver, letters) if letters else redriver.letters(reason)
@@ -107,7 +107,7 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
             raise CommandFailed("no terminal to confirm on: use --yes, or --dry-run to preview")
         _print_candidates(found, as_json=False, nothing="")
         _tell_estimate(able, "would be redriven")
-        if not typer.confirm("Redrive?", default=False, err=True):
+        if not terminal.confirm("Redrive?"):
             return
     with said_plainly("redrive jobs"):
         done = [redriver.redrive(each) for each in able]
@@ -156,7 +156,7 @@ def _print_candidates(found: "list[Candidate]", *, as_json: bool, nothing: str) 
     elif rows:
         from scripts.cli import tables
 
-        tables.console().print(tables.letters_table(rows))
+        tables.show(tables.letters_table(rows))
     else:
         terminal.say(nothing)
 

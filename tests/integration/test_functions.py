@@ -35,9 +35,8 @@ from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
 from sluice.api import document, requests, views
 from sluice.api.errors import HTTP_OF
-from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import DueFor, Job, Lease, State
+from sluice.domain.jobs import DueFor, Job, Lease, State, claim, redrive
 from sluice.domain.webhooks import signing_secret
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from sluice.wiring import shared, stores, workers
@@ -1292,7 +1291,7 @@ def test_a_letter_whose_job_is_at_work_comes_again(gateway: Gateway) -> None:
     (job_id,) = gateway.submit(a_job())
     job = stores.jobs().get(job_id)
     assert job is not None
-    running = life.claim(job, "somebody", shared.CLOCK.now(), shared.CLOCK.now() + 60_000)
+    running = claim(job, "somebody", shared.CLOCK.now(), shared.CLOCK.now() + 60_000)
     stores.jobs().replace(running, job.version)
     body = json.dumps({"v": 1, "job_id": job_id})
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
@@ -1311,15 +1310,15 @@ def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
     gateway.run_dead_letters()
     dead = stores.jobs().get(job_id)
     assert dead is not None
-    stores.jobs().replace(life.redrive(dead, shared.CLOCK.now()), dead.version)
+    stores.jobs().replace(redrive(dead, shared.CLOCK.now()), dead.version)
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=body)
 
     assert [] == gateway.run_worker()
 
     job = gateway.job(job_id)
     assert ("succeeded", 1) == (job["state"], job["attempts_used"])
-    (redrive,) = job["redrives"]
-    assert "dead_letter" == redrive["error"]["type"]
+    (entry,) = job["redrives"]
+    assert "dead_letter" == entry["error"]["type"]
 
 
 def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:

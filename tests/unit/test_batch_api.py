@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sluice.api import document, requests, views
-from sluice.domain import batches as life
-from sluice.domain.batches import Options, Phase, Source, Tally
+from sluice.domain.batches import Batch, Options, Phase, Source, Tally, delete_batch
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
 from sluice.intake import batches as api
+from sluice.intake import requests as validation
 from sluice.intake.batches import Batches, Create, Inline, Link
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON, VirtualClock
@@ -41,7 +41,7 @@ class Caller:
         self._drawn += 1
         return bytes([self._drawn]) * count
 
-    def create(self, *rows: object, **more: Any) -> life.Batch:
+    def create(self, *rows: object, **more: Any) -> Batch:
         options = more.pop("options", Options())
         return self.batches.create(Create(rows or [a_row(1)], options, **more))
 
@@ -240,10 +240,10 @@ def test_an_envelope_is_checked_in_anthropics_words(body: object, message: str) 
 
 
 def test_a_deadline_header_is_a_time_with_a_zone() -> None:
-    assert requests.read_deadline(None) is None
-    assert NOON == requests.read_deadline("2026-11-20T13:00:00+01:00")
+    assert validation.read_deadline(None) is None
+    assert NOON == validation.read_deadline("2026-11-20T13:00:00+01:00")
     with pytest.raises(InvalidRequest, match="sluice-deadline: must be RFC 3339"):
-        requests.read_deadline("tomorrow")
+        validation.read_deadline("tomorrow")
 
 
 # Looking ---------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_only_an_ended_batch_can_be_deleted(caller: Caller) -> None:
 def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
-    gone = life.delete(caller.batches.get(batch.batch_id))
+    gone = delete_batch(caller.batches.get(batch.batch_id))
     caller.bulk.batches.fail_next("replace", error=Stale(gone))
 
     caller.batches.delete(batch.batch_id)

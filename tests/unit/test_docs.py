@@ -294,7 +294,7 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "calls pause for {:.0f} to {:.0f} s",
             [USUAL.breaker_pause_ms / 1000, USUAL.breaker_pause_cap_ms / 1000],
         ),
-        ("tried again every {:.0f} minutes", [POLICY.park_recheck_ms / 60_000]),
+        ("tried again every {:.0f} minutes", [POLICY.spend_recheck_ms / 60_000]),
         (
             "random time up to {:.0f}, 2, 4 ... {:.0f} s",
             [POLICY.overload_base_ms / 1000, POLICY.overload_cap_ms / 1000],

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from sluice.api import requests, views
-from sluice.domain import jobs as life
 from sluice.domain.errors import InvalidRequest, RequestTooLarge, Unauthenticated
-from sluice.domain.jobs import JobError, Result, State
+from sluice.domain.jobs import JobError, Result, State, claim, give_up, snooze, succeed
 from sluice.domain.limits import Observation, Seen, block, new_group, observe
 from sluice.domain.pricing import Spend, Usage
 from sluice.intake.accounts import UsageRow
@@ -240,8 +239,8 @@ def test_a_new_job_is_shown_with_everything_there_will_be() -> None:
 
 
 def test_a_finished_job_shows_its_answer_and_its_cost() -> None:
-    job = life.succeed(
-        life.claim(a_job(), "w", NOON, NOON + SECOND),
+    job = succeed(
+        claim(a_job(), "w", NOON, NOON + SECOND),
         "w",
         NOON + 500,
         result=Result(inline=b""),
@@ -281,7 +280,7 @@ def test_a_message_is_shown_value_for_value() -> None:
 
 def test_errors_of_job_and_attempts_are_shown() -> None:
     error = JobError("api_error", "boom", 500)
-    job = life.give_up(life.claim(a_job(), "w", NOON, NOON + SECOND), "w", NOON, error=error)
+    job = give_up(claim(a_job(), "w", NOON, NOON + SECOND), "w", NOON, error=error)
 
     view = views.job_view(job)
 
@@ -290,8 +289,8 @@ def test_errors_of_job_and_attempts_are_shown() -> None:
 
 
 def test_a_snoozed_job_says_why_and_until_when() -> None:
-    claimed = life.claim(a_job(), "w", NOON, NOON + SECOND)
-    job = life.snooze(claimed, "w", NOON, reason="rate limited", not_before=NOON + SECOND)
+    claimed = claim(a_job(), "w", NOON, NOON + SECOND)
+    job = snooze(claimed, "w", NOON, reason="rate limited", not_before=NOON + SECOND)
 
     view = views.job_view(job)
 
@@ -300,7 +299,7 @@ def test_a_snoozed_job_says_why_and_until_when() -> None:
 
 
 def test_an_attempt_under_way_is_shown_open() -> None:
-    (attempt,) = views.job_view(life.claim(a_job(), "w", NOON, NOON + 1))["attempts"]
+    (attempt,) = views.job_view(claim(a_job(), "w", NOON, NOON + 1))["attempts"]
 
     assert (None, None, None) == (attempt["ended_at"], attempt["outcome"], attempt["usage"])
 

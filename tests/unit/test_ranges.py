@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from sluice.domain import batches as life
-from sluice.domain.batches import Options
+from sluice.domain.batches import Options, cancel_batch
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.desk import AGAIN, AT_ONCE, SAVE_ROWS
@@ -376,7 +375,7 @@ def test_a_canceled_batch_makes_no_more_calls_and_keeps_what_it_has(make: Make) 
     bulk.upload(jsonl(*(a_row(number) for number in range(250))))
 
     bulk.once()
-    bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+    bulk.batches.replace(cancel_batch(bulk.batch, NOON), bulk.batch.version)
     bulk.drain()
 
     kinds = Counter(row["result"]["type"] for row in bulk.results())
@@ -392,7 +391,7 @@ def test_a_cancel_stops_calls_under_way(make: Make) -> None:
     async def story() -> bool:
         task = asyncio.ensure_future(bulk.invoke())
         await asyncio.sleep(5)
-        bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+        bulk.batches.replace(cancel_batch(bulk.batch, NOON), bulk.batch.version)
         return await task
 
     assert bulk.time.run(story())

@@ -20,9 +20,9 @@ from sluice.domain.rows import (
     job_record,
     lines,
     numbered,
-    read_row,
     result_line,
 )
+from sluice.intake.requests import read_row
 from tests.fakes import NOON, a_job
 
 PARAMS = {"model": "claude-a", "max_tokens": 10, "messages": [{"role": "user", "content": "Hi"}]}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from math import isinf
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError
 from pydantic_core import core_schema as core
 
 from sluice.domain.errors import InvalidRequest, SluiceError
-from sluice.domain.times import parse_rfc3339
-from sluice.domain.webhooks import Network, check_url
+from sluice.domain.webhooks import Network
 from sluice.intake.requests import (
-    CustomId,
+    MOST_ROWS,
+    BatchRequest,
     JobRequest,
     decode,
     explained,
@@ -115,21 +114,12 @@ class UploadDone(BaseModel):
     parts: Annotated[list[UploadedPart], Field(min_length=1, max_length=10_000)]
 
 
-class BatchRequest(BaseModel):
-    """One row of a batch."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    custom_id: CustomId
-    params: dict[str, Any]
-
-
 class BatchRequests(BaseModel):
     """Up to 100,000 rows, within the body size limit."""
 
     model_config = ConfigDict(extra="forbid")
 
-    requests: Annotated[list[BatchRequest], Field(min_length=1, max_length=100_000)]
+    requests: Annotated[list[BatchRequest], Field(min_length=1, max_length=MOST_ROWS)]
 
 
 class BatchBody(RootModel[Any]):
@@ -142,6 +132,10 @@ class BatchBody(RootModel[Any]):
         return handler(TypeAdapter(BatchRequests).core_schema)
 
 
+NOT_IN_A_BATCH: Final = frozenset({"metadata", "lane", "webhook"})
+"""Fields of a job that a row does not have."""
+
+
 def long_list(body: object) -> list[object] | None:
     """Return the jobs of a list above the limit as rows of a batch; None for any other body.
 
@@ -152,14 +146,13 @@ def long_list(body: object) -> list[object] | None:
         return None
     rows: list[object] = []
     for index, job in enumerate(jobs):
-        if not isinstance(job, dict):
-            raise InvalidRequest(f"jobs.{index}: Input should be a valid dictionary")
-        for name in job:
-            if name not in {"params", "custom_id", "deadline", "fallback_models"}:
-                raise InvalidRequest(
-                    f"jobs.{index}.{name}: not supported in lists of more than {MOST_JOBS} jobs, which run as a batch"
-                )
-        rows.append({"custom_id": job.get("custom_id") or f"job-{index}", **job})
+        fields = job if isinstance(job, dict) else {}
+        for name in NOT_IN_A_BATCH & fields.keys():
+            raise InvalidRequest(
+                f"jobs.{index}.{name}: not supported in lists of more than {MOST_JOBS} jobs, which run as a batch"
+            )
+        is_named = not isinstance(job, dict) or job.get("custom_id") is not None
+        rows.append(job if is_named else {**job, "custom_id": f"job-{index}"})
     return rows
 
 

@@ -6,24 +6,29 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Final
 
 from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
-from sluice.domain import batches as life
 from sluice.domain.batches import (
+    BOM,
     MOST_LINE_BYTES,
     SAMPLE_BYTES,
+    WATCH_MS,
     Batch,
     Options,
     Phase,
     Plan,
     Source,
     file_batch_id,
+    is_overdue,
+    plan_batch,
     planned,
+    sample_places,
+    start_batch,
 )
-from sluice.domain.errors import InputGone, StoreBusy
+from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
@@ -33,8 +38,8 @@ from sluice.domain.forms import (
     ending_of,
     unpacked,
 )
-from sluice.domain.times import parse_rfc3339
-from sluice.domain.webhooks import Network, check_url
+from sluice.domain.webhooks import Network
+from sluice.intake.requests import decode, read_options
 from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
@@ -108,7 +113,7 @@ class PlanBatch:
             return
         try:
             batch, problem = self._registered(key)
-        except InputGone:
+        except InputMissing:
             self._events.note("file gone", key=key)
             return
         if batch.phase is not Phase.PLANNING:
@@ -127,7 +132,7 @@ class PlanBatch:
         match = _KEY.fullmatch(key)
         stored = self._objects.head(key)
         if match is None or stored is None:
-            raise InputGone(key)
+            raise InputMissing(key)
         file = self._file(match["tenant"], match["path"], stored)
         problem = None
         try:
@@ -164,7 +169,7 @@ class PlanBatch:
         if batch is None:
             return
         if batch.phase is Phase.ENDED:
-            self._assemble.tell(batch)
+            self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
             self._look_after(batch, batch.plan)
         elif self._clock.now() >= batch.expires_at:
@@ -187,7 +192,7 @@ class PlanBatch:
         joined = groups[SECTIONS].members if SECTIONS in groups else 0
         if joined < len(complete) or len(complete) == plan.sections:
             self._join(batch, complete)
-        if lost and life.is_overdue(batch, self._clock.now()):
+        if lost and is_overdue(batch, self._clock.now()):
             self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
             self._send(batch, lost)
 
@@ -239,13 +244,13 @@ class PlanBatch:
             input_key=file.stored.key,
             input_etag=file.stored.etag,
             options=options,
-            due_at=now + life.WATCH_MS,
+            due_at=now + WATCH_MS,
         )
 
     def _plan(self, batch: Batch) -> None:
         try:
             batch = batch if batch.plan else self._cut(batch)
-        except (InputGone, BadForm) as error:
+        except (InputMissing, BadForm) as error:
             self._assemble.fail(batch, str(error))
             return
         plan = batch.plan
@@ -256,7 +261,7 @@ class PlanBatch:
             self._assemble.fail(batch, "the file is empty")
             return
         self._send(batch, range(plan.ranges))
-        self._changed(batch, lambda current: life.begin(current, self._clock.now()))
+        self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         self._events.note(
             "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
             bytes=plan.size,
@@ -271,7 +276,7 @@ class PlanBatch:
             sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
-            raise InputGone(batch.input_key)
+            raise InputMissing(batch.input_key)
         plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
         problem = _unreadable(sample)
         if problem is not None:
@@ -281,13 +286,13 @@ class PlanBatch:
         def with_plan(current: Batch) -> Batch:
             # Another planner may have been quicker: its plan is the one whose ranges are sent.
             is_planned = current.plan is not None or current.phase is Phase.ENDED
-            return current if is_planned else life.plan_batch(current, plan, rows_etag)
+            return current if is_planned else plan_batch(current, plan, rows_etag)
 
         return self._changed(batch, with_plan)
 
     def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
         """Read more samples of an object, but for the first."""
-        for place in life.sample_places(size)[1:]:
+        for place in sample_places(size)[1:]:
             yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
@@ -301,7 +306,7 @@ class PlanBatch:
             rows.abort()
         stored = self._objects.head(batch.rows_key)
         if stored is None:
-            raise InputGone(batch.rows_key)
+            raise InputMissing(batch.rows_key)
         return stored.etag
 
     def _rows_of(self, batch: Batch, sample: bytes) -> Iterator[bytes]:
@@ -336,9 +341,10 @@ class PlanBatch:
         if stored is not None:
             if stored.size > MOST_OPTIONS_BYTES:
                 raise BadOptions(f"{key} exceeds {MOST_OPTIONS_BYTES:,} bytes")
+            text = self._objects.read(key, 0, stored.size).removeprefix(BOM)
             try:
-                said = json.loads(self._objects.read(key, 0, stored.size))
-            except (ValueError, RecursionError) as error:
+                said = decode(text.decode(errors="surrogateescape"))
+            except ValueError as error:
                 raise BadOptions(f"{key} is not valid JSON: {error}") from error
             if not isinstance(said, dict):
                 raise BadOptions(f"{key} is not a JSON object")
@@ -350,13 +356,14 @@ class PlanBatch:
         said |= metadata
         try:
             return self.read_options(said)
-        except BadOptions as error:
-            with suppress(BadOptions):
-                error.webhook = self.read_options({"webhook": said.get("webhook")}).webhook
-            raise
+        except InvalidRequest as error:
+            bad = BadOptions(str(error))
+            with suppress(InvalidRequest):
+                bad.webhook = self.read_options({"webhook": said.get("webhook")}).webhook
+            raise bad from error
 
     def read_options(self, said: Mapping[str, Any]) -> Options:
-        """Return the options of a file; raises BadOptions with what is wrong."""
+        """Return the options of a file; raises InvalidRequest."""
         return read_options(said, self._networks)
 
 
@@ -368,36 +375,6 @@ def is_known(path: str) -> bool:
 def stem_of(path: str) -> str:
     """Return the path without its ending."""
     return _ENDING.sub("", path)
-
-
-def read_options(said: Mapping[str, Any], networks: Sequence[Network] = ()) -> Options:
-    """Return the options; raises BadOptions with what is wrong. `networks` are those a webhook may go into."""
-    known = {each.name for each in fields(Options)}
-    for name in said:
-        if name not in known:
-            raise BadOptions(f"options: unknown field {name!r}; use {', '.join(sorted(known))}")
-    read: dict[str, Any] = {}
-    for name, value in said.items():
-        read[name] = value
-        match name:
-            case "max_tokens":
-                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            case "fallback_models":
-                good = isinstance(value, list) and all(isinstance(each, str) for each in value)
-                read[name] = tuple(value) if good else ()
-            case "deadline":
-                read[name] = parse_rfc3339(value)
-                good = read[name] is not None
-            case _:
-                good = isinstance(value, str) and bool(value)
-        if not good:
-            raise BadOptions(f"options: invalid {name}: {json.dumps(value)[:80]}")
-        if name == "webhook":
-            try:
-                check_url(value, networks)
-            except ValueError as error:
-                raise BadOptions(f"options: webhook {error}") from error
-    return Options(**read)
 
 
 def _from_metadata(name: str, value: str) -> Any:
@@ -425,6 +402,6 @@ def _unreadable(sample: bytes) -> str | None:
         return "the file is UTF-16; save it as UTF-8"
     if sample.startswith(b"PK\x03\x04"):
         return "the file is a ZIP archive; upload the JSONL file itself or compress it with gzip"
-    if not sample.removeprefix(life.BOM).strip() and len(sample) < SAMPLE_BYTES:
+    if not sample.removeprefix(BOM).strip() and len(sample) < SAMPLE_BYTES:
         return "the file is empty"
     return None

@@ -1,21 +1,18 @@
 """Rows of a batch: from bytes to requests, and from ended jobs to lines of results.
 
-A row is one line of a JSONL object, in the shape of Anthropic's batch items, `{"custom_id", "params"}`, or the older
-one with `method`, `url` and `body`. What is wrong with a line is a value here: the other lines of its range go on.
+A row is one line of a JSONL object in the format of Anthropic's batch items, `{"custom_id", "params"}`, or in the older
+one with `method`, `url` and `body`. An invalid line is a value, not an exception: the other lines of its range run.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options, Tally
-from sluice.domain.forms import PROBLEM
+from sluice.domain.batches import MOST_LINE_BYTES, Tally
 from sluice.domain.jobs import Job, JobError, State
-from sluice.domain.times import parse_rfc3339
 
 _ANTHROPIC_TYPES: Final = frozenset(
     {
@@ -31,18 +28,18 @@ _ANTHROPIC_TYPES: Final = frozenset(
         "overloaded_error",
     }
 )
-"""What clients of Anthropic's batches know; our own reasons go by the name of `api_error` there."""
+"""The types that clients of Anthropic's batches know; Sluice's own types are reported as `api_error`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its number in the range (from 0), its first byte in the object, its text without the line end."""
+    """One line: its number in the range (from 0), its offset in the object, its text without the line end."""
 
     number: int
     offset: int
     text: bytes
     too_long: bool = False
-    """Only its beginning is here."""
+    """`text` is only its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +49,13 @@ class Row:
     custom_id: str
     params: Mapping[str, Any]
     deadline: int | None = None
-    """Of its own, beside the batch's."""
+    """Deadline of this row; the batch may have another one."""
     fallback_models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """Why a line cannot become a job. With a usable `custom_id` it has an errored result all the same."""
+    """Why a line cannot become a job. With a valid `custom_id` it has an errored result as well."""
 
     message: str
     custom_id: str | None = None
@@ -69,11 +66,11 @@ _BEGINNING: Final = 200
 
 
 def lines(pieces: Iterable[bytes], start: int, end: int, first: int) -> Iterator[Line]:
-    """Yield the lines that begin in [start, end), holding no more than one of them.
+    """Yield the lines that begin in [start, end), holding at most one of them in memory.
 
-    `pieces` follow one another from the byte before `start` on (which tells whether a line begins right at `start`), or
-    from `first` if that is where the range starts. None is asked for beyond the end of the last line, nor to find the
-    end of a line that is too long.
+    `pieces` are consecutive from the byte before `start` (which shows whether a line begins at `start`), or from
+    `first` if the range starts there. No piece is read after the end of the last line, nor to find the end of a line
+    that is too long.
     """
     at = max(first, start - 1)
     is_ours = start == first
@@ -110,7 +107,7 @@ def lines(pieces: Iterable[bytes], start: int, end: int, first: int) -> Iterator
 
 
 def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of `pieces` without their ends, holding no more than one of them and a piece."""
+    """Yield the lines of `pieces` without their ends, holding at most one of them and one piece in memory."""
     held: list[bytes] = []
     for piece in pieces:
         position = 0
@@ -130,9 +127,9 @@ def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one line came to: a line of results or of errors, and what goes into the sums.
+    """The outcome of one line: a line of results or of errors, and its counts.
 
-    Records travel as lines themselves, fields first, so that putting together needs to parse no JSON.
+    Records are stored as lines, fields first, so that joining does not parse the JSON of answers.
     """
 
     kind: str
@@ -140,7 +137,7 @@ class Record:
     offset: int
     line: int
     custom_id: str
-    """Empty where there is none."""
+    """Empty if there is none."""
     tally: Tally
     body: str
     """One line of JSON."""
@@ -159,7 +156,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A record as it travels, its fields read and its body left as bytes: answers are large."""
+    """A stored record with its fields parsed and its body left as bytes, because answers are large."""
 
     kind: str
     offset: int
@@ -170,7 +167,7 @@ class Encoded:
 
     @classmethod
     def of(cls, line: bytes) -> Encoded:
-        """Read the fields of a record's line, which may end with its line end."""
+        """Read the fields of a record's line, with or without its line end."""
         kind, offset, number, custom_id, sums, body = line.split(b"\t", 5)
         return cls(
             kind.decode(), int(offset), int(number), custom_id.decode(), sums,
@@ -178,27 +175,27 @@ class Encoded:
         )  # fmt: skip
 
     def counts(self) -> dict[str, int]:
-        """Return what goes into the sums, by name."""
+        """Return the counts by name."""
         counts: dict[str, int] = json.loads(self.sums)
         return counts
 
     @property
     def tally(self) -> Tally:
-        """What goes into the sums."""
+        """The counts of the record."""
         return Tally(**self.counts())
 
     def record(self) -> Record:
-        """Return the record, its body as text."""
+        """Return the record with its body as text."""
         return Record(
             self.kind, self.offset, self.line, self.custom_id, self.tally, self.body.decode()
         )
 
 
 def result_line(custom_id: str, job: Job, message: str | None) -> str:
-    """Return an ended job as a line of results in Anthropic's shape; `message` is Claude's answer as it came."""
+    """Return an ended job as a line of results in Anthropic's format; `message` is Claude's answer as received."""
     name = json.dumps(custom_id)
     if job.state is State.SUCCEEDED:
-        # Line ends in JSON text stand only between its words.
+        # Line ends in JSON text occur only between tokens.
         answer = (message or "null").replace("\r", " ").replace("\n", " ")
         return f'{{"custom_id":{name},"result":{{"type":"succeeded","message":{answer}}}}}'
     if job.state is State.ERRORED:
@@ -228,7 +225,7 @@ def errored_line(custom_id: str, error: JobError, request_id: str | None = None)
 def error_line(
     offset: int, message: str, custom_id: str | None = None, result: str | None = None
 ) -> str:
-    """Return a line of errors.jsonl, but for the line number, which is known only when all is put together."""
+    """Return a line of errors.jsonl without the line number, which is known only after joining."""
     body: dict[str, Any] = {"offset": offset}
     if custom_id is not None:
         body["custom_id"] = custom_id
@@ -244,7 +241,7 @@ def numbered(error: str, line: int) -> str:
 
 
 def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
-    """Return what a line that cannot become a job comes to."""
+    """Return the records of a bad row."""
     error = error_line(line.offset, bad.message, bad.custom_id)
     if bad.custom_id is None:
         return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
@@ -256,7 +253,7 @@ def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
 
 
 def job_record(line: int, offset: int, job: Job, message: str | None, other_lane: int) -> Record:
-    """Return what an ended job comes to."""
+    """Return the record of an ended job."""
     custom_id = job.custom_id or ""
     usage = job.usage.as_dict() if job.usage else {}
     tally = Tally(

@@ -161,6 +161,22 @@ class RowRequest(BaseModel):
     fallback_models: FallbackModels = []
 
 
+class BatchRequest(BaseModel):
+    """One row of a batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: CustomId
+    params: dict[str, Any]
+
+
+class ListedJob(BatchRequest):
+    """One job of a list that runs as a batch."""
+
+    deadline: Deadline = None
+    fallback_models: FallbackModels = []
+
+
 class FileOptions(BaseModel):
     """Defaults for the rows of a file, and how the file runs."""
 
@@ -311,6 +327,35 @@ def read_webhook(url: str | None, networks: Sequence[Network] = ()) -> str | Non
 def milliseconds(time: datetime | None) -> int | None:
     """Return epoch milliseconds."""
     return None if time is None else int(time.timestamp() * 1000)
+
+
+# Items of a batch ----------------------------------------------------------------------------------------------
+
+MOST_ROWS: Final = 100_000
+
+_ITEMS: Final[TypeAdapter[list[Any]]] = TypeAdapter(
+    Annotated[list[Any], Field(min_length=1, max_length=MOST_ROWS)]
+)
+
+
+def read_items(items: Sequence[object], kind: type[BatchRequest], place: str) -> list[str]:
+    """Return the `custom_id` of each item of a new batch; raises InvalidRequest for the first that is invalid.
+
+    `params` are validated with the row, as Anthropic does: an invalid request is the error of its row alone.
+    """
+    here = place
+    try:
+        _ITEMS.validate_python(items)
+        custom_ids = []
+        for position, item in enumerate(items):
+            here = f"{place}.{position}"
+            problem = unsendable(item)
+            if problem is not None:
+                raise InvalidRequest(f"{here}: the request {problem}")
+            custom_ids.append(kind.model_validate(item).custom_id)
+    except ValidationError as error:
+        raise InvalidRequest(explained(error.errors(include_url=False), here)) from error
+    return custom_ids
 
 
 # Rows ----------------------------------------------------------------------------------------------------------

@@ -56,19 +56,14 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         ),
     ] = None,
     anthropic_version: Annotated[
-        str | None,
+        validation.Version | None,
         Header(
-            pattern=validation.VERSION,
             description="API version for the upstream calls. Default: the latest version that Sluice supports.",
         ),
     ] = None,
     anthropic_beta: Annotated[
-        str | None,
-        Header(
-            max_length=1024,
-            pattern=validation.PRINTABLE,
-            description="Beta features; forwarded with the upstream calls.",
-        ),
+        validation.Beta | None,
+        Header(description="Beta features; forwarded with the upstream calls."),
     ] = None,
     sluice_webhook: Annotated[
         str | None,
@@ -87,7 +82,7 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
 ) -> Response[Any]:
     """Accept jobs."""
     networks = shared.settings().webhook_networks
-    webhook = requests.read_webhook(sluice_webhook, networks)
+    webhook = validation.read_webhook(sluice_webhook, networks)
     rows = requests.long_list(body.root)
     if rows is not None:
         options = Options(

@@ -21,7 +21,8 @@ from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.params import request_body
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
-from sluice.domain.rows import Line, Row, job_record, read_row
+from sluice.domain.rows import Line, Row, job_record
+from sluice.intake.requests import read_row
 from sluice.ports.jobs import CallBooks, Params, Received
 from sluice.ports.world import Clock
 
@@ -411,7 +412,7 @@ class Desk:
                 self._suspects.remove(message.message_id)
                 self._suspects_waiting.add(message.message_id)
 
-    def bury(self, message: Received, reason: str) -> None:
+    def reject(self, message: Received, reason: str) -> None:
         """Never happens: all messages are our own rows."""
         raise AssertionError(f"{message.message_id}: {reason}")
 
@@ -472,5 +473,5 @@ class RowRequests:
 
 
 def _record(seat: Seat) -> Ended:
-    assert seat.ended is not None  # noqa: S101 - only what has ended is saved
+    assert seat.ended is not None
     return seat.ended
