@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError
 from pydantic_core import core_schema as core
@@ -13,6 +13,7 @@ from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.webhooks import Network
 from sluice.intake.requests import (
     MOST_ROWS,
+    UNREADABLE,
     BatchRequest,
     JobRequest,
     decode,
@@ -21,6 +22,8 @@ from sluice.intake.requests import (
     read_job,
 )
 from sluice.intake.submit import Submission
+
+M = TypeVar("M", bound=BaseModel)
 
 MOST_JOBS: Final = 100
 """Jobs in one POST."""
@@ -136,35 +139,45 @@ NOT_IN_A_BATCH: Final = frozenset({"metadata", "lane", "webhook"})
 """Fields of a job that a row does not have."""
 
 
-def long_list(body: object) -> list[object] | None:
-    """Return the jobs of a list above the limit as rows of a batch; None for any other body.
-
-    Jobs without a `custom_id` are named by their position. An invalid job is reported in the batch's errors.
-    """
-    jobs = body.get("jobs") if isinstance(body, dict) else None
-    if not isinstance(jobs, list) or len(jobs) <= MOST_JOBS:
+def read_list(body: object) -> list[Any] | None:
+    """Return the jobs of a list; None for a body that is one job. Raises InvalidRequest for a bad envelope."""
+    if not isinstance(body, dict):
+        raise InvalidRequest(NOT_AN_OBJECT)
+    if "jobs" not in body:
         return None
+    return _enveloped(_Jobs, body).jobs
+
+
+def as_rows(jobs: Sequence[object]) -> list[object]:
+    """Return the jobs of a long list as rows of a batch. Jobs without a `custom_id` are named by their position."""
     rows: list[object] = []
     for index, job in enumerate(jobs):
-        fields = job if isinstance(job, dict) else {}
-        for name in NOT_IN_A_BATCH & fields.keys():
+        if not isinstance(job, dict):
+            rows.append(job)
+            continue
+        for name in NOT_IN_A_BATCH & job.keys():
             raise InvalidRequest(
                 f"jobs.{index}.{name}: not supported in lists of more than {MOST_JOBS} jobs, which run as a batch"
             )
-        is_named = not isinstance(job, dict) or job.get("custom_id") is not None
+        is_named = job.get("custom_id") is not None
         rows.append(job if is_named else {**job, "custom_id": f"job-{index}"})
     return rows
 
 
 def read_requests(body: object) -> list[Any]:
-    """Return the items of a create request; raises InvalidRequest for a bad envelope. Items are validated later."""
-    try:
-        return _Envelope.model_validate(body).requests
-    except ValidationError as error:
-        raise InvalidRequest(explained(error.errors(include_url=False))) from error
+    """Return the items of a create request, which are validated later; raises InvalidRequest for a bad envelope."""
+    return _enveloped(_Requests, body).requests
 
 
-class _Envelope(BaseModel):
+class _Jobs(BaseModel):
+    """The body of a list of jobs, its items unread: one that is invalid does not reject the others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    jobs: Annotated[list[Any], Field(min_length=1)]
+
+
+class _Requests(BaseModel):
     """The body of a create request, its items unread."""
 
     model_config = ConfigDict(extra="forbid")
@@ -172,31 +185,11 @@ class _Envelope(BaseModel):
     requests: list[Any]
 
 
-def read_submissions(
-    body: object, networks: Sequence[Network] = ()
-) -> tuple[list[Submission | SluiceError], bool]:
-    """Return the submissions and whether they came as a list; InvalidRequest for a bad envelope.
-
-    `networks` are those a webhook may go into, beside all public addresses.
-    """
-    if not isinstance(body, dict):
-        raise InvalidRequest(NOT_AN_OBJECT)
-    if "jobs" not in body:
-        return [read_submission(body, networks)], False
-    unknown = sorted(set(body) - {"jobs"})
-    if unknown:
-        message = f"{', '.join(unknown)}: unknown field next to jobs; set it in each job"
-        raise InvalidRequest(message)
-    jobs = body["jobs"]
-    if not isinstance(jobs, list) or not jobs:
-        message = "jobs: must be a list of 1 to 100 jobs"
-        raise InvalidRequest(message)
-    if len(jobs) > MOST_JOBS:
-        message = (
-            f"jobs: {len(jobs)} jobs in one request; the maximum is {MOST_JOBS}; send several lists"
-        )
-        raise InvalidRequest(message)
-    return [read_submission(job, networks) for job in jobs], True
+def _enveloped(kind: type[M], body: object) -> M:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise InvalidRequest(explained(error.errors(include_url=False))) from error
 
 
 def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission | SluiceError:
@@ -217,18 +210,19 @@ def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission
     )
 
 
-PARTS: Final = frozenset({"body", "query", "path", "header"})
-"""Locations in a whole request start with one of these, which is left out of messages."""
-
-
 def explained_form(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Put the errors of a malformed HTTP request into one line."""
+    """Put the errors of a malformed HTTP request into one line.
+
+    Their locations start with the part of the request (body, query, path, header), which is left out.
+    """
     for error in errors:
         if error["type"] == "json_invalid":
-            reason, at = error.get("ctx", {}).get("error", ""), error["loc"][-1]
+            reason = error.get("ctx", {}).get("error", "")
             if reason == NOT_AN_OBJECT:
                 return NOT_AN_OBJECT
-            return f"the body is not valid JSON: {reason}" + (f" at character {at}" if at else "")
-        if error["type"] == "missing" and error["loc"] == ("body",):
+            if reason in UNREADABLE:
+                return f"the body {reason}"
+            return f"the body is not valid JSON: {reason} at character {error['loc'][-1] + 1}"
+        if error["type"] == "missing" and tuple(error["loc"]) == ("body",):
             return f"the body is empty; {NOT_AN_OBJECT}"
     return explained([{**error, "loc": error["loc"][1:]} for error in errors])

@@ -39,7 +39,7 @@ from sluice.domain.forms import (
     unpacked,
 )
 from sluice.domain.webhooks import Network
-from sluice.intake.requests import decode, read_options
+from sluice.intake.requests import decode, read_options, unread
 from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
@@ -345,7 +345,7 @@ class PlanBatch:
             try:
                 said = decode(text.decode(errors="surrogateescape"))
             except ValueError as error:
-                raise BadOptions(f"{key} is not valid JSON: {error}") from error
+                raise BadOptions(f"{key} {unread(error)}") from error
             if not isinstance(said, dict):
                 raise BadOptions(f"{key} is not a JSON object")
         metadata = {

@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from json.decoder import JSONDecoder
 from math import isinf
-from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
@@ -33,43 +34,41 @@ from sluice.domain.forms import PROBLEM
 from sluice.domain.rows import BadRow, Line, Row
 from sluice.domain.webhooks import Network, check_url
 
-M = TypeVar("M", bound=BaseModel)
-
 DEEPEST: Final = 100
 """Levels of objects and lists in one job or row, itself the first. A Messages request has about ten."""
 
 CUSTOM_ID: Final = r"^[a-zA-Z0-9_-]{1,64}$"
-VERSION: Final = r"^\d{4}-\d{2}-\d{2}$"
+VERSION: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
 PRINTABLE: Final = r"^[!-~ ]+$"
 MESSAGES_URL: Final = "/v1/messages"
 
-TOO_DEEP: Final = f"nested too deeply: at most {DEEPEST} levels of objects and lists"
+TOO_DEEP: Final = f"is nested too deeply: at most {DEEPEST} levels of objects and lists"
 NOT_FINITE: Final = "has a number that is NaN, infinite, or beyond the range of a double"
 NOT_UNICODE: Final = (
     "has text that is not valid Unicode; use UTF-8 without unpaired surrogate escapes"
 )
+TOO_MANY_DIGITS: Final = "has a number with too many digits"
+UNREADABLE: Final = frozenset({TOO_DEEP, NOT_UNICODE, TOO_MANY_DIGITS})
+"""Why JSON cannot be read, beside a syntax error."""
 A_TIME: Final = "must be an RFC 3339 string with a time zone, such as 2026-12-24T18:00:00Z"
 
 
 # What is validated ---------------------------------------------------------------------------------------------
 
 
-def _rfc3339(value: object) -> object:
+def _rfc3339(value: object, parse: ValidatorFunctionWrapHandler) -> datetime | None:
     """Accept text with a time zone only: a number or a local time is ambiguous."""
     if value is None:
         return None
     try:
-        # In UTC the year may be 0 or 10,000, which could be stored and never be shown.
-        has_zone = (
-            isinstance(value, str)
-            and (time := datetime.fromisoformat(value)).tzinfo is not None
-            and time.astimezone(UTC) is not None
-        )
+        if isinstance(value, str):
+            datetime.fromisoformat(value)
+            time: datetime = parse(value)
+            # In UTC the year may be 0 or 10,000, which could be stored and never be shown.
+            return time.astimezone(UTC)
     except (ValueError, OverflowError):
-        has_zone = False
-    if not has_zone:
-        raise ValueError(A_TIME)
-    return value
+        pass
+    raise ValueError(A_TIME)
 
 
 def _public(url: str, info: ValidationInfo) -> str:
@@ -85,7 +84,7 @@ Beta = Annotated[
     # HTTP has no header values that begin or end with a space.
     str, StringConstraints(strip_whitespace=True, max_length=1024, pattern=PRINTABLE)
 ]
-Deadline = Annotated[AwareDatetime | None, BeforeValidator(_rfc3339)]
+Deadline = Annotated[AwareDatetime | None, WrapValidator(_rfc3339)]
 Webhook = Annotated[str, AfterValidator(_public)]
 MaxTokens = Annotated[int, Field(ge=0, strict=True)]
 """0 is a legal request: it fills the prompt cache."""
@@ -218,7 +217,7 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def decode(text: str) -> Any:
-    """Parse JSON; raises ValueError with the reason.
+    """Parse JSON; raises JSONDecodeError, or ValueError with one of UNREADABLE.
 
     Text that is not valid Unicode and numbers that are not finite are read: `unsendable` finds them in the job or row
     that has them, so that they affect no other.
@@ -232,14 +231,20 @@ def decode(text: str) -> Any:
             raise ValueError(NOT_UNICODE) from error
         raise
     except ValueError as error:
-        message = "a number has too many digits"
-        raise ValueError(message) from error
+        raise ValueError(TOO_MANY_DIGITS) from error
+
+
+def unread(error: ValueError) -> str:
+    """Say why `decode` failed."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON: {error.msg} at character {error.pos + 1}"
+    return str(error)
 
 
 def unsendable(item: object) -> str | None:
     """Return why an object cannot be sent as JSON in UTF-8, or None."""
     if _is_too_deep(item):
-        return f"is {TOO_DEEP}"
+        return TOO_DEEP
     try:
         json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
@@ -292,7 +297,9 @@ def read_options(said: object, networks: Sequence[Network] = ()) -> Options:
     try:
         found = FileOptions.model_validate(said, context={"networks": networks})
     except ValidationError as error:
-        raise InvalidRequest(explained(error.errors(include_url=False), "options")) from error
+        raise InvalidRequest(
+            explained(error.errors(include_url=False), "options", of_item=False)
+        ) from error
     facts = dict(found) | {
         "deadline": milliseconds(found.deadline),
         "fallback_models": tuple(found.fallback_models),
@@ -371,7 +378,7 @@ def read_row(line: Line, options: Options) -> Row | BadRow | None:
     try:
         item, problem = _parsed(text)
     except ValueError as error:
-        return BadRow(f"the line is not valid JSON: {_reason(error)}")
+        return BadRow(f"the line {unread(error)}")
     if not isinstance(item, dict):
         return BadRow('the line is not a JSON object; use {"custom_id": ..., "params": {...}}')
     if problem is None:
@@ -399,12 +406,6 @@ def _parsed(text: bytes) -> tuple[Any, str | None]:
         item, suspect = decode(words), True
     problem = unsendable(item) if suspect else None
     return item, None if problem is None else f"the request {problem}"
-
-
-def _reason(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return str(error)
 
 
 def _row(item: Mapping[str, Any], options: Options) -> Row:
@@ -459,11 +460,15 @@ MOST_VALUE: Final = 64
 _OUR_CLASS: Final = re.compile(r" or instance of \w+$")
 
 
-def explained(errors: Sequence[Mapping[str, Any]], place: str = "") -> str:
-    """Put pydantic's errors into one line: the field, the problem, and the value if it is short."""
-    misplaced = [error for error in errors if not place and _is_misplaced(error)]
+def explained(errors: Sequence[Mapping[str, Any]], place: str = "", *, of_item: bool = True) -> str:
+    """Put pydantic's errors into one line: the field, the problem, and the value if it is short.
+
+    `of_item`: they are about a job or a row, whose fields of a Messages request belong inside `params`.
+    """
+    misplaced = [error for error in errors if of_item and _is_misplaced(error)]
     others = [error for error in errors if error not in misplaced]
-    parts = [_moved_inside(misplaced)] if misplaced else []
+    where = f"{place}: " if place else ""
+    parts = [where + _moved_inside(misplaced)] if misplaced else []
     if others:
         more = len(others) - MOST_SHOWN
         shown = "; ".join(_line(error, place) for error in others[:MOST_SHOWN])

@@ -83,13 +83,13 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
     """Accept jobs."""
     networks = shared.settings().webhook_networks
     webhook = validation.read_webhook(sluice_webhook, networks)
-    rows = requests.long_list(body.root)
-    if rows is not None:
+    listed = requests.read_list(body.root)
+    if listed is not None and len(listed) > requests.MOST_JOBS:
         options = Options(
             anthropic_version=anthropic_version, anthropic_beta=anthropic_beta, webhook=webhook
         )
         asked = Create(
-            rows,
+            requests.as_rows(listed),
             options,
             Source.JOBS,
             idempotency_key=idempotency_key,
@@ -98,7 +98,8 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         )
         batch = batches(router).create(asked)
         return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
-    submissions, is_list = requests.read_submissions(body.root, networks)
+    jobs = [body.root] if listed is None else listed
+    submissions = [requests.read_submission(job, networks) for job in jobs]
     sender = Sender(
         router.context["tenant"],
         idempotency_key,
@@ -108,7 +109,7 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         resends=x_stainless_retry_count,
     )
     outcomes = wiring.submit()(submissions, sender)
-    if not is_list:
+    if listed is None:
         (outcome,) = outcomes
         if isinstance(outcome, Rejected):
             raise outcome.error

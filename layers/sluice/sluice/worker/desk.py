@@ -17,6 +17,7 @@ from typing import Final
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import RangeState
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.params import request_body
@@ -26,8 +27,7 @@ from sluice.intake.requests import read_row
 from sluice.ports.jobs import CallBooks, Params, Received
 from sluice.ports.world import Clock
 
-AT_ONCE: Final = 64
-"""Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""
+AT_ONCE: Final = ROWS_AT_ONCE
 
 ANSWERS_BYTES: Final = 24 * 1024 * 1024
 """Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
