@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -30,7 +29,6 @@ from scripts.cli.errors import CommandFailed
 from scripts.local_stack import StackError
 
 WORKERS = (2, 4, 20)
-DRAWN = "plain"
 TABLE_WIDTH = 200
 
 
@@ -40,8 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
     if chosen.write is not None and (chosen.jobs_scale != 1 or chosen.only):
         options.error("--write is for whole runs: without --only and --jobs-scale")
-    if chosen.svg is not None and find_spec("pygal") is None:
-        options.error("--svg needs pygal, which this environment lacks: run `make setup`")
     # In a file or a pipe the table keeps its full width.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     signal.signal(signal.SIGTERM, _stop)
@@ -102,11 +98,8 @@ def _rows(clients: list[str], workers: list[int]) -> list[tuple[str, int]]:
 def _write(
     runs: list[Run], by_name: dict[str, Scenario], about: str, chosen: argparse.Namespace
 ) -> None:
-    # One line per client: of several numbers of workers the middle one.
-    shown = {None, chosen.workers[len(chosen.workers) // 2]}
-    drawn = [each for each in runs if each.scenario == DRAWN and each.workers in shown]
-    if chosen.svg is not None and drawn:
-        chart.draw(chosen.svg, drawn, by_name[DRAWN])
+    if chosen.svg is not None:
+        chart.draw(chosen.svg, runs)
         _say(f"drew {chosen.svg}")
     if chosen.write is not None:
         report.write_between_markers(chosen.write, report.markdown(runs, by_name, about))
@@ -150,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=1, help="of the jobs and of the simulator's chance (1)")
     add("--json", type=Path, metavar="FILE", help="everything that was measured")
-    add("--svg", type=Path, metavar="FILE", help=f"the picture of the scenario {DRAWN}")
+    add("--svg", type=Path, metavar="FILE", help="draw jobs lost and 429s per client")
     add("--write", type=Path, metavar="FILE", help="put the table between the markers of FILE")
     return made
 

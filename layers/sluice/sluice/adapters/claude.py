@@ -98,11 +98,14 @@ class SdkClaude:
 
     async def send(self, request: CallRequest) -> Answer | Refused:
         """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
-        partial = _Partial(Growing())
         problem = _unsendable(request)
-        if problem is not None:
-            request.body.let_go()
-            return Refused(Failure(UNSENDABLE, problem), partial.headers)
+        if problem is None:
+            return await self._sent(request)
+        request.body.release()
+        return Refused(Failure(UNSENDABLE, problem), NO_HEADERS)
+
+    async def _sent(self, request: CallRequest) -> Answer | Refused:
+        partial = _Partial(Growing())
         line: _Line | None = None
         try:
             line = self._line(request.key.base_url)
