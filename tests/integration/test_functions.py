@@ -430,7 +430,7 @@ def test_whoever_may_not_ask_is_told_nothing_about_the_form(gateway: Gateway) ->
 
 
 BAD: Final[list[tuple[str, Any, str]]] = [
-    ("malformed", '{"params": ', "the body is not valid JSON: Expecting value at character 11"),
+    ("malformed", '{"params": ', "the body is not valid JSON: Expecting value at character 12"),
     ("empty", "", "the body is empty"),
     ("null", "null", "the body is empty"),
     ("NaN", '{"params": NaN}', "the request has a number that is NaN"),
@@ -489,6 +489,32 @@ def test_a_bad_request_is_told_what_is_wrong_with_it(
     assert [] == gateway.call("GET", "/jobs").body["data"]
 
 
+def test_an_item_that_cannot_be_sent_rejects_no_other(gateway: Gateway) -> None:
+    bad = ['{"params": {"temperature": 1e400}}', '{"params": {"x": "\\ud83d"}}', '{"params": NaN}']
+    good = json.dumps(a_job())
+
+    answered = gateway.call("POST", "/jobs", text=f'{{"jobs": [{good}, {", ".join(bad)}, {good}]}}')
+
+    assert (202, 2, 3) == (
+        answered.status,
+        answered.body["accepted"],
+        answered.body["rejected"],
+    )
+    assert ["accepted", *["rejected"] * 3, "accepted"] == [
+        each["status"] for each in answered.body["data"]
+    ]
+
+
+def test_a_request_that_only_fills_the_cache_is_run(gateway: Gateway, claude: Running) -> None:
+    claude.engine.reset()
+    (job_id,) = gateway.submit({"params": params(max_tokens=0)})
+
+    gateway.run_worker()
+
+    assert "succeeded" == gateway.job(job_id)["state"]
+    assert 1 == claude.engine.stats()["billed"]
+
+
 def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> None:
     typo = gateway.call("GET", "/jobs", query={"limits": "5", "state": "queued"})
     posted = gateway.call("POST", "/jobs", a_job(), query={"dry_run": "true"})
@@ -507,7 +533,10 @@ def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> No
         {"idempotency-key": "k" * 256},
         {"idempotency-key": ""},
         {"anthropic-version": "newest"},
+        {"anthropic-version": "\u0662026-10-21"},
         {"anthropic-beta": "bêta"},
+        {"anthropic-beta": "a\nb"},
+        {"anthropic-beta": " "},
     ],
 )
 def test_bad_headers_are_told(gateway: Gateway, headers: dict[str, str]) -> None:
@@ -962,7 +991,7 @@ def test_a_webhook_to_a_private_address_is_refused_wherever_it_stands(gateway: G
     assert [(400, "invalid_request_error")] * 2 == [each.error for each in answers]
     assert [
         "webhook: must not point to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
-        "sluice-webhook: must not point to a private address (10.0.0.1)",
+        "sluice-webhook: must not point to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
     ] == [each.message for each in answers]
 
 
