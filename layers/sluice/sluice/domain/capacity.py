@@ -18,6 +18,9 @@ from typing import Final
 
 from sluice.domain.limits import FULL_RATE, SAFE_START, Group, advanced
 
+ROWS_AT_ONCE: Final = 64
+"""Maximum rows of a range started and not yet saved, and so the maximum calls repeated if the worker dies."""
+
 LEAST: Final = 2
 MOST: Final = 1000
 """The maximum concurrency that Lambda accepts for an event source mapping of a queue."""
