@@ -218,7 +218,7 @@ def test_a_new_key_is_tried_though_all_known_groups_are_blocked(scene: Scene) ->
 
 
 @pytest.mark.parametrize(
-    ("age_ms", "told"),
+    ("age_ms", "reported"),
     [
         (OLD_DAYS * DAY_MS - 1, 0),
         (OLD_DAYS * DAY_MS, 1),
