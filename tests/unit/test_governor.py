@@ -16,7 +16,7 @@ from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, 
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
 from sluice.upkeep.governor import DAY_MS, OLD_DAYS, Governed, Governor
 from sluice.upkeep.schedule import RUN_MS
-from sluice.worker.desk import AT_ONCE
+from sluice.worker.range_source import AT_ONCE
 from tests.fakes import (
     MINUTE,
     NOON,
