@@ -37,8 +37,9 @@ from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.claude import Answer, CallRequest, Headers
 from sluice.ports.claude import Refused as NoAnswer
 from sluice.wiring.shared import model_groups, prices
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Rules, Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 from tests.fakes import (
     DirectCalls,
     MemoryJobs,
@@ -232,7 +233,6 @@ class Play:
             jobs=self.jobs,
             params=self.params,
             results=self.results,
-            inbox=self.queue,
             limits=self.limits,
             keys=self.pool,
             claude=VirtualClaude(self.engine),
@@ -260,7 +260,9 @@ class Play:
                 self.importing -= 1
                 worker = self._new_worker()
             stop_at = self.time.now() + STOP_SECONDS * 1000
-            not_done = await worker.run(messages, stop_at, f"worker-{number}-{invocation}")
+            not_done = await RunJobs(self.queue, self.jobs, worker)(
+                messages, stop_at, f"worker-{number}-{invocation}"
+            )
             self.queue.delete([each for each in messages if each.message_id not in not_done])
             self.idle.append(worker)
 

@@ -269,8 +269,8 @@ class Stdout(io.StringIO):
 
 def _start_afresh() -> None:
     """Forget what the functions keep between invocations, as a new execution environment does."""
-    if wiring.worker.cache_info().currsize:
-        sdk = wiring.worker()._tools.claude  # noqa: SLF001 - nobody else closes its connections
+    if wiring.run_jobs.cache_info().currsize:
+        sdk = wiring.run_jobs().worker.tools.claude
         assert isinstance(sdk, SdkClaude)
         worker_app._loop.run_until_complete(sdk.close())  # noqa: SLF001 - they belong to this loop
     forget_what_is_wired()
@@ -1014,7 +1014,7 @@ def test_an_end_in_the_stream_becomes_a_webhook_that_waits_for_its_receiver(
     assert {"batchItemFailures": []} == answer
     assert 1 == len(gateway.run_webhooks()), "hooks.acme.example leads nowhere"
     log = said()
-    assert "its name leads nowhere" in log
+    assert "the host name does not resolve" in log
     assert "https://hooks.acme.example" not in log
 
 
@@ -1299,7 +1299,7 @@ def test_a_dead_letter_ends_its_job_and_keeps_its_body(gateway: Gateway) -> None
     job = gateway.job(job_id)
     assert {"batchItemFailures": []} == answer == again
     assert ("errored", "dead_letter") == (job["state"], job["error"]["type"])
-    assert "received 1001 times without an end" == job["error"]["message"]
+    assert "received 1001 times without being deleted" == job["error"]["message"]
     (text,) = gateway.cloud.objects("dead-letters/").values()
     assert record["body"] == json.loads(text)["body"]
 

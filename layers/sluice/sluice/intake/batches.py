@@ -134,7 +134,7 @@ class Batches:
                 "this Idempotency-Key was already used for a different batch; use a new one"
             )
         if stored is batch:
-            self._events.note("batch begun", batch_id=batch_id, tenant=self._tenant)
+            self._events.note("batch created", batch_id=batch_id, tenant=self._tenant)
         if stored.phase is Phase.PLANNING:
             self._have_planned(batch_id)
         return stored
