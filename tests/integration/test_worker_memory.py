@@ -55,7 +55,7 @@ from base64 import b64encode
 from dataclasses import replace
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.system import SystemClock, Threads, peak_mb
-from sluice.ports import Params
+from sluice.ports.jobs import Params
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
