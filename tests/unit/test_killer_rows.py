@@ -15,9 +15,9 @@ from sluice.domain.batches import (
     cancel_batch,
     claim_range,
 )
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest, Refused
 from sluice.worker import range_windows
-from sluice.worker.range_source import AT_ONCE
 from tests.bulk_fakes import Bulk, Deaths, KillsAt, a_row, jsonl, number_in
 from tests.fakes import MINUTE, NOON, refused
 from tests.unit.test_windows import as_one_range
@@ -27,7 +27,7 @@ ROWS = 100
 WORKERS = LOSSES_UNTIL_ALONE + MOST_LOST_ALONE
 """Lost to one killer at most."""
 
-REPEATED = AT_ONCE + 16 + 4 - 3
+REPEATED = ROWS_AT_ONCE + 16 + 4 - 3
 """Calls of innocent rows lost to one killer at most: those beside it while 64, 16 and 4 rows ran at once."""
 
 

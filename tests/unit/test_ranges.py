@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from sluice.domain.batches import Options, cancel_batch
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.range_lease import KEEP_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
-from sluice.worker.range_source import AT_ONCE, SAVE_ROWS
+from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
 from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
@@ -111,7 +112,7 @@ def test_no_more_rows_than_agreed_are_begun_and_not_saved(make: Make) -> None:
     bulk.upload(jsonl(*(a_row(number) for number in range(100))))
     bulk.drain()
 
-    assert AT_ONCE // 2 < bulk.claude.most_in_flight <= AT_ONCE
+    assert ROWS_AT_ONCE // 2 < bulk.claude.most_in_flight <= ROWS_AT_ONCE
 
 
 # Waiting ---------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_a_slot_is_not_held_by_a_row_whose_start_is_far_away(make: Make) -> None
         else None
     )
 
-    blocked = [a_row(number, model="claude-b") for number in range(AT_ONCE + 10)]
+    blocked = [a_row(number, model="claude-b") for number in range(ROWS_AT_ONCE + 10)]
     bulk.upload(jsonl(*blocked, a_row(1_000)))
     bulk.once()
 
@@ -251,7 +252,7 @@ def test_a_worker_that_dies_repeats_only_what_it_had_not_saved(make: Make) -> No
     calls = Counter(said(call.request) for call in bulk.claude.calls)
     again = sum(count - 1 for count in calls.values())
     assert before > SAVE_ROWS
-    assert 0 < again <= AT_ONCE
+    assert 0 < again <= ROWS_AT_ONCE
     assert [f"row-{number}" for number in range(100)] == ids(bulk.results())
     assert "range taken over" in bulk.events.problem_names
 

@@ -18,6 +18,9 @@ from typing import Final
 
 from sluice.domain.limits import FULL_RATE, SAFE_START, Group, advanced
 
+ROWS_AT_ONCE: Final = 64
+"""Maximum rows of a range started and not yet saved, and so the maximum calls repeated if the worker dies."""
+
 LEAST: Final = 2
 MOST: Final = 1000
 """The maximum concurrency that Lambda accepts for an event source mapping of a queue."""
@@ -40,6 +43,8 @@ FORGOTTEN_MS: Final = 3_600_000
 
 BACK_MS: Final = 60_000
 """The mapping is enabled again this long before the first block ends."""
+
+assert LONG_MS <= BACK_MS < OFF_MS, "a mapping that was just disabled is not enabled again at once"
 
 ACTIVE_MS: Final = 300_000
 """A group has work if one of its calls started or was answered within this time."""

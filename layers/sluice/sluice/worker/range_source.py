@@ -13,14 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from sluice.domain.batches import RangeState
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.domain.waits import ROW_STAY_MS, Place, place_of, window_of
 from sluice.ports.jobs import Received
 from sluice.ports.world import Clock
 from sluice.worker.range_rows import Seat, WindowRows
 from sluice.worker.source import Held, Taken
-
-AT_ONCE: Final = 64
-"""Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""
 
 ANSWERS_BYTES: Final = 24 * 1024 * 1024
 """Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
@@ -199,8 +197,8 @@ class RangeSource:
     def _at_once(self) -> int:
         """Return how many rows may be in flight: fewer during a search for a killer."""
         if self._suspects is not None and not self._suspects:
-            return AT_ONCE
-        return max(1, AT_ONCE >> 2 * self._losses)
+            return ROWS_AT_ONCE
+        return max(1, ROWS_AT_ONCE >> 2 * self._losses)
 
     def _waits_for_saving(self) -> bool:
         return bool(self._ready and self._running)

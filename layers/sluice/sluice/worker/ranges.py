@@ -3,7 +3,7 @@
 A range is run window by window, in the order of its lines: a window is as many rows as may be in memory at once. What
 has ended is saved every few rows or seconds. A window that has ended is one object, and the range's part is put
 together from those. The range is leased as a whole, by conditional writes. A worker that dies repeats at most the rows
-it had started and not saved, and never has more than `AT_ONCE` of them.
+it had started and not saved, and never has more than `ROWS_AT_ONCE` of them.
 """
 
 from __future__ import annotations
