@@ -596,8 +596,7 @@ class MemoryQueue(Fragile):
         """As the mapping takes a batch: what is visible, oldest first, hidden for the queue's visibility timeout."""
         now = self._now()
         visible = sorted(
-            (each for each in self._messages.values() if each.visible_at <= now),
-            key=lambda each: (each.visible_at, each.sent_at),
+            (each for each in self._messages.values() if each.visible_at <= now), key=self._order
         )[:most]
         self.receives += len(visible)
         for each in visible:
@@ -615,6 +614,10 @@ class MemoryQueue(Fragile):
             )
             for each in visible
         ]
+
+    def _order(self, message: _Message) -> tuple[int, ...]:
+        """Return what the messages that are visible are sorted by."""
+        return message.visible_at, message.sent_at
 
     def next_visible(self) -> int | None:
         """Return when the next hidden or waiting message can be received, None when there is none."""
