@@ -86,7 +86,7 @@ chaos: $(DEV) ## the local stack under kills, restarts, throttling and an outage
 
 WORKERS ?= 4
 
-bench-limits: $(DEV) ## the limiter beside other clients: an hour; with WORKERS=2,4,20 nearly two
+bench-limits: $(DEV) ## Sluice, through both doors, beside other clients: two hours
 	.venv/bin/python -m bench.limits --workers $(WORKERS) --write docs/bench.md --svg docs/limits.svg
 
 bench-backlog: $(DEV) ## 100,000 jobs far above the limit, on a virtual clock: some minutes
