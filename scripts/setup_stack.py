@@ -18,7 +18,6 @@ from botocore.exceptions import (
 )
 
 from scripts.cli_errors import CommandFailed
-from sluice import wiring
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import DynamoJobs, DynamoLimits, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects
@@ -29,6 +28,7 @@ from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import parse_key_pool
 from sluice.domain.shares import CEILINGS, RESERVED, room_of
 from sluice.upkeep.dead_letters import Redriver
+from sluice.wiring.shared import model_groups, prices
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation.type_defs import StackTypeDef
@@ -115,8 +115,8 @@ class Stack:
             DynamoParams(dynamodb, params, objects, clock, days),
             DynamoLimits(dynamodb, limits),
             DeadLetterObjects(objects),
-            wiring.prices(),
-            wiring.model_groups(),
+            prices(),
+            model_groups(),
             clock,
         )
 

@@ -35,7 +35,7 @@ from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.jobs import Pointer, Received
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.sweep import Sweep
-from sluice.wiring import model_groups, prices
+from sluice.wiring.shared import model_groups, prices
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.work import Worker
 from tests.fakes import (

@@ -41,7 +41,7 @@ from sluice.intake.batches import Batches, Create
 from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.claude import Answer, CallRequest, Headers
 from sluice.ports.claude import Refused as NoAnswer
-from sluice.wiring import model_groups, prices
+from sluice.wiring.shared import model_groups, prices
 from sluice.worker.desk import Desk, RowRequests
 from sluice.worker.ranges import RangeTools, RunRange
 from sluice.worker.tools import Rules, Tools

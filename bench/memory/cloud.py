@@ -17,9 +17,9 @@ import boto3
 
 from scripts.local_stack.deploy import read_template
 from scripts.local_stack.emulator import REGION, Client, Emulator
-from sluice import wiring
 from sluice.domain.client_keys import key_id, verifier
 from sluice.settings import MAPPINGS
+from tests.fresh import forget_what_is_wired
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 TEMPLATE: Final = ROOT / "template.yaml"
@@ -119,9 +119,7 @@ def cloud(claude_url: str) -> Iterator[Cloud]:
             os.environ.clear()
             os.environ.update(before)
             boto3.setup_default_session()
-            for each in vars(wiring).values():
-                if hasattr(each, "cache_clear"):
-                    each.cache_clear()
+            forget_what_is_wired()
     finally:
         emulator.stop()
 

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from bench.memory.cloud import BUCKET, CLIENT_KEY, ROOT, TENANT, Cloud, record
 from bench.memory.servers import EMOJI, Servers
-from sluice import wiring
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
 from sluice.api.http import MOST_BYTES
@@ -25,6 +24,7 @@ from sluice.domain.jobs import Job, Result, State
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
 from sluice.ports.jobs import Params
+from sluice.wiring import batch_stores, shared, stores
 
 MODEL: Final = "claude-haiku-5-5"
 DAY_MS: Final = 86_400_000
@@ -138,7 +138,7 @@ def api_nested(world: World) -> Iterator[dict[str, Any]]:
 
 def api_answers(world: World) -> Iterator[dict[str, Any]]:
     """The largest answer of a job, and the largest results that come with an answer."""
-    now = wiring.CLOCK.now()
+    now = shared.CLOCK.now()
     text = EMOJI + noise(world.size(4 * MB, 1_000))
     message = json.dumps({"content": [{"type": "text", "text": text}], "stop_reason": "end_turn"})
     job = _job("job_" + "a" * 32, now)
@@ -154,7 +154,7 @@ def api_answers(world: World) -> Iterator[dict[str, Any]]:
         cost_micro_usd=1,
         request_id="req_1",
     )
-    wiring.jobs().add(ended)
+    stores.jobs().add(ended)
     yield _request("GET", f"/jobs/{job.job_id}")
     batch = replace(
         _batch("f" * 32, "in/bench/results.jsonl", "etag"),
@@ -162,7 +162,7 @@ def api_answers(world: World) -> Iterator[dict[str, Any]]:
         ended_at=now,
         tally=Tally(succeeded=1),
     )
-    wiring.batches().add(batch)
+    batch_stores.batches().add(batch)
     results = gzip.compress(noise(world.size(5_600_000, 1_000)).encode(), 6)
     world.cloud.drop(batch.packed_key, results)
     yield _request("GET", f"/v1/messages/batches/{batch.batch_id}/results")
@@ -186,13 +186,13 @@ def _job(job_id: str, now: int) -> Job:
 
 def worker_large(world: World) -> Iterator[dict[str, Any]]:
     """As many jobs as a worker has in hand, each of the largest size."""
-    now = wiring.CLOCK.now()
+    now = shared.CLOCK.now()
     count = world.size(120, 4)
     for number in range(count):
         job = _job(f"job_{number:032x}", now)
         body = json.dumps(params(noise(world.size(MOST_BYTES - 1_000, 1_000))))
-        wiring._params().add(Params(job.job_id, body.encode(), job.request_hash))  # noqa: SLF001 - the store itself
-        wiring.jobs().add(job)
+        stores.params().add(Params(job.job_id, body.encode(), job.request_hash))
+        stores.jobs().add(job)
         pointer = json.dumps({"v": 1, "job_id": job.job_id})
         world.cloud.client("sqs").send_message(
             QueueUrl=world.cloud.queues["JobsQueue"], MessageBody=pointer
@@ -205,7 +205,7 @@ def worker_large(world: World) -> Iterator[dict[str, Any]]:
 
 
 def _batch(digits: str, key: str, etag: str, **facts: Any) -> Batch:
-    now = wiring.CLOCK.now()
+    now = shared.CLOCK.now()
     return Batch(
         batch_id=f"msgbatch_{digits}",
         tenant=TENANT,
@@ -228,13 +228,13 @@ def _range(world: World, body: bytes) -> Iterator[dict[str, Any]]:
     assert stored is not None  # noqa: S101 - it was stored a moment ago
     plan = Plan(0, len(body), len(body), 1, 100_000)
     batch = _batch(digits, key, stored.etag, plan=plan, phase=Phase.RUNNING)
-    wiring.batches().add(batch)
+    batch_stores.batches().add(batch)
     pointer = json.dumps({"v": 1, "batch_id": batch.batch_id, "range": 0})
     yield {"Records": [record(digits, pointer)]}
 
 
 def _objects() -> Objects:
-    return wiring._objects()  # noqa: SLF001 - the store itself
+    return stores.objects()
 
 
 def ranges_long_first_line(world: World) -> Iterator[dict[str, Any]]:
@@ -338,7 +338,7 @@ def _joined(
     digits = f"{_CHANCE.getrandbits(128):032x}"
     plan = Plan(0, parts, 1, parts, 1)
     batch = _batch(digits, f"in/{TENANT}/{digits}.jsonl", "etag", plan=plan, phase=Phase.RUNNING)
-    wiring.batches().add(batch)
+    batch_stores.batches().add(batch)
     for number in range(parts):
         rows = lines = 0
         with io.BytesIO() as part:
@@ -349,7 +349,7 @@ def _joined(
             part.write(Record("H", 0, lines, "", Tally(lines=lines), "").encoded())
             world.cloud.drop(batch.part_key(number), part.getvalue())
         tally = Tally(lines=lines, succeeded=rows)
-        wiring.batches().mark(batch.batch_id, "section#000000", number, tally)
+        batch_stores.batches().mark(batch.batch_id, "section#000000", number, tally)
     pointer = json.dumps({"v": 1, "batch_id": batch.batch_id, "join": 0})
     yield {"Records": [record(digits, pointer)]}
 
@@ -389,7 +389,7 @@ def batches_many_rows(world: World) -> Iterator[dict[str, Any]]:
 
 def governor_due(world: World) -> Iterator[dict[str, Any]]:
     """As many parked jobs and waiting ranges as one run looks at."""
-    now = wiring.CLOCK.now()
+    now = shared.CLOCK.now()
     client = world.cloud.client("dynamodb")
     items = []
     for number in range(world.size(10_000, 100)):
@@ -399,14 +399,14 @@ def governor_due(world: World) -> Iterator[dict[str, Any]]:
     for start in range(0, len(items), 25):
         client.batch_write_item(RequestItems={"JobsTable": items[start : start + 25]})
     batch = _batch("e" * 32, f"in/{TENANT}/e.jsonl", "etag", phase=Phase.RUNNING)
-    wiring.batches().add(replace(batch, plan=Plan(0, 10**6, 100, 10**4, 1)))
+    batch_stores.batches().add(replace(batch, plan=Plan(0, 10**6, 100, 10**4, 1)))
     for number in range(world.size(1_000, 10)):
-        state = wiring.batches().range_state(batch, number)
+        state = batch_stores.batches().range_state(batch, number)
         claimed = life.claim_range(state, "bench", now - 10**7, now - 10**7 + 1)
         released = life.release_range(
             claimed, "bench", chunks=("1-1",), not_before=now - 1_000, model=MODEL
         )
-        wiring.batches().replace_range(released, 0)
+        batch_stores.batches().replace_range(released, 0)
     yield json.loads((ROOT / "events" / "schedule.json").read_text())
 
 
@@ -433,7 +433,7 @@ def _ended(now: int, number: int, error_bytes: int) -> Job:
 
 def job_ends_largest(world: World) -> Iterator[dict[str, Any]]:
     """A hundred ended jobs with as much in their records as an event takes."""
-    now = wiring.CLOCK.now()
+    now = shared.CLOCK.now()
     size = world.size(EVENT_BYTES // 100 - 11_000, 100)
     records = []
     for number in range(JOBS_OF_AN_EVENT):

@@ -13,7 +13,6 @@ from aws_lambda_powertools.event_handler.openapi.exceptions import RequestValida
 from aws_lambda_powertools.event_handler.openapi.params import Body, Header, Path, Query
 
 import sluice
-from sluice import wiring
 from sluice.api import http
 from sluice.domain import errors
 from sluice.domain.batches import Batch, Options, Source
@@ -24,6 +23,8 @@ from sluice.intake.accounts import Account
 from sluice.intake.batches import MOST_INLINE_BYTES, Batches, Create, Link
 from sluice.intake.submit import Accepted, Rejected, Sender
 from sluice.intake.uploads import Uploads
+from sluice.wiring import api as wiring
+from sluice.wiring import notices, shared
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.event_handler.middlewares import NextMiddleware
@@ -69,7 +70,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     try:
         return app.resolve(event, context)
     finally:
-        wiring.telemetry().flush()
+        shared.telemetry().flush()
 
 
 def named(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Response[Any]:
@@ -190,7 +191,7 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
     ] = None,
 ) -> Response[Any]:
     """Accept jobs."""
-    networks = wiring.settings().webhook_networks
+    networks = shared.settings().webhook_networks
     webhook = http.read_webhook(sluice_webhook, networks)
     rows = http.long_list(body.root)
     if rows is not None:
@@ -242,7 +243,7 @@ def _accepted(outcome: Accepted) -> dict[str, Any]:
     job = outcome.job
     start = None
     if not job.state.is_final:
-        group = model_group(job.current_model, wiring.model_groups())
+        group = model_group(job.current_model, shared.model_groups())
         start = wiring.waiting().estimated_start(group)
     return {**http.job_view(job), "estimated_start_at": http.time(start)}
 
@@ -360,7 +361,7 @@ def show_usage(
 )
 def show_limits() -> dict[str, Any]:
     """Show the limit groups."""
-    now = wiring.CLOCK.now()
+    now = shared.CLOCK.now()
     return {"data": [http.group_view(group, now) for group in account().groups()]}
 
 
@@ -424,7 +425,7 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
             deadline=http.read_deadline(sluice_deadline),
             anthropic_version=anthropic_version,
             anthropic_beta=anthropic_beta,
-            webhook=http.read_webhook(sluice_webhook, wiring.settings().webhook_networks),
+            webhook=http.read_webhook(sluice_webhook, shared.settings().webhook_networks),
         ),
         idempotency_key=idempotency_key,
         retries=x_stainless_retry_count,
@@ -673,7 +674,7 @@ def abort_upload(
 )
 def webhook_secret() -> dict[str, str]:
     """Show the secret."""
-    present, *_ = wiring.signing_secrets()()
+    present, *_ = notices.signing_secrets()()
     return {"type": "webhook_secret", "secret": signing_secret(present, app.context["tenant"])}
 
 
@@ -684,7 +685,7 @@ def uploads() -> Uploads:
 
 def with_progress(batch: Batch) -> dict[str, Any]:
     """Show a batch with its progress."""
-    view: dict[str, Any] = http.batch_view(batch, batches().progress(batch), wiring.CLOCK.now())
+    view: dict[str, Any] = http.batch_view(batch, batches().progress(batch), shared.CLOCK.now())
     return view
 
 
@@ -696,7 +697,7 @@ def batches() -> Batches:
 def shown(batch: Batch) -> dict[str, Any]:
     """Show a batch in Anthropic's shape."""
     view: dict[str, Any] = http.message_batch(
-        batch, wiring.CLOCK.now(), wiring.settings().public_url
+        batch, shared.CLOCK.now(), shared.settings().public_url
     )
     return view
 
@@ -773,5 +774,5 @@ def on_unknown_route(_: NotFoundError) -> Response[Any]:
 @app.exception_handler(Exception)  # type: ignore[untyped-decorator]
 def on_surprise(_: Exception) -> Response[Any]:
     """Return 500 for an unexpected exception: the traceback goes to the log, the request ID to the caller."""
-    wiring.telemetry().problem("request failed", request_id=request_id())
+    shared.telemetry().problem("request failed", request_id=request_id())
     return refusal(errors.Unexpected())

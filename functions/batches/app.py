@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sluice import wiring
 from sluice.messages import BatchMessage, batch_messages
+from sluice.wiring import batches as wiring
+from sluice.wiring import shared
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
     """Do what each message says (the mapping sends one); report those that are not done."""
     failures = []
-    before = wiring.aws_calls()
+    before = shared.aws_calls()
     for each in batch_messages(event["Records"]):
         try:
             if each.range is not None:
@@ -24,10 +25,10 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
                 with wiring.hidden(each.message):
                     _do(each)
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
-            wiring.telemetry().problem("batch message not done", batch_id=each.batch_id)
+            shared.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})
-    wiring.note_use(before)
-    wiring.telemetry().flush()
+    shared.note_use(before)
+    shared.telemetry().flush()
     return {"batchItemFailures": failures}
 
 
@@ -35,7 +36,7 @@ def _do(each: BatchMessage) -> None:
     if each.key is not None:
         wiring.plan_batch().arrived(each.key)
     elif each.batch_id is None:
-        wiring.telemetry().problem("not a message of Sluice's", message_id=each.message.message_id)
+        shared.telemetry().problem("not a message of Sluice's", message_id=each.message.message_id)
     elif each.join is not None:
         wiring.assemble().join(each.batch_id, each.join)
     elif each.range is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sluice import wiring
 from sluice.messages import reason_of, received
 from sluice.upkeep.dead_letters import DeadLetter
+from sluice.wiring import dead_letters as wiring
+from sluice.wiring import shared
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -20,9 +21,9 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
         try:
             taken = wiring.take_dead_letter()(DeadLetter(message, reason_of(record)))
         except Exception:  # noqa: BLE001 - one letter must not keep the others
-            wiring.telemetry().problem("dead letter not taken", message_id=message.message_id)
+            shared.telemetry().problem("dead letter not taken", message_id=message.message_id)
             taken = False
         if not taken:
             failures.append({"itemIdentifier": message.message_id})
-    wiring.telemetry().flush()
+    shared.telemetry().flush()
     return {"batchItemFailures": failures}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from sluice import wiring
+from sluice.wiring import governor as wiring
+from sluice.wiring import shared
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -15,7 +16,7 @@ SAFETY_MS: Final = 10_000
 
 def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG001 - Lambda's signature
     """Load, govern, then sweep jobs, then ranges; none waits for another to succeed."""
-    stop_at = wiring.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
+    stop_at = shared.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
     try:
         try:
             try:
@@ -28,4 +29,4 @@ def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG
             finally:
                 wiring.resume()(stop_at)
     finally:
-        wiring.telemetry().flush()
+        shared.telemetry().flush()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sluice import wiring
+from sluice.wiring import job_ends as wiring
+from sluice.wiring import shared
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -16,5 +17,5 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
         ended = wiring.ended_jobs(event["Records"])
         told = wiring.tell()([job for _, job in ended])
     finally:
-        wiring.telemetry().flush()
+        shared.telemetry().flush()
     return {"batchItemFailures": [{"itemIdentifier": name} for name, _ in ended[told : told + 1]]}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sluice import wiring
 from sluice.messages import batch_messages
+from sluice.wiring import ranges as wiring
+from sluice.wiring import shared
 from sluice.worker.ranges import RangePointer
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ _loop = asyncio.new_event_loop()
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Run each range (the mapping sends one); report those that are not done."""
-    stop_at = wiring.stop_at(context.get_remaining_time_in_millis())
+    stop_at = shared.stop_at(context.get_remaining_time_in_millis())
     failures = []
-    before = wiring.aws_calls()
+    before = shared.aws_calls()
     try:
         for each in batch_messages(event["Records"]):
             pointer = RangePointer(each.message, each.batch_id, each.range)
@@ -28,6 +29,6 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             if not _loop.run_until_complete(run):
                 failures.append({"itemIdentifier": each.message.message_id})
     finally:
-        wiring.note_use(before)
-        wiring.telemetry().flush()
+        shared.note_use(before)
+        shared.telemetry().flush()
     return {"batchItemFailures": failures}

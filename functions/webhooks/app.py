@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sluice import wiring
 from sluice.messages import received
+from sluice.wiring import shared
+from sluice.wiring import webhooks as wiring
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -17,5 +18,5 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
     try:
         not_done = asyncio.run(wiring.deliver()(received(event["Records"])))
     finally:
-        wiring.telemetry().flush()
+        shared.telemetry().flush()
     return {"batchItemFailures": [{"itemIdentifier": each} for each in not_done]}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sluice import wiring
 from sluice.messages import received
+from sluice.wiring import shared
+from sluice.wiring import worker as wiring
 
 if TYPE_CHECKING:
     from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -17,7 +18,7 @@ _loop = asyncio.new_event_loop()
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Run a batch; report the messages that are not done, each with its own visibility."""
-    stop_at = wiring.stop_at(context.get_remaining_time_in_millis())
+    stop_at = shared.stop_at(context.get_remaining_time_in_millis())
     messages = received(event["Records"])
     wiring.hold_while_starting(messages)
     try:
@@ -25,5 +26,5 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             wiring.worker().run(messages, stop_at, owner=context.aws_request_id)
         )
     finally:
-        wiring.telemetry().flush()
+        shared.telemetry().flush()
     return {"batchItemFailures": [{"itemIdentifier": each} for each in not_done]}

@@ -31,7 +31,6 @@ from functions.webhooks import app as webhooks_app
 from functions.worker import app as worker_app
 from scripts import openapi
 from scripts.claude_simulator import Running, read, running
-from sluice import wiring
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
 from sluice.api import http
@@ -40,6 +39,9 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State
 from sluice.domain.webhooks import signing_secret
 from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
+from sluice.wiring import shared, stores, workers
+from sluice.wiring import worker as wiring
+from tests.fresh import forget_what_is_wired
 from tests.moto_aws import STACK, Aws, in_memory
 
 EVENTS: Final = Path(__file__).resolve().parents[2] / "events"
@@ -271,10 +273,8 @@ def _start_afresh() -> None:
         sdk = wiring.worker()._tools.claude  # noqa: SLF001 - nobody else closes its connections
         assert isinstance(sdk, SdkClaude)
         worker_app._loop.run_until_complete(sdk.close())  # noqa: SLF001 - they belong to this loop
-    for made in vars(wiring).values():
-        if hasattr(made, "cache_clear"):
-            made.cache_clear()
-    wiring.telemetry()
+    forget_what_is_wired()
+    shared.telemetry()
     for handler in logging.getLogger(STACK).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.stream = Stdout()
@@ -816,10 +816,10 @@ def test_a_job_is_canceled_before_its_call_and_never_called(
 
 def test_a_running_job_is_asked_to_stop(gateway: Gateway) -> None:
     (job_id,) = gateway.submit(a_job())
-    job = wiring.jobs().get(job_id)
+    job = stores.jobs().get(job_id)
     assert job is not None
-    lease = Lease("somebody", wiring.CLOCK.now() + 60_000)
-    wiring.jobs().replace(
+    lease = Lease("somebody", shared.CLOCK.now() + 60_000)
+    stores.jobs().replace(
         replace(job, state=State.RUNNING, lease=lease, version=job.version + 1), job.version
     )
 
@@ -886,7 +886,7 @@ def test_a_busy_queue_costs_no_job_and_no_500(
     answered = gateway.call("POST", "/jobs", {"jobs": [a_job() for _ in range(20)]})
 
     assert (202, 20) == (answered.status, answered.body["accepted"])
-    due = wiring.jobs().due(DueFor.CALL, wiring.CLOCK.now(), 100)
+    due = stores.jobs().due(DueFor.CALL, shared.CLOCK.now(), 100)
     assert {each.job_id for each in due} == {item["job"]["id"] for item in answered.body["data"]}
 
 
@@ -1005,7 +1005,7 @@ def test_a_stream_that_could_not_be_told_of_begins_again_at_that_job(
 def test_the_recorded_webhook_is_tried(gateway: Gateway) -> None:
     event = json.loads((EVENTS / "sqs_webhook.json").read_text())
     # One as old as the recording would be given up.
-    event["Records"][0]["attributes"]["SentTimestamp"] = str(wiring.CLOCK.now())
+    event["Records"][0]["attributes"]["SentTimestamp"] = str(shared.CLOCK.now())
     # Whether its receipt is one of this queue's does not matter to the function.
     answer = webhooks_app.handler(event, gateway.context())  # type: ignore[arg-type]
 
@@ -1221,7 +1221,7 @@ def test_a_worker_that_dies_while_it_starts_leaves_its_messages_to_others_soon(
     (job_id,) = gateway.submit(a_job())
     with monkeypatch.context() as patch:
         patch.setattr(wiring, "LEASE_MS", 0)
-        patch.setattr(wiring, "prices", lambda: 1 / 0)
+        patch.setattr(workers, "prices", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             gateway.run_worker()
 
@@ -1260,8 +1260,8 @@ def test_a_dead_letter_ends_its_job_and_keeps_its_body(gateway: Gateway) -> None
     event = json.loads((EVENTS / "sqs_dead_letter.json").read_text())
     record = event["Records"][0]
     job_id = json.loads(record["body"])["job_id"]
-    wiring.jobs().add(
-        Job(job_id, "acme", "claude-haiku-5-5", wiring.CLOCK.now(), "h", 1, 1, "2026-10-21")
+    stores.jobs().add(
+        Job(job_id, "acme", "claude-haiku-5-5", shared.CLOCK.now(), "h", 1, 1, "2026-10-21")
     )
 
     answer = dead_letters_app.handler(event, gateway.context())  # type: ignore[arg-type]
@@ -1289,10 +1289,10 @@ def test_a_job_that_has_ended_is_not_changed_by_its_dead_letter(gateway: Gateway
 
 def test_a_letter_whose_job_is_at_work_comes_again(gateway: Gateway) -> None:
     (job_id,) = gateway.submit(a_job())
-    job = wiring.jobs().get(job_id)
+    job = stores.jobs().get(job_id)
     assert job is not None
-    running = life.claim(job, "somebody", wiring.CLOCK.now(), wiring.CLOCK.now() + 60_000)
-    wiring.jobs().replace(running, job.version)
+    running = life.claim(job, "somebody", shared.CLOCK.now(), shared.CLOCK.now() + 60_000)
+    stores.jobs().replace(running, job.version)
     body = json.dumps({"v": 1, "job_id": job_id})
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
 
@@ -1308,9 +1308,9 @@ def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
     body = json.dumps({"v": 1, "job_id": job_id})
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
     gateway.run_dead_letters()
-    dead = wiring.jobs().get(job_id)
+    dead = stores.jobs().get(job_id)
     assert dead is not None
-    wiring.jobs().replace(life.redrive(dead, wiring.CLOCK.now()), dead.version)
+    stores.jobs().replace(life.redrive(dead, shared.CLOCK.now()), dead.version)
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=body)
 
     assert [] == gateway.run_worker()
@@ -1342,10 +1342,10 @@ def a_little_of_everything(gateway: Gateway) -> None:
         a_job("500x1", model="claude-opus-4-8"),
         a_job("spend_cap", model="claude-fable-5"),
     )
-    deadline = wiring.CLOCK.now() + 1_000
+    deadline = shared.CLOCK.now() + 1_000
     (canceled, _) = gateway.submit(a_job(), a_job(deadline=http.time(deadline)))
     gateway.call("DELETE", f"/jobs/{canceled}")
-    while wiring.CLOCK.now() <= deadline:
+    while shared.CLOCK.now() <= deadline:
         time.sleep(0.01)
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=PROMPT)
     gateway.run_worker()
@@ -1417,10 +1417,10 @@ def test_no_prompt_answer_or_key_is_ever_logged(gateway: Gateway, said: Callable
 
 def test_more_values_than_a_document_holds_are_all_emitted(said: Callable[[], str]) -> None:
     for _ in range(250):
-        wiring.telemetry().count("CallSeconds", 0.5, "haiku-5-5")
+        shared.telemetry().count("CallSeconds", 0.5, "haiku-5-5")
     for _ in range(100):
-        wiring.telemetry().count("StartDelaySeconds", 2)
-    wiring.telemetry().flush()
+        shared.telemetry().count("StartDelaySeconds", 2)
+    shared.telemetry().flush()
 
     documents = [json.loads(line) for line in said().splitlines() if '"_aws"' in line]
     values = [value for each in documents for value in each.get("CallSeconds", [])]

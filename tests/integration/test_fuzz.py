@@ -26,9 +26,10 @@ from schemathesis.specs.openapi import checks
 
 from functions.api import app as api_app
 from scripts import openapi
-from sluice import wiring
 from sluice.domain.jobs import DueFor
+from sluice.wiring import shared, stores
 from tests.fakes import MINUTE
+from tests.fresh import forget_what_is_wired
 from tests.moto_aws import Aws, in_memory
 
 CLIENT_KEY: Final = "sk-ant-test-fuzz-of-acme"
@@ -135,16 +136,9 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
         for name, value in cloud.environment().items():
             monkeypatch.setenv(name, value)
         cloud.add_client_key(CLIENT_KEY, "acme")
-        _forget()
+        forget_what_is_wired()
         yield Api(cloud)
-        _forget()
-
-
-def _forget() -> None:
-    """Forget what the function keeps between invocations."""
-    for made in vars(wiring).values():
-        if hasattr(made, "cache_clear"):
-            made.cache_clear()
+        forget_what_is_wired()
 
 
 def cases(method: str, path: str, mode: GenerationMode) -> st.SearchStrategy[Case]:
@@ -175,7 +169,7 @@ def test_whatever_is_posted_has_an_answer_and_what_is_accepted_will_run(
     fuzz(200, cases("POST", "/jobs", mode), api.submit)
 
     assert api.accepted == api.stored() == api.sent()
-    assert api.accepted == set(wiring._params().get_many(sorted(api.accepted)))  # noqa: SLF001
+    assert api.accepted == set(stores.params().get_many(sorted(api.accepted)))
     assert (len(api.accepted) > 20) or mode is GenerationMode.NEGATIVE
 
 
@@ -199,11 +193,11 @@ def test_while_aws_refuses_and_loses_calls_what_is_accepted_will_run(
     for call in ("dynamodb.PutItem", "sqs.SendMessageBatch"):
         session.events.register_first(f"before-call.{call}", trouble)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
-    _forget()
+    forget_what_is_wired()
 
     fuzz(80, cases("POST", "/jobs", GenerationMode.POSITIVE), api.submit)
 
-    jobs, now = wiring.jobs(), wiring.CLOCK.now()
+    jobs, now = stores.jobs(), shared.CLOCK.now()
     parked = {each.job_id for each in jobs.due(DueFor.CALL, now, 1_000)}
     cared_for = {each.job_id for each in jobs.due(DueFor.CARE, now + 45 * MINUTE, 1_000)}
     assert api.accepted <= api.stored()

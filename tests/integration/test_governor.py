@@ -23,7 +23,6 @@ from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import REGION, call
 from scripts.local_stack.proofs import mappings_as_sent
 from scripts.setup_stack import Stack
-from sluice import wiring
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import (
     JOBS_NOTES_ID,
@@ -42,7 +41,9 @@ from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import CEILINGS, Note
 from sluice.ports.jobs import Pointer
 from sluice.settings import SettingsError
+from sluice.wiring import shared
 from tests.fakes import NOON, ROOMY, FrozenClock, a_job, known_group
+from tests.fresh import forget_what_is_wired
 from tests.moto_aws import STACK, Aws, in_memory
 
 UUID: Final = "14e0db71-5d35-4eb5-b481-8945cf9d10c2"
@@ -266,14 +267,12 @@ def environment(cloud: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the template sets for every function, but nothing of the governor's own."""
 
     def start_afresh() -> None:
-        for made in vars(wiring).values():
-            if hasattr(made, "cache_clear"):
-                made.cache_clear()
+        forget_what_is_wired()
 
     for name, value in cloud.environment().items():
         monkeypatch.setenv(name, value)
     start_afresh()
-    wiring.telemetry()
+    shared.telemetry()
     for handler in logging.getLogger(STACK).handlers:
         # Powertools keeps the first stdout for good, and pytest has closed that one.
         if isinstance(handler, logging.StreamHandler):

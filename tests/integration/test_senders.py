@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from sluice import wiring
 from sluice.adapters import sqs
 from sluice.settings import MAPPINGS
 from tests.expanded_template import template
+from tests.fresh import forget_what_is_wired
 from tests.moto_aws import in_memory
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 """Of those parts of the wiring that make something for each request."""
 
-NOT_BUILT = {"aws_calls", "ended_jobs", "hidden", "hold_while_starting", "note_use", "stop_at"}
+NOT_BUILT = {"ended_jobs", "hidden", "hold_while_starting"}
 """What handlers call of the wiring that makes nothing to keep; none of it sends."""
 
 NEVER_USED = {("api", "RangesQueue"), ("api", "WebhooksQueue")}
@@ -89,6 +90,7 @@ def reachable(roots: Sequence[Any]) -> Iterator[Any]:
 
 def built_for(function: str) -> list[Any]:
     """Build all that a handler asks the wiring for."""
+    wiring = importlib.import_module(f"sluice.wiring.{function}")
     source = ast.parse((ROOT / "functions" / function / "app.py").read_text())
     names = {
         node.attr
@@ -146,15 +148,9 @@ def _deployed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         }
         for name, value in (cloud.environment() | mappings).items():
             monkeypatch.setenv(name, value)
-        start_afresh()
+        forget_what_is_wired()
         yield
-        start_afresh()
-
-
-def start_afresh() -> None:
-    for made in vars(wiring).values():
-        if hasattr(made, "cache_clear"):
-            made.cache_clear()
+        forget_what_is_wired()
 
 
 def test_every_class_that_sends_is_known_with_its_queue() -> None:

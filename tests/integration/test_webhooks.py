@@ -22,13 +22,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from sluice import wiring
 from sluice.adapters import aws, job_records, web
 from sluice.adapters.secrets import POOL_AGE_MS, WebhookSecrets
 from sluice.adapters.web import HttpWeb
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Result, State
 from sluice.ports.world import Reply
+from sluice.wiring import job_ends
 from tests.fakes import NOON, FrozenClock, a_job
 from tests.moto_aws import Aws, in_memory
 
@@ -268,7 +268,7 @@ def test_the_streams_records_are_the_jobs_that_ended() -> None:
         webhook="https://acme.example/",
     )
 
-    ((number, read),) = wiring.ended_jobs([as_streamed(job, 7)])
+    ((number, read),) = job_ends.ended_jobs([as_streamed(job, 7)])
 
     assert "7" == number
     assert (job.job_id, State.SUCCEEDED, job.webhook) == (read.job_id, read.state, read.webhook)
@@ -288,4 +288,4 @@ def test_a_record_that_nobody_can_read_keeps_no_other(spoil: Callable[[Any], Any
     bad, good = as_streamed(job, 1), as_streamed(job, 2)
     spoil(bad["dynamodb"])
 
-    assert ["2"] == [number for number, _ in wiring.ended_jobs([bad, good])]
+    assert ["2"] == [number for number, _ in job_ends.ended_jobs([bad, good])]

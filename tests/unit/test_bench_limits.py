@@ -436,7 +436,9 @@ def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{report.BEGIN}\n\nabout\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
-    assert 1 == text.count("| small | sluice | 100.0% | – | 0 | 0.000 | 0 (0) | 10.0 (10.0) |")
+    assert 1 == text.count(
+        f"| small | sluice | 100.0% | {report.NONE} | 0 | 0.000 | 0 (0) | 10.0 (10.0) |"
+    )
     assert "\nold\n" not in text
 
 

@@ -1,0 +1,53 @@
+"""The API function: jobs, batches, uploads, usage and limits."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from sluice.adapters.dynamodb import DynamoClientKeys
+from sluice.adapters.s3 import Links
+from sluice.adapters.secrets import SecretText
+from sluice.intake.accounts import Account
+from sluice.intake.batches import Batches
+from sluice.intake.submit import Submit, Waiting
+from sluice.intake.uploads import LINK_SECONDS, Uploads
+from sluice.wiring.batch_stores import batches, batches_queue
+from sluice.wiring.batches import plan_batch
+from sluice.wiring.shared import CLOCK, dynamodb, s3, secrets_manager, settings, telemetry
+from sluice.wiring.stores import jobs, ledger, limits, objects, params, queue, results
+
+
+@cache
+def client_keys() -> DynamoClientKeys:
+    """Return the client keys."""
+    pepper = SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
+    return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper, CLOCK)
+
+
+@cache
+def submit() -> Submit:
+    """Return the use case behind `POST /jobs`."""
+    return Submit(jobs(), params(), queue(), CLOCK, os.urandom, telemetry())
+
+
+@cache
+def waiting() -> Waiting:
+    """Return the use case that estimates how long new jobs wait."""
+    return Waiting(queue(), limits(), CLOCK, telemetry())
+
+
+def account(tenant: str) -> Account:
+    """Return one tenant's view."""
+    return Account(tenant, jobs(), results(), limits(), ledger(), CLOCK, telemetry())
+
+
+def uploads_of(tenant: str) -> Uploads:
+    """Return one tenant's uploads."""
+    links = Links(s3(), settings().data_bucket, LINK_SECONDS)
+    return Uploads(tenant, objects(), links, plan_batch())
+
+
+def batches_of(tenant: str) -> Batches:
+    """Return one tenant's batches."""
+    return Batches(tenant, batches(), objects(), batches_queue(), CLOCK, os.urandom, telemetry())

@@ -1,0 +1,27 @@
+"""The records of batches and ranges, and their queues."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sluice.adapters.batch_records import DynamoBatches
+from sluice.adapters.sqs import SqsBatchesQueue, SqsRangesQueue
+from sluice.wiring.shared import CLOCK, dynamodb, settings, sqs
+
+
+@cache
+def batches() -> DynamoBatches:
+    """Return the records of batches and ranges."""
+    return DynamoBatches(dynamodb(), settings().batches_table, settings().retention_days, CLOCK)
+
+
+@cache
+def batches_queue() -> SqsBatchesQueue:
+    """Return the batches queue, for those who send to it."""
+    return SqsBatchesQueue(sqs(), settings().batches_queue_url)
+
+
+@cache
+def ranges_queue() -> SqsRangesQueue:
+    """Return the ranges queue, for those who send to it."""
+    return SqsRangesQueue(sqs(), settings().ranges_queue_url)

@@ -1,0 +1,41 @@
+"""The ranges function: rows of one range of a batch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sluice.adapters import job_records
+from sluice.adapters.sqs import SqsInbox
+from sluice.adapters.system import Threads
+from sluice.wiring.batch_stores import batches, batches_queue
+from sluice.wiring.shared import CLOCK, prices, settings, sqs, telemetry
+from sluice.wiring.stores import ledger, objects
+from sluice.wiring.workers import new_worker
+from sluice.worker.desk import Desk, RowRequests
+from sluice.worker.ranges import RangeTools, RunRange
+
+
+@cache
+def run_range() -> RunRange:
+    """Return the use case behind the ranges queue, with a worker for the rows of a range."""
+    desk = Desk(ledger(), prices(), CLOCK)
+    threads = Threads()
+    returns = SqsInbox(
+        sqs(),
+        settings().ranges_queue_url,
+        settings().range_dead_letters_queue_url,
+        "the ranges queue",
+    )
+    tools = RangeTools(
+        batches=batches(),
+        objects=objects(),
+        queue=batches_queue(),
+        returns=returns,
+        text_of_job=job_records.as_text,
+        job_of_text=job_records.of_text,
+        clock=CLOCK,
+        blocking=threads,
+        events=telemetry(),
+    )
+    rows = new_worker(desk, RowRequests(desk), desk, desk, desk, threads)
+    return RunRange(tools, rows, desk)
