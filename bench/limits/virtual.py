@@ -411,6 +411,7 @@ class BatchesPlay(Play):
             self.batches,
             self.objects,
             self.queues,
+            self.queues,
             clock,
             self.chance.randbytes,
             self.events,

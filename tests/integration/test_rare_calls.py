@@ -20,6 +20,8 @@ from scripts.claude_simulator import read, running
 from scripts.local_stack import LocalStack, Ready
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.system import SystemClock
+from sluice.domain.batches import Phase
+from sluice.intake.batches import MOST_STARTED
 
 CLIENT_KEY: Final = "sluice_rare_of_acme"
 UPSTREAM_KEY: Final = "sk-ant-test-rare"
@@ -222,6 +224,27 @@ def test_the_limits_of_an_organization_with_an_admin_key_are_loaded(stack: Stack
     stack.govern()
 
     assert within(lambda: stack.http.get("/limits").json()["data"])
+
+
+def test_a_create_too_large_for_the_api_is_started_by_the_planner(stack: Stack) -> None:
+    """The API function sends the messages of small creates itself."""
+    stack.pause("RangesMapping")
+    rows = [
+        {"custom_id": f"row-{number:05}", "params": params("Say hello.")}
+        for number in range(100 * (MOST_STARTED + 1))
+    ]
+    created = stack.http.post("/v1/messages/batches", json={"requests": rows}).json()
+
+    def started() -> bool:
+        batch = stack.batches.get(created["id"])
+        return batch is not None and batch.phase is Phase.RUNNING
+
+    within(started)
+    stack.http.post(f"/v1/messages/batches/{created['id']}/cancel")
+    stack.resume("RangesMapping")
+    ended = within(lambda: stack.http.get(f"/batches/{created['id']}").json()["ended_at"])
+
+    assert ended
 
 
 def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(

@@ -33,8 +33,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 NOT_BUILT = {"ended_jobs", "hidden", "hold_while_starting"}
 """What handlers call of the wiring that makes nothing to keep; none of it sends."""
 
-NEVER_USED = {("api", "RangesQueue"), ("api", "WebhooksQueue")}
-"""An upload is put on record by the planner, which the API never has plan or end anything."""
+NEVER_USED = {("api", "WebhooksQueue")}
+"""An upload is put on record by the planner, which the API never has end anything."""
 
 
 def senders() -> dict[str, set[str]]:

@@ -387,7 +387,7 @@ def test_a_folder_without_a_prompt_says_so(make: Make) -> None:
 
 def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
     bulk = make()
-    bulk.queues.fail_next("send_ranges", 5)
+    bulk.objects.fail_next("read")
     with pytest.raises(StoreBusy):
         bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
     bulk.time.pass_seconds(60)
@@ -395,6 +395,21 @@ def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
     bulk.planner.plan("msgbatch_1")
 
     assert Phase.ENDED == bulk.batch.phase
+    assert "the file could not be planned before its rows expired" == bulk.batch.problem
+
+
+def test_a_file_whose_ranges_could_not_be_sent_in_time_ends_with_expired_rows(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    bulk.time.pass_seconds(60)
+
+    bulk.planner.plan("msgbatch_1")
+    bulk.drain()
+
+    assert Phase.ENDED == bulk.batch.phase
+    assert [{"type": "expired"}] == [row["result"] for row in bulk.results()]
 
 
 # Sending ---------------------------------------------------------------------------------------------------
