@@ -34,9 +34,9 @@ from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.domain.shares import Note
 from sluice.domain.waits import USUAL, Waits
-from sluice.metrics import METRIC_NAMES
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.jobs import Due, Page, Params, Pointer, Received
+from sluice.ports.metrics import METRIC_NAMES
 from sluice.upkeep.dead_letters import KeptLetter
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.work import Worker
@@ -900,7 +900,7 @@ class RecordingEvents:
 
     def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
         if metric not in METRIC_NAMES:
-            raise ValueError(f"metric {metric!r} is not in sluice/metrics.py")
+            raise ValueError(f"metric {metric!r} is not in sluice/ports/metrics.py")
         # In millionths, so that sums of money and seconds are exact.
         scaled = int(Decimal(str(value)) * 1_000_000)
         if model_group is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import deployed  # type: ignore[import-not-found]  # the file that is deployed, in the same folder
 
 from sluice.adapters.sqs import SqsInbox
-from sluice.messages import received
+from sluice.ports.messages import received
 from sluice.wiring import worker as wiring
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sluice.messages import BatchMessage, batch_messages
+from sluice.ports.messages import BatchMessage, batch_messages
 from sluice.wiring import batches as wiring
 from sluice.wiring import shared
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sluice.messages import reason_of, received
+from sluice.ports.messages import reason_of, received
 from sluice.upkeep.dead_letters import DeadLetter
 from sluice.wiring import dead_letters as wiring
 from sluice.wiring import shared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sluice.messages import batch_messages
+from sluice.ports.messages import batch_messages
 from sluice.wiring import ranges as wiring
 from sluice.wiring import shared
 from sluice.worker.ranges import RangePointer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sluice.messages import received
+from sluice.ports.messages import received
 from sluice.wiring import shared
 from sluice.wiring import worker as wiring
 

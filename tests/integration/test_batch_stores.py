@@ -27,9 +27,9 @@ from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, Tally, planned
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
-from sluice.messages import batch_messages
 from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
 from sluice.ports.jobs import Received
+from sluice.ports.messages import batch_messages
 from sluice.ports.world import Notice
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
 from tests.fakes import NOON, FrozenClock, RecordingEvents, a_job

@@ -38,7 +38,7 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State
 from sluice.domain.webhooks import signing_secret
-from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
+from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from sluice.wiring import shared, stores, workers
 from sluice.wiring import worker as wiring
 from tests.fresh import forget_what_is_wired

@@ -13,7 +13,7 @@ import pytest
 
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.permissions import as_list
-from sluice.metrics import NAMESPACE
+from sluice.ports.metrics import NAMESPACE
 
 CLIENT_KEY: Final = "sluice_local_for_this_test"
 PHRASE: Final = "AWS refused calls: the function's role lacks a permission"

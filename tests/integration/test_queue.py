@@ -13,8 +13,8 @@ from botocore.stub import Stubber
 from sluice.adapters import aws
 from sluice.adapters.sqs import ENTRY_ATTEMPTS, SqsInbox, SqsQueue
 from sluice.domain.errors import StoreBusy
-from sluice.messages import reason_of, received
 from sluice.ports.jobs import Inbox, JobQueue, Pointer, Received
+from sluice.ports.messages import reason_of, received
 from tests.fakes import NOON, SECOND, FrozenClock, MemoryQueue
 from tests.moto_aws import Aws, in_memory
 

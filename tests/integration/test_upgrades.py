@@ -22,8 +22,8 @@ from sluice.adapters.sqs import SqsQueue
 from sluice.domain import jobs as life
 from sluice.domain.jobs import AttemptOutcome, DueFor, Job, JobError, Result, State
 from sluice.domain.pricing import Usage
-from sluice.messages import received
 from sluice.ports.jobs import Pointer
+from sluice.ports.messages import received
 from tests.fakes import NOON, SECOND, FrozenClock, a_job
 from tests.moto_aws import BUCKET, Aws, in_memory
 

@@ -18,7 +18,7 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import USUAL
 from sluice.intake import submit
-from sluice.metrics import METRIC_NAMES
+from sluice.ports.metrics import METRIC_NAMES
 from sluice.worker import call, limiter, work
 from tests.expanded_template import template
 

@@ -45,17 +45,15 @@ class Floor:
 MAY_IMPORT: dict[str, set[str]] = {
     "domain": set(),
     "ports": {"domain"},
-    "metrics": set(),
-    "messages": {"domain", "ports"},
     # The use cases, from those that need no other to those that do.
     "bulk": {"domain", "ports"},
     "intake": {"domain", "ports", "bulk"},
-    "worker": {"domain", "ports", "intake"},
-    "upkeep": {"domain", "ports", "worker"},
-    "notices": {"domain", "ports", "messages", "bulk"},
+    "worker": {"domain", "ports", "notices"},
+    "upkeep": {"domain", "ports", "notices"},
+    "notices": {"domain", "ports"},
     "api": {"domain", "intake", "bulk"},
     "adapters": {
-        *{"domain", "ports", "metrics", "messages"},
+        *{"domain", "ports"},
         *{"bulk", "worker", "upkeep"},
     },
     "settings": {"domain"},

@@ -12,11 +12,9 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy, Unexpected
 from sluice.domain.jobs import DueFor, Job, State, derived_job_id
 from sluice.domain.limits import SAFE_START, block, new_group
+from sluice.domain.params import IMAGE_CHARS, MOST_MEDIA_CHARS, NEWEST_VERSION
 from sluice.intake.submit import (
     BEGIN_WITHIN_MS,
-    IMAGE_CHARS,
-    MOST_MEDIA_CHARS,
-    NEWEST_VERSION,
     PARALLEL_WRITES,
     Accepted,
     Outcome,

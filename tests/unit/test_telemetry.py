@@ -10,7 +10,7 @@ from aws_lambda_powertools import Logger
 
 from sluice.adapters import aws
 from sluice.adapters.telemetry import VALUES_AT_ONCE, Telemetry, hush
-from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, SAMPLED, TOTALS
+from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, SAMPLED, TOTALS
 
 
 class Desk:
@@ -137,7 +137,7 @@ def test_a_library_that_logs_every_call_is_hushed(library: str) -> None:
 
 
 def test_a_metric_nobody_declared_is_refused(desk: Desk) -> None:
-    with pytest.raises(ValueError, match=r"'UpstreamCals' is not in sluice/metrics\.py"):
+    with pytest.raises(ValueError, match=r"'UpstreamCals' is not in sluice/ports/metrics\.py"):
         desk.telemetry.count("UpstreamCals")
 
 

@@ -14,7 +14,7 @@ from sluice.adapters.job_records import WAITING_DAYS
 from sluice.domain.capacity import LEAST
 from sluice.domain.jobs import State
 from sluice.domain.shares import RESERVED
-from sluice.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
+from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
 from sluice.settings import MAPPINGS as MAPPINGS_BY_QUEUE
 from sluice.wiring.governor import LONG_TIMEOUT_MS, SHORT, SHORT_TIMEOUT_MS
 from tests.expanded_template import expanded_template, template

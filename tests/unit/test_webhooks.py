@@ -30,10 +30,10 @@ from sluice.domain.webhooks import (
     read_networks,
     signing_secret,
 )
-from sluice.messages import webhook_of
 from sluice.notices.deliver import REFUSED, Deliver
 from sluice.notices.tell import Tell
 from sluice.ports.jobs import Received
+from sluice.ports.messages import webhook_of
 from sluice.ports.world import Notice, Reply, Webhook
 from tests.bulk_fakes import MemoryNotices
 from tests.fakes import NOON, SECOND, FrozenClock, MemoryQueue, RecordingEvents, a_job

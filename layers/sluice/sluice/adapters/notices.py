@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import aws
 from sluice.adapters.sqs import message_group
-from sluice.bulk.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
+from sluice.domain.times import rfc3339
 from sluice.ports.world import Events, Notice
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _json(document: Mapping[str, object]) -> str:
 def _message(notice: Notice) -> dict[str, object]:
     payload = {
         "type": notice.kind.lower().replace(" ", "."),
-        "timestamp": moment(notice.at),
+        "timestamp": rfc3339(notice.at),
         "data": notice.facts,
     }
     return {

@@ -18,8 +18,8 @@ from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
 from sluice.domain.limits import model_group
-from sluice.messages import pointer_of
 from sluice.ports.jobs import Pointer, Received
+from sluice.ports.messages import pointer_of
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient

@@ -12,7 +12,7 @@ from aws_lambda_powertools import Logger
 from aws_lambda_powertools.metrics import EphemeralMetrics, MetricUnit
 
 from sluice.adapters import aws
-from sluice.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
+from sluice.ports.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
 
 VALUES_AT_ONCE: Final = 99
 """EMF allows 100 values of a metric in one document; with the hundredth Powertools emits it unasked."""
@@ -39,7 +39,7 @@ class Telemetry:
     def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
         """Add to a metric."""
         if metric not in METRIC_NAMES:
-            message = f"metric {metric!r} is not in sluice/metrics.py"
+            message = f"metric {metric!r} is not in sluice/ports/metrics.py"
             raise ValueError(message)
         with self._lock:
             values = self._values[model_group, metric]

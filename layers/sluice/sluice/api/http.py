@@ -22,7 +22,6 @@ from pydantic import (
 )
 from pydantic_core import core_schema as core
 
-from sluice.bulk.assemble import moment
 from sluice.domain import batches as life_of_batches
 from sluice.domain import jobs as life
 from sluice.domain.batches import Phase, Source, Tally
@@ -30,7 +29,7 @@ from sluice.domain.errors import InvalidRequest, SluiceError
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
-from sluice.domain.rows import read_moment
+from sluice.domain.times import parse_rfc3339, rfc3339
 from sluice.domain.webhooks import Network, check_url
 from sluice.intake.accounts import UsageRow
 from sluice.intake.batches import ARCHIVED_MS, is_archived, status
@@ -306,7 +305,7 @@ def read_deadline(text: str | None) -> int | None:
     """Return the deadline in epoch milliseconds; InvalidRequest when it is none."""
     if text is None:
         return None
-    deadline = read_moment(text)
+    deadline = parse_rfc3339(text)
     if deadline is None:
         raise InvalidRequest(
             "sluice-deadline: must be RFC 3339 with a time zone, such as 2026-12-24T18:00:00Z "
@@ -624,11 +623,11 @@ def message_batch(batch: life_of_batches.Batch, now: int, public_url: str) -> di
             "canceled": counts.canceled,
             "expired": counts.expired,
         },
-        "created_at": moment(batch.created_at),
-        "expires_at": moment(batch.expires_at),
-        "ended_at": moment(batch.ended_at),
-        "cancel_initiated_at": moment(batch.cancel_initiated_at),
-        "archived_at": moment(batch.created_at + ARCHIVED_MS) if archived else None,
+        "created_at": rfc3339(batch.created_at),
+        "expires_at": rfc3339(batch.expires_at),
+        "ended_at": rfc3339(batch.ended_at),
+        "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),
+        "archived_at": rfc3339(batch.created_at + ARCHIVED_MS) if archived else None,
         "results_url": f"{public_url}{path}" if ended and not archived else None,
     }
 

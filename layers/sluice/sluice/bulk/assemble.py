@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from sluice.domain import batches as life
 from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
+from sluice.domain.times import rfc3339
 from sluice.ports.batches import BatchStore, Objects
 from sluice.ports.swap import Written, change, swap
 from sluice.ports.world import Clock, Events, Notice, Notices
@@ -320,9 +320,9 @@ def summary(batch: Batch) -> dict[str, Any]:
         "cost_micro_usd": tally.cost_micro_usd,
         "cost_usd": usd(tally.cost_micro_usd),
         "cost_on_batch_lane_usd": usd(tally.other_lane_micro_usd),
-        "created_at": moment(batch.created_at),
-        "cancel_initiated_at": moment(batch.cancel_initiated_at),
-        "ended_at": moment(batch.ended_at),
+        "created_at": rfc3339(batch.created_at),
+        "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),
+        "ended_at": rfc3339(batch.ended_at),
         "seconds": ((batch.ended_at or batch.created_at) - batch.created_at) / 1000,
     }
 
@@ -333,14 +333,6 @@ TOKENS: Final = (
     "cache_read_input_tokens",
     "output_tokens",
 )
-
-
-def moment(milliseconds: int | None) -> str | None:
-    """Write epoch milliseconds as Anthropic writes times: RFC 3339 in UTC with microseconds."""
-    if milliseconds is None:
-        return None
-    when = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class Index:

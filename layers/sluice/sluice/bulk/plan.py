@@ -33,7 +33,7 @@ from sluice.domain.forms import (
     ending_of,
     unpacked,
 )
-from sluice.domain.rows import read_moment
+from sluice.domain.times import parse_rfc3339
 from sluice.domain.webhooks import Network, check_url
 from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
@@ -278,7 +278,13 @@ class PlanBatch:
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
-        return self._changed(batch, lambda current: life.plan_batch(current, plan, rows_etag))
+
+        def with_plan(current: Batch) -> Batch:
+            # Another planner may have been quicker: its plan is the one whose ranges are sent.
+            is_planned = current.plan is not None or current.phase is Phase.ENDED
+            return current if is_planned else life.plan_batch(current, plan, rows_etag)
+
+        return self._changed(batch, with_plan)
 
     def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
         """Read more samples of an object, but for the first."""
@@ -381,7 +387,7 @@ def read_options(said: Mapping[str, Any], networks: Sequence[Network] = ()) -> O
                 good = isinstance(value, list) and all(isinstance(each, str) for each in value)
                 read[name] = tuple(value) if good else ()
             case "deadline":
-                read[name] = read_moment(value)
+                read[name] = parse_rfc3339(value)
                 good = read[name] is not None
             case _:
                 good = isinstance(value, str) and bool(value)

@@ -308,11 +308,8 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
 def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
     """Fix the ranges; from now on their messages may be sent, again and again until all were taken.
 
-    `rows_etag`: they are ranges of the rows that were made of the file, not of the file itself. A batch that has a plan
-    keeps it.
+    `rows_etag`: they are ranges of the rows that were made of the file, not of the file itself.
     """
-    if batch.phase is not Phase.PLANNING or batch.plan is not None:
-        return batch
     if rows_etag is None:
         return _changed(batch, plan=plan)
     return _changed(

@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final, NoReturn
 
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options, Tally
 from sluice.domain.forms import PROBLEM
 from sluice.domain.jobs import Job, JobError, State
+from sluice.domain.times import parse_rfc3339
 
 CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -211,7 +211,7 @@ def _params(item: Mapping[str, Any], options: Options) -> dict[str, Any]:
 def _deadline(item: Mapping[str, Any]) -> int | None:
     if item.get("deadline") is None:
         return None
-    deadline = read_moment(item["deadline"])
+    deadline = parse_rfc3339(item["deadline"])
     if deadline is None:
         shown = json.dumps(item["deadline"])[:80]
         raise _Unusable(f"deadline: must be an RFC 3339 string with a time zone (got {shown})")
@@ -254,17 +254,6 @@ def checked_params(params: dict[str, Any]) -> dict[str, Any]:
     if "messages" not in params:
         raise _Unusable("messages: Field required")
     return {name: value for name, value in params.items() if name != "stream"}
-
-
-def read_moment(value: object) -> int | None:
-    """Return epoch milliseconds of RFC 3339 text with a time zone, None for anything else."""
-    if not isinstance(value, str):
-        return None
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        return None
-    return None if moment.tzinfo is None else int(moment.timestamp() * 1000)
 
 
 # Results -------------------------------------------------------------------------------------------------------

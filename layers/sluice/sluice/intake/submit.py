@@ -23,15 +23,13 @@ from sluice.domain.errors import (
 )
 from sluice.domain.jobs import Job, derived_job_id, random_job_id
 from sluice.domain.limits import Group, expected_start
+from sluice.domain.params import NEWEST_VERSION, input_chars, request_body
 from sluice.ports.jobs import JobQueue, JobStore, Params, ParamsStore, Pointer
 from sluice.ports.limits import LimitStore
 from sluice.ports.swap import insert, swap
 from sluice.ports.world import Clock, Events, RandomBytes
 
 T = TypeVar("T")
-
-NEWEST_VERSION: Final = "2026-10-21"
-"""The newest `anthropic-version` we know; sent upstream for jobs that name none."""
 
 PARALLEL_WRITES: Final = 16
 
@@ -46,12 +44,6 @@ BEGIN_WITHIN_MS: Final = 8_000
 
 RESEND_WINDOW_MS: Final = 600_000
 """An SDK that sends a request again does so within this time; later it is another request."""
-
-IMAGE_CHARS: Final = 5_600
-"""About 1,600 tokens, what a large image takes, at 3.5 characters per token."""
-
-MOST_MEDIA_CHARS: Final = 100_000
-"""All images and documents of a request count as no more: under 30,000 tokens, the rate a new limit group starts at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,37 +442,3 @@ def _conflict(job: Job) -> Conflict:
 
 def _id_by_name(tenant: str, custom_id: str) -> str:
     return derived_job_id(tenant, "custom_id", custom_id)
-
-
-def request_body(params: Mapping[str, Any]) -> bytes:
-    """Return a request as it is stored and sent; raises UnicodeEncodeError."""
-    return json.dumps(params, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def input_chars(params: Mapping[str, Any]) -> int:
-    """Count the characters that become input tokens.
-
-    Base64 data is no text: its length says little about its tokens. An image counts as the characters of about 1,600
-    tokens whatever its size, a document as one character per 60 bytes and no less than an image. All of a request's
-    data together counts for at most `MOST_MEDIA_CHARS`, so that such a guess alone never makes it too large for a
-    limit group: what more it uses is settled after the call.
-    """
-    media = 0
-
-    def count(value: object) -> int:
-        nonlocal media
-        if isinstance(value, str):
-            return len(value)
-        if isinstance(value, Mapping):
-            data = value.get("data")
-            if value.get("type") == "base64" and isinstance(data, str):
-                is_image = str(value.get("media_type")).startswith("image/")
-                media += IMAGE_CHARS if is_image else max(IMAGE_CHARS, len(data) * 3 // 4 // 60)
-                return 0
-            return sum(map(count, value.values()))
-        if isinstance(value, Sequence):
-            return sum(map(count, value))
-        return 1
-
-    text = sum(count(params.get(name, "")) for name in ("system", "messages", "tools"))
-    return text + min(media, MOST_MEDIA_CHARS)

@@ -22,8 +22,8 @@ from sluice.domain.webhooks import (
     may_be_called,
     signing_secret,
 )
-from sluice.messages import webhook_of
 from sluice.ports.jobs import Received, Returns
+from sluice.ports.messages import webhook_of
 from sluice.ports.world import Clock, Events, Reply, SigningSecrets, Web, Webhook
 
 STRANGE_MS: Final = 60_000

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from sluice.bulk.assemble import moment
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.pricing import usd
+from sluice.domain.times import rfc3339
 from sluice.ports.world import Events, Notice, Notices
 
 ENDED: Final = "Job Ended"
@@ -62,8 +62,8 @@ def _facts(job: Job) -> Mapping[str, object]:
         "usage": job.usage.as_dict() if job.usage else None,
         "cost_micro_usd": job.cost_micro_usd,
         "cost_usd": usd(job.cost_micro_usd),
-        "created_at": moment(job.created_at),
-        "started_at": moment(job.started_at),
-        "finished_at": moment(job.finished_at),
+        "created_at": rfc3339(job.created_at),
+        "started_at": rfc3339(job.started_at),
+        "finished_at": rfc3339(job.finished_at),
         "metadata": dict(job.metadata),
     }

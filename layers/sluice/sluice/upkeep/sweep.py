@@ -21,11 +21,11 @@ from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, JobError, State
 from sluice.domain.limits import Group, model_group
+from sluice.notices.report import report_end
 from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
 from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
-from sluice.worker.tools import tell_end
 
 RUN_MS: Final = 60_000
 """The time from one scheduled run to the next, as in template.yaml."""
@@ -223,5 +223,5 @@ class Sweep:
         ended = life.finish_waiting(job, State.EXPIRED, now, error)
         if swap(self._jobs.replace, ended, job.version) is not ended:
             return False
-        tell_end(self._events, ended)
+        report_end(self._events, ended)
         return True

@@ -14,12 +14,13 @@ from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
+from sluice.notices.report import report_end
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.worker.key_choice import KeyChoice, endpoint_circuit, model_circuit
 from sluice.worker.limiter import Admission, Limiter
 from sluice.worker.memory import Grant, Memory
 from sluice.worker.outbox import Outbox
-from sluice.worker.tools import Rules, Tools, tell_end
+from sluice.worker.tools import Rules, Tools
 
 CANCEL_CHECK_MS: Final = 15_000
 LEAST_WINDOW_MS: Final = 60_000
@@ -558,7 +559,7 @@ class Call:
                 break
         self._account(row)
         if written.state.is_final:
-            tell_end(self._events, written)
+            report_end(self._events, written)
             return DONE
         if isinstance(disposition, int):
             return Rest(written, disposition)

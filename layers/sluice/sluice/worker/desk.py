@@ -19,9 +19,9 @@ from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import RangeState
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
+from sluice.domain.params import request_body
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
 from sluice.domain.rows import Line, Row, job_record, read_row
-from sluice.intake.submit import request_body
 from sluice.ports.jobs import CallBooks, Params, Received
 from sluice.ports.world import Clock
 

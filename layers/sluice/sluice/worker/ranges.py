@@ -23,6 +23,7 @@ from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import CLAIM_VERSIONS, Batch, RangeState, Tally, row_job_id
 from sluice.domain.errors import InputGone, LeaseLost, RangeBusy, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError
+from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.rows import (
     BadRow,
     Encoded,
@@ -35,13 +36,12 @@ from sluice.domain.rows import (
     read_row,
     split,
 )
-from sluice.intake.submit import NEWEST_VERSION, input_chars
+from sluice.notices.report import report_end
 from sluice.ports.batches import BatchesQueue, BatchStore, Objects
 from sluice.ports.jobs import Received, Returns
 from sluice.ports.world import Blocking, Clock, Events
 from sluice.worker.call import LONGEST_DELAY_MS
 from sluice.worker.desk import HELD_BYTES, Desk, Ended, Seat
-from sluice.worker.tools import tell_end
 from sluice.worker.work import Worker
 
 T = TypeVar("T")
@@ -458,7 +458,7 @@ class _Run:
         # Before they end: no later call of theirs will say that these may be billed.
         await self._read(partial(self._desk.account_for_lost, killers))
         for job in self._desk.give_up(killers, error):
-            tell_end(self._tools.events, job)
+            report_end(self._tools.events, job)
 
     # Reading ---------------------------------------------------------------------------------------------------
 

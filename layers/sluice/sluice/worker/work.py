@@ -17,6 +17,7 @@ from sluice.domain.errors import Stale, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State, Step
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
+from sluice.notices.report import report_end
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Params, Received
 from sluice.worker.call import (
@@ -37,7 +38,7 @@ from sluice.worker.limiter import Admission, Again, Claimant, Later, Limiter, To
 from sluice.worker.memory import BUDGET, Budget, Grant, Memory
 from sluice.worker.outbox import Outbox
 from sluice.worker.suspects import Suspects
-from sluice.worker.tools import Rules, Tools, tell_end
+from sluice.worker.tools import Rules, Tools
 
 GROWS_EVERY: Final = 20
 """Receives after which the pause of a fault that lasts is doubled."""
@@ -640,7 +641,7 @@ class _Batch:
         except Stale as stale:
             return stale.current if isinstance(stale.current, Job) else DONE
         await self._account_for_lost(job, ended)
-        tell_end(self._events, ended)
+        report_end(self._events, ended)
         return DONE
 
     async def _park(self, job: Job, delay_ms: int, reason: str) -> Disposition | Job:
