@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import Any
 
 from sluice.adapters import job_records
-from sluice.bulk.assemble import Assemble
+from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
@@ -420,7 +420,9 @@ class WatchedRequests(RowRequests):
 class Bulk:
     """Batches in memory: the gateway of `tests.fakes` for what rows share with jobs, and what they have alone."""
 
-    def __init__(self, *script: Reply, **facts: Any) -> None:
+    def __init__(self, *script: Reply, joins_at_once: bool = True, **facts: Any) -> None:
+        """`joins_at_once`: small batches are joined by those who run their last range, as deployed."""
+        self.joins_at_once = joins_at_once
         self.gateway = Gateway(script=script, **facts)
         self.time = self.gateway.time
         self.claude = self.gateway.claude
@@ -456,10 +458,11 @@ class Bulk:
             blocking=self.gateway.blocking,
             events=self.events,
         )
+        at_once = JoinAtOnce(lambda: self.assemble, self.queues, self.events)
         range_tools = RangeTools(
             batches=self.batches,
             objects=self.objects,
-            queue=self.queues,
+            queue=at_once if self.joins_at_once else self.queues,
             returns=self.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,

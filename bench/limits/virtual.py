@@ -31,7 +31,7 @@ from scripts.claude_simulator.faults import Failure as SimulatedFailure
 from scripts.claude_simulator.faults import Place
 from sluice.adapters import job_records
 from sluice.adapters.claude import limit_headers
-from sluice.bulk.assemble import Assemble
+from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Options, Phase
 from sluice.domain.keys import UpstreamKey
@@ -438,7 +438,7 @@ class BatchesPlay(Play):
             tools = RangeTools(
                 batches=self.batches,
                 objects=self.objects,
-                queue=self.queues,
+                queue=JoinAtOnce(lambda: self.assemble, self.queues, self.events),
                 returns=self.queues,
                 text_of_job=job_records.as_text,
                 job_of_text=job_records.of_text,

@@ -20,6 +20,7 @@ from scripts.claude_simulator import read, running
 from scripts.local_stack import LocalStack, Ready
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.system import SystemClock
+from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
 from sluice.domain.batches import Phase
 from sluice.intake.batches import MOST_STARTED
 
@@ -245,6 +246,24 @@ def test_a_create_too_large_for_the_api_is_started_by_the_planner(stack: Stack) 
     ended = within(lambda: stack.http.get(f"/batches/{created['id']}").json()["ended_at"])
 
     assert ended
+
+
+def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
+    """Not one of its lines is a row, so that nobody is called."""
+    stack.ready.client("s3").put_object(
+        Bucket=stack.bucket,
+        Key=f"in/{TENANT}/larger.jsonl",
+        Body=b"{}\n" * 100 * (MOST_RANGES_AT_ONCE + 1),
+        Metadata={"sluice-webhook": "https://127.0.0.1:9/nobody-listens"},
+    )
+
+    def ended() -> dict[str, Any] | None:
+        for each in stack.http.get("/batches").json()["data"]:
+            if each["name"] == "larger" and each["ended_at"]:
+                return dict(each)
+        return None
+
+    assert 100 * (MOST_RANGES_AT_ONCE + 1) == within(ended)["rows"]["invalid"]
 
 
 def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(

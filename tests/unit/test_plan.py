@@ -611,7 +611,7 @@ def test_joining_again_changes_nothing(make: Make) -> None:
 
 
 def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1), a_row(2)))
     bulk.once()
     (join,) = bulk.queues.joins
@@ -625,7 +625,7 @@ def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make:
 
 
 def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     del bulk.objects.stored[bulk.batch.part_key(0)]
@@ -635,7 +635,7 @@ def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
 
 
 def test_a_cancel_that_comes_while_results_are_joined_stays_on_record(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     stale = bulk.batch
@@ -681,7 +681,7 @@ def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
 
 
 def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     bulk.notices.fail_next("tell")
@@ -697,7 +697,7 @@ def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
 
 
 def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     bulk.notices.fail_next("tell")
@@ -723,7 +723,7 @@ def test_parts_of_any_size_are_joined_piece_by_piece(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "AHEAD_BYTES", 1_000)
-    bulk = make()
+    bulk = make(joins_at_once=False)
     rows: list[Any] = [a_row(number) for number in range(300)]
     rows[7] = b"{"
     bulk.upload(jsonl(*rows))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sluice.bulk import assemble
 from sluice.domain import batches as life
 from sluice.domain.batches import Options
 from sluice.ports.claude import CallRequest
@@ -517,7 +518,7 @@ def test_a_message_that_is_not_ours_is_buried_unread(
 
 def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
     """Before its batch ended the section is counted once; afterwards nothing is left to do."""
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
 
     bulk.once()
@@ -530,3 +531,95 @@ def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
 
     assert 1 == len(bulk.claude.calls)
     assert 1 == bulk.summary()["counts"]["succeeded"]
+
+
+# Joining at once ---------------------------------------------------------------------------------------------
+
+
+def test_the_invocation_that_ends_a_small_batch_joins_it(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(250))))
+    assert bulk.batch.plan is not None
+
+    for _ in range(bulk.batch.plan.ranges):
+        bulk.once()
+
+    assert [] == bulk.queues.joins
+    assert [f"row-{number}" for number in range(250)] == ids(bulk.results())
+    assert 1 == len(bulk.notices.told)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("MOST_RANGES_AT_ONCE", 2), ("MOST_TOKENS_AT_ONCE", 100)]
+)
+def test_a_larger_batch_is_joined_by_the_batches_function(
+    make: Make, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+) -> None:
+    monkeypatch.setattr(assemble, name, limit)
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(250))))
+
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+
+    assert [(bulk.batch.batch_id, 0)] == bulk.queues.joins
+    assert life.Phase.RUNNING == bulk.batch.phase
+    bulk.drain()
+    assert 250 == len(bulk.results())
+
+
+@pytest.mark.parametrize(
+    ("store", "verb"),
+    [
+        ("objects", "head"),
+        ("batches", "groups"),
+        ("notices", "tell"),
+    ],
+)
+def test_a_join_that_fails_is_left_to_the_batches_function(
+    make: Make, store: str, verb: str
+) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    getattr(bulk, store).fail_next(verb)
+
+    bulk.once()
+
+    assert [(bulk.batch.batch_id, 0)] == bulk.queues.joins
+    assert ["batch not joined at once"] == bulk.events.problem_names
+    bulk.drain()
+    assert ["row-1"] == ids(bulk.results())
+    assert 1 == len(bulk.claude.calls) == len(bulk.notices.told)
+
+
+def test_a_worker_that_dies_while_it_joins_is_followed_by_one_that_ends_the_batch(
+    make: Make,
+) -> None:
+    """Also where the queue of the batches function is out of reach: the range's message comes again."""
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.objects.before_put = died = Dies()
+
+    died.on = bulk.batch.results_key
+    with pytest.raises(WorkerDied):
+        bulk.once()
+    assert life.Phase.RUNNING == bulk.batch.phase
+    died.on = None
+    bulk.drain()
+
+    assert ["row-1"] == ids(bulk.results())
+    assert 1 == len(bulk.claude.calls) == len(bulk.notices.told)
+
+
+class WorkerDied(BaseException):
+    """As a process ends: no handler of ours sees it."""
+
+
+class Dies:
+    """Ends the worker when it writes an object."""
+
+    on: str | None = None
+
+    def __call__(self, key: str, _: bytes) -> None:
+        if key == self.on:
+            raise WorkerDied
