@@ -34,11 +34,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from scripts.client import Gateway
+from scripts.cli.client import Gateway
+from scripts.cli.submission import read_jobs, send
 from scripts.local_doors import LocalHandler
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import Child, clean_environment
-from scripts.submission import read_jobs, send
 from sluice.domain.shares import room_of
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
@@ -52,7 +52,6 @@ LONGEST_SECONDS: Final = 30.0
 GAP_SECONDS: Final = 80.0
 """Between two runs of the governor: a minute, the emulator's schedule that looks every ten seconds, and its retries."""
 
-PATIENCE_SECONDS: Final = 2_400
 SAY_SECONDS: Final = 20.0
 ACCOUNT: Final = 10
 
@@ -66,6 +65,8 @@ class Load:
     receiver_seconds: float = 2.0
     governs_seconds: float | None = None
     """How often this program wakes the governor; None: the schedule does."""
+    patience_seconds: float = 2_400.0
+    """After this time what is not done is reported as broken, with what waits where."""
 
     @property
     def is_small(self) -> bool:
@@ -73,7 +74,9 @@ class Load:
         return self.governs_seconds is not None
 
 
-SMALL: Final = Load(jobs=100, rows=300, receiver_seconds=0.2, governs_seconds=5.0)
+SMALL: Final = Load(
+    jobs=100, rows=300, receiver_seconds=0.2, governs_seconds=5.0, patience_seconds=200.0
+)
 
 
 @dataclass(slots=True)
@@ -89,6 +92,8 @@ class Seen:
     delivered: set[str] = field(default_factory=set)
     refused: int = 0
     """Runs of the governor that this program asked for and Lambda refused."""
+    troubles: Counter[str] = field(default_factory=Counter)
+    """What went wrong while this program looked, by kind of error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,34 @@ class Stack:
         body = s3.get_object(Bucket=bucket, Key=f"out/{TENANT}/rows/results.jsonl")["Body"].read()
         return len(body.splitlines())
 
+    def messages(self) -> dict[str, tuple[int, int]]:
+        """Return how many messages of each queue that has any are visible, and in flight."""
+        sqs, found = self.ready.client("sqs"), {}
+        for logical_id, url in self.ready.resources.items():
+            if not logical_id.endswith("Queue"):
+                continue
+            counts = sqs.get_queue_attributes(
+                QueueUrl=url,
+                AttributeNames=[
+                    "ApproximateNumberOfMessages",
+                    "ApproximateNumberOfMessagesNotVisible",
+                ],
+            )["Attributes"]
+            visible = int(counts["ApproximateNumberOfMessages"])
+            in_flight = int(counts["ApproximateNumberOfMessagesNotVisible"])
+            if visible or in_flight:
+                found[logical_id.removesuffix("Queue")] = (visible, in_flight)
+        return found
+
+    def last_words(self) -> str:
+        """Return the last log lines of every function, to explain a run that did not end."""
+        logs, lines = self.ready.client("logs"), []
+        for group in logs.describe_log_groups()["logGroups"]:
+            name = group["logGroupName"]
+            events = logs.filter_log_events(logGroupName=name)["events"][-20:]
+            lines += [f"{name} {event['timestamp']} {event['message'].strip()}" for event in events]
+        return "\n".join(lines)
+
     def mappings(self) -> dict[str, int]:
         """Return the concurrency of each enabled mapping of a queue, by function."""
         listed = self.ready.client("lambda").list_event_source_mappings()["EventSourceMappings"]
@@ -214,14 +247,17 @@ def claude() -> Iterator[str]:
 
 
 @contextmanager
-def repeated(seconds: float, look: Callable[[], None]) -> Iterator[None]:
-    """Do something again and again in a thread of its own, until the block ends."""
+def repeated(seconds: float, look: Callable[[], None], troubles: Counter[str]) -> Iterator[None]:
+    """Do something again and again in a thread of its own until the block ends, counting what it raises."""
     over = threading.Event()
 
     def keep_looking() -> None:
         while not over.is_set():
             began = time.monotonic()
-            look()
+            try:
+                look()
+            except Exception as error:  # noqa: BLE001 - a thread that ended here would leave the rest of the run unwatched
+                troubles[f"{look.__name__}: {type(error).__name__}"] += 1
             over.wait(max(0.0, seconds - (time.monotonic() - began)))
 
     thread = threading.Thread(target=keep_looking)
@@ -309,17 +345,18 @@ def watch(stack: Stack, load: Load, webhook: str) -> tuple[int, float]:
         except client.exceptions.TooManyRequestsException:
             stack.seen.refused += 1
 
+    troubles = stack.seen.troubles
     began = time.monotonic()
     with (
-        repeated(HEALTH_EVERY_SECONDS, ask_for_health),
-        repeated(HEALTH_EVERY_SECONDS, look_at_emulator),
-        repeated(1.0, add_mappings_up),
-        repeated(load.governs_seconds, govern) if load.governs_seconds else nullcontext(),
+        repeated(HEALTH_EVERY_SECONDS, ask_for_health, troubles),
+        repeated(HEALTH_EVERY_SECONDS, look_at_emulator, troubles),
+        repeated(1.0, add_mappings_up, troubles),
+        repeated(load.governs_seconds, govern, troubles) if load.governs_seconds else nullcontext(),
     ):
         drop_file(stack.ready, load.rows)
         taken = submit(stack.ready, load.jobs, webhook)
         said = 0.0
-        while time.monotonic() - began < PATIENCE_SECONDS:
+        while time.monotonic() - began < load.patience_seconds:
             jobs, rows = stack.jobs_done(), stack.rows_done()
             delivered = len(stack.seen.delivered)
             if jobs == load.jobs and rows == load.rows and delivered >= load.jobs:
@@ -328,9 +365,12 @@ def watch(stack: Stack, load: Load, webhook: str) -> tuple[int, float]:
                 said = time.monotonic()
                 say(
                     f"{time.monotonic() - began:4.0f} s: {jobs:,} jobs, {rows:,} rows, "
-                    f"{delivered:,} webhooks; {stack.mappings()}"
+                    f"{delivered:,} webhooks; {stack.mappings()}; {stack.messages()}"
                 )
             time.sleep(1)
+        else:
+            say(f"after {load.patience_seconds:.0f} s: {stack.mappings()}; {stack.messages()}")
+            say(stack.last_words())
     client.close()
     return taken, time.monotonic() - began
 
@@ -359,6 +399,8 @@ def verdict(stack: Stack, load: Load, taken: int, seconds: float) -> tuple[Table
         "jobs done": f"{jobs:,} of {load.jobs:,}",
         "rows done": f"{rows:,} of {load.rows:,}",
         "webhooks delivered": f"{len(seen.delivered):,}, each after {load.receiver_seconds:g} s",
+        "troubles of this program": ", ".join(f"{each} {n}" for each, n in seen.troubles.items())
+        or "none",
         "throttled executions": ", ".join(f"{each} {n}" for each, n in throttles.items()) or "none",
     }
     table = Table("account limit", "", title="Results", title_justify="left")

@@ -28,14 +28,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from scripts.cli_errors import CommandFailed
-from scripts.client import Gateway, Json
+from scripts.cli.client import Gateway, Json
+from scripts.cli.errors import CommandFailed
+from scripts.cli.progress import dollars, span
+from scripts.cli.run import wait_and_show
+from scripts.cli.submission import deadline_at, read_jobs, send
+from scripts.cli.terminal import say
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.emulator import Child, clean_environment
-from scripts.progress import dollars, span
-from scripts.submission import deadline_at, read_jobs, send
-from scripts.submit_run import wait_and_show
-from scripts.terminal import say
 
 JOBS = 200
 REQUESTS_PER_MINUTE = 600

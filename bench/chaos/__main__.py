@@ -33,11 +33,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 
 from bench.chaos.verdict import Found, Kill, Size, billed_twice, not_as_promised, recovery, table
-from scripts.client import Gateway, Json
+from scripts.cli.client import Gateway, Json
+from scripts.cli.submission import read_jobs, send
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.deploy import read_template
 from scripts.local_stack.emulator import Child, call, clean_environment, free_port
-from scripts.submission import read_jobs, send
 from sluice.adapters import job_records
 from sluice.domain.jobs import Job
 from sluice.domain.waits import Waits

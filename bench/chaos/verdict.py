@@ -10,7 +10,7 @@ from typing import Final
 
 from rich.table import Table
 
-from scripts.client import Json
+from scripts.cli.client import Json
 from sluice.domain.jobs import LEASE_MS, Job
 
 BOUND_SECONDS: Final = LEASE_MS / 1000 + 60

@@ -29,7 +29,7 @@ from bench.limits.runners import (
     run,
 )
 from bench.limits.scenarios import SCENARIOS, Scenario
-from scripts.cli_errors import CommandFailed
+from scripts.cli.errors import CommandFailed
 from scripts.local_stack import StackError
 
 WORKERS = (2, 4, 20)

@@ -13,9 +13,9 @@ from typing import Any, Final, Protocol
 
 from anthropic import Anthropic
 
-from scripts.client import FINAL_STATES, MAX_IDS_PER_LOOK, Gateway
+from scripts.cli.client import FINAL_STATES, MAX_IDS_PER_LOOK, Gateway
+from scripts.cli.submission import read_jobs, send
 from scripts.local_stack import Ready, StackError
-from scripts.submission import read_jobs, send
 
 Json = dict[str, Any]
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from scripts.cli_errors import CommandFailed
-from scripts.cli_options import secret_of
+from scripts.cli.errors import CommandFailed
+from scripts.cli.options import secret_of
 from scripts.local_stack import DEFAULT_PORT, emulator_alone, up
 
 

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from scripts import cli
-from scripts.cli_errors import CommandFailed
-from scripts.local_stack.emulator import REGION, Emulator
-from scripts.setup_stack import (
+from scripts.cli import app
+from scripts.cli.deployed import (
     USUAL_CONCURRENCY,
     about_executions,
     ask_for_key_pool,
     read_key_pool,
 )
+from scripts.cli.errors import CommandFailed
+from scripts.local_stack.emulator import REGION, Emulator
 from sluice.adapters.dynamodb import DynamoJobs, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects
 from sluice.adapters.system import SystemClock
@@ -132,7 +132,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def run_command(*arguments: object) -> Ended:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main([str(each) for each in arguments])
+            app.main([str(each) for each in arguments])
         return Ended(int(ended.value.code or 0), *capsys.readouterr())
 
     return run_command

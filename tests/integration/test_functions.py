@@ -29,8 +29,8 @@ from functions.dead_letters import app as dead_letters_app
 from functions.job_ends import app as job_ends_app
 from functions.webhooks import app as webhooks_app
 from functions.worker import app as worker_app
-from scripts import openapi
 from scripts.claude_simulator import Running, read, running
+from scripts.documents import openapi
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
 from sluice.api import http
@@ -1432,10 +1432,6 @@ def test_more_values_than_a_document_holds_are_all_emitted(said: Callable[[], st
 
 
 # The document --------------------------------------------------------------------------------------------------
-
-
-def test_the_document_is_what_the_api_says() -> None:
-    assert openapi.DOCUMENT.read_text(encoding="utf-8") == openapi.written()
 
 
 def test_the_document_promises_our_errors_and_no_others() -> None:

@@ -25,7 +25,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
 from functions.api import app as api_app
-from scripts import openapi
+from scripts.documents.__main__ import DOCS
 from sluice.domain.jobs import DueFor
 from sluice.wiring import shared, stores
 from tests.fakes import MINUTE
@@ -33,7 +33,7 @@ from tests.fresh import forget_what_is_wired
 from tests.moto_aws import Aws, in_memory
 
 CLIENT_KEY: Final = "sk-ant-test-fuzz-of-acme"
-DOCUMENT: Final = schemathesis.openapi.from_path(openapi.DOCUMENT)
+DOCUMENT: Final = schemathesis.openapi.from_path(DOCS / "openapi.json")
 Case: TypeAlias = "schemathesis.Case[Any]"
 CHECKS: Final = [
     checks.status_code_conformance,

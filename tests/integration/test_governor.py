@@ -19,10 +19,10 @@ from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 
 from functions.governor import app
+from scripts.cli.deployed import Stack
 from scripts.local_stack import LocalStack, Ready
 from scripts.local_stack.emulator import REGION, call
 from scripts.local_stack.proofs import mappings_as_sent
-from scripts.setup_stack import Stack
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import (
     JOBS_NOTES_ID,

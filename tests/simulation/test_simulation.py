@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pytest
 
-from scripts.state_machine import redrawn
+from scripts.documents.markers import replaced
 from tests.simulation.bugs import BUGS
 from tests.simulation.checks import CHECKS
 from tests.simulation.faults import FAULTS
@@ -85,7 +85,7 @@ def test_every_deliberate_bug_is_documented() -> None:
     page = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
     rows = [f"| `{name}` | {bug.what} |" for name, bug in BUGS.items()]
 
-    assert redrawn(page, "bugs", "\n".join(["| name | the bug |", "|---|---|", *rows])) == page
+    assert replaced(page, "bugs", "\n".join(["| name | the bug |", "|---|---|", *rows])) == page
 
 
 def test_faults_and_checks_strike_and_look() -> None:

@@ -7,9 +7,9 @@ from typing import Any, Self
 
 import pytest
 
-from scripts.cli_errors import CommandFailed, GatewayRefused, GatewayUnreachable
-from scripts.live_bar import LiveBar
-from scripts.progress import PlainLines, Snapshot, Tally, dollars, span, wait_for
+from scripts.cli.bar import LiveBar
+from scripts.cli.errors import CommandFailed, GatewayRefused, GatewayUnreachable
+from scripts.cli.progress import PlainLines, Snapshot, Tally, dollars, span, wait_for
 
 LIMITS = [
     {"model_group": "haiku", "learned": True, "limits": {"requests": 600}},

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scripts.cli_errors import CommandFailed, GatewayRefused, GatewayUnreachable
-from scripts.submission import (
+from scripts.cli.errors import CommandFailed, GatewayRefused, GatewayUnreachable
+from scripts.cli.submission import (
     MAX_BYTES_PER_LIST,
     Line,
     Rejected,

@@ -9,8 +9,9 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from scripts import cli
-from scripts.state_machine import PAGE, redrawn, up_to_date
+from scripts.cli import app
+from scripts.documents.__main__ import DOCS, DOCUMENTS
+from scripts.documents.markers import replaced
 from sluice.api import http
 from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
@@ -64,7 +65,7 @@ def commands(group: TyperGroup, prefix: str) -> list[str]:
 
 
 def command_line() -> TyperGroup:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app.app)
     assert isinstance(group, TyperGroup)
     return group
 
@@ -172,15 +173,23 @@ def test_every_outcome_of_an_attempt_is_explained(outcome: AttemptOutcome) -> No
     assert f"`{outcome}`" in section(STATE_MACHINE, "## What counts as an attempt")
 
 
-def test_the_state_machine_is_drawn_as_the_code_has_it() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-
-    assert up_to_date(page) == page
+# Generated documents
 
 
-def test_a_page_without_markers_is_not_drawn_into() -> None:
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_generated_document_is_up_to_date(name: str) -> None:
+    """If not: `python -m scripts.documents`."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+
+    assert DOCUMENTS[name](text) == text
+
+
+def test_a_page_without_markers_is_not_written_into() -> None:
     with pytest.raises(ValueError, match="drawing:begin"):
-        redrawn("# A page\n", "drawing", "picture")
+        replaced("# A page\n", "drawing", "picture")
+
+
+# Alarms and metrics
 
 
 def test_every_alarm_has_an_entry_that_says_what_to_do_and_no_other_has() -> None:

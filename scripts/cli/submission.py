@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, Protocol
 
-from scripts.cli_errors import CommandFailed, GatewayRefused
-from scripts.client import Json
+from scripts.cli.client import Json
+from scripts.cli.errors import CommandFailed, GatewayRefused
 
 MAX_JOBS_PER_LIST = 100
 # Lambda takes 6 MB per call, and base64 or escaping on the way may add a third.

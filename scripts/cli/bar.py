@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from scripts.progress import Snapshot
+from scripts.cli.progress import Snapshot
 
 
 class LiveBar:

@@ -8,8 +8,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from scripts.client import FINAL_STATES, Json
-from scripts.progress import dollars
+from scripts.cli.client import FINAL_STATES, Json
+from scripts.cli.progress import dollars
 
 STATE_STYLES = {
     "succeeded": "green",

@@ -1,21 +1,19 @@
-"""The command line: `sluice`. A client of the HTTP API; `setup`, `keys` and `dead-letters` call AWS instead."""
+"""Jobs: `sluice submit`, `get`, `results`, `list` and `cancel`."""
 # ruff: noqa: PLC0415 - a command imports its own dependencies, so that --help stays fast
 
-import sys
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from scripts import cli_batches, cli_stack, terminal
-from scripts.cli_errors import CommandFailed, GatewayRefused
-from scripts.cli_options import (
+from scripts.cli import terminal
+from scripts.cli.errors import GatewayRefused
+from scripts.cli.options import (
     AsJson,
     Deadline,
     FallbackModels,
@@ -24,41 +22,16 @@ from scripts.cli_options import (
     Url,
     Webhook,
     gateway_at,
-    secret_of,
 )
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_MODEL = "claude-haiku-5-5"
 DEFAULT_MAX_TOKENS = 1024
 CANCELS_IN_FLIGHT = 8
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    # Else the lines of a docstring stay lines, whatever the width of the terminal.
-    rich_markup_mode="markdown",
-    # Local variables in a traceback would show keys.
-    pretty_exceptions_enable=False,
-    help=(
-        "Sluice: a job gateway for Claude in your own AWS account.\n\n"
-        "Set SLUICE_URL to the gateway's URL and SLUICE_KEY to your client key, or pass "
-        "--key-file. "
-        "Results go to standard output, messages to standard error. "
-        "Exit codes: 0 success, 1 failure, 2 invalid command line."
-    ),
-)
-local_app = typer.Typer(no_args_is_help=True, help="Run Sluice on this machine.")
-
 JobState = Literal["queued", "running", "succeeded", "errored", "canceled", "expired"]
 FinalState = Literal["succeeded", "errored", "canceled", "expired"]
 
 
-# ---------------------------------------------------------------- jobs
-
-
-@app.command()
 def submit(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path | None,
@@ -134,8 +107,8 @@ def submit(  # noqa: PLR0913 - a command line has options
     jobs are sent. The exit code is 1 if a line is invalid, a job is rejected or, with --wait, a job does
     not succeed.
     """
-    from scripts.submission import deadline_at
-    from scripts.submit_run import Submission, prompt_line
+    from scripts.cli.run import Submission, prompt_line
+    from scripts.cli.submission import deadline_at
 
     _check_source(file, prompt, key_file, prompt_only=bool(model or max_tokens or system))
     if out is not None and not wait:
@@ -173,7 +146,6 @@ def submit(  # noqa: PLR0913 - a command line has options
         raise typer.Exit(1)
 
 
-@app.command()
 def get(
     job_id: Annotated[str, typer.Argument(help="Job ID.")],
     *,
@@ -188,12 +160,11 @@ def get(
     if as_json:
         terminal.print_json(job)
         return
-    from scripts import show
+    from scripts.cli import tables
 
-    show.console().print(show.job_panel(job))
+    tables.console().print(tables.job_panel(job))
 
 
-@app.command()
 def results(  # noqa: PLR0913 - a command line has options
     job_ids: Annotated[
         list[str] | None, typer.Argument(help="Job IDs. Default: all ended jobs.")
@@ -215,8 +186,8 @@ def results(  # noqa: PLR0913 - a command line has options
     are errored (with its error), canceled and expired. If a requested job is unknown or has not ended, it
     is reported and the exit code is 1.
     """
-    from scripts.client import FINAL_STATES
-    from scripts.results import fetch, line_of
+    from scripts.cli.client import FINAL_STATES
+    from scripts.cli.results import fetch, line_of
 
     missing: list[str] = []
 
@@ -241,7 +212,6 @@ def results(  # noqa: PLR0913 - a command line has options
         raise typer.Exit(1)
 
 
-@app.command("list")
 def list_jobs(  # noqa: PLR0913 - a command line has options
     *,
     state: Annotated[
@@ -259,15 +229,14 @@ def list_jobs(  # noqa: PLR0913 - a command line has options
     if as_json:
         terminal.print_json({"data": jobs})
         return
-    from scripts import show
+    from scripts.cli import tables
 
     if jobs:
-        show.console().print(show.jobs_table(jobs))
+        tables.console().print(tables.jobs_table(jobs))
     else:
         terminal.say("no jobs" if state is None else f"no {state} jobs")
 
 
-@app.command()
 def cancel(
     job_ids: Annotated[list[str], typer.Argument(help="IDs of the jobs to cancel.")],
     *,
@@ -302,165 +271,6 @@ def cancel(
         raise typer.Exit(1)
 
 
-# ---------------------------------------------------------------- batches
-
-app.command()(cli_batches.upload)
-app.add_typer(cli_batches.batches_app, name="batches")
-
-
-# ---------------------------------------------------------------- usage and limits
-
-
-@app.command()
-def usage(  # noqa: PLR0913 - a command line has options
-    *,
-    from_day: Annotated[
-        str | None, typer.Option("--from", help="First day (UTC), such as 2026-12-01.")
-    ] = None,
-    to_day: Annotated[
-        str | None, typer.Option("--to", help="Last day (UTC), such as 2026-12-31.")
-    ] = None,
-    group_by: Annotated[
-        str | None, typer.Option("--group-by", help="Comma-separated list of day, model, lane.")
-    ] = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    key: Key = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Show calls, tokens and cost."""
-    named = {"from": from_day, "to": to_day, "group_by": group_by and group_by.replace(" ", "")}
-    with gateway_at(url, key, key_file) as gateway:
-        used = gateway.usage({name: value for name, value in named.items() if value})
-    if as_json:
-        terminal.print_json(used)
-        return
-    from scripts import show
-
-    show.console().print(show.usage_table(used))
-
-
-@app.command("webhook-secret")
-def webhook_secret(*, url: Url = None, key: Key = None, key_file: KeyFile = None) -> None:
-    """Print the signing secret of your webhooks, for use with a Standard Webhooks library."""
-    with gateway_at(url, key, key_file) as gateway:
-        print(gateway.webhook_secret())
-
-
-@app.command()
-def limits(
-    *, as_json: AsJson = False, url: Url = None, key: Key = None, key_file: KeyFile = None
-) -> None:
-    """Show the limit groups: Claude's rate limits per minute, as learned from its responses."""
-    with gateway_at(url, key, key_file) as gateway:
-        groups = gateway.limits()
-    if as_json:
-        terminal.print_json({"data": groups})
-        return
-    from scripts import show
-
-    if groups:
-        show.console().print(show.limits_table(groups))
-    else:
-        terminal.say("no limit groups yet: Sluice learns them from the first jobs")
-
-
-# ---------------------------------------------------------------- stacks
-
-app.command()(cli_stack.setup)
-app.add_typer(cli_stack.keys_app, name="keys")
-app.add_typer(cli_stack.letters_app, name="dead-letters")
-app.add_typer(local_app, name="local")
-
-
-@local_app.command("up")
-def local_up(  # noqa: PLR0913 - a command line has options
-    *,
-    port: Annotated[
-        int,
-        typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 selects a free port."),
-    ] = 4566,
-    claude_url: Annotated[
-        str | None,
-        typer.Option("--claude-url", help="Base URL of Claude for keys without a base_url."),
-    ] = None,
-    key_pool: Annotated[
-        Path | None, typer.Option("--key-pool", help="JSON file with the upstream keys.")
-    ] = None,
-    client_key: Annotated[
-        str | None,
-        typer.Option(
-            "--client-key",
-            help="Client key to accept. Default: a random key. The value is visible in the process list; "
-            "prefer --client-key-file or the environment variable SLUICE_CLIENT_KEY.",
-        ),
-    ] = None,
-    client_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--client-key-file",
-            help="File with the client key on one line. Use - for standard input.",
-            allow_dash=True,
-        ),
-    ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            "--concurrency", min=2, max=1000, help="Maximum concurrent worker invocations."
-        ),
-    ] = None,
-    account_concurrency: Annotated[
-        int | None,
-        typer.Option(
-            "--account-concurrency",
-            min=5,
-            help="Lambda concurrency limit of the account, such as 10. Default: 1,000.",
-        ),
-    ] = None,
-) -> None:
-    """Run Sluice locally until Ctrl-C.
-
-    Without --claude-url and --key-pool, jobs run against the bundled Claude simulator: no account, no
-    cost. When the stack is ready, it prints one JSON line: use api_url as SLUICE_URL and client_key as
-    SLUICE_KEY.
-    """
-    client_key = secret_of("client-key", client_key, client_key_file)
-    try:
-        from scripts.local_stack import up
-    except ModuleNotFoundError as error:
-        raise CommandFailed(f"the local stack needs {error.name}: run `make setup`") from None
-    raise typer.Exit(
-        up(
-            port=port,
-            claude_url=claude_url,
-            key_pool=key_pool,
-            client_key=client_key,
-            concurrency=concurrency,
-            account_concurrency=account_concurrency,
-        )
-    )
-
-
-def _show_version(wanted: bool) -> None:  # noqa: FBT001 - called by Typer
-    if wanted:
-        try:
-            typer.echo(version("sluice"))
-        except PackageNotFoundError:
-            typer.echo("unknown: not installed")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    *,
-    show_version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version),
-    ] = False,
-) -> None:
-    pass
-
-
 def _check_source(
     file: Path | None, prompt: str | None, key_file: Path | None, *, prompt_only: bool
 ) -> None:
@@ -477,16 +287,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise typer.BadParameter(f'--metadata "{text}" is not name=value')
     return name, value
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with its code."""
-    try:
-        app(arguments, prog_name="sluice")
-    except CommandFailed as failed:
-        terminal.say(f"error: {failed}")
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from scripts.cli_errors import CommandFailed, GatewayRefused, GatewayUnreachable, NotConfigured
+from scripts.cli.errors import CommandFailed, GatewayRefused, GatewayUnreachable, NotConfigured
 
 Json = dict[str, Any]
 

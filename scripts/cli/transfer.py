@@ -9,8 +9,8 @@ from typing import Protocol
 
 import httpx
 
-from scripts.cli_errors import CommandFailed
-from scripts.client import Json
+from scripts.cli.client import Json
+from scripts.cli.errors import CommandFailed
 
 PARTS_IN_FLIGHT = 4
 PART_TRIES = 5

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from scripts.cli_errors import CommandFailed
+from scripts.cli.errors import CommandFailed
 
 
 def say(text: str) -> None:

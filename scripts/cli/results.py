@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
-from scripts.cli_errors import GatewayRefused
-from scripts.client import FINAL_STATES, Gateway, Json
+from scripts.cli.client import FINAL_STATES, Gateway, Json
+from scripts.cli.errors import GatewayRefused
 
 FETCHES_IN_FLIGHT = 8
 

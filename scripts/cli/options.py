@@ -1,4 +1,4 @@
-"""Options shared by several commands, and the gateway they select."""
+"""Options shared by several commands, and the gateway that they select."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts import terminal
+from scripts.cli import terminal
 
 if TYPE_CHECKING:
-    from scripts.client import Gateway
+    from scripts.cli.client import Gateway
 
 Url = Annotated[str | None, typer.Option("--url", envvar="SLUICE_URL", help="URL of the gateway.")]
 Key = Annotated[
@@ -44,15 +44,24 @@ FallbackModels = Annotated[
         help="Model to use if the requested one is overloaded or refuses. Repeatable.",
     ),
 ]
-
 Webhook = Annotated[
     str | None, typer.Option("--webhook", help="HTTPS URL to notify on completion.")
+]
+
+StackName = Annotated[str, typer.Option("--stack", help="Name of the CloudFormation stack.")]
+Region = Annotated[
+    str | None,
+    typer.Option("--region", help="AWS region. Default: the region of your AWS profile."),
+]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option("--endpoint-url", help="AWS endpoint URL, such as that of the local stack."),
 ]
 
 
 def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -> "Gateway":
     """Returns the gateway of these options; raises CommandFailed if one is missing."""
-    from scripts.client import Gateway  # noqa: PLC0415 - --help does without it
+    from scripts.cli.client import Gateway  # noqa: PLC0415 - --help does without it
 
     return Gateway(url, secret_of("key", key, key_file), on_wait=terminal.say)
 

@@ -1,19 +1,14 @@
-"""The HTTP API's document: `python -m scripts.openapi` writes docs/openapi.json, `--check` fails on drift."""
+"""The HTTP API's document, docs/openapi.json, as `functions/api/app.py` declares it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any, Final
 
 from aws_lambda_powertools.event_handler.openapi.models import APIKey, HTTPBearer
 
 import sluice
 from functions.api.app import app
-
-DOCUMENT: Final = Path(__file__).resolve().parents[1] / "docs" / "openapi.json"
 
 ABOUT: Final = (
     "A job gateway for Claude. Submit Messages API requests as jobs and fetch Claude's answers when they are "
@@ -49,26 +44,6 @@ def document() -> dict[str, Any]:
     return found
 
 
-def written() -> str:
+def updated(_: str = "") -> str:
     """Return the text of docs/openapi.json."""
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
-
-
-def main() -> int:
-    """Write the document, or with --check compare it; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="compare only; exit 1 if the file is out of date"
-    )
-    if not parser.parse_args().check:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(written(), encoding="utf-8")
-        return 0
-    if DOCUMENT.exists() and DOCUMENT.read_text(encoding="utf-8") == written():
-        return 0
-    print(f"{DOCUMENT} is out of date; run python -m scripts.openapi", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

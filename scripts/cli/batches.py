@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from scripts import terminal
-from scripts.cli_errors import CommandFailed
-from scripts.cli_options import (
+from scripts.cli import terminal
+from scripts.cli.errors import CommandFailed
+from scripts.cli.options import (
     AsJson,
     Deadline,
     FallbackModels,
@@ -26,7 +26,7 @@ from scripts.cli_options import (
 )
 
 if TYPE_CHECKING:
-    from scripts.client import Gateway, Json
+    from scripts.cli.client import Gateway, Json
 
 SOONEST_LOOK_SECONDS = 0.5
 LATEST_LOOK_SECONDS = 5.0
@@ -90,8 +90,8 @@ def upload(  # noqa: PLR0913 - a command line has options
     Prints the batch ID. Re-uploading an identical file does nothing unless you change --run. With --wait, the
     exit code is 1 if a row fails or a line is invalid.
     """
-    from scripts.batch_files import bucket
-    from scripts.submission import deadline_at
+    from scripts.cli.submission import deadline_at
+    from scripts.cli.transfer import bucket
 
     if out is not None and not wait:
         raise typer.BadParameter("--out requires --wait")
@@ -143,10 +143,10 @@ def list_batches(
     if as_json:
         terminal.print_json({"data": batches})
         return
-    from scripts import show
+    from scripts.cli import tables
 
     if batches:
-        show.console().print(show.batches_table(batches))
+        tables.console().print(tables.batches_table(batches))
     else:
         terminal.say("no batches")
 
@@ -169,9 +169,9 @@ def show_batch(  # noqa: PLR0913 - a command line has options
     if as_json:
         terminal.print_json(batch)
         return
-    from scripts import show
+    from scripts.cli import tables
 
-    show.console().print(show.batch_panel(batch))
+    tables.console().print(tables.batch_panel(batch))
 
 
 @batches_app.command("results")
@@ -204,8 +204,8 @@ def cancel_batch(
 
 
 def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
-    from scripts.progress import batch_snapshot
-    from scripts.submit_run import display_for
+    from scripts.cli.progress import batch_snapshot
+    from scripts.cli.run import display_for
 
     pause = SOONEST_LOOK_SECONDS
     with display_for(sys.stderr) as display:
@@ -229,7 +229,7 @@ def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
 
 def _judged(batch: "Json") -> bool:
     """Reports how the batch ended; returns whether every row succeeded."""
-    from scripts.progress import dollars
+    from scripts.cli.progress import dollars
 
     rows = batch["rows"]
     failed = rows["errored"] + rows["canceled"] + rows["expired"]
@@ -253,7 +253,7 @@ def _write(gateway: "Gateway", batch_id: str, kind: str, sink: TextIO) -> None:
 def _texts(gateway: "Gateway", batch_id: str, kind: str) -> Iterator[str]:
     import codecs
 
-    from scripts.batch_files import bucket
+    from scripts.cli.transfer import bucket
 
     # A chunk may end in the middle of a character.
     decoder = codecs.getincrementaldecoder("utf-8")()

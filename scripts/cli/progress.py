@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, Self, TextIO
 
-from scripts.cli_errors import CommandFailed, GatewayRefused, GatewayUnreachable
-from scripts.client import FINAL_STATES, MAX_IDS_PER_LOOK, Json
+from scripts.cli.client import FINAL_STATES, MAX_IDS_PER_LOOK, Json
+from scripts.cli.errors import CommandFailed, GatewayRefused, GatewayUnreachable
 
 RATE_WINDOW_SECONDS = 20.0
 # Before this much time has passed a rate says more about the first answers than about the run.

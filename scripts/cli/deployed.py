@@ -17,7 +17,7 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from scripts.cli_errors import CommandFailed
+from scripts.cli.errors import CommandFailed
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import DynamoJobs, DynamoLimits, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects

@@ -9,11 +9,11 @@ from functools import cache
 from importlib.resources import files
 from typing import TextIO
 
-from scripts import terminal
-from scripts.client import Gateway, Json
-from scripts.progress import Display, PlainLines, dollars, span, wait_for
-from scripts.results import fetch, line_of
-from scripts.submission import Outcome, read_jobs, send
+from scripts.cli import terminal
+from scripts.cli.client import Gateway, Json
+from scripts.cli.progress import Display, PlainLines, dollars, span, wait_for
+from scripts.cli.results import fetch, line_of
+from scripts.cli.submission import Outcome, read_jobs, send
 from sluice.domain import limits
 
 # More ids than this would push what a person has to read off the screen.
@@ -164,7 +164,7 @@ def display_for(stream: TextIO) -> Display:
     if not stream.isatty():
         return PlainLines(stream)
     # Rich costs tens of milliseconds to load; only those who see the bar pay for it.
-    from scripts.live_bar import LiveBar  # noqa: PLC0415
+    from scripts.cli.bar import LiveBar  # noqa: PLC0415
 
     return LiveBar(stream)
 

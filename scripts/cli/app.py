@@ -1,0 +1,71 @@
+"""The command tree and its entry point."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from scripts.cli import batches, jobs, letters, local, stack, terminal, usage
+from scripts.cli.errors import CommandFailed
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # Else the lines of a docstring stay lines, whatever the width of the terminal.
+    rich_markup_mode="markdown",
+    # Local variables in a traceback would show keys.
+    pretty_exceptions_enable=False,
+    help=(
+        "Sluice: a job gateway for Claude in your own AWS account.\n\n"
+        "Set SLUICE_URL to the gateway's URL and SLUICE_KEY to your client key, or pass "
+        "--key-file. "
+        "Results go to standard output, messages to standard error. "
+        "Exit codes: 0 success, 1 failure, 2 invalid command line."
+    ),
+)
+
+app.command()(jobs.submit)
+app.command()(jobs.get)
+app.command()(jobs.results)
+app.command("list")(jobs.list_jobs)
+app.command()(jobs.cancel)
+app.command()(batches.upload)
+app.add_typer(batches.batches_app, name="batches")
+app.command()(usage.usage)
+app.command("webhook-secret")(usage.webhook_secret)
+app.command()(usage.limits)
+app.command()(stack.setup)
+app.add_typer(stack.keys_app, name="keys")
+app.add_typer(letters.letters_app, name="dead-letters")
+app.add_typer(local.local_app, name="local")
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - called by Typer
+    if wanted:
+        try:
+            typer.echo(version("sluice"))
+        except PackageNotFoundError:
+            typer.echo("unknown: not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    try:
+        app(arguments, prog_name="sluice")
+    except CommandFailed as failed:
+        terminal.say(f"error: {failed}")
+        sys.exit(1)
