@@ -38,6 +38,7 @@ class MemoryBatches(Fragile):
         self.stored: dict[str, Batch] = {}
         self.ranges: dict[tuple[str, int], RangeState] = {}
         self.marked: dict[tuple[str, str], dict[int, Tally]] = {}
+        self.running: dict[tuple[str, str], dict[int, Tally]] = {}
         self.creates: dict[tuple[str, str], tuple[str, int]] = {}
         self.held: dict[tuple[str, int | None], int | None] = {}
         """What the index of due things says instead of the record: held until, or released (None)."""
@@ -97,12 +98,20 @@ class MemoryBatches(Fragile):
         self._do("mark", f"{group} {member}")
         done = self.marked.setdefault((batch_id, group), {})
         done.setdefault(member, tally)
-        return _progress(done)
+        running = self.running.setdefault((batch_id, group), {})
+        running.pop(member, None)
+        return _progress(done, running)
+
+    def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
+        self._do("note_running", f"{group} {member}")
+        done = self.marked.setdefault((batch_id, group), {})
+        if member not in done:
+            self.running.setdefault((batch_id, group), {})[member] = tally
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         self._do("groups", prefix)
         return {
-            group: _progress(done)
+            group: _progress(done, self.running.get((owner, group), {}))
             for (owner, group), done in sorted(self.marked.items())
             if owner == batch_id and group.startswith(prefix)
         }
@@ -155,8 +164,8 @@ def _created(batch: Batch) -> tuple[int, str]:
     return batch.created_at, batch.batch_id
 
 
-def _progress(done: Mapping[int, Tally]) -> Progress:
-    return Progress(len(done), sum(done.values(), Tally()))
+def _progress(done: Mapping[int, Tally], running: Mapping[int, Tally]) -> Progress:
+    return Progress(len(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
 
 
 class MemoryWriter:

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 BATCH: Final = "batch"
 WHAT: Final = "the batches table"
 
+_RUNNING: Final = "running_"
+"""With a member's number: the attribute of a group that holds the member's sums so far."""
+
+_NOT_DONE: Final = "attribute_not_exists(done) OR NOT contains(done, :number)"
 _DUE: Final = ("due_shard", "due_at", "due_tenant", "due_model")
 
 
@@ -108,22 +112,22 @@ class DynamoBatches:
         numbers = tally.as_dict()
         adds = ", ".join(["done :member", *(f"#{name} :{name}" for name in numbers)])
         key: Any = {"batch_id": {"S": batch_id}, "part": {"S": group}}
-        names = {f"#{name}": name for name in numbers}
+        names = {f"#{name}": name for name in numbers} | {"#running": f"{_RUNNING}{member}"}
         try:
             answer = aws.patiently(
                 WHAT,
                 self._client.update_item,
                 TableName=self._table,
                 Key=key,
-                UpdateExpression=f"SET expires_at = :expires ADD {adds}",
-                ConditionExpression="attribute_not_exists(done) OR NOT contains(done, :number)",
+                UpdateExpression=f"SET expires_at = :expires ADD {adds} REMOVE #running",
+                ConditionExpression=_NOT_DONE,
                 ExpressionAttributeValues={
                     ":member": {"NS": [str(member)]},
                     ":number": {"N": str(member)},
                     ":expires": {"N": str(self._expires())},
                     **{f":{name}": {"N": str(value)} for name, value in numbers.items()},
                 },
-                **({"ExpressionAttributeNames": names} if names else {}),
+                ExpressionAttributeNames=names,
                 ReturnValues="ALL_NEW",
             )
         except ClientError as error:
@@ -131,6 +135,27 @@ class DynamoBatches:
                 raise
             return _progress(self._get(batch_id, group) or {})
         return _progress(answer["Attributes"])
+
+    def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
+        """Note the sums of a member so far; does nothing once the member is done."""
+        try:
+            aws.patiently(
+                WHAT,
+                self._client.update_item,
+                TableName=self._table,
+                Key={"batch_id": {"S": batch_id}, "part": {"S": group}},
+                UpdateExpression="SET expires_at = :expires, #running = :sums",
+                ConditionExpression=_NOT_DONE,
+                ExpressionAttributeNames={"#running": f"{_RUNNING}{member}"},
+                ExpressionAttributeValues={
+                    ":sums": {"S": json.dumps(tally.as_dict(), separators=(",", ":"))},
+                    ":number": {"N": str(member)},
+                    ":expires": {"N": str(self._expires())},
+                },
+            )
+        except ClientError as error:
+            if aws.code(error) != "ConditionalCheckFailedException":
+                raise
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         """Return all groups whose names begin so, by name and in the order of their names."""
@@ -303,4 +328,11 @@ def _range(item: Item) -> RangeState:
 
 def _progress(item: Item) -> Progress:
     numbers = {each.name: int(item[each.name]["N"]) for each in fields(Tally) if each.name in item}
-    return Progress(len(item.get("done", {}).get("NS", ())), Tally(**numbers))
+    done = set(item.get("done", {}).get("NS", ()))
+    # A member that another release marked as done may have left its attribute.
+    running = [
+        Tally(**json.loads(value["S"]))
+        for name, value in item.items()
+        if name.startswith(_RUNNING) and name.removeprefix(_RUNNING) not in done
+    ]
+    return Progress(len(done), Tally(**numbers), sum(running, Tally()))

@@ -567,6 +567,8 @@ class Progress:
 
     members: int
     tally: Tally
+    running: Tally = field(default_factory=Tally)
+    """Sums of the members that are not done, as last noted: for progress alone."""
 
 
 @dataclass(frozen=True, slots=True)

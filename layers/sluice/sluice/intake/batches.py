@@ -203,7 +203,7 @@ class Batches:
         return self._batches.listing(self._tenant, limit, after=after, before=before)
 
     def progress(self, batch: Batch) -> Tally:
-        """Return the sums of the ranges that are done."""
+        """Return the sums of all rows that have ended; those of running ranges are some seconds old."""
         if batch.phase is Phase.ENDED:
             return batch.tally
         found = self._batches.groups(batch.batch_id, "section#")
@@ -287,7 +287,7 @@ def is_archived(batch: Batch, now: int) -> bool:
 
 
 def _sum(groups: Mapping[str, Progress]) -> Tally:
-    return sum((group.tally for group in groups.values()), Tally())
+    return sum((group.tally + group.running for group in groups.values()), Tally())
 
 
 _FIELDS: Final[Mapping[Source, frozenset[str]]] = {

@@ -50,6 +50,10 @@ class BatchStore(Protocol):
         """Count a member of a group as done, once however often it is said; return the group as it is then."""
         ...
 
+    def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
+        """Note the sums of a member so far; does nothing once the member is done."""
+        ...
+
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         """Return all groups whose names begin so, by name and in the order of their names."""
         ...
