@@ -1,4 +1,4 @@
-"""`make demo`: runs Sluice locally, submits 200 jobs against the simulator, and prints the results and the cost.
+"""`make demo`: run Sluice locally, submit 200 jobs against the simulator, and print the results and the cost.
 
 Needs no account and costs nothing. If ANTHROPIC_API_KEY is set and standard input is a terminal, it offers to
 send three small jobs to the real API instead.
@@ -28,12 +28,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from scripts.cli import terminal
 from scripts.cli.client import Gateway, Json
 from scripts.cli.errors import CommandFailed
 from scripts.cli.progress import dollars, span
 from scripts.cli.run import wait_and_show
 from scripts.cli.submission import deadline_at, read_jobs, send
-from scripts.cli.terminal import say
 from scripts.local_stack import LocalStack, Ready, StackError
 from scripts.local_stack.emulator import Child, clean_environment
 
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """From the submit to the last answer."""
+        """Seconds from the submit to the last answer."""
         return self.ended_at - self.began_at
 
 
@@ -85,7 +85,7 @@ class Run:
 
 
 def demo_jobs() -> list[Json]:
-    """Returns 200 jobs of several kinds; all differ, so that a call billed twice is detected."""
+    """Return 200 jobs of several kinds; all differ, so that a call billed twice is detected."""
     return [_demo_job(number) for number in range(1, JOBS + 1)]
 
 
@@ -123,24 +123,26 @@ def _real_jobs() -> list[Json]:
 
 
 def run_jobs(ready: Ready, jobs: list[Json]) -> Run:
-    """Submits the jobs, shows a progress bar until they end, and returns the results."""
+    """Submit the jobs, show progress until they end, and return the results."""
     finished: list[Json] = []
-    with Gateway(ready.api_url, ready.client_key, on_wait=say) as gateway:
+    with Gateway(ready.api_url, ready.client_key, on_wait=terminal.say) as gateway:
         began_at = time.time()
         lines = (json.dumps(job).encode() for job in jobs)
-        # The deadline ends the demo whatever goes wrong, such as a rejected key.
+        # The deadline ends the demo whatever fails, such as a rejected key.
         defaults = {"deadline": deadline_at(DEADLINE, datetime.now(UTC))}
         outcome = send(gateway, read_jobs(lines, defaults), f"demo-{uuid.uuid4().hex}")
         if outcome.stopped:
             raise outcome.stopped
         for line in outcome.rejected:
-            say(f"job {line.line}: {line.error_type}: {line.message}")
+            terminal.say(f"job {line.line}: {line.error_type}: {line.message}")
         wait_and_show(gateway, [job.job_id for job in outcome.accepted], finished.extend)
         done = [job for job in finished if job["state"] == "succeeded"]
         example = gateway.job(done[0]["id"]) if done else None
         failed = [job for job in finished if job["state"] != "succeeded"]
         for job in failed:
-            say(f"{job['custom_id']} {job['state']}: {(job.get('error') or {}).get('message')}")
+            terminal.say(
+                f"{job['custom_id']} {job['state']}: {(job.get('error') or {}).get('message')}"
+            )
     return Run(
         jobs=len(jobs),
         succeeded=len(done),
@@ -173,7 +175,7 @@ class Upstream:
 
 
 def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -> Upstream:
-    """Returns the simulator's statistics for a run that started at `began_at`."""
+    """Return the simulator's statistics for a run that started at `began_at`."""
     answered: dict[str, list[Json]] = defaultdict(list)
     for row in ledger:
         if row["outcome"] == "answered":
@@ -195,7 +197,7 @@ def upstream_of(stats: Mapping[str, Any], ledger: list[Json], began_at: float) -
 
 
 def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> float:
-    """Returns how long these calls take if each starts as soon as the request limit allows."""
+    """Return how long these calls take if each starts as soon as the request limit allows."""
     times = sorted((float(call["at"]), float(call["ended_at"])) for call in calls)
     return max(
         max(0.0, (place - capacity) / per_second) + ended_at - at
@@ -205,7 +207,7 @@ def ideal_seconds(calls: list[Json], per_second: float, capacity: float) -> floa
 
 @contextmanager
 def _simulator() -> Iterator[str]:
-    """Gives the address of a simulator with the demo's limits."""
+    """Give the URL of a simulator with the demo's limits."""
     child = Child(
         *("scripts.claude_simulator", "--port", "0"),
         *("--rpm", str(REQUESTS_PER_MINUTE), "--burst-seconds", str(BURST_SECONDS)),
@@ -215,7 +217,7 @@ def _simulator() -> Iterator[str]:
     try:
         stdout = child.process.stdout
         lines: list[bytes] = []
-        # A reader of its own, because reading a pipe cannot be given up after a time.
+        # In a thread of its own, because reading from a pipe has no timeout.
         reader = threading.Thread(
             target=lambda: lines.append(stdout.readline() if stdout else b""), daemon=True
         )
@@ -231,11 +233,13 @@ def _simulator() -> Iterator[str]:
 
 
 def _against_simulator(console: Console) -> bool:
-    say(f"Starting the Claude simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice.")
+    terminal.say(
+        f"Starting the Claude simulator ({REQUESTS_PER_MINUTE} requests per minute) and Sluice."
+    )
     with _simulator() as claude_url:
         pool = {"keys": [{"id": "demo", "api_key": UPSTREAM_KEY, "base_url": claude_url}]}
-        with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
-            say(f"Submitting {JOBS} jobs.")
+        with LocalStack(key_pool=pool, tenant="demo", say=terminal.say).running() as ready:
+            terminal.say(f"Submitting {JOBS} jobs.")
             run = run_jobs(ready, demo_jobs())
             upstream = _books(claude_url, run.began_at)
     console.print(_simulated_table(run, upstream))
@@ -268,9 +272,9 @@ def _simulated_table(run: Run, upstream: Upstream) -> Table:
 
 
 def _against_claude(console: Console, api_key: str) -> bool:
-    say("Starting Sluice.")
+    terminal.say("Starting Sluice.")
     pool = {"keys": [{"id": "main", "api_key": api_key}]}
-    with LocalStack(key_pool=pool, tenant="demo", say=say).running() as ready:
+    with LocalStack(key_pool=pool, tenant="demo", say=terminal.say).running() as ready:
         run = run_jobs(ready, _real_jobs())
     table = _result_table(run)
     table.add_row("Elapsed time", span(run.seconds))
@@ -281,7 +285,7 @@ def _against_claude(console: Console, api_key: str) -> bool:
 
 
 def _real_key_if_wanted() -> str | None:
-    """Returns the real key when there is one, a person to ask, and the person says yes."""
+    """Return the real key if it is set, there is a terminal, and the answer is yes."""
     key = os.environ.get("ANTHROPIC_API_KEY")
     if not key or not sys.stdin.isatty() or not sys.stdout.isatty():
         return None
@@ -289,7 +293,7 @@ def _real_key_if_wanted() -> str | None:
         f"ANTHROPIC_API_KEY is set. Send {REAL_JOBS} small jobs to the real API (well below one "
         "cent) instead of the simulator?"
     )
-    return key if typer.confirm(question, default=False) else None
+    return key if terminal.confirm(question) else None
 
 
 # ---------------------------------------------------------------- what is shown
@@ -311,19 +315,19 @@ def _print_answer(console: Console, run: Run) -> None:
     text = run.answer
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}…"
-    console.print(Panel(Text(text), title="Sample answer", title_align="left"))
+    console.print(Panel(Text(terminal.block(text)), title="Sample answer", title_align="left"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     del number, frame
-    # A second Ctrl-C must not interrupt the cleaning up.
+    # A second Ctrl-C must not interrupt the cleanup.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Runs the demo; returns 0 only if every job succeeded and none was billed twice."""
+    """Run the demo; return 0 only if every job succeeded and none was billed twice."""
     console = Console(highlight=False)
     try:
         key = _real_key_if_wanted()
@@ -331,10 +335,10 @@ def main() -> int:
         signal.signal(signal.SIGTERM, _stop)
         good = _against_claude(console, key) if key else _against_simulator(console)
     except (CommandFailed, StackError) as error:
-        say(f"error: {error}")
+        terminal.say(f"error: {error}")
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        say("stopped; all processes have ended")
+        terminal.say("stopped; all processes have ended")
         return 130
     return 0 if good else 1
 

@@ -1,4 +1,4 @@
-"""Which requests a local HTTP port of ours answers: those of programs on this machine, not of foreign web pages.
+"""Which requests our local HTTP servers accept: those of programs on this machine, not those of foreign web pages.
 
 A port on the loopback interface is open to every page in the user's browser. Two headers tell such a request from a
 program's: a page of another origin sends `Origin` with anything but a simple GET, and a page whose name was made to
@@ -20,9 +20,9 @@ HTTP_PORT: Final = 80
 
 
 def refusal(host: str | None, origin: str | None, port: int) -> str | None:
-    """Return why the server on `port` refuses a request with these headers, None when it may pass.
+    """Return why the server on `port` rejects a request with these headers, None if it accepts it.
 
-    None as a header: it was not sent. A header sent twice is refused when its values are joined by a comma.
+    A header that was not sent is None. A header that was sent twice is rejected if its values are joined by a comma.
     """
     own = {f"{name}:{port}" for name in NAMES} | (set(NAMES) if port == HTTP_PORT else set())
     if host is None:
@@ -35,10 +35,10 @@ def refusal(host: str | None, origin: str | None, port: int) -> str | None:
 
 
 class LocalHandler(BaseHTTPRequestHandler):
-    """A request handler that answers foreign requests with 403 before any method of it runs."""
+    """A request handler that responds to foreign requests with 403 before any of its methods runs."""
 
     def parse_request(self) -> bool:
-        """Read the head of a request; False when the request has been refused already."""
+        """Read the head of a request; return False if the request was rejected."""
         if not super().parse_request():
             return False
         port: int = self.connection.getsockname()[1]

@@ -15,7 +15,7 @@ from sluice.adapters import job_records
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
-from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
+from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.ports.batches import BatchPage, DueRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
@@ -138,15 +138,15 @@ class MemoryBatches(Fragile):
         ]
         return sorted(found, key=lambda due: (due.due_at, due.batch_id, due.number or -1))[:limit]
 
-    def hold(self, due: DueRange, until: int) -> DueRange | None:
-        self._do("hold", due.batch_id)
+    def postpone(self, due: DueRange, until: int) -> DueRange | None:
+        self._do("postpone", due.batch_id)
         if self._now_due(due) != due.due_at:
             return None
         self.held[due.batch_id, due.number] = until
         return replace(due, due_at=until)
 
-    def release(self, due: DueRange) -> None:
-        self._do("release", due.batch_id)
+    def remove(self, due: DueRange) -> None:
+        self._do("remove", due.batch_id)
         if self._now_due(due) == due.due_at:
             self.held[due.batch_id, due.number] = None
 
@@ -223,7 +223,7 @@ class MemoryObjects(Fragile):
         self._do("read", f"{key} {first} {size}")
         body = self.stored.get(key)
         if body is None or (etag is not None and _etag(body) != etag):
-            raise InputGone(key)
+            raise InputMissing(key)
         return body[first : first + max(0, size)]
 
     def stream(self, key: str) -> Iterator[bytes]:
@@ -296,8 +296,8 @@ class MemoryNotices(Fragile):
         super().__init__(journal)
         self.told: list[Notice] = []
 
-    def tell(self, notices: Sequence[Notice]) -> None:
-        self._do("tell", ", ".join(each.kind for each in notices))
+    def publish(self, notices: Sequence[Notice]) -> None:
+        self._do("publish", ", ".join(each.kind for each in notices))
         self.told += notices
 
 
@@ -365,8 +365,8 @@ class MemoryBatchQueues(Fragile):
                 at = self._now() + -(-delay // 1000) * 1000
                 self.ranges[message.message_id] = (message, batch_id, number, at)
 
-    def bury(self, message: Received, reason: str) -> None:
-        self._do("bury", message.message_id)
+    def reject(self, message: Received, reason: str) -> None:
+        self._do("reject", message.message_id)
         self.buried.append((message, reason))
 
 

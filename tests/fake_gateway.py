@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from scripts.local_doors import LocalHandler
 
@@ -64,9 +64,16 @@ class FakeGateway:
             }
         ]
     )
+    parts: dict[str, bytes] = field(default_factory=dict)
+    """What was uploaded, by file name."""
+    result_files: dict[str, bytes] = field(default_factory=dict)
+    """`results` and `errors` of the batch that an upload becomes."""
+    batch_problem: str | None = None
+    break_downloads: bool = False
+    """Whether downloads end before they are complete."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def answer(  # noqa: PLR0911 - one line per route
+    def answer(  # noqa: C901, PLR0911, PLR0912 - one line per route
         self, method: str, target: str, body: bytes, key: str | None
     ) -> tuple[int, Json]:
         """Carries out one call."""
@@ -86,6 +93,21 @@ class FakeGateway:
                 return 200, self.jobs[job_id]
             case "DELETE", ["jobs", job_id] if job_id in self.jobs:
                 return 200, self._cancel(self.jobs[job_id])
+            case "POST", ["uploads"]:
+                return 200, self._begin(json.loads(body))
+            case "PUT", ["bucket", name]:
+                self.parts[unquote(name)] = body
+                return 200, {}
+            case "POST", ["uploads", "complete"]:
+                return 200, self._batch(json.loads(body)["name"])
+            case "DELETE", ["uploads"]:
+                return 200, {}
+            case "GET", ["batches", "batch_1"] if self.parts:
+                return 200, self._batch(next(iter(self.parts)))
+            case "GET", ["batches", "batch_1", "links"]:
+                return 200, {
+                    kind: f"{self.url}/bucket/{kind}" for kind in ("results", "errors", "summary")
+                }
             case "GET", ["usage"]:
                 return 200, _usage(query)
             case "GET", ["limits"]:
@@ -108,6 +130,37 @@ class FakeGateway:
             return 400, {**_error("invalid_request_error", "no job was accepted"), "data": data}
         accepted = len(data) - rejected
         return 202, {"type": "job_list", "accepted": accepted, "rejected": rejected, "data": data}
+
+    def _begin(self, body: Json) -> Json:
+        put = f"{self.url}/bucket/{quote(body['name'], safe='')}"
+        part = {"part": 1, "url": put}
+        facts = {"id": "upload_1", "name": body["name"], "parts": 1}
+        return {**facts, "part_bytes": 5_000_000, "links": [part]}
+
+    def _batch(self, name: str) -> Json:
+        done = self.result_files.get("results", b"").count(b"\n")
+        invalid = self.result_files.get("errors", b"").count(b"\n")
+        states = {"errored": 0, "canceled": 0, "expired": 0, "duplicates": 0}
+        return {
+            "id": "batch_1",
+            "name": name,
+            "state": "ended",
+            "rows": {
+                "expected": done,
+                "done": done,
+                "succeeded": done,
+                "invalid": invalid,
+                **states,
+            },
+            "problem": self.batch_problem,
+            "cost_micro_usd": 0,
+            "input_tokens": 0,
+            "output_tokens": 0,
+            "created_at": NOW,
+            "estimated_end_at": None,
+            "ended_at": NOW,
+            "expires_at": NOW,
+        }
 
     def _look(self, job_id: str) -> Json:
         job = self.jobs[job_id]
@@ -241,7 +294,18 @@ class _Handler(LocalHandler):
                 scripted = gateway.script.pop(0)
                 self._reply(scripted.status, scripted.body, scripted.headers)
                 return
-            if self.headers.get("x-api-key") != CLIENT_KEY:
+            if self.command == "GET" and self.path.startswith("/bucket/"):
+                content = gateway.result_files.get(self.path.rpartition("/")[2], b"")
+                if gateway.break_downloads:
+                    self.close_connection = True
+                    self.send_response(200)
+                    self.send_header("content-length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content[: len(content) // 2])
+                    return
+                self._reply(200, content)
+                return
+            if self.command != "PUT" and self.headers.get("x-api-key") != CLIENT_KEY:
                 self._reply(401, _error("authentication_error", "this client key is not known"))
                 return
             status, answer = gateway.answer(self.command, self.path, body, key)
@@ -251,14 +315,18 @@ class _Handler(LocalHandler):
                 return
         self._reply(status, answer)
 
-    do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815 - http.server's names
 
-    def _reply(self, status: int, body: Json | str, headers: dict[str, str] | None = None) -> None:
-        encoded = (body if isinstance(body, str) else json.dumps(body)).encode()
+    def _reply(
+        self, status: int, body: Json | str | bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        text = json.dumps(body) if isinstance(body, dict) else body
+        encoded = text.encode() if isinstance(text, str) else text
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("content-type", "application/json")
+        self.send_header("etag", '"1"')
         self.send_header("content-length", str(len(encoded)))
         self.end_headers()
         self.wfile.write(encoded)

@@ -287,8 +287,8 @@ class MemoryJobs(Fragile):
         half = limit // 2
         return found if len(found) <= limit else [*found[:half], *found[-half:]]
 
-    def hold(self, due: Due, until: int) -> Due | None:
-        self._do("hold", due.job_id)
+    def postpone(self, due: Due, until: int) -> Due | None:
+        self._do("postpone", due.job_id)
         why, present = self.due_jobs.get(due.job_id, (None, None))
         if why is None or present != due:
             return None
@@ -299,7 +299,7 @@ class MemoryJobs(Fragile):
     def watch(self, due: Due, until: int) -> None:
         self._do("watch", due.job_id)
         if self.due_jobs.get(due.job_id, (None, None))[1] == due:
-            self.due_jobs[due.job_id] = DueFor.CARE, replace(due, due_at=until)
+            self.due_jobs[due.job_id] = DueFor.CHECK, replace(due, due_at=until)
 
     def delete(self, job_id: str) -> None:
         """As DynamoDB's TTL does."""
@@ -640,8 +640,8 @@ class MemoryQueue(Fragile):
             until = self._now() + -(-milliseconds // 1000) * 1000
             self._messages[message.message_id].visible_at = until
 
-    def bury(self, message: Received, reason: str) -> None:
-        self._do("bury", message.message_id)
+    def reject(self, message: Received, reason: str) -> None:
+        self._do("reject", message.message_id)
         self.buried.append((message, reason))
 
 
@@ -836,10 +836,10 @@ class ScriptedClaude:
         rest_ms = self.latency_ms
         try:
             await asyncio.sleep(self.upload_ms / 1000)
-            request.body.let_go()
+            request.body.release()
             if request.early and self.headers_after_ms is not None and isinstance(reply, Answer):
                 await asyncio.sleep(self.headers_after_ms / 1000)
-                request.heard(reply.headers)
+                request.on_headers(reply.headers)
                 rest_ms -= self.headers_after_ms
             await asyncio.sleep(rest_ms / 1000)
         except asyncio.CancelledError:

@@ -74,6 +74,7 @@ SMOKE_RUNS: Final = (
         r"stranger +│ 2 ",
         5,
     ),
+    SmokeRun("bench.limits.chart", "--check", "", 1),
     SmokeRun("bench.limits.backlog", "--jobs 300 --minutes 3", r"capped +│ 300 ", 7),
     SmokeRun(
         "bench.simulator",

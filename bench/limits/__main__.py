@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -33,7 +32,6 @@ from scripts.cli.errors import CommandFailed
 from scripts.local_stack import StackError
 
 WORKERS = (2, 4, 20)
-DRAWN = "plain"
 TABLE_WIDTH = 200
 
 
@@ -43,8 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
     if chosen.write is not None and (chosen.jobs_scale != 1 or chosen.only):
         options.error("--write is for whole runs: without --only and --jobs-scale")
-    if chosen.svg is not None and find_spec("pygal") is None:
-        options.error("--svg needs pygal, which this environment lacks: run `make setup`")
     # In a file or a pipe the table keeps its full width.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     signal.signal(signal.SIGTERM, _stop)
@@ -110,12 +106,8 @@ def _rows(clients: list[str], chosen: argparse.Namespace) -> Iterator[tuple[str,
 def _write(
     runs: list[Run], by_name: dict[str, Scenario], about: str, chosen: argparse.Namespace
 ) -> None:
-    # One line per client: of several numbers of workers the middle one.
-    shown = {None, chosen.workers[len(chosen.workers) // 2]}
-    shown_runs = [each.run for each in report.rows(runs) if each.run.door in {None, "jobs"}]
-    drawn = [each for each in shown_runs if each.scenario == DRAWN and each.workers in shown]
-    if chosen.svg is not None and drawn:
-        chart.draw(chosen.svg, drawn, by_name[DRAWN])
+    if chosen.svg is not None:
+        chart.draw(chosen.svg, [each.run for each in report.rows(runs)])
         _say(f"drew {chosen.svg}")
     if chosen.write is not None:
         report.write_between_markers(chosen.write, report.markdown(runs, by_name, about))
@@ -172,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=1, help="run Sluice so often and show the median score (1)")
     add("--seed", type=int, default=1, help="of the jobs and of the simulator's chance (1)")
     add("--json", type=Path, metavar="FILE", help="everything that was measured")
-    add("--svg", type=Path, metavar="FILE", help=f"the picture of the scenario {DRAWN}")
+    add("--svg", type=Path, metavar="FILE", help="draw jobs lost and 429s per client")
     add("--write", type=Path, metavar="FILE", help="put the table between the markers of FILE")
     return made
 

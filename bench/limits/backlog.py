@@ -135,7 +135,7 @@ class FairQueue:
             if self._until.pop(message.message_id, None) is not None:
                 self._in_flight[message.body] -= 1
 
-    def bury(self, message: Received, reason: str) -> None:
+    def reject(self, message: Received, reason: str) -> None:
         """As the port; nothing here is."""
         raise AssertionError(f"nothing here is to be buried: {message.message_id}, {reason}")
 

@@ -124,7 +124,7 @@ class VirtualClaude:
             return engine.clock() // 1_000_000
 
         decided = decide(engine, request.key.api_key, request.body.data)
-        request.body.let_go()
+        request.body.release()
         if isinstance(decided, Refused):
             return NoAnswer(
                 _failure(decided.failure), limit_headers(_texts(decided.headers), now())
@@ -132,7 +132,7 @@ class VirtualClaude:
         try:
             if request.early:
                 await asyncio.sleep(max(0, decided.first_token_at - engine.clock()) / 1e9)
-                request.heard(limit_headers(_texts(engine.answer_headers(decided)), now()))
+                request.on_headers(limit_headers(_texts(engine.answer_headers(decided)), now()))
             await wait_for(engine, decided)
             usage = decided.usage()
             headers = limit_headers(_texts(engine.answer_headers(decided)), now())

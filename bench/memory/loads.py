@@ -16,10 +16,18 @@ from bench.memory.cloud import BUCKET, CLIENT_KEY, ROOT, TENANT, Cloud, record
 from bench.memory.servers import EMOJI, Servers
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
-from sluice.api.http import MOST_BYTES
-from sluice.domain import batches as life
+from sluice.api.requests import MOST_BYTES
 from sluice.domain import jobs as jobs_life
-from sluice.domain.batches import MOST_LINE_BYTES, Batch, Phase, Plan, Source, Tally
+from sluice.domain.batches import (
+    MOST_LINE_BYTES,
+    Batch,
+    Phase,
+    Plan,
+    Source,
+    Tally,
+    claim_range,
+    release_range,
+)
 from sluice.domain.jobs import Job, Result, State
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
@@ -402,8 +410,8 @@ def governor_due(world: World) -> Iterator[dict[str, Any]]:
     batch_stores.batches().add(replace(batch, plan=Plan(0, 10**6, 100, 10**4, 1)))
     for number in range(world.size(1_000, 10)):
         state = batch_stores.batches().range_state(batch, number)
-        claimed = life.claim_range(state, "bench", now - 10**7, now - 10**7 + 1)
-        released = life.release_range(
+        claimed = claim_range(state, "bench", now - 10**7, now - 10**7 + 1)
+        released = release_range(
             claimed, "bench", chunks=("1-1",), not_before=now - 1_000, model=MODEL
         )
         batch_stores.batches().replace_range(released, 0)

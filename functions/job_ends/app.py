@@ -15,7 +15,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
     """Tell of each; the stream begins again at the one that could not be told of."""
     try:
         ended = wiring.ended_jobs(event["Records"])
-        told = wiring.tell()([job for _, job in ended])
+        told = wiring.publish()([job for _, job in ended])
     finally:
         shared.telemetry().flush()
     return {"batchItemFailures": [{"itemIdentifier": name} for name, _ in ended[told : told + 1]]}

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,7 +13,7 @@ from scripts.cli.errors import CommandFailed
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    # Else the lines of a docstring stay lines, whatever the width of the terminal.
+    # Without it, the line breaks of a docstring are kept, whatever the width of the terminal.
     rich_markup_mode="markdown",
     # Local variables in a traceback would show keys.
     pretty_exceptions_enable=False,
@@ -45,9 +45,9 @@ app.add_typer(local.local_app, name="local")
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - called by Typer
     if wanted:
         try:
-            typer.echo(version("sluice"))
+            terminal.put(version("sluice"))
         except PackageNotFoundError:
-            typer.echo("unknown: not installed")
+            terminal.put("unknown: not installed")
         raise typer.Exit
 
 
@@ -62,10 +62,24 @@ def _options(
     pass
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with its code."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    terminal.prepare()
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
-        app(arguments, prog_name="sluice")
+        # Typer would print what is wrong with a command line as it is, with whatever a file name contains.
+        return app(arguments, prog_name="sluice", standalone_mode=False) or 0
+    except typer.TyperException as wrong:
+        # Without a message, it has printed the help of a command group.
+        if text := wrong.format_message():
+            terminal.say(f"error: {text}")
+        return wrong.exit_code
     except CommandFailed as failed:
         terminal.say(f"error: {failed}")
-        sys.exit(1)
+        return failed.exit_code
+    except typer.Abort:
+        terminal.say("aborted")
+        return 1

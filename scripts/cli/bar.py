@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from scripts.cli import terminal
 from scripts.cli.progress import Snapshot
 
 
@@ -19,21 +20,21 @@ class LiveBar:
         self._live = Live(console=self._console, refresh_per_second=8, redirect_stdout=False)
 
     def __enter__(self) -> Self:
-        """Takes the last lines of the terminal."""
+        """Start to draw on the last lines of the terminal."""
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the last counts standing."""
+        """Stop; the last counts stay visible."""
         self._live.stop()
 
     def show(self, snapshot: Snapshot, now: float) -> None:  # noqa: ARG002 - redraws as it likes
-        """Redraws the bar."""
+        """Redraw the bar."""
         self._live.update(self._drawn(snapshot))
 
     def note(self, text: str) -> None:
-        """Writes a line above the bar."""
-        self._console.print(text, style="yellow", markup=False, highlight=False)
+        """Print a line above the bar."""
+        self._console.print(terminal.line(text), style="yellow", markup=False, highlight=False)
 
     @staticmethod
     def _drawn(snapshot: Snapshot) -> Group:

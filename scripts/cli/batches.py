@@ -3,23 +3,23 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.cli import terminal
-from scripts.cli.errors import CommandFailed
+from scripts.cli import files, terminal
+from scripts.cli.errors import CommandFailed, InvalidUsage
 from scripts.cli.options import (
     AsJson,
     Deadline,
     FallbackModels,
     Key,
     KeyFile,
+    Out,
     Url,
     Webhook,
     gateway_at,
@@ -37,15 +37,15 @@ batches_app = typer.Typer(
 )
 
 BatchId = Annotated[str, typer.Argument(help="Batch ID.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Output file. Default: standard output.")]
 
 
 def upload(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path,
         typer.Argument(
+            metavar="FILE",
             help='JSON Lines file with one row per line: {"custom_id": ..., "params": {...}}, the format of '
-            "Anthropic's Message Batches. CSV and gzip files are also accepted."
+            "Anthropic's Message Batches. CSV and gzip files are also accepted.",
         ),
     ],
     *,
@@ -59,7 +59,10 @@ def upload(  # noqa: PLR0913 - a command line has options
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="With --wait: write the results to this file. Use - for standard output."
+            "--out",
+            help="With --wait: write the results to this file when the batch has ended; until then, an "
+            "existing file is kept. Use - for standard output.",
+            allow_dash=True,
         ),
     ] = None,
     model: Annotated[
@@ -94,7 +97,7 @@ def upload(  # noqa: PLR0913 - a command line has options
     from scripts.cli.transfer import bucket
 
     if out is not None and not wait:
-        raise typer.BadParameter("--out requires --wait")
+        raise InvalidUsage("--out requires --wait")
     if not file.is_file():
         kind = "a directory" if file.is_dir() else "not a regular file"
         what = kind if file.exists() else "missing"
@@ -112,8 +115,10 @@ def upload(  # noqa: PLR0913 - a command line has options
     good = True
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
-        sink = cleanup.enter_context(terminal.written_to(out)) if out else None
-        batch = bucket().upload(gateway, file, name or file.name, options, _told)
+        files.refuse_inputs(out, [file, key_file])
+        sink = cleanup.enter_context(files.writing(out)) if out else None
+        store = cleanup.enter_context(bucket())
+        batch = store.upload(gateway, file, name or file.name, options, _say_sent)
         terminal.say(f"{file} uploaded as batch {batch['id']}")
         if wait:
             batch = _waited_for(gateway, batch["id"])
@@ -123,8 +128,8 @@ def upload(  # noqa: PLR0913 - a command line has options
         if as_json:
             terminal.print_json(batch)
         elif sink is None:
-            print(batch["id"])
-    if not good:
+            terminal.put(batch["id"])
+    if not good or (sink is not None and sink.was_kept):
         raise typer.Exit(1)
 
 
@@ -146,7 +151,7 @@ def list_batches(
     from scripts.cli import tables
 
     if batches:
-        tables.console().print(tables.batches_table(batches))
+        tables.show(tables.batches_table(batches))
     else:
         terminal.say("no batches")
 
@@ -171,7 +176,7 @@ def show_batch(  # noqa: PLR0913 - a command line has options
         return
     from scripts.cli import tables
 
-    tables.console().print(tables.batch_panel(batch))
+    tables.show(tables.batch_panel(batch))
 
 
 @batches_app.command("results")
@@ -189,8 +194,13 @@ def batch_results(  # noqa: PLR0913 - a command line has options
     """Fetch the results of an ended batch, in row order."""
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
-        sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
+        sink = cleanup.enter_context(
+            # Without invalid lines the file is empty, and complete.
+            files.writing(out, inputs=[key_file], even_if_empty=errors)
+        )
         _write(gateway, batch_id, "errors" if errors else "results", sink)
+    if sink.was_kept:
+        raise typer.Exit(1)
 
 
 @batches_app.command("cancel")
@@ -200,7 +210,7 @@ def cancel_batch(
     """Cancel a batch. Completed results are kept; calls in flight are stopped."""
     with gateway_at(url, key, key_file) as gateway:
         canceled = gateway.cancel_batch(batch_id)
-    typer.echo(f"{batch_id} {canceled['processing_status']}")
+    terminal.put(f"{batch_id} {canceled['processing_status']}")
 
 
 def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
@@ -228,7 +238,7 @@ def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
 
 
 def _judged(batch: "Json") -> bool:
-    """Reports how the batch ended; returns whether every row succeeded."""
+    """Report how the batch ended; return whether every row succeeded."""
     from scripts.cli.progress import dollars
 
     rows = batch["rows"]
@@ -245,22 +255,14 @@ def _judged(batch: "Json") -> bool:
     return not failed and not rows["invalid"] and not batch["problem"]
 
 
-def _write(gateway: "Gateway", batch_id: str, kind: str, sink: TextIO) -> None:
-    sink.writelines(_texts(gateway, batch_id, kind))
-    sink.flush()
-
-
-def _texts(gateway: "Gateway", batch_id: str, kind: str) -> Iterator[str]:
-    import codecs
-
+def _write(gateway: "Gateway", batch_id: str, kind: str, sink: files.Output) -> None:
     from scripts.cli.transfer import bucket
 
-    # A chunk may end in the middle of a character.
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for piece in bucket().download(gateway.batch_links(batch_id)[kind]):
-        yield decoder.decode(piece)
+    with bucket() as store:
+        for piece in store.download(gateway.batch_links(batch_id)[kind]):
+            sink.write(piece)
 
 
-def _told(sent: int, size: int) -> None:
+def _say_sent(sent: int, size: int) -> None:
     if size > 64 * 1024 * 1024:
         terminal.say(f"{sent / 1e6:,.0f} of {size / 1e6:,.0f} MB sent")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -19,8 +19,8 @@ FINAL_STATES = frozenset({"succeeded", "errored", "canceled", "expired"})
 
 TOO_MANY_REQUESTS = 429
 UNAUTHORIZED = 401
-# Every call of this client is safe to send twice: reads, cancels, and submits under an
-# Idempotency-Key. So a lost reply and these answers are followed by the same call again.
+# Every call of this client is idempotent: reads, cancels, and submits with an
+# Idempotency-Key. So it is retried after a lost response and after these statuses.
 RESENT_STATUSES = frozenset({429, 500, 502, 503, 504})
 
 # API Gateway times out an integration after 30 s, so a longer wait is pointless.
@@ -33,17 +33,17 @@ BUSY_PATIENCE_SECONDS = 300.0
 LONGEST_BACKOFF_SECONDS = 10.0
 WORTH_SAYING_SECONDS = 2.0
 
-# A list may be taken while some of its jobs are not, for a reason that passes (a store is busy).
+# A list may be accepted while some of its jobs are rejected for a transient reason (a store is busy).
 PASSING_ERRORS = frozenset({"api_error", "overloaded_error", "rate_limit_error", "timeout_error"})
 PASSING_REJECTION_RESENDS = 5
 
 
 def _ignore(_: str) -> None:
-    """Drops the note."""
+    """Ignore the message."""
 
 
 class Gateway:
-    """One gateway, spoken to with one client key. Threads may share it."""
+    """A gateway and one client key. Threads may share it."""
 
     def __init__(  # noqa: PLR0913 - the last four are the outside world
         self,
@@ -68,35 +68,35 @@ class Gateway:
         )
 
     def __enter__(self) -> Self:
-        """Leaves the connections open until the block ends."""
+        """Keep the connections open until the block ends."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._http.close()
 
     def submit(self, body: bytes, idempotency_key: str) -> list[Json]:
-        """Creates the jobs of a list, once, however often it is sent; returns each one's fate."""
+        """Create the jobs of a list, once per idempotency key; return the outcome of each."""
         headers = {"content-type": "application/json", "idempotency-key": idempotency_key}
         for resend in range(PASSING_REJECTION_RESENDS + 1):
             entries = self._rows(self._call("POST", "/jobs", content=body, headers=headers))
             passing = any(_is_passing(entry) for entry in entries)
             if not passing or resend == PASSING_REJECTION_RESENDS:
                 break
-            # The whole list again, because a job is known by its place in the list.
+            # Resend the whole list: a job is identified by its position in it.
             self._sleep(self._backoff_seconds(resend + 2))
         return entries
 
     def job(self, job_id: str) -> Json:
-        """Returns one job with its attempts and its answer."""
-        return self._call("GET", f"/jobs/{quote(job_id, safe='')}")
+        """Return a job with its attempts and its answer."""
+        return self._call("GET", f"/jobs/{_quoted(job_id)}")
 
     def look(self, job_ids: Sequence[str]) -> list[Json]:
-        """Returns the summaries of up to 100 jobs; unknown ones are left out."""
+        """Return the summaries of up to 100 jobs; unknown jobs are omitted."""
         return self._rows(self._call("GET", "/jobs", query={"ids": ",".join(job_ids)}))
 
     def newest(self, state: str | None = None, page_size: int = 100) -> Iterator[Json]:
-        """Yields the summaries of all jobs, newest first, page after page of up to 100."""
+        """Yield the summaries of all jobs, newest first, in pages of up to 100."""
         query: dict[str, str] = {"limit": str(min(100, page_size))}
         if state:
             query["state"] = state
@@ -111,54 +111,54 @@ class Gateway:
             query["page"] = str(page["next_page"])
 
     def cancel(self, job_id: str) -> Json:
-        """Cancels a job that has not started; asks a running one to end."""
-        return self._call("DELETE", f"/jobs/{quote(job_id, safe='')}")
+        """Cancel a job: guaranteed before the upstream call, best effort during it."""
+        return self._call("DELETE", f"/jobs/{_quoted(job_id)}")
 
     def batch(self, batch_id: str) -> Json:
-        """Returns one batch with its progress."""
-        return self._call("GET", f"/batches/{quote(batch_id, safe='')}")
+        """Return a batch with its progress."""
+        return self._call("GET", f"/batches/{_quoted(batch_id)}")
 
     def newest_batches(self, page_size: int = 100) -> Iterator[Json]:
-        """Yields all batches, newest first, page after page of up to 100."""
+        """Yield all batches, newest first, in pages of up to 100."""
         return self._pages("/batches", {"limit": str(min(100, page_size))})
 
     def batch_links(self, batch_id: str) -> Json:
-        """Returns where the files of an ended batch can be fetched without a key."""
-        return self._call("GET", f"/batches/{quote(batch_id, safe='')}/links")
+        """Return presigned URLs of the files of an ended batch."""
+        return self._call("GET", f"/batches/{_quoted(batch_id)}/links")
 
     def cancel_batch(self, batch_id: str) -> Json:
-        """Asks a batch to end."""
-        return self._call("POST", f"/v1/messages/batches/{quote(batch_id, safe='')}/cancel")
+        """Cancel a batch."""
+        return self._call("POST", f"/v1/messages/batches/{_quoted(batch_id)}/cancel")
 
     def begin_upload(self, name: str, size: int, options: Mapping[str, object]) -> Json:
-        """Begins an upload; sent twice it begins two, of which one is never completed."""
+        """Start an upload; a repeated call starts another one, which is never completed."""
         return self._send("/uploads", {"name": name, "bytes": size, "options": options})
 
     def part_links(self, upload_id: str, name: str, first: int, last: int) -> Mapping[int, str]:
-        """Returns where some parts of an upload go."""
+        """Return presigned URLs for some parts of an upload."""
         asked = {"id": upload_id, "name": name, "first": first, "last": last}
         links = self._send("/uploads/parts", asked)["links"]
         return {each["part"]: each["url"] for each in links}
 
     def complete_upload(self, upload_id: str, name: str, etags: Mapping[int, str]) -> Json:
-        """Puts an upload's parts together; returns the batch it is."""
+        """Complete an upload; return its batch."""
         parts = [{"part": part, "etag": etag} for part, etag in sorted(etags.items())]
         return self._send("/uploads/complete", {"id": upload_id, "name": name, "parts": parts})
 
     def abort_upload(self, upload_id: str, name: str) -> None:
-        """Forgets an upload."""
+        """Abort an upload."""
         self._call("DELETE", "/uploads", query={"id": upload_id, "name": name})
 
     def usage(self, query: Mapping[str, str]) -> Json:
-        """Returns tokens and cost, grouped."""
+        """Return tokens and cost, grouped."""
         return self._call("GET", "/usage", query=query)
 
     def limits(self) -> list[Json]:
-        """Returns every limit group the gateway knows."""
+        """Return all limit groups."""
         return self._rows(self._call("GET", "/limits"))
 
     def webhook_secret(self) -> str:
-        """Returns what this tenant's webhooks are signed with."""
+        """Return the signing secret of this tenant's webhooks."""
         return str(self._call("GET", "/webhooks/secret")["secret"])
 
     def _send(self, path: str, body: object) -> Json:
@@ -174,13 +174,13 @@ class Gateway:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Json:
+        if query:
+            path = f"{path}?{urlencode(query, errors='surrogatepass')}"
         started = self._clock()
         failure: CommandFailed
         for resend in count():
             try:
-                response = self._http.request(
-                    method, path, params=query, content=content, headers=headers
-                )
+                response = self._http.request(method, path, content=content, headers=headers)
             except httpx.TransportError as error:
                 failure = GatewayUnreachable(self.url, str(error) or type(error).__name__)
                 patience = PATIENCE_SECONDS if self._has_answered else FIRST_ANSWER_PATIENCE_SECONDS
@@ -204,7 +204,7 @@ class Gateway:
         raise AssertionError  # pragma: no cover (count() has no end)
 
     def _backoff_seconds(self, resend: int) -> float:
-        """0.2 s, doubled each time up to 10 s, of which half is left to chance."""
+        """Return the backoff: 0.2 s, doubled each time up to 10 s, half of it random."""
         longest = min(LONGEST_BACKOFF_SECONDS, 0.2 * 2.0 ** min(resend, 10))
         return longest * (0.5 + self._jitter() / 2)
 
@@ -224,7 +224,7 @@ class Gateway:
         return rows
 
     def _refusal(self, response: httpx.Response) -> CommandFailed:
-        """Returns what the error answer means, whoever on the way wrote it."""
+        """Return the error that a response means, whether Sluice or API Gateway wrote it."""
         status = response.status_code
         try:
             body = response.json()
@@ -233,7 +233,7 @@ class Gateway:
         body = body if isinstance(body, dict) else {}
         error = body.get("error")
         if not isinstance(error, dict):
-            # Not our shape: API Gateway's own answer, or not Sluice at all.
+            # Not Sluice's format: the response is from API Gateway, or not from Sluice at all.
             if status in RESENT_STATUSES or status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
                 message = str(body.get("message") or response.reason_phrase)
                 request_id = response.headers.get("apigw-requestid")
@@ -268,7 +268,7 @@ def _checked_url(url: str | None) -> str:
         )
     try:
         parts = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):
         parts = httpx.URL("")
     if parts.scheme not in {"http", "https"} or not parts.host:
         raise NotConfigured(
@@ -288,11 +288,16 @@ def _checked_key(key: str | None) -> str:
     return key
 
 
+def _quoted(name: str) -> str:
+    """Return a name for a path, also one from a command line that is not valid UTF-8."""
+    return quote(name, safe="", errors="surrogatepass")
+
+
 def _is_passing(entry: Json) -> bool:
     return entry["status"] == "rejected" and entry["error"]["type"] in PASSING_ERRORS
 
 
 def _retry_after_seconds(response: httpx.Response) -> float | None:
-    """Returns the whole seconds the answer names, or None (the date form is not used here)."""
+    """Return the seconds of retry-after, or None (Sluice does not use the date form)."""
     named = response.headers.get("retry-after", "")
     return float(named) if named.isdigit() else None

@@ -1,4 +1,4 @@
-"""A deployed stack from the operator's side: stores upstream keys and creates client keys."""
+"""A deployed stack, as an operator uses it: upstream keys, client keys, dead letters."""
 
 import json
 import os
@@ -39,17 +39,17 @@ NEEDED_OUTPUTS = ("ApiUrl", "KeyPoolSecretArn", "PepperSecretArn", "ClientKeysTa
 USUAL_RETENTION_DAYS = 30  # as in template.yaml
 USUAL_CONCURRENCY = {"MaxConcurrency": 10, "BulkConcurrency": 4, "LambdaConcurrency": 0}  # the same
 QUOTA = "L-B99A9384"
-"""Service Quotas' code of Lambda's concurrent executions."""
+"""Code of Lambda's concurrent executions in Service Quotas."""
 USABLE_STATUSES = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
 
 TENANT = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-"""What a tenant may be called: SQS takes it as a message group id, which allows no spaces."""
+"""Valid tenant names. The name becomes part of an SQS message group ID, which allows no spaces."""
 
 KeyPool = dict[str, Any]
 
 
 class Stack:
-    """One deployed stack, found by its name through CloudFormation."""
+    """A deployed stack, found by its name through CloudFormation."""
 
     def __init__(
         self, name: str, region: str | None = None, endpoint_url: str | None = None
@@ -95,7 +95,7 @@ class Stack:
         return found[0]
 
     def redriver(self) -> Redriver:
-        """Returns the use case behind `sluice dead-letters`, on this stack's tables and bucket."""
+        """Return the use case of `sluice dead-letters`, with this stack's tables and bucket."""
         names = ("JobsTableName", "ParamsTableName", "LimitsTableName", "DataBucketName")
         missing = [name for name in names if name not in self.outputs]
         if missing:
@@ -129,13 +129,13 @@ class Stack:
         return self._session.client("dynamodb", endpoint_url=self._endpoint_url)
 
     def executions(self) -> int:
-        """Returns how many executions of Lambda the account may run at once in this region."""
+        """Return the account's limit on concurrent Lambda executions in this region."""
         client = self._session.client("lambda", endpoint_url=self._endpoint_url)
         with said_plainly("read the account's Lambda limit"):
             return client.get_account_settings()["AccountLimit"]["UnreservedConcurrentExecutions"]
 
     def wake_governor(self) -> None:
-        """Invokes the governor now, so that it sets all concurrencies before its first scheduled run."""
+        """Invoke the governor, so that it sets all concurrencies before its first scheduled run."""
         name = self.outputs.get("GovernorFunctionName")
         if name is None:
             return  # a release before 0.2 has no such output
@@ -146,7 +146,7 @@ class Stack:
             raise CommandFailed("the governor failed; check its log")
 
     def about_executions(self) -> list[str]:
-        """Returns what the account's Lambda limit means for this stack, line by line."""
+        """Return what the account's Lambda limit means for this stack, as lines."""
         numbers = {
             name: int(self.parameters.get(name, usual)) for name, usual in USUAL_CONCURRENCY.items()
         }
@@ -155,7 +155,7 @@ class Stack:
         return about_executions(self.executions(), at_most, wanted, len(numbers) + len(CEILINGS))
 
     def key_pool_ids(self) -> list[str]:
-        """Returns the ids of the upstream keys the stack has; none when the pool is unusable."""
+        """Return the IDs of the stored upstream keys; none if the pool is invalid."""
         with said_plainly("read the key pool"):
             text = self._secrets.get_secret_value(SecretId=self._key_pool_secret)["SecretString"]
         try:
@@ -164,7 +164,7 @@ class Stack:
             return []
 
     def write_key_pool(self, pool: Mapping[str, Any]) -> None:
-        """Stores `pool` as the stack's upstream keys."""
+        """Store `pool` as the stack's upstream keys."""
         with said_plainly("write the key pool"):
             self._secrets.put_secret_value(
                 SecretId=self._key_pool_secret, SecretString=json.dumps(pool)
@@ -177,7 +177,7 @@ class Stack:
         *,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> tuple[str, str]:
-        """Returns a new client key and its id. Only hashes of the key are stored."""
+        """Return a new client key and its ID. Only hashes of the key are stored."""
         check_tenant(tenant)
         key = client_keys.new_key(random_bytes(32))
         with said_plainly("read the pepper"):
@@ -199,7 +199,7 @@ class Stack:
         return key, key_id
 
     def list_client_keys(self) -> list[dict[str, Any]]:
-        """Returns every client key without its hash, the oldest first."""
+        """Return all client keys without their hashes, oldest first."""
         keys: list[dict[str, Any]] = []
         with said_plainly("list the client keys"):
             pages = self._dynamodb.get_paginator("scan").paginate(TableName=self._keys_table)
@@ -217,7 +217,7 @@ class Stack:
         return sorted(keys, key=lambda key: (key["created_at"] or "", key["key_id"]))
 
     def revoke_client_key(self, key_id: str) -> None:
-        """Disables a client key; its jobs keep running."""
+        """Disable a client key; its jobs keep running."""
         with said_plainly("revoke the client key"):
             try:
                 self._dynamodb.update_item(
@@ -236,7 +236,7 @@ class Stack:
 
 
 def about_executions(executions: int, at_most: int, wanted: int, queues: int) -> list[str]:
-    """Returns what so many executions of Lambda mean for queues that want so many; `at_most` 0: no cap of our own."""
+    """Return what a Lambda concurrency limit means for queues that want `wanted` executions; `at_most` 0 is no cap."""
     counted = f"Lambda concurrency limit of this account and region: {executions:,}"
     if at_most and at_most < executions:
         counted += f", of which Sluice may use {at_most:,} (LambdaConcurrency)"
@@ -263,7 +263,7 @@ def about_executions(executions: int, at_most: int, wanted: int, queues: int) ->
 
 
 def check_tenant(tenant: str) -> None:
-    """Raises CommandFailed if the tenant's name is invalid."""
+    """Raise CommandFailed if the tenant's name is invalid."""
     if not TENANT.fullmatch(tenant):
         raise CommandFailed(
             f"{tenant!r} is not a valid tenant name: "
@@ -272,7 +272,7 @@ def check_tenant(tenant: str) -> None:
 
 
 def read_key_pool(text: str, source: str) -> KeyPool:
-    """Returns the key pool written in `text`; raises CommandFailed with the reason, never showing a key."""
+    """Return the key pool in `text`; raise CommandFailed with the reason, which never contains a key."""
     try:
         pool = json.loads(text)
         keys = parse_key_pool(pool)
@@ -288,7 +288,7 @@ def read_key_pool(text: str, source: str) -> KeyPool:
 
 
 def ask_for_key_pool(ask: Callable[[str], str], say: Callable[[str], None]) -> KeyPool:
-    """Returns a key pool of the keys entered at the prompt, until an empty line."""
+    """Return a key pool of the keys entered at the prompt, until an empty line."""
     keys: list[str] = []
     while True:
         key = ask(f"Claude API key {len(keys) + 1} (hidden; empty line to finish)").strip()
@@ -323,7 +323,7 @@ def _wrong_with_key(key: str, others: list[str]) -> str | None:
 
 @contextmanager
 def said_plainly(doing: str) -> Iterator[None]:
-    """Turns boto3 errors into one line that says what to do."""
+    """Turn boto3 errors into one line that says what to do."""
     try:
         yield
     except NoRegionError:

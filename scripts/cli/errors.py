@@ -1,6 +1,7 @@
-"""Errors that end a command: each is printed as one line, and the exit code is 1.
+"""Errors that end a command: each is printed as one line.
 
 CommandFailed
+├── InvalidUsage         the command line is invalid; the exit code is 2
 ├── NotConfigured        the URL or the client key is missing or wrong
 ├── GatewayUnreachable   no response from the gateway
 └── GatewayRefused       the gateway returned an error
@@ -11,6 +12,14 @@ from typing import Any
 
 class CommandFailed(Exception):
     """The command cannot continue; the message says why and what to do."""
+
+    exit_code = 1
+
+
+class InvalidUsage(CommandFailed):
+    """The command line is invalid."""
+
+    exit_code = 2
 
 
 class NotConfigured(CommandFailed):

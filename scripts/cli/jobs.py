@@ -11,14 +11,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from scripts.cli import terminal
-from scripts.cli.errors import GatewayRefused
+from scripts.cli import files, terminal
+from scripts.cli.errors import GatewayRefused, InvalidUsage
 from scripts.cli.options import (
     AsJson,
     Deadline,
     FallbackModels,
     Key,
     KeyFile,
+    Out,
     Url,
     Webhook,
     gateway_at,
@@ -27,6 +28,7 @@ from scripts.cli.options import (
 DEFAULT_MODEL = "claude-haiku-5-5"
 DEFAULT_MAX_TOKENS = 1024
 CANCELS_IN_FLIGHT = 8
+LONGEST_IDEMPOTENCY_KEY = 240
 
 JobState = Literal["queued", "running", "succeeded", "errored", "canceled", "expired"]
 FinalState = Literal["succeeded", "errored", "canceled", "expired"]
@@ -36,6 +38,7 @@ def submit(  # noqa: PLR0913 - a command line has options
     file: Annotated[
         Path | None,
         typer.Argument(
+            metavar="FILE",
             help='JSON Lines file with one job per line: {"params": {...}, "custom_id": ...}, '
             "the format of Anthropic's Message Batches. Use - for standard input.",
             allow_dash=True,
@@ -68,8 +71,8 @@ def submit(  # noqa: PLR0913 - a command line has options
         Path | None,
         typer.Option(
             "--out",
-            help="With --wait: write each result to this file as a JSON line when its job ends. "
-            "Use - for standard output.",
+            help="With --wait: write the results to this file as JSON lines when all jobs have ended; "
+            "until then, an existing file is kept. Use - for standard output.",
             allow_dash=True,
         ),
     ] = None,
@@ -112,7 +115,9 @@ def submit(  # noqa: PLR0913 - a command line has options
 
     _check_source(file, prompt, key_file, prompt_only=bool(model or max_tokens or system))
     if out is not None and not wait:
-        raise typer.BadParameter("--out requires --wait")
+        raise InvalidUsage("--out requires --wait")
+    if idempotency_key is not None:
+        _check_idempotency_key(idempotency_key)
     defaults: dict[str, object] = {}
     if deadline:
         defaults["deadline"] = deadline_at(deadline, datetime.now(UTC))
@@ -122,6 +127,7 @@ def submit(  # noqa: PLR0913 - a command line has options
         defaults["metadata"] = dict(_pair(text) for text in metadata)
     if webhook:
         defaults["webhook"] = webhook
+    inputs = (file, key_file)
     submission = Submission(
         run_key=idempotency_key or f"run-{uuid.uuid4().hex}",
         defaults=defaults,
@@ -132,17 +138,18 @@ def submit(  # noqa: PLR0913 - a command line has options
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         if prompt is None:
-            lines: Iterable[bytes] = cleanup.enter_context(terminal.lines_of(file))
+            lines: Iterable[bytes] = cleanup.enter_context(files.lines_of(file))
         else:
             lines = [
                 prompt_line(
                     prompt, model or DEFAULT_MODEL, max_tokens or DEFAULT_MAX_TOKENS, system
                 )
             ]
-        # Opened before anything is sent, so that an unwritable path fails early.
-        sink = cleanup.enter_context(terminal.written_to(out)) if out else None
+        # Before anything is sent, so that a path that cannot be written fails early.
+        files.refuse_inputs(out, inputs)
+        sink = cleanup.enter_context(files.writing(out)) if out else None
         good = submission.run(gateway, lines, sink)
-    if not good:
+    if not good or (sink is not None and sink.was_kept):
         raise typer.Exit(1)
 
 
@@ -162,7 +169,7 @@ def get(
         return
     from scripts.cli import tables
 
-    tables.console().print(tables.job_panel(job))
+    tables.show(tables.job_panel(job))
 
 
 def results(  # noqa: PLR0913 - a command line has options
@@ -173,9 +180,7 @@ def results(  # noqa: PLR0913 - a command line has options
     state: Annotated[
         FinalState | None, typer.Option("--state", help="Only jobs with this final state.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Output file. Default: standard output.")
-    ] = None,
+    out: Out = None,
     url: Url = None,
     key: Key = None,
     key_file: KeyFile = None,
@@ -197,18 +202,18 @@ def results(  # noqa: PLR0913 - a command line has options
 
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
-        sink = cleanup.enter_context(terminal.written_to(out or Path("-")))
+        sink = cleanup.enter_context(files.writing(out, inputs=[key_file]))
         ids = job_ids or (
             job["id"] for job in gateway.newest(state) if job["state"] in FINAL_STATES
         )
         written = 0
         for job in fetch(gateway, ids, report):
             if state in {None, job["state"]}:
-                sink.write(line_of(job) + "\n")
+                sink.write(line_of(job))
                 written += 1
-    if out is not None:
-        terminal.say(f"{written} results written to {out}")
-    if missing:
+    if out is not None and written:
+        terminal.say(f"{terminal.counted(written, 'result')} written to {out}")
+    if missing or sink.was_kept:
         raise typer.Exit(1)
 
 
@@ -232,7 +237,7 @@ def list_jobs(  # noqa: PLR0913 - a command line has options
     from scripts.cli import tables
 
     if jobs:
-        tables.console().print(tables.jobs_table(jobs))
+        tables.show(tables.jobs_table(jobs))
     else:
         terminal.say("no jobs" if state is None else f"no {state} jobs")
 
@@ -266,7 +271,7 @@ def cancel(
                 failed = True
                 terminal.say(f"{job_id}: {became}")
             else:
-                typer.echo(f"{job_id} {became}")
+                terminal.put(f"{job_id} {became}")
     if failed:
         raise typer.Exit(1)
 
@@ -275,15 +280,23 @@ def _check_source(
     file: Path | None, prompt: str | None, key_file: Path | None, *, prompt_only: bool
 ) -> None:
     if (file is None) == (prompt is None):
-        raise typer.BadParameter("provide either FILE or --prompt")
+        raise InvalidUsage("provide either FILE or --prompt")
     if file is not None and prompt_only:
-        raise typer.BadParameter("--model, --max-tokens and --system require --prompt")
+        raise InvalidUsage("--model, --max-tokens and --system require --prompt")
     if str(file) == str(key_file) == "-":
-        raise typer.BadParameter("FILE and --key-file cannot both read standard input")
+        raise InvalidUsage("FILE and --key-file cannot both read standard input")
+
+
+def _check_idempotency_key(key: str) -> None:
+    # A header carries it, and each list of the file adds its number.
+    if not (key.isascii() and key.isprintable() and 1 <= len(key) <= LONGEST_IDEMPOTENCY_KEY):
+        raise InvalidUsage(
+            f"--idempotency-key must have 1 to {LONGEST_IDEMPOTENCY_KEY} printable ASCII characters"
+        )
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise typer.BadParameter(f'--metadata "{text}" is not name=value')
+        raise InvalidUsage(f'--metadata "{text}" is not name=value')
     return name, value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scripts.cli import terminal
-from scripts.cli.errors import CommandFailed
+from scripts.cli.errors import CommandFailed, InvalidUsage
 from scripts.cli.options import EndpointUrl, Region, StackName
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def show_letter(
     The job's request and answer are not shown.
     """
     from scripts.cli.deployed import Stack, said_plainly
-    from sluice.api import http
+    from sluice.api import views
 
     redriver = Stack(stack, region, endpoint_url).redriver()
     with said_plainly("read the dead letter"):
         (found,) = redriver.candidates(_letters_named(redriver, [letter]))
-    job = None if found.job is None else http.job_view(found.job)
+    job = None if found.job is None else views.job_view(found.job)
     shown = _as_json(found) | {"body": found.letter.body, "job_record": job}
     terminal.print_json(shown)
 
@@ -92,7 +92,7 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
     from scripts.cli.deployed import Stack, said_plainly
 
     if (bool(letters), reason is not None, every).count(True) != 1:
-        raise typer.BadParameter("provide dead letter IDs, --reason or --all")
+        raise InvalidUsage("provide dead letter IDs, --reason or --all")
     redriver = Stack(stack, region, endpoint_url).redriver()
     with said_plainly("read the dead letters"):
         chosen = _letters_named(redriver, letters) if letters else redriver.letters(reason)
@@ -107,7 +107,7 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
             raise CommandFailed("no terminal to confirm on: use --yes, or --dry-run to preview")
         _print_candidates(found, as_json=False, nothing="")
         _tell_estimate(able, "would be redriven")
-        if not typer.confirm("Redrive?", default=False, err=True):
+        if not terminal.confirm("Redrive?"):
             return
     with said_plainly("redrive jobs"):
         done = [redriver.redrive(each) for each in able]
@@ -130,12 +130,12 @@ def _letters_named(redriver: "Redriver", names: list[str]) -> "list[KeptLetter]"
 
 
 def _as_json(found: "Candidate") -> dict[str, object]:
-    from sluice.api import http
+    from sluice.api import views
 
     letter, job, estimate = found.letter, found.job, found.estimate
     return {
         "letter": letter.message_id,
-        "kept_at": http.time(letter.kept_at),
+        "kept_at": views.time(letter.kept_at),
         "reason": letter.reason,
         "receive_count": letter.receive_count,
         "job": letter.job_id,
@@ -156,7 +156,7 @@ def _print_candidates(found: "list[Candidate]", *, as_json: bool, nothing: str) 
     elif rows:
         from scripts.cli import tables
 
-        tables.console().print(tables.letters_table(rows))
+        tables.show(tables.letters_table(rows))
     else:
         terminal.say(nothing)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.cli import terminal
+from scripts.cli import files, terminal
+from scripts.cli.errors import InvalidUsage
 
 if TYPE_CHECKING:
     from scripts.cli.client import Gateway
@@ -29,6 +30,14 @@ KeyFile = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Output file, replaced when all results are there. Default: standard output.",
+        allow_dash=True,
+    ),
+]
 Deadline = Annotated[
     str | None,
     typer.Option(
@@ -60,18 +69,18 @@ EndpointUrl = Annotated[
 
 
 def gateway_at(url: str | None, key: str | None, key_file: Path | None = None) -> "Gateway":
-    """Returns the gateway of these options; raises CommandFailed if one is missing."""
-    from scripts.cli.client import Gateway  # noqa: PLC0415 - --help does without it
+    """Return the gateway that the options select; raise CommandFailed if one is missing."""
+    from scripts.cli.client import Gateway  # noqa: PLC0415 - not needed for --help
 
     return Gateway(url, secret_of("key", key, key_file), on_wait=terminal.say)
 
 
 def secret_of(option: str, given: str | None, file: Path | None) -> str | None:
-    """Returns the secret of `--<option>` or `--<option>-file`, else of the variable `SLUICE_<OPTION>`."""
+    """Return the secret of `--<option>` or `--<option>-file`, otherwise of the variable `SLUICE_<OPTION>`."""
     if given is not None and file is not None:
-        raise typer.BadParameter(f"provide --{option} or --{option}-file, not both")
+        raise InvalidUsage(f"provide --{option} or --{option}-file, not both")
     if file is not None:
-        return terminal.secret_in(file)
+        return files.secret_in(file)
     if given is not None:
         return given
     return os.environ.get(f"SLUICE_{option.upper().replace('-', '_')}") or None

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, Self, TextIO
 
+from scripts.cli import terminal
 from scripts.cli.client import FINAL_STATES, MAX_IDS_PER_LOOK, Json
 from scripts.cli.errors import CommandFailed, GatewayRefused, GatewayUnreachable
 
 RATE_WINDOW_SECONDS = 20.0
-# Before this much time has passed a rate says more about the first answers than about the run.
+# Before this time, the rate would describe the first answers, not the run.
 RATE_NEEDS_SECONDS = 4.0
 ETA_NEEDS_CALLS = 10
 LIMITS_EVERY_SECONDS = 10.0
@@ -22,13 +23,13 @@ SOONEST_LOOK_SECONDS = 0.5
 LATEST_LOOK_SECONDS = 5.0
 IDS_PER_ROUND = 10 * MAX_IDS_PER_LOOK
 LOOKS_IN_FLIGHT = 4
-# Without one answer for so long, waiting is no longer the right thing.
+# Give up if the gateway has not responded for this long.
 UNREACHABLE_PATIENCE_SECONDS = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the bar shows at one moment."""
+    """What the progress display shows at a point in time."""
 
     total: int
     succeeded: int
@@ -46,7 +47,7 @@ class Snapshot:
         return self.succeeded + self.failed
 
     def text(self) -> str:
-        """All of it in one line."""
+        """All counts on one line."""
         parts = [
             f"{self.failed} failed",
             f"{self.waiting} waiting",
@@ -64,7 +65,7 @@ class Snapshot:
 
 
 def batch_snapshot(batch: Json, now: datetime) -> Snapshot:
-    """Returns what the bar shows of a batch, of which only the gateway knows the rows."""
+    """Return the progress of a batch, whose rows only the gateway knows."""
     rows = batch["rows"]
     end = batch["estimated_end_at"]
     failed = rows["errored"] + rows["canceled"] + rows["expired"] + rows["invalid"]
@@ -84,7 +85,7 @@ def batch_snapshot(batch: Json, now: datetime) -> Snapshot:
 
 
 class Tally:
-    """What is known of the jobs waited for. Holds no clock: the time comes with each call."""
+    """The known states of the jobs to wait for. It reads no clock: each call passes the time."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class Tally:
 
     @property
     def unfinished(self) -> int:
-        """Jobs that are not in a final state, as far as is known."""
+        """Jobs that are not known to have ended."""
         return len(self._states)
 
     @property
@@ -114,7 +115,7 @@ class Tally:
         return self._counts["succeeded"]
 
     def next_round(self) -> list[str]:
-        """Returns the unfinished jobs to look at now: all of them, or the next thousand in turn."""
+        """Return the unfinished jobs to poll now: all of them, or the next thousand in turn."""
         names: list[str] = []
         for _ in range(len(self._turn)):
             if len(names) == IDS_PER_ROUND:
@@ -126,7 +127,7 @@ class Tally:
         return names
 
     def note(self, jobs: Iterable[Json], now: float) -> list[Json]:
-        """Takes in what a look has shown; returns the jobs that have become final."""
+        """Record the result of a poll; return the jobs that have ended since."""
         finished: list[Json] = []
         for job in jobs:
             before = self._states.get(job["id"])
@@ -148,11 +149,11 @@ class Tally:
         return finished
 
     def note_limits(self, groups: Iterable[Json]) -> None:
-        """Takes in the limits of the groups."""
+        """Record the limit groups."""
         self._limits = list(groups)
 
     def snapshot(self, now: float) -> Snapshot:
-        """Returns what is known at this moment."""
+        """Return the progress at this time."""
         while self._finishes and self._finishes[0][0] < now - RATE_WINDOW_SECONDS:
             self._finishes.popleft()
         elapsed = now - self._started_at
@@ -176,7 +177,7 @@ class Tally:
         )
 
     def _limit_per_minute(self) -> int | None:
-        """The request limits learned of all groups these jobs draw on, together."""
+        """The sum of the learned request limits of all limit groups that these jobs use."""
         known = [
             group["limits"]["requests"]
             for group in self._limits
@@ -186,29 +187,29 @@ class Tally:
 
 
 class Looks(Protocol):
-    """What waiting needs of a gateway."""
+    """What `wait_for` needs of a gateway."""
 
     def look(self, job_ids: Sequence[str]) -> list[Json]:
-        """Returns the summaries of up to 100 jobs."""
+        """Return the summaries of up to 100 jobs."""
 
     def limits(self) -> list[Json]:
-        """Returns every limit group."""
+        """Return all limit groups."""
 
 
 class Display(Protocol):
-    """Where progress is shown, from entering to leaving."""
+    """Where progress is shown, inside a `with` block."""
 
     def __enter__(self) -> Self:
-        """Takes its place."""
+        """Start to show progress."""
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the last counts standing."""
+        """Stop; the last counts stay visible."""
 
     def show(self, snapshot: Snapshot, now: float) -> None:
-        """Shows the newest counts."""
+        """Show the latest counts."""
 
     def note(self, text: str) -> None:
-        """Says something once, beside the counts."""
+        """Show a message once, beside the counts."""
 
 
 def wait_for(  # noqa: PLR0913 - the last two are the outside world
@@ -221,11 +222,10 @@ def wait_for(  # noqa: PLR0913 - the last two are the outside world
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Snapshot:
-    """Returns when every job is final, and shows how far they are until then.
+    """Wait until every job has ended and show progress; return the final counts.
 
-    The pause between looks halves when something has changed and grows by half when nothing has,
-    from 0.5 s to 5 s; the more jobs are unfinished, the longer it is at least, because each
-    look is paid for per job.
+    The polling interval, 0.5 s to 5 s, halves after a change and grows by half otherwise. Its
+    minimum grows with the number of unfinished jobs, because the cost of a poll is per job.
     """
     tally = Tally(job_ids, clock(), group_of)
     pause = SOONEST_LOOK_SECONDS
@@ -260,7 +260,7 @@ def wait_for(  # noqa: PLR0913 - the last two are the outside world
 
 
 def _is_lasting(failure: CommandFailed) -> bool:
-    """Tells whether looking again would meet the same answer."""
+    """Return whether another poll would get the same response."""
     return (
         isinstance(failure, GatewayRefused) and failure.status < 500 and failure.status != 429  # noqa: PLR2004
     )
@@ -275,26 +275,26 @@ class PlainLines:
         self._shown_at: float | None = None
 
     def __enter__(self) -> Self:
-        """Starts with nothing."""
+        """Do nothing."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends with nothing."""
+        """Do nothing."""
 
     def show(self, snapshot: Snapshot, now: float) -> None:
-        """Writes a line when one is due or all jobs are done."""
+        """Print a line if one is due or all jobs have ended."""
         due = self._shown_at is None or now - self._shown_at >= LINES_EVERY_SECONDS
         if due or snapshot.done == snapshot.total:
             self._shown_at = now
             self.note(f"{snapshot.done}/{snapshot.total} done · {snapshot.text()}")
 
     def note(self, text: str) -> None:
-        """Writes a line."""
-        print(f"{self._now():%H:%M:%S}  {text}", file=self._stream, flush=True)
+        """Print a line."""
+        print(f"{self._now():%H:%M:%S}  {terminal.line(text)}", file=self._stream, flush=True)
 
 
 def span(seconds: float) -> str:
-    """Writes a span as `42 s`, `3 min 05 s` or `2 h 07 min`."""
+    """Return a duration as `42 s`, `3 min 05 s` or `2 h 07 min`."""
     whole = round(seconds)
     if whole < 60:  # noqa: PLR2004
         return f"{whole} s"
@@ -304,6 +304,6 @@ def span(seconds: float) -> str:
 
 
 def dollars(micro_usd: int) -> str:
-    """Writes micro-dollars with as many digits as say something: `$0.000123`, `$4.20`."""
+    """Return micro-dollars as dollars: `$0.000123` below one dollar, `$4.20` from one dollar."""
     whole, rest = divmod(micro_usd, 1_000_000)
     return f"${whole:,}.{rest // 10_000:02}" if whole else f"${whole}.{rest:06}"

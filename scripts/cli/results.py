@@ -1,11 +1,11 @@
-"""Finished jobs as lines of JSON, in the shape of Anthropic's batch results."""
+"""Ended jobs as JSON Lines, in the format of Anthropic's batch results."""
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
+from scripts.cli import terminal
 from scripts.cli.client import FINAL_STATES, Gateway, Json
 from scripts.cli.errors import GatewayRefused
 
@@ -13,7 +13,7 @@ FETCHES_IN_FLIGHT = 8
 
 
 def batch_result(job: Json) -> Json:
-    """Returns a finished job as one row of batch results, with the job's id beside it."""
+    """Return an ended job as a row of batch results, with the job's ID added."""
     state = job["state"]
     result: Json = {"type": state}
     if state == "succeeded":
@@ -29,9 +29,9 @@ def batch_result(job: Json) -> Json:
     return {"custom_id": job.get("custom_id"), "id": job["id"], "result": result}
 
 
-def line_of(job: Json) -> str:
-    """Returns a finished job as one line of JSON."""
-    return json.dumps(batch_result(job), ensure_ascii=False, separators=(",", ":"))
+def line_of(job: Json) -> bytes:
+    """Return an ended job as one line of JSON Lines."""
+    return terminal.as_json(batch_result(job)).encode() + b"\n"
 
 
 def fetch(
@@ -39,9 +39,9 @@ def fetch(
     job_ids: Iterable[str],
     on_missing: Callable[[str, str], None],
 ) -> Iterator[Json]:
-    """Yields each finished job in full, in the order asked for, several on their way at once.
+    """Yield each ended job in full, in the order of `job_ids`, with several requests in flight.
 
-    A job that is unknown or not finished goes to `on_missing` with the reason.
+    A job that is unknown or has not ended is passed to `on_missing` with the reason.
     """
     names = iter(job_ids)
     with ThreadPoolExecutor(FETCHES_IN_FLIGHT) as pool:
@@ -49,7 +49,7 @@ def fetch(
         def ask(count: int) -> Iterator[tuple[str, Future[Json]]]:
             return ((name, pool.submit(gateway.job, name)) for name in islice(names, count))
 
-        # Twice as many as there are threads: a slow one in front does not idle the others.
+        # Twice as many as there are threads, so that a slow first request does not idle the others.
         on_the_way = deque(ask(2 * FETCHES_IN_FLIGHT))
         while on_the_way:
             job_id, future = on_the_way.popleft()

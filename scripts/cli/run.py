@@ -1,4 +1,4 @@
-"""One run of `sluice submit`: sends, reports, and optionally waits and writes the results."""
+"""One run of `sluice submit`: send, report, and optionally wait and write the results."""
 
 import json
 import sys
@@ -6,22 +6,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from importlib import resources
 from typing import TextIO
 
-from scripts.cli import terminal
+from scripts.cli import files, terminal
 from scripts.cli.client import Gateway, Json
+from scripts.cli.errors import CommandFailed
 from scripts.cli.progress import Display, PlainLines, dollars, span, wait_for
 from scripts.cli.results import fetch, line_of
 from scripts.cli.submission import Outcome, read_jobs, send
 from sluice.domain import limits
 
-# More ids than this would push what a person has to read off the screen.
+# More IDs than this would scroll the messages off the screen.
 IDS_FOR_A_PERSON = 10
 
 
 def prompt_line(prompt: str, model: str, max_tokens: int, system: str | None) -> bytes:
-    """Returns the job that --prompt stands for, as a line of a file."""
+    """Return the job of --prompt as a line of a file."""
     params: dict[str, object] = {
         "model": model,
         "max_tokens": max_tokens,
@@ -34,7 +35,7 @@ def prompt_line(prompt: str, model: str, max_tokens: int, system: str | None) ->
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What the command line asked for."""
+    """The options of a run."""
 
     run_key: str
     defaults: Mapping[str, object]
@@ -42,11 +43,11 @@ class Submission:
     as_json: bool
     is_prompt: bool
 
-    def run(self, gateway: Gateway, lines: Iterable[bytes], sink: TextIO | None) -> bool:
-        """Returns whether everything went well: nothing rejected, and no job failed if waited for.
+    def run(self, gateway: Gateway, lines: Iterable[bytes], sink: files.Output | None) -> bool:
+        """Send, report and wait; return whether nothing was rejected and, with `wait`, all jobs succeeded.
 
-        Results go to `sink`, each as soon as it is there. Without one they go to standard output
-        when a program reads it or --json was given; of a --prompt, only the answer's text does.
+        Results go to `sink` as jobs end. Without a sink, they go to standard output if it is piped
+        or --json is set; of a --prompt, only the text of the answer does.
         """
         try:
             outcome = send(gateway, read_jobs(lines, self.defaults), self.run_key)
@@ -65,7 +66,7 @@ class Submission:
 
     @property
     def _again(self) -> str:
-        """The options under which the same command finds the jobs it has made."""
+        """The options with which the same command finds the existing jobs."""
         deadline = self.defaults.get("deadline")
         return f"--idempotency-key {self.run_key}" + (f" --deadline {deadline}" if deadline else "")
 
@@ -100,15 +101,15 @@ class Submission:
             return
         shown = outcome.accepted if terminal.is_piped() else outcome.accepted[:IDS_FOR_A_PERSON]
         for job in shown:
-            print(job.job_id)
+            terminal.put(job.job_id)
         more = len(outcome.accepted) - len(shown)
         if more:
             terminal.say(f"and {more:,} more; pipe the output to get all IDs, or run `sluice list`")
 
-    def _wait(self, gateway: Gateway, job_ids: list[str], sink: TextIO | None) -> bool:
+    def _wait(self, gateway: Gateway, job_ids: list[str], sink: files.Output | None) -> bool:
         text_only = self.is_prompt and not sink and not self.as_json
         if not sink and not text_only and (self.as_json or terminal.is_piped()):
-            sink = sys.stdout
+            sink = files.standard_output()
         answers: list[Json] = []
 
         def hand_out(finished: list[Json]) -> None:
@@ -116,11 +117,9 @@ class Submission:
                 return
             for job in fetch(gateway, [job["id"] for job in finished], _must_be_there):
                 if sink:
-                    sink.write(line_of(job) + "\n")
+                    sink.write(line_of(job))
                 else:
                     answers.append(job)
-            if sink:
-                sink.flush()
 
         good = wait_and_show(gateway, job_ids, hand_out, again=self._again)
         for job in answers:
@@ -137,7 +136,7 @@ def wait_and_show(
     *,
     again: str | None = None,
 ) -> bool:
-    """Returns whether all jobs succeeded, when they are done; shows progress until then."""
+    """Wait until all jobs have ended and show progress; return whether all succeeded."""
     started = time.monotonic()
     with display_for(sys.stderr) as display:
         gateway.on_wait = display.note
@@ -145,7 +144,7 @@ def wait_and_show(
             last = wait_for(
                 gateway, job_ids, display=display, group_of=group_of, on_finished=on_finished
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CommandFailed):
             if again:
                 display.note(
                     f"the jobs keep running; run the same command with {again} to wait again"
@@ -160,34 +159,36 @@ def wait_and_show(
 
 
 def display_for(stream: TextIO) -> Display:
-    """Returns the live bar on a terminal, plain lines anywhere else."""
+    """Return a live bar on a terminal, plain lines anywhere else."""
     if not stream.isatty():
         return PlainLines(stream)
-    # Rich costs tens of milliseconds to load; only those who see the bar pay for it.
+    # Rich takes tens of milliseconds to import, so only the bar imports it.
     from scripts.cli.bar import LiveBar  # noqa: PLC0415
 
     return LiveBar(stream)
 
 
 def group_of(model: str) -> str:
-    """Returns the limit group a model belongs to."""
+    """Return the model group of a model."""
     return limits.model_group(model, _model_groups())
 
 
 @cache
 def _model_groups() -> dict[str, str]:
-    rows = json.loads(files("sluice.data").joinpath("model_groups.json").read_bytes())["groups"]
+    rows = json.loads(resources.files("sluice.data").joinpath("model_groups.json").read_bytes())[
+        "groups"
+    ]
     return {model: row["group"] for row in rows for model in row["models"]}
 
 
 def _must_be_there(job_id: str, reason: str) -> None:
-    # It was final a moment ago; only deletion by its retention time takes it away.
+    # It had ended a moment ago; it can only have been deleted at the end of its retention.
     terminal.say(f"{job_id}: {reason}")
 
 
 def _print_answer(job: Json) -> None:
     if job["state"] == "succeeded":
-        print(job.get("text") or json.dumps(job["message"]["content"], ensure_ascii=False))
+        terminal.put_block(job.get("text") or terminal.as_json(job["message"]["content"]))
     else:
         error = job.get("error") or {"type": job["state"], "message": "no answer"}
         terminal.say(f"{job['id']} {job['state']}: {error['type']}: {error['message']}")

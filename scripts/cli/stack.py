@@ -1,13 +1,14 @@
 """A deployed stack: `sluice setup` and `sluice keys`. They call AWS."""
 # ruff: noqa: PLC0415 - boto3 takes half a second to import; only these commands need it
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scripts.cli import terminal
+from scripts.cli import files, terminal
 from scripts.cli.errors import CommandFailed
 from scripts.cli.options import EndpointUrl, Region, StackName
 
@@ -95,7 +96,7 @@ def list_keys(
     elif keys:
         from scripts.cli import tables
 
-        tables.console().print(tables.keys_table(keys))
+        tables.show(tables.keys_table(keys))
     else:
         terminal.say("no client keys: run `sluice keys create` to create one")
 
@@ -114,15 +115,15 @@ def revoke_keys(
     deployed = Stack(stack, region, endpoint_url)
     for key_id in key_ids:
         deployed.revoke_client_key(key_id)
-        print(f"{key_id} revoked")
+        terminal.put(f"{key_id} revoked")
 
 
 def _key_pool_for(deployed: "Stack", file: Path | None) -> "KeyPool | None":
-    """Returns the upstream keys to store, or None to keep those the stack has."""
+    """Return the upstream keys to store, or None to keep the stored ones."""
     from scripts.cli.deployed import ask_for_key_pool, read_key_pool
 
     if file is not None:
-        with terminal.lines_of(file) as lines:
+        with files.lines_of(file) as lines:
             text = b"".join(lines).decode(errors="replace")
         return read_key_pool(text, f"key pool {file}")
     present = deployed.key_pool_ids()
@@ -136,27 +137,22 @@ def _key_pool_for(deployed: "Stack", file: Path | None) -> "KeyPool | None":
     if present:
         there = terminal.counted(len(present), "upstream key")
         question = f"The stack has {there} ({', '.join(present)}). Replace?"
-        if not typer.confirm(question, default=False, err=True):
+        if not terminal.confirm(question):
             return None
     terminal.say("Keys of one organization share its rate limits: a second key adds no throughput.")
-    return ask_for_key_pool(_ask_hidden, terminal.say)
-
-
-def _ask_hidden(question: str) -> str:
-    answer: str = typer.prompt(question, default="", hide_input=True, show_default=False, err=True)
-    return answer
+    return ask_for_key_pool(terminal.ask_hidden, terminal.say)
 
 
 def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> str:
     client_key, key_id = deployed.create_client_key(tenant, name)
     terminal.say(f'client key {key_id} for tenant "{tenant}"; it is shown only once:')
-    print(f"export SLUICE_URL={deployed.api_url}")
-    print(f"export SLUICE_KEY={client_key}")
+    terminal.put(f"export SLUICE_URL={shlex.quote(deployed.api_url)}")
+    terminal.put(f"export SLUICE_KEY={shlex.quote(client_key)}")
     return client_key
 
 
 def _have_governed(deployed: "Stack") -> None:
-    """Reports the account's Lambda limit and applies it before the first submit. A failure is only reported."""
+    """Report the account's Lambda limit and apply it before the first submit. A failure is only reported."""
     try:
         for line in deployed.about_executions():
             terminal.say(line)
@@ -166,7 +162,7 @@ def _have_governed(deployed: "Stack") -> None:
 
 
 def _try_out(url: str, client_key: str) -> None:
-    """Checks URL and key with one call. A failure is only reported."""
+    """Check the URL and the key with one call. A failure is only reported."""
     from scripts.cli.client import Gateway
 
     try:

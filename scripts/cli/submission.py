@@ -1,4 +1,4 @@
-"""From lines of JSON to accepted jobs: read, pack into lists, send a few lists at a time."""
+"""From JSON Lines to accepted jobs: read, pack into lists, send a few lists at a time."""
 
 import json
 import re
@@ -12,10 +12,10 @@ from scripts.cli.client import Json
 from scripts.cli.errors import CommandFailed, GatewayRefused
 
 MAX_JOBS_PER_LIST = 100
-# Lambda takes 6 MB per call, and base64 or escaping on the way may add a third.
+# Lambda accepts 6 MB per call; base64 or escaping in transit may add a third.
 MAX_BYTES_PER_LIST = 4_000_000
 LISTS_IN_FLIGHT = 4
-# Anything else that is refused would meet the next list as well.
+# Any other error would reject the next list as well.
 ABOUT_ONE_LIST = frozenset({400, 409, 413, 422})
 
 _BODY_OPENS = b'{"jobs":['
@@ -24,15 +24,15 @@ _SPAN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 class Submits(Protocol):
-    """What sending needs of a gateway."""
+    """What `send` needs of a gateway."""
 
     def submit(self, body: bytes, idempotency_key: str) -> list[Json]:
-        """Creates the jobs of one list, once per key."""
+        """Create the jobs of a list, once per idempotency key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One job as it will be sent, and where it stood."""
+    """A job as it will be sent, and its line number."""
 
     number: int
     body: bytes
@@ -41,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A job the gateway took."""
+    """A job that the gateway accepted."""
 
     line: int
     job_id: str
@@ -50,7 +50,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A line that became no job, and why."""
+    """A line that is not a job or was rejected, and why."""
 
     line: int
     error_type: str
@@ -59,22 +59,22 @@ class Rejected:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of every line. `stopped` is set when sending ended before the last one."""
+    """The outcome of every line. `stopped` is set if sending ended before the last one."""
 
     accepted: list[Accepted] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     stopped: CommandFailed | None = None
 
     def sort(self) -> None:
-        """Puts the lines back into the order of the file."""
+        """Sort the lines into the order of the file."""
         self.accepted.sort(key=lambda job: job.line)
         self.rejected.sort(key=lambda line: line.line)
 
 
 def read_jobs(lines: Iterable[bytes], defaults: Mapping[str, object]) -> Iterator[Line | Rejected]:
-    """Yields each line as a job, or says what is wrong with it. Empty lines are passed over.
+    """Yield each line as a job, or as rejected with the reason. Empty lines are skipped.
 
-    `defaults` are fields every job gets that does not bring its own; metadata is merged.
+    `defaults` are fields for jobs that do not set their own; metadata is merged.
     """
     line_of: dict[str, int] = {}
     for number, raw in enumerate(lines, start=1):
@@ -85,7 +85,7 @@ def read_jobs(lines: Iterable[bytes], defaults: Mapping[str, object]) -> Iterato
         if isinstance(item, Line) and item.custom_id is not None:
             first = line_of.setdefault(item.custom_id, number)
             if first != number:
-                # The gateway sees one list at a time; here all of the file is in sight.
+                # The gateway checks one list at a time; only the client sees the whole file.
                 reason = f'duplicate custom_id "{item.custom_id}"; first used in line {first}'
                 item = Rejected(number, "invalid_request_error", reason)
         yield item
@@ -108,7 +108,7 @@ def _read_job(number: int, text: bytes, defaults: Mapping[str, object]) -> Line 
 
 
 def _decoded(text: bytes) -> dict[str, Any]:
-    """Returns the job written in a line; the message of its ValueError says what is wrong."""
+    """Return the job in a line; raise ValueError with the reason."""
     try:
         job = json.loads(text.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
@@ -139,12 +139,12 @@ def _encoded(job: Mapping[str, object]) -> bytes:
     try:
         return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        # Half a surrogate pair has no UTF-8 form, only the escaped one it came in.
+        # Half a surrogate pair has no UTF-8 encoding, only its JSON escape.
         return json.dumps(job, separators=(",", ":")).encode()
 
 
 def pack(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """Yields lists of up to 100 jobs whose bodies stay below 4 MB, in the order of the lines."""
+    """Yield lists of up to 100 jobs and 4 MB, in the order of the lines."""
     together: list[Line] = []
     size = empty = len(_BODY_OPENS) + len(_BODY_CLOSES)
     for line in lines:
@@ -168,13 +168,13 @@ def send(
     on_progress: Callable[[Outcome], None] = lambda _: None,
     in_flight_at_once: int = LISTS_IN_FLIGHT,
 ) -> Outcome:
-    """Sends every good line and returns what became of each.
+    """Send every valid line and return the outcome of each.
 
-    List n goes under the Idempotency-Key `<run key>.<n>`: the same lines sent again under the
-    same run key find their first jobs, and make no second ones.
+    List n has the Idempotency-Key `<run key>.<n>`: resending the same lines with the same run
+    key returns the existing jobs.
     """
     outcome = Outcome()
-    # Both are touched by this thread only: the pool's threads carry bodies and nothing else.
+    # Only this thread uses both; the threads of the pool only send bodies.
     in_flight: dict[Future[list[Json]], list[Line]] = {}
 
     def settle(done: Iterable[Future[list[Json]]]) -> None:
@@ -229,7 +229,7 @@ def _note_reply(future: Future[list[Json]], lines: list[Line], outcome: Outcome)
 
 
 def deadline_at(text: str, now: datetime) -> str:
-    """Returns the deadline in RFC 3339, from a time or from a span such as `90m`, `2h`, `1d12h`."""
+    """Return the deadline in RFC 3339, from a time or a duration such as `90m`, `2h`, `1d12h`."""
     span = _SPAN.fullmatch(text.strip())
     if span and any(span.groups()):
         days, hours, minutes, seconds = (int(part or 0) for part in span.groups())

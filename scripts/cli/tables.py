@@ -1,6 +1,5 @@
-"""Jobs, usage and limits as panels and tables for a person."""
+"""Panels and tables for a person. What they show comes from other systems, so each escapes it first (`terminal`)."""
 
-from collections.abc import Sequence
 from datetime import datetime
 
 from rich.console import Console, Group
@@ -8,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from scripts.cli import terminal
 from scripts.cli.client import FINAL_STATES, Json
 from scripts.cli.progress import dollars
 
@@ -22,23 +22,24 @@ STATE_STYLES = {
 WIDTH_WITHOUT_TERMINAL = 160
 
 
-def console() -> Console:
-    """Returns the console for tables: the terminal, or a pipe wide enough not to truncate them."""
-    out = Console(highlight=False, emoji=False, markup=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, emoji=False, markup=False, width=WIDTH_WITHOUT_TERMINAL)
-    return out
+def show(made: Panel | Table) -> None:
+    """Print a panel or a table to standard output; a pipe is wide enough not to truncate it."""
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, emoji=False, markup=False, width=WIDTH_WITHOUT_TERMINAL)
+    console.print(made)
 
 
 def job_panel(job: Json) -> Panel:
-    """Returns one job: its state, its attempts, what it cost, and the answer or the error."""
+    """Return a job: state, attempts, cost, and the answer or error."""
+    answer, job = job.get("text"), terminal.safe(job)
     parts: list[Table | Text] = [_facts_table(job)]
     if job.get("attempts"):
         parts += [Text(), _attempts_table(job["attempts"])]
     if job.get("error"):
         parts += [Text(), Text(f"{job['error']['type']}: {job['error']['message']}", style="red")]
-    if job.get("text"):
-        parts += [Text(), Text(job["text"])]
+    if answer:
+        parts += [Text(), Text(terminal.block(answer))]
     return Panel(Group(*parts), title=Text(job["id"]), title_align="left")
 
 
@@ -79,7 +80,7 @@ def _usage_text(usage: Json) -> str:
     )
 
 
-def _attempts_table(attempts: Sequence[Json]) -> Table:
+def _attempts_table(attempts: list[Json]) -> Table:
     table = Table("attempt", "at", "model", "outcome", "request", "error", box=None, pad_edge=False)
     for attempt in attempts:
         error = attempt.get("error")
@@ -94,12 +95,12 @@ def _attempts_table(attempts: Sequence[Json]) -> Table:
     return table
 
 
-def jobs_table(jobs: Sequence[Json]) -> Table:
-    """Returns one row per job."""
+def jobs_table(jobs: list[Json]) -> Table:
+    """Return a row per job."""
     table = Table("job", "custom_id", "state", "model", "created", "finished", box=None)
     table.add_column("attempts", justify="right")
     table.add_column("cost", justify="right")
-    for job in jobs:
+    for job in terminal.safe(jobs):
         cost = job.get("cost_micro_usd")
         table.add_row(
             job["id"],
@@ -115,7 +116,8 @@ def jobs_table(jobs: Sequence[Json]) -> Table:
 
 
 def usage_table(usage: Json) -> Table:
-    """Returns one row per group and a last one for all."""
+    """Return a row per group and a total."""
+    usage = terminal.safe(usage)
     groups: list[str] = list(usage["group_by"])
     numbers = (
         ("calls", "calls"),
@@ -146,14 +148,14 @@ def usage_table(usage: Json) -> Table:
     return table
 
 
-def limits_table(groups: Sequence[Json]) -> Table:
-    """Returns one row per limit group: remaining capacity, limits per minute, and current blocks."""
+def limits_table(groups: list[Json]) -> Table:
+    """Return a row per limit group: remaining capacity, limits per minute, and current blocks."""
     table = Table("limit group", box=None)
     for title in ("requests", "input tokens", "output tokens", "output/call"):
         table.add_column(title, justify="right")
     for title in ("source", "rate", "blocked"):
         table.add_column(title)
-    for group in groups:
+    for group in terminal.safe(groups):
         limits, levels = group.get("limits") or {}, group.get("level") or {}
         estimate = (group.get("estimates") or {}).get("output_tokens")
         table.add_row(
@@ -173,7 +175,7 @@ def limits_table(groups: Sequence[Json]) -> Table:
 
 
 def _waits(group: Json) -> list[str]:
-    """Returns a line for each block on a limit group: until when, why, and the source."""
+    """Return a line for each block on a limit group: until when, why, and the source."""
     lines = []
     if group.get("blocked_until"):
         why = [group.get("blocked_reason"), group.get("blocked_by")]
@@ -190,10 +192,10 @@ def _waits(group: Json) -> list[str]:
     return lines
 
 
-def keys_table(keys: Sequence[Json]) -> Table:
-    """Returns one row per client key."""
+def keys_table(keys: list[Json]) -> Table:
+    """Return a row per client key."""
     table = Table("key ID", "tenant", "name", "created", "state", box=None)
-    for key in keys:
+    for key in terminal.safe(keys):
         table.add_row(
             key["key_id"],
             key["tenant"],
@@ -204,12 +206,12 @@ def keys_table(keys: Sequence[Json]) -> Table:
     return table
 
 
-def letters_table(letters: Sequence[Json]) -> Table:
-    """Returns one row per dead letter."""
+def letters_table(letters: list[Json]) -> Table:
+    """Return a row per dead letter."""
     table = Table("letter", "stored", "reason", "job", "job state", box=None)
     table.add_column("estimate", justify="right")
     table.add_column("redrivable")
-    for letter in letters:
+    for letter in terminal.safe(letters):
         state = letter["state"]
         cost = letter["estimated_cost_micro_usd"]
         table.add_row(
@@ -225,17 +227,17 @@ def letters_table(letters: Sequence[Json]) -> Table:
 
 
 def moment(text: str) -> str:
-    """Writes a time of the API in the local time zone; returns any other text unchanged."""
+    """Return a time of the API in the local time zone, and any other text unchanged."""
     try:
         return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:
         return text
 
 
-def batches_table(batches: Sequence[Json]) -> Table:
-    """Returns one row per batch."""
+def batches_table(batches: list[Json]) -> Table:
+    """Return a row per batch."""
     table = Table("batch", "name", "state", "rows", "failed", "created", "cost", box=None)
-    for batch in batches:
+    for batch in terminal.safe(batches):
         rows = batch["rows"]
         about = "" if batch["state"] == "ended" else "~"
         failed = rows["errored"] + rows["canceled"] + rows["expired"] + rows["invalid"]
@@ -252,7 +254,8 @@ def batches_table(batches: Sequence[Json]) -> Table:
 
 
 def batch_panel(batch: Json) -> Panel:
-    """Returns one batch: its state, its rows, what it cost."""
+    """Return a batch: state, rows, cost."""
+    batch = terminal.safe(batch)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,8 +1,9 @@
-"""Files up and results down: straight between this machine and the bucket, by links, without the client key."""
+"""File uploads and result downloads, directly to and from S3 by presigned URL, without the client key."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,24 +21,24 @@ BUCKET_TIMEOUT_SECONDS = 300.0
 
 
 class Uploads(Protocol):
-    """What an upload needs of a gateway."""
+    """What `Bucket.upload` needs of a gateway."""
 
     def begin_upload(self, name: str, size: int, options: Mapping[str, object]) -> Json:
-        """Begins it."""
+        """Start an upload."""
 
     def part_links(self, upload_id: str, name: str, first: int, last: int) -> Mapping[int, str]:
-        """Returns where more parts go."""
+        """Return presigned URLs for more parts."""
 
     def complete_upload(self, upload_id: str, name: str, etags: Mapping[int, str]) -> Json:
-        """Ends it; returns the batch."""
+        """Complete the upload; return its batch."""
 
     def abort_upload(self, upload_id: str, name: str) -> None:
-        """Forgets it."""
+        """Abort the upload."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The bucket behind the links."""
+    """The bucket, through presigned URLs."""
 
     http: httpx.Client
     sleep: Callable[[float], None] = time.sleep
@@ -50,7 +51,7 @@ class Bucket:
         options: Mapping[str, object],
         on_part: Callable[[int, int], None],
     ) -> Json:
-        """Sends a file in parts, a few at a time; returns the batch it is. `on_part(sent, all)` bytes."""
+        """Upload a file in parts, a few at a time; return its batch. `on_part` gets the bytes sent and the size."""
         size = file.stat().st_size
         upload = gateway.begin_upload(name, size, options)
         try:
@@ -73,7 +74,7 @@ class Bucket:
         with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool, file.open("rb") as source:
             going: dict[Future[str], int] = {}
             for part, url in _links(gateway, upload):
-                # Read here, one after the other: only as many parts as are on their way are in memory.
+                # Read one after the other, so that only the parts in flight are in memory.
                 body = source.read(part_bytes)
                 going[pool.submit(self._put, url, body)] = part
                 if len(going) == PARTS_IN_FLIGHT:
@@ -96,22 +97,28 @@ class Bucket:
             if answer.is_success:
                 return answer.headers["etag"]
             reason = f"HTTP {answer.status_code}"
-            if answer.status_code < 500:  # noqa: PLR2004 - the same again would be refused again
+            if answer.status_code < 500:  # noqa: PLR2004 - a retry would get the same response
                 break
         raise CommandFailed(f"S3 did not accept a part of the file ({reason}); upload it again")
 
     def download(self, url: str) -> Iterator[bytes]:
-        """Yields a file of the bucket, piece by piece."""
-        with self.http.stream("GET", url) as answer:
-            if not answer.is_success:
-                raise CommandFailed(f"cannot download from S3: HTTP {answer.status_code}")
-            yield from answer.iter_bytes()
+        """Yield the content of a file, piece by piece."""
+        try:
+            with self.http.stream("GET", url) as answer:
+                if not answer.is_success:
+                    raise CommandFailed(f"cannot download from S3: HTTP {answer.status_code}")
+                yield from answer.iter_bytes()
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise CommandFailed(f"the download from S3 failed ({reason}); retry") from None
 
 
-def bucket() -> Bucket:
-    """Returns a bucket over a connection of its own, which never carries the client key."""
+@contextmanager
+def bucket() -> Iterator[Bucket]:
+    """Give a bucket over connections of its own, which never carry the client key."""
     timeout = httpx.Timeout(BUCKET_TIMEOUT_SECONDS, connect=10.0)
-    return Bucket(httpx.Client(timeout=timeout))
+    with httpx.Client(timeout=timeout) as http:
+        yield Bucket(http)
 
 
 def _links(gateway: Uploads, upload: Json) -> Iterator[tuple[int, str]]:

@@ -34,13 +34,13 @@ def usage(  # noqa: PLR0913 - a command line has options
         return
     from scripts.cli import tables
 
-    tables.console().print(tables.usage_table(used))
+    tables.show(tables.usage_table(used))
 
 
 def webhook_secret(*, url: Url = None, key: Key = None, key_file: KeyFile = None) -> None:
     """Print the signing secret of your webhooks, for use with a Standard Webhooks library."""
     with gateway_at(url, key, key_file) as gateway:
-        print(gateway.webhook_secret())
+        terminal.put(gateway.webhook_secret())
 
 
 def limits(
@@ -55,6 +55,6 @@ def limits(
     from scripts.cli import tables
 
     if groups:
-        tables.console().print(tables.limits_table(groups))
+        tables.show(tables.limits_table(groups))
     else:
         terminal.say("no limit groups yet: Sluice learns them from the first jobs")

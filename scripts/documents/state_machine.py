@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scripts.documents.markers import replaced, row
-from sluice.domain.jobs import CHANGES, Change, Rule, State
+from sluice.domain.jobs import TRANSITIONS, Rule, State, Transition
 
 
-def drawing(changes: Mapping[Change, Rule]) -> str:
+def drawing(changes: Mapping[Transition, Rule]) -> str:
     """Return the state machine as a mermaid diagram in a Markdown code block."""
     arrows: dict[tuple[State, State], list[str]] = {}
     for change, rule in changes.items():
@@ -20,7 +20,7 @@ def drawing(changes: Mapping[Change, Rule]) -> str:
     return "\n".join([*lines, "```"])
 
 
-def table(changes: Mapping[Change, Rule]) -> str:
+def table(changes: Mapping[Transition, Rule]) -> str:
     """Return the changes as a Markdown table."""
     rows = ["| change | from | to | who | the lease | when |", "|---|---|---|---|---|---|"]
     for change, rule in changes.items():
@@ -32,5 +32,5 @@ def table(changes: Mapping[Change, Rule]) -> str:
 
 def updated(page: str) -> str:
     """Return the page with the diagram and the table of the code."""
-    with_drawing = replaced(page, "drawing", drawing(CHANGES))
-    return replaced(with_drawing, "changes", table(CHANGES))
+    with_drawing = replaced(page, "drawing", drawing(TRANSITIONS))
+    return replaced(with_drawing, "changes", table(TRANSITIONS))

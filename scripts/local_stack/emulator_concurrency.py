@@ -130,6 +130,6 @@ def _answer_503(lambdas: Internals) -> None:
 
 def _expect(module: Internals, name: str, arguments: list[str]) -> None:
     if not hasattr(module, name):
-        raise LookupError(f"{module.__name__}.{name} is gone")
+        raise LookupError(f"{module.__name__}.{name} is missing")
     if list(inspect.signature(getattr(module, name)).parameters) != arguments:
         raise LookupError(f"{module.__name__}.{name} takes other arguments")

@@ -6,7 +6,6 @@ import json
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.cli import terminal
 from scripts.local_stack import credentials, deploy, proofs
 from scripts.local_stack.emf import Bridge
 from scripts.local_stack.emulator import (
@@ -321,7 +321,7 @@ def up(  # noqa: PLR0913 - the options of a command
             client_key=client_key,
             concurrency=concurrency,
             account_concurrency=account_concurrency,
-            say=_say,
+            say=terminal.say,
         )
     )
 
@@ -352,7 +352,7 @@ def serve(stack: LocalStack) -> int:
 
     def run() -> str:
         with stack.running() as ready:
-            _say(f"ready after {time.monotonic() - began:.1f} s; press Ctrl-C to stop")
+            terminal.say(f"ready after {time.monotonic() - began:.1f} s; press Ctrl-C to stop")
             line = {
                 "ready": True,
                 "api_url": ready.api_url,
@@ -380,9 +380,9 @@ def _until_stopped(run: Callable[[], str]) -> int:
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, _stop) for number in signals}
     try:
-        _say(f"error: {run()}")
+        terminal.say(f"error: {run()}")
     except StackError as error:
-        _say(f"error: {error}")
+        terminal.say(f"error: {error}")
     except _Stopped:
         return 0
     finally:
@@ -396,7 +396,3 @@ def _stop(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
     raise _Stopped(number)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -368,7 +368,7 @@ def test_the_worker_buries_even_the_largest_message(
     sqs = emulator.client("sqs")
     message = Received("message-1", "receipt-1", "x" * body, None)
 
-    SqsInbox(sqs, queue, queue).bury(message, "why")
+    SqsInbox(sqs, queue, queue).reject(message, "why")
 
     (buried,) = sqs.receive_message(QueueUrl=queue, MessageAttributeNames=["All"])["Messages"]
     assert body == len(buried["Body"])

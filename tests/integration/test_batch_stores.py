@@ -23,9 +23,21 @@ from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.job_records import as_text, of_text
 from sluice.adapters.notices import BusNotices
 from sluice.adapters.sqs import Hidden, SqsBatchesQueue, SqsRangesQueue
-from sluice.domain import batches as life
-from sluice.domain.batches import Batch, Options, Progress, RangeState, Source, Tally, planned
-from sluice.domain.errors import InputGone, InvalidRequest, Stale, StoreBusy
+from sluice.domain.batches import (
+    Batch,
+    Options,
+    Progress,
+    RangeState,
+    Source,
+    Tally,
+    cancel_batch,
+    claim_range,
+    plan_batch,
+    planned,
+    release_range,
+    save_chunk,
+)
+from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
 from sluice.ports.jobs import Received
@@ -91,7 +103,7 @@ def a_batch(number: int = 1, **facts: object) -> Batch:
 def test_a_batch_is_stored_once_and_read_as_it_was(batches: Both) -> None:
     options = Options(model="claude-a", fallback_models=("b", "c"), deadline=NOON, run="x")
     batch = a_batch(options=options, due_at=NOON + 5, tally=Tally(succeeded=3))
-    batch = life.plan_batch(batch, planned(1_000, b"ab\n"))
+    batch = plan_batch(batch, planned(1_000, b"ab\n"))
 
     batches.add(batch)
 
@@ -105,12 +117,12 @@ def test_a_batch_is_stored_once_and_read_as_it_was(batches: Both) -> None:
 def test_a_batch_is_written_only_by_who_saw_its_last_version(batches: Both) -> None:
     batch = a_batch()
     batches.add(batch)
-    canceled = life.cancel(batch, NOON)
+    canceled = cancel_batch(batch, NOON)
 
     batches.replace(canceled, batch.version)
 
     with pytest.raises(Stale) as stale:
-        batches.replace(life.cancel(batch, NOON + 1), batch.version)
+        batches.replace(cancel_batch(batch, NOON + 1), batch.version)
     assert canceled == stale.value.current
     with pytest.raises(Stale):
         batches.replace(a_batch(99), 1)
@@ -145,15 +157,15 @@ def test_a_range_is_on_record_from_its_first_claim(batches: Both) -> None:
     fresh = batches.range_state(batch, 7)
     assert RangeState(batch.batch_id, 7, "acme") == fresh
 
-    claimed = life.claim_range(fresh, "one", NOON, NOON + 10)
+    claimed = claim_range(fresh, "one", NOON, NOON + 10)
     batches.replace_range(claimed, 0)
-    saved = life.save_chunk(claimed, "one", NOON + 20, "1-1", rows=())
+    saved = save_chunk(claimed, "one", NOON + 20, "1-1", rows=())
     saved = replace(saved, losses=2, running=(0, 9), suspects=(9, 70), blamed=(9, 9))
     batches.replace_range(saved, claimed.version)
 
     assert saved == batches.range_state(batch, 7)
     with pytest.raises(Stale) as stale:
-        batches.replace_range(life.claim_range(fresh, "two", NOON, NOON + 10), 0)
+        batches.replace_range(claim_range(fresh, "two", NOON, NOON + 10), 0)
     assert saved == stale.value.current
     with pytest.raises(Stale):
         batches.replace_range(claimed, claimed.version)
@@ -207,20 +219,20 @@ def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -
     batches.add(a_batch(1, due_at=NOON + 20))
     batches.add(a_batch(2, due_at=NOON + 900))
     batches.add(a_batch(3))
-    claimed = life.claim_range(RangeState("msgbatch_r", 7, "acme"), "one", NOON, NOON + 1)
-    waiting = life.release_range(claimed, "one", chunks=(), not_before=NOON + 10, model="claude-a")
+    claimed = claim_range(RangeState("msgbatch_r", 7, "acme"), "one", NOON, NOON + 1)
+    waiting = release_range(claimed, "one", chunks=(), not_before=NOON + 10, model="claude-a")
     batches.replace_range(waiting, 0)
 
     first, second = batches.due(NOON + 100, 100)
 
     assert DueRange("msgbatch_r", 7, "acme", NOON + 10, "claude-a") == first
     assert (a_batch(1).batch_id, None) == (second.batch_id, second.number)
-    held = batches.hold(first, NOON + 50)
+    held = batches.postpone(first, NOON + 50)
     assert held == replace(first, due_at=NOON + 50)
-    assert batches.hold(first, NOON + 60) is None
-    batches.release(first)
+    assert batches.postpone(first, NOON + 60) is None
+    batches.remove(first)
     assert 2 == len(batches.due(NOON + 100, 100))
-    batches.release(replace(first, due_at=NOON + 50))
+    batches.remove(replace(first, due_at=NOON + 50))
     assert [second] == list(batches.due(NOON + 100, 100))
     assert waiting == batches.range_state(a_batch(batch_id="msgbatch_r"), 7)
 
@@ -240,16 +252,16 @@ def test_an_object_is_read_in_pieces_while_it_is_the_same(objects: Objects, name
     assert b"" == objects.read(name, 0, 0)
     assert b"0123456789" == b"".join(objects.stream(name))
     objects.put(name, b"other")
-    with pytest.raises(InputGone):
+    with pytest.raises(InputMissing):
         objects.read(name, 0, 3, stored.etag)
 
 
 def test_an_object_that_is_not_there_is_none_or_gone(objects: Objects, name: str) -> None:
     assert objects.head(name) is None
     assert objects.get(name) is None
-    with pytest.raises(InputGone):
+    with pytest.raises(InputMissing):
         objects.read(name, 0, 3)
-    with pytest.raises(InputGone):
+    with pytest.raises(InputMissing):
         list(objects.stream(name))
 
 
@@ -444,9 +456,9 @@ def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
         busy = {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "InternalFailure"}]}
         stub.add_response("put_events", busy, {"Entries": [entry]})
 
-        notices.tell(told)
+        notices.publish(told)
         with pytest.raises(StoreBusy):
-            notices.tell(told)
+            notices.publish(told)
 
 
 @pytest.mark.usefixtures("cloud")
@@ -475,9 +487,9 @@ def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it(
         of_queue.add_response("send_message_batch", {"Successful": [], "Failed": []}, asked)
         of_queue.add_response("send_message_batch", {"Successful": [], "Failed": [failed]}, asked)
 
-        notices.tell(told)
+        notices.publish(told)
         with pytest.raises(StoreBusy, match="webhooks queue"):
-            notices.tell(told)
+            notices.publish(told)
 
 
 @pytest.mark.usefixtures("cloud")
@@ -491,7 +503,7 @@ def test_what_aws_will_never_take_is_passed_over_and_holds_up_nobody() -> None:
         of_bus.add_response("put_events", malformed)
         of_queue.add_response("send_message_batch", {"Successful": [], "Failed": [failed]})
 
-        notices.tell(told)
+        notices.publish(told)
 
     assert ["end not told", "end not told"] == events.problem_names
 
@@ -502,7 +514,7 @@ def test_metadata_may_hold_what_a_message_may_not_and_a_tenant_what_a_group_may_
     url = sqs.create_queue(QueueName="w")["QueueUrl"]
     facts = {"metadata": {"note": "\uffff\u6c34"}}
 
-    BusNotices(bus, sqs, url, RecordingEvents()).tell(
+    BusNotices(bus, sqs, url, RecordingEvents()).publish(
         [Notice("j-2", "Job Ended", NOON, "My Team", facts, "https://acme.example/")]
     )
 
@@ -534,7 +546,7 @@ def test_ends_with_much_metadata_go_in_as_many_calls_as_aws_needs() -> None:
     sqs.meta.events.register("provide-client-params.sqs.SendMessageBatch", look)
     url = sqs.create_queue(QueueName="w")["QueueUrl"]
 
-    BusNotices(bus, sqs, url, RecordingEvents()).tell(told)
+    BusNotices(bus, sqs, url, RecordingEvents()).publish(told)
 
     for calls in sizes.values():
         assert 23 == sum(count for count, _ in calls)

@@ -149,7 +149,7 @@ async def test_headers_that_are_wanted_early_come_before_the_answer(sdk: SdkClau
     with running(read({"service": FAST, "organisations": [organisation]})) as claude:
         asked = request(claude.url, params("tokens=150,tps=300"))
 
-        answer = answered(await sdk.send(replace(asked, early=True, heard=told.append)))
+        answer = answered(await sdk.send(replace(asked, early=True, on_headers=told.append)))
         told.append(answer.message)
 
     early, late = told
@@ -164,7 +164,7 @@ async def test_a_refusal_tells_no_headers_early(claude: Running, sdk: SdkClaude)
     told: list[Headers] = []
     asked = request(claude.url, params("429,retry_after=7"))
 
-    outcome = refused(await sdk.send(replace(asked, early=True, heard=told.append)))
+    outcome = refused(await sdk.send(replace(asked, early=True, on_headers=told.append)))
 
     assert ([], "org-one") == (told, outcome.headers.organization)
 

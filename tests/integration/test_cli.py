@@ -3,10 +3,10 @@
 import io
 import json
 import os
-import re
 import stat
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -701,14 +701,283 @@ def test_what_is_no_regular_file_keeps_its_mode(run: Run, tmp_path: Path) -> Non
     assert before == Path(os.devnull).stat().st_mode
 
 
-def test_every_file_of_answers_is_opened_in_one_place() -> None:
-    """So that no command forgets the mode."""
-    writes = re.compile(r"""\.open\(["']w|write_text\(|write_bytes\(""")
-    command_line = [*Path(app.__file__).parent.glob("*.py")]
+OLD = "results of yesterday\n"
 
-    writing = {path.name for path in command_line if writes.search(path.read_text("utf-8"))}
 
-    assert set() == writing
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    file = tmp_path / "results.jsonl"
+    file.write_text(OLD)
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(job_line("one") + "\n")
+    return file
+
+
+REFUSED = Scripted(400, {"error": {"type": "invalid_request_error", "message": "name: no"}})
+FAILED = Scripted(500, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "answers"),
+    [
+        (["upload", "{rows}", "--wait", "--url", "http://127.0.0.1:9"], []),
+        (["upload", "{rows}", "--wait"], [REFUSED]),
+        (["batches", "results", "batch_0"], []),
+        (["batches", "results", "batch_0", "--errors"], []),
+        (["results", "job_0"], []),
+        (["results"], []),
+        (["submit", "{bad}", "--wait"], []),
+        (["submit", "{rows}", "--wait"], [REFUSED]),
+        (["submit", "{rows}", "--wait", "--url", "http://127.0.0.1:9"], []),
+    ],
+    ids=[
+        *("upload: gateway down", "upload: name refused", "unknown batch", "unknown batch: errors"),
+        *("unknown job", "no ended jobs", "only bad lines", "jobs refused", "submit: gateway down"),
+    ],
+)
+def test_an_existing_file_stays_until_there_is_something_to_write(
+    run: Run, gateway: FakeGateway, old: Path, command: list[str], answers: list[Scripted]
+) -> None:
+    rows = old.with_name("rows.jsonl")
+    rows.write_text(job_line("one") + "\n")
+    bad = rows.with_name("bad.jsonl")
+    bad.write_text("{oops\n")
+    gateway.script = answers
+    before = {path.name for path in old.parent.iterdir()}
+
+    ended = run(*(each.format(rows=rows, bad=bad) for each in command), "--out", old)
+
+    assert 1 == ended.code
+    assert OLD == old.read_text()
+    assert before == {path.name for path in old.parent.iterdir()}
+
+
+def test_results_of_a_batch_replace_a_file_when_all_are_there(
+    run: Run, gateway: FakeGateway, old: Path, rows: Path
+) -> None:
+    gateway.result_files["results"] = '{"custom_id":"ü"}\n'.encode()
+
+    uploaded = run("upload", rows, "--wait", "--out", old)
+    first = old.read_bytes()
+    gateway.result_files["results"] *= 2
+    fetched = run("batches", "results", "batch_1", "--out", old)
+
+    assert (0, 0) == (uploaded.code, fetched.code), uploaded.err + fetched.err
+    assert 2 * first == old.read_bytes() == gateway.result_files["results"]
+    assert rows.read_bytes() == gateway.parts["rows.jsonl"]
+
+
+def test_a_batch_without_results_keeps_the_file_and_one_without_errors_empties_it(
+    run: Run, gateway: FakeGateway, old: Path, rows: Path
+) -> None:
+    """All of no errors is known to be none; yesterday's errors would be taken for today's."""
+    uploaded = run("upload", rows, "--wait", "--out", old)
+    fetched = run("batches", "results", "batch_1", "--out", old)
+    kept = old.read_text()
+    errors = run("batches", "results", "batch_1", "--errors", "--out", old)
+
+    assert (1, 1, 0) == (uploaded.code, fetched.code, errors.code)
+    assert f"no results; {old} was not written" in fetched.err
+    assert (OLD, "") == (kept, old.read_text())
+    assert gateway.parts
+
+
+def test_a_download_that_breaks_off_keeps_the_file(
+    run: Run, gateway: FakeGateway, old: Path, rows: Path
+) -> None:
+    gateway.result_files["results"] = b'{"custom_id": "a"}\n' * 1000
+    run("upload", rows)
+    gateway.break_downloads = True
+
+    ended = run("batches", "results", "batch_1", "--out", old)
+
+    assert 1 == ended.code
+    assert "error: the download from S3 failed" in ended.err
+    assert OLD == old.read_text()
+
+
+@pytest.mark.parametrize("command", ["submit", "upload"])
+def test_output_that_is_the_input_is_refused_before_anything_is_sent(
+    run: Run, gateway: FakeGateway, rows: Path, command: str
+) -> None:
+    before = rows.read_text()
+    link = rows.with_name("link")
+    link.symlink_to(rows)
+
+    itself = run(command, rows, "--wait", "--out", rows)
+    linked = run(command, rows, "--wait", "--out", link)
+
+    assert (2, 2) == (itself.code, linked.code)
+    assert f"{rows} is also the input {rows}" in itself.err
+    assert f"{link} is also the input {rows}" in linked.err
+    assert before == rows.read_text()
+    assert [] == gateway.calls
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["submit", "{rows}", "--wait"], ["results"], ["batches", "results", "batch_1"]],
+    ids=["submit", "results", "batches results"],
+)
+def test_a_key_file_is_an_input_too(
+    run: Run, gateway: FakeGateway, rows: Path, command: list[str]
+) -> None:
+    key_file = rows.with_name("key")
+    key_file.write_text(f"{CLIENT_KEY}\n")
+    words = [each.format(rows=rows) for each in command]
+
+    ended = run(*words, "--key-file", key_file, "--out", key_file)
+
+    assert 2 == ended.code
+    assert f"{CLIENT_KEY}\n" == key_file.read_text()
+    assert [] == gateway.calls
+
+
+# ---------------------------------------------------------------- text from elsewhere
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe"
+HALF_EMOJI = "half an emoji: \ud83d"
+
+
+def printable(text: str) -> bool:
+    """Whether a terminal obeys nothing in a text beside its line breaks and tabs."""
+    text = text.replace("\n", "").replace("\t", "")
+    return all(each.isprintable() or unicodedata.category(each) == "Zs" for each in text)
+
+
+def test_an_answer_with_half_a_surrogate_pair_is_escaped_in_json_and_replaced_in_text(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    """The rule: JSON is lossless, and a person gets a replacement character."""
+    out = tmp_path / "results.jsonl"
+    jobs = jobs_file(tmp_path, "one", HALF_EMOJI, "two")
+
+    waited = run("submit", jobs, "--wait", "--out", out)
+    text = run("submit", "--prompt", HALF_EMOJI, "--wait")
+    piped = run("submit", jobs, "--wait")
+    job_id = next(each for each, job in gateway.jobs.items() if job["prompt"] == HALF_EMOJI)
+    shown, raw = run("get", job_id), run("get", job_id, "--json")
+    fetched = run("results", job_id)
+
+    answers = {
+        row["custom_id"]: row["result"]["message"]["content"][0]["text"]
+        for row in map(json.loads, out.read_bytes().splitlines())
+    }
+    assert [0] * 6 == [each.code for each in (waited, text, piped, shown, raw, fetched)]
+    assert {f"my-{each}": f"answer to {each}" for each in ("one", HALF_EMOJI, "two")} == answers
+    assert 3 == len(piped.rows())
+    assert "answer to half an emoji: \N{REPLACEMENT CHARACTER}\n" == text.out
+    assert "answer to half an emoji: \N{REPLACEMENT CHARACTER}" in shown.out
+    assert gateway.jobs[job_id] == json.loads(raw.out)
+    assert f"answer to {HALF_EMOJI}" == fetched.rows()[0]["result"]["message"]["content"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["get", "{job}"],
+        ["get", "{job}", "--json"],
+        ["list"],
+        ["list", "--json"],
+        ["results"],
+        ["results", "job_" + ESCAPES],
+        ["cancel", "{job}"],
+        ["submit", "--prompt", ESCAPES, "--wait"],
+        ["submit", "--prompt", "refused", "--wait"],
+        ["submit", "no" + ESCAPES],
+        ["submit", "--prompt", "x", "--metadata", ESCAPES],
+        ["upload", "no" + ESCAPES],
+        ["upload", "{file}"],
+        ["upload", "{file}", "--json"],
+        ["batches", "show", "batch_1"],
+        ["batches", "show", "batch_1", "--wait"],
+        ["batches", "results", "batch_1"],
+        ["limits"],
+        ["limits", "--json"],
+        ["limits", "--url", "http://127.0.0.1:9/" + ESCAPES],
+        ["limits", "--key-file", "no" + ESCAPES],
+        ["list", "--state", ESCAPES],
+        ["list", "--" + ESCAPES],
+        [ESCAPES],
+        ["batches", ESCAPES],
+    ],
+    ids=lambda words: " ".join(words).replace(ESCAPES, "HOSTILE"),
+)
+def test_nothing_from_elsewhere_reaches_the_terminal_raw(
+    run: Run, gateway: FakeGateway, tmp_path: Path, command: list[str]
+) -> None:
+    """Answers, names, errors, files and the command line itself, which may name what others have named."""
+    file = tmp_path / f"{ESCAPES}.jsonl"
+    file.write_text(job_line(ESCAPES) + "\n")
+    gateway.result_files["results"] = f'{{"custom_id": "{ESCAPES[:0]}\x9b31m\u202e"}}\n'.encode()
+    gateway.reject["refused"] = {"type": ESCAPES, "message": f"line\n{ESCAPES}"}
+    gateway.batch_problem = ESCAPES
+    gateway.limits[0] |= {"group": ESCAPES, "blocked_until": ESCAPES, "blocked_reason": ESCAPES}
+    run("submit", file, "--wait")
+    run("upload", file)
+    job = next(iter(gateway.jobs))
+
+    ended = run(*(each.format(job=job, file=file) for each in command))
+
+    assert ended.out + ended.err
+    assert printable(ended.out), ascii(ended.out)
+    assert printable(ended.err), ascii(ended.err)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["get"], ["cancel"], ["results"], ["batches", "show"], ["batches", "results"]),
+        *(["batches", "cancel"], ["usage", "--from"], ["usage", "--url"], ["usage", "--key"]),
+        *(["submit"], ["upload"], ["list", "--state"], ["submit", "--prompt", "x", "--deadline"]),
+        ["submit", "--prompt", "x", "--idempotency-key"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_are_not_utf8_are_errors_and_no_tracebacks(
+    run: Run, gateway: FakeGateway, command: list[str]
+) -> None:
+    gateway.script = [Scripted(404, {"error": {"type": "not_found_error", "message": "no"}})]
+
+    ended = run(*command, os.fsdecode(b"caf\xe9"))
+
+    assert ended.code in {1, 2}
+    assert 1 == len(ended.err.splitlines())
+
+
+def test_a_program_without_a_terminal_and_without_unicode_gets_json(
+    gateway: FakeGateway, tmp_path: Path
+) -> None:
+    jobs = jobs_file(tmp_path, "déjà vu", HALF_EMOJI, "🙂", ESCAPES)
+    environment = {"SLUICE_URL": gateway.url, "SLUICE_KEY": CLIENT_KEY}
+    plain = {
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "PATH": os.environ["PATH"],
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.cli", "submit", str(jobs), "--wait"],
+        cwd=REPOSITORY,
+        env=plain | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+
+    texts = {
+        json.loads(line)["result"]["message"]["content"][0]["text"]
+        for line in done.stdout.splitlines()
+    }
+    assert 0 == done.returncode, done.stderr
+    assert {f"answer to {each}" for each in ("déjà vu", HALF_EMOJI, "🙂", ESCAPES)} == texts
+    assert not set(range(32)) & set(done.stdout + done.stderr) - {10}
 
 
 # ---------------------------------------------------------------- the client itself

@@ -22,8 +22,7 @@ from sluice.adapters.dynamodb import DynamoJobs, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects
 from sluice.adapters.system import SystemClock
 from sluice.domain import client_keys
-from sluice.domain import jobs as life
-from sluice.domain.jobs import DueFor, Job, JobError, State
+from sluice.domain.jobs import DueFor, Job, JobError, State, finish_waiting
 from sluice.ports.jobs import Params, Received
 from tests.expanded_template import template
 from tests.fakes import a_job
@@ -412,7 +411,7 @@ def yard(emulator: Emulator) -> Yard:
         reason = "received 1001 times without an end" if number < 3 else "no such job"
         if number < 3:
             error = JobError("dead_letter", reason)
-            job = life.finish_waiting(job, State.ERRORED, now, error)
+            job = finish_waiting(job, State.ERRORED, now, error)
         jobs.add(job)
         params.add(Params(job.job_id, b"{}", job.request_hash))
         graveyard.keep(Received(f"letter-{number}", "", "{}", job.job_id, sent_at=now), reason)
@@ -428,7 +427,7 @@ def test_dead_letters_are_listed_with_what_their_jobs_are_now(run: Run) -> None:
     assert {
         "letter-1": ("errored", True, None),
         "letter-2": ("errored", True, None),
-        "letter-3": ("queued", False, "it is queued"),
+        "letter-3": ("queued", False, "the job is queued"),
         "letter-x": (None, False, "not a Sluice message"),
     } == {row["letter"]: (row["state"], row["redrivable"], row["hindrance"]) for row in rows}
     assert "letter-x" in table.out

@@ -33,10 +33,10 @@ from scripts.claude_simulator import Running, read, running
 from scripts.documents import openapi
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
-from sluice.api import http
-from sluice.domain import jobs as life
+from sluice.api import document, requests, views
+from sluice.api.errors import HTTP_OF
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import DueFor, Job, Lease, State
+from sluice.domain.jobs import DueFor, Job, Lease, State, claim, redrive
 from sluice.domain.webhooks import signing_secret
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from sluice.wiring import shared, stores, workers
@@ -57,16 +57,16 @@ OF_OTHERS: Final = {"AccessDenied", "OldKeys", "WebhooksDelivered", "WebhooksGiv
 ROOMY: Final = {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_000}}
 
 SHAPES: Final[dict[tuple[str, str], TypeAdapter[Any]]] = {
-    ("GET", "/health"): TypeAdapter(http.Health),
-    ("POST", "/jobs"): TypeAdapter(http.SubmittedJob | http.SubmittedList | http.Batch),
-    ("GET", "/jobs"): TypeAdapter(http.Listing),
-    ("GET", "/jobs/{id}"): TypeAdapter(http.Job),
-    ("DELETE", "/jobs/{id}"): TypeAdapter(http.Job),
-    ("GET", "/webhooks/secret"): TypeAdapter(http.WebhookSecret),
-    ("GET", "/usage"): TypeAdapter(http.UsageReport),
-    ("GET", "/limits"): TypeAdapter(http.Limits),
+    ("GET", "/health"): TypeAdapter(document.Health),
+    ("POST", "/jobs"): TypeAdapter(document.SubmittedJob | document.SubmittedList | document.Batch),
+    ("GET", "/jobs"): TypeAdapter(document.Listing),
+    ("GET", "/jobs/{id}"): TypeAdapter(document.Job),
+    ("DELETE", "/jobs/{id}"): TypeAdapter(document.Job),
+    ("GET", "/webhooks/secret"): TypeAdapter(document.WebhookSecret),
+    ("GET", "/usage"): TypeAdapter(document.UsageReport),
+    ("GET", "/limits"): TypeAdapter(document.Limits),
 }
-ERROR: Final = TypeAdapter(http.Error)
+ERROR: Final = TypeAdapter(document.Error)
 
 
 @dataclass(frozen=True)
@@ -541,9 +541,9 @@ def test_a_body_of_exactly_the_limit_is_taken(
 ) -> None:
     """In bytes, of which an umlaut has two."""
     frame = json.dumps({"params": params(system="")}, ensure_ascii=False)
-    filling = http.MOST_BYTES - len(frame.encode()) + over
+    filling = requests.MOST_BYTES - len(frame.encode()) + over
     text = frame.replace('"system": ""', f'"system": "{"ü" * (filling // 2)}{"x" * (filling % 2)}"')
-    assert http.MOST_BYTES + over == len(text.encode())
+    assert requests.MOST_BYTES + over == len(text.encode())
 
     answered = gateway.call("POST", "/jobs", text=text.encode() if as_bytes else text)
 
@@ -1291,7 +1291,7 @@ def test_a_letter_whose_job_is_at_work_comes_again(gateway: Gateway) -> None:
     (job_id,) = gateway.submit(a_job())
     job = stores.jobs().get(job_id)
     assert job is not None
-    running = life.claim(job, "somebody", shared.CLOCK.now(), shared.CLOCK.now() + 60_000)
+    running = claim(job, "somebody", shared.CLOCK.now(), shared.CLOCK.now() + 60_000)
     stores.jobs().replace(running, job.version)
     body = json.dumps({"v": 1, "job_id": job_id})
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
@@ -1310,15 +1310,15 @@ def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
     gateway.run_dead_letters()
     dead = stores.jobs().get(job_id)
     assert dead is not None
-    stores.jobs().replace(life.redrive(dead, shared.CLOCK.now()), dead.version)
+    stores.jobs().replace(redrive(dead, shared.CLOCK.now()), dead.version)
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=body)
 
     assert [] == gateway.run_worker()
 
     job = gateway.job(job_id)
     assert ("succeeded", 1) == (job["state"], job["attempts_used"])
-    (redrive,) = job["redrives"]
-    assert "dead_letter" == redrive["error"]["type"]
+    (entry,) = job["redrives"]
+    assert "dead_letter" == entry["error"]["type"]
 
 
 def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:
@@ -1343,7 +1343,7 @@ def a_little_of_everything(gateway: Gateway) -> None:
         a_job("spend_cap", model="claude-fable-5"),
     )
     deadline = shared.CLOCK.now() + 1_000
-    (canceled, _) = gateway.submit(a_job(), a_job(deadline=http.time(deadline)))
+    (canceled, _) = gateway.submit(a_job(), a_job(deadline=views.time(deadline)))
     gateway.call("DELETE", f"/jobs/{canceled}")
     while shared.CLOCK.now() <= deadline:
         time.sleep(0.01)
@@ -1361,8 +1361,8 @@ def test_every_metric_is_emitted_and_every_emitted_one_is_valid(
 
     documents = [json.loads(line) for line in said().splitlines() if '"_aws"' in line]
     seen: set[str] = set()
-    for document in documents:
-        seen |= valid_metrics(document)
+    for each in documents:
+        seen |= valid_metrics(each)
     assert METRIC_NAMES - OF_OTHERS == seen
 
 
@@ -1427,8 +1427,8 @@ def test_more_values_than_a_document_holds_are_all_emitted(said: Callable[[], st
     delays = [value for each in documents for value in each.get("StartDelaySeconds", [])]
     assert [0.5] * 250 == values
     assert [2] * 100 == delays
-    for document in documents:
-        valid_metrics(document)
+    for each in documents:
+        valid_metrics(each)
 
 
 # The document --------------------------------------------------------------------------------------------------
@@ -1449,4 +1449,4 @@ def test_the_document_promises_our_errors_and_no_others() -> None:
 
 
 def test_what_the_error_table_knows_is_documented() -> None:
-    assert {status for status, _ in api_app.HTTP_OF.values()} | {500} == set(http.REFUSALS)
+    assert {status for status, _ in HTTP_OF.values()} | {500} == set(document.REFUSALS)

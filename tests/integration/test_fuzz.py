@@ -199,7 +199,7 @@ def test_while_aws_refuses_and_loses_calls_what_is_accepted_will_run(
 
     jobs, now = stores.jobs(), shared.CLOCK.now()
     parked = {each.job_id for each in jobs.due(DueFor.CALL, now, 1_000)}
-    cared_for = {each.job_id for each in jobs.due(DueFor.CARE, now + 45 * MINUTE, 1_000)}
+    cared_for = {each.job_id for each in jobs.due(DueFor.CHECK, now + 45 * MINUTE, 1_000)}
     assert api.accepted <= api.stored()
     assert api.accepted <= parked | cared_for, "the sweep knows of each"
     assert parked, "there was no trouble at all"

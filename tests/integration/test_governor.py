@@ -94,9 +94,9 @@ def described(state: str, **more: Any) -> dict[str, Any]:
             Consumer(2, enabled=False, slots=50),
         ),
         (described("Enabled"), Consumer(None, enabled=True, slots=50)),
-        (described("Updating"), Consumer(None, enabled=True, slots=50, settled=False)),
-        (described("Enabling"), Consumer(None, enabled=True, slots=50, settled=False)),
-        (described("Disabling"), Consumer(None, enabled=False, slots=50, settled=False)),
+        (described("Updating"), Consumer(None, enabled=True, slots=50, is_applied=False)),
+        (described("Enabling"), Consumer(None, enabled=True, slots=50, is_applied=False)),
+        (described("Disabling"), Consumer(None, enabled=False, slots=50, is_applied=False)),
     ],
 )
 def test_the_mapping_as_lambda_describes_it(

@@ -486,7 +486,7 @@ def test_a_buried_message_keeps_its_body_and_gets_its_reason(cloud: Aws) -> None
     (message,) = received([as_lambda_hands_over(record)])
 
     returns = SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
-    returns.bury(message, "not a message of Sluice's")
+    returns.reject(message, "not a message of Sluice's")
 
     (buried,) = everything_on(cloud, cloud.dead_letters_queue)
     assert "Wässrig <b>💧</b>" == buried["Body"]
@@ -499,7 +499,7 @@ def test_a_message_that_cannot_be_buried_now_is_not_lost(client: Any) -> None:
             stub.add_client_error("send_message", "InternalError", http_status_code=500)
 
         with pytest.raises(StoreBusy, match="the dead-letter queue"):
-            SqsInbox(client, URL, DEAD_LETTERS).bury(a_message(), "why")
+            SqsInbox(client, URL, DEAD_LETTERS).reject(a_message(), "why")
 
 
 # What Lambda hands over ----------------------------------------------------------------------------------------

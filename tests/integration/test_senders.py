@@ -21,6 +21,7 @@ from tests.moto_aws import in_memory
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "layers" / "sluice" / "sluice" / "adapters"
+ROUTES = ROOT / "layers" / "sluice" / "sluice" / "routes"
 RESOURCES = template()["Resources"]
 
 FUNCTIONS = sorted(path.parent.name for path in ROOT.glob("functions/*/app.py"))
@@ -94,10 +95,13 @@ def reachable(roots: Sequence[Any]) -> Iterator[Any]:
 def built_for(function: str) -> list[Any]:
     """Build all that a handler asks the wiring for."""
     wiring = importlib.import_module(f"sluice.wiring.{function}")
-    source = ast.parse((ROOT / "functions" / function / "app.py").read_text())
+    sources = [ROOT / "functions" / function / "app.py"]
+    if "sluice.routes" in sources[0].read_text():
+        sources += ROUTES.glob("*.py")
     names = {
         node.attr
-        for node in ast.walk(source)
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "wiring"
     }
     makers = {name: getattr(wiring, name) for name in names - NOT_BUILT}

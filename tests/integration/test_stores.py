@@ -47,7 +47,7 @@ from sluice.domain.limits import Group, new_group
 from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.ports.jobs import JobStore, Ledger, Params, ParamsStore, Received, ResultStore
 from sluice.ports.limits import LimitStore
-from sluice.upkeep.dead_letters import Graveyard
+from sluice.upkeep.dead_letters import DeadLetterStore
 from tests.fakes import (
     NOON,
     FrozenClock,
@@ -453,13 +453,13 @@ def test_a_page_of_another_tenant_shows_nothing_of_it(jobs: JobStore, name: str)
 
 
 @pytest.fixture(params=KINDS)
-def graveyard(request: pytest.FixtureRequest, cloud: Aws) -> Graveyard:
+def graveyard(request: pytest.FixtureRequest, cloud: Aws) -> DeadLetterStore:
     if request.param == "fake":
         return MemoryGraveyard()
     return objects.DeadLetterObjects(data_bucket(cloud))
 
 
-def test_a_letter_comes_back_as_it_was_kept(graveyard: Graveyard, name: str) -> None:
+def test_a_letter_comes_back_as_it_was_kept(graveyard: DeadLetterStore, name: str) -> None:
     ours = Received(f"{name}-1", "receipt", '{"v": 1}', "job_1", receive_count=1_001, sent_at=NOON)
     foreign = Received(f"{name}-2", "receipt", "\x00 ü 💧", None)
     for message, reason in ((ours, "one"), (foreign, "two"), (foreign, "two")):

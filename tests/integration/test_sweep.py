@@ -17,9 +17,8 @@ from sluice.adapters.dynamodb import (
     DynamoJobs,
     notes_id,
 )
-from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import DueFor, Job, JobError
+from sluice.domain.jobs import DueFor, Job, JobError, claim, give_up, request_cancel, snooze
 from sluice.domain.shares import Note
 from sluice.ports.jobs import Due, DueJobs, JobStore
 from sluice.ports.limits import GovernorNotes
@@ -151,19 +150,19 @@ def test_of_very_many_the_oldest_and_the_newest_are_seen(jobs: Store) -> None:
 
 def test_a_job_that_goes_on_is_not_due_any_more(jobs: Store) -> None:
     add(jobs, *(parked(f"job_{number}") for number in range(3)))
-    claimed = life.claim(parked("job_0"), "worker", NOON, LATER)
+    claimed = claim(parked("job_0"), "worker", NOON, LATER)
     jobs.replace(claimed, 1)
-    jobs.replace(life.request_cancel(parked("job_1"), NOON), 1)
+    jobs.replace(request_cancel(parked("job_1"), NOON), 1)
 
     assert ["job_2"] == due_ids(jobs)
 
 
 def test_a_job_parked_again_is_due_at_its_new_time(jobs: Store) -> None:
     add(jobs, parked("job_1"))
-    claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
+    claimed = claim(parked("job_1"), "worker", NOON, LATER)
     jobs.replace(claimed, 1)
 
-    snoozed = life.snooze(claimed, "worker", NOON, reason="spend limit", not_before=LATER)
+    snoozed = snooze(claimed, "worker", NOON, reason="spend limit", not_before=LATER)
     jobs.replace(snoozed, 2)
 
     assert [] == due_ids(jobs)
@@ -174,16 +173,16 @@ def test_one_of_two_takes_a_due_job(jobs: Store) -> None:
     add(jobs, parked("job_1"))
     seen = the_one_due(jobs)
 
-    taken = jobs.hold(seen, LATER)
+    taken = jobs.postpone(seen, LATER)
 
     assert replace(seen, due_at=LATER) == taken
-    assert jobs.hold(seen, LATER + 1) is None
+    assert jobs.postpone(seen, LATER + 1) is None
     assert [] == due_ids(jobs)
 
 
 def test_a_job_that_was_taken_and_not_watched_is_due_again(jobs: Store) -> None:
     add(jobs, parked("job_1"))
-    taken = jobs.hold(the_one_due(jobs), LATER)
+    taken = jobs.postpone(the_one_due(jobs), LATER)
 
     assert taken == the_one_due(jobs, LATER)
 
@@ -191,25 +190,25 @@ def test_a_job_that_was_taken_and_not_watched_is_due_again(jobs: Store) -> None:
 def test_a_watched_job_is_not_due_for_its_call_any_more_and_else_as_it_was(jobs: Store) -> None:
     job = parked("job_1", deadline=NOON + MINUTE)
     add(jobs, job)
-    taken = jobs.hold(the_one_due(jobs), LATER)
+    taken = jobs.postpone(the_one_due(jobs), LATER)
     assert taken is not None
 
     jobs.watch(taken, LATER + 1)
 
     assert [] == due_ids(jobs, PLENTY + LATER)
-    assert [] == due_ids(jobs, LATER, why=DueFor.CARE)
-    assert ["job_1"] == due_ids(jobs, LATER + 1, why=DueFor.CARE)
+    assert [] == due_ids(jobs, LATER, why=DueFor.CHECK)
+    assert ["job_1"] == due_ids(jobs, LATER + 1, why=DueFor.CHECK)
     assert job == jobs.get("job_1")
-    jobs.replace(life.claim(job, "worker", NOON, LATER), job.version)  # no version was used up
+    jobs.replace(claim(job, "worker", NOON, LATER), job.version)  # no version was used up
 
 
 def test_a_job_that_went_on_can_be_neither_taken_nor_watched(jobs: Store) -> None:
     add(jobs, parked("job_1"))
     seen = the_one_due(jobs)
-    claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
+    claimed = claim(parked("job_1"), "worker", NOON, LATER)
     jobs.replace(claimed, 1)
 
-    assert jobs.hold(seen, LATER) is None
+    assert jobs.postpone(seen, LATER) is None
     jobs.watch(seen, LATER)
 
     assert claimed == jobs.get("job_1")
@@ -217,11 +216,11 @@ def test_a_job_that_went_on_can_be_neither_taken_nor_watched(jobs: Store) -> Non
 
 def test_a_job_parked_again_meanwhile_keeps_its_time(jobs: Store) -> None:
     add(jobs, parked("job_1"))
-    taken = jobs.hold(the_one_due(jobs), LATER)
+    taken = jobs.postpone(the_one_due(jobs), LATER)
     assert taken is not None
-    claimed = life.claim(parked("job_1"), "worker", NOON, LATER)
+    claimed = claim(parked("job_1"), "worker", NOON, LATER)
     jobs.replace(claimed, 1)
-    again = life.snooze(claimed, "worker", NOON, reason="x", not_before=LATER + 1)
+    again = snooze(claimed, "worker", NOON, reason="x", not_before=LATER + 1)
     jobs.replace(again, 2)
 
     jobs.watch(taken, LATER)
@@ -232,7 +231,7 @@ def test_a_job_parked_again_meanwhile_keeps_its_time(jobs: Store) -> None:
 def test_nothing_comes_of_a_job_that_is_gone(jobs: Store) -> None:
     gone = Due("job_gone", "acme", "claude-a", NOON)
 
-    assert jobs.hold(gone, LATER) is None
+    assert jobs.postpone(gone, LATER) is None
     jobs.watch(gone, LATER)
 
     assert jobs.get("job_gone") is None
@@ -268,13 +267,13 @@ def test_the_parts_of_each_reason_are_its_own() -> None:
 
 def test_a_job_is_watched_until_it_has_ended(jobs: Store) -> None:
     add(jobs, a_job("job_1"), a_job("job_2"))
-    claimed = life.claim(a_job("job_1"), "worker", NOON, LATER)
+    claimed = claim(a_job("job_1"), "worker", NOON, LATER)
     jobs.replace(claimed, 1)
 
-    assert ["job_1", "job_2"] == due_ids(jobs, NOON + 45 * MINUTE, why=DueFor.CARE)
-    jobs.replace(life.give_up(claimed, "worker", NOON, error=JobError("x", "y")), 2)
+    assert ["job_1", "job_2"] == due_ids(jobs, NOON + 45 * MINUTE, why=DueFor.CHECK)
+    jobs.replace(give_up(claimed, "worker", NOON, error=JobError("x", "y")), 2)
 
-    assert ["job_2"] == due_ids(jobs, NOON + 45 * MINUTE, why=DueFor.CARE)
+    assert ["job_2"] == due_ids(jobs, NOON + 45 * MINUTE, why=DueFor.CHECK)
 
 
 def test_a_store_that_is_busy_says_so(cloud: Aws) -> None:  # noqa: ARG001 - its credentials
@@ -284,7 +283,7 @@ def test_a_store_that_is_busy_says_so(cloud: Aws) -> None:  # noqa: ARG001 - its
         for _ in range(4):
             stub.add_client_error("update_item", "ThrottlingException")
         with pytest.raises(StoreBusy):
-            store.hold(Due("job_1", "acme", "claude-a", NOON), LATER)
+            store.postpone(Due("job_1", "acme", "claude-a", NOON), LATER)
 
 
 # What the governor remembers -------------------------------------------------------------------------------

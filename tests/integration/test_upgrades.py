@@ -19,8 +19,24 @@ from sluice.adapters import job_records
 from sluice.adapters.dynamodb import DynamoJobs, DynamoLimits, DynamoParams
 from sluice.adapters.s3 import DeadLetterObjects, Objects
 from sluice.adapters.sqs import SqsQueue
-from sluice.domain import jobs as life
-from sluice.domain.jobs import AttemptOutcome, DueFor, Job, JobError, Result, State
+from sluice.domain.jobs import (
+    AttemptOutcome,
+    DueFor,
+    Job,
+    JobError,
+    Result,
+    State,
+    cancel_running,
+    claim,
+    finish_waiting,
+    give_up,
+    park,
+    redrive,
+    request_cancel,
+    retry,
+    snooze,
+    succeed,
+)
 from sluice.domain.pricing import Usage
 from sluice.ports.jobs import Pointer
 from sluice.ports.messages import received
@@ -84,12 +100,12 @@ def test_a_job_of_the_first_release_is_read_as_it_was(cloud: Aws, name: str) -> 
 @pytest.mark.parametrize(
     ("name", "goes_on"),
     [
-        ("new", lambda job, now: life.claim(job, "new-worker", now, now + SECOND)),
-        ("retried", lambda job, now: life.claim(job, "new-worker", now, now + SECOND)),
-        ("parked", lambda job, now: life.claim(job, "new-worker", now, now + SECOND)),
-        ("running", lambda job, now: life.claim(job, "new-worker", now, now + SECOND)),
-        ("asked to stop", lambda job, now: life.finish_waiting(job, State.CANCELED, now)),
-        ("dead letter", life.redrive),
+        ("new", lambda job, now: claim(job, "new-worker", now, now + SECOND)),
+        ("retried", lambda job, now: claim(job, "new-worker", now, now + SECOND)),
+        ("parked", lambda job, now: claim(job, "new-worker", now, now + SECOND)),
+        ("running", lambda job, now: claim(job, "new-worker", now, now + SECOND)),
+        ("asked to stop", lambda job, now: finish_waiting(job, State.CANCELED, now)),
+        ("dead letter", redrive),
     ],
 )
 def test_a_job_of_the_first_release_goes_on(cloud: Aws, name: str, goes_on: Any) -> None:
@@ -231,31 +247,31 @@ def jobs_of_this_release() -> dict[str, Job]:
     )
 
     def claimed(job: Job, now: int = NOON) -> Job:
-        return life.claim(job, "w", now, now + 120 * SECOND)
+        return claim(job, "w", now, now + 120 * SECOND)
 
     def retried(job: Job, **facts: Any) -> Job:
-        return life.retry(claimed(job), "w", NOON, error=boom, usage=used, **facts)
+        return retry(claimed(job), "w", NOON, error=boom, usage=used, **facts)
 
-    errored = life.finish_waiting(retried(new), State.ERRORED, NOON, dead)
+    errored = finish_waiting(retried(new), State.ERRORED, NOON, dead)
     large = Result(object_key="results/x")
     return {
         "new": new,
         "running": claimed(new),
-        "asked to stop": life.request_cancel(claimed(new), NOON),
-        "snoozed": life.snooze(claimed(new), "w", NOON, reason="rate limited"),
-        "parked": life.park(new, NOON, reason="spend limit", not_before=NOON + SECOND),
+        "asked to stop": request_cancel(claimed(new), NOON),
+        "snoozed": snooze(claimed(new), "w", NOON, reason="rate limited"),
+        "parked": park(new, NOON, reason="spend limit", not_before=NOON + SECOND),
         "retried": retried(new, not_before=NOON + SECOND, full_window=True),
         "moved": retried(new, outcome=AttemptOutcome.FALLBACK),
         "lost": claimed(claimed(new), NOON + 3_000 * SECOND),
         "errored": errored,
-        "redriven": life.redrive(errored, NOON),
-        "redriven and running": claimed(life.redrive(errored, NOON)),
-        "given up": life.give_up(claimed(new), "w", NOON, error=boom),
-        "canceled": life.request_cancel(new, NOON),
-        "stopped": life.cancel_running(claimed(new), "w", NOON, usage=used),
-        "expired": life.finish_waiting(new, State.EXPIRED, NOON),
+        "redriven": redrive(errored, NOON),
+        "redriven and running": claimed(redrive(errored, NOON)),
+        "given up": give_up(claimed(new), "w", NOON, error=boom),
+        "canceled": request_cancel(new, NOON),
+        "stopped": cancel_running(claimed(new), "w", NOON, usage=used),
+        "expired": finish_waiting(new, State.EXPIRED, NOON),
         **{
-            f"succeeded {where}": life.succeed(
+            f"succeeded {where}": succeed(
                 claimed(new), "w", NOON, result=result, usage=used, cost_micro_usd=1, request_id="r"
             )
             for where, result in (("inline", Result(inline=b"x")), ("in S3", large))

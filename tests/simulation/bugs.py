@@ -14,6 +14,7 @@ from typing import Any, Final
 from sluice.domain import jobs as life
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
+from sluice.intake import accounts
 from sluice.intake.submit import Outcome, Submit
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Due, Received
@@ -141,13 +142,13 @@ def _trust_a_stale_header() -> Iterator[None]:
 
 @contextmanager
 def _two_sweeps_at_once() -> Iterator[None]:
-    def hold(store: MemoryJobs, due: Due, until: int) -> Due:
+    def postpone(store: MemoryJobs, due: Due, until: int) -> Due:
         held = replace(due, due_at=until)
         why, _ = store.due_jobs.get(due.job_id, (life.DueFor.CALL, due))
         store.due_jobs[due.job_id] = why, held
         return held
 
-    with _instead(MemoryJobs, "hold", hold):
+    with _instead(MemoryJobs, "postpone", postpone):
         yield
 
 
@@ -184,7 +185,7 @@ def _release_the_lease_on_cancel() -> Iterator[None]:
         is_running = job.state is State.RUNNING
         return request_cancel(replace(job, lease=None) if is_running else job, now)
 
-    with _instead(life, "request_cancel", at_once):
+    with _instead(accounts, "request_cancel", at_once):
         yield
 
 
@@ -212,14 +213,14 @@ def _read_without_asking() -> Iterator[None]:
 
 @contextmanager
 def _hold_requests_to_the_end() -> Iterator[None]:
-    let_go = Body.let_go
+    release = Body.release
     kept: list[bytes] = []
 
     def and_keep(body: Body) -> None:
         kept.extend([body.data] if body._data is not None else [])  # noqa: SLF001 - what a bug may do
-        let_go(body)
+        release(body)
 
-    with _instead(Body, "let_go", and_keep):
+    with _instead(Body, "release", and_keep):
         yield
 
 

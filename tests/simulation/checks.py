@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sluice.domain.jobs import (
-    CHANGES,
     LEASE_MS,
+    TRANSITIONS,
     Attempt,
     AttemptOutcome,
     DueFor,
-    Hold,
     Job,
+    LeaseCondition,
     Party,
     State,
 )
@@ -102,7 +102,7 @@ class EveryChangeIsAllowed(Check):
             and after.state is rule.target
             and party in rule.who
             and _held_as(rule.lease, world, write, before, now)
-            for rule in CHANGES.values()
+            for rule in TRANSITIONS.values()
         )
         if not allowed:
             lease = before.lease.owner if before.lease else "nobody"
@@ -113,11 +113,11 @@ class EveryChangeIsAllowed(Check):
             )
 
 
-def _held_as(hold: Hold, world: World, write: Write, before: Job, now: int) -> bool:
+def _held_as(hold: LeaseCondition, world: World, write: Write, before: Job, now: int) -> bool:
     is_live = before.lease is not None and before.lease.until > now
-    if hold is Hold.NOBODY:
+    if hold is LeaseCondition.NONE:
         return not is_live
-    if hold is Hold.SOMEBODY:
+    if hold is LeaseCondition.LIVE:
         return is_live
     environment = world.environment_of(write.machine) if write.machine else None
     return (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WRITES: Final = frozenset(
     {
-        "add", "replace", "hold", "watch", "put", "mark", "record", "add_up", "put_back",
+        "add", "replace", "postpone", "watch", "put", "mark", "record", "add_up", "put_back",
         "write", "keep", "keep_hidden", "receive", "delete",
     }
 )  # fmt: skip

@@ -169,7 +169,7 @@ class Upstream:
         plan, window = call.plan, call.request.window_ms
         if plan.upload_ms:
             await asyncio.sleep(min(plan.upload_ms, window) / 1000)
-        call.request.body.let_go()
+        call.request.body.release()
         if plan.latency_ms > window:
             await asyncio.sleep(window / 1000)
             call.fate = "timed out"

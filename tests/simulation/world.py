@@ -97,8 +97,8 @@ class StoryJobs(MemoryJobs):
         self.taken: Counter[tuple[str, int]] = Counter()
         """How often a due time was taken, by job and the time it was due."""
 
-    def hold(self, due: Due, until: int) -> Due | None:
-        taken = super().hold(due, until)
+    def postpone(self, due: Due, until: int) -> Due | None:
+        taken = super().postpone(due, until)
         if taken is not None:
             version = self.stored[due.job_id].version
             self.taken[f"{due.job_id} v{version}", due.due_at] += 1
@@ -258,7 +258,7 @@ class StoryPool(StaticKeyPool):
     name = "the key pool"
 
 
-class Graveyard:
+class DeadLetterStore:
     """Where dead letters are kept."""
 
     name = "the graveyard"
@@ -354,7 +354,7 @@ class World:
         self.mapping = MemoryMapping(concurrency=story.fleet)
         self.notes = MemoryGovernorNotes()
         self.pool_written = PoolWritten(START - 24 * 60 * MINUTE)
-        self.graveyard = Graveyard()
+        self.graveyard = DeadLetterStore()
         self.events = RecordingEvents()
         self.upstream = Upstream(self, story.headers, story.limits)
         self.rules = Rules(

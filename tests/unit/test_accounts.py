@@ -6,9 +6,8 @@ from datetime import date
 
 import pytest
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import InvalidRequest, JobNotFound, StoreBusy
-from sluice.domain.jobs import Job, State
+from sluice.domain.jobs import Job, State, claim, finish_waiting
 from sluice.domain.limits import moved, new_group
 from sluice.domain.pricing import Spend
 from sluice.intake.accounts import Account
@@ -55,7 +54,7 @@ def office() -> Office:
 
 
 def running(job: Job) -> Job:
-    return life.claim(job, "worker-1", NOON, NOON + 120 * SECOND)
+    return claim(job, "worker-1", NOON, NOON + 120 * SECOND)
 
 
 # Seeing ----------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ def test_a_cancel_that_meets_a_starting_worker_asks_it_to_stop(office: Office) -
 
 def test_a_cancel_that_meets_the_end_finds_the_job_ended(office: Office) -> None:
     office.keep(a_job())
-    ended = life.finish_waiting(a_job(), State.EXPIRED, NOON)
+    ended = finish_waiting(a_job(), State.EXPIRED, NOON)
     office.jobs.before_replace.append(lambda: office.jobs.stored.update(job_1=ended))
 
     assert ended == office.account().cancel("job_1")

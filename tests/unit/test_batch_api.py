@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from sluice.api import http
-from sluice.domain import batches as life
-from sluice.domain.batches import Options, Phase, Source, Tally
+from sluice.api import document, requests, views
+from sluice.domain.batches import Batch, Options, Phase, Source, Tally, delete_batch
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
 from sluice.intake import batches as api
 from sluice.intake.batches import Batches, Create, Inline, Link
@@ -42,7 +41,7 @@ class Caller:
         self._drawn += 1
         return bytes([self._drawn]) * count
 
-    def create(self, *rows: object, **more: Any) -> life.Batch:
+    def create(self, *rows: object, **more: Any) -> Batch:
         options = more.pop("options", Options())
         return self.batches.create(Create(rows or [a_row(1)], options, **more))
 
@@ -53,7 +52,7 @@ class Caller:
         self.bulk.drain()
 
     def shown(self, batch_id: str) -> dict[str, Any]:
-        return http.message_batch(self.batches.get(batch_id), self.bulk.time.now(), URL)
+        return views.message_batch(self.batches.get(batch_id), self.bulk.time.now(), URL)
 
 
 @pytest.fixture
@@ -327,16 +326,16 @@ def test_no_more_rows_than_anthropic_takes(caller: Caller, monkeypatch: pytest.M
 )
 def test_an_envelope_is_checked_in_anthropics_words(body: object, message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        http.read_requests(body)
+        requests.read_requests(body)
 
     assert message == str(refused.value)
 
 
 def test_a_deadline_header_is_a_time_with_a_zone() -> None:
-    assert http.read_deadline(None) is None
-    assert NOON == http.read_deadline("2026-11-20T13:00:00+01:00")
+    assert requests.read_deadline(None) is None
+    assert NOON == requests.read_deadline("2026-11-20T13:00:00+01:00")
     with pytest.raises(InvalidRequest, match="sluice-deadline: must be RFC 3339"):
-        http.read_deadline("tomorrow")
+        requests.read_deadline("tomorrow")
 
 
 # Looking ---------------------------------------------------------------------------------------------------
@@ -434,7 +433,7 @@ def test_only_an_ended_batch_can_be_deleted(caller: Caller) -> None:
 def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
-    gone = life.delete(caller.batches.get(batch.batch_id))
+    gone = delete_batch(caller.batches.get(batch.batch_id))
     caller.bulk.batches.fail_next("replace", error=Stale(gone))
 
     caller.batches.delete(batch.batch_id)
@@ -512,7 +511,7 @@ def test_a_file_is_listed_among_the_others(caller: Caller) -> None:
 def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
     jobs: list[Any] = [{"params": a_row(number)["params"]} for number in range(150)]
     jobs[7] |= {"custom_id": "mine", "deadline": "2026-11-21T12:00:00Z", "fallback_models": ["b"]}
-    rows = http.long_list({"jobs": jobs})
+    rows = requests.long_list({"jobs": jobs})
     assert rows is not None
 
     batch = caller.create(*rows, source=Source.JOBS)
@@ -525,7 +524,7 @@ def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
 
 @pytest.mark.parametrize("body", [[], {}, {"jobs": {}}, {"jobs": [{}] * 100}])
 def test_other_bodies_are_no_long_list(body: object) -> None:
-    assert http.long_list(body) is None
+    assert requests.long_list(body) is None
 
 
 @pytest.mark.parametrize(
@@ -540,17 +539,17 @@ def test_other_bodies_are_no_long_list(body: object) -> None:
 )
 def test_what_a_row_cannot_have_is_refused_at_once(job: object, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        http.long_list({"jobs": [{"params": {}}] * 100 + [job]})
+        requests.long_list({"jobs": [{"params": {}}] * 100 + [job]})
 
 
 def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller) -> None:
     batch = caller.create(*(a_row(number) for number in range(200)))
     so_far = Tally(succeeded=40, invalid=10, cost_micro_usd=1_234_567)
 
-    running = http.batch_view(caller.batches.get(batch.batch_id), so_far, NOON + 10 * MINUTE)
+    running = views.batch_view(caller.batches.get(batch.batch_id), so_far, NOON + 10 * MINUTE)
     caller.run()
     ended = caller.batches.get(batch.batch_id)
-    shown = http.batch_view(ended, ended.tally, NOON + DAY)
+    shown = views.batch_view(ended, ended.tally, NOON + DAY)
 
     assert ("running", 200, 50, "1.234567") == (
         running["state"],
@@ -566,9 +565,9 @@ def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller)
         shown["estimated_end_at"],
     )
     planning = replace(batch, phase=Phase.PLANNING)
-    assert "planning" == http.batch_view(planning, Tally(), NOON)["state"]
-    http.Batch.model_validate_json(json.dumps(shown), strict=True)
-    http.MessageBatch.model_validate_json(json.dumps(caller.shown(batch.batch_id)), strict=True)
+    assert "planning" == views.batch_view(planning, Tally(), NOON)["state"]
+    document.Batch.model_validate_json(json.dumps(shown), strict=True)
+    document.MessageBatch.model_validate_json(json.dumps(caller.shown(batch.batch_id)), strict=True)
 
 
 def test_links_lead_to_the_three_files_of_a_batch(caller: Caller) -> None:

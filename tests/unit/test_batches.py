@@ -6,13 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.domain import batches as life
 from sluice.domain.batches import (
+    LOSSES_UNTIL_ALONE,
+    MOST_COPY_BYTES,
+    MOST_LOST_ALONE,
     MOST_RANGE_BYTES,
     MOST_RANGES,
+    NOTIFY_MS,
     RANGES_PER_SECTION,
     SAMPLE_BYTES,
     SAMPLES,
+    WATCH_MS,
     Batch,
     Copied,
     Options,
@@ -22,9 +26,29 @@ from sluice.domain.batches import (
     Source,
     Streamed,
     Tally,
+    cancel_batch,
+    claim_range,
+    delete_batch,
+    end_batch,
+    end_window,
+    fail_batch,
+    file_batch_id,
+    finish_range,
+    is_overdue,
+    keep_range,
+    killers,
+    mark_notified,
+    named_batch_id,
+    note_running,
     parts,
+    plan_batch,
     planned,
+    random_batch_id,
+    release_range,
+    row_job_id,
     sample_places,
+    save_chunk,
+    start_batch,
 )
 from sluice.domain.errors import LeaseLost, RangeBusy
 from sluice.domain.rows import lines
@@ -194,7 +218,7 @@ def test_parts_hold_every_byte_once_in_order_and_none_but_the_last_is_small(
 
 
 def test_a_section_above_what_s3_copies_at_once_is_copied_in_pieces() -> None:
-    size = life.MOST_COPY_BYTES + 1
+    size = MOST_COPY_BYTES + 1
 
     made = list(parts({0: size}, 5))
 
@@ -207,68 +231,68 @@ def test_a_section_above_what_s3_copies_at_once_is_copied_in_pieces() -> None:
 
 def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
     plan = planned(10, b"a\n")
-    batch = life.plan_batch(a_batch(), plan)
-    running = life.begin(batch, NOON + 3)
-    ended = life.end(running, NOON + 5, Tally(succeeded=3), 1, 77)
+    batch = plan_batch(a_batch(), plan)
+    running = start_batch(batch, NOON + 3)
+    ended = end_batch(running, NOON + 5, Tally(succeeded=3), 1, 77)
 
     assert (Phase.PLANNING, plan, 2) == (batch.phase, batch.plan, batch.version)
     assert Phase.RUNNING == running.phase
-    assert NOON + 3 + life.WATCH_MS == running.due_at
-    assert (Phase.ENDED, NOON + 5 + life.TELL_MS, NOON + 5, 1, 77) == (
+    assert NOON + 3 + WATCH_MS == running.due_at
+    assert (Phase.ENDED, NOON + 5 + NOTIFY_MS, NOON + 5, 1, 77) == (
         ended.phase,
         ended.due_at,
         ended.ended_at,
         ended.duplicates,
         ended.results_bytes,
     )
-    assert ended is life.begin(ended, NOON)
-    told = life.tell(ended)
+    assert ended is start_batch(ended, NOON)
+    told = mark_notified(ended)
     assert (True, None) == (told.told, told.due_at)
 
 
 def test_a_batch_is_overdue_a_while_after_its_rows_expired() -> None:
-    late = NOON + 1000 + life.WATCH_MS
+    late = NOON + 1000 + WATCH_MS
 
-    assert [False, True] == [life.is_overdue(a_batch(), at) for at in (late - 1, late)]
+    assert [False, True] == [is_overdue(a_batch(), at) for at in (late - 1, late)]
 
 
 def test_how_many_rows_there_are_is_estimated_until_the_end() -> None:
     batch = a_batch()
 
     assert 0 == batch.rows_expected
-    assert 5 == life.plan_batch(batch, planned(10, b"a\n")).rows_expected
+    assert 5 == plan_batch(batch, planned(10, b"a\n")).rows_expected
     assert 9 == a_batch(rows=9).rows_expected
-    assert 7 == life.end(batch, NOON, Tally(succeeded=3, errored=4), 0, 0).rows_expected
+    assert 7 == end_batch(batch, NOON, Tally(succeeded=3, errored=4), 0, 0).rows_expected
 
 
 def test_a_cancel_is_noted_once_and_only_while_the_batch_goes_on() -> None:
-    canceled = life.cancel(a_batch(), NOON + 1)
+    canceled = cancel_batch(a_batch(), NOON + 1)
 
     assert NOON + 1 == canceled.cancel_initiated_at
-    assert canceled is life.cancel(canceled, NOON + 2)
-    ended = life.end(a_batch(), NOON, Tally(), 0, 0)
-    assert ended is life.cancel(ended, NOON)
+    assert canceled is cancel_batch(canceled, NOON + 2)
+    ended = end_batch(a_batch(), NOON, Tally(), 0, 0)
+    assert ended is cancel_batch(ended, NOON)
 
 
 def test_a_batch_that_cannot_be_run_says_why() -> None:
-    failed = life.fail(a_batch(), NOON, "the file is empty")
+    failed = fail_batch(a_batch(), NOON, "the file is empty")
 
     assert (Phase.ENDED, "the file is empty", 1) == (
         failed.phase,
         failed.problem,
         failed.tally.invalid,
     )
-    assert life.delete(failed).deleted
+    assert delete_batch(failed).deleted
 
 
 def test_ids_are_those_of_a_repeat() -> None:
-    first = life.file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
+    first = file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
 
-    assert first == life.file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
-    assert first != life.file_batch_id("acme", "in/acme/x.jsonl", "etag", "again")
-    assert first != life.named_batch_id("acme", "in/acme/x.jsonl")
-    assert "msgbatch_" + "01" * 16 == life.random_batch_id(b"\x01" * 16)
-    assert life.row_job_id(first, 0) != life.row_job_id(first, 1)
+    assert first == file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
+    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", "again")
+    assert first != named_batch_id("acme", "in/acme/x.jsonl")
+    assert "msgbatch_" + "01" * 16 == random_batch_id(b"\x01" * 16)
+    assert row_job_id(first, 0) != row_job_id(first, 1)
 
 
 def test_everything_of_a_batch_lies_under_its_own_name() -> None:
@@ -305,22 +329,22 @@ def a_range(**facts: object) -> RangeState:
 
 
 def test_a_range_is_claimed_by_one_worker_at_a_time() -> None:
-    claimed = life.claim_range(a_range(), "one", NOON, NOON + 60)
+    claimed = claim_range(a_range(), "one", NOON, NOON + 60)
 
     assert ("one", 1, 1, 0) == (claimed.owner, claimed.version, claimed.claims, claimed.losses)
     with pytest.raises(RangeBusy) as busy:
-        life.claim_range(claimed, "two", NOON + 59, NOON + 100)
+        claim_range(claimed, "two", NOON + 59, NOON + 100)
     assert NOON + 60 == busy.value.until
 
 
 def lost_with(state: RangeState, *running: int) -> RangeState:
     """Return the range after the loss of a worker that had these rows in flight, claimed anew."""
-    noted = life.note_running(state, str(state.owner), running)
-    return life.claim_range(noted, f"after-{noted.version}", NOON, 0)
+    noted = note_running(state, str(state.owner), running)
+    return claim_range(noted, f"after-{noted.version}", NOON, 0)
 
 
 def test_each_loss_narrows_the_search_for_a_killer() -> None:
-    state = life.claim_range(a_range(), "one", NOON, 0)
+    state = claim_range(a_range(), "one", NOON, 0)
     found = []
     for running in ((), (10, 20, 30), (20, 30), (20,)):
         state = lost_with(state, *running)
@@ -333,24 +357,24 @@ def test_each_loss_narrows_the_search_for_a_killer() -> None:
         (3, (30,), (20,)),
     ] == found
     assert () == state.running
-    saved = life.save_chunk(state, str(state.owner), NOON + 99, "5-1", rows=[30])
+    saved = save_chunk(state, str(state.owner), NOON + 99, "5-1", rows=[30])
     assert (0, (), (20,), ("5-1",)) == (saved.losses, saved.suspects, saved.blamed, saved.chunks)
 
 
 def test_a_row_is_given_up_after_three_losses_alone() -> None:
-    state = life.claim_range(a_range(losses=3), "one", NOON, 0)
-    for _ in range(life.MOST_LOST_ALONE):
-        assert not life.killers(state)
+    state = claim_range(a_range(losses=3), "one", NOON, 0)
+    for _ in range(MOST_LOST_ALONE):
+        assert not killers(state)
         state = lost_with(state, 20)
 
-    assert {20} == life.killers(state)
-    ended = life.save_chunk(state, str(state.owner), NOON + 99, "5-1", rows=[20])
-    assert not life.killers(ended)
+    assert {20} == killers(state)
+    ended = save_chunk(state, str(state.owner), NOON + 99, "5-1", rows=[20])
+    assert not killers(ended)
 
 
 def test_a_row_that_is_alone_by_chance_is_not_blamed_before_the_search_has_narrowed() -> None:
-    state = life.claim_range(a_range(), "one", NOON, 0)
-    for _ in range(life.LOSSES_UNTIL_ALONE):
+    state = claim_range(a_range(), "one", NOON, 0)
+    for _ in range(LOSSES_UNTIL_ALONE):
         state = lost_with(state, 20)
 
     assert (3, (20,), ()) == (state.losses, state.suspects, state.blamed)
@@ -367,7 +391,7 @@ def test_a_worker_that_dies_with_no_row_in_flight_blames_none() -> None:
 def test_a_search_goes_on_after_a_worker_that_gave_the_range_back() -> None:
     state = a_range(owner="one", losses=2, running=(20,), suspects=(20, 30), blamed=(10,))
 
-    again = life.claim_range(life.release_range(state, "one", chunks=()), "two", NOON, 0)
+    again = claim_range(release_range(state, "one", chunks=()), "two", NOON, 0)
 
     assert (2, (), (20, 30), (10,)) == (
         again.losses,
@@ -378,12 +402,10 @@ def test_a_search_goes_on_after_a_worker_that_gave_the_range_back() -> None:
 
 
 def test_a_released_range_is_anybodys_and_no_loss() -> None:
-    state = life.claim_range(a_range(), "one", NOON, NOON + 60)
-    kept = life.keep_range(state, "one", NOON + 90)
-    released = life.release_range(
-        kept, "one", chunks=["1-1"], not_before=NOON + 5, model="claude-a"
-    )
-    again = life.claim_range(released, "two", NOON + 1, NOON + 61)
+    state = claim_range(a_range(), "one", NOON, NOON + 60)
+    kept = keep_range(state, "one", NOON + 90)
+    released = release_range(kept, "one", chunks=["1-1"], not_before=NOON + 5, model="claude-a")
+    again = claim_range(released, "two", NOON + 1, NOON + 61)
 
     assert NOON + 90 == kept.lease_until
     assert (None, ("1-1",), NOON + 5, "claude-a") == (
@@ -399,9 +421,7 @@ def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:
     state = a_range(owner="one", chunks=("w1", "1-2", "1-3"), windows=1, losses=2)
     state = replace(state, running=(1,), suspects=(1, 2), blamed=(3,))
 
-    ended = life.end_window(
-        state, "one", NOON + 60, "w2", others=["1-3"], resume_at=700, resume_line=7
-    )
+    ended = end_window(state, "one", NOON + 60, "w2", others=["1-3"], resume_at=700, resume_line=7)
 
     assert (("w1", "w2", "1-3"), 2, 700, 7, 0) == (
         ended.chunks,
@@ -412,23 +432,23 @@ def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:
     )
     assert ((), (), ()) == (ended.running, ended.suspects, ended.blamed)
     with pytest.raises(LeaseLost):
-        life.end_window(state, "two", NOON, "w2", others=(), resume_at=1, resume_line=1)
+        end_window(state, "two", NOON, "w2", others=(), resume_at=1, resume_line=1)
 
 
 def test_only_the_owner_writes() -> None:
-    state = life.claim_range(a_range(), "one", NOON, NOON + 60)
+    state = claim_range(a_range(), "one", NOON, NOON + 60)
 
     with pytest.raises(LeaseLost):
-        life.keep_range(state, "two", NOON)
+        keep_range(state, "two", NOON)
     with pytest.raises(LeaseLost):
-        life.save_chunk(state, "two", NOON, "x", rows=())
+        save_chunk(state, "two", NOON, "x", rows=())
     with pytest.raises(LeaseLost):
-        life.note_running(state, "two", [7])
+        note_running(state, "two", [7])
     with pytest.raises(LeaseLost):
-        life.release_range(state, "two", chunks=())
+        release_range(state, "two", chunks=())
     with pytest.raises(LeaseLost):
-        life.finish_range(state, "two")
-    done = life.finish_range(life.save_chunk(state, "one", NOON, "1-1", rows=()), "one")
+        finish_range(state, "two")
+    done = finish_range(save_chunk(state, "one", NOON, "1-1", rows=()), "one")
     assert (True, None, ()) == (done.done, done.owner, done.chunks)
 
 

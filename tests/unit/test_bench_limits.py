@@ -468,5 +468,28 @@ def test_the_page_names_every_scenario_client_and_column() -> None:
         assert f"\n| {head} |" in page
 
 
-def test_the_picture_smooths_over_the_last_seconds() -> None:
-    assert [5.0, 2.5, 5.0, 5.0] == chart.smoothed([5, 0, 10, 0], seconds=2)
+def test_the_picture_shows_the_recorded_results() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+
+    picture = (ROOT / "docs" / "limits.svg").read_text(encoding="utf-8")
+    assert chart.picture(chart.recorded(page)) == picture
+
+
+def test_the_picture_adds_the_lost_jobs_and_takes_the_mean_of_the_429s() -> None:
+    calls = scoring.Calls(20, 20, 10, 0, 0, 0)
+    runs = [
+        finished(scenario="plain", client="sluice", workers=2, done=1),
+        finished(scenario="plain", client="sluice", workers=4),
+        finished(scenario="plain", client="sdk", done=15, calls=calls),
+        finished(scenario="tokens", client="sluice", workers=4),
+        finished(scenario="tokens", client="sdk", done=18),
+    ]
+
+    texts = re.findall(r">([^<\n]+)</text>", chart.picture(chart.of_runs(runs)))
+
+    assert texts == [
+        "Same jobs, same rate limits (2 scenarios)",
+        *("Jobs lost, of 40", "0", "7"),
+        *("429s per answer, mean", "0.00", "0.25"),
+        *("Sluice", "Anthropic SDK, ten retries"),
+    ]

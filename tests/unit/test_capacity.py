@@ -267,7 +267,7 @@ def test_a_long_outage_turns_the_mapping_down(groups: list[Group]) -> None:
     decision = decided(*groups)
 
     assert (LEAST, True) == (decision.maximum_concurrency, decision.enabled)
-    assert "blocked for longer" in decision.reason
+    assert "blocked or overloaded for more than a minute" in decision.reason
 
 
 def test_three_workers_become_two_in_an_outage_though_that_is_little() -> None:
@@ -362,7 +362,7 @@ def test_switched_on_again_it_gets_what_the_limits_need() -> None:
 def test_what_a_person_switched_off_stays_off() -> None:
     decision = decided(group(), consumer=Consumer(7, enabled=False, slots=50))
 
-    assert Decision(7, enabled=False, reason="the mapping was switched off by hand") == decision
+    assert Decision(7, enabled=False, reason="the mapping was disabled by hand") == decision
     assert not decision.changes(Consumer(7, enabled=False, slots=50))
 
 

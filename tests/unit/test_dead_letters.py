@@ -4,9 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import AttemptOutcome, DueFor, Job, JobError, State
+from sluice.domain.jobs import (
+    AttemptOutcome,
+    DueFor,
+    Job,
+    JobError,
+    State,
+    claim,
+    finish_waiting,
+    park,
+    redrive,
+    request_cancel,
+    snooze,
+    why_not_redriven,
+)
 from sluice.domain.limits import new_group
 from sluice.ports.jobs import Params, Received
 from sluice.upkeep.dead_letters import DeadLetter, Estimate, Redriver, TakeDeadLetter
@@ -77,7 +89,7 @@ def test_a_letter_about_an_unknown_job_is_kept(scene: Scene) -> None:
 
 @pytest.mark.parametrize("state", [State.EXPIRED, State.CANCELED, State.ERRORED])
 def test_a_job_that_has_ended_stays_as_it_is(scene: Scene, state: State) -> None:
-    ended = life.finish_waiting(a_job(), state, NOON)
+    ended = finish_waiting(a_job(), state, NOON)
     scene.jobs.add(ended)
 
     scene.take(letter())
@@ -88,14 +100,14 @@ def test_a_job_that_has_ended_stays_as_it_is(scene: Scene, state: State) -> None
 
 def test_while_a_worker_is_at_the_job_its_letter_waits(scene: Scene) -> None:
     """It will end the job; or put it back, with a message that is not in the queue any more."""
-    running = life.claim(a_job(), "worker-1", NOON, LEASE_END)
+    running = claim(a_job(), "worker-1", NOON, LEASE_END)
     scene.jobs.add(running)
 
     assert not scene.take(letter())
     assert running == scene.jobs.stored["job_1"]
     assert not scene.graveyard.kept
 
-    scene.jobs.replace(life.snooze(running, "worker-1", NOON, reason="rate limited"), 2)
+    scene.jobs.replace(snooze(running, "worker-1", NOON, reason="rate limited"), 2)
 
     assert scene.take(letter())
     assert State.ERRORED == scene.jobs.stored["job_1"].state
@@ -103,7 +115,7 @@ def test_while_a_worker_is_at_the_job_its_letter_waits(scene: Scene) -> None:
 
 def test_a_worker_that_takes_the_job_meanwhile_is_waited_for(scene: Scene) -> None:
     scene.jobs.add(a_job())
-    running = life.claim(a_job(), "worker-1", NOON, LEASE_END)
+    running = claim(a_job(), "worker-1", NOON, LEASE_END)
     scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=running))
 
     assert not scene.take(letter())
@@ -111,7 +123,7 @@ def test_a_worker_that_takes_the_job_meanwhile_is_waited_for(scene: Scene) -> No
 
 
 def test_a_job_that_rests_is_left_to_the_sweep_that_sends_it_another_message(scene: Scene) -> None:
-    parked = life.park(a_job(), NOON, reason="spend limit", not_before=NOON + SECOND)
+    parked = park(a_job(), NOON, reason="spend limit", not_before=NOON + SECOND)
     scene.jobs.add(parked)
 
     assert scene.take(letter())
@@ -120,7 +132,7 @@ def test_a_job_that_rests_is_left_to_the_sweep_that_sends_it_another_message(sce
 
 
 def test_a_job_whose_rest_is_over_ends(scene: Scene) -> None:
-    scene.jobs.add(life.park(a_job(), NOON, reason="spend limit", not_before=NOON))
+    scene.jobs.add(park(a_job(), NOON, reason="spend limit", not_before=NOON))
 
     assert scene.take(letter())
     assert State.ERRORED == scene.jobs.stored["job_1"].state
@@ -130,14 +142,14 @@ def test_a_job_whose_rest_is_over_ends(scene: Scene) -> None:
 def test_a_letter_from_before_a_redrive_does_not_end_the_job_again(
     scene: Scene, sent_at: int, state: State
 ) -> None:
-    scene.jobs.add(life.redrive(life.finish_waiting(a_job(), State.ERRORED, NOON, DEAD), NOON))
+    scene.jobs.add(redrive(finish_waiting(a_job(), State.ERRORED, NOON, DEAD), NOON))
 
     assert scene.take(letter(sent_at=sent_at))
     assert state == scene.jobs.stored["job_1"].state
 
 
 def test_a_job_whose_worker_died_ends_with_its_attempt_lost(scene: Scene) -> None:
-    scene.jobs.add(life.claim(a_job(), "worker-1", NOON, LEASE_END))
+    scene.jobs.add(claim(a_job(), "worker-1", NOON, LEASE_END))
     scene.clock.at = LEASE_END
 
     scene.take(letter())
@@ -148,7 +160,7 @@ def test_a_job_whose_worker_died_ends_with_its_attempt_lost(scene: Scene) -> Non
 
 def test_a_job_that_changes_meanwhile_is_looked_at_again(scene: Scene) -> None:
     scene.jobs.add(a_job())
-    canceled = life.request_cancel(a_job(), NOON)
+    canceled = request_cancel(a_job(), NOON)
     scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=canceled))
 
     scene.take(letter())
@@ -159,8 +171,8 @@ def test_a_job_that_changes_meanwhile_is_looked_at_again(scene: Scene) -> None:
 
 def test_a_job_that_changes_and_still_waits_ends(scene: Scene) -> None:
     scene.jobs.add(a_job())
-    snoozed = life.snooze(
-        life.claim(a_job(), "worker-1", NOON, LEASE_END), "worker-1", NOON, reason="rate limited"
+    snoozed = snooze(
+        claim(a_job(), "worker-1", NOON, LEASE_END), "worker-1", NOON, reason="rate limited"
     )
     scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=snoozed))
 
@@ -221,7 +233,7 @@ class Yard:
         )
 
     def bury(self, name: str, reason: str = "received 1001 times", **facts: object) -> Job:
-        job = life.finish_waiting(a_job(f"job_{name}", **facts), State.ERRORED, NOON, DEAD)
+        job = finish_waiting(a_job(f"job_{name}", **facts), State.ERRORED, NOON, DEAD)
         self.jobs.add(job)
         self.params.add(Params(job.job_id, b"{}", job.request_hash))
         self.keep(name, job.job_id, reason)
@@ -265,7 +277,7 @@ def test_what_can_be_redriven_is_redriven_and_the_sweep_finds_it(yard: Yard) -> 
     assert (None, stored) == (done.hindrance, done.job)
     assert (State.QUEUED, 1) == (stored.state, len(stored.redrives))
     assert ["job_1"] == [each.job_id for each in yard.jobs.due(DueFor.CALL, yard.clock.now(), 10)]
-    assert {"m-1": "it is queued"} == yard.hindrances()
+    assert {"m-1": "the job is queued"} == yard.hindrances()
 
 
 def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
@@ -280,7 +292,7 @@ def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
     assert {
         "m-foreign": "not a Sluice message",
         "m-unknown": "job record not found",
-        "m-late": "its deadline has passed",
+        "m-late": "the deadline has passed",
         "m-lost": "the stored request has expired",
         "m-twice": None,
         "m-again": "duplicate of letter m-twice (same job)",
@@ -291,7 +303,7 @@ def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
     assert {"twice"} == {
         name.removeprefix("job_")
         for name, job in yard.jobs.stored.items()
-        if life.why_not_redriven(job, yard.clock.now()) is None and name in yard.params.stored
+        if why_not_redriven(job, yard.clock.now()) is None and name in yard.params.stored
     }
 
 
@@ -316,7 +328,7 @@ def test_a_busy_table_is_told_of_one_job_and_the_others_go_on(yard: Yard) -> Non
 
     assert "the jobs table is busy; retry in 2 s" == busy.hindrance
     assert done.hindrance is None
-    assert {"m-1": None, "m-2": "it is queued"} == yard.hindrances()
+    assert {"m-1": None, "m-2": "the job is queued"} == yard.hindrances()
 
 
 def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) -> None:
@@ -326,7 +338,7 @@ def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) ->
 
     done = yard.redriver.redrive(candidate)
 
-    assert "its deadline has passed" in str(done.hindrance)
+    assert "the deadline has passed" in str(done.hindrance)
     assert job == yard.jobs.stored["job_1"]
 
 

@@ -9,15 +9,18 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
+from bench.limits import chart, report
+from bench.limits.scenarios import SCENARIOS
 from scripts.cli import app
 from scripts.documents.__main__ import DOCS, DOCUMENTS
 from scripts.documents.markers import replaced
-from sluice.api import http
+from sluice.api import requests
 from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import USUAL
+from sluice.intake import requests as validation
 from sluice.intake import submit
 from sluice.ports.metrics import METRIC_NAMES
 from sluice.worker import call, limiter, work
@@ -32,6 +35,7 @@ PAGES = [
 ]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README, RUNBOOK = TEXTS["README.md"], TEXTS["docs/runbook.md"]
+API, LIMITS = TEXTS["docs/api.md"], TEXTS["docs/limits.md"]
 SETTINGS, GLOSSARY = TEXTS["docs/settings.md"], TEXTS["docs/glossary.md"]
 STATE_MACHINE = TEXTS["docs/state_machine.md"]
 
@@ -119,7 +123,7 @@ def test_the_fields_of_the_key_pool_are_documented_and_no_others() -> None:
 # Routes and commands
 
 
-def test_every_route_stands_in_the_readme_and_no_other() -> None:
+def test_every_route_is_in_the_table_and_no_other() -> None:
     document = json.loads((ROOT / "docs/openapi.json").read_text(encoding="utf-8"))
     routes = {
         f"{method.upper()} {path}"
@@ -127,14 +131,21 @@ def test_every_route_stands_in_the_readme_and_no_other() -> None:
         for method in methods
     }
 
-    assert routes == set(re.findall(r"^\| `((?:GET|POST|DELETE) \S+)` \|", README, re.MULTILINE))
+    assert routes == set(re.findall(r"^\| `((?:GET|POST|DELETE) \S+)` \|", API, re.MULTILINE))
 
 
-def test_every_command_stands_in_the_readme_and_no_other() -> None:
-    table = section(README, "## Command line")
-    named = re.findall(r"`(sluice [a-z-]+(?: [a-z]+)?)", table)
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_named_in_a_document_exists(name: str) -> None:
+    known = commands(command_line(), "sluice")
+    known += {command.rpartition(" ")[0] for command in known} - {"sluice"}
+    for line in re.findall(r"\bsluice [a-z][a-z -]*", code_of(TEXTS[name])):
+        assert any(f"{line} ".startswith(f"{command} ") for command in known), line
 
-    assert set(commands(command_line(), "sluice")) == set(named)
+
+def code_of(page: str) -> str:
+    """The blocks and spans of code, where commands are."""
+    block = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return "\n".join([*block.findall(page), *re.findall(r"`([^`\n]+)`", block.sub("", page))])
 
 
 def test_options_named_in_the_documents_exist() -> None:
@@ -146,8 +157,8 @@ def test_options_named_in_the_documents_exist() -> None:
             if isinstance(command, TyperGroup):
                 waiting.append(command)
 
-    for page in (README, RUNBOOK):
-        for line in re.findall(r"\bsluice [a-z-]+[^`\n|]*", page):
+    for page in TEXTS.values():
+        for line in re.findall(r"\bsluice [a-z][^`\n|]*", code_of(page)):
             assert set(re.findall(r"(?<=\s)--[a-z-]+", line)) <= known, line
 
 
@@ -293,7 +304,7 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "calls pause for {:.0f} to {:.0f} s",
             [USUAL.breaker_pause_ms / 1000, USUAL.breaker_pause_cap_ms / 1000],
         ),
-        ("tried again every {:.0f} minutes", [POLICY.park_recheck_ms / 60_000]),
+        ("tried again every {:.0f} minutes", [POLICY.spend_recheck_ms / 60_000]),
         (
             "random time up to {:.0f}, 2, 4 ... {:.0f} s",
             [POLICY.overload_base_ms / 1000, POLICY.overload_cap_ms / 1000],
@@ -303,14 +314,53 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "up to {:.0f}, 4, 8 ... {:.0f} s",
             [POLICY.retry_base_ms / 1000, POLICY.retry_cap_ms / 1000],
         ),
-        ("at most {:,} bytes", [http.MOST_BYTES]),
+        ("at most {:,} bytes", [requests.MOST_BYTES]),
         ("sent again within {:.0f} minutes", [submit.RESEND_WINDOW_MS / 60_000]),
-        ("a job at most {} levels of nesting", [http.DEEPEST]),
-        ("a list of up to {}", [http.MOST_JOBS]),
+        ("a job at most {} levels of nesting", [validation.DEEPEST]),
+        ("a list of up to {}", [requests.MOST_JOBS]),
     ],
 )
-def test_numbers_in_the_readme_are_those_of_the_code(sentence: str, numbers: list[float]) -> None:
-    assert sentence.format(*numbers) in " ".join(README.split())
+def test_numbers_in_the_documents_are_those_of_the_code(
+    sentence: str, numbers: list[float]
+) -> None:
+    assert sentence.format(*numbers) in " ".join(f"{API} {LIMITS}".split())
+
+
+def test_the_comparison_in_the_readme_is_that_of_the_benchmark() -> None:
+    figures = chart.recorded(TEXTS["docs/bench.md"])
+    said = " ".join(README.split())
+    jobs = {each.scenario: each.jobs for each in figures}
+    for client, sentence in {
+        "sdk": "ten retries loses {lost:,} of {jobs:,} jobs and gets {refused:.2f} 429s per answer",
+        "tutorial": "backoff loses {lost:,} jobs and gets {refused:.2f} 429s per answer",
+        "litellm": "ten retries loses {lost:,} jobs and gets {refused:.2f} 429s per answer",
+        "sluice": "Sluice loses none, gets {refused:.2f} 429s per answer",
+    }.items():
+        own = [each for each in figures if each.client == client]
+        lost = sum(each.lost for each in own)
+        refused = sum(each.rate_limited_per_answer for each in own) / len(own)
+        words = sentence.format(lost=lost, refused=refused, jobs=sum(jobs.values()))
+
+        assert len(own) == len(SCENARIOS)
+        assert words in said
+        assert client != "sluice" or not lost
+
+    scores = re.findall(r"\| sluice, 4 workers \| ([\d.]+)%", recorded_table())
+    fastest, slowest = (100 / pick(float(score) for score in scores) for pick in (max, min))
+    assert f"between {fastest:.2f} and {slowest:.2f} times the shortest possible time" in said
+
+
+def recorded_table() -> str:
+    """The results that the benchmark wrote, without those of other runs below them."""
+    return TEXTS["docs/bench.md"].partition(report.BEGIN)[2].partition(report.END)[0]
+
+
+def test_the_readme_shows_the_rows_that_the_demo_prints() -> None:
+    block = README.partition("<!-- demo:begin -->")[2].partition("<!-- demo:end -->")[0]
+    demo = (ROOT / "scripts/demo.py").read_text(encoding="utf-8")
+
+    shown = re.findall(r"^│ (.+?) +│", block, re.MULTILINE)
+    assert set(shown) == set(re.findall(r'add_row\(\s*"([^"]+)"', demo))
 
 
 def test_the_readmes_curl_lines_are_one_block_between_their_markers() -> None:

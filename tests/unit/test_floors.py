@@ -64,6 +64,7 @@ WORLDLY = {"adapters", "settings"}
 OTHERS: dict[str, frozenset[str] | None] = {
     "adapters": None,
     "api": frozenset({"pydantic", "pydantic_core"}),
+    "intake": frozenset({"pydantic"}),
     "notices": frozenset({"standardwebhooks"}),
 }
 """Packages from elsewhere that a folder may import; None is any."""
@@ -75,8 +76,10 @@ WIRING = Floor(
     world=True,
 )
 FUNCTION = Floor(
-    ours=tuple(f"sluice.{each}" for each in (*(MAY_IMPORT.keys() - {"adapters"}), "wiring")),
-    others=frozenset({"aws_lambda_powertools", "pydantic"}),
+    ours=tuple(
+        f"sluice.{each}" for each in (*(MAY_IMPORT.keys() - {"adapters"}), "wiring", "routes")
+    ),
+    others=frozenset({"aws_lambda_powertools"}),
     world=True,
 )
 
@@ -92,6 +95,9 @@ def floor_of(path: Path) -> Floor:
         return FUNCTION
     subject = path.relative_to("layers/sluice/sluice").parts[0].removesuffix(".py")
     match subject:
+        case "routes":
+            # Handlers of one function each: Lambda loads app.py as a file, so what it shares is in the layer.
+            return FUNCTION
         case "wiring":
             return WIRING
         case "settings":

@@ -109,7 +109,7 @@ def test_never_more_than_the_ceiling(scene: Scene) -> None:
 
 
 def test_a_mapping_that_is_still_changing_is_left_alone(scene: Scene) -> None:
-    scene.mapping.stored = replace(scene.mapping.stored, settled=False)
+    scene.mapping.stored = replace(scene.mapping.stored, is_applied=False)
 
     scene.governor()
 
@@ -366,7 +366,7 @@ def test_a_note_that_cannot_be_read_keeps_only_its_own_mapping(pair: Pair) -> No
 
 
 def test_a_mapping_that_is_still_changing_holds_up_no_other(pair: Pair) -> None:
-    pair.mapping.stored = replace(pair.mapping.stored, settled=False)
+    pair.mapping.stored = replace(pair.mapping.stored, is_applied=False)
 
     pair.governor()
 
@@ -430,7 +430,7 @@ class Six(Scene):
             case "busy":
                 mapping.busy = 1
             case "unsettled":
-                mapping.stored = replace(mapping.stored, settled=False)
+                mapping.stored = replace(mapping.stored, is_applied=False)
             case "state" | "set":
                 mapping.break_down(fault)
             case _:
@@ -440,7 +440,7 @@ class Six(Scene):
         for name, mapping in self.mappings.items():
             mapping.mend()
             mapping.busy = 0
-            mapping.stored = replace(mapping.stored, settled=True)
+            mapping.stored = replace(mapping.stored, is_applied=True)
             self.every_note[name].mend()
 
     def enabled(self) -> dict[str, int | None]:
@@ -482,7 +482,7 @@ def test_of_ten_executions_six_are_given_out_and_idle_mappings_are_disabled_with
     # Two for each of three, and the odd one is left to the API.
     assert 10 - RESERVED - 1 == sum(six.enabled().values())  # type: ignore[arg-type]
     off = six.reasons()["webhooks"]
-    assert off.endswith("the account's limit has room for 3 queues at a time")
+    assert off.endswith("the account limit has room for 3 queues at a time")
     assert 7 == six.events.notes[0][1]["executions_for_queues"]
     assert six.every_note["webhooks"].at == six.clock.at
     six.events.notes.clear()
@@ -581,8 +581,8 @@ def test_a_change_that_takes_hold_counts_as_it_is() -> None:
     six = Six()
     six.run()
     batches = six.mappings["batches"]
-    batches.stored = replace(batches.stored, settled=False)
-    six.mappings["ranges"].stored = replace(six.mappings["ranges"].stored, settled=False)
+    batches.stored = replace(batches.stored, is_applied=False)
+    six.mappings["ranges"].stored = replace(six.mappings["ranges"].stored, is_applied=False)
     six.wait("webhooks")
 
     assert {"ranges": 2, "batches": 2, "webhooks": 2} == six.run()

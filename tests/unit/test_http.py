@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from sluice.api import http
-from sluice.domain import jobs as life
+from sluice.api import requests, views
 from sluice.domain.errors import InvalidRequest, RequestTooLarge, Unauthenticated
-from sluice.domain.jobs import JobError, Result, State
+from sluice.domain.jobs import JobError, Result, State, claim, give_up, snooze, succeed
 from sluice.domain.limits import Observation, Seen, block, new_group, observe
 from sluice.domain.pricing import Spend, Usage
 from sluice.intake.accounts import UsageRow
@@ -23,13 +22,13 @@ PARAMS: dict[str, Any] = {
 
 
 def read(**job: Any) -> Submission:
-    submission = http.read_submission({"params": PARAMS} | job)
+    submission = requests.read_submission({"params": PARAMS} | job)
     assert isinstance(submission, Submission), submission
     return submission
 
 
 def complaint(job: object) -> str:
-    error = http.read_submission(job)
+    error = requests.read_submission(job)
     assert isinstance(error, InvalidRequest)
     return str(error)
 
@@ -54,7 +53,7 @@ def test_a_hundred_levels_are_not_too_deep(levels: int, *, is_taken: bool) -> No
         deep = {"next": deep} if isinstance(deep, list) else [deep]
     job = {"params": PARAMS | {"system": deep}}
 
-    assert is_taken == isinstance(http.read_submission(job), Submission)
+    assert is_taken == isinstance(requests.read_submission(job), Submission)
 
 
 def test_a_job_needs_only_its_params() -> None:
@@ -159,14 +158,14 @@ def test_long_values_are_not_repeated() -> None:
 
 
 def test_one_job_or_a_list_of_them() -> None:
-    assert ([Submission(PARAMS)], False) == http.read_submissions({"params": PARAMS})
-    assert ([Submission(PARAMS)] * 2, True) == http.read_submissions(
+    assert ([Submission(PARAMS)], False) == requests.read_submissions({"params": PARAMS})
+    assert ([Submission(PARAMS)] * 2, True) == requests.read_submissions(
         {"jobs": [{"params": PARAMS}] * 2}
     )
 
 
 def test_a_bad_item_keeps_its_place() -> None:
-    items, _ = http.read_submissions({"jobs": [{"params": PARAMS}, {}, {"params": PARAMS}]})
+    items, _ = requests.read_submissions({"jobs": [{"params": PARAMS}, {}, {"params": PARAMS}]})
 
     assert [Submission, InvalidRequest, Submission] == [type(item) for item in items]
 
@@ -189,18 +188,18 @@ def test_a_bad_item_keeps_its_place() -> None:
 )
 def test_a_bad_envelope_is_refused_as_a_whole(body: object, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        http.read_submissions(body)
+        requests.read_submissions(body)
     assert words in str(refused.value)
 
 
 def test_a_hundred_jobs_fit() -> None:
-    items, _ = http.read_submissions({"jobs": [{"params": PARAMS}] * 100})
+    items, _ = requests.read_submissions({"jobs": [{"params": PARAMS}] * 100})
 
     assert 100 == len(items)
 
 
 def test_what_the_gateway_says_of_itself_tells_the_cure() -> None:
-    too_large = RequestTooLarge(5_000_000, http.MOST_BYTES)
+    too_large = RequestTooLarge(5_000_000, requests.MOST_BYTES)
 
     assert "the body has 5,000,000 bytes; the limit is 4,000,000. Send fewer" in str(too_large)
     assert (5_000_000, 4_000_000) == (too_large.size, too_large.limit)
@@ -211,12 +210,12 @@ def test_what_the_gateway_says_of_itself_tells_the_cure() -> None:
 
 
 def test_times_are_rfc_3339_in_utc() -> None:
-    assert "2026-11-20T12:00:00.007Z" == http.time(NOON + 7)
-    assert http.time(None) is None
+    assert "2026-11-20T12:00:00.007Z" == views.time(NOON + 7)
+    assert views.time(None) is None
 
 
 def test_a_new_job_is_shown_with_everything_there_will_be() -> None:
-    view = http.job_view(a_job(custom_id="row-1", metadata={"run": "7"}))
+    view = views.job_view(a_job(custom_id="row-1", metadata={"run": "7"}))
 
     assert {"id": "job_1", "type": "job", "state": "queued", "custom_id": "row-1"} == {
         name: view[name] for name in ("id", "type", "state", "custom_id")
@@ -240,8 +239,8 @@ def test_a_new_job_is_shown_with_everything_there_will_be() -> None:
 
 
 def test_a_finished_job_shows_its_answer_and_its_cost() -> None:
-    job = life.succeed(
-        life.claim(a_job(), "w", NOON, NOON + SECOND),
+    job = succeed(
+        claim(a_job(), "w", NOON, NOON + SECOND),
         "w",
         NOON + 500,
         result=Result(inline=b""),
@@ -250,7 +249,7 @@ def test_a_finished_job_shows_its_answer_and_its_cost() -> None:
         request_id="req_1",
     )
 
-    view = http.job_view(job, MESSAGE)
+    view = views.job_view(job, MESSAGE)
 
     assert ("succeeded", 1_234, "0.001234") == (
         view["state"],
@@ -273,7 +272,7 @@ def test_a_finished_job_shows_its_answer_and_its_cost() -> None:
 def test_a_message_is_shown_value_for_value() -> None:
     message = '{"content":[{"type":"new","odd":[1.0,null,"ü"]}],"unheard_of":{"a":1e400}}'
 
-    view = http.job_view(a_job(), message)
+    view = views.job_view(a_job(), message)
 
     assert {"type": "new", "odd": [1.0, None, "ü"]} == view["message"]["content"][0]
     assert "" == view["text"]
@@ -281,26 +280,26 @@ def test_a_message_is_shown_value_for_value() -> None:
 
 def test_errors_of_job_and_attempts_are_shown() -> None:
     error = JobError("api_error", "boom", 500)
-    job = life.give_up(life.claim(a_job(), "w", NOON, NOON + SECOND), "w", NOON, error=error)
+    job = give_up(claim(a_job(), "w", NOON, NOON + SECOND), "w", NOON, error=error)
 
-    view = http.job_view(job)
+    view = views.job_view(job)
 
     assert {"type": "api_error", "message": "boom"} == view["error"]
     assert {"type": "api_error", "message": "boom", "status": 500} == view["attempts"][0]["error"]
 
 
 def test_a_snoozed_job_says_why_and_until_when() -> None:
-    claimed = life.claim(a_job(), "w", NOON, NOON + SECOND)
-    job = life.snooze(claimed, "w", NOON, reason="rate limited", not_before=NOON + SECOND)
+    claimed = claim(a_job(), "w", NOON, NOON + SECOND)
+    job = snooze(claimed, "w", NOON, reason="rate limited", not_before=NOON + SECOND)
 
-    view = http.job_view(job)
+    view = views.job_view(job)
 
     assert {"at": "2026-11-20T12:00:00.000Z", "reason": "rate limited"} == view["last_snooze"]
     assert ("2026-11-20T12:00:01.000Z", 1) == (view["not_before"], view["snoozes"])
 
 
 def test_an_attempt_under_way_is_shown_open() -> None:
-    (attempt,) = http.job_view(life.claim(a_job(), "w", NOON, NOON + 1))["attempts"]
+    (attempt,) = views.job_view(claim(a_job(), "w", NOON, NOON + 1))["attempts"]
 
     assert (None, None, None) == (attempt["ended_at"], attempt["outcome"], attempt["usage"])
 
@@ -308,9 +307,9 @@ def test_an_attempt_under_way_is_shown_open() -> None:
 def test_a_summary_is_a_part_of_the_view() -> None:
     job = a_job()
 
-    summary = http.job_summary(job)
+    summary = views.job_summary(job)
 
-    assert summary == {name: http.job_view(job)[name] for name in summary}
+    assert summary == {name: views.job_view(job)[name] for name in summary}
     assert not {"message", "attempts", "text"} & set(summary)
 
 
@@ -327,7 +326,7 @@ def test_a_summary_is_a_part_of_the_view() -> None:
     ],
 )
 def test_the_text_is_the_joined_text_blocks(message: dict[str, Any], text: str) -> None:
-    assert text == http.joined_text(message)
+    assert text == views.joined_text(message)
 
 
 def test_a_usage_report_adds_up() -> None:
@@ -336,7 +335,7 @@ def test_a_usage_report_adds_up() -> None:
         UsageRow({"day": "2026-11-20"}, Spend(2, 5, 0, 0, 5, 1)),
     ]
 
-    view = http.usage_view("2026-11-19", "2026-11-20", ["day"], rows)
+    view = views.usage_view("2026-11-19", "2026-11-20", ["day"], rows)
 
     assert ("2026-11-19", "2026-11-20", ["day"]) == (view["from"], view["to"], view["group_by"])
     assert {
@@ -358,7 +357,7 @@ def test_a_usage_report_adds_up() -> None:
 
 
 def test_an_empty_report_totals_nothing() -> None:
-    assert 0 == http.usage_view("2026-11-20", "2026-11-20", [], [])["total"]["calls"]
+    assert 0 == views.usage_view("2026-11-20", "2026-11-20", [], [])["total"]["calls"]
 
 
 # Limits ----------------------------------------------------------------------------------------------------
@@ -375,7 +374,7 @@ def test_a_limit_group_shows_what_it_believes() -> None:
     )
     group = observe(new_group("org", "a", NOON), seen, NOON)
 
-    view = http.group_view(group, NOON)
+    view = views.group_view(group, NOON)
 
     assert ("org/a", "org", "a", True) == (
         view["group"],
@@ -393,13 +392,13 @@ def test_a_limit_group_shows_what_it_believes() -> None:
 
 
 def test_a_group_nobody_has_used_is_not_learned() -> None:
-    assert not http.group_view(new_group("org", "a", NOON), NOON)["learned"]
+    assert not views.group_view(new_group("org", "a", NOON), NOON)["learned"]
 
 
 def test_a_block_is_shown_while_it_lasts() -> None:
     group = block(new_group("org", "a", NOON), NOON + SECOND, "rate limited", NOON)
 
-    during, after = http.group_view(group, NOON), http.group_view(group, NOON + SECOND)
+    during, after = views.group_view(group, NOON), views.group_view(group, NOON + SECOND)
 
     until = datetime.fromtimestamp(NOON / 1000 + 1, UTC).isoformat(timespec="milliseconds")
     assert (until.replace("+00:00", "Z"), "rate limited") == (

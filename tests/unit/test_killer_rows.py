@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
-from sluice.domain import batches as life
-from sluice.domain.batches import LOSSES_UNTIL_ALONE, MOST_LOST_ALONE, RangeState
+from sluice.domain.batches import (
+    LOSSES_UNTIL_ALONE,
+    MOST_LOST_ALONE,
+    RangeState,
+    cancel_batch,
+    claim_range,
+)
 from sluice.ports.claude import CallRequest, Refused
 from sluice.worker import ranges
 from sluice.worker.desk import AT_ONCE
@@ -187,7 +192,7 @@ def test_a_busy_table_blames_no_row(make: Make) -> None:
 def test_a_cancel_ends_the_search(make: Make) -> None:
     bulk = make(latency_ms=30_000)
     bulk.time.run(first_losses(bulk))
-    bulk.batches.replace(life.cancel(bulk.batch, bulk.time.now()), bulk.batch.version)
+    bulk.batches.replace(cancel_batch(bulk.batch, bulk.time.now()), bulk.batch.version)
 
     bulk.drain_with(Deaths({0}))
 
@@ -252,7 +257,7 @@ def test_a_row_that_waits_after_its_call_is_not_blamed_for_a_death(make: Make) -
 
     bulk.time.run(story())
     (state,) = bulk.batches.ranges.values()
-    after = life.claim_range(state, "next", bulk.time.now(), bulk.time.now() + 1)
+    after = claim_range(state, "next", bulk.time.now(), bulk.time.now() + 1)
 
     assert 1 == len(bulk.claude.calls)
     assert () == after.blamed

@@ -15,9 +15,16 @@ from hypothesis import strategies as st
 from sluice.bulk import assemble
 from sluice.bulk import plan as plans
 from sluice.bulk.plan import FILE_MS, BadOptions, read_options
-from sluice.domain import batches as life
-from sluice.domain.batches import SAMPLES, Phase, planned
-from sluice.domain.errors import InputGone, StoreBusy
+from sluice.domain.batches import (
+    SAMPLES,
+    Phase,
+    cancel_batch,
+    delete_batch,
+    end_batch,
+    file_batch_id,
+    planned,
+)
+from sluice.domain.errors import InputMissing, StoreBusy
 from sluice.domain.rows import Encoded
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON
@@ -41,7 +48,7 @@ def make() -> Iterator[Make]:
 @pytest.fixture
 def small_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranges a section, so that a few hundred rows make many."""
-    monkeypatch.setattr(life, "RANGES_PER_SECTION", 2)
+    monkeypatch.setattr("sluice.domain.batches.RANGES_PER_SECTION", 2)
 
 
 def ids(rows: list[dict[str, Any]]) -> list[str]:
@@ -152,7 +159,7 @@ def test_a_folder_is_known_by_the_digest_of_its_list_of_documents(make: Make) ->
     own = etags.pop(f"{folder}options.json")
     text = json.dumps([own, *([key, etag] for key, etag in etags.items())])
     etag = hashlib.sha256(text.encode()).hexdigest()
-    known_as = life.file_batch_id("acme", f"{folder}options.json", etag, None)
+    known_as = file_batch_id("acme", f"{folder}options.json", etag, None)
     assert known_as == bulk.batch.batch_id
 
 
@@ -491,7 +498,7 @@ def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_look(
     bulk.planner.plan(bulk.batch.batch_id)
     phase = bulk.batch.phase
     monkeypatch.undo()
-    monkeypatch.setattr(life, "RANGES_PER_SECTION", 2)
+    monkeypatch.setattr("sluice.domain.batches.RANGES_PER_SECTION", 2)
     bulk.planner.plan(bulk.batch.batch_id)
 
     assert Phase.RUNNING == phase
@@ -630,7 +637,7 @@ def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
     bulk.once()
     del bulk.objects.stored[bulk.batch.part_key(0)]
 
-    with pytest.raises(InputGone):
+    with pytest.raises(InputMissing):
         bulk.assemble.join(*bulk.queues.joins[0])
 
 
@@ -639,8 +646,8 @@ def test_a_cancel_that_comes_while_results_are_joined_stays_on_record(make: Make
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     stale = bulk.batch
-    bulk.batches.replace(life.cancel(stale, NOON + 7), stale.version)
-    ended = life.end(stale, NOON + 9, stale.tally, 0, 0)
+    bulk.batches.replace(cancel_batch(stale, NOON + 7), stale.version)
+    ended = end_batch(stale, NOON + 9, stale.tally, 0, 0)
 
     bulk.assemble._write(stale, ended)  # noqa: SLF001 - the race itself
 
@@ -684,7 +691,7 @@ def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
     bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
-    bulk.notices.fail_next("tell")
+    bulk.notices.fail_next("publish")
     with pytest.raises(StoreBusy):
         bulk.assemble.join(*bulk.queues.joins[0])
 
@@ -700,13 +707,13 @@ def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make
     bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
-    bulk.notices.fail_next("tell")
+    bulk.notices.fail_next("publish")
     with pytest.raises(StoreBusy):
         bulk.assemble.join(*bulk.queues.joins[0])
     ended = bulk.batch
-    bulk.batches.replace(life.delete(ended), ended.version)
+    bulk.batches.replace(delete_batch(ended), ended.version)
 
-    bulk.assemble.tell(ended)
+    bulk.assemble.notify(ended)
 
     assert 1 == len(bulk.notices.told)
     assert bulk.batch.deleted

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from sluice.bulk import assemble
-from sluice.domain import batches as life
-from sluice.domain.batches import Options
+from sluice.domain.batches import Options, Phase, cancel_batch
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.desk import AGAIN, AT_ONCE, SAVE_ROWS
@@ -303,12 +302,12 @@ def test_a_dead_workers_range_is_visible_and_free_within_a_minute(make: Make) ->
 
 def test_ordinary_deaths_end_no_row(make: Make) -> None:
     bulk = make(latency_ms=30_000)
-    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    bulk.upload(jsonl(*(a_row(number) for number in range(160))))
 
     died = bulk.drain_with(Deaths(ordinary={1: 20, 3: 40, 4: 5, 5: 50, 6: 20}))
 
     assert 5 == died
-    assert ["succeeded"] * 100 == [row["result"]["type"] for row in bulk.results()]
+    assert ["succeeded"] * 160 == [row["result"]["type"] for row in bulk.results()]
 
 
 def test_two_workers_never_run_one_range(make: Make) -> None:
@@ -377,7 +376,7 @@ def test_a_canceled_batch_makes_no_more_calls_and_keeps_what_it_has(make: Make) 
     bulk.upload(jsonl(*(a_row(number) for number in range(250))))
 
     bulk.once()
-    bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+    bulk.batches.replace(cancel_batch(bulk.batch, NOON), bulk.batch.version)
     bulk.drain()
 
     kinds = Counter(row["result"]["type"] for row in bulk.results())
@@ -393,7 +392,7 @@ def test_a_cancel_stops_calls_under_way(make: Make) -> None:
     async def story() -> bool:
         task = asyncio.ensure_future(bulk.invoke())
         await asyncio.sleep(5)
-        bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+        bulk.batches.replace(cancel_batch(bulk.batch, NOON), bulk.batch.version)
         return await task
 
     assert bulk.time.run(story())
@@ -563,7 +562,7 @@ def test_a_larger_batch_is_joined_by_the_batches_function(
         bulk.once()
 
     assert [(bulk.batch.batch_id, 0)] == bulk.queues.joins
-    assert life.Phase.RUNNING == bulk.batch.phase
+    assert Phase.RUNNING == bulk.batch.phase
     bulk.drain()
     assert 250 == len(bulk.results())
 
@@ -573,7 +572,7 @@ def test_a_larger_batch_is_joined_by_the_batches_function(
     [
         ("objects", "head"),
         ("batches", "groups"),
-        ("notices", "tell"),
+        ("notices", "notify"),
     ],
 )
 def test_a_join_that_fails_is_left_to_the_batches_function(
@@ -603,7 +602,7 @@ def test_a_worker_that_dies_while_it_joins_is_followed_by_one_that_ends_the_batc
     died.on = bulk.batch.results_key
     with pytest.raises(WorkerDied):
         bulk.once()
-    assert life.Phase.RUNNING == bulk.batch.phase
+    assert Phase.RUNNING == bulk.batch.phase
     died.on = None
     bulk.drain()
 

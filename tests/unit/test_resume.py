@@ -71,7 +71,7 @@ def test_a_range_is_sent_once_by_two_sweeps_at_once(bulk: Bulk) -> None:
     park(bulk, 3)
     later(bulk, 61)
     (due,) = bulk.batches.due(bulk.time.now(), 10)
-    bulk.batches.hold(due, bulk.time.now() + MINUTE)
+    bulk.batches.postpone(due, bulk.time.now() + MINUTE)
 
     assert not resume(bulk)._send(due, 0)  # noqa: SLF001 - the race itself
     assert {} == bulk.queues.ranges
@@ -142,7 +142,7 @@ def test_a_batch_taken_by_another_sweep_is_left_to_it(bulk: Bulk) -> None:
     bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
     later(bulk, 30)
     (due,) = bulk.batches.due(bulk.time.now(), 10)
-    bulk.batches.hold(due, bulk.time.now() + MINUTE)
+    bulk.batches.postpone(due, bulk.time.now() + MINUTE)
 
     assert not resume(bulk)._look_at(due)  # noqa: SLF001 - the race itself
     assert [] == bulk.queues.plans

@@ -72,12 +72,12 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("unauthenticated", failed(401, "authentication_error"), Snooze, Effect.REJECT_KEY),
     ("forbidden", failed(403, "permission_error"), Snooze, Effect.REFUSED_TO_KEY),
     # Money: the group rests, and somebody has to look.
-    ("billing", failed(402, "billing_error"), Snooze, Effect.PARK_GROUP),
-    ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.PARK_GROUP),
-    ("spend cap", failed(429, code="enforced_spend_limit_reached"), Snooze, Effect.PARK_GROUP),
-    ("contract cap", failed(429, code="contract_spend_limit_reached"), Snooze, Effect.PARK_GROUP),
-    ("own spend limit", failed(400, message=OWN_LIMIT), Snooze, Effect.PARK_GROUP),
-    ("workspace limit", failed(400, message=WORKSPACE_LIMIT), Snooze, Effect.PARK_GROUP),
+    ("billing", failed(402, "billing_error"), Snooze, Effect.SPEND_LIMIT),
+    ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.SPEND_LIMIT),
+    ("spend cap", failed(429, code="enforced_spend_limit_reached"), Snooze, Effect.SPEND_LIMIT),
+    ("contract cap", failed(429, code="contract_spend_limit_reached"), Snooze, Effect.SPEND_LIMIT),
+    ("own spend limit", failed(400, message=OWN_LIMIT), Snooze, Effect.SPEND_LIMIT),
+    ("workspace limit", failed(400, message=WORKSPACE_LIMIT), Snooze, Effect.SPEND_LIMIT),
     # Throttled: the whole group waits.
     ("rate limited", failed(429, "rate_limit_error", after_ms=7_000), Snooze, Effect.BLOCK_GROUP),
     ("429 without a time", failed(429, "rate_limit_error"), Snooze, Effect.BLOCK_GROUP),
@@ -188,7 +188,7 @@ def test_the_tiers_cap_rests_until_next_month() -> None:
 )
 def test_other_money_problems_are_looked_at_again(failure: Failure) -> None:
     """They end when somebody acts."""
-    assert NOON + POLICY.park_recheck_ms == verdict(failure).until
+    assert NOON + POLICY.spend_recheck_ms == verdict(failure).until
 
 
 @pytest.mark.parametrize(

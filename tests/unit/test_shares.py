@@ -260,24 +260,24 @@ def test_what_is_left_is_forgotten_in_time() -> None:
         (
             [claim("jobs", WAITS), claim("ranges", WAITS), claim("batches"), off("webhooks")],
             "batches",
-            "no message waits in its queue, and messages wait for webhooks; the account's limit has",
+            "no message waits in its queue, and messages wait for webhooks; the account limit has",
         ),
         (
             [claim("jobs", WAITS), claim("ranges", WAITS), claim("batches", WAITS), off("webhooks")],
             "batches",
-            "its turn is over, and messages wait for webhooks; the account's limit has room for 3",
+            "its turn is over, and messages wait for webhooks; the account limit has room for 3",
         ),
         (
             [claim("jobs", WAITS), claim("ranges"), claim("batches"), off("webhooks")],
             "webhooks",
             "messages wait in its queue; 2 of the 7 executions that the queues may use",
         ),
-        (every(), "webhooks", "the account's limit has room for 3 queues at a time"),
+        (every(), "webhooks", "the account limit has room for 3 queues at a time"),
         ([claim("jobs", WAITS), off("ranges", EMPTY)], "ranges", "2 of the 7"),
         (
             [claim("jobs", WAITS), off("ranges", EMPTY), off("batches", EMPTY), off("webhooks", EMPTY)],
             "ranges",
-            "there is room for it; 2 of the 7",
+            "there is room for another queue; 2 of the 7",
         ),
     ],
 )  # fmt: skip

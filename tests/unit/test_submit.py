@@ -8,21 +8,28 @@ from typing import Any
 
 import pytest
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import Conflict, InvalidRequest, SluiceError, StoreBusy, Unexpected
-from sluice.domain.jobs import DueFor, Job, State, derived_job_id
+from sluice.domain.jobs import (
+    DueFor,
+    Job,
+    State,
+    claim,
+    derived_job_id,
+    finish_waiting,
+    request_cancel,
+)
 from sluice.domain.limits import SAFE_START, block, new_group
 from sluice.domain.params import IMAGE_CHARS, MOST_MEDIA_CHARS, NEWEST_VERSION
+from sluice.intake.start_estimate import MOST_AGE_MS, StartEstimate
 from sluice.intake.submit import (
-    BEGIN_WITHIN_MS,
     PARALLEL_WRITES,
+    START_WITHIN_MS,
     Accepted,
     Outcome,
     Rejected,
     Sender,
     Submission,
     Submit,
-    Waiting,
 )
 from sluice.ports.jobs import Params
 from tests.fakes import (
@@ -225,7 +232,7 @@ def test_jobs_without_a_name_are_always_new(intake: Intake) -> None:
 
 def test_a_repeat_shows_the_job_as_it_is_by_now(intake: Intake) -> None:
     job = intake.one(ask(custom_id="row-1"))
-    done = life.finish_waiting(job, State.CANCELED, NOON)
+    done = finish_waiting(job, State.CANCELED, NOON)
     intake.jobs.replace(done, job.version)
 
     assert done == intake.one(ask(custom_id="row-1"))
@@ -254,7 +261,7 @@ def test_a_repeat_of_a_parked_job_leaves_the_sending_to_the_sweep(intake: Intake
 
 def test_a_repeat_of_a_job_at_work_sends_nothing(intake: Intake) -> None:
     job = intake.one(ask(custom_id="row-1"))
-    intake.jobs.replace(life.claim(job, "worker-1", NOON, NOON + MINUTE), job.version)
+    intake.jobs.replace(claim(job, "worker-1", NOON, NOON + MINUTE), job.version)
     assert [job.job_id] == intake.sent
 
     intake.one(ask(custom_id="row-1"))
@@ -584,7 +591,7 @@ def test_jobs_the_queue_did_not_take_are_parked_for_the_sweep(intake: Intake) ->
     job = accepted(outcomes[1])
     assert (lost, State.QUEUED, NOON) == (job.job_id, job.state, job.not_before)
     assert intake.jobs.stored[lost] == job
-    assert [lost] == [each.job_id for each in intake.jobs.due(life.DueFor.CALL, NOON, 10)]
+    assert [lost] == [each.job_id for each in intake.jobs.due(DueFor.CALL, NOON, 10)]
     assert 3 == intake.events.counted("JobsAccepted")
     assert lost not in intake.sent
 
@@ -600,7 +607,7 @@ def test_a_job_that_neither_the_queue_nor_the_table_takes_is_left_to_the_sweep(
 
     assert 1 == intake.events.counted("JobsAccepted")
     assert "job not parked" in intake.events.problem_names
-    cared_for = intake.jobs.due(DueFor.CARE, NOON + 45 * MINUTE, 10)
+    cared_for = intake.jobs.due(DueFor.CHECK, NOON + 45 * MINUTE, 10)
     assert [job.job_id] == [each.job_id for each in cared_for]
     assert [intake.one(ask(custom_id="row-1")).job_id] == intake.sent
 
@@ -610,7 +617,7 @@ def test_a_job_canceled_before_it_was_parked_stays_canceled(intake: Intake) -> N
 
     def cancel() -> None:
         job = intake.jobs.stored[lost]
-        intake.jobs.replace(life.request_cancel(job, NOON), job.version)
+        intake.jobs.replace(request_cancel(job, NOON), job.version)
 
     intake.queue.fail_next("send")
     intake.jobs.before_replace.append(cancel)
@@ -727,7 +734,7 @@ def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent
         def add(self, params: Params) -> None:
             with one_at_a_time:
                 super().add(params)
-                scene.clock.at += BEGIN_WITHIN_MS // 10
+                scene.clock.at += START_WITHIN_MS // 10
 
     scene = Intake(params=Slow())
 
@@ -745,7 +752,7 @@ def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent
 
 
 def test_nobody_known_is_about_one_a_second(intake: Intake) -> None:
-    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, MemoryLimits(), intake.clock, intake.events)
     intake(*(ask(str(n)) for n in range(60)))
 
     assert NOON + MINUTE == waiting.estimated_start("a")
@@ -754,19 +761,19 @@ def test_nobody_known_is_about_one_a_second(intake: Intake) -> None:
 def test_a_block_is_waited_out_first(intake: Intake) -> None:
     group = block(new_group("org", "a", NOON), NOON + MINUTE, "rate limited", NOON)
 
-    waiting = Waiting(intake.queue, MemoryLimits(group), intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, MemoryLimits(group), intake.clock, intake.events)
 
     assert NOON + MINUTE == waiting.estimated_start("a")
     assert NOON == waiting.estimated_start("b")
 
 
 def test_the_queue_is_looked_at_every_few_seconds_only(intake: Intake) -> None:
-    waiting = Waiting(intake.queue, MemoryLimits(), intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, MemoryLimits(), intake.clock, intake.events)
     before = waiting.estimated_start("a")
     intake.one(ask())
 
     assert before == waiting.estimated_start("a")
-    intake.clock.at += Waiting.AGE_MS
+    intake.clock.at += MOST_AGE_MS
     later = waiting.estimated_start("a")
     assert later is not None
     assert later > intake.clock.at
@@ -779,7 +786,7 @@ def test_nobody_can_tell_while_a_store_does_not_answer(
 ) -> None:
     """The jobs are accepted by then, and an accepted job is never answered with an error."""
     limits = MemoryLimits()
-    waiting = Waiting(intake.queue, limits, intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, limits, intake.clock, intake.events)
     for store in (intake.queue, limits):
         store.fail_next(verb, error=error)
 
@@ -787,5 +794,5 @@ def test_nobody_can_tell_while_a_store_does_not_answer(
     for store in (intake.queue, limits):
         store.mend()
     assert waiting.estimated_start("a") is None, "not asked again by every submit"
-    intake.clock.at += Waiting.AGE_MS
+    intake.clock.at += MOST_AGE_MS
     assert intake.clock.at == waiting.estimated_start("a")

@@ -5,9 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import DueFor, Job, JobError, Lease, State
+from sluice.domain.jobs import (
+    WATCH_MS,
+    DueFor,
+    Job,
+    JobError,
+    Lease,
+    State,
+    claim,
+    request_cancel,
+    snooze,
+)
 from sluice.domain.limits import Group, new_group
 from sluice.upkeep.sweep import HOLD_MS, NEW_KEYS_MS, QUIET_MS, Sweep, Swept
 from tests.fakes import (
@@ -60,11 +69,9 @@ class Scene:
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
     """A job that a worker put aside; due after so many minutes."""
     owner = Lease("worker", NOON)
-    running = life.claim(a_job(job_id, **facts), owner.owner, NOON - MINUTE, NOON)
+    running = claim(a_job(job_id, **facts), owner.owner, NOON - MINUTE, NOON)
     not_before = NOON + int(minutes * MINUTE)
-    return life.snooze(
-        running, owner.owner, NOON - MINUTE, reason="spend limit", not_before=not_before
-    )
+    return snooze(running, owner.owner, NOON - MINUTE, reason="spend limit", not_before=not_before)
 
 
 def slow_group(rpm: int, model_group: str = "a", **facts: object) -> Group:
@@ -100,9 +107,9 @@ def test_it_is_sent_once() -> None:
 
 def test_a_job_with_a_message_is_not_the_sweeps_business() -> None:
     waiting = a_job("job_1")
-    running = life.claim(a_job("job_2"), "worker", NOON, NOON + MINUTE)
-    snoozed = life.snooze(running, "worker", NOON, reason="rate limited")
-    canceled = life.request_cancel(parked("job_3"), NOON)
+    running = claim(a_job("job_2"), "worker", NOON, NOON + MINUTE)
+    snoozed = snooze(running, "worker", NOON, reason="rate limited")
+    canceled = request_cancel(parked("job_3"), NOON)
     scene = Scene(waiting, replace(running, job_id="job_4"), snoozed, canceled)
 
     assert NO_JOB == scene.sweep()
@@ -115,7 +122,7 @@ def test_two_sweeps_at_once_send_it_once() -> None:
     scene.sweep()
 
     (late,) = seen
-    assert scene.jobs.hold(late, NOON + HOLD_MS) is None
+    assert scene.jobs.postpone(late, NOON + HOLD_MS) is None
     assert ["job_1"] == scene.sent()
 
 
@@ -131,7 +138,7 @@ def test_what_the_queue_does_not_take_stays_due() -> None:
     assert ["job_2", "job_1"] == scene.sent()
 
 
-@pytest.mark.parametrize("verb", ["hold", "watch"])
+@pytest.mark.parametrize("verb", ["postpone", "watch"])
 def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
     """Dying right after sending sends it twice: the lease decides who runs it."""
     scene = Scene(parked())
@@ -149,11 +156,11 @@ def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
 def test_a_worker_that_was_quicker_than_the_sweep_keeps_the_job() -> None:
     scene = Scene(parked())
 
-    def claim() -> None:
+    def be_claimed() -> None:
         job = scene.jobs.stored["job_1"]
-        scene.jobs.replace(life.claim(job, "another", NOON, NOON + MINUTE), job.version)
+        scene.jobs.replace(claim(job, "another", NOON, NOON + MINUTE), job.version)
 
-    scene.queue.send = _then(scene.queue.send, claim)  # type: ignore[method-assign]
+    scene.queue.send = _then(scene.queue.send, be_claimed)  # type: ignore[method-assign]
     scene.sweep()
 
     assert State.RUNNING == scene.jobs.stored["job_1"].state
@@ -201,7 +208,7 @@ def test_a_job_that_went_on_meanwhile_is_not_expired() -> None:
     scene = Scene(job)
     scene.clock.at = NOON + MINUTE
     scene.jobs.before_replace.append(
-        lambda: scene.jobs._put(life.request_cancel(job, NOON))  # noqa: SLF001 - a fake's door
+        lambda: scene.jobs._put(request_cancel(job, NOON))  # noqa: SLF001 - a fake's door
     )
 
     assert Swept(due=1, left=1) == scene.sweep()
@@ -212,7 +219,7 @@ def test_an_index_that_is_behind_expires_nothing() -> None:
     job = parked(deadline=NOON + MINUTE)
     scene = Scene(job)
     scene.clock.at = NOON + MINUTE
-    scene.jobs.stored["job_1"] = life.request_cancel(job, NOON)
+    scene.jobs.stored["job_1"] = request_cancel(job, NOON)
 
     assert Swept(due=1, left=1) == scene.sweep()
     del scene.jobs.stored["job_1"]
@@ -324,7 +331,7 @@ ROOMY = slow_group(6_000)
 
 def unheard(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
     """A job that was accepted so long ago that the sweep looks at it after so many minutes."""
-    return a_job(job_id, created_at=NOON - life.WATCH_MS + int(minutes * MINUTE), **facts)
+    return a_job(job_id, created_at=NOON - WATCH_MS + int(minutes * MINUTE), **facts)
 
 
 def test_a_job_whose_message_was_never_sent_is_found_and_sent() -> None:
@@ -349,18 +356,18 @@ def test_it_is_looked_at_again_after_twice_the_time() -> None:
 
 
 def test_a_job_whose_worker_died_and_whose_message_is_lost_is_sent() -> None:
-    dead = life.claim(unheard(), "dead worker", NOON - life.WATCH_MS, NOON - 28 * MINUTE)
+    dead = claim(unheard(), "dead worker", NOON - WATCH_MS, NOON - 28 * MINUTE)
     scene = Scene(dead, groups=(ROOMY,))
 
     assert 1 == scene.sweep().rescued
 
 
 def test_a_job_that_somebody_is_at_is_left_alone_for_a_while() -> None:
-    busy = life.claim(unheard(), "worker", NOON - life.WATCH_MS, NOON + 1)
+    busy = claim(unheard(), "worker", NOON - WATCH_MS, NOON + 1)
     scene = Scene(busy, groups=(ROOMY,))
 
     assert (Swept(), []) == (scene.sweep(), scene.sent())
-    scene.clock.at = NOON + life.WATCH_MS
+    scene.clock.at = NOON + WATCH_MS
 
     assert 1 == scene.sweep().rescued
 
@@ -387,7 +394,7 @@ def test_snoozed_messages_count_as_waiting_too() -> None:
 
 def test_a_job_that_ended_before_the_index_knew_is_not_sent() -> None:
     scene = Scene(unheard("job_1"), unheard("job_2"), groups=(ROOMY,))
-    scene.jobs.stored["job_1"] = life.request_cancel(unheard("job_1"), NOON)
+    scene.jobs.stored["job_1"] = request_cancel(unheard("job_1"), NOON)
     del scene.jobs.stored["job_2"]
 
     assert (Swept(), []) == (scene.sweep(), scene.sent())
@@ -397,7 +404,7 @@ def test_a_parked_job_whose_new_message_is_lost_is_sent_again() -> None:
     scene = Scene(parked(), groups=(ROOMY,))
     scene.sweep()
     scene.sent()
-    scene.clock.at = NOON + life.WATCH_MS
+    scene.clock.at = NOON + WATCH_MS
 
     assert 1 == scene.sweep().rescued
 
@@ -411,7 +418,7 @@ def test_a_job_with_a_message_expires_at_its_deadline_all_the_same() -> None:
 
 
 def test_a_call_under_way_may_end_after_the_deadline_and_a_dead_workers_job_expires_then() -> None:
-    running = life.claim(a_job(deadline=NOON), "worker", NOON - MINUTE, NOON + MINUTE)
+    running = claim(a_job(deadline=NOON), "worker", NOON - MINUTE, NOON + MINUTE)
     scene = Scene(running)
 
     assert Swept(due=1, left=1) == scene.sweep()

@@ -21,9 +21,9 @@ from sluice.domain.pricing import Usage
 from sluice.domain.webhooks import (
     LONGEST_PAUSE_MS,
     PAUSES_MS,
-    Again,
     Delivered,
-    GivenUp,
+    GiveUp,
+    Retry,
     check_url,
     judge,
     may_be_called,
@@ -31,7 +31,7 @@ from sluice.domain.webhooks import (
     signing_secret,
 )
 from sluice.notices.deliver import REFUSED, Deliver
-from sluice.notices.tell import Tell
+from sluice.notices.publish import Publish
 from sluice.ports.jobs import Received
 from sluice.ports.messages import webhook_of
 from sluice.ports.world import Notice, Reply, Webhook
@@ -163,31 +163,31 @@ def test_only_two_hundreds_are_a_delivery(status: int) -> None:
 
 @pytest.mark.parametrize("status", [None, 100, 301, 307, 400, 401, 404, 429, 500, 503])
 def test_whatever_else_is_tried_again(status: int | None) -> None:
-    assert Again(5 * SECOND) == judge(status, 1, 0)
+    assert Retry(5 * SECOND) == judge(status, 1, 0)
 
 
 def test_a_receiver_that_is_gone_is_left_alone_at_once() -> None:
-    assert GivenUp() == judge(410, 1, 0)
+    assert GiveUp() == judge(410, 1, 0)
 
 
 def test_pauses_grow_for_a_day_and_then_it_is_given_up() -> None:
     ages = [0, *accumulate(PAUSES_MS)]
     verdicts = [judge(503, count, age) for count, age in enumerate(ages, start=1)]
 
-    assert [*(Again(pause) for pause in PAUSES_MS), GivenUp()] == verdicts
+    assert [*(Retry(pause) for pause in PAUSES_MS), GiveUp()] == verdicts
     assert list(PAUSES_MS) == sorted(PAUSES_MS)
     assert 24 * 3_600_000 < sum(PAUSES_MS) < 36 * 3_600_000
 
 
 def test_receives_without_a_delivery_do_not_use_up_its_day() -> None:
     """Nine invocations in which the secret could not be read, and then the receiver fails once."""
-    assert Again(PAUSES_MS[-1]) == judge(500, 10, 3_600_000)
+    assert Retry(PAUSES_MS[-1]) == judge(500, 10, 3_600_000)
 
 
 def test_a_receiver_may_ask_for_a_longer_pause_that_the_queue_can_keep() -> None:
-    assert Again(90 * SECOND) == judge(429, 1, 0, 90)
-    assert Again(5 * SECOND) == judge(429, 1, 0, 2)
-    assert Again(LONGEST_PAUSE_MS) == judge(503, 1, 0, 10**9)
+    assert Retry(90 * SECOND) == judge(429, 1, 0, 90)
+    assert Retry(5 * SECOND) == judge(429, 1, 0, 2)
+    assert Retry(LONGEST_PAUSE_MS) == judge(503, 1, 0, 10**9)
 
 
 # How -----------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_queue_that_is_busy_takes_nothing_back_and_forgets_nothing() -> None:
 def test_a_letter_that_cannot_be_buried_now_is_buried_later() -> None:
     scene = Scene(FakeWeb())
     scene.post(url=7)
-    scene.queue.fail_next("bury")
+    scene.queue.fail_next("reject")
 
     assert 1 == len(scene.once())
     scene.clock.at += 60 * SECOND
@@ -418,7 +418,7 @@ def test_the_end_of_a_job_is_told_without_its_request_or_answer() -> None:
         version=7,
     )
 
-    assert 1 == Tell(notices, RecordingEvents())([job])
+    assert 1 == Publish(notices, RecordingEvents())([job])
 
     (told,) = notices.told
     assert ("Job Ended", "job_1-7", NOON + 5 * SECOND, URL) == (
@@ -448,7 +448,7 @@ def test_an_error_is_told_by_its_type_alone_for_its_message_may_quote_the_reques
     notices = MemoryNotices()
     failed = replace(ended(1), state=State.ERRORED, error=JobError("api_error", "it said: ..."))
 
-    Tell(notices, RecordingEvents())([failed])
+    Publish(notices, RecordingEvents())([failed])
 
     assert "api_error" == notices.told[0].facts["error_type"]
     assert "it said" not in str(notices.told[0].facts)
@@ -457,18 +457,18 @@ def test_an_error_is_told_by_its_type_alone_for_its_message_may_quote_the_reques
 class NarrowBus(MemoryNotices):
     """Takes ten events, and the others later."""
 
-    def tell(self, notices: Sequence[Notice]) -> None:
-        super().tell(notices)
-        self.fail_next("tell")
+    def publish(self, notices: Sequence[Notice]) -> None:
+        super().publish(notices)
+        self.fail_next("publish")
 
 
 def test_a_bus_that_is_busy_is_told_the_rest_later() -> None:
     notices, events = NarrowBus(), RecordingEvents()
     jobs = [ended(number) for number in range(25)]
 
-    assert 10 == Tell(notices, events)(jobs)
-    assert 10 == Tell(notices, events)(jobs[10:])
-    assert 5 == Tell(notices, events)(jobs[20:])
+    assert 10 == Publish(notices, events)(jobs)
+    assert 10 == Publish(notices, events)(jobs[10:])
+    assert 5 == Publish(notices, events)(jobs[20:])
 
     assert [f"job_{number}-1" for number in range(25)] == [each.id for each in notices.told]
     assert ["store busy"] * 2 == events.problem_names

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
-from sluice.domain import batches as life
-from sluice.domain.batches import Options, Plan, RangeState, Tally, row_job_id
+from sluice.domain.batches import (
+    Options,
+    Plan,
+    RangeState,
+    Tally,
+    cancel_batch,
+    plan_batch,
+    row_job_id,
+)
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
 from sluice.ports.claude import Answer, CallRequest
@@ -51,7 +58,7 @@ def as_one_range(bulk: Bulk, rows: bytes, **facts: Any) -> None:
     batch = bulk.add(rows, **facts)
     plan = Plan(first=0, size=len(rows), range_bytes=len(rows), ranges=1, line_bytes=1)
     bulk.queues.ranges.clear()
-    bulk.batches.stored[batch.batch_id] = life.plan_batch(batch, plan)
+    bulk.batches.stored[batch.batch_id] = plan_batch(batch, plan)
     bulk.queues.send_ranges(bulk.batch, [0])
 
 
@@ -205,7 +212,7 @@ def test_a_cancel_ends_the_rows_of_later_windows_too(make: Make) -> None:
     async def story() -> bool:
         task = asyncio.ensure_future(bulk.invoke())
         await asyncio.sleep(12)
-        bulk.batches.replace(life.cancel(bulk.batch, NOON), bulk.batch.version)
+        bulk.batches.replace(cancel_batch(bulk.batch, NOON), bulk.batch.version)
         return await task
 
     assert bulk.time.run(story())

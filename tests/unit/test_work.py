@@ -12,9 +12,20 @@ from typing import Any, Final
 
 import pytest
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
-from sluice.domain.jobs import LEASE_MS, RENEW_MS, AttemptOutcome, Job, State
+from sluice.domain.jobs import (
+    FEW,
+    LEASE_MS,
+    LONGEST_PARK_MS,
+    LOSSES_TO_SUSPECT,
+    RENEW_MS,
+    AttemptOutcome,
+    Job,
+    Lease,
+    State,
+    claim,
+    request_cancel,
+)
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
@@ -360,7 +371,7 @@ def test_a_job_that_lost_workers_while_it_ran_alone_ends_without_a_call(
     job = a_job()
     for turn in range(3):
         at = NOON - 10 * MINUTE + turn
-        job = life.claim(job, f"dead-{turn}", at, at, alone=True)
+        job = claim(job, f"dead-{turn}", at, at, alone=True)
     if ended_by == "attempts_used_up":
         job = replace(job, attempts=job.attempts[1:], attempts_used=2)
     gateway = make(job, max_attempts=max_attempts)
@@ -593,7 +604,7 @@ def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -
     job = gateway.job()
     assert (State.QUEUED, 0) == (job.state, job.attempts_used)
     assert job.not_before is not None
-    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + life.LONGEST_PARK_MS
+    assert NOON + LONGEST_DELAY_MS < job.not_before <= gateway.time.now() + LONGEST_PARK_MS
     assert [] == gateway.queue.delays
 
 
@@ -620,9 +631,9 @@ def test_a_429_that_names_hours_leaves_the_queue_too(make: Make) -> None:
         (refused(429, error_code="enforced_spend_limit_reached"), next_month(NOON)),
         (
             refused(400, "invalid_request_error", message=OWN_SPEND_LIMIT),
-            NOON + 500 + RetryPolicy().park_recheck_ms,
+            NOON + 500 + RetryPolicy().spend_recheck_ms,
         ),
-        (refused(402, "billing_error"), NOON + 500 + RetryPolicy().park_recheck_ms),
+        (refused(402, "billing_error"), NOON + 500 + RetryPolicy().spend_recheck_ms),
     ],
 )
 def test_a_spend_cap_parks_the_group_and_somebody_is_told(
@@ -939,7 +950,7 @@ def test_a_refusal_with_no_attempt_left_is_an_answer(make: Make) -> None:
 
 def test_a_canceled_job_is_not_called(make: Make) -> None:
     gateway = make(a_job())
-    gateway.jobs.stored["job_1"] = life.request_cancel(gateway.job(), NOON)
+    gateway.jobs.stored["job_1"] = request_cancel(gateway.job(), NOON)
 
     assert [] == gateway.once()
 
@@ -948,7 +959,7 @@ def test_a_canceled_job_is_not_called(make: Make) -> None:
 
 def ask_to_stop(gateway: Gateway) -> None:
     job = gateway.job()
-    gateway.jobs.replace(life.request_cancel(job, gateway.time.now()), job.version)
+    gateway.jobs.replace(request_cancel(job, gateway.time.now()), job.version)
 
 
 def test_a_cancel_during_the_call_stops_it_and_says_it_may_be_billed(make: Make) -> None:
@@ -1062,7 +1073,7 @@ def test_a_message_about_an_unknown_job_is_buried(make: Make) -> None:
 def test_a_message_that_cannot_be_buried_comes_back(make: Make) -> None:
     gateway = make()
     gateway.queue.post()
-    gateway.queue.fail_next("bury")
+    gateway.queue.fail_next("reject")
 
     assert 1 == len(gateway.once())
 
@@ -1104,7 +1115,7 @@ def test_a_job_twice_in_one_batch_is_called_once(make: Make) -> None:
 
 
 def test_a_job_at_work_elsewhere_is_left_alone_until_its_lease_has_run_out(make: Make) -> None:
-    gateway = make(life.claim(a_job(), "other", NOON, NOON + LEASE_MS))
+    gateway = make(claim(a_job(), "other", NOON, NOON + LEASE_MS))
 
     assert ["message-1"] == gateway.once()
 
@@ -1114,7 +1125,7 @@ def test_a_job_at_work_elsewhere_is_left_alone_until_its_lease_has_run_out(make:
 
 
 def test_a_job_whose_worker_died_is_run_again_and_keeps_the_lost_attempt(make: Make) -> None:
-    gateway = make(life.claim(a_job(), "dead", NOON - LEASE_MS, NOON - 1))
+    gateway = make(claim(a_job(), "dead", NOON - LEASE_MS, NOON - 1))
 
     gateway.once()
 
@@ -1275,7 +1286,7 @@ def test_a_worker_whose_job_was_taken_over_changes_nothing_and_says_what_it_paid
     async def story() -> list[str]:
         running = asyncio.create_task(gateway.invoke())
         await asyncio.sleep(5)
-        stolen = replace(gateway.job(), lease=life.Lease("other", NOON + LEASE_MS), version=9)
+        stolen = replace(gateway.job(), lease=Lease("other", NOON + LEASE_MS), version=9)
         gateway.jobs.stored["job_1"] = stolen
         return await running
 
@@ -1571,7 +1582,7 @@ def test_of_two_messages_of_a_job_that_waits_one_is_left(make: Make) -> None:
 
 
 def test_the_ledger_names_a_call_whose_worker_died_before_it_is_made_again(make: Make) -> None:
-    dead = life.claim(a_job(), "dead worker", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
+    dead = claim(a_job(), "dead worker", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
     gateway = make(dead)
 
     gateway.once()
@@ -2252,24 +2263,24 @@ def test_jobs_lost_by_a_few_ordinary_kills_still_run_side_by_side(make: Make) ->
     gateway.know(known_group("org", "a"))
     for number in range(40):
         job = a_job(f"job_{number}")
-        for turn in range(life.LOSSES_TO_SUSPECT - 1):
+        for turn in range(LOSSES_TO_SUSPECT - 1):
             at = NOON - 10 * MINUTE + turn
-            job = life.claim(job, f"dead-{turn}", at, at)
+            job = claim(job, f"dead-{turn}", at, at)
         gateway.submit(job)
 
     gateway.once()
 
     assert 40 == len(gateway.claude.answered)
-    assert gateway.claude.most_in_flight > 2 * life.FEW
+    assert gateway.claude.most_in_flight > 2 * FEW
 
 
 def test_suspects_wait_for_the_others_and_healthy_jobs_do_not_wait_for_them(make: Make) -> None:
     gateway = make(latency_ms=20 * SECOND)
     gateway.know(known_group("org", "a"))
     suspect = a_job("job_suspect")
-    for turn in range(life.LOSSES_TO_SUSPECT + 1):
+    for turn in range(LOSSES_TO_SUSPECT + 1):
         at = NOON - 10 * MINUTE + turn
-        suspect = life.claim(suspect, f"dead-{turn}", at, at)
+        suspect = claim(suspect, f"dead-{turn}", at, at)
     gateway.submit(suspect, *(a_job(f"job_{n}") for n in range(30)))
 
     gateway.once()

@@ -127,7 +127,7 @@ def code(error: ClientError) -> str:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Tell whether the same call may succeed in a moment: throttled, unavailable, connection trouble."""
+    """Return whether the same call may succeed in a moment: throttled, unavailable, connection trouble."""
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return code(error) in _PASSING or status >= 500  # noqa: PLR2004 - HTTP
@@ -135,7 +135,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def may_be_done(error: BaseException) -> bool:
-    """Tell whether AWS may have done the call all the same: the reply was lost, or was a 5xx."""
+    """Return whether AWS may have done the call all the same: the reply was lost, or was a 5xx."""
     if isinstance(error, ClientError):
         return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500  # noqa: PLR2004 - HTTP
     return not isinstance(error, ConnectTimeoutError | EndpointConnectionError)

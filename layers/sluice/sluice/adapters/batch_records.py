@@ -221,12 +221,12 @@ class DynamoBatches:
             )
         return sorted(found, key=lambda each: (each.due_at, each.batch_id, each.number or -1))
 
-    def hold(self, due: DueRange, until: int) -> DueRange | None:
+    def postpone(self, due: DueRange, until: int) -> DueRange | None:
         """Take it by one conditional write; None when somebody else was quicker."""
         taken = self._if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
         return replace(due, due_at=until) if taken else None
 
-    def release(self, due: DueRange) -> None:
+    def remove(self, due: DueRange) -> None:
         """Take it out of the index, unless it has gone on already."""
         self._if_due(due, "REMOVE " + ", ".join(_DUE), {})
 

@@ -129,7 +129,7 @@ class SdkClaude:
             return Refused(failure, partial.headers)
         finally:
             EXCHANGE.set(None)
-            request.body.let_go()
+            request.body.release()
             if line is not None:
                 line.calls -= 1
 
@@ -223,7 +223,7 @@ class SdkClaude:
         async with call as response:
             partial.headers = limit_headers(response.headers, self._clock.now())
             partial.request_id = response.headers.get("request-id")
-            request.heard(partial.headers)
+            request.on_headers(partial.headers)
             async for event in AsyncStream.raw_events(response.http_response):
                 try:
                     document: Any = parsed(event.data) if event.data else {}

@@ -113,7 +113,7 @@ class _Upload(httpx2.AsyncByteStream):
             for start in range(0, len(piece), PIECE_BYTES):
                 yield bytes(piece[start : start + PIECE_BYTES])
             del piece
-        self._body.let_go()
+        self._body.release()
 
 
 # Answers -------------------------------------------------------------------------------------------------------

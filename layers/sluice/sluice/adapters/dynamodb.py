@@ -174,14 +174,14 @@ class DynamoJobs:
             found |= {each.job_id: each for each in some}
         return sorted(found.values(), key=lambda each: (each.due_at, each.job_id))
 
-    def hold(self, due: Due, until: int) -> Due | None:
+    def postpone(self, due: Due, until: int) -> Due | None:
         """Take a due job by one conditional write; None when somebody else was quicker."""
         taken = self._if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
         return replace(due, due_at=until) if taken else None
 
     def watch(self, due: Due, until: int) -> None:
         """Move the job to the jobs that are looked at in case their message is lost, unless it has gone on already."""
-        shard = job_records.due_shard(DueFor.CARE, job_records.due_part(due.job_id))
+        shard = job_records.due_shard(DueFor.CHECK, job_records.due_part(due.job_id))
         values: Item = {":until": {"N": str(until)}, ":shard": {"S": shard}}
         self._if_due(due, "SET due_at = :until, due_shard = :shard", values)
 

@@ -14,7 +14,7 @@ from sluice.ports.world import Clock
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
 
-SETTLED: Final = frozenset({"Enabled", "Disabled"})
+STABLE: Final = frozenset({"Enabled", "Disabled"})
 OFF: Final = frozenset({"Disabled", "Disabling"})
 BUSY: Final = frozenset({"ResourceInUseException", "ResourceConflictException"})
 
@@ -49,7 +49,7 @@ class LambdaQueueMapping:
             enabled=state not in OFF,
             slots=found["BatchSize"] * self._slots_per_message,
             busy=self._busy,
-            settled=state in SETTLED,
+            is_applied=state in STABLE,
         )
 
     def set(self, maximum_concurrency: int, *, enabled: bool) -> bool:

@@ -43,7 +43,7 @@ class BusNotices:
         self._webhooks_url = webhooks_url
         self._events = events
 
-    def tell(self, notices: Sequence[Notice]) -> None:
+    def publish(self, notices: Sequence[Notice]) -> None:
         """Put an event for each, and a message for each webhook; raises StoreBusy.
 
         One that AWS will never take is logged and passed over: it must not hold up what ended after it.

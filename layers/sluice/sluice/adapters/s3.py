@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
 from sluice.domain.batches import Copied, Streamed, parts
-from sluice.domain.errors import InputGone, InvalidRequest, JobNotFound
+from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound
 from sluice.domain.jobs import Result
 from sluice.ports.batches import Stored
 from sluice.ports.jobs import Received
@@ -82,7 +82,7 @@ class Objects:
         )
 
     def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
-        """Return a piece of an object; raises InputGone when it is not there, or not the one with this ETag."""
+        """Return a piece of an object; raises InputMissing when it is not there, or not the one with this ETag."""
         if size <= 0:
             return b""
         match: Any = {} if etag is None else {"IfMatch": f'"{etag}"'}
@@ -98,13 +98,13 @@ class Objects:
             return aws.patiently(WHAT, fetched)
         except ClientError as error:
             if aws.code(error) in {"NoSuchKey", "404", "PreconditionFailed", "412"}:
-                raise InputGone(key) from error
+                raise InputMissing(key) from error
             if aws.code(error) == "InvalidRange":
                 return b""
             raise
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Yield the object piece by piece; raises InputGone."""
+        """Yield the object piece by piece; raises InputMissing."""
         first = 0
         while piece := self.read(key, first, PIECE_BYTES):
             yield piece

@@ -326,7 +326,7 @@ class SqsInbox:
         """Hide messages that are at work for a time from now; as `put_back`, ten per call."""
         self.put_back([(message, milliseconds) for message in messages])
 
-    def bury(self, message: Received, reason: str) -> None:
+    def reject(self, message: Received, reason: str) -> None:
         """Send a message that is not ours to the dead-letter queue, with the reason if both fit into a message."""
         size = sum(len(each.encode()) for each in (message.body, "reason", "String", reason))
         attribute: Any = {"DataType": "String", "StringValue": reason}

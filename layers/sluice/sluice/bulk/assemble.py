@@ -15,8 +15,16 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Final
 
-from sluice.domain import batches as life
-from sluice.domain.batches import Batch, Phase, Plan, Progress, Tally
+from sluice.domain.batches import (
+    Batch,
+    Phase,
+    Plan,
+    Progress,
+    Tally,
+    end_batch,
+    fail_batch,
+    mark_notified,
+)
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.domain.times import rfc3339
@@ -84,7 +92,7 @@ class Assemble:
         if batch is None or batch.plan is None:
             return
         if batch.phase is Phase.ENDED:
-            self.tell(batch)
+            self.notify(batch)
             return
         if self._objects.head(batch.section_key(section, "index")) is None:
             self._join(batch, batch.plan, section, Places())
@@ -102,7 +110,7 @@ class Assemble:
         found = self._batches.groups(batch_id, name)
         return name in found and found[name].tally.output_tokens <= MOST_TOKENS_AT_ONCE
 
-    def tell(self, batch: Batch) -> None:
+    def notify(self, batch: Batch) -> None:
         """Tell whoever listens that a batch has ended, unless that was done: at least once, for its id."""
         if batch.told:
             return
@@ -114,15 +122,15 @@ class Assemble:
             facts=summary(batch),
             webhook=batch.options.webhook,
         )
-        self._notices.tell([ended])
-        told = life.tell(batch)
-        if swap(self._batches.replace, told, batch.version) is not told:
+        self._notices.publish([ended])
+        notified = mark_notified(batch)
+        if swap(self._batches.replace, notified, batch.version) is not notified:
             # Deleted, or told by somebody else, meanwhile.
             self._events.note("batch changed while it was told", batch_id=batch.batch_id)
 
     def fail(self, batch: Batch, problem: str) -> None:
         """End a batch whose object as a whole cannot be run, and say why where its errors are looked for."""
-        ended = life.fail(batch, self._clock.now(), problem)
+        ended = fail_batch(batch, self._clock.now(), problem)
         error = numbered(error_line(0, problem), 1)
         self._objects.put(batch.errors_key, f"{error}\n".encode())
         self._objects.put(batch.results_key, b"")
@@ -207,7 +215,7 @@ class Assemble:
         sources = {each: batch.section_key(each, "results") for each in range(plan.sections)}
         size = self._objects.assemble(batch.results_key, sources, self._sizes(sources))
         self._write_errors(batch, plan, groups)
-        ended = life.end(batch, self._clock.now(), tally, duplicates, size)
+        ended = end_batch(batch, self._clock.now(), tally, duplicates, size)
         self._pack(ended)
         self._write(batch, ended)
 
@@ -306,7 +314,7 @@ class Assemble:
             seconds=((ended.ended_at or 0) - ended.created_at) / 1000,
             **ended.tally.as_dict(),
         )
-        self.tell(ended)
+        self.notify(ended)
 
 
 class JoinAtOnce:

@@ -11,19 +11,24 @@ from hashlib import sha256
 from typing import Any, Final
 
 from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
-from sluice.domain import batches as life
 from sluice.domain.batches import (
+    BOM,
     MOST_LINE_BYTES,
     SAMPLE_BYTES,
+    WATCH_MS,
     Batch,
     Options,
     Phase,
     Plan,
     Source,
     file_batch_id,
+    is_overdue,
+    plan_batch,
     planned,
+    sample_places,
+    start_batch,
 )
-from sluice.domain.errors import InputGone, StoreBusy
+from sluice.domain.errors import InputMissing, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
@@ -108,7 +113,7 @@ class PlanBatch:
             return
         try:
             batch, problem = self._registered(key)
-        except InputGone:
+        except InputMissing:
             self._events.note("file gone", key=key)
             return
         if batch.phase is not Phase.PLANNING:
@@ -127,7 +132,7 @@ class PlanBatch:
         match = _KEY.fullmatch(key)
         stored = self._objects.head(key)
         if match is None or stored is None:
-            raise InputGone(key)
+            raise InputMissing(key)
         file = self._file(match["tenant"], match["path"], stored)
         problem = None
         try:
@@ -164,7 +169,7 @@ class PlanBatch:
         if batch is None:
             return
         if batch.phase is Phase.ENDED:
-            self._assemble.tell(batch)
+            self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
             self._look_after(batch, batch.plan)
         elif batch.plan is None and self._clock.now() >= batch.expires_at:
@@ -188,7 +193,7 @@ class PlanBatch:
         joined = groups[SECTIONS].members if SECTIONS in groups else 0
         if joined < len(complete) or len(complete) == plan.sections:
             self._join(batch, complete)
-        if lost and life.is_overdue(batch, self._clock.now()):
+        if lost and is_overdue(batch, self._clock.now()):
             self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
             self._send(batch, lost)
 
@@ -240,13 +245,13 @@ class PlanBatch:
             input_key=file.stored.key,
             input_etag=file.stored.etag,
             options=options,
-            due_at=now + life.WATCH_MS,
+            due_at=now + WATCH_MS,
         )
 
     def _plan(self, batch: Batch) -> None:
         try:
             batch = batch if batch.plan else self._cut(batch)
-        except (InputGone, BadForm) as error:
+        except (InputMissing, BadForm) as error:
             self._assemble.fail(batch, str(error))
             return
         plan = batch.plan
@@ -257,7 +262,7 @@ class PlanBatch:
             self._assemble.fail(batch, "the file is empty")
             return
         self._send(batch, range(plan.ranges))
-        self._changed(batch, lambda current: life.begin(current, self._clock.now()))
+        self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         self._events.note(
             "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
             bytes=plan.size,
@@ -272,7 +277,7 @@ class PlanBatch:
             sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
-            raise InputGone(batch.input_key)
+            raise InputMissing(batch.input_key)
         plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
         problem = _unreadable(sample)
         if problem is not None:
@@ -282,13 +287,13 @@ class PlanBatch:
         def with_plan(current: Batch) -> Batch:
             # Another planner may have been quicker: its plan is the one whose ranges are sent.
             is_planned = current.plan is not None or current.phase is Phase.ENDED
-            return current if is_planned else life.plan_batch(current, plan, rows_etag)
+            return current if is_planned else plan_batch(current, plan, rows_etag)
 
         return self._changed(batch, with_plan)
 
     def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
         """Read more samples of an object, but for the first."""
-        for place in life.sample_places(size)[1:]:
+        for place in sample_places(size)[1:]:
             yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
@@ -302,7 +307,7 @@ class PlanBatch:
             rows.abort()
         stored = self._objects.head(batch.rows_key)
         if stored is None:
-            raise InputGone(batch.rows_key)
+            raise InputMissing(batch.rows_key)
         return stored.etag
 
     def _rows_of(self, batch: Batch, sample: bytes) -> Iterator[bytes]:
@@ -426,6 +431,6 @@ def _unreadable(sample: bytes) -> str | None:
         return "the file is UTF-16; save it as UTF-8"
     if sample.startswith(b"PK\x03\x04"):
         return "the file is a ZIP archive; upload the JSONL file itself or compress it with gzip"
-    if not sample.removeprefix(life.BOM).strip() and len(sample) < SAMPLE_BYTES:
+    if not sample.removeprefix(BOM).strip() and len(sample) < SAMPLE_BYTES:
         return "the file is empty"
     return None

@@ -1,8 +1,8 @@
-"""A batch: a stored JSONL object whose rows are jobs, planned by arithmetic and put together again by counting.
+"""A batch: a stored JSONL object whose rows are jobs. It is planned by arithmetic; its results are joined by counting.
 
-An object is cut into *ranges* of bytes without being read; a range is what one invocation runs, by a lease like a
-job's. A hundred ranges in a row are a *section*: the unit in which progress is counted and results are joined.
-Times are epoch milliseconds. Nothing here is written; stores write records on the condition of their `version`.
+An object is divided into *ranges* of bytes without being read; one invocation runs a range, under a lease like a job's.
+A hundred consecutive ranges are a *section*: the unit in which progress is counted and results are joined. Times are
+epoch milliseconds. Nothing is written here; stores write records under an optimistic lock on `version`.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from typing import Final
 from sluice.domain.errors import LeaseLost, RangeBusy
 
 LINES_PER_RANGE: Final = 100
-"""About: what one invocation runs, and what one message stands for."""
+"""Approximate size of a range, which is run by one invocation and has one message."""
 
 RANGES_PER_SECTION: Final = 100
-"""About 10,000 rows: their results are well above the 5 MiB that S3 asks of a part, and a thousand such parts are
-10 million rows."""
+"""About 10,000 rows: their results exceed the 5 MiB that S3 requires of a part, and 1,000 such parts are 10 million
+rows."""
 
 MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
-"""Of objects with fewer than `MOST_RANGES` ranges. Memory does not depend on it: a range is run window by window."""
+"""Limit for objects with fewer than `MOST_RANGES` ranges. Memory does not depend on it: a range runs by windows."""
 
 MOST_RANGES: Final = 200_000
-"""Of one object: above, ranges get longer instead of more."""
+"""Maximum for one object; in larger objects the ranges are longer."""
 
 MOST_LINE_BYTES: Final = 8 * 1024 * 1024
-"""A longer line is a bad row. One such line must fit into memory a few times over."""
+"""A longer line is a bad row. Several such lines must fit into memory."""
 
 SAMPLE_BYTES: Final = 64 * 1024
 SAMPLES: Final = 8
-"""The planner reads so many pieces of so many bytes of an object to estimate the length of its lines."""
+"""The planner reads this many samples of SAMPLE_BYTES each to estimate the length of the lines."""
 
 BOM: Final = b"\xef\xbb\xbf"
 
 LOSSES_UNTIL_ALONE: Final = 3
-"""Each worker that a window loses reduces how many of its rows run at once; after so many losses it is one row."""
+"""Each lost worker reduces how many rows of the window run at once; after this many it is one row."""
 
 MOST_LOST_ALONE: Final = 3
-"""A row that loses so many workers while nothing else of its range is in flight ends `errored`."""
+"""A row that loses this many workers while no other row of its range is in flight ends `errored`."""
 
 CLAIM_VERSIONS: Final = 100_000
-"""Versions that a row's job may go through under one claim of its range; what makes a call's id unique."""
+"""Maximum versions of a row's job under one claim of its range; keeps the ids of calls unique."""
 
 
 class Source(StrEnum):
-    """How a batch came in. It makes no difference afterwards."""
+    """How a batch was submitted. All run in the same way."""
 
     FILE = "file"
-    """An object under `in/`, dropped there or uploaded through the API."""
+    """An object under `in/`, copied there or uploaded through the API."""
     MESSAGES_BATCHES = "messages_batches"
     """`POST /v1/messages/batches`."""
     JOBS = "jobs"
-    """`POST /jobs` with a long list."""
+    """`POST /jobs` with more than 100 jobs."""
 
 
 class Phase(StrEnum):
-    """Where a batch is in its life."""
+    """The state of a batch."""
 
     PLANNING = "planning"
     RUNNING = "running"
@@ -68,7 +68,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What holds for all rows of a batch that do not say otherwise themselves."""
+    """Settings for all rows of a batch; a row can override them."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -77,20 +77,20 @@ class Options:
     anthropic_version: str | None = None
     anthropic_beta: str | None = None
     prompt: str | None = None
-    """The template that makes rows of CSV lines and documents."""
+    """The template for rows made from CSV lines and documents."""
     system: str | None = None
     run: str | None = None
-    """A name for this run: the same file under another one runs again."""
+    """Run label. Re-running an identical file requires a new label."""
     webhook: str | None = None
-    """Who is to be told of the batch's end."""
+    """URL to notify on completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Sums over rows. Addition is exact and in any order."""
+    """Sums over rows. Addition is exact, in any order."""
 
     lines: int = 0
-    """Physical lines, blank and broken ones among them."""
+    """Physical lines, including blank and bad ones."""
     succeeded: int = 0
     errored: int = 0
     canceled: int = 0
@@ -104,7 +104,7 @@ class Tally:
     output_tokens: int = 0
     cost_micro_usd: int = 0
     other_lane_micro_usd: int = 0
-    """What the same tokens cost on the lane that was not taken."""
+    """What the same tokens cost on the other lane."""
 
     @property
     def rows(self) -> int:
@@ -123,10 +123,10 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How an object is cut: ranges of equal length, a line belonging to the range in which it starts."""
+    """How an object is divided: ranges of equal length. A line belongs to the range in which it starts."""
 
     first: int
-    """Where the rows begin: behind a byte order mark."""
+    """The offset of the first row: after a byte order mark."""
     size: int
     range_bytes: int
     ranges: int
@@ -135,16 +135,16 @@ class Plan:
 
     @property
     def sections(self) -> int:
-        """How many sections there are."""
+        """The number of sections."""
         return -(-self.ranges // RANGES_PER_SECTION)
 
     @property
     def estimated_rows(self) -> int:
-        """About how many lines the object has."""
+        """The estimated number of lines in the object."""
         return max(1, round((self.size - self.first) / self.line_bytes))
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """Return the first byte of a range, and the byte behind its last."""
+        """Return the offset of the first byte of a range, and of the byte after its last."""
         start = self.first + number * self.range_bytes
         return start, min(self.size, start + self.range_bytes)
 
@@ -160,70 +160,70 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A named set of jobs submitted together, and where its object and its results are."""
+    """A named set of jobs submitted together, with the locations of its object and its results."""
 
     batch_id: str
     tenant: str
     name: str
-    """The file's name without its ending; the batch's id where there was no file."""
+    """The file name without its suffix; the batch id if there was no file."""
     source: Source
     created_at: int
     expires_at: int
-    """No row starts any more after this time; the rest ends `expired`."""
+    """No row starts after this time; the remaining rows end `expired`."""
     input_key: str
-    """The file. Where it is no JSONL that can be cut, its rows take its place when it is planned."""
+    """The object with the rows: the file itself, or the rows made from it if it is not plain JSONL."""
     input_etag: str
     given_key: str | None = None
-    """The file as it came, once its rows took its place."""
+    """The submitted file, once `input_key` names the rows made from it."""
     options: Options = field(default_factory=Options)
     rows: int | None = None
-    """How many there are, where that was known from the start."""
+    """The number of rows, if known at submission."""
     version: int = 1
     phase: Phase = Phase.PLANNING
     plan: Plan | None = None
     due_at: int | None = None
-    """When somebody has to look whether it still goes on."""
+    """When the sweep must check the batch."""
     cancel_initiated_at: int | None = None
     ended_at: int | None = None
     tally: Tally = field(default_factory=Tally)
-    """Final once the batch has ended."""
+    """The final sums, once the batch has ended."""
     duplicates: int = 0
-    """Rows whose `custom_id` another row had already; their answers are in errors.jsonl."""
+    """Rows whose `custom_id` was already used by another row; their answers are in errors.jsonl."""
     problem: str | None = None
-    """Why the object as a whole could not be run."""
+    """Why the whole object could not be run."""
     results_bytes: int = 0
     told: bool = False
-    """Whoever listens has heard of the end."""
+    """The notification of completion was sent. The stored name of the field."""
     deleted: bool = False
 
     @property
     def results_key(self) -> str:
-        """Where the results are, once the batch has ended."""
+        """The object with the results, once the batch has ended."""
         return f"out/{self.tenant}/{self.name}/results.jsonl"
 
     @property
     def errors_key(self) -> str:
-        """Where the lines are that could not become jobs."""
+        """The object with the bad rows."""
         return f"out/{self.tenant}/{self.name}/errors.jsonl"
 
     @property
     def summary_key(self) -> str:
-        """Where counts, cost and time stand."""
+        """The object with counts, cost and duration."""
         return f"out/{self.tenant}/{self.name}/summary.json"
 
     @property
     def rows_key(self) -> str:
-        """Where the rows of a file go that cannot be cut as it is."""
+        """The object with the rows made from a file that is not plain JSONL."""
         return f"batches/{self.batch_id}/rows.jsonl"
 
     @property
     def packed_key(self) -> str:
-        """Where small results stand gzipped, for the API."""
+        """The object with small results, gzipped for the API."""
         return f"batches/{self.batch_id}/results.jsonl.gz"
 
     @property
     def rows_expected(self) -> int:
-        """How many rows there are: known at the end, estimated before."""
+        """The number of rows: exact at the end, estimated before."""
         if self.phase is Phase.ENDED:
             return self.tally.rows
         if self.rows is not None:
@@ -231,42 +231,42 @@ class Batch:
         return self.plan.estimated_rows if self.plan else 0
 
     def part_key(self, number: int) -> str:
-        """Where a range's outcome is."""
+        """The object with all results of a range."""
         return f"batches/{self.batch_id}/parts/{number:08d}"
 
     def chunk_key(self, number: int, chunk: str) -> str:
-        """Where what a range has so far is saved."""
+        """The object with one chunk of a range that still runs."""
         return f"batches/{self.batch_id}/chunks/{number:08d}/{chunk}"
 
     def section_key(self, section: int, kind: str) -> str:
-        """Where a section's joined results, errors or index are."""
+        """The object with the joined results, errors or index of a section."""
         return f"batches/{self.batch_id}/sections/{section:06d}.{kind}"
 
 
-TELL_MS: Final = 2 * 60_000
-"""An end that nobody was told of after this time is told again."""
+NOTIFY_MS: Final = 2 * 60_000
+"""If the notification of completion was not confirmed after this time, it is sent again."""
 
 WATCH_MS: Final = 20 * 60_000
-"""A batch is looked after so often, until it has ended."""
+"""The sweep checks a batch at this interval, until it has ended."""
 
 
 def file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> str:
-    """Return the id that a repeated event, or the same file uploaded again, finds again."""
+    """Return an id that is the same for a repeated event and for the same file uploaded again."""
     return _batch_id("file", tenant, key, etag, run or "")
 
 
 def named_batch_id(tenant: str, name: str) -> str:
-    """Return the id of the batch that an Idempotency-Key names."""
+    """Return the id of the batch created with an Idempotency-Key."""
     return _batch_id("key", tenant, name)
 
 
 def random_batch_id(random_bytes: bytes) -> str:
-    """Return a fresh id from 16 random bytes."""
+    """Return a new batch id from 16 random bytes."""
     return f"msgbatch_{random_bytes.hex()[:32]}"
 
 
 def row_job_id(batch_id: str, offset: int) -> str:
-    """Return the id of the job that the row at a byte offset is."""
+    """Return the job id of the row at a byte offset."""
     digest = sha256(f"{batch_id}\x00{offset}".encode()).hexdigest()
     return f"job_{digest[:32]}"
 
@@ -276,24 +276,24 @@ def _batch_id(*parts: str) -> str:
 
 
 def sample_places(size: int) -> list[int]:
-    """Return where the planner reads its samples: at the start, at the end, and at equal distances between them."""
+    """Return the offsets of the planner's samples: at the start, at the end, and evenly spaced between them."""
     last = max(0, size - SAMPLE_BYTES)
     count = max(1, min(SAMPLES, -(-size // SAMPLE_BYTES)))
     return [last * place // max(1, count - 1) for place in range(count)]
 
 
 def planned(size: int, sample: bytes, *more: bytes) -> Plan:
-    """Cut an object of `size` bytes that begins with `sample` into ranges of about a hundred lines.
+    """Divide an object of `size` bytes that begins with `sample` into ranges of about a hundred lines.
 
-    `more`: samples from elsewhere. The estimate is bytes per line over all samples together, so that a few very long
-    lines where a sample happens to be do not decide it; a sample without an end of line counts with its bytes.
-    It is an estimate: what a range holds in memory is bounded where it is run.
+    `more`: samples from other offsets. The estimate is bytes per line over all samples, so that a few very long lines
+    in one sample do not dominate; a sample without a line end counts with all its bytes. It is only an estimate: the
+    worker limits what it holds of a range in memory.
     """
     first = len(BOM) if sample.startswith(BOM) else 0
     lines = covered = 0
     for each in (sample[first:], *more):
         lines += each.count(b"\n")
-        # Behind the last end of line a line is cut off.
+        # After the last line end the sample has an incomplete line.
         covered += each.rfind(b"\n") + 1 or len(each)
     line_bytes = max(1, covered // max(1, lines))
     length = max(0, size - first)
@@ -306,13 +306,13 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
     return Plan(first, size, range_bytes, -(-length // range_bytes), line_bytes)
 
 
-# Life ----------------------------------------------------------------------------------------------------------
+# Transitions ---------------------------------------------------------------------------------------------------
 
 
 def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
-    """Fix the ranges; from now on their messages may be sent, again and again until all were taken.
+    """Set the ranges. From then on their messages may be sent, and sent again until all are accepted.
 
-    `rows_etag`: they are ranges of the rows that were made of the file, not of the file itself.
+    `rows_etag`: the ranges are those of the rows made from the file, not of the file itself.
     """
     if rows_etag is None:
         return _changed(batch, plan=plan)
@@ -325,31 +325,31 @@ def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
     )
 
 
-def begin(batch: Batch, now: int) -> Batch:
-    """Note that all ranges are on their way. Ranges that were quick may have ended the batch already."""
+def start_batch(batch: Batch, now: int) -> Batch:
+    """Record that all ranges were sent. Fast ranges may already have ended the batch, which then stays as it is."""
     if batch.phase is not Phase.PLANNING:
         return batch
     return _changed(batch, phase=Phase.RUNNING, due_at=now + WATCH_MS)
 
 
 def is_overdue(batch: Batch, now: int) -> bool:
-    """Tell whether a batch should have ended: its rows expired a while ago, so messages of it must be lost."""
+    """Return whether a batch should have ended: its rows have expired, so some of its messages must be lost."""
     return now >= batch.expires_at + WATCH_MS
 
 
-def cancel(batch: Batch, now: int) -> Batch:
-    """Ask for the end: rows that wait are canceled, calls under way are stopped. A batch that ended stays as it is."""
+def cancel_batch(batch: Batch, now: int) -> Batch:
+    """Cancel: waiting rows end, calls in flight are stopped. A batch that has ended stays as it is."""
     if batch.phase is Phase.ENDED or batch.cancel_initiated_at is not None:
         return batch
     return _changed(batch, cancel_initiated_at=now)
 
 
-def end(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: int) -> Batch:
-    """Note that the results are put together."""
+def end_batch(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: int) -> Batch:
+    """End the batch: its results are joined."""
     return _changed(
         batch,
         phase=Phase.ENDED,
-        due_at=now + TELL_MS,
+        due_at=now + NOTIFY_MS,
         ended_at=now,
         tally=tally,
         duplicates=duplicates,
@@ -357,19 +357,19 @@ def end(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: in
     )
 
 
-def fail(batch: Batch, now: int, problem: str) -> Batch:
-    """End a batch whose object as a whole cannot be run."""
-    ended = end(batch, now, Tally(invalid=1), 0, 0)
+def fail_batch(batch: Batch, now: int, problem: str) -> Batch:
+    """End a batch whose object cannot be run as a whole."""
+    ended = end_batch(batch, now, Tally(invalid=1), 0, 0)
     return replace(ended, problem=problem)
 
 
-def tell(batch: Batch) -> Batch:
-    """Note that whoever listens has heard of the end."""
+def mark_notified(batch: Batch) -> Batch:
+    """Record that the notification of completion was sent."""
     return _changed(batch, told=True, due_at=None)
 
 
-def delete(batch: Batch) -> Batch:
-    """Take an ended batch out of sight; its objects go with their retention."""
+def delete_batch(batch: Batch) -> Batch:
+    """Delete an ended batch for its tenant; its objects expire with their retention."""
     return batch if batch.deleted else _changed(batch, deleted=True)
 
 
@@ -382,43 +382,43 @@ def _changed(batch: Batch, **changes: object) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class RangeState:
-    """What is known of one range: who runs it, and where what it has so far is saved."""
+    """The state of one range: its lease, and where its chunks are saved."""
 
     batch_id: str
     number: int
     tenant: str
     version: int = 0
-    """0: not on record yet; ranges are recorded when they are first claimed."""
+    """0: not stored yet; the record of a range is created when it is first claimed."""
     owner: str | None = None
     lease_until: int = 0
     claims: int = 0
     losses: int = 0
-    """Steps of the search for a row that kills its workers: workers lost in this window, up to `LOSSES_UNTIL_ALONE`. 0
-    again when none of the suspects is left."""
+    """Steps of the search for a row that kills its workers: workers lost in this window, up to `LOSSES_UNTIL_ALONE`.
+    Reset to 0 when no suspect is left."""
     chunks: tuple[str, ...] = ()
     windows: int = 0
-    """So many of the chunks, from the first, hold a window each: rows that have all ended, in order, with the bad lines
+    """This many of the chunks, from the first, hold one whole window each: all its rows in order, with the bad rows
     between them."""
     resume_at: int = 0
-    """The byte offset at which the windows end. 0: there is none yet."""
+    """The byte offset at which the ended windows end; 0 if there is none."""
     resume_line: int = 0
-    """How many lines the windows have."""
+    """The number of lines in the ended windows."""
     done: bool = False
     not_before: int | None = None
-    """The range waits outside the queue until then, and is sent again."""
+    """The range is parked until then; the sweep sends it."""
     model: str | None = None
-    """Of the row that is due first, while the range waits outside the queue."""
+    """The model of the row that is due first, while the range is parked."""
     running: tuple[int, ...] = ()
-    """The byte offsets of the rows in flight: on record while a killer is searched for, or when a row runs apart."""
+    """The byte offsets of the rows in flight; recorded during the search for a killer, and when a row runs alone."""
     suspects: tuple[int, ...] = ()
-    """The rows that were in flight when the last worker was lost, unless they have ended. Empty with losses: any row of
-    the window may be the killer."""
+    """The rows that were in flight when the last worker was lost and have not ended. Empty although `losses` is not 0:
+    any row of the window may be the killer."""
     blamed: tuple[int, ...] = ()
-    """The row of each worker that was lost while it ran this row alone."""
+    """One entry per worker that was lost while it ran only this row."""
 
 
 def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> RangeState:
-    """Take the lease; raises RangeBusy while somebody else holds it. A lease that ran out was lost by a dead worker."""
+    """Take the lease; raises RangeBusy while another worker holds it. An expired lease means that its worker died."""
     if state.owner is not None and state.lease_until > now:
         raise RangeBusy(state.batch_id, state.number, state.lease_until)
     known = state if state.owner is None else _after_loss(state)
@@ -434,28 +434,28 @@ def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> Ra
 
 
 def _after_loss(state: RangeState) -> RangeState:
-    """Narrow the search for a killer down to the rows that were in flight when the worker died."""
+    """Reduce the suspects to the rows that were in flight when the worker died."""
     if len(state.running) == 1:
         (alone,) = state.running
         if alone in state.blamed or state.losses >= LOSSES_UNTIL_ALONE:
             return replace(_without(state, state.running), blamed=(*state.blamed, alone))
     if state.losses and not state.running:
-        # Nothing was in flight: no row is to blame.
+        # No row was in flight, so none killed the worker.
         return state
-    # Before the first loss the record of rows in flight is not complete.
+    # Before the first loss not all rows in flight are recorded.
     suspects = state.running if state.losses else ()
     return replace(state, losses=min(state.losses + 1, LOSSES_UNTIL_ALONE), suspects=suspects)
 
 
 def _without(state: RangeState, rows: Collection[int]) -> RangeState:
-    """Clear rows of suspicion; the search is over when the last suspect is cleared."""
+    """Remove rows from the suspects; the search ends when none is left."""
     left = tuple(row for row in state.suspects if row not in rows)
     is_over = bool(state.suspects) and not left
     return replace(state, suspects=left, losses=0 if is_over else state.losses)
 
 
 def killers(state: RangeState) -> frozenset[int]:
-    """Return the rows that have lost so many workers alone that they are not tried again."""
+    """Return the rows that have lost too many workers alone, and are not tried again."""
     blamed = state.blamed
     return frozenset(row for row in blamed if blamed.count(row) >= MOST_LOST_ALONE)
 
@@ -475,7 +475,7 @@ def keep_range(state: RangeState, owner: str, lease_until: int) -> RangeState:
 def save_chunk(
     state: RangeState, owner: str, lease_until: int, chunk: str, rows: Collection[int]
 ) -> RangeState:
-    """Note that another chunk of ended rows is saved, those at these byte offsets."""
+    """Record that another chunk is saved, with the ended rows at these byte offsets."""
     _owned(state, owner)
     return _moved(
         _without(state, rows),
@@ -496,7 +496,7 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
     resume_at: int,
     resume_line: int,
 ) -> RangeState:
-    """Note that a chunk holds another window whole; `others` hold rows of later windows."""
+    """Record that a chunk holds another whole window; `others` hold rows of later windows."""
     _owned(state, owner)
     return _moved(
         state,
@@ -520,7 +520,7 @@ def release_range(
     not_before: int | None = None,
     model: str | None = None,
 ) -> RangeState:
-    """Give the range back with rows that are not done; `chunks` then hold all of it. Suspects remain suspects."""
+    """Release the lease of an unfinished range, of which `chunks` hold what has ended. Suspects are kept."""
     _owned(state, owner)
     return _moved(
         state,
@@ -534,7 +534,7 @@ def release_range(
 
 
 def finish_range(state: RangeState, owner: str) -> RangeState:
-    """Note that the range's part is stored."""
+    """Record that the part of the range is stored."""
     _owned(state, owner)
     return _moved(
         state,
@@ -559,7 +559,7 @@ def _moved(state: RangeState, **changes: object) -> RangeState:
     return replace(state, version=state.version + 1, **changes)  # type: ignore[arg-type]
 
 
-# Putting together ----------------------------------------------------------------------------------------------
+# Joining -------------------------------------------------------------------------------------------------------
 
 MOST_COPY_BYTES: Final = 4 * 1024**3
 """S3 copies up to 5 GiB as one part."""
@@ -567,7 +567,7 @@ MOST_COPY_BYTES: Final = 4 * 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The members of one group (ranges of a section, sections of a batch) that are done, and their sums."""
+    """How many members of a group (ranges of a section, sections of a batch) are done, and their sums."""
 
     members: int
     tally: Tally
@@ -577,7 +577,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A part that S3 copies by itself: these bytes of that section."""
+    """A part that S3 copies: these bytes of a section."""
 
     section: int
     first: int
@@ -586,15 +586,15 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """A part that is read and written: these slices, one after the other."""
+    """A part that is read and written: these slices in order."""
 
     slices: tuple[Copied, ...]
 
 
 def parts(sizes: Mapping[int, int], least: int) -> Iterator[Copied | Streamed]:
-    """Cut sections of these sizes into parts of at least `least` bytes (the last one may be smaller), in their order.
+    """Divide sections of these sizes, in order, into parts of at least `least` bytes; the last one may be smaller.
 
-    A streamed part has less than twice `least`: memory is bounded, and large sections are never read.
+    A streamed part is smaller than twice `least`, so memory is bounded and large sections are never read.
     """
     waiting: list[Copied] = []
     held = 0
@@ -602,7 +602,7 @@ def parts(sizes: Mapping[int, int], least: int) -> Iterator[Copied | Streamed]:
         first = 0
         if held:
             rest = size - (least - held)
-            # Fill the part up, and let S3 copy what remains if that is enough for a part of its own.
+            # Fill the part; S3 copies the rest of the section if that is large enough for a part of its own.
             first = least - held if rest >= least else size
             waiting.append(Copied(section, 0, first))
             held += first

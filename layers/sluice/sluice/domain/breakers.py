@@ -1,7 +1,7 @@
-"""Circuit breakers: what fails again and again is set aside, probed by single calls, and taken back without flapping.
+"""Circuit breakers: a model or endpoint that keeps failing gets no calls but single probes, until it works again.
 
-A limit group keeps one for each model that is overloaded (529) and one for each endpoint that does not work (lost
-connections, 5xx). They say nothing of limits: buckets and rates stay as they are. Times are epoch milliseconds.
+A limit group has one for each model that is overloaded (529) and one for each endpoint that does not work (lost
+connections, 5xx). They are independent of rate limits: buckets and rates do not change. Times are epoch milliseconds.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Final
 from sluice.domain.waits import USUAL, Waits
 
 STREAK: Final = 5
-"""That many failures in a row open a breaker; a single one is only that job's bad luck."""
+"""Consecutive failures that open a breaker; fewer affect only their own jobs."""
 
 PROBES: Final = 2
-"""That many probes in a row must be served before everybody may call again."""
+"""Consecutive successful probes that close it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """One thing that calls depend on and that has failed lately."""
+    """The breaker of a model or endpoint that has failed recently."""
 
     streak: int = 0
-    """Failures since it last worked."""
+    """Consecutive failures."""
     open_until: int = 0
-    """Nobody calls before; then one probe does."""
+    """No calls before this time; then one probe."""
     proved: int = 0
-    """Probes served in a row since it opened."""
+    """Consecutive successful probes since it opened."""
 
     @property
     def is_open(self) -> bool:
-        """Tell whether calls have to wait, or to be probes."""
+        """Return whether calls must wait or be probes."""
         return self.streak >= STREAK
 
 
 def failed(breaker: Breaker, now: int, waits: Waits = USUAL) -> Breaker:
-    """Count a failure. From the fifth in a row on it is open, for 5 s, then 10, 20, ... up to a minute."""
+    """Count a failure. From the fifth in a row the breaker is open: for 5 s, then 10, 20, ... up to a minute."""
     counted = replace(breaker, streak=breaker.streak + 1, proved=0)
     if not counted.is_open:
         return counted
@@ -45,14 +45,14 @@ def failed(breaker: Breaker, now: int, waits: Waits = USUAL) -> Breaker:
 
 
 def served(breaker: Breaker) -> Breaker | None:
-    """Count a call that was served; None: it works, and is forgotten."""
+    """Count a success; None if the breaker is closed, so that no record is needed."""
     if not breaker.is_open or breaker.proved + 1 >= PROBES:
         return None
     return replace(breaker, proved=breaker.proved + 1, open_until=0)
 
 
 def probed(breaker: Breaker, start: int, waits: Waits = USUAL) -> Breaker:
-    """Let one probe through at `start`: the next one may go a pause later, or as soon as this one was served."""
+    """Allow one probe at `start`. The next one may start after a pause, or as soon as this one succeeds."""
     if not breaker.is_open:
         return breaker
     return replace(breaker, open_until=start + _pause(breaker.streak, waits))

@@ -1,13 +1,12 @@
-"""How many workers the limits can keep busy: the governor's arithmetic, with time as an argument.
+"""How many workers the rate limits can keep busy: the arithmetic of the governor, with time as an argument.
 
-Little's law says how many calls are in flight: calls started per second x seconds per call. Divided by what one worker
-keeps in flight, that is the number of workers that carries the whole limit; more would only wait inside paid
-invocations.
+Calls in flight are calls started per second x seconds per call (Little's law). Divided by the calls that one worker
+keeps in flight, this is the number of workers that uses the whole limit; more would only wait in paid invocations.
 
-Jobs and ranges have a mapping each and share the limits. Each mapping is given what the whole limit needs: one whose
-queue is empty runs no worker, and which of two backlogs gets how much of the limit is nobody's plan. While both have
-one, there are up to twice as many workers as the limit needs. How much of it the account's Lambda limit leaves is in
-`shares.py`, with the mappings that do not depend on Claude's limits.
+Jobs and ranges each have an event source mapping and share the limits. Each mapping gets the workers for the whole
+limit: with an empty queue it runs none, and how two backlogs share the limit is not planned. While both have a backlog,
+there are up to twice as many workers as the limit needs. `shares.py` divides the account's Lambda limit, also for the
+mappings that do not depend on Claude's limits.
 """
 
 from __future__ import annotations
@@ -21,78 +20,78 @@ from sluice.domain.limits import FULL_RATE, SAFE_START, Group, advanced
 
 LEAST: Final = 2
 MOST: Final = 1000
-"""What Lambda accepts as the maximum concurrency of a queue mapping."""
+"""The maximum concurrency that Lambda accepts for an event source mapping of a queue."""
 
 REFILLED: Final = 0.6
-"""The share of slots with a call in flight where a worker refills them: the others hold jobs that wait to start."""
+"""Share of slots with a call in flight if the worker refills them; the other jobs wait for their start times."""
 
 UNREFILLED: Final = 0.4
-"""The share where it does not, as with the rows of a range: towards the end most slots are empty. A hundred calls whose
-median is 9 s and whose slowest takes 30 keep 26 of 64 slots at work on average."""
+"""The same share without refills, as for the rows of a range: towards the end most slots are empty. A hundred calls
+with a median of 9 s and a maximum of 30 s use 26 of 64 slots on average."""
 
 LONG_MS: Final = 60_000
-"""A block up to this long changes nothing: it is over before a change of the mapping has taken hold."""
+"""A block up to this long is ignored: it ends before a change of the mapping takes effect."""
 
 OFF_MS: Final = 300_000
-"""Every group must be blocked for longer than this before the mapping is switched off, with the queue empty."""
+"""The mapping is disabled if every group is blocked for longer than this and the queue is empty."""
 
 FORGOTTEN_MS: Final = 3_600_000
-"""A group that never got an answer and was not used for this long is a mistyped model, or gone: nobody waits for it."""
+"""A group without any answer that was not used for this long, for example of a mistyped model, is ignored."""
 
 BACK_MS: Final = 60_000
-"""The mapping is switched on again this long before the first block ends."""
+"""The mapping is enabled again this long before the first block ends."""
 
 ACTIVE_MS: Final = 300_000
-"""A group has work if a call of it started, or was answered, within this time."""
+"""A group has work if one of its calls started or was answered within this time."""
 
 NEW_POOL_MS: Final = 900_000
-"""A key pool written this recently may hold keys of groups that nobody knows yet."""
+"""A key pool written this recently may have keys of groups that are not known yet."""
 
 CROWDED: Final = 100_000
-"""Messages in flight near the 120,000 that SQS allows: more workers would only take more of them."""
+"""From this many messages in flight no workers are added: SQS allows 120,000, and each worker takes more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """About how many messages a queue holds."""
+    """The approximate number of messages in a queue."""
 
     visible: int = 0
     """Waiting to be received."""
     in_flight: int = 0
-    """With a worker, or snoozed."""
+    """Held by a worker, or snoozed."""
     delayed: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.visible + self.in_flight + self.delayed
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """The mapping from a queue to its workers as it stands."""
+    """The current configuration of a queue's event source mapping."""
 
     maximum_concurrency: int | None
     """None: unlimited."""
     enabled: bool
     slots: int
-    """Calls that one worker can have in flight."""
+    """Maximum calls in flight in one worker."""
     busy: float = REFILLED
-    """The share of them that it has on average."""
-    settled: bool = True
-    """False while an earlier change is taking hold."""
+    """The share of slots in use on average."""
+    is_applied: bool = True
+    """False while an earlier change is taking effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the mapping shall be, and why."""
+    """The configuration that a mapping should have, and why."""
 
     maximum_concurrency: int
     enabled: bool
     reason: str
 
     def changes(self, consumer: Consumer) -> bool:
-        """Tell whether the mapping is anything else now. While it is off, its number does not matter."""
+        """Return whether the mapping differs from it. While disabled, its concurrency does not matter."""
         if not self.enabled and not consumer.enabled:
             return False
         return (self.maximum_concurrency, self.enabled) != (
@@ -111,9 +110,9 @@ def decide(  # noqa: PLR0913 - the facts of one moment
     turned_off: bool = False,
     pool_changed_at: int | None = None,
 ) -> Decision:
-    """Return what the mapping shall be. Deciding again after following it changes nothing.
+    """Return the configuration that the mapping should have. Applying it and deciding again changes nothing.
 
-    `turned_off`: it was the governor who switched the mapping off; what a person switched off stays off.
+    `turned_off`: the governor disabled the mapping. A mapping disabled by a person stays disabled.
     """
     most = min(MOST, max(LEAST, ceiling))
     if not consumer.enabled and not turned_off:
@@ -127,19 +126,18 @@ def decide(  # noqa: PLR0913 - the facts of one moment
         reason = f"every limit group is blocked, the first for another {_span(first)}"
         if not backlog.total:
             return Decision(LEAST, enabled=False, reason=reason)
-        # A message is deleted after 14 days, a parked job is not: somebody must take every job out of the queue.
+        # SQS deletes messages after 14 days; workers must run to park their jobs.
         reason = f"{reason}; messages in the queue: {backlog.total:,}"
         return Decision(LEAST, enabled=True, reason=reason)
     busy = [group for group in serving if has_work(group, now)] or serving
     if busy and all(is_stalled(group, now) for group in busy):
-        reason = "every limit group that has work is blocked for longer, or overloaded"
+        reason = "every limit group that has work is blocked or overloaded for more than a minute"
         return Decision(LEAST, enabled=True, reason=reason)
     open_groups = [group for group in busy if not is_stalled(group, now)]
     needed, reason = _needed(open_groups, consumer, now)
     present = consumer.maximum_concurrency or most
     if not all(group.has_answers for group in open_groups) or not open_groups:
-        # A guess is no reason to have fewer workers: the first answers will tell. Before any answer the number is
-        # that of the deployment, which is the least.
+        # Guessed limits are no reason to remove workers. Before any answer the ceiling applies.
         is_known = any(group.has_answers for group in serving)
         needed = max(present, needed) if is_known else most
         reason = "the limits are not known yet"
@@ -149,18 +147,18 @@ def decide(  # noqa: PLR0913 - the facts of one moment
 
 
 def switched_off_by_hand(consumer: Consumer, ceiling: int) -> Decision:
-    """Return that a mapping stays as a person left it."""
+    """Return the decision to leave a mapping disabled that a person disabled."""
     present = consumer.maximum_concurrency or ceiling
-    return Decision(present, enabled=False, reason="the mapping was switched off by hand")
+    return Decision(present, enabled=False, reason="the mapping was disabled by hand")
 
 
 def has_work(group: Group, now: int) -> bool:
-    """Tell whether jobs of the group were started or answered lately; a blocked group counts until its block ends."""
+    """Return whether calls of the group started or were answered recently."""
     return max(group.last_start, group.observed_at) > now - ACTIVE_MS
 
 
 def is_stalled(group: Group, now: int) -> bool:
-    """Tell whether the group can use no worker for longer: blocked for over a minute, or set aside and silent."""
+    """Return whether the group cannot use a worker: blocked for over a minute, or an open breaker and no answers."""
     if group.blocked_until > now + LONG_MS:
         return True
     is_cut_off = any(breaker.is_open for breaker in group.circuits.values())
@@ -168,12 +166,12 @@ def is_stalled(group: Group, now: int) -> bool:
 
 
 def is_new(pool_changed_at: int | None, now: int, within: int = NEW_POOL_MS) -> bool:
-    """Tell whether the key pool was written lately, so that it may hold keys of groups that nobody knows yet."""
+    """Return whether the key pool was written recently, so that it may have keys of groups that are not known yet."""
     return pool_changed_at is not None and now - pool_changed_at < within
 
 
 def starts_per_second(group: Group, now: int) -> float:
-    """Return how many calls the group can start in a second, each using what calls have used on average."""
+    """Return how many average calls the group can start per second."""
     per_minute = min(
         group.requests.limit,
         1000 * group.input_tokens.limit / max(1, group.input_mean),
@@ -187,7 +185,7 @@ def startable(
 ) -> int:
     """Return how many calls of a model group can start until a time, rounded up; an unknown group has the safe rate.
 
-    A new key pool may hold a key of an unknown group for any model, so it is never less than that.
+    With a new key pool it is at least the safe rate: the pool may have keys of an unknown group for any model.
     """
     serving = [
         group for group in groups if group.model_group == model_group and group.moved_to is None
@@ -208,7 +206,7 @@ def _needed(groups: Sequence[Group], consumer: Consumer, now: int) -> tuple[int,
     rates = [starts_per_second(group, now) for group in groups]
     starts = sum(rates)
     calls = sum(rate * group.call_ms / 1000 for rate, group in zip(rates, groups, strict=True))
-    # One more than the arithmetic, so that somebody always has a job ready to start.
+    # One more, so that a job is always ready to start.
     workers = ceil(calls / (consumer.slots * consumer.busy)) + 1
     reason = (
         f"{starts:.1f} starts a second keep {calls:.0f} calls in flight, "
@@ -218,7 +216,7 @@ def _needed(groups: Sequence[Group], consumer: Consumer, now: int) -> tuple[int,
 
 
 def _steady(present: int, needed: int) -> int:
-    """Return the present number unless the needed one is more than a quarter off; one worker too many is left alone."""
+    """Return the present number, unless the needed one is a quarter higher, or lower by a quarter and two workers."""
     if needed * 4 > present * 5:
         return needed
     if needed * 4 < present * 3 and present - needed >= LEAST:

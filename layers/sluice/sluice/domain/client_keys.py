@@ -1,7 +1,7 @@
 """Client keys: the credentials tenants send to Sluice, kept only as keyed hashes.
 
-Nothing that is stored lets a reader of the table send a request: both values are HMACs under a pepper
-that lives in Secrets Manager.
+Reading the table does not allow sending requests: both stored values are HMACs under a pepper that is kept in Secrets
+Manager.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from base64 import urlsafe_b64encode
 from hashlib import sha256
 
 MIN_LENGTH = 16
-"""Characters. Shorter keys can be guessed and are refused when they are made."""
+"""Minimum characters; shorter keys can be guessed and are rejected at creation."""
 
 
 def new_key(random_bytes: bytes) -> str:
@@ -33,5 +33,5 @@ def verifier(pepper: str, key: str) -> str:
 
 
 def matches(pepper: str, key: str, stored: str) -> bool:
-    """Tell whether `key` belongs to the stored verifier, in constant time."""
+    """Return whether `key` belongs to the stored verifier, in constant time."""
     return hmac.compare_digest(verifier(pepper, key), stored)

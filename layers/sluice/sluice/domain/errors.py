@@ -15,7 +15,7 @@
     ├── IllegalTransition    a change of state that the state machine does not allow
     ├── LeaseLost            this worker no longer holds the lease on the job or range
     ├── RangeBusy            another worker holds the lease on the range
-    ├── InputGone            a batch's object was deleted or replaced
+    ├── InputMissing            a batch's object was deleted or replaced
     └── KeyPoolBroken        the key-pool secret cannot be read or is invalid
 
 ``functions/api/app.py`` maps each of them to an HTTP status.
@@ -131,7 +131,7 @@ class RangeBusy(SluiceError):
         self.until = until
 
 
-class InputGone(SluiceError):
+class InputMissing(SluiceError):
     """A batch's object was deleted or replaced."""
 
     def __init__(self, key: str) -> None:

@@ -1,6 +1,6 @@
-"""Files that cannot be cut as they are, and the rows they become: gzip, CSV under a prompt, folders of documents.
+"""Converting files to rows: gzip, CSV with a prompt, folders of documents.
 
-Everything streams: pieces of bytes go in, rows come out.
+Everything streams: input is read in pieces, rows are yielded one by one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Final
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
 
 MOST_UNPACKED_BYTES: Final = 100 * 1024**3
-"""Of one gzip file: a small file can be made that unpacks without end."""
+"""Maximum for one gzip file, because a small file can unpack to any size."""
 
 PIECE_BYTES: Final = 1024 * 1024
-"""Unpacked, or read as text, at once."""
+"""Bytes unpacked, or decoded as text, in one step."""
 
 PROBLEM: Final = "sluice_problem"
-"""A row with this field is known to be bad already; it says why."""
+"""The field of a row that is already known to be bad; its value is the reason."""
 
 DOCUMENT_TYPES: Final[Mapping[str, str]] = {
     ".txt": "text/plain",
@@ -33,10 +33,10 @@ DOCUMENT_TYPES: Final[Mapping[str, str]] = {
     ".htm": "text/plain",
     ".pdf": "application/pdf",
 }
-"""Endings of documents, and the media type each goes up as: HTML as the text it is."""
+"""The media type of each document suffix; HTML is sent as plain text."""
 
 FOLDER_OPTIONS: Final = "options.json"
-"""Put into a folder last, it makes a batch of the documents there."""
+"""Uploaded to a folder last, it creates a batch of the documents there."""
 
 _NOT_IN_AN_ID: Final = re.compile(r"[^a-zA-Z0-9_-]+")
 _FIELD: Final = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
@@ -44,21 +44,21 @@ _LONGEST_ID: Final = 64
 
 
 class BadForm(Exception):
-    """The file as a whole cannot become rows; the message says why."""
+    """The file cannot be converted to rows; the message says why."""
 
 
 def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield what gzipped pieces hold, a little at a time; raises BadForm. Several members in a row are one file."""
+    """Yield the unpacked content of gzip pieces, in small pieces; raises BadForm. Several members are one file."""
     total = 0
     unpacker = zlib.decompressobj(wbits=31)
-    begun = False
+    started = False
     try:
         for piece in pieces:
             rest = piece
             while rest:
                 if unpacker.eof:
                     unpacker = zlib.decompressobj(wbits=31)
-                begun = True
+                started = True
                 found = unpacker.decompress(rest, PIECE_BYTES)
                 rest = unpacker.unconsumed_tail or unpacker.unused_data
                 total += len(found)
@@ -69,14 +69,14 @@ def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
                     break
     except zlib.error as error:
         raise BadForm(f"the file is not valid gzip: {error}") from error
-    if begun and not unpacker.eof:
+    if started and not unpacker.eof:
         raise BadForm("the gzip file is truncated; upload it again")
 
 
 def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
     """Yield a JSONL line for each record of a CSV file; the first record names the columns.
 
-    A column `custom_id` names the rows, else they are `row-1`, `row-2` ... In the prompt `{column}` is a field.
+    The ids are those of a column `custom_id`, else `row-1`, `row-2` ... In the prompt, `{column}` is a field.
     """
     template = options.prompt
     if template is None:
@@ -112,7 +112,7 @@ def _csv_item(names: list[str], record: list[str], number: int, template: str) -
     fields = dict(zip(names, record, strict=True))
     size = len(template) + sum(len(fields[name]) for name in fields_of(template))
     if size > MOST_LINE_BYTES:
-        # Known before it is made: a template may name a long field thousands of times.
+        # Checked before it is filled: a template may repeat a long field thousands of times.
         message = (
             f"the filled prompt has about {size:,} characters; the maximum is {MOST_LINE_BYTES:,}"
         )
@@ -125,7 +125,7 @@ def _csv_item(names: list[str], record: list[str], number: int, template: str) -
 
 
 def document_row(name: str, body: bytes, options: Options) -> bytes:
-    """Return the JSONL line of one document: the document as a block, then the prompt; `{name}` in it is its name."""
+    """Return the JSONL line of one document: the document as a block, then the prompt, where `{name}` is its name."""
     custom_id = id_of(name)
     try:
         source = _source(name, body)
@@ -157,25 +157,25 @@ def _source(name: str, body: bytes) -> dict[str, str]:
 
 
 def ending_of(name: str) -> str:
-    """Return a file's ending in lower case, with its dot; empty when there is none."""
+    """Return the suffix of a file in lower case, with its dot; empty if there is none."""
     _, dot, ending = name.rpartition(".")
     return f".{ending.lower()}" if dot and "/" not in ending else ""
 
 
 def id_of(name: str) -> str:
-    """Return the `custom_id` of a document: its name as far as it goes, made unique where letters are lost."""
+    """Return the `custom_id` of a document: its name with other characters replaced, and a digest of it."""
     plain = _NOT_IN_AN_ID.sub("-", name)
     digest = sha256(name.encode()).hexdigest()[:8]
     return f"{plain[: _LONGEST_ID - 9]}-{digest}"
 
 
 def fields_of(template: str) -> list[str]:
-    """Return the fields a template asks for."""
+    """Return the fields that a template uses."""
     return [match[1].strip() for match in _FIELD.finditer(template) if match[1]]
 
 
 def filled(template: str, fields: Mapping[str, str]) -> str:
-    """Put fields into a template; `{{` and `}}` are braces. A field that is not there stays as written."""
+    """Fill the fields of a template; `{{` and `}}` are braces. Unknown fields are left as they are."""
 
     def of(match: re.Match[str]) -> str:
         if not match[1]:
@@ -190,13 +190,13 @@ def _line(item: Mapping[str, Any]) -> bytes:
 
 
 def _text_lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield physical lines with their ends, as the csv module wants them; a quoted field may go over several."""
+    """Yield physical lines with their ends, as the csv module expects; a quoted field may have several lines."""
     decoder = getincrementaldecoder("utf-8-sig")()
     rest = ""
     for piece in pieces:
         for at in range(0, len(piece), PIECE_BYTES):
             text, begin = rest + decoder.decode(piece[at : at + PIECE_BYTES]), 0
-            # One line after the other: a list of them all would be many times their size.
+            # One at a time: a list of all lines would use many times their size.
             while (end := text.find("\n", begin) + 1) > 0:
                 yield text[begin:end]
                 begin = end

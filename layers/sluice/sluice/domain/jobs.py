@@ -1,8 +1,7 @@
-"""A job and its life.
+"""The record of a job and its state machine.
 
-Every function here takes a job and returns the job as it is afterwards; nothing is written. Stores write the result
-with the condition that `version` is still what it was, so two writers can never both win. Times are epoch
-milliseconds.
+Every function takes a job and returns the changed job; nothing is written. Stores write it under an optimistic lock on
+`version`, so that one of two concurrent writers fails. Times are epoch milliseconds.
 """
 
 from __future__ import annotations
@@ -17,57 +16,61 @@ from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 
 LEASE_MS: Final = 120_000
-"""Longer than any gap between renewals; a job whose worker died is free again after this time at the latest."""
+"""Longer than any gap between renewals. If a worker dies, another can take the job over after this time."""
 
 RENEW_MS: Final = 45_000
-"""How often a worker says that it is alive: to the jobs it runs, and to the queue about the messages it holds."""
+"""Interval at which a worker renews the leases of its jobs and the visibility timeouts of its messages."""
+
+assert 2 * RENEW_MS < LEASE_MS, "one renewal may fail"
 
 LONGEST_PARK_MS: Final = 6 * 3_600_000
-"""A parked job looks again after this time at the latest: what it waits for may have been mended by then."""
+"""Maximum parking time. A job is retried at least this often, in case the cause of its wait is fixed."""
 
 WATCH_MS: Final = 30 * 60_000
-"""A job of which nothing was written for so long may have lost its message: the sweep looks at it."""
+"""If a job is not written for this long, its message may be lost: the sweep checks it."""
 
 WATCH_GRAIN_MS: Final = 15 * 60_000
-"""Such times are rounded up to whole quarters of an hour, so that most writes of a job leave its index entry alone."""
+"""Check times are rounded up to multiples of this, so that most writes of a job do not change its index entry."""
+
+assert LEASE_MS < WATCH_MS, "a running job is not taken for a lost one"
 
 LOSSES_TO_SUSPECT: Final = 3
-"""A job that has lost so many workers may be what kills them: from then on it runs with few others, at first.
+"""A job that has lost this many workers may be what kills them: it is a suspect, and runs beside few other jobs.
 
-Not sooner: deploys, timeouts and broken machines lose dozens of jobs at once, and those must not wait for one another.
+Not sooner: deployments, timeouts and failed hosts lose dozens of jobs at once, which must not wait for one another.
 """
 
 FEW: Final = 8
-"""A suspect's first try apart: at most so many in flight in its worker, itself included. After that it runs alone."""
+"""Maximum calls in flight in the worker at a suspect's first try, its own included. After that it runs alone."""
 
 MOST_LOST_ALONE: Final = 3
-"""A job that loses so many workers while it runs alone ends `errored`: nobody else can have killed them."""
+"""A job that loses this many workers while it runs alone ends `errored`: no other job can have killed them."""
 
 SCHEMA_VERSION: Final = 1
 """Of the stored record and of the queue message."""
 
 
 class State(StrEnum):
-    """Where a job is in its life. Final states are Anthropic's batch words."""
+    """The state of a job. The final states are those of Anthropic's batches."""
 
     QUEUED = "queued"
-    """Waiting: for the first time, after a snooze or before a retry."""
+    """Waiting: for the first start, after a snooze or before a retry."""
     RUNNING = "running"
     """Leased to a worker."""
     SUCCEEDED = "succeeded"
     ERRORED = "errored"
     CANCELED = "canceled"
     EXPIRED = "expired"
-    """Its deadline passed before an answer came."""
+    """Its deadline passed before an answer arrived."""
 
     @property
     def is_final(self) -> bool:
-        """Tell whether the job has ended. It never changes again by itself; an operator may redrive an errored one."""
+        """Return whether the job has ended. Only an operator's redrive changes it again."""
         return self not in _WAITING
 
 
 class Party(StrEnum):
-    """Who changes jobs."""
+    """A part of Sluice that changes jobs."""
 
     API = "api"
     WORKER = "worker"
@@ -76,18 +79,18 @@ class Party(StrEnum):
     OPERATOR = "operator"
 
 
-class Hold(StrEnum):
-    """What must be true of the lease for a change to be allowed."""
+class LeaseCondition(StrEnum):
+    """The condition on the lease under which a transition is allowed."""
 
-    NOBODY = "no live lease"
-    """Nobody has the job, or the lease of the one who had it has run out."""
-    WRITER = "the writer's own"
-    """Also after it ran out, for as long as nobody has taken the job over."""
-    SOMEBODY = "a live lease"
+    NONE = "no live lease"
+    """The job is not leased, or its lease has expired."""
+    OWN = "the writer's own"
+    """Also after it expired, until another worker takes the job over."""
+    LIVE = "a live lease"
 
 
-class Change(StrEnum):
-    """Every change a stored job can go through."""
+class Transition(StrEnum):
+    """A transition of a stored job."""
 
     CLAIM = "claim"
     TAKE_OVER = "take over"
@@ -108,103 +111,103 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """From where to where a change leads, who may make it, and what the lease must be."""
+    """The source and target states of a transition, who may make it, and under which condition on the lease."""
 
     sources: tuple[State, ...]
     target: State
     who: tuple[Party, ...]
-    lease: Hold
+    lease: LeaseCondition
     when: str
 
 
 _WAITING: Final = (State.QUEUED, State.RUNNING)
-"""A job whose worker died is `running` on record until somebody finds it: as good as waiting once its lease is over."""
+"""A job whose worker died stays `running` in its record; once its lease has expired it is treated as waiting."""
 
-CHANGES: Final[Mapping[Change, Rule]] = {
-    Change.CLAIM: Rule(
-        (State.QUEUED,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
-        "it has a start time from the limiter, and the time has come: a worker takes the lease",
+TRANSITIONS: Final[Mapping[Transition, Rule]] = {
+    Transition.CLAIM: Rule(
+        (State.QUEUED,), State.RUNNING, (Party.WORKER,), LeaseCondition.NONE,
+        "its start time from the limiter has come: a worker takes the lease",
     ),
-    Change.TAKE_OVER: Rule(
-        (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.NOBODY,
-        "the same, after the lease of a worker that died ran out: its attempt is closed as lost, and given back unless "
+    Transition.TAKE_OVER: Rule(
+        (State.RUNNING,), State.RUNNING, (Party.WORKER,), LeaseCondition.NONE,
+        "the same, after the lease of a dead worker expired: that attempt is closed as lost, and not counted unless "
         "it ran alone",
     ),
-    Change.RENEW: Rule(
-        (State.RUNNING,), State.RUNNING, (Party.WORKER,), Hold.WRITER,
-        "the call goes on: the lease is renewed",
+    Transition.RENEW: Rule(
+        (State.RUNNING,), State.RUNNING, (Party.WORKER,), LeaseCondition.OWN,
+        "heartbeat during the call",
     ),
-    Change.ASK_TO_CANCEL: Rule(
-        (State.RUNNING,), State.RUNNING, (Party.API,), Hold.SOMEBODY,
-        "canceled during the call: a flag, which the worker finds within 15 s",
+    Transition.ASK_TO_CANCEL: Rule(
+        (State.RUNNING,), State.RUNNING, (Party.API,), LeaseCondition.LIVE,
+        "canceled during the call: sets a flag, which the worker reads within 15 s",
     ),
-    Change.SNOOZE: Rule(
-        (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
-        "rate limited, overloaded, key rejected, spend limit: the attempt is given back",
+    Transition.SNOOZE: Rule(
+        (State.RUNNING,), State.QUEUED, (Party.WORKER,), LeaseCondition.OWN,
+        "rate limited, overloaded, key rejected, spend limit: the attempt is not counted",
     ),
-    Change.RETRY: Rule(
-        (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
-        "the call failed, or Claude refused and there is a fallback model: the attempt is used",
+    Transition.RETRY: Rule(
+        (State.RUNNING,), State.QUEUED, (Party.WORKER,), LeaseCondition.OWN,
+        "the call failed, or Claude refused and there is a fallback model: the attempt is counted",
     ),
-    Change.FALL_BACK: Rule(
-        (State.RUNNING,), State.QUEUED, (Party.WORKER,), Hold.WRITER,
-        "overloaded, and there is a fallback model: the attempt is given back",
+    Transition.FALL_BACK: Rule(
+        (State.RUNNING,), State.QUEUED, (Party.WORKER,), LeaseCondition.OWN,
+        "overloaded, and there is a fallback model: the attempt is not counted",
     ),
-    Change.PARK: Rule(
-        _WAITING, State.QUEUED, (Party.API, Party.WORKER), Hold.NOBODY,
-        "it must wait for more than 15 minutes, or the queue did not take its message: the sweep sends it",
+    Transition.PARK: Rule(
+        _WAITING, State.QUEUED, (Party.API, Party.WORKER), LeaseCondition.NONE,
+        "it must wait for more than 15 minutes, or the queue did not accept its message: the sweep sends one",
     ),
-    Change.SUCCEED: Rule(
-        (State.RUNNING,), State.SUCCEEDED, (Party.WORKER,), Hold.WRITER,
+    Transition.SUCCEED: Rule(
+        (State.RUNNING,), State.SUCCEEDED, (Party.WORKER,), LeaseCondition.OWN,
         "the answer is stored",
     ),
-    Change.GIVE_UP: Rule(
-        (State.RUNNING,), State.ERRORED, (Party.WORKER,), Hold.WRITER,
-        "the call failed for good, or failed at the last attempt",
+    Transition.GIVE_UP: Rule(
+        (State.RUNNING,), State.ERRORED, (Party.WORKER,), LeaseCondition.OWN,
+        "the call failed permanently, or at the last attempt",
     ),
-    Change.STOP: Rule(
-        (State.RUNNING,), State.CANCELED, (Party.WORKER,), Hold.WRITER,
-        "canceled during the call, which is ended",
+    Transition.STOP: Rule(
+        (State.RUNNING,), State.CANCELED, (Party.WORKER,), LeaseCondition.OWN,
+        "canceled during the call, which is stopped",
     ),
-    Change.CANCEL: Rule(
-        _WAITING, State.CANCELED, (Party.API, Party.WORKER), Hold.NOBODY,
+    Transition.CANCEL: Rule(
+        _WAITING, State.CANCELED, (Party.API, Party.WORKER), LeaseCondition.NONE,
         "canceled before a call",
     ),
-    Change.EXPIRE: Rule(
-        _WAITING, State.EXPIRED, (Party.WORKER, Party.SWEEP), Hold.NOBODY,
+    Transition.EXPIRE: Rule(
+        _WAITING, State.EXPIRED, (Party.WORKER, Party.SWEEP), LeaseCondition.NONE,
         "its deadline has passed",
     ),
-    Change.FAIL: Rule(
-        _WAITING, State.ERRORED, (Party.WORKER, Party.DEAD_LETTERS), Hold.NOBODY,
-        "attempts used up, workers lost to it alone, no key allowed, too large for the limit, or its message is a dead "
-        "letter",
+    Transition.FAIL: Rule(
+        _WAITING, State.ERRORED, (Party.WORKER, Party.DEAD_LETTERS), LeaseCondition.NONE,
+        "attempts used up, workers lost while it ran alone, no key permitted, too large for the limit, or its message "
+        "became a dead letter",
     ),
-    Change.REDRIVE: Rule(
-        (State.ERRORED,), State.QUEUED, (Party.OPERATOR,), Hold.NOBODY,
-        "it ended by a dead letter, its deadline lies ahead, and nobody canceled it: parked until now",
+    Transition.REDRIVE: Rule(
+        (State.ERRORED,), State.QUEUED, (Party.OPERATOR,), LeaseCondition.NONE,
+        "it ended by a dead letter, its deadline is in the future, and it was not canceled: parked, due now",
     ),
 }  # fmt: skip
-"""The state machine. Every function below that changes a job obeys it, and `docs/state_machine.md` is made from it."""
+"""The state machine. Every function that changes a job checks it; `docs/state_machine.md` is generated from it."""
 
-ENDINGS: Final[Mapping[State, Change]] = {
-    State.CANCELED: Change.CANCEL,
-    State.EXPIRED: Change.EXPIRE,
-    State.ERRORED: Change.FAIL,
+ENDINGS: Final[Mapping[State, Transition]] = {
+    State.CANCELED: Transition.CANCEL,
+    State.EXPIRED: Transition.EXPIRE,
+    State.ERRORED: Transition.FAIL,
 }
-"""How a job ends that nobody runs."""
+"""The transitions that end a job without a lease, by final state."""
 
 DEAD_LETTER: Final = "dead_letter"
 """The error type of a job that ended because its message became a dead letter."""
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended. A snooze leaves no attempt behind."""
+    """How an attempt ended. A snooze removes its attempt."""
 
     SUCCEEDED = "succeeded"
     RETRY = "retry"
     GIVE_UP = "give_up"
     FALLBACK = "fallback"
-    """Claude refused or was overloaded, and the job moved on to its next fallback model."""
+    """Claude refused or was overloaded; the job switched to its next fallback model."""
     CANCELED = "canceled"
     LOST = "lost"
     """The worker died during the call, which may have been billed."""
@@ -212,7 +215,7 @@ class AttemptOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why an attempt or a job failed: Anthropic's `type` and `message`, and the HTTP status where there was one."""
+    """Why an attempt or a job failed: Anthropic's `type` and `message`, and the HTTP status if there was one."""
 
     type: str
     message: str
@@ -221,7 +224,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One leased try. Counted when the lease is taken; taken back by a snooze, and by a loss that was not its own."""
+    """One claimed try. Counted at the claim; not counted after a snooze, or after a loss beside other jobs."""
 
     number: int
     model: str
@@ -233,12 +236,12 @@ class Attempt:
     usage: Usage | None = None
     cost_micro_usd: int | None = None
     alone: bool = False
-    """The worker had nothing else in flight: if it dies, it was this job."""
+    """The worker has no other call in flight: if it dies, this job is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to run the job until a time."""
+    """A worker's exclusive right to run the job until a time."""
 
     owner: str
     until: int
@@ -246,7 +249,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """The last time the job was put back without using an attempt."""
+    """When and why the job last waited without using an attempt."""
 
     at: int
     reason: str
@@ -254,7 +257,7 @@ class Snooze:
 
 @dataclass(frozen=True, slots=True)
 class Redrive:
-    """An operator has sent an errored job back: when, and what it had ended with."""
+    """When an operator made an errored job runnable again, and the error it had ended with."""
 
     at: int
     error: JobError
@@ -270,29 +273,29 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One Messages request with what we know about it. The request itself (`params`) is stored apart, once."""
+    """One Messages request with its tracking data. The request itself (`params`) is stored separately, once."""
 
     job_id: str
     tenant: str
     model: str
-    """As asked for. `current_model` is the one that is tried now."""
+    """As submitted; `current_model` is the one that the next call uses."""
     created_at: int
     request_hash: str
-    """Of everything the caller sent for this job; tells a repeat from another request under the same name."""
+    """Hash of everything submitted for this job; distinguishes a repeat from a different request of the same name."""
     input_chars: int
     """Characters of the request, from which its input tokens are estimated."""
     max_tokens: int
     anthropic_version: str
     anthropic_beta: str | None = None
     request_bytes: int = 0
-    """Of the stored request, uncompressed: a worker reserves memory by it before it reads the request. 0: unknown."""
+    """Size of the stored request, uncompressed; a worker reserves this much memory before it reads it. 0: unknown."""
     lane: str = "live"
     custom_id: str | None = None
     deadline: int | None = None
     fallback_models: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     webhook: str | None = None
-    """Who is to be told of the job's end."""
+    """URL to notify on completion."""
     state: State = State.QUEUED
     version: int = 1
     attempts_used: int = 0
@@ -301,40 +304,40 @@ class Job:
     attempts: tuple[Attempt, ...] = ()
     fallbacks_used: int = 0
     not_before: int | None = None
-    """Neither a worker nor a rescue touches the job before this time."""
+    """The job is not started or rescued before this time."""
     lease: Lease | None = None
     started_at: int | None = None
     finished_at: int | None = None
     cancel_requested: bool = False
     full_window: bool = False
-    """The next call needs a whole invocation's time, because an earlier one ran out of a shorter one."""
+    """The next call needs the time of a whole invocation, because an earlier call timed out with less."""
     usage: Usage | None = None
     cost_micro_usd: int = 0
     result: Result | None = None
     error: JobError | None = None
     redrives: tuple[Redrive, ...] = ()
-    """Oldest first. `attempts_used` counts from the last one on; `attempts` keeps them all."""
+    """Oldest first. `attempts_used` counts since the last one; `attempts` keeps all."""
 
     @property
     def current_model(self) -> str:
-        """The model the next call goes to: the asked one, or the fallback the job moved to."""
+        """The model of the next call: the submitted one, or the fallback that the job switched to."""
         return (self.model, *self.fallback_models)[self.fallbacks_used]
 
     @property
     def has_fallback(self) -> bool:
-        """Tell whether there is another model to move to."""
+        """Return whether there is another model to switch to."""
         return self.fallbacks_used < len(self.fallback_models)
 
 
 def open_attempt(job: Job) -> Attempt | None:
-    """Return the attempt that is running, or that its worker never ended."""
+    """Return the attempt that is running, or whose worker died."""
     if job.attempts and job.attempts[-1].outcome is None:
         return job.attempts[-1]
     return None
 
 
 def losses(job: Job) -> int:
-    """Return how many workers a job has lost that nobody has leased now: since its redrive, if there was one."""
+    """Return how many workers a job without a live lease has lost, since its last redrive if there was one."""
     since = job.redrives[-1].at if job.redrives else 0
     return sum(
         attempt.outcome in {None, AttemptOutcome.LOST}
@@ -344,7 +347,7 @@ def losses(job: Job) -> int:
 
 
 def most_in_flight(job: Job) -> int | None:
-    """Return with how many calls in flight, its own included, a worker may call for this job; None: any number."""
+    """Return the maximum calls in flight in a worker that runs this job, its own included; None: no maximum."""
     lost = losses(job)
     if lost < LOSSES_TO_SUSPECT:
         return None
@@ -352,7 +355,7 @@ def most_in_flight(job: Job) -> int | None:
 
 
 def without_loss(job: Job, now: int) -> Job:
-    """Close the attempt of a worker that died; it is given back unless the job ran alone, as neighbors are innocent."""
+    """Close the attempt of a dead worker as lost. It is not counted unless the job ran alone and so was the cause."""
     attempt = open_attempt(job)
     if attempt is None:
         return job
@@ -366,35 +369,35 @@ def without_loss(job: Job, now: int) -> Job:
 
 
 class Step(StrEnum):
-    """What a worker that received the job's message may do with it."""
+    """What a worker does with a job whose message it received."""
 
     RUN = "run"
     DROP = "drop"
-    """Final already: acknowledge the message."""
+    """The job is final: acknowledge the message."""
     BUSY = "busy"
-    """Leased to somebody else: come back when the lease has run out."""
+    """Leased to another worker: return the message until the lease expires."""
     EARLY = "early"
-    """`not_before` lies ahead."""
+    """`not_before` is in the future."""
     EXPIRE = "expire"
     CANCEL = "cancel"
     USED_UP = "used_up"
     KILLER = "killer"
-    """No worker survives it."""
+    """It has killed its workers: end it."""
 
 
 class DueFor(StrEnum):
-    """Why the sweep shall look at a job."""
+    """Why the sweep must check a job."""
 
     CALL = "call"
-    """It has no message and its time has come, or its deadline has passed: this cannot wait."""
-    CARE = "care"
-    """Its message should have brought it on by now. Perhaps it was never sent, or is lost."""
+    """It is parked and due, or its deadline has passed: urgent."""
+    CHECK = "care"
+    """It was not written for `WATCH_MS`: its message may be lost, or was never sent."""
 
 
 def due(job: Job) -> tuple[DueFor, int] | None:
-    """Return why and when the sweep shall look at the job next; None once it has ended.
+    """Return why and when the sweep must check the job next; None once it has ended.
 
-    Parked is a waiting job with a `not_before`: its message has left the queue, and the sweep sends another one.
+    A queued job with a `not_before` is parked: it has no message until the sweep sends one.
     """
     if job.state.is_final:
         return None
@@ -405,28 +408,28 @@ def due(job: Job) -> tuple[DueFor, int] | None:
         last_attempt = job.attempts[-1] if job.attempts else None
         attempted = (last_attempt.ended_at or last_attempt.at) if last_attempt else 0
         latest = max(job.created_at, last_snooze, attempted)
-        why, at = DueFor.CARE, -(-(latest + WATCH_MS) // WATCH_GRAIN_MS) * WATCH_GRAIN_MS
+        why, at = DueFor.CHECK, -(-(latest + WATCH_MS) // WATCH_GRAIN_MS) * WATCH_GRAIN_MS
     if job.deadline is not None and job.deadline <= at:
         return DueFor.CALL, job.deadline
     return why, at
 
 
 def derived_job_id(tenant: str, scope: str, name: str) -> str:
-    """Return the id that a repeat of the same submit finds again.
+    """Return an id that is the same for a repeat of the same submit.
 
-    `scope` says what `name` is: `key` for an Idempotency-Key and position, `custom_id` for the caller's own name.
+    `scope` is the kind of the name: `key` for an Idempotency-Key and position, `custom_id` for the caller's id.
     """
     digest = sha256(f"{tenant}\x00{scope}\x00{name}".encode()).hexdigest()
     return f"job_{digest[:32]}"
 
 
 def random_job_id(random_bytes: bytes) -> str:
-    """Return a fresh job id from 16 random bytes."""
+    """Return a new job id from 16 random bytes."""
     return f"job_{random_bytes.hex()[:32]}"
 
 
 def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 - one line per rule
-    """Tell what to do with a job whose message has arrived."""
+    """Return what a worker must do with a job whose message it received."""
     if job.state.is_final:
         return Step.DROP
     if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
@@ -446,12 +449,12 @@ def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 -
 
 
 def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = False) -> Job:
-    """Take the lease: `queued` becomes `running`; a lease that ran out is taken over, its attempt closed as lost."""
+    """Take the lease: `queued` becomes `running`. Taking over an expired lease closes its attempt as lost."""
     before = without_loss(job, now)
     number = (before.attempts[-1].number if before.attempts else 0) + 1
     return _changed(
         before,
-        Change.TAKE_OVER if job.state is State.RUNNING else Change.CLAIM,
+        Transition.TAKE_OVER if job.state is State.RUNNING else Transition.CLAIM,
         now=now,
         lease=Lease(owner, lease_until),
         attempts_used=before.attempts_used + 1,
@@ -462,8 +465,8 @@ def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = Fal
 
 
 def renew(job: Job, owner: str, lease_until: int) -> Job:
-    """Extend the owner's lease (heartbeat); raises LeaseLost when it is somebody else's by now."""
-    return _changed(job, Change.RENEW, owner=owner, lease=Lease(owner, lease_until))
+    """Extend the owner's lease (heartbeat); raises LeaseLost if another worker has it."""
+    return _changed(job, Transition.RENEW, owner=owner, lease=Lease(owner, lease_until))
 
 
 def snooze(  # noqa: PLR0913 - the facts of one wait
@@ -475,18 +478,20 @@ def snooze(  # noqa: PLR0913 - the facts of one wait
     not_before: int | None = None,
     cost_micro_usd: int | None = None,
 ) -> Job:
-    """Put the job back without using an attempt: throttled, overloaded, or not startable after all.
+    """Queue the job again without using an attempt: throttled, overloaded, or not startable.
 
-    An answer that broke off for overload may have cost something all the same.
+    A call has a cost if its answer broke off because of overload.
     """
-    return _given_back(job, Change.SNOOZE, owner, Snooze(now, reason), not_before, cost_micro_usd)
+    return _given_back(
+        job, Transition.SNOOZE, owner, Snooze(now, reason), not_before, cost_micro_usd
+    )
 
 
 def park(job: Job, now: int, *, reason: str, not_before: int) -> Job:
-    """Take a job that nobody runs out of the queue until a time: its message goes, the sweep will send another one."""
+    """Take a job without a live lease out of the queue until a time, at which the sweep sends a new message."""
     return _changed(
         without_loss(job, now),
-        Change.PARK,
+        Transition.PARK,
         now=now,
         lease=None,
         not_before=not_before,
@@ -507,10 +512,10 @@ def retry(  # noqa: PLR0913 - the facts of one failed attempt
     cost_micro_usd: int | None = None,
     full_window: bool = False,
 ) -> Job:
-    """Put the job back with one attempt used; with `outcome=FALLBACK` its next model is up."""
+    """Queue the job again with one attempt used; `outcome=FALLBACK` switches to the next model."""
     return _changed(
         job,
-        Change.RETRY,
+        Transition.RETRY,
         owner=owner,
         lease=None,
         attempts=_closed(job, now, outcome, error, request_id, usage, cost_micro_usd),
@@ -524,9 +529,9 @@ def retry(  # noqa: PLR0913 - the facts of one failed attempt
 def fall_back(
     job: Job, owner: str, now: int, *, reason: str, cost_micro_usd: int | None = None
 ) -> Job:
-    """Move to the next fallback model without using an attempt: Claude was overloaded."""
+    """Switch to the next fallback model without using an attempt: Claude was overloaded."""
     given_back = _given_back(
-        job, Change.FALL_BACK, owner, Snooze(now, reason), None, cost_micro_usd
+        job, Transition.FALL_BACK, owner, Snooze(now, reason), None, cost_micro_usd
     )
     return replace(given_back, fallbacks_used=job.fallbacks_used + 1)
 
@@ -541,10 +546,10 @@ def succeed(  # noqa: PLR0913 - the facts of one answer
     cost_micro_usd: int | None,
     request_id: str | None,
 ) -> Job:
-    """Store the answer. It is kept even if a cancel arrived meanwhile: the call was made and paid."""
+    """End the job with its answer. A cancel during the call does not discard an answer that was paid for."""
     return _finished(
         job,
-        Change.SUCCEED,
+        Transition.SUCCEED,
         now,
         owner=owner,
         attempts=_closed(
@@ -566,10 +571,10 @@ def give_up(  # noqa: PLR0913 - the facts of one failed attempt
     usage: Usage | None = None,
     cost_micro_usd: int | None = None,
 ) -> Job:
-    """End the job as errored, whatever attempts remain."""
+    """End the job as errored, even if attempts remain."""
     return _finished(
         job,
-        Change.GIVE_UP,
+        Transition.GIVE_UP,
         now,
         owner=owner,
         attempts=_closed(
@@ -587,7 +592,7 @@ def cancel_running(
     """End a running job whose call was stopped because the caller canceled it."""
     return _finished(
         job,
-        Change.STOP,
+        Transition.STOP,
         now,
         owner=owner,
         attempts=_closed(job, now, AttemptOutcome.CANCELED, None, None, usage, cost_micro_usd),
@@ -597,35 +602,35 @@ def cancel_running(
 
 
 def finish_waiting(job: Job, state: State, now: int, error: JobError | None = None) -> Job:
-    """End a job that no worker holds: canceled, expired, out of attempts, or found as a dead letter."""
+    """End a job without a live lease: canceled, expired, attempts used up, or its message became a dead letter."""
     before = without_loss(job, now)
     return _finished(before, ENDINGS[state], now, attempts=before.attempts, error=error)
 
 
 def why_not_redriven(job: Job, now: int) -> str | None:
-    """Return why the job may not be redriven, in words for an operator; None when it may."""
+    """Return why the job cannot be redriven, as text for an operator; None if it can."""
     if job.state is not State.ERRORED or job.error is None:
-        return f"it is {job.state}"
+        return f"the job is {job.state}"
     if job.error.type != DEAD_LETTER:
-        return f"it ended with {job.error.type}, not by its letter"
+        return f"the job ended with {job.error.type}, not because of a dead letter"
     if job.cancel_requested:
-        return "its caller has canceled it"
+        return "the job was canceled by its caller"
     if job.deadline is not None and job.deadline <= now:
-        return "its deadline has passed"
+        return "the deadline has passed"
     return None
 
 
 def redrive(job: Job, now: int) -> Job:
-    """Make a job that ended by a dead letter runnable again, from its first model and with all its attempts.
+    """Make a job that ended by a dead letter runnable again, with its first model and all its attempts.
 
-    It is parked until now: the sweep sends its message, as fast as the limits can start it.
+    It is parked and due now: the sweep sends its message, as fast as the limits allow.
     """
     reason = why_not_redriven(job, now)
     if reason is not None or job.error is None:
         raise IllegalTransition(job.job_id, job.state, f"redriven: {reason}")
     return _changed(
         job,
-        Change.REDRIVE,
+        Transition.REDRIVE,
         now=now,
         attempts_used=0,
         fallbacks_used=0,
@@ -637,19 +642,19 @@ def redrive(job: Job, now: int) -> Job:
 
 
 def request_cancel(job: Job, now: int) -> Job:
-    """Cancel: at once while the job waits, by a flag for the worker while it runs, nothing once it is final."""
+    """Cancel: a waiting job ends at once, a running job gets a flag for its worker, a final job stays as it is."""
     if job.state.is_final:
         return job
     if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
         if job.cancel_requested:
             return job
-        return _changed(job, Change.ASK_TO_CANCEL, now=now, cancel_requested=True)
+        return _changed(job, Transition.ASK_TO_CANCEL, now=now, cancel_requested=True)
     return finish_waiting(replace(job, cancel_requested=True), State.CANCELED, now)
 
 
 def _given_back(  # noqa: PLR0913, PLR0917 - private, the facts of one wait
     job: Job,
-    change: Change,
+    transition: Transition,
     owner: str,
     why: Snooze,
     not_before: int | None,
@@ -657,7 +662,7 @@ def _given_back(  # noqa: PLR0913, PLR0917 - private, the facts of one wait
 ) -> Job:
     return _changed(
         job,
-        change,
+        transition,
         owner=owner,
         lease=None,
         attempts_used=job.attempts_used - 1,
@@ -678,7 +683,7 @@ def _closed(  # noqa: PLR0913, PLR0917 - private, the facts of one attempt
     usage: Usage | None,
     cost_micro_usd: int | None,
 ) -> tuple[Attempt, ...]:
-    # Of a job without an attempt nothing is closed: whoever asks for it does not own the job, and is told so.
+    # A job without an attempt has nothing to close; the caller does not own the lease and gets LeaseLost.
     closed = [
         replace(
             attempt,
@@ -705,7 +710,7 @@ def _lost_alone(job: Job) -> int:
 
 def _finished(  # noqa: PLR0913 - private, what a final state sets
     job: Job,
-    change: Change,
+    transition: Transition,
     now: int,
     *,
     attempts: tuple[Attempt, ...],
@@ -717,7 +722,7 @@ def _finished(  # noqa: PLR0913 - private, what a final state sets
 ) -> Job:
     return _changed(
         job,
-        change,
+        transition,
         now=now,
         owner=owner,
         lease=None,
@@ -732,14 +737,19 @@ def _finished(  # noqa: PLR0913 - private, what a final state sets
 
 
 def _changed(
-    job: Job, change: Change, *, now: int | None = None, owner: str | None = None, **facts: object
+    job: Job,
+    transition: Transition,
+    *,
+    now: int | None = None,
+    owner: str | None = None,
+    **facts: object,
 ) -> Job:
-    """Return the job after a change, if its rule allows it; `now` judges a lease, `owner` is the writer's name."""
-    rule = CHANGES[change]
+    """Return the job after a transition, if its rule allows it at the time `now` and for the writer `owner`."""
+    rule = TRANSITIONS[transition]
     holder = job.lease.owner if job.lease is not None else None
-    if rule.lease is Hold.WRITER and (job.state is not State.RUNNING or holder != owner):
+    if rule.lease is LeaseCondition.OWN and (job.state is not State.RUNNING or holder != owner):
         raise LeaseLost(job.job_id)
-    if rule.lease is Hold.NOBODY and job.lease is not None and job.lease.until > (now or 0):
+    if rule.lease is LeaseCondition.NONE and job.lease is not None and job.lease.until > (now or 0):
         raise IllegalTransition(job.job_id, f"leased to {holder}", rule.target)
     if job.state not in rule.sources:
         raise IllegalTransition(job.job_id, job.state, rule.target)

@@ -1,4 +1,4 @@
-"""The key pool: which upstream keys there are, and which of them may serve a job."""
+"""The key pool: the upstream keys, and which of them may be used for a job."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class UpstreamKey:
     tenants: frozenset[str] | None = None
     weight: int = 1
     limits: Mapping[str, int] = field(default_factory=dict)
-    """Stated per minute: requests, input_tokens, output_tokens. They cap what is learned."""
+    """Limits stated in the pool: requests, input_tokens, output_tokens per minute. Upper bounds for learned ones."""
 
     @property
     def fingerprint(self) -> str:
-        """A short digest that tells whether the key behind the id has changed."""
+        """A short digest of the key; it changes if the key of this id is replaced."""
         return sha256(self.api_key.encode()).hexdigest()[:16]
 
     def allows(self, tenant: str, model: str) -> bool:
-        """Tell whether the pool lets `tenant` use this key for `model`."""
+        """Return whether the pool permits `tenant` to use this key for `model`."""
         if self.tenants is not None and tenant not in self.tenants:
             return False
         return self.models is None or bool({model, base_model(model)} & self.models)
@@ -65,7 +65,7 @@ class KeyMark:
     """Fingerprint of the key that upstream rejected with 401; another key under the same id is tried again."""
 
     def rejects(self, key: UpstreamKey) -> bool:
-        """Tell whether this key is out of the rotation."""
+        """Return whether upstream has rejected this key."""
         return self.rejected == key.fingerprint
 
 
@@ -75,7 +75,7 @@ def organization_of(key: UpstreamKey, mark: KeyMark | None) -> str:
         return key.organization
     if mark is not None and mark.organization and mark.learned_with == key.fingerprint:
         return mark.organization
-    # With the fingerprint, so that another key under the same id begins anew.
+    # With the fingerprint, so that another key under the same id gets a new placeholder.
     return f"{PLACEHOLDER}{key.id}-{key.fingerprint[:8]}"
 
 
@@ -103,7 +103,7 @@ def parse_admin_keys(document: object) -> tuple[AdminKey, ...]:
 
 
 def parse_model_groups(document: object) -> Mapping[str, str]:
-    """Read the pool's word on which model belongs to which limit group, which is optional; raises KeyPoolBroken."""
+    """Read the optional model groups of the key-pool secret: the limit group by model; raises KeyPoolBroken."""
     groups = document.get("model_groups", {}) if isinstance(document, Mapping) else {}
     if isinstance(groups, Mapping) and all(
         isinstance(each, str) and each for pair in groups.items() for each in pair

@@ -1,13 +1,13 @@
-"""The limiter's arithmetic: Claude's own, in exact integers, with time as an argument.
+"""The rate-limit arithmetic: the same as Claude's, in exact integers, with time as an argument.
 
-A *limit group* is an organisation and the models that share one bucket there. It has a bucket for requests, one for
-input tokens (cache reads are free) and one for output tokens (as produced, never `max_tokens`). A bucket refills
+A *limit group* is an organization and the models that share one set of limits there. It has a bucket for requests, one
+for input tokens (cache reads are free) and one for output tokens (as produced, never `max_tokens`). A bucket refills
 continuously with `limit / 60` units a second up to its capacity (Anthropic, rate limits).
 
-Workers reserve blocks of jobs: the level may go below zero, which means that capacity not yet refilled has been
-given out, and each job gets the time at which its share will be there. What a call really used is settled
-afterwards. Every response's headers correct the books: that is how limits are learned and how other users of the
-same organisation are noticed.
+Workers make reservations for several jobs at once. A level may go below zero, which means that capacity was assigned
+before it was refilled; each job gets the start time at which its share will be there. After the call its reservation is
+settled to the actual usage. The headers of every response correct the levels: this is how limits are learned, and how
+other users of the same organization are noticed.
 
 Levels are kept in units x 60,000,000, so that a millisecond of refill at a rate factor of 1/1000 is a whole number.
 Times are epoch milliseconds. Clocks of different workers may differ by seconds: a bucket's time never runs backward.
@@ -33,75 +33,75 @@ RATE_AFTER_429: Final = 900
 
 RATE_AFTER_RAMP: Final = 500
 RECOVERY_PER_SECOND: Final = 20
-"""Thousandths of the rate factor that come back each second (additive recovery)."""
+"""Thousandths that the rate factor gains each second (additive recovery)."""
 
 BURST_PACE: Final = 5
-"""Saved-up capacity is spent at most this many times faster than the limit: 60 RPM may be enforced as 1 per second."""
+"""Saved-up capacity is used at most this many times faster than the limit: 60 RPM may be enforced as 1 per second."""
 
 IDLE_MS: Final = 60_000
-"""A group without a start for so long begins slowly again: sharp growth is a limit of its own (acceleration limits)."""
+"""A group without a start for this long makes a slow start, because Anthropic limits sharp growth as well."""
 
 RAMP_MS: Final = 20_000
-"""From the limit's own pace at a slow start to BURST_PACE."""
+"""Duration of a slow start: from the pace of the limit to BURST_PACE."""
 
 GROWTH: Final = 60
 GROWTH_AFTER_429: Final = 600
 SHRINK_TO: Final = 70
-"""Percent of a guessed limit that remain after a 429."""
+"""Percent of a guessed limit that remains after a 429."""
 
 SAME_EVENT_MS: Final = 500
-"""A block that ends so little later than the present one is the same, seen by another worker."""
+"""A block that ends at most this much later than the current one is the same event, seen by another worker."""
 
 CORRECT_EVERY_MS: Final = 1_000
-"""A correction needs this long to show in the headers; a second one before that would count it twice."""
+"""Time until a correction shows in the headers; a second correction before that would count it twice."""
 
 FLOOR_MS: Final = 1_000
-"""Making room for the margin never holds the group back by more than this time."""
+"""Restoring the margin delays the group by at most this time."""
 
 OUTPUT_MARGIN: Final = 4
-"""The part of the output bucket that stays in it while jobs wait: what calls under way will produce is only a guess."""
+"""Part of the output bucket kept as a margin while jobs wait: the output of calls in flight is only an estimate."""
 
 OUTPUT_MARGIN_MS: Final = 2_500
-"""The refill of so long is enough of a margin, however large the bucket."""
+"""The margin is at most the refill of this time, however large the bucket."""
 
 OVERDRAFT_MS: Final = 30_000
-"""Output that nobody waits behind may take a bucket so far below zero.
+"""The last jobs of a queue may take the output bucket below zero by the refill of this time.
 
-Who comes later waits for so long at most, and no longer than behind the same jobs in a line.
+A job that arrives later waits at most this long, and no longer than if the same jobs were ahead of it in a queue.
 """
 
 LEAST_CHARS: Final = 500
-"""Shorter requests do not teach how many characters make a token."""
+"""Shorter requests do not change the learned ratio of characters to tokens."""
 
 MOST_CHARS_PER_TOKEN: Final = 8
-"""No text has more: what is too large even so can never be admitted, whatever the estimate says."""
+"""No text has more. A request that exceeds the limit even at this ratio can never be admitted."""
 
 MOST_SAMPLES: Final = 500
-"""The means follow the last calls, about so many: fewer would follow the short answers, which always come first."""
+"""The means cover about this many last calls; with fewer they would follow short answers, which arrive first."""
 
 FIRST_GUESS: Final = 8
 
 DRAINED_MS: Final = 3_000
-"""How long an empty queue counts as empty."""
+"""For this long after a worker found the queue empty it counts as empty."""
 
 LAST_JOBS_MS: Final = 15_000
-"""The last jobs start together when the bucket refills what they will produce in this time.
+"""The last jobs start together if the bucket refills their output within this time.
 
-If there were more, those that start first would take it below zero before all have started, and the rest would have to
-wait until that is paid for.
+If there were more, the first ones would take the bucket below zero before all have started, and the others would have
+to wait for the refill.
 """
 
 WAITING_MS: Final = 30_000
-"""How long it is believed what a worker said of the jobs it has waiting."""
+"""How long a worker's report of its waiting jobs is valid."""
 
 MOST_WORKERS: Final = 32
-"""Workers whose word is kept, those who spoke last: the record of a group stays small."""
+"""Workers whose reports are kept, the latest ones, so that the record of a group stays small."""
 
 Dimension = Literal["requests", "input_tokens", "output_tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "input_tokens", "output_tokens")
 
 TOKENS_PER_DAY: Final = "tokens_per_day"
-"""A limit that only some organisations have: input and output together (Anthropic, Rate Limits API)."""
+"""A limit that only some organizations have: input and output together (Anthropic, Rate Limits API)."""
 
 MINUTES_OF_A_DAY: Final = 1440
 
@@ -110,7 +110,7 @@ SAFE_START: Final[Mapping[Dimension, int]] = {
     "input_tokens": 30_000,
     "output_tokens": 8_000,
 }
-"""Units per minute until the first answer tells the real limits: the first call starts at once, then one a second."""
+"""Units per minute until the first response names the limits: the first call starts at once, then one a second."""
 
 TOKEN_ROUNDING: Final = 1_000
 """Upstream rounds remaining tokens to the nearest thousand (Anthropic, response headers)."""
@@ -118,13 +118,13 @@ TOKEN_ROUNDING: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a call takes from the three buckets; estimated before, real afterwards."""
+    """What a call takes from the three buckets: estimated before the call, actual afterwards."""
 
     requests: int = 1
     input_tokens: int = 0
     output_tokens: int = 0
     circuits: tuple[str, ...] = ()
-    """The breakers it depends on: its model's and its endpoint's."""
+    """The circuit breakers it depends on: those of its model and its endpoint."""
 
     def of(self, dimension: Dimension) -> int:
         """Return the units of one dimension."""
@@ -138,19 +138,19 @@ class Bucket:
     limit: int
     """Units per minute."""
     capacity: int
-    """The most units it can save up: the highest `remaining` seen, for upstream does not tell."""
+    """The maximum it can save up: the highest `remaining` seen, as no header names it."""
     level: int
-    """Scaled by SCALE; below zero means given out before it has been refilled."""
+    """Scaled by SCALE; below zero means assigned before it was refilled."""
     at: int
-    """When `level` was true."""
+    """The time at which `level` applies."""
     learned: bool = False
     corrected_at: int = 0
     minutes: int = 1
-    """What `limit` is for; levels are scaled by so much more, so that a millisecond of refill stays a whole number."""
+    """The period of `limit`; levels are scaled by it too, so that a millisecond of refill stays a whole number."""
 
     @property
     def scale(self) -> int:
-        """The level's unit."""
+        """The unit of the level."""
         return SCALE * self.minutes
 
     def advanced(self, now: int, rate_factor: int) -> Bucket:
@@ -161,7 +161,7 @@ class Bucket:
         return replace(self, level=min(self.capacity * self.scale, refilled), at=now)
 
     def ready_at(self, units: int, rate_factor: int) -> int:
-        """Return when `units` are there. More than the capacity counts as the capacity: it must start some day."""
+        """Return when `units` are available, but at most the capacity, so that every call can start."""
         missing = min(units, self.capacity) * self.scale - self.level
         if missing <= 0:
             return self.at
@@ -173,7 +173,7 @@ class Bucket:
 
 
 def starting_bucket(dimension: Dimension, now: int) -> Bucket:
-    """Return the bucket of a group nobody knows anything about: small and safe, with room for the first call."""
+    """Return the bucket of a group with unknown limits: small and safe, with capacity for the first call."""
     limit = SAFE_START[dimension]
     capacity = max(1, limit // 60)
     return Bucket(limit=limit, capacity=capacity, level=capacity * SCALE, at=now)
@@ -181,7 +181,7 @@ def starting_bucket(dimension: Dimension, now: int) -> Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All that is shared about one limit group. Stored as one item; `version` guards every write."""
+    """The shared state of one limit group. Stored as one item under an optimistic lock on `version`."""
 
     organization: str
     model_group: str
@@ -191,28 +191,28 @@ class Group:
     version: int = 0
     """0: not stored yet."""
     epoch: int = 0
-    """Rises when the plan changed under everybody's feet: start times of an older epoch are void."""
+    """Increases when earlier start times become invalid."""
     blocked_until: int = 0
     blocked_reason: str | None = None
     blocked_by: str | None = None
-    """The key, and the request id of the refusal."""
+    """The key and the request id of the response that caused the block."""
     rate_factor: int = FULL_RATE
     rate_at: int = 0
     last_start: int = 0
     circuits: Mapping[str, Breaker] = field(default_factory=dict)
-    """By name; what works is not in it."""
+    """By name; a circuit without failures is not in it."""
     under_way: int = 0
-    """Output tokens reserved by calls that have probably not produced them yet: it fades as a call does."""
+    """In-flight output: tokens reserved by calls that have probably not produced them yet; decreases over a call."""
     under_way_at: int = 0
     warm_since: int = 0
     """When the group was first used after it had been idle."""
     drained_at: int = 0
-    """When a worker last found the queue empty: nobody waits behind the jobs in hand."""
+    """When a worker last found the queue empty: no job waits behind those that workers hold."""
     waiting: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """How many jobs in hand each worker had waiting for a start here, and when it said so."""
+    """By worker: how many of the jobs it holds wait for a start time here, and when it reported that."""
     observed_at: int = 0
     chars_per_1000_tokens: int = 3_500
-    """Learned: how many characters of request make 1,000 input tokens."""
+    """Learned: characters of a request per 1,000 input tokens."""
     output_mean: int = 300_000
     """Learned: the moving mean of output tokens per call, in thousandths."""
     input_mean: int = 1_000_000
@@ -220,17 +220,17 @@ class Group:
     call_ms: int = 10_000
     """Learned: the moving mean of a call's duration."""
     samples: int = FIRST_GUESS
-    """How many calls the means stand on; the first guess counts as a few."""
+    """How many calls the means are based on; the first guess counts as a few."""
     met_limit: bool = False
-    """A 429 has come while limits were guessed."""
+    """A 429 arrived while the limits were guessed."""
     stated: Mapping[str, int] = field(default_factory=dict)
-    """Limits the key pool states, per dimension: they cap what is learned."""
+    """Limits stated in the key pool, per dimension: upper bounds for the learned ones."""
     day: Bucket | None = None
-    """Input and output tokens per day, where the key pool or the Rate Limits API names such a limit."""
+    """Input and output tokens per day, if the key pool or the Rate Limits API has such a limit."""
     recent_writes: tuple[str, ...] = ()
-    """Tokens of the last writes, the newest last: so a writer whose reply was lost finds out what became of it."""
+    """Tokens of the last writes, newest last: a writer whose response was lost finds out whether it was written."""
     moved_to: str | None = None
-    """The organisation this group turned out to belong to, when it was begun under the name of a key."""
+    """The organization to which the group belongs, if it was started under the name of a key."""
 
     @property
     def id(self) -> str:
@@ -239,7 +239,7 @@ class Group:
 
     @property
     def has_answers(self) -> bool:
-        """Tell whether any call in this group was answered: until then its rate is a guess."""
+        """Return whether a call in this group was answered; until then its limits are guesses."""
         return self.requests.learned or self.samples > FIRST_GUESS
 
     @property
@@ -253,7 +253,7 @@ class Group:
         return bucket
 
     def estimate(self, input_chars: int, max_tokens: int) -> Cost:
-        """Return what a call will probably use. `max_tokens` only bounds the learned mean: it is not reserved."""
+        """Return what a call will probably use; `max_tokens` is only an upper bound of the learned mean."""
         return Cost(
             requests=1,
             input_tokens=-(-input_chars * 1000 // self.chars_per_1000_tokens),
@@ -264,7 +264,7 @@ class Group:
 def new_group(
     organization: str, model_group: str, now: int, stated: Mapping[str, int] | None = None
 ) -> Group:
-    """Return the state of a group that has never been used."""
+    """Return the state of an unused group."""
     group = Group(
         organization=organization,
         model_group=model_group,
@@ -278,9 +278,9 @@ def new_group(
 
 
 def restated(group: Group, stated: Mapping[str, int], now: int) -> Group:
-    """Take over the limits that the key pool states now: they hold until headers tell lower ones.
+    """Apply the limits that the key pool states now; they are used until headers name lower ones.
 
-    Where a stated limit was raised or taken away, the next answer tells what holds instead.
+    If a stated limit was raised or removed, the next response names the one that applies.
     """
     group = advanced(group, now)
     for dimension in DIMENSIONS:
@@ -303,7 +303,7 @@ def restated(group: Group, stated: Mapping[str, int], now: int) -> Group:
 
 @dataclass(frozen=True, slots=True)
 class KnownLimits:
-    """What the Rate Limits API says of the models that share one limit group."""
+    """The limits of the models of one limit group, from the Rate Limits API."""
 
     models: tuple[str, ...]
     limits: tuple[tuple[str, int], ...]
@@ -311,9 +311,9 @@ class KnownLimits:
 
 
 def loaded(group: Group, limits: Iterable[tuple[str, int]], now: int) -> Group:
-    """Take over limits from the Rate Limits API where nothing better is known: headers speak of this minute.
+    """Apply limits from the Rate Limits API where none was learned; headers are more recent and take precedence.
 
-    Returns the same group when it changes nothing.
+    Returns the same group if nothing changes.
     """
     known = dict(limits)
     changed = group
@@ -324,7 +324,7 @@ def loaded(group: Group, limits: Iterable[tuple[str, int]], now: int) -> Group:
         limit = min(known[dimension], group.stated.get(dimension, known[dimension]))
         if bucket.limit == limit:
             continue
-        # How much it can save up is not known: a second's worth, until an answer shows more.
+        # The capacity is unknown: the refill of a second, until a response shows more.
         capacity = _least_capacity(dimension, limit)
         bucket = replace(bucket.advanced(now, group.rate_factor), limit=limit, capacity=capacity)
         level = min(capacity * SCALE, max(0, bucket.level))
@@ -339,9 +339,9 @@ def loaded(group: Group, limits: Iterable[tuple[str, int]], now: int) -> Group:
 
 
 def grown(group: Group) -> Group:
-    """Raise guessed limits a little, because a call was served by an upstream that names none.
+    """Raise guessed limits after a call to an upstream that sends no limit headers.
 
-    By a sixtieth per call until the first 429, so that a minute at the limit doubles it; by a tenth of that afterwards.
+    By a sixtieth per call until the first 429, so that a minute at the limit doubles it; afterwards by a tenth of that.
     """
     for dimension in DIMENSIONS:
         bucket = group.bucket(dimension)
@@ -355,13 +355,13 @@ def grown(group: Group) -> Group:
 
 
 def _day(limit: int, now: int) -> Bucket:
-    """Return a day's bucket: it begins full, and refills continuously like the others."""
+    """Return a full bucket of a day; it refills continuously like the others."""
     bucket = Bucket(limit, capacity=limit, level=0, at=now, learned=True, minutes=MINUTES_OF_A_DAY)
     return bucket.less(-limit)
 
 
 def _shrunk(group: Group) -> Group:
-    """Lower guessed limits after a 429 of an upstream that names none."""
+    """Lower guessed limits after a 429 of an upstream that sends no limit headers."""
     for dimension in DIMENSIONS:
         bucket = group.bucket(dimension)
         if bucket.learned or dimension in group.stated:
@@ -377,7 +377,7 @@ def group_id(organization: str, model_group: str) -> str:
 
 
 def model_group(model: str, groups: Mapping[str, str]) -> str:
-    """Return the name of the group `model` shares its limits with; unknown models have one of their own."""
+    """Return the name of the model group of `model`; an unknown model has its own."""
     name = base_model(model)
     return groups.get(name, name)
 
@@ -392,7 +392,7 @@ def advanced(group: Group, now: int) -> Group:
         output_tokens=group.output_tokens.advanced(now, group.rate_factor),
         day=group.day and group.day.advanced(now, FULL_RATE),
         rate_factor=min(FULL_RATE, group.rate_factor + rate_gain),
-        # Whole gains only, so that frequent calls do not round the recovery away.
+        # Only whole gains, so that frequent calls do not lose the recovery to rounding.
         rate_at=now if rate_gain or group.rate_factor == FULL_RATE else group.rate_at,
         under_way=_not_produced(group, now),
         under_way_at=max(now, group.under_way_at),
@@ -400,12 +400,12 @@ def advanced(group: Group, now: int) -> Group:
 
 
 def next_start(group: Group, cost: Cost, now: int) -> int:
-    """Return when a call of this cost could start if it were reserved now (without reserving it)."""
+    """Return when a call of this cost could start if it were reserved now, without reserving it."""
     return start_on(advanced(group, now), cost, now)
 
 
 def usual_gap(group: Group) -> int:
-    """Return the milliseconds between two starts of ordinary calls at the full rate of the group."""
+    """Return the milliseconds between two starts of average calls at the full rate of the group."""
     return max(
         1,
         60_000 // group.requests.limit,
@@ -415,7 +415,7 @@ def usual_gap(group: Group) -> int:
 
 
 def is_bound_by_output(group: Group) -> bool:
-    """Tell whether ordinary calls wait for output tokens, and not for requests or input."""
+    """Return whether output tokens, not requests or input tokens, limit the rate of average calls."""
     return _output_gap(group) >= usual_gap(group)
 
 
@@ -424,20 +424,20 @@ def _output_gap(group: Group) -> int:
 
 
 def start_on(group: Group, cost: Cost, now: int) -> int:
-    """Return `next_start` for a group that is advanced to `now` already."""
+    """Return `next_start` for a group that is already advanced to `now`."""
     requests, output = group.requests, group.output_tokens
     is_end = _is_drained(group, now)
     kept = 0
     if is_end:
-        # The margin is for those who would wait for the end of a 429: nobody does.
+        # The margin protects waiting jobs from the wait after a 429: there are none.
         kept = _margin("requests", requests.capacity) if requests.learned else 0
-        # Upstream asks for a level above zero, and nothing else; during a block the calls under way go on producing.
+        # Upstream only requires a level above zero. During a block, calls in flight continue to produce output.
         left = _not_produced(group, max(now, group.blocked_until))
         there = output.ready_at(1 - left, group.rate_factor)
         debt = output.limit * OVERDRAFT_MS // 60_000
         output_at = max(there, output.ready_at(cost.output_tokens - debt, group.rate_factor))
     else:
-        # While calls under way produce what is reserved for them, the bucket refills: so much need not be there now.
+        # The bucket refills while calls in flight produce their reserved output: that much is not needed now.
         credit = min(group.under_way, output.limit * group.call_ms // 60_000)
         few_seconds = output.limit * OUTPUT_MARGIN_MS // 60_000
         margin = min(output.capacity // OUTPUT_MARGIN, few_seconds)
@@ -455,13 +455,13 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
 
 
 def _not_produced(group: Group, at: int) -> int:
-    """Return what calls under way will have yet to produce by then."""
+    """Return the output that calls in flight will not have produced by then."""
     passed = max(0, at - group.under_way_at)
     return group.under_way * group.call_ms // (group.call_ms + passed)
 
 
 def _gap(group: Group, cost: Cost, now: int, *, is_end: bool) -> int:
-    """Return the least time between the last start and one of this cost, at the pace of now."""
+    """Return the minimum time between the last start and one of this cost, at the current pace."""
     warm = min(RAMP_MS, max(0, now - group.warm_since))
     pace = FULL_RATE * (RAMP_MS + (BURST_PACE - 1) * warm) // RAMP_MS
     minute = 60_000 * FULL_RATE * 1000
@@ -476,7 +476,7 @@ def _gap(group: Group, cost: Cost, now: int, *, is_end: bool) -> int:
 
 
 def _is_drained(group: Group, now: int) -> bool:
-    """Tell whether the jobs that wait are the last, and few enough to start together."""
+    """Return whether the queue is empty and the waiting jobs are few enough to start together."""
     if now - group.drained_at >= DRAINED_MS:
         return False
     jobs = sum(jobs for jobs, at in group.waiting.values() if now - at < WAITING_MS)
@@ -492,7 +492,7 @@ def reserve(
 ) -> tuple[Group, list[int]]:
     """Reserve for the first of `costs` that can start within the horizon; return the group and their start times.
 
-    Start times are in order. `horizon_ms` is one for all, or one for each.
+    Start times are in ascending order. `horizon_ms` is one value for all, or one for each.
     """
     group = advanced(group, now)
     if costs and now - group.last_start > IDLE_MS:
@@ -521,7 +521,7 @@ def reserve(
 
 
 def expected_start(groups: Iterable[Group], model_group: str, backlog: int, now: int) -> int:
-    """Return about when a job behind `backlog` others starts: blocks, then requests per minute. A rough guide."""
+    """Return a rough estimate of when a job behind `backlog` others starts, from blocks and requests per minute."""
     serving = [
         group for group in groups if group.model_group == model_group and group.moved_to is None
     ]
@@ -532,25 +532,25 @@ def expected_start(groups: Iterable[Group], model_group: str, backlog: int, now:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What became of one reservation. Every reservation is settled exactly once."""
+    """The actual usage of one reservation. Every reservation is settled exactly once."""
 
     epoch: int
     reserved: Cost
     used: Cost
-    """All zero when the call was never sent."""
+    """All zero if the call was not sent."""
     input_chars: int = 0
-    """Characters of an answered request with no cached input: teaches their ratio to tokens. 0: teaches nothing."""
+    """Characters of an answered request without cached input, to learn their ratio to tokens; 0: nothing to learn."""
     call_ms: int = 0
-    """How long an answered call took: teaches the means. 0: not answered."""
+    """Duration of an answered call, to learn the means; 0: not answered."""
 
 
 UNUSED: Final = Cost(requests=0)
 
 
 def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
-    """Replace estimates by what was used, and give back what was not.
+    """Replace reservations with the actual usage.
 
-    A reservation of an older epoch moves no level of requests: the block that ended its epoch has reset that already.
+    A reservation of an older epoch does not change the level of requests: the block that ended the epoch has reset it.
     """
     group = advanced(group, now)
     for each in settlements:
@@ -569,13 +569,13 @@ def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
             ),
         )
         if used == UNUSED or not group.output_tokens.learned:
-            # Where headers tell what is left, they have counted this output while it was produced.
+            # If headers report `remaining`, they counted this output while it was produced.
             group = replace(
                 group,
                 output_tokens=group.output_tokens.less(used.output_tokens - reserved.output_tokens),
             )
         if used == UNUSED:
-            # Its start time is free again; which of several it was does not matter to a pace.
+            # Its start time is free again; the pace does not depend on which of several it was.
             group = replace(
                 group,
                 under_way=max(0, group.under_way - reserved.output_tokens),
@@ -587,15 +587,15 @@ def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
 
 
 def _taught(group: Group, settlement: Settlement) -> Group:
-    """Move the estimates towards what this call used: the mean at first, then slower and slower."""
+    """Update the learned means with this call: a true mean at first, then a moving one."""
     used = settlement.used
     ratio = group.chars_per_1000_tokens
     if used.input_tokens and settlement.input_chars >= LEAST_CHARS:
-        # Bounds keep one odd request from spoiling the ratio; short ones tell only of their fixed overhead.
+        # Bounds limit the effect of one unusual request; short requests consist mostly of fixed overhead.
         seen = min(8_000, max(1_000, settlement.input_chars * 1000 // used.input_tokens))
         ratio += (seen - ratio) // 16
     samples = min(group.samples + 1, MOST_SAMPLES)
-    # In thousandths, so that small steps are not rounded away.
+    # In thousandths, so that small steps are not lost to rounding.
     mean = group.output_mean + (used.output_tokens * 1000 - group.output_mean) // samples
     input_mean = group.input_mean + (used.input_tokens * 1000 - group.input_mean) // samples
     call_ms = group.call_ms
@@ -613,17 +613,17 @@ def _taught(group: Group, settlement: Settlement) -> Group:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """`limit` and `remaining` of one dimension, as one response's headers told them."""
+    """`limit` and `remaining` of one dimension, from the headers of one response."""
 
     limit: int
     remaining: int
     full_in_ms: int | None = None
-    """Until the bucket is full again: tells how far it is below zero, which `remaining` does not."""
+    """Time until the bucket is full; shows how far it is below zero, unlike `remaining`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The limit headers of one response, and what this worker had given out but not started at that moment."""
+    """The limit headers of one response, and what this worker had reserved but not started at that time."""
 
     at: int
     seen: Mapping[Dimension, Seen]
@@ -631,7 +631,7 @@ class Observation:
 
 
 def known(group: Group, dimension: Dimension, seen: Seen) -> bool:
-    """Tell whether a limit that headers name is the one that is kept to already."""
+    """Return whether the limit in a response's headers is the one in use."""
     bucket = group.bucket(dimension)
     return bucket.learned and bucket.limit == min(
         seen.limit, group.stated.get(dimension, seen.limit)
@@ -639,11 +639,11 @@ def known(group: Group, dimension: Dimension, seen: Seen) -> bool:
 
 
 def observe(group: Group, observation: Observation, now: int) -> Group:
-    """Correct the books by what upstream says. Answers come back out of order: an older one than the last is dropped.
+    """Correct the levels by the headers of a response. Responses out of order are dropped: only newer ones count.
 
-    A limit that is new or changed is believed at once, and starts a new epoch, for everybody's start times were made
-    for another rate. Otherwise the level is lowered at once where upstream has less left than we thought (somebody
-    else is using the organisation), and raised by halves where it has more.
+    A new or changed limit applies at once and starts a new epoch, because all start times were computed for another
+    rate. Otherwise a level is lowered at once if upstream has less left than expected (another client uses the
+    organization), and raised by half the difference if it has more.
     """
     if observation.at < group.observed_at:
         return group
@@ -656,7 +656,7 @@ def observe(group: Group, observation: Observation, now: int) -> Group:
         limit = min(seen.limit, group.stated.get(dimension, seen.limit))
         if not bucket.learned or bucket.limit != limit:
             relearned = True
-            # A stated limit below the real one leaves no saved-up capacity to itself.
+            # With a stated limit below the real one, `remaining` says nothing about saved-up capacity.
             room = seen.remaining if limit == seen.limit else min(seen.remaining, limit // 60)
             changed = Bucket(
                 limit=limit,
@@ -684,19 +684,18 @@ def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for readi
     margin = _margin(dimension, bucket.capacity)
     tolerance = TOKEN_ROUNDING if dimension != "requests" else 1
     if dimension == "output_tokens":
-        # Calls under way will produce what upstream has not seen yet, while refill comes in meanwhile.
+        # Calls in flight will produce output that upstream has not counted yet; meanwhile the bucket refills.
         there = seen.remaining
         if there == 0 and seen.full_in_ms is not None:
             full_in_ms = seen.full_in_ms
             there = min(0, bucket.capacity - bucket.limit * full_in_ms // 60_000)
         level = min(bucket.capacity, there - group.under_way) * SCALE
         return replace(bucket, level=level, corrected_at=now)
-    # What upstream should have left, if it sees what we have sent: a level below zero has been
-    # given out, but not sent yet.
+    # What upstream should have left: a level below zero was reserved by calls that were not sent yet.
     expected = max(0, bucket.level + pending * SCALE)
     off = (seen.remaining - margin) * SCALE - expected
     if off < 0 and expected <= seen.remaining * SCALE:
-        # Nothing is missing, only the margin: make room for it step by step.
+        # Only the margin is missing: restore it step by step.
         if now - bucket.corrected_at < CORRECT_EVERY_MS:
             return bucket
         floor = -pending * SCALE - bucket.limit * FULL_RATE * FLOOR_MS
@@ -711,9 +710,9 @@ def _corrected(  # noqa: PLR0913, PLR0917 - one step of observe, split for readi
 
 
 def _margin(dimension: Dimension, capacity: int) -> int:
-    """Return what is left alone at the bottom of the bucket: a 429 costs more than a fiftieth of a burst.
+    """Return the part of the bucket that is never used: a 429 costs more than a fiftieth of a burst.
 
-    None of the output here: while others wait a start asks for OUTPUT_MARGIN.
+    Zero for output, whose margin is OUTPUT_MARGIN.
     """
     if dimension == "output_tokens":
         return 0
@@ -723,7 +722,7 @@ def _margin(dimension: Dimension, capacity: int) -> int:
 
 
 def _least_capacity(dimension: Dimension, limit: int) -> int:
-    """A second's worth, and room for one call."""
+    """Return the refill of a second, but at least one call."""
     return max(1 if dimension == "requests" else TOKEN_ROUNDING, limit // 60)
 
 
@@ -737,13 +736,13 @@ def block(  # noqa: PLR0913 - the facts of one 429
     ramp: bool = False,
     overdrawn: bool = False,
 ) -> Group:
-    """Stop everybody in the group until a time; afterwards start without saved-up requests, at a reduced rate.
+    """Block the group until a time; afterwards it starts without saved-up requests, at a reduced rate.
 
-    429s of calls that were in flight together are one event: only the first shrinks the rate. `overdrawn`: only the
-    output of calls under way stands in the way, which is our own and known; the rate stays.
+    429s of calls that were in flight together are one event: only the first reduces the rate. `overdrawn`: only
+    in-flight output caused the 429; the rate is unchanged.
     """
     group = advanced(group, now)
-    # Waits are whole seconds, so workers that see one event name times a little apart.
+    # `retry-after` is in whole seconds, so workers compute slightly different times for one event.
     if group.blocked_until > now and until <= group.blocked_until + SAME_EVENT_MS:
         return group
     if group.blocked_until <= now and not group.requests.learned:
@@ -771,12 +770,12 @@ def block(  # noqa: PLR0913 - the facts of one 429
 
 
 def drained(group: Group, at: int) -> Group:
-    """Note that the queue was found empty at a time."""
+    """Record that the queue was found empty at a time."""
     return group if at <= group.drained_at else replace(group, drained_at=at)
 
 
 def lined_up(group: Group, worker: str, jobs: int, now: int) -> Group:
-    """Note how many jobs a worker has waiting; what is too old to be believed goes."""
+    """Record how many jobs of a worker wait for a start time; drop reports that are no longer valid."""
     others = {
         name: (count, at)
         for name, (count, at) in group.waiting.items()
@@ -789,12 +788,12 @@ def lined_up(group: Group, worker: str, jobs: int, now: int) -> Group:
 
 
 def recalled(group: Group, now: int) -> Group:
-    """Void all start times: whoever waits for one has to ask again."""
+    """Invalidate all start times: waiting jobs must reserve again."""
     return replace(group, epoch=group.epoch + 1, last_start=min(group.last_start, now))
 
 
 def moved(group: Group, organization: str) -> Group:
-    """Close a group begun under a key's name: the key's organisation is known now, and has a group of its own."""
+    """Close a group that was started under a key's name: the key's organization is known now and has its own group."""
     return replace(group, moved_to=organization, epoch=group.epoch + 1)
 
 
@@ -803,7 +802,7 @@ def circuit_failed(
 ) -> Group:
     """Count a failure of a model or an endpoint.
 
-    Calls that were on their way when its breaker opened are the same event: only probes say more.
+    Failures of calls that were in flight when the breaker opened are the same event: only probes count then.
     """
     breaker = group.circuits.get(name, Breaker())
     if breaker.is_open and not was_probe:
@@ -811,8 +810,8 @@ def circuit_failed(
     return replace(group, circuits={**group.circuits, name: failed(breaker, now, waits)})
 
 
-def circuit_served(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 - a change like any other
-    """Note that a model or an endpoint has served a call."""
+def circuit_served(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 - the same signature as the other changes
+    """Record that a model or an endpoint answered a call."""
     if name not in group.circuits:
         return group
     breaker = served(group.circuits[name])
@@ -821,5 +820,5 @@ def circuit_served(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 
 
 
 def _voided(bucket: Bucket) -> Bucket:
-    """Forget what was given out for later: the epoch that ends now takes those start times back."""
+    """Return the bucket without reservations of later starts, which the new epoch invalidates."""
     return replace(bucket, level=max(0, bucket.level))

@@ -1,7 +1,7 @@
-"""What a call used and what it cost.
+"""The usage and the cost of a call.
 
 Prices are US dollars per million tokens, which is the same number as micro-dollars per token. Costs are integer
-micro-dollars, rounded half up once per call. The price rows have effective dates and live in `data/prices.json`.
+micro-dollars, rounded half up once per call. The price rows in `data/prices.json` have effective dates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Usage:
     """Uncached input, after the last cache breakpoint."""
     cache_creation_input_tokens: int = 0
     cache_creation_1h_input_tokens: int = 0
-    """The part of `cache_creation_input_tokens` written for an hour (dearer)."""
+    """The part of `cache_creation_input_tokens` written for an hour, at a higher price."""
     cache_read_input_tokens: int = 0
     output_tokens: int = 0
     """Includes thinking."""
@@ -120,7 +120,7 @@ class Price:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Price:
-        """Read one row of `data/prices.json`; raises ValueError with the row when it is not one."""
+        """Read one row of `data/prices.json`; raises ValueError with the row if it is invalid."""
         try:
             return cls(
                 models=tuple(row["models"]),
@@ -154,7 +154,7 @@ class PriceList:
         return cls(tuple(Price.from_row(row) for row in rows))
 
     def price(self, model: str, day: date, prompt_tokens: int = 0) -> Price | None:
-        """Return the row for `model` in force on `day`: the newest, and of its steps the highest that applies."""
+        """Return the row for `model` on `day`: the latest, and of its prompt sizes the highest that applies."""
         name = base_model(model)
         candidates = [
             price
@@ -168,7 +168,7 @@ class PriceList:
     def cost_micro_usd(
         self, model: str, usage: Usage, day: date, *, batch: bool = False
     ) -> int | None:
-        """Return what the call cost in micro-dollars, or None when the model has no price."""
+        """Return what the call cost in micro-dollars, or None if the model has no price."""
         price = self.price(model, day, usage.prompt_tokens)
         if price is None:
             return None
@@ -191,18 +191,18 @@ class PriceList:
 
 
 def utc_day(at: int) -> date:
-    """Return the day of a time in epoch milliseconds: prices and usage go by days in UTC."""
+    """Return the UTC day of a time in epoch milliseconds; prices and usage are per UTC day."""
     return datetime.fromtimestamp(at / 1000, UTC).date()
 
 
 def usd(micro_usd: int) -> str:
-    """Write micro-dollars as dollars with six decimals: 1234 is `0.001234`."""
+    """Format micro-dollars as dollars with six decimals: 1234 is `0.001234`."""
     return f"{Decimal(micro_usd) / 1_000_000:.6f}"
 
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Sums over calls: what finance asks for. Addition is exact and in any order."""
+    """Sums over calls. Addition is exact, in any order."""
 
     calls: int = 0
     input_tokens: int = 0
@@ -235,12 +235,12 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One upstream call that was, or may have been, billed: what an audit needs to match Anthropic's invoice."""
+    """One upstream call that was or may have been billed, for an audit against Anthropic's invoice."""
 
     tenant: str
     day: date
     call_id: str
-    """`<job id>#<claim>`: unique per call, the same when the row is written twice."""
+    """`<job id>#<claim>`: unique per call, and equal if the row is written twice."""
     job_id: str
     model: str
     lane: str
@@ -250,5 +250,5 @@ class LedgerRow:
     outcome: str
     spend: Spend
     certain: bool = True
-    """False where a call was sent but its usage never came back; the sums then hold what is known."""
+    """False if a call was sent but its usage is unknown; the sums then have what is known."""
     note: str | None = None

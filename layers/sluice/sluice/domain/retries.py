@@ -1,4 +1,4 @@
-"""What a failed call means: retry, snooze or give up, and what it says about the key, the model or the limit group.
+"""The verdict on a failed call: retry, snooze or give up, and the effect on its key, model or limit group.
 
 Sources: Anthropic's pages on errors and rate limits (API version 2026-10-21) and the error classes of its Python SDK.
 """
@@ -22,63 +22,63 @@ MINUTE: Final = 60 * SECOND
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call that brought no usable answer, in the words of the API."""
+    """A call without a usable answer, with the error type and message of the API."""
 
     type: str
     message: str
     status: int | None = None
-    """HTTP status; None when no response came."""
+    """HTTP status; None if there was no response."""
     error_code: str | None = None
-    """`error.details.error_code`, which tells the kinds of 429 apart."""
+    """`error.details.error_code`, which distinguishes the kinds of 429."""
     retry_after_ms: int | None = None
     request_id: str | None = None
     usage: Usage | None = None
-    """What is known to be billed: the part of an answer that came before it broke."""
+    """What is known to be billed: the part of an answer received before the connection broke."""
     may_be_billed: bool = False
-    """The request had been sent when the connection was lost or the time ran out."""
+    """The request was sent before the connection was lost or timed out."""
     had_full_window: bool = False
-    """For `output_timeout`: the call had as much time as an invocation can give."""
+    """For `output_timeout`: the call had the time of a whole invocation."""
 
     @property
-    def is_word_of_upstream(self) -> bool:
-        """Tell whether a working endpoint said so; a lost connection or a server error says that it does not work."""
+    def is_from_working_endpoint(self) -> bool:
+        """Return whether the endpoint works: it does not after a lost connection or a server error."""
         return self.status is not None and (
             self.status < _SERVER_ERRORS or self.status == _OVERLOADED
         )
 
     @property
     def error(self) -> JobError:
-        """The failure as it is kept with the attempt."""
+        """The failure as stored with the attempt."""
         return JobError(self.type, self.message, self.status)
 
 
 ANSWER_TOO_LARGE: Final = "answer_too_large"
-"""The type of a failure: upstream sent more than is read of an answer. It would again, and bill it again."""
+"""The failure type of an answer above the maximum size; a retry would be billed and fail in the same way."""
 
 
 class Effect(StrEnum):
-    """What a failure says about more than this one job."""
+    """The effect of a failure beyond its own job."""
 
     NONE = "none"
     BLOCK_GROUP = "block_group"
-    """Nobody may call in this limit group until the time upstream named."""
+    """No calls in this limit group until the time that upstream named."""
     RAMP_GROUP = "ramp_group"
-    """As BLOCK_GROUP, and the group's usage grew too fast: start again slowly."""
-    PARK_GROUP = "park_group"
-    """A spend cap: the group rests until its date, and somebody has to look."""
+    """As BLOCK_GROUP, but usage grew too fast: a slow start follows."""
+    SPEND_LIMIT = "spend_limit"
+    """A spend limit: the group is blocked until it resets or is raised."""
     REJECT_KEY = "reject_key"
-    """The key is not accepted: out of the rotation until the secret changes."""
+    """The key is rejected: unused until the secret changes."""
     REFUSED_TO_KEY = "refused_to_key"
-    """This key may not make this request (its model, a beta, a file): another key may. Says nothing of other jobs."""
+    """The key lacks permission for this request (its model, a beta, a file). Another key may have it."""
     MODEL_OVERLOADED = "model_overloaded"
-    """Everybody's overload: buckets stay as they are."""
+    """Overload of all organizations: buckets do not change."""
     ENDPOINT_FAILED = "endpoint_failed"
-    """The connection was lost, or the server failed: an endpoint that goes on like that is set aside."""
+    """The connection was lost, or a server error: counts for the circuit breaker of the endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Later, one attempt used."""
+    """Try again later; one attempt is used."""
 
     after_ms: int
     full_window: bool = False
@@ -86,7 +86,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """Later, no attempt used."""
+    """Try again later; no attempt is used."""
 
     after_ms: int
     reason: str
@@ -94,14 +94,14 @@ class Snooze:
 
 @dataclass(frozen=True, slots=True)
 class FallBack:
-    """At once with the job's next fallback model, no attempt used."""
+    """Try again at once with the next fallback model; no attempt is used."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Never again."""
+    """Do not try again."""
 
 
 Outcome = Retry | Snooze | FallBack | GiveUp
@@ -109,17 +109,17 @@ Outcome = Retry | Snooze | FallBack | GiveUp
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome for the job and the effect on what it shares with others."""
+    """The outcome for the job, and the effect on what it shares with other jobs."""
 
     outcome: Outcome
     effect: Effect = Effect.NONE
     until: int | None = None
-    """For effects that hold for a time: epoch milliseconds."""
+    """End of a temporary effect (epoch milliseconds)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How patient Sluice is. Durations in milliseconds.
+    """Attempts and waits. Durations are in milliseconds.
 
     Retries wait a random time between 0.5 s and 2 s after the first failure, 4 s after the second, then 8, 16, ... up
     to 5 minutes (full jitter). Snoozes for 529 wait up to 1, 2, 4, ... 300 s by how often the job was snoozed.
@@ -131,12 +131,12 @@ class RetryPolicy:
     overload_base_ms: int = USUAL.overload_base_ms
     overload_cap_ms: int = USUAL.overload_cap_ms
     throttle_spread_ms: int = 2 * SECOND
-    """Full jitter on top of `retry-after`, so that returned jobs do not come back in one moment."""
+    """Full jitter added to `retry-after`, so that jobs do not all retry at the same time."""
     default_retry_after_ms: int = 5 * SECOND
-    """For a 429 that names no time (a relay may drop the header)."""
+    """For a 429 without `retry-after` (a proxy may remove the header)."""
     key_wait_ms: int = 5 * SECOND
-    park_recheck_ms: int = 15 * MINUTE
-    """How long a job of a parked group waits before it looks again."""
+    spend_recheck_ms: int = 15 * MINUTE
+    """Wait of a job after a spend limit was reached, before it is tried again."""
     floor_ms: int = 500
 
 
@@ -145,7 +145,7 @@ _OWN_SPEND_LIMIT: Final = (
     "You have reached your specified API usage limits",
     "You have reached your specified workspace API usage limits",
 )
-"""A spend limit the organisation set itself is a 400 that only its message tells apart (Anthropic, rate limits)."""
+"""An organization's own spend limit is a 400 that differs only in its message (Anthropic, rate limits)."""
 
 _TRANSIENT: Final = frozenset({408, 409, 425})
 _TOO_MANY: Final = 429
@@ -163,12 +163,12 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
     jitter: float,
     policy: RetryPolicy,
 ) -> Verdict:
-    """Say what a failure means. `jitter` is uniform in [0, 1)."""
+    """Return the verdict on a failure. `jitter` is uniform in [0, 1)."""
     status = failure.status
     if failure.error_code in _SPEND_CODES or _is_own_spend_limit(failure):
-        return _parked(failure, now, policy)
+        return _spend_limit(failure, now, policy)
     if status == 402 or failure.error_code == "organization_on_hold":  # noqa: PLR2004 - HTTP
-        return _parked(failure, now, policy)
+        return _spend_limit(failure, now, policy)
     if status == _TOO_MANY:
         wait = failure.retry_after_ms or policy.default_retry_after_ms
         ramp = failure.error_code == "ramp_limit_exceeded"
@@ -194,8 +194,10 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
     if timed_out and failure.had_full_window:
         return Verdict(GiveUp())
     if status is None or status in _TRANSIENT or status >= _SERVER_ERRORS:
-        # A time-out is the answer's length, not the endpoint's fault.
-        effect = Effect.NONE if failure.is_word_of_upstream or timed_out else Effect.ENDPOINT_FAILED
+        # A timeout is due to the length of the answer, not to the endpoint.
+        effect = (
+            Effect.NONE if failure.is_from_working_endpoint or timed_out else Effect.ENDPOINT_FAILED
+        )
         if attempts_used >= policy.max_attempts:
             return Verdict(GiveUp(), effect)
         wait = retry_backoff_ms(attempts_used, failure, jitter, policy)
@@ -218,20 +220,20 @@ def overload_backoff_ms(snoozes: int, failure: Failure, jitter: float, policy: R
 
 
 def next_month(now: int) -> int:
-    """Return 00:00 UTC on the first of next month: when a tier's spend cap resets (Anthropic, rate limits)."""
+    """Return 00:00 UTC on the first of next month, when the spend limit of a tier resets (Anthropic, rate limits)."""
     today = datetime.fromtimestamp(now / SECOND, UTC)
     first = (today.replace(day=1) + timedelta(days=32)).replace(day=1)
     return int(first.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()) * SECOND
 
 
-def _parked(failure: Failure, now: int, policy: RetryPolicy) -> Verdict:
-    # Only the tier's own cap has a known date; money problems end when somebody acts, so look again.
+def _spend_limit(failure: Failure, now: int, policy: RetryPolicy) -> Verdict:
+    # Only the limit of a tier has a known reset date; others are raised by a person at any time.
     until = (
         next_month(now)
         if failure.error_code == "enforced_spend_limit_reached"
-        else now + policy.park_recheck_ms
+        else now + policy.spend_recheck_ms
     )
-    return Verdict(Snooze(policy.park_recheck_ms, "spend limit"), Effect.PARK_GROUP, until)
+    return Verdict(Snooze(policy.spend_recheck_ms, "spend limit"), Effect.SPEND_LIMIT, until)
 
 
 def _is_own_spend_limit(failure: Failure) -> bool:

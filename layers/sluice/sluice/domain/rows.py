@@ -1,7 +1,7 @@
 """Rows of a batch: from bytes to requests, and from ended jobs to lines of results.
 
-A row is one line of a JSONL object, in the shape of Anthropic's batch items, `{"custom_id", "params"}`, or the older
-one with `method`, `url` and `body`. What is wrong with a line is a value here: the other lines of its range go on.
+A row is one line of a JSONL object in the format of Anthropic's batch items, `{"custom_id", "params"}`, or in the older
+one with `method`, `url` and `body`. An invalid line is a value, not an exception: the other lines of its range run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MESSAGES_URL: Final = "/v1/messages"
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Only as an escape can half a surrogate pair be in text that is UTF-8."""
+"""In UTF-8 text an unpaired surrogate can occur only as an escape."""
 
 _ANTHROPIC_TYPES: Final = frozenset(
     {
@@ -38,18 +38,18 @@ _ANTHROPIC_TYPES: Final = frozenset(
         "overloaded_error",
     }
 )
-"""What clients of Anthropic's batches know; our own reasons go by the name of `api_error` there."""
+"""The types that clients of Anthropic's batches know; Sluice's own types are reported as `api_error`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its number in the range (from 0), its first byte in the object, its text without the line end."""
+    """One line: its number in the range (from 0), its offset in the object, its text without the line end."""
 
     number: int
     offset: int
     text: bytes
     too_long: bool = False
-    """Only its beginning is here."""
+    """`text` is only its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,20 @@ class Row:
     custom_id: str
     params: Mapping[str, Any]
     deadline: int | None = None
-    """Of its own, beside the batch's."""
+    """Deadline of this row; the batch may have another one."""
     fallback_models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """Why a line cannot become a job. With a usable `custom_id` it has an errored result all the same."""
+    """Why a line cannot become a job. With a valid `custom_id` it has an errored result as well."""
 
     message: str
     custom_id: str | None = None
 
 
 class _Unusable(Exception):
-    """Carries a bad row's message out of a check."""
+    """The message of a bad row, raised by a check."""
 
 
 _BEGINNING: Final = 200
@@ -80,11 +80,11 @@ _BEGINNING: Final = 200
 
 
 def lines(pieces: Iterable[bytes], start: int, end: int, first: int) -> Iterator[Line]:
-    """Yield the lines that begin in [start, end), holding no more than one of them.
+    """Yield the lines that begin in [start, end), holding at most one of them in memory.
 
-    `pieces` follow one another from the byte before `start` on (which tells whether a line begins right at `start`), or
-    from `first` if that is where the range starts. None is asked for beyond the end of the last line, nor to find the
-    end of a line that is too long.
+    `pieces` are consecutive from the byte before `start` (which shows whether a line begins at `start`), or from
+    `first` if the range starts there. No piece is read after the end of the last line, nor to find the end of a line
+    that is too long.
     """
     at = max(first, start - 1)
     is_ours = start == first
@@ -121,7 +121,7 @@ def lines(pieces: Iterable[bytes], start: int, end: int, first: int) -> Iterator
 
 
 def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of `pieces` without their ends, holding no more than one of them and a piece."""
+    """Yield the lines of `pieces` without their ends, holding at most one of them and one piece in memory."""
     held: list[bytes] = []
     for piece in pieces:
         position = 0
@@ -137,7 +137,7 @@ def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_row(line: Line, options: Options) -> Row | BadRow | None:
-    """Return what the line asks for, why it cannot be done, or None for a blank line."""
+    """Return the request of a line, why it is invalid, or None for a blank line."""
     if line.too_long:
         return BadRow(f"the line exceeds {MOST_LINE_BYTES:,} bytes")
     text = line.text.removeprefix(BOM).strip()
@@ -156,7 +156,7 @@ def _json(text: bytes) -> dict[str, Any]:
     try:
         item = json.loads(text.decode(), parse_constant=_no_constant)
         if _SURROGATE.search(text):
-            # What was half a surrogate pair in an escape can be read, and sent to nobody.
+            # An unpaired surrogate can be parsed from an escape, but not encoded for the upstream call.
             json.dumps(item, ensure_ascii=False).encode()
     except UnicodeError as error:
         if isinstance(error, UnicodeDecodeError):
@@ -226,7 +226,7 @@ def _fallback_models(item: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Return the request with the batch's options where it says nothing itself."""
+    """Return the request with the batch's options as defaults."""
     defaults = {
         "model": options.model,
         "max_tokens": options.max_tokens,
@@ -236,7 +236,7 @@ def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
 
 
 def checked_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Check only what we need ourselves, in Anthropic's words; all else is for Claude to judge, row by row."""
+    """Check only the fields that Sluice uses, with Anthropic's messages; Claude checks the others, row by row."""
     if params.get("stream"):
         raise _Unusable("stream: streaming is not supported in a batch")
     model = params.get("model")
@@ -261,9 +261,9 @@ def checked_params(params: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one line came to: a line of results or of errors, and what goes into the sums.
+    """The outcome of one line: a line of results or of errors, and its counts.
 
-    Records travel as lines themselves, fields first, so that putting together needs to parse no JSON.
+    Records are stored as lines, fields first, so that joining does not parse the JSON of answers.
     """
 
     kind: str
@@ -271,7 +271,7 @@ class Record:
     offset: int
     line: int
     custom_id: str
-    """Empty where there is none."""
+    """Empty if there is none."""
     tally: Tally
     body: str
     """One line of JSON."""
@@ -290,7 +290,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A record as it travels, its fields read and its body left as bytes: answers are large."""
+    """A stored record with its fields parsed and its body left as bytes, because answers are large."""
 
     kind: str
     offset: int
@@ -301,7 +301,7 @@ class Encoded:
 
     @classmethod
     def of(cls, line: bytes) -> Encoded:
-        """Read the fields of a record's line, which may end with its line end."""
+        """Read the fields of a record's line, with or without its line end."""
         kind, offset, number, custom_id, sums, body = line.split(b"\t", 5)
         return cls(
             kind.decode(), int(offset), int(number), custom_id.decode(), sums,
@@ -309,27 +309,27 @@ class Encoded:
         )  # fmt: skip
 
     def counts(self) -> dict[str, int]:
-        """Return what goes into the sums, by name."""
+        """Return the counts by name."""
         counts: dict[str, int] = json.loads(self.sums)
         return counts
 
     @property
     def tally(self) -> Tally:
-        """What goes into the sums."""
+        """The counts of the record."""
         return Tally(**self.counts())
 
     def record(self) -> Record:
-        """Return the record, its body as text."""
+        """Return the record with its body as text."""
         return Record(
             self.kind, self.offset, self.line, self.custom_id, self.tally, self.body.decode()
         )
 
 
 def result_line(custom_id: str, job: Job, message: str | None) -> str:
-    """Return an ended job as a line of results in Anthropic's shape; `message` is Claude's answer as it came."""
+    """Return an ended job as a line of results in Anthropic's format; `message` is Claude's answer as received."""
     name = json.dumps(custom_id)
     if job.state is State.SUCCEEDED:
-        # Line ends in JSON text stand only between its words.
+        # Line ends in JSON text occur only between tokens.
         answer = (message or "null").replace("\r", " ").replace("\n", " ")
         return f'{{"custom_id":{name},"result":{{"type":"succeeded","message":{answer}}}}}'
     if job.state is State.ERRORED:
@@ -359,7 +359,7 @@ def errored_line(custom_id: str, error: JobError, request_id: str | None = None)
 def error_line(
     offset: int, message: str, custom_id: str | None = None, result: str | None = None
 ) -> str:
-    """Return a line of errors.jsonl, but for the line number, which is known only when all is put together."""
+    """Return a line of errors.jsonl without the line number, which is known only after joining."""
     body: dict[str, Any] = {"offset": offset}
     if custom_id is not None:
         body["custom_id"] = custom_id
@@ -375,7 +375,7 @@ def numbered(error: str, line: int) -> str:
 
 
 def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
-    """Return what a line that cannot become a job comes to."""
+    """Return the records of a bad row."""
     error = error_line(line.offset, bad.message, bad.custom_id)
     if bad.custom_id is None:
         return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
@@ -387,7 +387,7 @@ def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
 
 
 def job_record(line: int, offset: int, job: Job, message: str | None, other_lane: int) -> Record:
-    """Return what an ended job comes to."""
+    """Return the record of an ended job."""
     custom_id = job.custom_id or ""
     usage = job.usage.as_dict() if job.usage else {}
     tally = Tally(

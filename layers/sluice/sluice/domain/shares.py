@@ -1,16 +1,16 @@
-"""How the queues' mappings share the account's Lambda executions, with time as an argument.
+"""How the queues' event source mappings share the account's concurrent executions, with time as an argument.
 
-An account may run so many executions at once in a region, all functions together: 1,000 as a rule, 10 in many new
-accounts. `RESERVED` of them are left to the functions that no queue wakes; the rest is the room of the mappings.
+The account limit applies to all functions of a region together: usually 1,000 executions, 10 in many new accounts.
+`RESERVED` of them are kept for functions that no queue invokes; the rest is the room of the mappings.
 
-- With room for what every mapping wants, each gets it, and all stay enabled.
-- With less, each gets its part: the busy ones first, evenly, and never less than Lambda accepts.
-- With too little for that, as many mappings are enabled as fit, with two executions each, and the others are disabled.
-  An idle one makes room for one whose queue has messages; when none is idle they take turns, the longest disabled
-  first. An odd execution is left to the API, which serves more than one caller at a time.
+- If there is room for what every mapping wants, each gets it, and all stay enabled.
+- With less, each gets a share: busy ones first, evenly, and never less than Lambda accepts.
+- With too little for that, as many mappings as fit are enabled with two executions each, and the others are disabled.
+  An idle one makes room for one whose queue has messages; if none is idle they take turns, the longest disabled first.
+  An odd execution is left to the API, which serves several callers at once.
 
-A mapping that was disabled, or lowered, still has the invocations it had. What they may use is nobody else's until they
-must have ended, or nothing is in flight.
+A mapping that was disabled or lowered still has its running invocations. The executions that they may use are not given
+to other mappings until they must have ended, or no message is in flight.
 """
 
 from __future__ import annotations
@@ -22,35 +22,37 @@ from typing import Final
 from sluice.domain.capacity import LEAST, Backlog
 
 RESERVED: Final = 3
-"""Executions that no queue may use: one each for the API, the governor, and the function behind the stream."""
+"""Executions that no queue may use: one each for the API, the governor, and the function of the stream."""
 
 CEILINGS: Final[Mapping[str, int]] = {
-    "batches": 4,  # the sections of a large batch are joined side by side
+    "batches": 4,  # sections of a large batch are joined in parallel
     "webhooks": 5,  # fifty deliveries at once
-    "dead letters": LEAST,  # rare, and in no hurry
+    "dead letters": LEAST,  # rare and not urgent
     "range dead letters": LEAST,
 }
-"""The most that a mapping gets whose need does not depend on Claude's limits."""
+"""Maximum concurrency of the mappings that do not depend on Claude's limits."""
 
 TURN_MS: Final = 120_000
-"""A mapping with messages stays enabled this long before it makes room: a change takes Lambda up to a minute."""
+"""Minimum time that a mapping with messages stays enabled: a change takes Lambda up to a minute."""
 
 APPLIED_MS: Final = 60_000
-"""The time a change of a mapping takes to take hold, at most."""
+"""Maximum time until a change of a mapping takes effect."""
+
+assert APPLIED_MS < TURN_MS, "a mapping is in effect for a part of its turn"
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What the governor remembers of one mapping from run to run."""
+    """What the governor stores about one mapping between runs."""
 
     turned_off_at: int | None = None
-    """When the governor switched it off; None while it has not."""
+    """When the governor disabled it; None if it did not."""
     turned_on_at: int = 0
-    """When the governor last switched it on; 0: never."""
+    """When the governor last enabled it; 0: never."""
     left: int = 0
-    """Executions that may be running from before its last change,"""
+    """Executions that may still run from before its last change."""
     left_until: int = 0
-    """until then."""
+    """The time until which they may run."""
 
     def left_at(self, now: int) -> int:
         """Return how many executions may still run from before the last change."""
@@ -63,44 +65,44 @@ class Claim:
 
     name: str
     want: int | None
-    """What it would have with room for all; None: it is to be off."""
+    """The concurrency it should have if there is room for all; None: disabled."""
     present: int
-    """Its maximum concurrency now."""
+    """Its current maximum concurrency."""
     enabled: bool
     backlog: Backlog
     switched_at: int = 0
-    """When the governor switched it on, or off."""
+    """When the governor last enabled or disabled it."""
     left: int = 0
-    """Executions that may be running from before its last change."""
+    """Executions that may still run from before its last change."""
     fixed: bool = False
-    """It cannot be changed in this run, and counts as it is."""
+    """It cannot be changed in this run, and counts with its current configuration."""
     refills: bool = False
-    """Its invocations take further messages themselves, so that disabling it frees nothing for minutes."""
+    """Its invocations take more messages themselves, so that disabling it frees no executions for minutes."""
 
     @property
     def charge(self) -> int:
-        """Executions that it may be using now."""
+        """Executions that it may use now."""
         return max(self.present if self.enabled else 0, self.left)
 
     @property
     def waits(self) -> bool:
-        """Tell whether its queue has messages that nobody has taken."""
+        """Return whether its queue has visible messages."""
         return self.backlog.visible > 0
 
     @property
     def starves(self) -> bool:
-        """Tell whether messages wait and nobody works on its queue, not even an invocation from before."""
+        """Return whether messages wait but no invocation of its queue can be running."""
         return self.waits and not self.enabled and not self.left
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether its queue is empty, so that none of its invocations is running."""
+        """Return whether its queue has no messages at all, so that none of its invocations is running."""
         return self.backlog.total == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a mapping gets, and why it is not what it wants."""
+    """What a mapping gets, and why it is not what it wants, if so."""
 
     maximum_concurrency: int
     enabled: bool
@@ -108,14 +110,14 @@ class Share:
 
 
 def room_of(executions: int) -> int:
-    """Return what an account's executions leave to the queues; two are the least that a mapping can have."""
+    """Return the room of the queues in an account limit; at least 2, the minimum of a mapping."""
     return max(LEAST, executions - RESERVED)
 
 
 def share(claims: Sequence[Claim], room: int, now: int) -> dict[str, Share]:
-    """Return what each mapping gets. The enabled ones never add up to more than the room, nor does what may be running.
+    """Return what each mapping gets. Neither the enabled ones nor what may still run exceeds the room in total.
 
-    The order of the claims is their rank among idle mappings: the first stay enabled.
+    The claims are in order of rank: of idle mappings the first ones stay enabled.
     """
     asking = [each for each in claims if each.want is not None and not each.fixed]
     fixed_on = sum(each.fixed and each.enabled for each in claims)
@@ -133,10 +135,10 @@ def share(claims: Sequence[Claim], room: int, now: int) -> dict[str, Share]:
     given, spent = _kept(claims, staying, goals, room)
     budget = room - spent
     for each in coming:
-        # What it still has running is counted already.
+        # What still runs of it is counted already.
         cost = max(0, LEAST - each.left)
         if cost > budget:
-            # Nobody overtakes it, not even one whose own invocations still hold the room that it waits for.
+            # No other mapping overtakes it, even if that one's invocations still use the room.
             break
         budget -= cost
         given[each.name] = LEAST
@@ -144,13 +146,13 @@ def share(claims: Sequence[Claim], room: int, now: int) -> dict[str, Share]:
     crowd = _Crowd(
         room, places + fixed_on, len(asking) > places, ", ".join(each.name for each in starving)
     )
-    return {each.name: _told(each, given.get(each.name), crowd) for each in claims}
+    return {each.name: _share_of(each, given.get(each.name), crowd) for each in claims}
 
 
 def _yielding(
     asking: Sequence[Claim], starving: int, places: int, room: int, now: int
 ) -> list[Claim]:
-    """Return the enabled mappings that make room: as many as have no place, and as the starving ones need."""
+    """Return the enabled mappings that must make room: those without a place, and those the starving ones need."""
     ranks = {each.name: rank for rank, each in enumerate(asking)}
 
     def order(each: Claim) -> tuple[bool, int, int, int]:
@@ -160,7 +162,7 @@ def _yielding(
 
     def may_yield(each: Claim) -> bool:
         if _is_slow(each) and room // LEAST > 1:
-            # The others pass their places on within minutes.
+            # The others free their places within minutes.
             return False
         return not each.waits or now - each.switched_at >= TURN_MS
 
@@ -178,11 +180,11 @@ def _is_slow(claim: Claim) -> bool:
 
 
 def _even(claims: Sequence[Claim], room: int) -> dict[str, int]:
-    """Return how much each is to have: the least, then evenly up to what it wants; busy ones before idle ones."""
+    """Return the goal of each: the minimum, then evenly up to what it wants, busy ones before idle ones."""
     goals = {each.name: LEAST for each in claims}
     left = room - LEAST * len(claims)
     for idle in (False, True):
-        # Who has more keeps it: what is moved is not free for a while.
+        # Mappings that have more keep it: executions that change hands are not free for a while.
         some = sorted(
             (each for each in claims if each.is_idle == idle), key=lambda each: -each.present
         )
@@ -197,7 +199,7 @@ def _even(claims: Sequence[Claim], room: int) -> dict[str, int]:
 def _kept(
     claims: Iterable[Claim], staying: Sequence[Claim], goals: Mapping[str, int], room: int
 ) -> tuple[dict[str, int], int]:
-    """Return what those that stay keep, and all that may be running after this run."""
+    """Return what the staying mappings keep, and the executions that may run after this run."""
     given: dict[str, int] = {}
     spent = 0
     for each in claims:
@@ -207,7 +209,7 @@ def _kept(
         kept = 0
         if each in staying:
             kept = given[each.name] = min(each.present, goals[each.name])
-        # Lowered or disabled, it has what it had until the next run shows otherwise.
+        # A lowered or disabled mapping counts in full until the next run.
         spent += max(kept, 0 if each.is_idle else each.charge)
     return given, min(spent, room)
 
@@ -215,7 +217,7 @@ def _kept(
 def _raise(
     given: dict[str, int], goals: Mapping[str, int], left: Mapping[str, int], budget: int
 ) -> None:
-    """Spend the budget on those below their goals, one by one."""
+    """Raise mappings below their goals one by one, within the budget."""
     while short := [name for name in given if given[name] < goals[name]]:
         lowest = min(short, key=given.__getitem__)
         if given[lowest] >= left[lowest]:
@@ -227,7 +229,7 @@ def _raise(
 
 @dataclass(frozen=True, slots=True)
 class _Crowd:
-    """What a reason speaks of."""
+    """The facts of a reason."""
 
     room: int
     at_a_time: int
@@ -235,7 +237,7 @@ class _Crowd:
     starving: str
 
 
-def _told(claim: Claim, given: int | None, crowd: _Crowd) -> Share:
+def _share_of(claim: Claim, given: int | None, crowd: _Crowd) -> Share:
     if claim.fixed:
         return Share(claim.present, claim.enabled)
     if claim.want is None:
@@ -244,14 +246,16 @@ def _told(claim: Claim, given: int | None, crowd: _Crowd) -> Share:
         return Share(claim.present, enabled=False, reason=_why_off(claim, crowd))
     reasons = []
     if crowd.takes_turns and not claim.enabled:
-        reasons.append("messages wait in its queue" if claim.waits else "there is room for it")
+        reasons.append(
+            "messages wait in its queue" if claim.waits else "there is room for another queue"
+        )
     if given < claim.want:
         reasons.append(f"{given} of the {crowd.room} executions that the queues may use")
     return Share(given, enabled=True, reason="; ".join(reasons))
 
 
 def _why_off(claim: Claim, crowd: _Crowd) -> str:
-    room = f"the account's limit has room for {crowd.at_a_time} queues at a time"
+    room = f"the account limit has room for {crowd.at_a_time} queues at a time"
     if not crowd.starving:
         return room
     state = "its turn is over" if claim.waits else "no message waits in its queue"

@@ -1,6 +1,6 @@
-"""Webhooks: where one may go, how it is signed, and when it is tried again.
+"""Webhooks: permitted destinations, signatures and the schedule of retries.
 
-Messages are signed as Standard Webhooks says (https://www.standardwebhooks.com): headers `webhook-id`,
+Deliveries are signed according to Standard Webhooks (https://www.standardwebhooks.com): headers `webhook-id`,
 `webhook-timestamp` and `webhook-signature`, an HMAC-SHA256 with a secret that begins with `whsec_`.
 """
 
@@ -25,7 +25,7 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 MOST_CHARACTERS: Final = 2_048
-"""Of an address."""
+"""Maximum length of a URL."""
 
 SECOND_MS: Final = 1_000
 MINUTE_MS: Final = 60 * SECOND_MS
@@ -41,46 +41,46 @@ PAUSES_MS: Final = (
     10 * HOUR_MS,
     10 * HOUR_MS,
 )
-"""How long a delivery that failed waits for the next one."""
+"""Pause after the first failed delivery, the second, and so on."""
 
 PATIENCE_MS: Final = sum(PAUSES_MS)
-"""After about 28 hours a webhook is given up. Its age decides: the queue also counts receives without a delivery."""
+"""Retries end after about 28 hours. The age decides, because the queue also counts receives without a delivery."""
 
 LONGEST_PAUSE_MS: Final = 12 * HOUR_MS - MINUTE_MS
-"""A message can be hidden for 12 hours; more than a receiver asks for with `retry-after` is not waited."""
+"""Maximum pause, whatever `retry-after` says: SQS hides a message for at most 12 hours."""
 
-GONE: Final = 410
-"""The receiver does not want to hear any more (Standard Webhooks)."""
+STOP_STATUS: Final = 410
+"""The status with which a receiver stops deliveries (Standard Webhooks)."""
 
 _TRANSLATED: Final = (ip_network("64:ff9b::/96"), ip_network("::/96"))
-"""IPv6 addresses that end in the IPv4 address they stand for (RFC 6052, RFC 4291)."""
+"""IPv6 addresses that end in the IPv4 address to which they are translated (RFC 6052, RFC 4291)."""
 
 _TRANSLATED_SOMEHOW: Final = ip_network("64:ff9b:1::/48")
-"""In these an operator of a network puts the IPv4 address where he likes (RFC 8215)."""
+"""IPv6 addresses in which each network chooses the position of the IPv4 address (RFC 8215)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """The delivery failed; the next one after so long."""
+class Retry:
+    """The delivery failed; the next one is due after a pause."""
 
     after_ms: int
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The receiver has it."""
+    """The receiver accepted the delivery."""
 
 
 @dataclass(frozen=True, slots=True)
-class GivenUp:
-    """The delivery failed, and there is no other."""
+class GiveUp:
+    """The delivery failed, and there are no more retries."""
 
 
 def check_url(url: str, networks: Sequence[Network] = ()) -> None:
-    """Check the form of a webhook's address; raises ValueError with what is wrong, in words for the caller.
+    """Check the form of a webhook URL; raises ValueError with a message for the caller.
 
-    `networks` are private ones that the operator lets webhooks into; where there are any, plain http may be used.
-    Where a name leads is looked at before each call, not here.
+    `networks` are private networks that the operator permits; if there are any, plain http is permitted. The addresses
+    of the host name are checked before each delivery, not here.
     """
     schemes = ("https", "http") if networks else ("https",)
     is_text = url.isascii() and url.isprintable() and " " not in url
@@ -108,10 +108,10 @@ def check_url(url: str, networks: Sequence[Network] = ()) -> None:
 def may_be_called(
     address: Address, networks: Sequence[Network] = (), *, plainly: bool = False
 ) -> bool:
-    """Tell whether a webhook may go to an address: a public one, or one in the operator's `networks`.
+    """Return whether deliveries to an address are permitted: a public one, or one in the operator's `networks`.
 
-    `plainly`: over http, which is for the operator's networks alone. A public address that a router turns into a
-    private one counts as private.
+    `plainly`: over http, which is permitted only in the operator's networks. A public address that routers translate
+    to a private one counts as private.
     """
     real = _embedded(address)
     if any(each in network for network in networks for each in (address, real)):
@@ -121,7 +121,7 @@ def may_be_called(
 
 
 def as_address(host: str) -> Address | None:
-    """Return a host that is written as a number; None for a name."""
+    """Return the address of a host in numeric form; None for a name."""
     try:
         return ip_address(host)
     except ValueError:
@@ -134,29 +134,29 @@ def read_networks(text: str) -> tuple[Network, ...]:
 
 
 def signing_secret(master: str, tenant: str) -> str:
-    """Return a tenant's secret, made of the deployment's own: there is nothing to store, and none tells another."""
+    """Return the secret of a tenant, derived from the deployment's: none is stored, and none reveals another."""
     digest = hmac.digest(master.encode(), f"webhooks of {tenant}".encode(), "sha256")
     return f"whsec_{b64encode(digest).decode()}"
 
 
 def judge(
     status: int | None, receive_count: int, age_ms: int, retry_after_s: int | None = None
-) -> Delivered | Again | GivenUp:
-    """Tell what becomes of a delivery.
+) -> Delivered | Retry | GiveUp:
+    """Return the verdict on one delivery.
 
-    `status` is None when no answer came; `receive_count` and `age_ms` are those of the queue's message. Only 2xx is a
-    success: redirects are not followed, for they would lead past the check of the address.
+    `status` is None if there was no response; `receive_count` and `age_ms` are those of the queue's message. Only 2xx
+    is a success: redirects are not followed, because they would bypass the check of the address.
     """
     if status is not None and 200 <= status < 300:  # noqa: PLR2004 - HTTP
         return Delivered()
-    if status == GONE or age_ms >= PATIENCE_MS:
-        return GivenUp()
+    if status == STOP_STATUS or age_ms >= PATIENCE_MS:
+        return GiveUp()
     pause = PAUSES_MS[min(max(0, receive_count - 1), len(PAUSES_MS) - 1)]
-    return Again(min(LONGEST_PAUSE_MS, max(pause, (retry_after_s or 0) * SECOND_MS)))
+    return Retry(min(LONGEST_PAUSE_MS, max(pause, (retry_after_s or 0) * SECOND_MS)))
 
 
 def _split(url: str) -> SplitResult | None:
-    """Return the parts of an address that can be one at all."""
+    """Return the parts of a URL, None if it has no valid host or port."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -166,7 +166,7 @@ def _split(url: str) -> SplitResult | None:
 
 
 def _embedded(address: Address) -> Address:
-    """Return the IPv4 address that an IPv6 address stands for, else the address itself."""
+    """Return the IPv4 address to which an IPv6 address is translated, else the address itself."""
     if isinstance(address, IPv4Address):
         return address
     if any(address in network for network in _TRANSLATED):

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import InvalidRequest, JobNotFound
-from sluice.domain.jobs import Job, State
+from sluice.domain.jobs import Job, State, request_cancel
 from sluice.domain.limits import Group
 from sluice.domain.pricing import Spend
 from sluice.ports.jobs import JobStore, Ledger, Page, ResultStore
@@ -77,7 +76,7 @@ class Account:
         canceled = change(
             self._jobs.replace,
             self.job(job_id),
-            lambda job: life.request_cancel(job, self._clock.now()),
+            lambda job: request_cancel(job, self._clock.now()),
             f"job {job_id}",
         )
         match canceled:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from sluice.domain import batches as life
 from sluice.domain.batches import (
     Batch,
     Options,
@@ -19,9 +18,12 @@ from sluice.domain.batches import (
     Progress,
     Source,
     Tally,
+    cancel_batch,
+    delete_batch,
     named_batch_id,
     planned,
     random_batch_id,
+    start_batch,
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
 from sluice.domain.rows import CUSTOM_ID
@@ -157,7 +159,7 @@ class Batches:
             self._have_planned(batch.batch_id)
             return batch
         try:
-            started = self._changed(batch, lambda current: life.begin(current, self._clock.now()))
+            started = self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         except StoreBusy:
             # All messages are sent; the sweep has them sent again.
             self._events.problem("batch started, but not marked as such", batch_id=batch.batch_id)
@@ -217,7 +219,7 @@ class Batches:
         def canceled(batch: Batch) -> Batch:
             if batch.phase is Phase.ENDED:
                 raise InvalidRequest(f"Message batch {batch_id} has ended and cannot be canceled.")
-            return life.cancel(batch, self._clock.now())
+            return cancel_batch(batch, self._clock.now())
 
         return self._changed(self.get(batch_id), canceled)
 
@@ -228,7 +230,7 @@ class Batches:
             raise InvalidRequest(
                 f"Message batch {batch_id} is {status(batch)}; it can be deleted once it has ended."
             )
-        self._changed(batch, life.delete)
+        self._changed(batch, delete_batch)
 
     def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
         result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")

@@ -1,7 +1,7 @@
-"""Accepting jobs: stored first, then sent, so that nothing is accepted and forgotten.
+"""Accepting jobs: each is stored first and sent to the queue afterwards, so that no accepted job is lost.
 
-Whatever a store or the queue does meanwhile, each job has an outcome of its own: accepted, and then it is on record
-and has a message or a due time; or rejected, and then sending it again under its name does no harm.
+Each job has its own outcome, whatever fails. An accepted job is stored and has a message or a due time. A rejected job
+can be resent under the same name without duplicates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Final, TypeVar
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import (
     Conflict,
     InvalidRequest,
@@ -21,11 +20,9 @@ from sluice.domain.errors import (
     StoreBusy,
     Unexpected,
 )
-from sluice.domain.jobs import Job, derived_job_id, random_job_id
-from sluice.domain.limits import Group, expected_start
+from sluice.domain.jobs import Job, State, derived_job_id, park, random_job_id
 from sluice.domain.params import NEWEST_VERSION, input_chars, request_body
 from sluice.ports.jobs import JobQueue, JobStore, Params, ParamsStore, Pointer
-from sluice.ports.limits import LimitStore
 from sluice.ports.swap import insert, swap
 from sluice.ports.world import Clock, Events, RandomBytes
 
@@ -39,16 +36,16 @@ STORED_AT_ONCE: Final = 25
 SENT_AT_ONCE: Final = 10
 """Messages in one call to SQS."""
 
-BEGIN_WITHIN_MS: Final = 8_000
-"""Jobs whose turn has not come by then are rejected as busy: what was stored is still to be sent in the time left."""
+START_WITHIN_MS: Final = 8_000
+"""Jobs whose store calls have not started by then are rejected as busy, to leave time to send the stored ones."""
 
 RESEND_WINDOW_MS: Final = 600_000
-"""An SDK that sends a request again does so within this time; later it is another request."""
+"""An SDK resends a request within this time; an equal request that arrives later is a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One job as a caller asks for it, its form already checked."""
+    """One job as submitted; already validated."""
 
     params: Mapping[str, Any]
     custom_id: str | None = None
@@ -62,21 +59,21 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """What a submit says beside its jobs."""
+    """The caller and the headers of a submit."""
 
     tenant: str
     idempotency_key: str | None = None
     anthropic_version: str | None = None
     anthropic_beta: str | None = None
     webhook: str | None = None
-    """For jobs that name none of their own."""
+    """For jobs without a webhook of their own."""
     resends: int | None = None
-    """How often an SDK has sent this request before, as it counts itself; None: the caller does not count."""
+    """The SDK's own count of how often it has sent this request before; None if the client does not count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The job that stands for one submission: a new one, or the one that an earlier equal submit made."""
+    """The job of one submission: a new one, or the existing one of an earlier, equal submit."""
 
     job: Job
     is_repeat: bool = False
@@ -84,7 +81,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Why one submission was not taken; the others of its list are not touched by it."""
+    """Why one submission was rejected; the others of its list are not affected."""
 
     error: SluiceError
 
@@ -94,22 +91,22 @@ Outcome = Accepted | Rejected
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A job that is not stored yet."""
+    """A job before it is stored."""
 
     job: Job
     body: bytes
-    slots: tuple[str, ...] = ()
-    """For a nameless job of a caller who counts its resends: the ids under which a resend finds it, newest first."""
+    resend_ids: tuple[str, ...] = ()
+    """The ids under which a resend finds a job without custom_id, newest first; empty if the client does not count."""
     is_resend: bool = False
 
     @property
     def first(self) -> Job:
-        """The job under the id that is tried first: for a nameless job the place where a resend looks."""
-        return replace(self.job, job_id=self.slots[0]) if self.slots else self.job
+        """The job under the id that is tried first: its newest resend id if it has one."""
+        return replace(self.job, job_id=self.resend_ids[0]) if self.resend_ids else self.job
 
     @property
     def is_late(self) -> bool:
-        """Tell whether its deadline has passed already."""
+        """Return whether its deadline is in the past."""
         return self.job.deadline is not None and self.job.deadline <= self.job.created_at
 
 
@@ -137,22 +134,22 @@ class Submit:
     ) -> list[Outcome]:
         """Store and enqueue jobs; return one outcome per submission, in order.
 
-        Entries that are errors already (bad form) keep their place and are passed through.
+        Entries that are errors already (failed validation) are returned as rejected, in their places.
         """
         now = self._clock.now()
         drafts = self._drafts(submissions, sender, now)
         with ThreadPoolExecutor(max_workers=min(PARALLEL_WRITES, len(drafts))) as threads:
-            # Of a resend or a late one it has to be looked up first what there is.
-            plain = [
+            # A resend, or a job with a deadline in the past, may exist already: each is looked up first.
+            new = [
                 each
                 for each in drafts
                 if isinstance(each, _Draft) and not each.is_resend and not each.is_late
             ]
-            settled: dict[str, Outcome] = {}
-            if len(plain) > 1:
-                for some in threads.map(self._stored_together, _parcels(plain, STORED_AT_ONCE)):
-                    settled |= some
-            outcomes = list(threads.map(lambda each: self._stored(each, settled), drafts))
+            done: dict[str, Outcome] = {}
+            if len(new) > 1:
+                for some in threads.map(self._stored_together, _parcels(new, STORED_AT_ONCE)):
+                    done |= some
+            outcomes = list(threads.map(lambda each: self._stored(each, done), drafts))
             fresh = [
                 each.job for each in outcomes if isinstance(each, Accepted) and _waits(each.job)
             ]
@@ -171,24 +168,24 @@ class Submit:
         try:
             pointers = [Pointer(job.job_id, job.tenant, job.current_model) for job in jobs]
             return self._queue.send(pointers)
-        except Exception:  # noqa: BLE001 - the jobs are stored: whatever it was, they must not be forgotten
+        except Exception:  # noqa: BLE001 - the jobs are stored, so each must get a due time
             self._events.problem("messages not sent", jobs=len(jobs))
             return [job.job_id for job in jobs]
 
     def _parked(self, outcome: Outcome, unsent: set[str], now: int) -> Outcome:
-        """Park a stored job that the queue did not take, so that the sweep sends it soon."""
+        """Park a stored job that the queue did not accept; the sweep sends it."""
         if not isinstance(outcome, Accepted) or outcome.job.job_id not in unsent:
             return outcome
-        parked = life.park(outcome.job, now, reason="queue busy", not_before=now)
+        parked = park(outcome.job, now, reason="queue busy", not_before=now)
         try:
             stored = swap(self._jobs.replace, parked, outcome.job.version)
         except StoreBusy as error:
             after_all = self._taken_after_all(parked, error)
             if after_all is None:
-                # It is stored all the same, and the sweep looks after jobs that nobody has touched for long.
+                # It is stored, and the sweep checks jobs that were not written for long.
                 self._events.problem("job not parked", job_id=outcome.job.job_id)
             return after_all or outcome
-        # Not ours if it was changed meanwhile: canceled, parked by a repeat, or sent by one and started.
+        # Another writer may have been first: the job was canceled, or a repeat of it was parked or started.
         if stored is None:
             return Rejected(StoreBusy("the jobs table"))
         return Accepted(stored, outcome.is_repeat)
@@ -236,7 +233,7 @@ class Submit:
             version, sender.anthropic_beta,
         ]  # fmt: skip
         if webhook is not None:
-            # Not for every job: a repeat shall find the job that a release without webhooks took.
+            # Only if set, so that a repeat finds a job that a release without webhooks accepted.
             everything.append(webhook)
         canonical = json.dumps(everything, sort_keys=True, separators=(",", ":"))
         job = Job(
@@ -260,9 +257,9 @@ class Submit:
         return _Draft(job, body)
 
     def _stored_together(self, drafts: Sequence[_Draft]) -> Mapping[str, Outcome]:
-        """Store new jobs in two calls; return what is settled by that, by id. Never raises.
+        """Store new jobs in two calls; return the outcomes that are known, by id. Never raises.
 
-        The others are stored one by one: there it shows whether they are repeats, and which of them makes trouble.
+        The other jobs are then stored one by one, which finds out which of them are repeats and which fail.
         """
         jobs = [draft.first for draft in drafts]
         stored: set[str] = set()
@@ -277,30 +274,30 @@ class Submit:
             stored = self._jobs.add_new([job for job in jobs if job.job_id in with_params])
         except StoreBusy as busy:
             if with_params and busy.may_be_done:
-                # One that may be stored must not be taken for a repeat of somebody else's.
+                # A job that may have been stored here must not be reported as a repeat.
                 return {name: Rejected(busy) for name in with_params}
-        except Exception:  # noqa: BLE001 - a request without its job does no harm
+        except Exception:  # noqa: BLE001 - stored params without a job are harmless
             self._events.problem("list not stored together", jobs=len(drafts))
         return {job.job_id: Accepted(job) for job in jobs if job.job_id in stored}
 
-    def _stored(self, draft: _Draft | SluiceError, settled: Mapping[str, Outcome]) -> Outcome:
-        """Store one job unless it is settled; whatever goes wrong is its own outcome and no other's."""
+    def _stored(self, draft: _Draft | SluiceError, done: Mapping[str, Outcome]) -> Outcome:
+        """Store one job, unless its outcome is known. An error is the outcome of this job only."""
         if isinstance(draft, SluiceError):
             return Rejected(draft)
-        name = draft.slots[0] if draft.slots else draft.job.job_id
-        if name in settled:
-            return settled[name]
+        name = draft.resend_ids[0] if draft.resend_ids else draft.job.job_id
+        if name in done:
+            return done[name]
         try:
             return self._found_or_added(draft)
         except SluiceError as error:
             return Rejected(error)
-        except Exception:  # noqa: BLE001 - the other jobs of the list are stored, and are to be sent
+        except Exception:  # noqa: BLE001 - the other jobs of the list must still be stored and sent
             self._events.problem("job not stored", job_id=draft.job.job_id)
             return Rejected(Unexpected())
 
     def _found_or_added(self, draft: _Draft) -> Outcome:
         job = draft.job
-        if self._clock.now() - job.created_at >= BEGIN_WITHIN_MS:
+        if self._clock.now() - job.created_at >= START_WITHIN_MS:
             what = "the gateway"
             raise StoreBusy(what)
         if draft.is_resend:
@@ -309,16 +306,16 @@ class Submit:
                 return Accepted(earlier, is_repeat=True)
         if draft.is_late:
             return self._too_late(job)
-        if not draft.slots:
+        if not draft.resend_ids:
             return self._added(job, draft.body)
-        # The place where a resend looks. It may be taken by an equal request that is another one.
+        # The resend id may be taken by an equal request that is not a resend; then the job gets a random id.
         in_place = self._added(draft.first, draft.body)
         if isinstance(in_place, Accepted) and in_place.is_repeat and not draft.is_resend:
             return self._added(job, draft.body)
         return in_place
 
     def _added(self, job: Job, body: bytes) -> Outcome:
-        """Store params, then the job: a job on record always has its request."""
+        """Store the params, then the job, so that every stored job has its params."""
         try:
             self._params.add(Params(job.job_id, body, job.request_hash))
             stored = insert(self._jobs.add, job)
@@ -331,14 +328,14 @@ class Submit:
         return Accepted(stored, is_repeat=stored is not job)
 
     def _sent_before(self, draft: _Draft) -> Job | None:
-        """Return the job that an SDK's earlier sending of the same request made."""
-        found = self._jobs.get_many(draft.slots)
+        """Return the job that an earlier try of the same request created."""
+        found = self._jobs.get_many(draft.resend_ids)
         since = draft.job.created_at - RESEND_WINDOW_MS
-        recent = (found[each] for each in draft.slots if each in found)
+        recent = (found[each] for each in draft.resend_ids if each in found)
         return next((job for job in recent if job.created_at > since), None)
 
     def _taken_after_all(self, job: Job, error: StoreBusy) -> Accepted | None:
-        """Look whether a write was done whose reply was lost: a job that will run must not be called rejected."""
+        """Check whether a write was done although its response was lost: such a job runs, so it is accepted."""
         if not error.may_be_done:
             return None
         try:
@@ -350,72 +347,36 @@ class Submit:
         return Accepted(written) if written.request_hash == job.request_hash else None
 
     def _too_late(self, job: Job) -> Outcome:
-        """A deadline in the past is an error, unless the job was accepted when it still lay ahead."""
+        """Reject a deadline in the past, unless the job was accepted before its deadline."""
         earlier = self._jobs.get(job.job_id)
         if earlier is not None and earlier.request_hash == job.request_hash:
             return Accepted(earlier, is_repeat=True)
         return Rejected(InvalidRequest("deadline is in the past; send a later time"))
 
 
-class Waiting:
-    """How long a new job will probably wait. Looked up every few seconds, not for every job."""
-
-    AGE_MS: Final = 5_000
-
-    def __init__(self, queue: JobQueue, limits: LimitStore, clock: Clock, events: Events) -> None:
-        self._queue = queue
-        self._limits = limits
-        self._clock = clock
-        self._events = events
-        self._looked_at = -self.AGE_MS
-        self._seen: tuple[int, Sequence[Group]] | None = None
-
-    def estimated_start(self, model_group: str) -> int | None:
-        """Return about when a job submitted now starts (epoch ms), or None when nobody can tell. Never raises.
-
-        The whole backlog is taken to go the same way at the requests per minute that are known for it.
-        """
-        now = self._clock.now()
-        if now - self._looked_at >= self.AGE_MS:
-            # Also a look that failed is the last for some seconds: a busy store is not asked by every submit.
-            self._looked_at = now
-            self._seen = self._look()
-        if self._seen is None:
-            return None
-        depth, groups = self._seen
-        return expected_start(groups, model_group, depth, now)
-
-    def _look(self) -> tuple[int, Sequence[Group]] | None:
-        try:
-            return self._queue.depth(), self._limits.groups()
-        except Exception:  # noqa: BLE001 - the jobs are accepted: an estimate is no reason to say otherwise
-            self._events.problem("start not estimated")
-            return None
-
-
 def _findable(
     drafts: Sequence[_Draft | SluiceError], resends: int, now: int
 ) -> list[_Draft | SluiceError]:
-    """Give the nameless jobs of a request the ids under which the same request sent again looks for them.
+    """Give each job without custom_id the ids under which a resend of its request finds it.
 
-    "The same" is: of one tenant, with equal jobs in equal order, and at most ten minutes ago. Such a place is derived
-    from these, with the time in steps of ten minutes, so that it needs no table of past requests.
+    A resend has the same tenant and equal jobs in the same order, and arrives within `RESEND_WINDOW_MS`. The ids are
+    derived from these and from the time in steps of that window, so no table of past requests is needed.
     """
     whole = sha256()
     for draft in drafts:
         whole.update((draft.job.request_hash if isinstance(draft, _Draft) else "-").encode())
     step = now // RESEND_WINDOW_MS
 
-    def with_slots(position: int, draft: _Draft | SluiceError) -> _Draft | SluiceError:
+    def with_resend_ids(position: int, draft: _Draft | SluiceError) -> _Draft | SluiceError:
         if not isinstance(draft, _Draft) or draft.job.custom_id is not None:
             return draft
-        slots = tuple(
+        resend_ids = tuple(
             derived_job_id(draft.job.tenant, "sent", f"{when}\x00{position}\x00{whole.hexdigest()}")
             for when in (step, step - 1)
         )
-        return replace(draft, slots=slots, is_resend=resends > 0)
+        return replace(draft, resend_ids=resend_ids, is_resend=resends > 0)
 
-    return [with_slots(position, draft) for position, draft in enumerate(drafts)]
+    return [with_resend_ids(position, draft) for position, draft in enumerate(drafts)]
 
 
 def _parcels(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -423,12 +384,13 @@ def _parcels(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def _waits(job: Job) -> bool:
-    """A repeat sends a waiting job's message again: the first submit may have died before it was sent.
+    """Return whether to send a message for the job: it is queued and was never started or parked.
 
-    Not a parked job's: that one the sweep sends.
+    A repeat sends the message of such a job again, because the first submit may have died before it did. The sweep
+    sends parked jobs.
     """
-    began = job.attempts_used > 0 or job.snoozes > 0 or job.not_before is not None
-    return not began and job.state == "queued"
+    started = job.attempts_used > 0 or job.snoozes > 0 or job.not_before is not None
+    return not started and job.state is State.QUEUED
 
 
 def _conflict(job: Job) -> Conflict:

@@ -12,10 +12,10 @@ from standardwebhooks.webhooks import Webhook as Signer
 
 from sluice.domain.errors import StoreBusy
 from sluice.domain.webhooks import (
-    Again,
     Delivered,
-    GivenUp,
+    GiveUp,
     Network,
+    Retry,
     as_address,
     check_url,
     judge,
@@ -78,23 +78,23 @@ class Deliver:
     async def _pause(self, message: Received, secrets: Sequence[str]) -> int | None:
         webhook = webhook_of(message)
         if webhook is None:
-            self._returns.bury(message, "not a webhook of Sluice's")
+            self._returns.reject(message, "not a webhook of Sluice's")
             return None
         reply = await self._sent(webhook, secrets)
         age_ms = self._clock.now() - message.sent_at
         verdict = judge(reply.status, message.receive_count, age_ms, reply.retry_after_s)
         if reply.problem == REFUSED:
             # No other time would be better: whoever owns the name can make it lead anywhere.
-            verdict = GivenUp()
+            verdict = GiveUp()
         match verdict:
             case Delivered():
                 self._events.count("WebhooksDelivered")
                 return None
-            case GivenUp():
+            case GiveUp():
                 self._events.count("WebhooksGivenUp")
                 self._tell("webhook given up", webhook, reply)
                 return None
-            case Again(after_ms=after):
+            case Retry(after_ms=after):
                 self._tell("webhook failed", webhook, reply)
                 return after
             case _:

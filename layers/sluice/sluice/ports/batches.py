@@ -73,11 +73,11 @@ class WaitingRanges(Protocol):
         """Return what is due, longest due first."""
         ...
 
-    def hold(self, due: DueRange, until: int) -> DueRange | None:
+    def postpone(self, due: DueRange, until: int) -> DueRange | None:
         """Take it: it is due again at `until`, unless released. None when somebody else was quicker."""
         ...
 
-    def release(self, due: DueRange) -> None:
+    def remove(self, due: DueRange) -> None:
         """Forget that it was due, because its message is sent."""
         ...
 
@@ -160,11 +160,11 @@ class Objects(Protocol):
         ...
 
     def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
-        """Return a piece of an object; raises InputGone when it is not there, or not the one with this ETag."""
+        """Return a piece of an object; raises InputMissing when it is not there, or not the one with this ETag."""
         ...
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Yield the object piece by piece; raises InputGone."""
+        """Yield the object piece by piece; raises InputMissing."""
         ...
 
     def listing(self, prefix: str) -> Iterator[Stored]:

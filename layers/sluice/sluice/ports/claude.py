@@ -48,7 +48,7 @@ class Body:
             raise ValueError(message)
         return self._data
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Release it. The sender calls this once all of it is sent, or will not be sent."""
         self._data = None
         if self._sent is not None:
@@ -72,7 +72,7 @@ class CallRequest:
     """`window_ms` is as much as an invocation can give."""
     early: bool = False
     """The headers are wanted as soon as they are there, whatever that costs."""
-    heard: Callable[[Headers], None] = ignore
+    on_headers: Callable[[Headers], None] = ignore
     """Is told the headers when they come before the answer."""
     names_model: bool = False
     """The body names `model` already: nobody need look where."""

@@ -78,7 +78,7 @@ class DueJobs(Protocol):
         """
         ...
 
-    def hold(self, due: Due, until: int) -> Due | None:
+    def postpone(self, due: Due, until: int) -> Due | None:
         """Take the job: it is due again at `until`. None when somebody else was quicker."""
         ...
 
@@ -184,7 +184,7 @@ class Returns(Protocol):
         """Make each message visible again after its delay in milliseconds (12 h at most)."""
         ...
 
-    def bury(self, message: Received, reason: str) -> None:
+    def reject(self, message: Received, reason: str) -> None:
         """Send a message that is not ours to the dead-letter queue, with the reason."""
         ...
 

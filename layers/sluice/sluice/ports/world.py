@@ -55,7 +55,7 @@ class Notice:
 class Notices(Protocol):
     """Where others hear of what has ended."""
 
-    def tell(self, notices: Sequence[Notice]) -> None:
+    def publish(self, notices: Sequence[Notice]) -> None:
         """Tell whoever listens of each at least once; raises StoreBusy."""
         ...
 

@@ -7,9 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from sluice.domain import jobs as life
 from sluice.domain.errors import IllegalTransition, StoreBusy
-from sluice.domain.jobs import Job, JobError, State
+from sluice.domain.jobs import (
+    DEAD_LETTER,
+    Job,
+    JobError,
+    State,
+    finish_waiting,
+    redrive,
+    why_not_redriven,
+)
 from sluice.domain.limits import model_group, new_group
 from sluice.domain.pricing import PriceList, Usage, utc_day
 from sluice.ports.jobs import JobStore, ParamsStore, Received
@@ -33,7 +40,7 @@ class KeptLetter:
     kept_at: int
 
 
-class Graveyard(Protocol):
+class DeadLetterStore(Protocol):
     """Keeps the raw bodies of dead letters."""
 
     def keep(self, message: Received, reason: str) -> None:
@@ -60,9 +67,11 @@ class DeadLetter:
 class TakeDeadLetter:
     """The use case behind the dead-letter queue."""
 
-    def __init__(self, jobs: JobStore, graveyard: Graveyard, clock: Clock, events: Events) -> None:
+    def __init__(
+        self, jobs: JobStore, graveyard: DeadLetterStore, clock: Clock, events: Events
+    ) -> None:
         self._jobs = jobs
-        self._graveyard = graveyard
+        self._kept = graveyard
         self._clock = clock
         self._events = events
 
@@ -77,12 +86,12 @@ class TakeDeadLetter:
         if job is not None and self._is_at_work(job):
             return False
         reason = letter.reason or f"received {message.receive_count} times without an end"
-        self._graveyard.keep(message, reason)
+        self._kept.keep(message, reason)
         self._events.count("DeadLetters")
         self._events.problem(
             "dead letter", message_id=message.message_id, job_id=message.job_id, reason=reason
         )
-        return job is None or self._ended(job, message, JobError(life.DEAD_LETTER, reason))
+        return job is None or self._ended(job, message, JobError(DEAD_LETTER, reason))
 
     def _ended(self, job: Job, message: Received, error: JobError) -> bool:
         """End the job if it depends on the message; False when a worker has started on it meanwhile."""
@@ -90,7 +99,7 @@ class TakeDeadLetter:
         def ended(job: Job) -> Job:
             if self._is_at_work(job) or not self._depends_on(job, message):
                 return job
-            return life.finish_waiting(job, State.ERRORED, self._clock.now(), error)
+            return finish_waiting(job, State.ERRORED, self._clock.now(), error)
 
         match change(self._jobs.replace, job, ended, f"job {job.job_id}"):
             case Written():
@@ -105,7 +114,7 @@ class TakeDeadLetter:
         return job.lease is not None and job.lease.until > self._clock.now()
 
     def _depends_on(self, job: Job, message: Received) -> bool:
-        """Tell whether the job may wait for this message: it has not ended, and no other message is to come."""
+        """Return whether the job may wait for this message: it has not ended, and no other message is to come."""
         if job.state.is_final:
             return False
         if job.not_before is not None and job.not_before > self._clock.now():
@@ -149,7 +158,7 @@ class Redriver:
         jobs: JobStore,
         params: ParamsStore,
         limits: LimitStore,
-        graveyard: Graveyard,
+        graveyard: DeadLetterStore,
         prices: PriceList,
         model_groups: Mapping[str, str],
         clock: Clock,
@@ -157,7 +166,7 @@ class Redriver:
         self._jobs = jobs
         self._params = params
         self._limits = limits
-        self._graveyard = graveyard
+        self._kept = graveyard
         self._prices = prices
         self._model_groups = model_groups
         self._clock = clock
@@ -165,12 +174,12 @@ class Redriver:
     def letters(self, reason: str | None = None) -> list[KeptLetter]:
         """Return the letters whose reason holds the words given, oldest first."""
         wanted = (reason or "").casefold()
-        found = [each for each in self._graveyard.letters() if wanted in each.reason.casefold()]
+        found = [each for each in self._kept.letters() if wanted in each.reason.casefold()]
         return sorted(found, key=lambda each: (each.kept_at, each.message_id))
 
     def letter(self, message_id: str) -> KeptLetter | None:
         """Return one letter."""
-        return self._graveyard.letter(message_id)
+        return self._kept.letter(message_id)
 
     def candidates(self, letters: Sequence[KeptLetter]) -> list[Candidate]:
         """Tell of each letter whether its job can be redriven, and what that would cost. Writes nothing."""
@@ -188,7 +197,7 @@ class Redriver:
             job = found.get(letter.job_id)
             if job is None:
                 return Candidate(letter, None, "job record not found")
-            hindrance = life.why_not_redriven(job, self._clock.now())
+            hindrance = why_not_redriven(job, self._clock.now())
             if hindrance is None and first[job.job_id] != letter.message_id:
                 hindrance = f"duplicate of letter {first[job.job_id]} (same job)"
             if hindrance is None and not self._params.get_many([job.job_id]):
@@ -206,7 +215,7 @@ class Redriver:
         if job is None or candidate.hindrance is not None:
             return candidate
         try:
-            redriven = life.redrive(job, self._clock.now())
+            redriven = redrive(job, self._clock.now())
             stored = swap(self._jobs.replace, redriven, job.version)
         except IllegalTransition as late:
             return Candidate(candidate.letter, job, str(late))

@@ -76,8 +76,8 @@ class Present:
             self.backlog,
             switched_at=since or 0,
             # An invocation has a message in flight until it ends. While a change takes hold, new ones may start.
-            left=min(left, in_flight) if self.consumer.settled else left,
-            fixed=not self.consumer.settled,
+            left=min(left, in_flight) if self.consumer.is_applied else left,
+            fixed=not self.consumer.is_applied,
             refills=self.governed.refills,
         )
 
@@ -149,7 +149,7 @@ class Governor:
         """Return a mapping as it is; None if that cannot be read."""
         try:
             consumer = governed.mapping.state()
-            if not consumer.settled and not is_short:
+            if not consumer.is_applied and not is_short:
                 return None
             # The depth of a queue costs a call, and says nothing of a mapping that has room in any case.
             is_needed = is_short or governed.calls_claude or not consumer.enabled
@@ -191,7 +191,7 @@ class Governor:
         is_kept = True
         for name in sorted(found, key=lambda name: _raises(decisions[name], found[name].consumer)):
             present, decision = found[name], decisions[name]
-            if not present.consumer.settled:
+            if not present.consumer.is_applied:
                 continue
             raises = _raises(decision, present.consumer)
             if raises and is_short and not is_kept:
@@ -300,7 +300,7 @@ def _agreed(decision: Decision, given: Share) -> Decision:
 
 
 def _raises(decision: Decision, consumer: Consumer) -> bool:
-    """Tell whether the mapping can run more after the change than before it."""
+    """Return whether the mapping can run more after the change than before it."""
     if not decision.enabled:
         return False
     present = consumer.maximum_concurrency

@@ -84,17 +84,17 @@ class Resume:
 
     def _look_at(self, due: DueRange) -> bool:
         """Have the planner send whatever a batch lacks, now and every 20 minutes from now on."""
-        if self._waiting.hold(due, self._clock.now() + WATCH_MS) is None:
+        if self._waiting.postpone(due, self._clock.now() + WATCH_MS) is None:
             return False
         self._plans.send_plan(due.batch_id)
         return True
 
     def _send(self, due: DueRange, number: int) -> bool:
         batch = self._batches.get(due.batch_id)
-        held = self._waiting.hold(due, self._clock.now() + HOLD_MS)
+        held = self._waiting.postpone(due, self._clock.now() + HOLD_MS)
         if batch is None or held is None or self._ranges.send_ranges(batch, [number]):
             return False
-        self._waiting.release(held)
+        self._waiting.remove(held)
         return True
 
     def _paced(self, due: Sequence[DueRange], groups: Sequence[Group], now: int) -> list[DueRange]:

@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from sluice.domain import jobs as life
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import DueFor, JobError, State
+from sluice.domain.jobs import LONGEST_PARK_MS, WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group, model_group
 from sluice.notices.report import report_end
 from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
@@ -42,13 +41,13 @@ LOOK_AT: Final = 10_000
 CARE_FOR: Final = 1_000
 """Jobs looked at per run whose message may be lost."""
 
-QUIET_MS: Final = life.LONGEST_PARK_MS
+QUIET_MS: Final = LONGEST_PARK_MS
 """While more waits in the queue than can start, a job's message is probably there: it is believed for so long."""
 
 AT_ONCE: Final = 100
 """Jobs taken, sent and noted together; between two such steps the sweep may stop."""
 
-NEW_KEYS_MS: Final = life.LONGEST_PARK_MS + NEW_POOL_MS
+NEW_KEYS_MS: Final = LONGEST_PARK_MS + NEW_POOL_MS
 """A key pool written this recently may serve jobs whose known groups are all blocked: until then each was due once."""
 
 PARALLEL_WRITES: Final = 16
@@ -96,7 +95,7 @@ class Sweep:
         """Send what is due and can start soon, end what is past its deadline; begin no further step after `stop_at`."""
         now = self._clock.now()
         due = self._due.due(DueFor.CALL, now, LOOK_AT)
-        unheard = self._due.due(DueFor.CARE, now, CARE_FOR)
+        unheard = self._due.due(DueFor.CHECK, now, CARE_FOR)
         if not due and not unheard:
             return Swept()
         late = [each for each in due if each.deadline is not None and each.deadline <= now]
@@ -109,7 +108,7 @@ class Sweep:
             for some in self._steps(late, stop_at):
                 expired += sum(threads.map(self._expire, some))
             for some in self._steps(chosen, stop_at):
-                sent += self._send(threads, some, lambda _: life.WATCH_MS)
+                sent += self._send(threads, some, lambda _: WATCH_MS)
             for some in self._steps(lost, stop_at):
                 rescued += self._send(threads, some, self._look_after)
         swept = Swept(len(due), sent, expired, len(due) - sent - expired, rescued)
@@ -134,7 +133,7 @@ class Sweep:
             for each, after in zip(due, threads.map(pause, due), strict=True)
             if after is not None
         }
-        held = list(threads.map(lambda each: self._due.hold(each, until), pauses))
+        held = list(threads.map(lambda each: self._due.postpone(each, until), pauses))
         after = {
             taken: pause_ms
             for taken, pause_ms in zip(held, pauses.values(), strict=True)
@@ -168,10 +167,10 @@ class Sweep:
         if job is None or job.state.is_final:
             return None
         if job.lease is not None and job.lease.until > now:
-            self._due.hold(due, now + life.WATCH_MS)
+            self._due.postpone(due, now + WATCH_MS)
             return None
         # Twice as long each time: a job that waits for hours for its turn gets a handful of messages, not hundreds.
-        return max(life.WATCH_MS, now - job.created_at)
+        return max(WATCH_MS, now - job.created_at)
 
     def _steps(self, due: Sequence[Due], stop_at: int) -> Iterator[Sequence[Due]]:
         for start in range(0, len(due), AT_ONCE):
@@ -198,7 +197,7 @@ class Sweep:
         return sorted(chosen, key=lambda each: (each.due_at, each.job_id))
 
     def _has_new_pool(self, now: int) -> bool:
-        """Tell whether a key of another organisation may have come for jobs whose known groups are all blocked.
+        """Return whether a key of another organisation may have come for jobs whose known groups are all blocked.
 
         Only a job that a worker holds finds that out, so some must be sent though no known group can start them.
         """
@@ -217,10 +216,10 @@ class Sweep:
             return False
         if job.lease is not None and job.lease.until > now:
             # Its call may still bring an answer; if its worker is dead, nobody else will end it.
-            self._due.hold(due, job.lease.until)
+            self._due.postpone(due, job.lease.until)
             return False
         error = JobError("deadline_exceeded", "the deadline passed before an answer came")
-        ended = life.finish_waiting(job, State.EXPIRED, now, error)
+        ended = finish_waiting(job, State.EXPIRED, now, error)
         if swap(self._jobs.replace, ended, job.version) is not ended:
             return False
         report_end(self._events, ended)

@@ -10,7 +10,8 @@ from sluice.adapters.s3 import Links
 from sluice.adapters.secrets import SecretText
 from sluice.intake.accounts import Account
 from sluice.intake.batches import Batches
-from sluice.intake.submit import Submit, Waiting
+from sluice.intake.start_estimate import StartEstimate
+from sluice.intake.submit import Submit
 from sluice.intake.uploads import LINK_SECONDS, Uploads
 from sluice.wiring.batch_stores import batches, batches_queue, ranges_queue
 from sluice.wiring.batches import plan_batch
@@ -32,9 +33,9 @@ def submit() -> Submit:
 
 
 @cache
-def waiting() -> Waiting:
+def waiting() -> StartEstimate:
     """Return the use case that estimates how long new jobs wait."""
-    return Waiting(queue(), limits(), CLOCK, telemetry())
+    return StartEstimate(queue(), limits(), CLOCK, telemetry())
 
 
 def account(tenant: str) -> Account:

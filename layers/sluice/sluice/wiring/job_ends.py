@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sluice.adapters import job_records
-from sluice.notices.tell import Tell
+from sluice.notices.publish import Publish
 from sluice.wiring.notices import notices
 from sluice.wiring.shared import telemetry
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 @cache
-def tell() -> Tell:
+def publish() -> Publish:
     """Return the use case behind the stream of the jobs table."""
-    return Tell(notices(), telemetry())
+    return Publish(notices(), telemetry())
 
 
 def ended_jobs(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, Job]]:

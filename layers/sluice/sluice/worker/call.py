@@ -140,7 +140,7 @@ class Call:
             window_ms=window,
             full_window=window * 10 >= whole * 9,
             early=not self._limiter.knows(self._admission),
-            heard=self._heard,
+            on_headers=self._heard,
             room=self._grant.grow,
         )
         call = asyncio.ensure_future(self._tools.claude.send(request))
@@ -156,7 +156,7 @@ class Call:
             for task in (call, watch):
                 task.cancel()
             await asyncio.gather(call, watch, return_exceptions=True)
-            body.let_go()
+            body.release()
         seconds = (self._tools.clock.now() - now) / 1000
         self._events.count("UpstreamCalls")
         self._events.count("Calls", 1, self._group)
@@ -201,7 +201,7 @@ class Call:
         self._limiter.heard(self._admission, answer.headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._limiter.works(self._admission, model_circuit(self._job.current_model))
-        if isinstance(answer, Answer) or answer.failure.is_word_of_upstream:
+        if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
             self._limiter.works(self._admission, endpoint_circuit(self._key))
         if isinstance(answer, Answer):
             return await self._answered(answer)
@@ -436,7 +436,7 @@ class Call:
                     headers=headers,
                     request_id=failure.request_id,
                 )
-            case Effect.PARK_GROUP:
+            case Effect.SPEND_LIMIT:
                 group = self._limiter.group(self._admission.claimant.group)
                 if group is None or group.blocked_until <= self._tools.clock.now():
                     self._events.count("GroupsParked")

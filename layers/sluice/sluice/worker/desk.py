@@ -411,7 +411,7 @@ class Desk:
                 self._suspects.remove(message.message_id)
                 self._suspects_waiting.add(message.message_id)
 
-    def bury(self, message: Received, reason: str) -> None:
+    def reject(self, message: Received, reason: str) -> None:
         """Never happens: all messages are our own rows."""
         raise AssertionError(f"{message.message_id}: {reason}")
 
@@ -472,5 +472,5 @@ class RowRequests:
 
 
 def _record(seat: Seat) -> Ended:
-    assert seat.ended is not None  # noqa: S101 - only what has ended is saved
+    assert seat.ended is not None
     return seat.ended

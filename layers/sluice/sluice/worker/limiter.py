@@ -671,7 +671,7 @@ class Limiter:
                 if best is None or start < best[0]:
                     best = (start, draft, cost)
             if best is None:
-                assert too_large is not None  # noqa: S101 - claimants are never empty
+                assert too_large is not None
                 self._answer(waiter, too_large)
                 continue
             start, draft, cost = best

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 from sluice.domain import batches as life
 from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import CLAIM_VERSIONS, Batch, RangeState, Tally, row_job_id
-from sluice.domain.errors import InputGone, LeaseLost, RangeBusy, Stale, StoreBusy
+from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, Stale, StoreBusy
 from sluice.domain.jobs import Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.rows import (
@@ -118,7 +118,7 @@ class RunRange:
         """
         named = await self._named(pointer)
         if isinstance(named, str):
-            await self.tools.blocking(self.tools.returns.bury, pointer.message, named)
+            await self.tools.blocking(self.tools.returns.reject, pointer.message, named)
             return True
         batch, number = named
         if batch.phase is life.Phase.ENDED:
@@ -169,7 +169,7 @@ class RunRange:
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
         """Count the range as done; the one that completes its section has the results joined."""
-        assert batch.plan is not None  # noqa: S101 - ranges are cut by it
+        assert batch.plan is not None
         if tally is None:
             tally = await self.tools.blocking(self._stored_tally, batch.part_key(number))
         section = batch.plan.section_of(number)
@@ -182,7 +182,7 @@ class RunRange:
     def _stored_tally(self, part_key: str) -> Tally:
         """Return the sums of a part that is stored already."""
         sums = Sums()
-        with suppress(InputGone):
+        with suppress(InputMissing):
             for line in split(self.tools.objects.stream(part_key)):
                 sums.add(line)
         return sums.tally
@@ -249,7 +249,7 @@ class _Windows:
         self._state = state
         self._saved = saved
         self._make_job = make_job
-        assert batch.plan is not None  # noqa: S101 - ranges are cut by it
+        assert batch.plan is not None
         self._plan = batch.plan
         self._start, self._end = self._plan.bounds(state.number)
         self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
@@ -258,7 +258,7 @@ class _Windows:
         self._offset_of: dict[str, int] = {}
 
     def next(self) -> _Window:
-        """Read the next window; raises InputGone."""
+        """Read the next window; raises InputMissing."""
         seats: list[Seat] = []
         bad: list[Record] = []
         text_bytes = bad_bytes = 0
@@ -394,7 +394,7 @@ class _Run:
         while True:
             try:
                 window = await self._read(windows.next)
-            except InputGone as error:
+            except InputMissing as error:
                 window = windows.gone(str(error))
             rows += await self._rows_of(window, again=again and is_first, is_first=is_first)
             waiting = self._desk.unfinished()
@@ -475,7 +475,7 @@ class _Run:
         for chunk in self._state.chunks[self._state.windows :]:
             first = 0
             # A chunk that is missing has outlived its retention: its rows run again.
-            with suppress(InputGone):
+            with suppress(InputMissing):
                 for line in split(self._tools.objects.stream(self._chunk_key(chunk))):
                     record, size = Encoded.of(line), len(line) + 1
                     saved.reach[chunk] = max(saved.reach.get(chunk, 0), record.offset)

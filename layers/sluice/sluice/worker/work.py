@@ -366,13 +366,15 @@ class _Batch:
             )
             return DONE
         if message.job_id is None:
-            await self._tools.blocking(self._tools.inbox.bury, message, "not a message of Sluice's")
+            await self._tools.blocking(
+                self._tools.inbox.reject, message, "not a message of Sluice's"
+            )
             return DONE
         job = found.get(message.job_id)
         if job is None:
             job = await self._tools.blocking(self._tools.jobs.get, message.job_id)
         if job is None:
-            await self._tools.blocking(self._tools.inbox.bury, message, "no such job")
+            await self._tools.blocking(self._tools.inbox.reject, message, "no such job")
             return DONE
         return await self._job(job)
 
@@ -532,7 +534,7 @@ class _Batch:
             return _Claimed(await self._claim(job, now), body, job.started_at is None)
         except BaseException:
             # An exception holds what was in hand where it was raised.
-            body.let_go()
+            body.release()
             raise
 
     async def _may_start(self, admitted: Admission) -> bool:

@@ -18,7 +18,7 @@ AT_ONCE: Final = 10
 """Events that the bus takes in one call."""
 
 
-class Tell:
+class Publish:
     """The use case behind the stream of the jobs table."""
 
     def __init__(self, notices: Notices, events: Events) -> None:
@@ -29,7 +29,7 @@ class Tell:
         """Tell of jobs that have ended; return how many, from the first one on, are told: all but when AWS is busy."""
         for start in range(0, len(jobs), AT_ONCE):
             try:
-                self._notices.tell([_notice(job) for job in jobs[start : start + AT_ONCE]])
+                self._notices.publish([_notice(job) for job in jobs[start : start + AT_ONCE]])
             except StoreBusy as busy:
                 self._events.problem("store busy", what=busy.what)
                 return start

@@ -1,0 +1,476 @@
+"""The schemas of responses, for docs/openapi.json.
+
+No request or response is checked against them at run time, so they are not built there (`defer_build`); tests compare
+them with `views`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sluice.api.requests import MOST_BYTES
+from sluice.domain.batches import Source
+from sluice.domain.jobs import AttemptOutcome, State
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Day = Annotated[str, Field(json_schema_extra={"format": "date"})]
+MicroUsd = Annotated[int, Field(description="Millionths of a US dollar.")]
+Usd = Annotated[str, Field(description="US dollars with six decimals.", examples=["0.001234"])]
+
+
+class Shape(BaseModel):
+    """A response schema."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+class Health(Shape):
+    """The gateway's status."""
+
+    status: Literal["ok"]
+    version: str
+
+
+class ErrorBody(Shape):
+    """Error type, as in Anthropic's API, and message."""
+
+    type: Annotated[str, Field(examples=["invalid_request_error", "not_found_error"])]
+    message: str
+
+
+class Item(Shape):
+    """The outcome of one item of a list: `job` if it was accepted, `error` if it was rejected."""
+
+    index: int
+    status: Literal["accepted", "rejected"]
+    job: SubmittedJob | None = None
+    error: ErrorBody | None = None
+
+
+class Error(Shape):
+    """An error in Anthropic's format."""
+
+    type: Literal["error"]
+    error: ErrorBody
+    request_id: str
+    data: Annotated[
+        list[Item] | None,
+        Field(description="Only if every job of a list was rejected: the error of each job."),
+    ] = None
+
+
+class JobError(Shape):
+    """Why a job did not succeed."""
+
+    type: str
+    message: str
+
+
+class AttemptError(JobError):
+    """Why an attempt failed."""
+
+    status: Annotated[int | None, Field(description="HTTP status, if upstream responded.")]
+
+
+class Usage(Shape):
+    """Tokens of one call, by type."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    web_search_requests: int | None = None
+
+
+class Attempt(Shape):
+    """One attempt of an upstream call. Waiting for a rate limit uses no attempt."""
+
+    attempt: int
+    model: str
+    at: Time
+    ended_at: Time | None
+    outcome: AttemptOutcome | None
+    error: AttemptError | None
+    request_id: Annotated[
+        str | None, Field(description="Anthropic's request ID, for support cases.")
+    ]
+    usage: Usage | None
+    cost_micro_usd: MicroUsd | None
+
+
+class Redrive(Shape):
+    """An operator redrove the job after it ended; `attempts_used` counts from this time."""
+
+    at: Time
+    error: Annotated[JobError, Field(description="The error with which the job had ended.")]
+
+
+class LastSnooze(Shape):
+    """The last time the job returned to the queue without using an attempt."""
+
+    at: Time
+    reason: str
+
+
+class JobSummary(Shape):
+    """A job as shown in lists."""
+
+    id: Annotated[str, Field(pattern="^job_[0-9a-f]{32}$")]
+    type: Literal["job"]
+    state: State
+    custom_id: str | None
+    lane: str
+    model: str
+    created_at: Time
+    finished_at: Time | None
+    attempts_used: int
+    snoozes: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+
+
+class Job(JobSummary):
+    """A job with all its fields."""
+
+    started_at: Time | None
+    deadline: Time | None
+    not_before: Annotated[
+        Time | None, Field(description="The job is not started before this time.")
+    ]
+    attempts: list[Attempt]
+    redrives: list[Redrive]
+    last_snooze: LastSnooze | None
+    usage: Usage | None
+    message: Annotated[
+        dict[str, Any] | None,
+        Field(description="Claude's Message, unchanged, including fields unknown to Sluice."),
+    ]
+    text: Annotated[str | None, Field(description="The text blocks of `message`, joined.")]
+    error: JobError | None
+    metadata: dict[str, str]
+    fallback_models: list[str]
+    webhook: Annotated[str | None, Field(description="URL to notify on completion.")]
+    cancel_requested: bool
+
+
+class SubmittedJob(Job):
+    """An accepted job."""
+
+    estimated_start_at: Annotated[
+        Time | None, Field(description="Estimated start time; null if unknown.")
+    ]
+
+
+class SubmittedList(Shape):
+    """The outcome of a list of jobs."""
+
+    type: Literal["job_list"]
+    accepted: int
+    rejected: int
+    data: list[Item]
+
+
+class Listing(Shape):
+    """A page of jobs, newest first."""
+
+    data: list[JobSummary]
+    has_more: bool
+    next_page: Annotated[
+        str | None, Field(description="Cursor for the next page; pass it as `page`.")
+    ]
+
+
+class Sums(Shape):
+    """Totals over calls."""
+
+    calls: int
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+
+
+class UsageGroup(Sums):
+    """Totals of one group; it has the fields of `day`, `model` and `lane` named in `group_by`."""
+
+    day: Day | None = None
+    model: str | None = None
+    lane: str | None = None
+
+
+class UsageReport(Shape):
+    """Usage and cost."""
+
+    first: Annotated[Day, Field(alias="from")]
+    last: Annotated[Day, Field(alias="to")]
+    group_by: list[Literal["day", "model", "lane"]]
+    data: list[UsageGroup]
+    total: Sums
+
+
+class PerDimension(Shape):
+    """One number per limit type."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+
+class Estimates(Shape):
+    """Estimates used to reserve capacity for the next call."""
+
+    output_tokens: int
+    chars_per_token: float
+    call_seconds: float
+
+
+class DayLimit(Shape):
+    """A daily limit on input plus output tokens."""
+
+    limit: int
+    level: int
+
+
+class SetAside(Shape):
+    """An open circuit breaker: an overloaded model or a failing endpoint, probed with single calls."""
+
+    what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
+    until: Time
+
+
+class LimitGroup(Shape):
+    """An organization and the models that share its rate limit."""
+
+    group: Annotated[str, Field(examples=["org-id/haiku-5-5"])]
+    organization: str
+    model_group: str
+    limits: Annotated[PerDimension, Field(description="Per minute.")]
+    learned: Annotated[
+        bool, Field(description="False until the first response reports the limits.")
+    ]
+    level: Annotated[
+        PerDimension,
+        Field(description="Remaining capacity; negative if it is reserved for later starts."),
+    ]
+    estimates: Estimates
+    tokens_per_day: DayLimit | None
+    rate_factor: Annotated[
+        float, Field(description="Fraction of the limits that Sluice uses; reduced after 429s.")
+    ]
+    blocked_until: Time | None
+    blocked_reason: str | None
+    blocked_by: Annotated[
+        str | None, Field(description="The upstream key and the request ID of the rejected call.")
+    ]
+    set_aside: list[SetAside]
+
+
+class Limits(Shape):
+    """All limit groups in use."""
+
+    data: list[LimitGroup]
+
+
+class PartLink(Shape):
+    """Presigned upload URL for one part; expires in one hour."""
+
+    part: int
+    url: str
+
+
+class Upload(Shape):
+    """A started upload."""
+
+    type: Literal["upload"]
+    id: str
+    name: str
+    part_bytes: Annotated[int, Field(description="Size of every part except the last.")]
+    parts: int
+    links: Annotated[list[PartLink], Field(description="Presigned URLs of the first 100 parts.")]
+
+
+class UploadLinks(Shape):
+    """Presigned URLs of more parts."""
+
+    links: list[PartLink]
+
+
+class AbortedUpload(Shape):
+    """An aborted upload."""
+
+    type: Literal["upload_aborted"]
+    id: str
+
+
+class BatchRows(Shape):
+    """Row counts so far."""
+
+    expected: Annotated[int, Field(description="An estimate until the batch ends.")]
+    done: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+    invalid: Annotated[int, Field(description="Lines that are not valid rows.")]
+    duplicates: int
+
+
+class Batch(Shape):
+    """A batch with its progress and cost."""
+
+    id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
+    type: Literal["batch"]
+    name: str
+    source: Source
+    state: Literal["planning", "running", "canceling", "ended"]
+    rows: BatchRows
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    cost_micro_usd: MicroUsd
+    cost_usd: Usd
+    created_at: Time
+    expires_at: Time
+    ended_at: Time | None
+    estimated_end_at: Annotated[
+        Time | None, Field(description="Estimated from the progress so far; null if unknown.")
+    ]
+    webhook: Annotated[str | None, Field(description="URL to notify on completion.")]
+    problem: Annotated[str | None, Field(description="Why the whole file could not run.")]
+
+
+class BatchListing(Shape):
+    """A page of batches, newest first."""
+
+    data: list[Batch]
+    has_more: bool
+    next_page: Annotated[
+        str | None, Field(description="Cursor for the next page; pass it as `page`.")
+    ]
+
+
+class BatchLinks(Shape):
+    """Presigned download URLs of an ended batch's files; they expire in 15 minutes."""
+
+    results: str
+    errors: str
+    summary: str
+
+
+class WebhookSecret(Shape):
+    """The signing secret of a tenant's webhooks."""
+
+    type: Literal["webhook_secret"]
+    secret: Annotated[
+        str, Field(pattern="^whsec_", description="For use with a Standard Webhooks library.")
+    ]
+
+
+class RequestCounts(Shape):
+    """Row counts. All rows are `processing` until the whole batch has ended."""
+
+    processing: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+
+
+class MessageBatch(Shape):
+    """A batch in Anthropic's format."""
+
+    id: Annotated[str, Field(pattern="^msgbatch_[0-9a-f]{32}$")]
+    type: Literal["message_batch"]
+    processing_status: Literal["in_progress", "canceling", "ended"]
+    request_counts: RequestCounts
+    created_at: Time
+    expires_at: Time
+    ended_at: Time | None
+    cancel_initiated_at: Time | None
+    archived_at: Time | None
+    results_url: Annotated[
+        str | None, Field(description="URL of this gateway. Null until the batch has ended.")
+    ]
+
+
+class MessageBatchList(Shape):
+    """A page of batches, newest first."""
+
+    data: list[MessageBatch]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class ResultLine(Shape):
+    """One line of the results."""
+
+    custom_id: str
+    result: Annotated[
+        dict[str, Any],
+        Field(
+            description="`type` is succeeded, errored, canceled or expired, as in Anthropic's API."
+        ),
+    ]
+
+
+class DeletedMessageBatch(Shape):
+    """A deleted batch."""
+
+    id: str
+    type: Literal["message_batch_deleted"]
+
+
+REFUSALS: Final[Mapping[int, str]] = {
+    400: "The request is invalid; the message names the field.",
+    401: "The client key is missing, unknown or disabled.",
+    404: "The job or batch does not exist for this client key.",
+    409: "The custom_id or Idempotency-Key was already used for a different request.",
+    413: f"The body exceeds {MOST_BYTES:,} bytes.",
+    500: "Internal error; search the log for this request_id.",
+    503: "A data store is busy; retry after `retry-after` seconds.",
+}
+
+_REQUEST_ID: Final = {"description": "ID of this request.", "schema": {"type": "string"}}
+_RETRY_AFTER: Final = {
+    "description": "Seconds to wait before a retry.",
+    "schema": {"type": "integer"},
+}
+_RETRY_AFTER_SOME: Final = {
+    "description": "Seconds to wait before resending the jobs rejected with `overloaded_error`.",
+    "schema": {"type": "integer"},
+}
+_LOCATION: Final = {
+    "description": "Path of the job or batch; not set for a list of jobs.",
+    "schema": {"type": "string", "examples": ["/jobs/job_0123456789abcdef0123456789abcdef"]},
+}
+
+CLIENT_KEY: Final[list[dict[str, list[str]]]] = [{"x-api-key": []}, {"bearer": []}]
+"""Either of the two ways to send a client key."""
+
+
+def responses(status: int, said: str, shape: Any, *refusals: int) -> dict[int, Any]:
+    """Document a route's responses: its schema and its error statuses (always including 500)."""
+    headers: dict[str, Any] = {"request-id": _REQUEST_ID}
+    if status == 202:  # noqa: PLR2004 - the one that makes something
+        headers |= {"Location": _LOCATION, "retry-after": _RETRY_AFTER_SOME}
+    answers = {status: {"description": said, "headers": headers, "content": _json(shape)}}
+    for refusal in sorted({*refusals, 500}):
+        headers = {"request-id": _REQUEST_ID}
+        if refusal == 503:  # noqa: PLR2004 - the one that passes
+            headers["retry-after"] = _RETRY_AFTER
+        answers[refusal] = {
+            "description": REFUSALS[refusal],
+            "headers": headers,
+            "content": _json(Error),
+        }
+    return answers
+
+
+def _json(shape: Any) -> dict[str, Any]:
+    return {"application/json": {"model": shape}}

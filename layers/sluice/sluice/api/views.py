@@ -1,0 +1,222 @@
+"""How jobs, batches, usage and limits are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sluice.domain import batches as life_of_batches
+from sluice.domain import jobs as life
+from sluice.domain.batches import Phase, Tally
+from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
+from sluice.domain.pricing import Spend, usd
+from sluice.domain.times import rfc3339
+from sluice.intake.accounts import UsageRow
+from sluice.intake.batches import ARCHIVED_MS, is_archived, status
+
+
+def time(milliseconds: int | None) -> str | None:
+    """Write epoch milliseconds as RFC 3339 in UTC."""
+    if milliseconds is None:
+        return None
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def job_summary(job: life.Job) -> dict[str, Any]:
+    """Show a job in a list."""
+    return {
+        "id": job.job_id,
+        "type": "job",
+        "state": job.state.value,
+        "custom_id": job.custom_id,
+        "lane": job.lane,
+        "model": job.model,
+        "created_at": time(job.created_at),
+        "finished_at": time(job.finished_at),
+        "attempts_used": job.attempts_used,
+        "snoozes": job.snoozes,
+        "cost_micro_usd": job.cost_micro_usd,
+        "cost_usd": usd(job.cost_micro_usd),
+    }
+
+
+def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
+    """Show all of a job; `message` is Claude's answer as JSON text."""
+    answer = json.loads(message) if message is not None else None
+    return {
+        **job_summary(job),
+        "started_at": time(job.started_at),
+        "deadline": time(job.deadline),
+        "not_before": time(job.not_before),
+        "attempts": [_attempt_view(attempt) for attempt in job.attempts],
+        "redrives": [
+            {"at": time(each.at), "error": {"type": each.error.type, "message": each.error.message}}
+            for each in job.redrives
+        ],
+        "last_snooze": (
+            {"at": time(job.last_snooze.at), "reason": job.last_snooze.reason}
+            if job.last_snooze
+            else None
+        ),
+        "usage": job.usage.as_dict() if job.usage else None,
+        "message": answer,
+        "text": None if answer is None else joined_text(answer),
+        "error": ({"type": job.error.type, "message": job.error.message} if job.error else None),
+        "metadata": dict(job.metadata),
+        "fallback_models": list(job.fallback_models),
+        "webhook": job.webhook,
+        "cancel_requested": job.cancel_requested,
+    }
+
+
+def _attempt_view(attempt: life.Attempt) -> dict[str, Any]:
+    error = attempt.error
+    return {
+        "attempt": attempt.number,
+        "model": attempt.model,
+        "at": time(attempt.at),
+        "ended_at": time(attempt.ended_at),
+        "outcome": attempt.outcome.value if attempt.outcome else None,
+        "error": (
+            {"type": error.type, "message": error.message, "status": error.status}
+            if error
+            else None
+        ),
+        "request_id": attempt.request_id,
+        "usage": attempt.usage.as_dict() if attempt.usage else None,
+        "cost_micro_usd": attempt.cost_micro_usd,
+    }
+
+
+def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[str, Any]:
+    """Show a batch with its progress: `so_far` are the sums of the ranges that are done."""
+    ended = batch.phase is Phase.ENDED
+    state = "planning" if batch.phase is Phase.PLANNING else "running"
+    if status(batch) != "in_progress":
+        state = status(batch)
+    done = so_far.rows + so_far.invalid
+    expected = done if ended else max(batch.rows_expected, done)
+    eta = None
+    if not ended and done:
+        eta = now + (now - batch.created_at) * max(0, expected - done) // done
+    return {
+        "id": batch.batch_id,
+        "type": "batch",
+        "name": batch.name,
+        "source": batch.source.value,
+        "state": state,
+        "rows": {
+            "expected": expected,
+            "done": done,
+            "succeeded": so_far.succeeded,
+            "errored": so_far.errored,
+            "canceled": so_far.canceled,
+            "expired": so_far.expired,
+            "invalid": so_far.invalid,
+            "duplicates": batch.duplicates,
+        },
+        "calls": so_far.calls,
+        "input_tokens": so_far.input_tokens,
+        "output_tokens": so_far.output_tokens,
+        "cost_micro_usd": so_far.cost_micro_usd,
+        "cost_usd": usd(so_far.cost_micro_usd),
+        "created_at": time(batch.created_at),
+        "expires_at": time(batch.expires_at),
+        "ended_at": time(batch.ended_at),
+        "estimated_end_at": time(eta),
+        "webhook": batch.options.webhook,
+        "problem": batch.problem,
+    }
+
+
+def part_links(links: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Show where parts go."""
+    return [{"part": part, "url": url} for part, url in links.items()]
+
+
+def message_batch(batch: life_of_batches.Batch, now: int, public_url: str) -> dict[str, Any]:
+    """Show a batch as Anthropic's API does."""
+    ended = batch.phase is Phase.ENDED
+    archived = is_archived(batch, now)
+    counts = batch.tally if ended else Tally()
+    path = f"/v1/messages/batches/{batch.batch_id}/results"
+    return {
+        "id": batch.batch_id,
+        "type": "message_batch",
+        "processing_status": status(batch),
+        "request_counts": {
+            "processing": 0 if ended else batch.rows_expected,
+            "succeeded": counts.succeeded,
+            "errored": counts.errored,
+            "canceled": counts.canceled,
+            "expired": counts.expired,
+        },
+        "created_at": rfc3339(batch.created_at),
+        "expires_at": rfc3339(batch.expires_at),
+        "ended_at": rfc3339(batch.ended_at),
+        "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),
+        "archived_at": rfc3339(batch.created_at + ARCHIVED_MS) if archived else None,
+        "results_url": f"{public_url}{path}" if ended and not archived else None,
+    }
+
+
+def joined_text(message: Mapping[str, Any]) -> str:
+    """Join the text blocks of a Message: what callers mean by "the answer", whatever blocks stand before it."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return ""
+    return "".join(
+        str(block.get("text", ""))
+        for block in content
+        if isinstance(block, dict) and block.get("type") == "text"
+    )
+
+
+def spend_view(spend: Spend) -> dict[str, Any]:
+    """Show sums of calls."""
+    return {**spend.as_dict(), "cost_usd": usd(spend.cost_micro_usd)}
+
+
+def usage_view(first: str, last: str, group_by: Sequence[str], rows: Sequence[UsageRow]) -> Any:
+    """Show a usage report."""
+    total = sum((row.spend for row in rows), Spend())
+    return {
+        "from": first,
+        "to": last,
+        "group_by": list(group_by),
+        "data": [{**row.group, **spend_view(row.spend)} for row in rows],
+        "total": spend_view(total),
+    }
+
+
+def group_view(group: Group, now: int) -> dict[str, Any]:
+    """Show a limit group: what we believe its limits are, what is left, and who is in the way."""
+    current = advanced(group, now)
+    blocked = current.blocked_until > now
+    return {
+        "group": group.id,
+        "organization": group.organization,
+        "model_group": group.model_group,
+        "limits": {name: group.bucket(name).limit for name in DIMENSIONS},
+        "learned": all(group.bucket(name).learned for name in DIMENSIONS),
+        "level": {name: current.bucket(name).level // SCALE for name in DIMENSIONS},
+        "estimates": {
+            "output_tokens": group.output_estimate,
+            "chars_per_token": group.chars_per_1000_tokens / 1000,
+            "call_seconds": group.call_ms / 1000,
+        },
+        "tokens_per_day": current.day
+        and {"limit": current.day.limit, "level": current.day.level // current.day.scale},
+        "rate_factor": current.rate_factor / FULL_RATE,
+        "blocked_until": time(current.blocked_until) if blocked else None,
+        "blocked_reason": current.blocked_reason if blocked else None,
+        "blocked_by": current.blocked_by if blocked else None,
+        "set_aside": [
+            {"what": name, "until": time(max(now, breaker.open_until))}
+            for name, breaker in sorted(current.circuits.items())
+            if breaker.is_open
+        ],
+    }

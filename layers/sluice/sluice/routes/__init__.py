@@ -1,0 +1,1 @@
+"""The routes of the API function, by subject: decode, one call, encode."""
