@@ -572,7 +572,7 @@ def test_a_larger_batch_is_joined_by_the_batches_function(
     [
         ("objects", "head"),
         ("batches", "groups"),
-        ("notices", "notify"),
+        ("notices", "publish"),
     ],
 )
 def test_a_join_that_fails_is_left_to_the_batches_function(
