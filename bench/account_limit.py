@@ -70,7 +70,7 @@ class Load:
 
     @property
     def is_small(self) -> bool:
-        """Tell whether it is a smoke, in which no time is a promise."""
+        """Return whether this is a smoke test, which guarantees no time."""
         return self.governs_seconds is not None
 
 
@@ -86,7 +86,7 @@ class Seen:
     health: list[tuple[float, int, float]] = field(default_factory=list)
     """When it was asked, status (0: none within half a minute) and seconds of each GET /health."""
     emulator: list[float] = field(default_factory=list)
-    """Seconds of each look at the emulator's own page, which runs no function."""
+    """Seconds of each request for the emulator's own page, which invokes no function."""
     enabled: list[tuple[float, int]] = field(default_factory=list)
     """When, and what the enabled mappings of queues added up to."""
     delivered: set[str] = field(default_factory=set)
@@ -98,7 +98,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What is looked at."""
+    """The state at one moment."""
 
     ready: Ready
     seen: Seen
@@ -326,7 +326,7 @@ def watch(stack: Stack, load: Load, webhook: str) -> tuple[int, float]:
             status = 0
         stack.seen.health.append((at, status, time.monotonic() - began))
 
-    def look_at_emulator() -> None:
+    def check_emulator() -> None:
         began = time.monotonic()
         with suppress(httpx.HTTPError):
             client.get(f"{stack.ready.endpoint_url}/_ministack/health")
@@ -349,7 +349,7 @@ def watch(stack: Stack, load: Load, webhook: str) -> tuple[int, float]:
     began = time.monotonic()
     with (
         repeated(HEALTH_EVERY_SECONDS, ask_for_health, troubles),
-        repeated(HEALTH_EVERY_SECONDS, look_at_emulator, troubles),
+        repeated(HEALTH_EVERY_SECONDS, check_emulator, troubles),
         repeated(1.0, add_mappings_up, troubles),
         repeated(load.governs_seconds, govern, troubles) if load.governs_seconds else nullcontext(),
     ):
@@ -427,7 +427,7 @@ def verdict(stack: Stack, load: Load, taken: int, seconds: float) -> tuple[Table
 
 
 def say(line: str) -> None:
-    """Tell how it goes."""
+    """Print progress."""
     print(line, file=sys.stderr, flush=True)
 
 

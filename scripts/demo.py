@@ -284,7 +284,7 @@ def _against_claude(console: Console, api_key: str) -> bool:
     return run.succeeded == run.jobs
 
 
-def _real_key_if_wanted() -> str | None:
+def _confirmed_real_key() -> str | None:
     """Return the real key if it is set, there is a terminal, and the answer is yes."""
     key = os.environ.get("ANTHROPIC_API_KEY")
     if not key or not sys.stdin.isatty() or not sys.stdout.isatty():
@@ -330,7 +330,7 @@ def main() -> int:
     """Run the demo; return 0 only if every job succeeded and none was billed twice."""
     console = Console(highlight=False)
     try:
-        key = _real_key_if_wanted()
+        key = _confirmed_real_key()
         signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)
         good = _against_claude(console, key) if key else _against_simulator(console)

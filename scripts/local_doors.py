@@ -1,9 +1,9 @@
 """Which requests our local HTTP servers accept: those of programs on this machine, not those of foreign web pages.
 
-A port on the loopback interface is open to every page in the user's browser. Two headers tell such a request from a
-program's: a page of another origin sends `Origin` with anything but a simple GET, and a page whose name was made to
-resolve to 127.0.0.1 (DNS rebinding) sends its own name as `Host`. A page can change neither. SDKs, curl and Node send
-no `Origin`.
+A port on the loopback interface is open to every page in the user's browser. Two headers distinguish a page's requests
+from those of a program: a page of another origin sends `Origin` with anything but a simple GET, and a page whose name
+was made to resolve to 127.0.0.1 (DNS rebinding) sends its own name as `Host`. A page can change neither. SDKs, curl and
+Node send no `Origin`.
 
 No local port sends a CORS permission (`Access-Control-*`), so a page cannot read an answer either. Standard library
 only: the emulator's launcher imports this file, too. `LocalHandler` applies the rule to servers of `http.server`.

@@ -171,6 +171,11 @@ class FakeGateway:
                 _finish(job, self.ending_of.get(job["prompt"], "succeeded"))
         return job
 
+    def finish(self) -> None:
+        """Ends every job, as if it had been waited for."""
+        for job in self.jobs.values():
+            _finish(job, self.ending_of.get(job["prompt"], "succeeded"))
+
     @staticmethod
     def _summary(job: Json) -> Json:
         return {name: job[name] for name in job if name not in {"message", "attempts", "text"}}

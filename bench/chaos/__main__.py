@@ -7,7 +7,7 @@ compared.
 
 The exit code is 0 when nothing was lost, nothing billed twice without a cause, no dead letter came, and every job of a
 killed worker went on within the bound. `--small` shows in a minute that everything works: it kills no worker, because
-what a killed worker had in hand is free again only after a lease of two minutes.
+the jobs of a killed worker become available again only after its lease of two minutes.
 """
 
 from __future__ import annotations
@@ -144,23 +144,23 @@ class Simulator:
 
 @dataclass(slots=True)
 class Hands:
-    """What one worker process has in hand."""
+    """The jobs that one worker process holds."""
 
     since: float
     job_ids: set[str] = field(default_factory=set)
 
 
 class Notes:
-    """What the workers say about the jobs they have in hand."""
+    """What the workers report about the jobs they hold."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         file.touch()
         self._read = 0
         self.hands: dict[int, Hands] = {}
-        """By process, of those that have begun a batch and not ended it."""
+        """By process, for those that have started an invocation and not ended it."""
         self.receives: Counter[str] = Counter()
-        self.most_in_hand = 0
+        self.most_held = 0
 
     def look(self) -> None:
         """Read what is new."""
@@ -176,7 +176,7 @@ class Notes:
             for job_id, count in note.get("takes", {}).items():
                 hands.job_ids.add(job_id)
                 self.receives[job_id] = max(count, self.receives[job_id])
-            self.most_in_hand = max(self.most_in_hand, len(hands.job_ids))
+            self.most_held = max(self.most_held, len(hands.job_ids))
         self._read = end
 
 
@@ -311,7 +311,7 @@ class Run:
             )
 
     def wait_until_all_ended(self, began: float, seconds: float = 600) -> None:
-        """Wait for what is still on its way, for as long as anything can take."""
+        """Wait for everything that is still in flight, up to the longest time it can take."""
         until = time.monotonic() + seconds
         for look in range(1_000_000):
             left = self.open_jobs()
@@ -373,7 +373,7 @@ class Run:
             dead_letters=self.dead_letters(),
             workers_killed=len(damage.kills),
             recovery_seconds=recovery(damage.kills, records),
-            most_in_hand=self.notes.most_in_hand,
+            most_held=self.notes.most_held,
             restarts=damage.restarts,
             throttled_seconds=damage.throttled_seconds,
             outage_seconds=damage.outage_seconds,
@@ -434,7 +434,7 @@ def stack(simulator: Simulator, folder: Path) -> Iterator[Ready]:
 
 
 def say(line: str) -> None:
-    """Tell how it goes."""
+    """Print progress."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -32,7 +32,7 @@ class Size:
 
 @dataclass(slots=True)
 class Kill:
-    """One worker process that was killed, with what it had in hand."""
+    """One worker process that was killed, with the jobs it held."""
 
     at: float
     job_ids: Sequence[str]
@@ -53,8 +53,8 @@ class Found:
     dead_letters: int
     workers_killed: int
     recovery_seconds: Sequence[float]
-    """Of each job that a killed worker had in hand."""
-    most_in_hand: int
+    """For each job that a killed worker held."""
+    most_held: int
     """Jobs that one worker was seen with: 0 when the workers' notes do not come."""
     restarts: int
     throttled_seconds: float
@@ -111,7 +111,7 @@ def not_as_promised(size: Size, found: Found) -> list[str]:
         "no dead letter": not found.dead_letters,
         f"recovery within {BOUND_SECONDS:.0f} s": found.worst_recovery_seconds <= BOUND_SECONDS,
         f"{receives} receives in the outage": found.outage_receives >= receives,
-        "workers seen with jobs in hand": found.most_in_hand > 0,
+        "workers seen holding jobs": found.most_held > 0,
         "workers killed": found.workers_killed > 0 or not size.kills,
     }
     return [what for what, good in kept.items() if not good]

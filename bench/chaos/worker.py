@@ -1,7 +1,7 @@
-"""The worker's handler of a chaos run: the deployed one, and notes of the jobs it has in hand.
+"""The worker's handler of a chaos run: the deployed one, and notes of the jobs it holds.
 
 Packaged as `app.py`, beside the real one as `deployed.py` (see `__main__.py`). CHAOS_NOTES names the file of the notes:
-a log line is read seconds later, and what a process had in hand must be known when it is killed.
+a log line is read seconds later, and the jobs that a process holds must be known when it is killed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class NotingInbox(SqsInbox):
         _note(leaves=[each.job_id for each, _ in delays])
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
-        """Keep them in hand."""
+        """Hold them."""
         super().put_back([(message, milliseconds) for message in messages])
 
 
@@ -70,7 +70,7 @@ vars(wiring)["SqsInbox"] = NotingInbox
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Run a batch; say before what it is, and after that nothing is left in hand."""
+    """Run an invocation; note the jobs before it, and after it that none is held."""
     _note_taken(received(event["Records"]))
     answer: dict[str, Any] = deployed.handler(event, context)
     _note(over=True)

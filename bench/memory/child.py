@@ -20,7 +20,7 @@ REPORT = "REPORT "
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What Lambda tells of an invocation."""
+    """What Lambda reports about an invocation."""
 
     seconds: float
     aws_request_id: str

@@ -173,7 +173,7 @@ def _queue_of(mapping: str) -> str:
 
 
 def _mapping(emulator: Emulator, name: str, role: str, queue_url: str) -> str:
-    """Make a mapping that is off, for the governor to look at."""
+    """Make a disabled mapping, for the governor to read."""
     package = io.BytesIO()
     with zipfile.ZipFile(package, "w") as archive:
         archive.writestr("app.py", "def handler(event, context): pass\n")

@@ -193,7 +193,7 @@ def _job(job_id: str, now: int) -> Job:
 
 
 def worker_large(world: World) -> Iterator[dict[str, Any]]:
-    """As many jobs as a worker has in hand, each of the largest size."""
+    """As many jobs as a worker holds, each of the largest size."""
     now = shared.CLOCK.now()
     count = world.size(120, 4)
     for number in range(count):
@@ -396,7 +396,7 @@ def batches_many_rows(world: World) -> Iterator[dict[str, Any]]:
 
 
 def governor_due(world: World) -> Iterator[dict[str, Any]]:
-    """As many parked jobs and waiting ranges as one run looks at."""
+    """As many parked jobs and waiting ranges as one run reads."""
     now = shared.CLOCK.now()
     client = world.cloud.client("dynamodb")
     items = []

@@ -1,4 +1,4 @@
-"""Woken by the stream of the jobs table, which shows the jobs that have ended: tells whoever listens."""
+"""Invoked by the stream of the jobs table, with the jobs that have ended: publishes their events and webhooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
-    """Tell of each; the stream begins again at the one that could not be told of."""
+    """Publish each; the stream resumes at the first one that was not published."""
     try:
         ended = wiring.ended_jobs(event["Records"])
         told = wiring.publish()([job for _, job in ended])

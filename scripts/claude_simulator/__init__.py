@@ -134,6 +134,6 @@ In the same process: `with running(Settings(...)) as simulator: simulator.url`.
 
 from scripts.claude_simulator.answers import params_hash
 from scripts.claude_simulator.server import Running, running
-from scripts.claude_simulator.settings import Organisation, Service, Settings, read
+from scripts.claude_simulator.settings import Organization, Service, Settings, read
 
-__all__ = ["Organisation", "Running", "Service", "Settings", "params_hash", "read", "running"]
+__all__ = ["Organization", "Running", "Service", "Settings", "params_hash", "read", "running"]

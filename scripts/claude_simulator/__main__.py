@@ -19,7 +19,7 @@ ADMIN_KEYS_VARIABLE = "CLAUDE_SIMULATOR_ADMIN_KEYS"
 """Where keys come from when they are not to show in the list of processes."""
 
 # flag, the setting of the single organization, its type, help text
-ORGANISATION_FLAGS = (
+ORGANIZATION_FLAGS = (
     (
         "--burst-seconds",
         "burst_seconds",
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag, _, text in LIMIT_FLAGS:
         add(flag, type=int, help=f"{text}; 0 for no limit")
-    for flag, _, kind, text in ORGANISATION_FLAGS:
+    for flag, _, kind, text in ORGANIZATION_FLAGS:
         add(flag, type=kind, help=text)
     add(
         "--no-limit-headers",
@@ -135,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
 def _data(flags: argparse.Namespace) -> dict[str, Any]:
     """Return the configuration: the file, with the flags over it."""
     data = settings.read_file(flags.config) if flags.config is not None else {}
-    organisation = _organisation(flags)
+    organisation = _organization(flags)
     if organisation:
         if "organisations" in data:
             raise settings.SettingsError(
-                f"{flags.config}: defines organisations; omit --keys and the rate-limit flags"
+                f"{flags.config}: defines organizations; omit --keys and the rate-limit flags"
             )
         data["organisations"] = [organisation]
     if flags.seed is not None:
@@ -163,8 +163,8 @@ def _data(flags: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _organisation(flags: argparse.Namespace) -> dict[str, Any]:
-    organisation = _given(flags, [(name, setting) for name, setting, _, _ in ORGANISATION_FLAGS])
+def _organization(flags: argparse.Namespace) -> dict[str, Any]:
+    organisation = _given(flags, [(name, setting) for name, setting, _, _ in ORGANIZATION_FLAGS])
     limits = _given(flags, [(name, setting) for name, setting, _ in LIMIT_FLAGS])
     if limits:
         limits = {name: limit or None for name, limit in limits.items()}

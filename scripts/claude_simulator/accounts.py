@@ -1,4 +1,4 @@
-"""Who calls: organisations at run time, and the answer to those that may not."""
+"""Who calls: organizations at run time, and the answer to those that may not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scripts.claude_simulator.books import Group
 from scripts.claude_simulator.cache import PromptCache
 from scripts.claude_simulator.faults import Failure
 from scripts.claude_simulator.limits import LimitGroup, Limits
-from scripts.claude_simulator.settings import Organisation
+from scripts.claude_simulator.settings import Organization
 
 Headers = list[tuple[bytes, bytes]]
 COUNT_TOKENS_GROUP: Final = "count_tokens"
@@ -18,12 +18,12 @@ BATCHES_GROUP: Final = "batches"
 
 
 class Account:
-    """An organisation at run time: its settings, its groups, its prompt cache.
+    """An organization at run time: its settings, its groups, its prompt cache.
 
     `batches` counts Message Batches, `batch_items` their requests and what was billed for them.
     """
 
-    def __init__(self, organisation: Organisation, now: int) -> None:
+    def __init__(self, organisation: Organization, now: int) -> None:
         self.settings = organisation
         self.groups: dict[str, Group] = {}
         self.in_flight = 0
@@ -33,7 +33,7 @@ class Account:
         self.prompt_cache = PromptCache()
         self.apply(organisation, now)
 
-    def apply(self, organisation: Organisation, now: int) -> None:
+    def apply(self, organisation: Organization, now: int) -> None:
         """Take new settings; the groups keep their levels."""
         self.settings = organisation
         self.rules = organisation.rules()
@@ -50,7 +50,7 @@ class Account:
                     group.workspaces[name] = LimitGroup(limits, self.rules, now)
 
     def headers(self, workspace: str | None) -> Headers:
-        """Return the headers that name the organisation, and a workspace where one is known."""
+        """Return the headers that name the organization, and a workspace where one is known."""
         found = self._headers.get(workspace)
         if found is None:
             found = [(b"anthropic-organization-id", self.settings.id.encode())]

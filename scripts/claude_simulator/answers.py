@@ -142,7 +142,7 @@ def compose(params: dict[str, Any], content_hash: str, planned: Plan, kind: str)
         details = {
             "type": "refusal",
             "category": "general_harms",
-            "explanation": f"The simulator was told to refuse {short}.",
+            "explanation": f"The simulator was configured to refuse {short}.",
         }
         return Answer((), "refusal", details, 0)
     blocks: list[dict[str, Any]] = []

@@ -49,7 +49,7 @@ class BatchApi:
         return MAX_BATCH_BYTES if path == PATH else None
 
     async def work(self) -> None:
-        """Work off batches for ever, a few requests at a time."""
+        """Process batches indefinitely, a few requests at a time."""
         while True:
             if self.engine.advance_batches(ITEMS_AT_ONCE):
                 await asyncio.sleep(0)

@@ -119,7 +119,7 @@ class Batch:
         return at if now >= at else None
 
     def worked_off(self, now: int) -> int:
-        """Return how many requests have their answer at `now`; nothing is begun after a cancel."""
+        """Return how many requests have their answer at `now`; nothing starts after a cancel."""
         until = min(now, self.expires_at)
         if self.cancel_initiated_at is not None:
             until = min(until, self.cancel_initiated_at)
@@ -317,16 +317,16 @@ class Batches:
         return not self._open
 
     def queued(self, account: Account) -> int:
-        """Return how many requests of an organisation wait in batches."""
+        """Return how many requests of an organization wait in batches."""
         return sum(batch.total - batch.done for batch in self._open_of(account))
 
     def seconds_to_next_end(self, account: Account) -> int:
-        """Return whole seconds, at least one, until the first batch of an organisation ends."""
+        """Return whole seconds, at least one, until the first batch of an organization ends."""
         ends = [batch.over_at for batch in self._open_of(account)]
         return max(1, ceil_div(min(ends) - self.now(), SECOND)) if ends else 1
 
     def stats(self, account: Account) -> dict[str, int]:
-        """Return the counts of an organisation's batches."""
+        """Return the counts of an organization's batches."""
         names = ("created", "ended", "canceled", "deleted", "most_queued_requests")
         counts = {name: account.batches[name] for name in names}
         waiting = self._open_of(account)
@@ -357,7 +357,7 @@ def _not_found(batch_id: str) -> RequestError:
 
 
 def read_items(body: bytes) -> Iterator[Item]:
-    """Yield each of a create's `requests` after a look at its shape; its params stay unread.
+    """Yield each of a create's `requests` after a check of its shape; its params stay unread.
 
     Requests are decoded one by one and kept as the bytes they came in: a whole body of 100,000 as
     Python objects would take a multiple of its size. The first thing wrong is raised.

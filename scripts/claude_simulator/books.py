@@ -20,7 +20,7 @@ NO_TOKENS: Final = InputTokens(0)
 
 @dataclass(slots=True)
 class Group:
-    """One organisation's model group: its buckets, those of its workspaces, and its counts."""
+    """One organization's model group: its buckets, those of its workspaces, and its counts."""
 
     name: str
     limits: LimitGroup
@@ -141,7 +141,7 @@ class Books:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How an organisation stands: its calls in flight, what met no model, its groups, its batches."""
+    """The state of an organization: its calls in flight, what met no model, its groups, its batches."""
 
     in_flight: int
     other: Counter[str]

@@ -1,4 +1,4 @@
-"""The prompt cache: the prefixes an organisation sent lately, to count cache reads and writes."""
+"""The prompt cache: the prefixes an organization sent lately, to count cache reads and writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class InputTokens:
 
 
 class PromptCache:
-    """Prefixes by hash, readable once the answer that wrote them has begun, until idle too long."""
+    """Prefixes by hash, readable once the answer that wrote them has started, until idle too long."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, int, int]] = {}  # hash: (from, until, lifetime)
@@ -54,9 +54,9 @@ class PromptCache:
                     written_5m += mark.tokens - covered
                 covered = mark.tokens
                 old = self._entries.get(mark.prefix_hash)
-                begun = old[0] if old is not None and old[1] > now else first_token
-                begun = min(begun, first_token)
-                self._entries[mark.prefix_hash] = (begun, first_token + lifetime, lifetime)
+                started = old[0] if old is not None and old[1] > now else first_token
+                started = min(started, first_token)
+                self._entries[mark.prefix_hash] = (started, first_token + lifetime, lifetime)
             elif (entry := self._entries.get(mark.prefix_hash)) is not None and entry[1] > now:
                 self._entries[mark.prefix_hash] = (entry[0], now + entry[2], entry[2])
         if len(self._entries) > _SWEEP_ABOVE:

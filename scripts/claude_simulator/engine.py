@@ -1,6 +1,6 @@
 """The message engine: decides every call and keeps the books, without HTTP, sockets or sleeping.
 
-`Engine.message` answers a call at once (`Refused`) or plans it (`Call`); whoever carries the call
+`Engine.message` answers a call at once (`Refused`) or plans it (`Call`); the caller that carries the call
 out reports its end with `Engine.finish`. A request of a Message Batch is checked, planned and
 composed by the same functions, without buckets: `Engine.advance_batches` does what is due, and
 `Engine.result` writes the line of the results. Times are nanoseconds since the epoch.
@@ -182,7 +182,7 @@ class Engine:
         return self._caller(key, version, *(found or (None, None)))
 
     def authenticate_admin(self, key: str | None, version: str | None) -> Caller | Refused:
-        """Say who asks about an organisation; every key but its admin keys is refused."""
+        """Say who asks about an organization; every key but its admin keys is refused."""
         return self._caller(key, version, None if key is None else self.admin_keys.get(key), None)
 
     def _caller(
@@ -201,11 +201,11 @@ class Engine:
     def rate_limits(
         self, caller: Caller, query: dict[str, str], workspace: str | None
     ) -> dict[str, Any] | Refused:
-        """Return a page of the limits of an admin key's organisation, or of one workspace of it."""
+        """Return a page of the limits of an admin key's organization, or of one workspace of it."""
         organisation = caller.account.settings
         try:
             if workspace is None:
-                return rate_limits.of_organisation(organisation, self.models, caller.version, query)
+                return rate_limits.of_organization(organisation, self.models, caller.version, query)
             return rate_limits.of_workspace(
                 organisation, workspace, self.models, caller.version, query
             )
@@ -329,7 +329,7 @@ class Engine:
         call.books.write(row, [call.books.counts, call.group.counts], now)
 
     def answer_headers(self, call: Call) -> Headers:
-        """Return the headers of an answer: the organisation and the limits as they stand now."""
+        """Return the headers of an answer: the organization and the current limits."""
         return call.caller.limit_headers(call.group, self.clock())
 
     # -- Message Batches --------------------------------------------------------------------
@@ -346,7 +346,7 @@ class Engine:
         return Refused(failure, caller.headers)
 
     def create_batch(self, caller: Caller, items: list[Item], beta: str) -> Batch | Refused:
-        """Begin a batch of requests not looked at yet, unless the queue has no room for it."""
+        """Start a batch of requests that are not checked yet, unless the queue has no room for it."""
         account = caller.account
         blocked = account.settings.blocked_by
         if blocked is not None and FAILURES[blocked].place is Place.BEFORE:

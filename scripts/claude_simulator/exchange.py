@@ -26,10 +26,10 @@ class Exchange:
     body: bytes
     key: str | None
     version: str | None
-    id: str = ""  # what stands for {id} in the route
+    id: str = ""  # the value of {id} in the route
 
     def take_body(self) -> bytes:
-        """Return the body and let go of it: one of a batch is large."""
+        """Return the body and release it: one of a batch is large."""
         body, self.body = self.body, b""
         return body
 

@@ -1,6 +1,6 @@
 """Faults: every way a call can fail or answer oddly, by rate or by a marker in the request.
 
-The marker stands in `metadata.user_id` and ends at the first blank; what follows it is free text:
+The marker is in `metadata.user_id` and ends at the first blank; what follows it is free text:
 
     marker  = "sim:" item { "," item }
     item    = failure [ "x" count ]      529x3: the first three calls fail so, then they succeed
@@ -14,8 +14,8 @@ rate limit uses none up, so the n-th call that reaches the model always meets th
                 ramp           429 of a growth limit, with retry-after
                 spend_cap      429 of the monthly cap, without retry-after
                 contract_cap   the same of a contract
-                self_limit     400 of a limit the organisation set itself
-                on_hold        400 of a disabled organisation
+                self_limit     400 of a limit the organization set itself
+                on_hold        400 of a disabled organization
                 concurrency    429 of too many calls at once
                 drop_before_billing, drop_after_billing   the connection dies
                 sse_error      a 529 in the middle of a stream, a plain 529 without a stream

@@ -132,7 +132,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How an organisation's buckets behave.
+    """How an organization's buckets behave.
 
     `burst` and `request_burst` are nanoseconds of refill: the capacity of every bucket, and that of
     the stricter second bucket for requests (60 a minute enforced as 1 a second), which no header
@@ -171,7 +171,7 @@ class Charge:
 
 
 class LimitGroup:
-    """The buckets of one organisation and model group, or what one of its workspaces may use of it.
+    """The buckets of one organization and model group, or what one of its workspaces may use of it.
 
     Where a workspace has limits `of_its_own`, a call must fit into both and is charged to both.
     """
@@ -339,7 +339,7 @@ def _need(bucket: Bucket | None, tokens: int) -> int:
     """Return the level a call of that size waits for.
 
     A call above the limit per minute never fits. One that only exceeds a short burst's capacity
-    waits for a full bucket and takes it below zero; otherwise it would wait for ever because of a
+    waits for a full bucket and takes it below zero; otherwise it would wait forever because of a
     setting of ours.
     """
     if bucket is None or tokens > bucket.limit:

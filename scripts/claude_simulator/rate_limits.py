@@ -1,4 +1,4 @@
-"""The Rate Limits API: what an organisation and its workspaces may use, as an admin key reads it."""
+"""The Rate Limits API: what an organization and its workspaces may use, as an admin key reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from scripts.claude_simulator.checks import VERSIONS, RequestError
 from scripts.claude_simulator.limits import Limits
-from scripts.claude_simulator.settings import Model, Organisation, Workspace
+from scripts.claude_simulator.settings import Model, Organization, Workspace
 
 GROUP_TYPES: Final = ("batch", "files", "model_group", "skills", "token_count", "web_search")
 MOST_PER_PAGE: Final = 1000
@@ -20,7 +20,7 @@ _CURSOR: Final = "page_"
 class Entry:
     """The limits of one group: a family of models, or a part of the API that no model names.
 
-    `limits` are those of the organisation, `overrides` those of the workspace asked for.
+    `limits` are those of the organization, `overrides` those of the workspace asked for.
     """
 
     type: str
@@ -35,8 +35,8 @@ class Entry:
         found = {"type": self.type, "id": _id("rlg", self.name)}
         return found | ({"display_name": self.display_name} if self.models else {})
 
-    def of_organisation(self, organisation: str, version: str) -> dict[str, Any]:
-        """Return the entry of the organisation's list."""
+    def of_organization(self, organisation: str, version: str) -> dict[str, Any]:
+        """Return the entry of the organization's list."""
         limits = [{"type": kind, "value": value} for kind, value in self.limits.items()]
         entry = {"type": "rate_limit", **self._described(version), "limits": limits}
         if version != VERSIONS[0]:
@@ -72,21 +72,21 @@ class Entry:
         return _id("rl", f"{organisation} {self.name}")
 
 
-def of_organisation(
-    organisation: Organisation, models: dict[str, Model], version: str, query: dict[str, str]
+def of_organization(
+    organisation: Organization, models: dict[str, Model], version: str, query: dict[str, str]
 ) -> dict[str, Any]:
-    """Return a page of the organisation's limits, or raise what the API would answer."""
+    """Return a page of the organization's limits, or raise what the API would answer."""
     found = _entries(organisation, models, None)
     if (name := query.get("model")) is not None:
         found = [entry for entry in found if entry.models is not None and name in entry.models]
         if not found:
             raise RequestError(f"model: {name}", 404, "not_found_error")
     found = _of_type(found, query)
-    return _page([entry.of_organisation(organisation.id, version) for entry in found], query)
+    return _page([entry.of_organization(organisation.id, version) for entry in found], query)
 
 
 def of_workspace(
-    organisation: Organisation,
+    organisation: Organization,
     workspace: str,
     models: dict[str, Model],
     version: str,
@@ -110,7 +110,7 @@ def of_workspace(
 
 
 def _entries(
-    organisation: Organisation, models: dict[str, Model], workspace: Workspace | None
+    organisation: Organization, models: dict[str, Model], workspace: Workspace | None
 ) -> list[Entry]:
     """Return every group with a limit: the families of models, then the Batches API and counting."""
     families: dict[str, list[Model]] = {}

@@ -94,7 +94,7 @@ class App:
             await exchange.refuse(not_found(scope["path"]))
 
     def _route(self, path: str) -> tuple[str, str]:
-        """Return the route a path belongs to, empty for none, and what stands for its {id}."""
+        """Return the route a path belongs to, empty for none, and the value of its {id}."""
         if path in self._paths:
             return path, ""
         for before, after in self._patterns:
@@ -198,7 +198,7 @@ class App:
         await exchange.reply(200, model_info(model), caller.headers)
 
     async def organization_rate_limits(self, exchange: Exchange) -> None:
-        """GET /v1/organizations/rate_limits: the limits of the organisation, for its admin keys."""
+        """GET /v1/organizations/rate_limits: the limits of the organization, for its admin keys."""
         await self._rate_limits(exchange, None)
 
     async def workspace_rate_limits(self, exchange: Exchange) -> None:
@@ -384,11 +384,11 @@ def events(call: Call) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the events of a streamed answer, each with the time it is due."""
     message = call.message()
     usage = message["usage"]
-    begun = {**message, "content": [], "stop_reason": None, "stop_details": None}
-    begun["usage"] = {**usage, "output_tokens": min(1, usage["output_tokens"])}
-    begun["usage"].pop("output_tokens_details", None)
+    started = {**message, "content": [], "stop_reason": None, "stop_details": None}
+    started["usage"] = {**usage, "output_tokens": min(1, usage["output_tokens"])}
+    started["usage"].pop("output_tokens_details", None)
     first, end = call.first_token_at, call.ends_at
-    yield first, {"type": "message_start", "message": begun}
+    yield first, {"type": "message_start", "message": started}
     pieces = [_pieces(block, end - first, len(call.answer.blocks)) for block in call.answer.blocks]
     total = sum(len(deltas) for _, deltas in pieces) or 1
     sent = 0
@@ -548,7 +548,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(settings: Settings | None = None, port: int = 0) -> Iterator[Running]:
-    """Run a simulator in a thread of this process for as long as the `with` block lasts."""
+    """Run a simulator in a thread of this process while the `with` block runs."""
     bound = bind(port)
     engine = Engine(settings or Settings())
     ready = threading.Event()

@@ -41,7 +41,7 @@ class LimitSettings(_Part):
 
 
 class WorkspaceLimitSettings(_Part):
-    """Lower limits a workspace sets for one model group; null leaves the organisation's alone."""
+    """Lower limits a workspace sets for one model group; null leaves the organization's alone."""
 
     rpm: PerMinute = None
     itpm: PerMinute = None
@@ -53,7 +53,7 @@ class WorkspaceLimitSettings(_Part):
 
 
 class Workspace(_Part):
-    """One more workspace of an organisation, with keys of its own."""
+    """One more workspace of an organization, with keys of its own."""
 
     keys: tuple[str, ...] = ()
     limits: dict[str, WorkspaceLimitSettings] = Field(default_factory=dict)
@@ -107,8 +107,8 @@ class BatchService(_Part):
         return 0 if self.items_per_second is None else round(items / self.items_per_second * SECOND)
 
 
-class Organisation(_Part):
-    """One organisation: its keys, its limits, and how it enforces and reports them.
+class Organization(_Part):
+    """One organization: its keys, its limits, and how it enforces and reports them.
 
     `keys` belong to `workspace`, the default one; it cannot set limits of its own.
     """
@@ -208,7 +208,7 @@ class Settings(_Part):
     faults: dict[str, Rate] = Field(default_factory=dict)
     batches: BatchService = BatchService()
     ramp_retry_after_seconds: Annotated[int, Field(ge=1)] = 5
-    organisations: tuple[Organisation, ...] = (Organisation(),)
+    organisations: tuple[Organization, ...] = (Organization(),)
     models: dict[str, Model] = Field(default_factory=dict)
     revoke_at: dict[str, Seconds] = Field(default_factory=dict)
     ledger_rows: Annotated[int, Field(ge=0)] = 1_000_000
@@ -269,7 +269,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def merged(settings: Settings, patch: object) -> Settings:
-    """Return the settings with `patch` over them: objects by key, organisations by id."""
+    """Return the settings with `patch` over them: objects by key, organizations by id."""
     if not isinstance(patch, dict):
         message = "not a JSON object"
         raise SettingsError(message)

@@ -102,6 +102,7 @@ def upload(  # noqa: PLR0913 - a command line has options
         kind = "a directory" if file.is_dir() else "not a regular file"
         what = kind if file.exists() else "missing"
         raise CommandFailed(f"{file} is {what}; upload takes one file")
+    files.refuse_inputs(out, [file, key_file])
     asked = {
         "model": model,
         "max_tokens": max_tokens,
@@ -115,14 +116,13 @@ def upload(  # noqa: PLR0913 - a command line has options
     good = True
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
-        files.refuse_inputs(out, [file, key_file])
         sink = cleanup.enter_context(files.writing(out)) if out else None
         store = cleanup.enter_context(bucket())
         batch = store.upload(gateway, file, name or file.name, options, _say_sent)
         terminal.say(f"{file} uploaded as batch {batch['id']}")
         if wait:
-            batch = _waited_for(gateway, batch["id"])
-            good = _judged(batch)
+            batch = _wait_for_end(gateway, batch["id"])
+            good = _report_end(batch)
         if sink is not None:
             _write(gateway, batch["id"], "results", sink)
         if as_json:
@@ -170,7 +170,7 @@ def show_batch(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Show a batch: completed rows, cost and estimated end time."""
     with gateway_at(url, key, key_file) as gateway:
-        batch = _waited_for(gateway, batch_id) if wait else gateway.batch(batch_id)
+        batch = _wait_for_end(gateway, batch_id) if wait else gateway.batch(batch_id)
     if as_json:
         terminal.print_json(batch)
         return
@@ -213,7 +213,7 @@ def cancel_batch(
     terminal.put(f"{batch_id} {canceled['processing_status']}")
 
 
-def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
+def _wait_for_end(gateway: "Gateway", batch_id: str) -> "Json":
     from scripts.cli.progress import batch_snapshot
     from scripts.cli.run import display_for
 
@@ -237,7 +237,7 @@ def _waited_for(gateway: "Gateway", batch_id: str) -> "Json":
             gateway.on_wait = terminal.say
 
 
-def _judged(batch: "Json") -> bool:
+def _report_end(batch: "Json") -> bool:
     """Report how the batch ended; return whether every row succeeded."""
     from scripts.cli.progress import dollars
 

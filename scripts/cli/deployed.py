@@ -54,7 +54,7 @@ class Stack:
     def __init__(
         self, name: str, region: str | None = None, endpoint_url: str | None = None
     ) -> None:
-        with said_plainly(f"read stack {name}"):
+        with aws_errors(f"read stack {name}"):
             self._session = boto3.Session(region_name=region)
             self._endpoint_url = endpoint_url
             found = self._read(name)
@@ -104,7 +104,7 @@ class Stack:
             )
         days = int(self.parameters.get("RetentionDays", USUAL_RETENTION_DAYS))
         jobs, params, limits, bucket = (self.outputs[name] for name in names)
-        with said_plainly("reach the stack's data"):
+        with aws_errors("reach the stack's data"):
             dynamodb = self._session.client(
                 "dynamodb", endpoint_url=self._endpoint_url, config=aws.CONFIG
             )
@@ -131,7 +131,7 @@ class Stack:
     def executions(self) -> int:
         """Return the account's limit on concurrent Lambda executions in this region."""
         client = self._session.client("lambda", endpoint_url=self._endpoint_url)
-        with said_plainly("read the account's Lambda limit"):
+        with aws_errors("read the account's Lambda limit"):
             return client.get_account_settings()["AccountLimit"]["UnreservedConcurrentExecutions"]
 
     def wake_governor(self) -> None:
@@ -140,23 +140,23 @@ class Stack:
         if name is None:
             return  # a release before 0.2 has no such output
         client = self._session.client("lambda", endpoint_url=self._endpoint_url)
-        with said_plainly("invoke the governor"):
+        with aws_errors("invoke the governor"):
             answer = client.invoke(FunctionName=name, Payload=b"{}")
         if "FunctionError" in answer:
             raise CommandFailed("the governor failed; check its log")
 
-    def about_executions(self) -> list[str]:
+    def lambda_limit_report(self) -> list[str]:
         """Return what the account's Lambda limit means for this stack, as lines."""
         numbers = {
             name: int(self.parameters.get(name, usual)) for name, usual in USUAL_CONCURRENCY.items()
         }
         at_most = numbers.pop("LambdaConcurrency")
         wanted = sum(numbers.values()) + sum(CEILINGS.values())
-        return about_executions(self.executions(), at_most, wanted, len(numbers) + len(CEILINGS))
+        return lambda_limit_report(self.executions(), at_most, wanted, len(numbers) + len(CEILINGS))
 
     def key_pool_ids(self) -> list[str]:
         """Return the IDs of the stored upstream keys; none if the pool is invalid."""
-        with said_plainly("read the key pool"):
+        with aws_errors("read the key pool"):
             text = self._secrets.get_secret_value(SecretId=self._key_pool_secret)["SecretString"]
         try:
             return [key.id for key in parse_key_pool(json.loads(text))]
@@ -165,7 +165,7 @@ class Stack:
 
     def write_key_pool(self, pool: Mapping[str, Any]) -> None:
         """Store `pool` as the stack's upstream keys."""
-        with said_plainly("write the key pool"):
+        with aws_errors("write the key pool"):
             self._secrets.put_secret_value(
                 SecretId=self._key_pool_secret, SecretString=json.dumps(pool)
             )
@@ -180,10 +180,10 @@ class Stack:
         """Return a new client key and its ID. Only hashes of the key are stored."""
         check_tenant(tenant)
         key = client_keys.new_key(random_bytes(32))
-        with said_plainly("read the pepper"):
+        with aws_errors("read the pepper"):
             pepper = self._secrets.get_secret_value(SecretId=self._pepper_secret)["SecretString"]
         key_id = client_keys.key_id(pepper, key)
-        with said_plainly("store the client key"):
+        with aws_errors("store the client key"):
             self._dynamodb.put_item(
                 TableName=self._keys_table,
                 Item={
@@ -201,7 +201,7 @@ class Stack:
     def list_client_keys(self) -> list[dict[str, Any]]:
         """Return all client keys without their hashes, oldest first."""
         keys: list[dict[str, Any]] = []
-        with said_plainly("list the client keys"):
+        with aws_errors("list the client keys"):
             pages = self._dynamodb.get_paginator("scan").paginate(TableName=self._keys_table)
             for page in pages:
                 keys += [
@@ -218,7 +218,7 @@ class Stack:
 
     def revoke_client_key(self, key_id: str) -> None:
         """Disable a client key; its jobs keep running."""
-        with said_plainly("revoke the client key"):
+        with aws_errors("revoke the client key"):
             try:
                 self._dynamodb.update_item(
                     TableName=self._keys_table,
@@ -235,7 +235,7 @@ class Stack:
                 ) from None
 
 
-def about_executions(executions: int, at_most: int, wanted: int, queues: int) -> list[str]:
+def lambda_limit_report(executions: int, at_most: int, wanted: int, queues: int) -> list[str]:
     """Return what a Lambda concurrency limit means for queues that want `wanted` executions; `at_most` 0 is no cap."""
     counted = f"Lambda concurrency limit of this account and region: {executions:,}"
     if at_most and at_most < executions:
@@ -322,8 +322,8 @@ def _wrong_with_key(key: str, others: list[str]) -> str | None:
 
 
 @contextmanager
-def said_plainly(doing: str) -> Iterator[None]:
-    """Turn boto3 errors into one line that says what to do."""
+def aws_errors(doing: str) -> Iterator[None]:
+    """Turn AWS errors into CommandFailed; `doing` is what failed, such as `read the key pool`."""
     try:
         yield
     except NoRegionError:

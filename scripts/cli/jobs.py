@@ -116,6 +116,7 @@ def submit(  # noqa: PLR0913 - a command line has options
     _check_source(file, prompt, key_file, prompt_only=bool(model or max_tokens or system))
     if out is not None and not wait:
         raise InvalidUsage("--out requires --wait")
+    files.refuse_inputs(out, [file, key_file])
     if idempotency_key is not None:
         _check_idempotency_key(idempotency_key)
     defaults: dict[str, object] = {}
@@ -127,7 +128,6 @@ def submit(  # noqa: PLR0913 - a command line has options
         defaults["metadata"] = dict(_pair(text) for text in metadata)
     if webhook:
         defaults["webhook"] = webhook
-    inputs = (file, key_file)
     submission = Submission(
         run_key=idempotency_key or f"run-{uuid.uuid4().hex}",
         defaults=defaults,
@@ -146,7 +146,6 @@ def submit(  # noqa: PLR0913 - a command line has options
                 )
             ]
         # Before anything is sent, so that a path that cannot be written fails early.
-        files.refuse_inputs(out, inputs)
         sink = cleanup.enter_context(files.writing(out)) if out else None
         good = submission.run(gateway, lines, sink)
     if not good or (sink is not None and sink.was_kept):

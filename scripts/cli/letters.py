@@ -32,10 +32,10 @@ def list_letters(
     endpoint_url: EndpointUrl = None,
 ) -> None:
     """List dead letters, oldest first, with the reason and the current state of each job."""
-    from scripts.cli.deployed import Stack, said_plainly
+    from scripts.cli.deployed import Stack, aws_errors
 
     redriver = Stack(stack, region, endpoint_url).redriver()
-    with said_plainly("read the dead letters"):
+    with aws_errors("read the dead letters"):
         found = redriver.candidates(redriver.letters(reason))
     _print_candidates(found, as_json=as_json, nothing="no dead letters")
 
@@ -54,11 +54,11 @@ def show_letter(
 
     The job's request and answer are not shown.
     """
-    from scripts.cli.deployed import Stack, said_plainly
+    from scripts.cli.deployed import Stack, aws_errors
     from sluice.api import views
 
     redriver = Stack(stack, region, endpoint_url).redriver()
-    with said_plainly("read the dead letter"):
+    with aws_errors("read the dead letter"):
         (found,) = redriver.candidates(_letters_named(redriver, [letter]))
     job = None if found.job is None else views.job_view(found.job)
     shown = _as_json(found) | {"body": found.letter.body, "job_record": job}
@@ -89,30 +89,30 @@ def redrive_letters(  # noqa: PLR0913 - a command line has options
     First shows the jobs and their estimated cost at list prices. Redriven jobs start within about a
     minute, as fast as the rate limits allow, with a full set of attempts.
     """
-    from scripts.cli.deployed import Stack, said_plainly
+    from scripts.cli.deployed import Stack, aws_errors
 
     if (bool(letters), reason is not None, every).count(True) != 1:
         raise InvalidUsage("provide dead letter IDs, --reason or --all")
     redriver = Stack(stack, region, endpoint_url).redriver()
-    with said_plainly("read the dead letters"):
+    with aws_errors("read the dead letters"):
         chosen = _letters_named(redriver, letters) if letters else redriver.letters(reason)
         found = redriver.candidates(chosen)
     able = [each for each in found if each.hindrance is None]
     if dry_run or not able:
         _print_candidates(found, as_json=as_json, nothing="no dead letters")
-        _tell_estimate(able, "would be redriven")
+        _print_estimate(able, "would be redriven")
         return
     if not yes:
         if not sys.stdin.isatty():
             raise CommandFailed("no terminal to confirm on: use --yes, or --dry-run to preview")
         _print_candidates(found, as_json=False, nothing="")
-        _tell_estimate(able, "would be redriven")
+        _print_estimate(able, "would be redriven")
         if not terminal.confirm("Redrive?"):
             return
-    with said_plainly("redrive jobs"):
+    with aws_errors("redrive jobs"):
         done = [redriver.redrive(each) for each in able]
     _print_candidates(done, as_json=as_json, nothing="")
-    _tell_estimate([each for each in done if each.hindrance is None], "redriven")
+    _print_estimate([each for each in done if each.hindrance is None], "redriven")
     if any(each.hindrance is not None for each in done):
         raise typer.Exit(1)
 
@@ -161,7 +161,7 @@ def _print_candidates(found: "list[Candidate]", *, as_json: bool, nothing: str) 
         terminal.say(nothing)
 
 
-def _tell_estimate(able: "list[Candidate]", what: str) -> None:
+def _print_estimate(able: "list[Candidate]", what: str) -> None:
     from scripts.cli.progress import dollars
     from sluice.upkeep.dead_letters import Estimate
 

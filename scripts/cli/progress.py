@@ -284,7 +284,7 @@ class PlainLines:
     def show(self, snapshot: Snapshot, now: float) -> None:
         """Print a line if one is due or all jobs have ended."""
         due = self._shown_at is None or now - self._shown_at >= LINES_EVERY_SECONDS
-        if due or snapshot.done == snapshot.total:
+        if due or snapshot.done == snapshot.total > 0:
             self._shown_at = now
             self.note(f"{snapshot.done}/{snapshot.total} done · {snapshot.text()}")
 

@@ -50,10 +50,10 @@ def fetch(
             return ((name, pool.submit(gateway.job, name)) for name in islice(names, count))
 
         # Twice as many as there are threads, so that a slow first request does not idle the others.
-        on_the_way = deque(ask(2 * FETCHES_IN_FLIGHT))
-        while on_the_way:
-            job_id, future = on_the_way.popleft()
-            on_the_way.extend(ask(1))
+        in_flight = deque(ask(2 * FETCHES_IN_FLIGHT))
+        while in_flight:
+            job_id, future = in_flight.popleft()
+            in_flight.extend(ask(1))
             try:
                 job = future.result()
             except GatewayRefused as refused:

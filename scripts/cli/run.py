@@ -112,16 +112,16 @@ class Submission:
             sink = files.standard_output()
         answers: list[Json] = []
 
-        def hand_out(finished: list[Json]) -> None:
+        def write_results(finished: list[Json]) -> None:
             if not sink and not text_only:
                 return
-            for job in fetch(gateway, [job["id"] for job in finished], _must_be_there):
+            for job in fetch(gateway, [job["id"] for job in finished], _report_missing):
                 if sink:
                     sink.write(line_of(job))
                 else:
                     answers.append(job)
 
-        good = wait_and_show(gateway, job_ids, hand_out, again=self._again)
+        good = wait_and_show(gateway, job_ids, write_results, again=self._again)
         for job in answers:
             _print_answer(job)
         if not sink and not text_only:
@@ -181,7 +181,7 @@ def _model_groups() -> dict[str, str]:
     return {model: row["group"] for row in rows for model in row["models"]}
 
 
-def _must_be_there(job_id: str, reason: str) -> None:
+def _report_missing(job_id: str, reason: str) -> None:
     # It had ended a moment ago; it can only have been deleted at the end of its retention.
     terminal.say(f"{job_id}: {reason}")
 

@@ -52,10 +52,10 @@ def setup(
         deployed.write_key_pool(pool)
         keys = terminal.counted(len(pool["keys"]), "upstream key")
         terminal.say(f"stored {keys} in the key pool of {stack}")
-    _have_governed(deployed)
+    _apply_lambda_limit(deployed)
     client_key = _print_new_client_key(deployed, tenant, None)
     if endpoint_url is None:
-        _try_out(deployed.api_url, client_key)
+        _check_gateway(deployed.api_url, client_key)
     else:
         terminal.say(
             "SLUICE_URL above is the AWS URL; for the local stack, use the api_url that it printed"
@@ -151,17 +151,17 @@ def _print_new_client_key(deployed: "Stack", tenant: str, name: str | None) -> s
     return client_key
 
 
-def _have_governed(deployed: "Stack") -> None:
+def _apply_lambda_limit(deployed: "Stack") -> None:
     """Report the account's Lambda limit and apply it before the first submit. A failure is only reported."""
     try:
-        for line in deployed.about_executions():
+        for line in deployed.lambda_limit_report():
             terminal.say(line)
         deployed.wake_governor()
     except CommandFailed as failed:
         terminal.say(f"{failed}; the governor's next scheduled run is within a minute")
 
 
-def _try_out(url: str, client_key: str) -> None:
+def _check_gateway(url: str, client_key: str) -> None:
     """Check the URL and the key with one call. A failure is only reported."""
     from scripts.cli.client import Gateway
 

@@ -94,7 +94,7 @@ def prepared(
         # An alarm with metric math makes the emulator roll the whole stack back.
         "MetricMathAlarms": "false",
         "PublicUrl": public_url,
-        # A receiver on this machine may be told.
+        # Webhooks to a receiver on this machine are allowed.
         "WebhookNetworks": "127.0.0.0/8",
     }
     if concurrency is not None:

@@ -188,7 +188,7 @@ class Emulator:
             import botocore.session  # noqa: PLC0415
 
             # Each: name in the config file, environment variable, default, conversion. The user's
-            # own profile and files are not looked at.
+            # own profile and files are not read.
             core = botocore.session.Session(
                 session_vars={
                     "profile": (None, None, None, None),

@@ -135,7 +135,7 @@ def partiql_actions(body: bytes) -> Iterator[tuple[str, str, str | None]]:
             yield "dynamodb:PartiQLUnreadable", "unreadable", None
 
 
-def tell_event_sources() -> None:
+def notify_event_sources() -> None:
     """Give policies the condition key `events:source` of a PutEvents call.
 
     As released, ministack knows no condition keys of EventBridge, so a grant with a condition never applies. On AWS
@@ -248,7 +248,7 @@ class Guard:
 
 
 def is_plain(scope: Message) -> bool:
-    """Tell whether the path is written as it is meant: no `..` or `//` that another router may read differently."""
+    """Return whether the path is in its canonical form: no `..` or `//` that another router may read differently."""
     path = str(scope["path"])
     return "//" not in path and not {"..", "."} & set(path.split("/"))
 
@@ -263,7 +263,7 @@ def header_values(scope: Message) -> dict[str, str]:
 
 
 def _is_verified(scope: Message, body: bytes) -> bool:
-    """Tell whether the request is signed by a key that exists, in its header or as a presigned S3 URL."""
+    """Return whether the request is signed by a key that exists, in its header or as a presigned S3 URL."""
     evaluator: Internals = import_module("ministack.core.iam_evaluator")
     responses: Internals = import_module("ministack.core.responses")
     method, query = scope["method"], scope.get("query_string", b"").decode("latin-1")
@@ -289,7 +289,7 @@ def _is_verified(scope: Message, body: bytes) -> bool:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """Read the whole body; None when the caller has gone away."""
+    """Read the whole body; None if the caller disconnected."""
     parts = []
     while True:
         message = await receive()

@@ -21,7 +21,7 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 LOOK_SECONDS: Final = 0.05
 LOOK_SECONDS_WITHOUT_PROC: Final = 1.0
-LOOKS_PER_LOOK_AT_CHILDREN: Final = 20
+CHECKS_PER_CHECK_OF_CHILDREN: Final = 20
 KILLED: Final = "Error: Runtime exited with error: signal: killed"
 
 
@@ -142,7 +142,7 @@ def limit_memory() -> None:
     "RequestId: ... Error: Runtime exited with error: signal: killed" in answer and log (Lambda, Troubleshoot execution
     issues). The messages of an SQS batch become visible again when their visibility timeout ends.
 
-    A thread looks every 50 ms at the kernel's own peak (`VmHWM`), and each invocation is looked at again at its end:
+    A thread reads the kernel's own peak (`VmHWM`) every 50 ms, and again at the end of each invocation:
     no peak is missed, however short, though one shorter than 50 ms is ended after the fact. Children count every
     second. Where there is no /proc (macOS), `ps` is asked once a second for the process alone: shorter peaks pass.
     What counts is the resident size, the Python interpreter included, as in Lambda's "Max Memory Used".
@@ -176,7 +176,7 @@ def limit_memory() -> None:
             with lock:
                 every = [worker for pool in workers.values() for worker in pool]
             try:
-                guard.look(every, with_children=looks % LOOKS_PER_LOOK_AT_CHILDREN == 0)
+                guard.look(every, with_children=looks % CHECKS_PER_CHECK_OF_CHILDREN == 0)
             except Exception as error:  # noqa: BLE001 - as the emulator's own loops: the next look is the next try
                 print(f"memory: {error}", file=sys.stderr)
 

@@ -231,7 +231,7 @@ def enforce_permissions() -> None:
     emulator_doors.admit_one_root(os.environ["AWS_ACCESS_KEY_ID"])
     emulator_doors.name_actions_as_aws()
     emulator_doors.check_partiql()
-    emulator_doors.tell_event_sources()
+    emulator_doors.notify_event_sources()
     emulator_doors.forbid_what_may_not_be_listed()
     emulator_doors.count_loopback_as_tls()
     # Last: it goes in front of everything.

@@ -1,7 +1,7 @@
 """The emulator enforces AWS's sizes: memory, payloads, and what stores and queues take.
 
 As released, ministack is laxer than AWS at the places below, so a job could pass here and fail in an account. One
-function stands for one limit; each names AWS's documented figure and where it is documented, and checks first that
+function implements one limit; each names AWS's documented figure and where it is documented, and checks first that
 what it replaces is there. Limits that ministack enforces by itself are pinned by tests/integration/test_aws_limits.py
 beside these.
 """

@@ -1,4 +1,4 @@
-"""Run one module or file in this process and end with whoever started it.
+"""Run one module or file in this process and end with the process that started it.
 
     python -P leash.py FOLDER MODULE|FILE.py [ARGUMENT...]
 

@@ -54,7 +54,7 @@ class Grant:
     conditions: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def covers(self, action: str, resource: str, context: Mapping[str, str]) -> bool:
-        """Tell whether it permits a request."""
+        """Return whether it permits a request."""
         return (
             self.action == action
             and fnmatchcase(resource, self.resource)
@@ -216,7 +216,7 @@ def _name(reference: Json) -> str:
 
 
 def _holds(operator: str, keys: Mapping[str, Any], context: Mapping[str, str]) -> bool:
-    """Tell whether a condition holds.
+    """Return whether a condition holds.
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_elements_condition_operators.html
     """

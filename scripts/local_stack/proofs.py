@@ -1,7 +1,7 @@
 """What a started stack must show before it is called ready.
 
 The emulator accepts much that it then ignores, so a created stack proves nothing: each function
-here proves one behaviour, and raises `StackError` naming what does not work.
+here proves one behavior, and raises `StackError` naming what does not work.
 """
 
 from __future__ import annotations

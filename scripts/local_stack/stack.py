@@ -61,14 +61,14 @@ class Ready:
     carry_metrics: Callable[[], int] = field(repr=False)
     """Brings metrics logged until now into CloudWatch at once (it happens every 2 s anyway)."""
     ended: Callable[[], str | None] = field(repr=False)
-    """Tells why the stack does not run any more, None while it does."""
+    """Return why the stack has stopped, None while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStack:
     """What to start; `running` starts it.
 
-    With neither `claude_url` nor `key_pool`, the bundled simulator stands for Claude.
+    With neither `claude_url` nor `key_pool`, the bundled simulator replaces Claude.
     """
 
     port: int = 0

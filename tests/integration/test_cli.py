@@ -918,7 +918,8 @@ def test_nothing_from_elsewhere_reaches_the_terminal_raw(
     gateway.reject["refused"] = {"type": ESCAPES, "message": f"line\n{ESCAPES}"}
     gateway.batch_problem = ESCAPES
     gateway.limits[0] |= {"group": ESCAPES, "blocked_until": ESCAPES, "blocked_reason": ESCAPES}
-    run("submit", file, "--wait")
+    run("submit", file)
+    gateway.finish()
     run("upload", file)
     job = next(iter(gateway.jobs))
 

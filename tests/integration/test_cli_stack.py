@@ -12,8 +12,8 @@ import pytest
 from scripts.cli import app
 from scripts.cli.deployed import (
     USUAL_CONCURRENCY,
-    about_executions,
     ask_for_key_pool,
+    lambda_limit_report,
     read_key_pool,
 )
 from scripts.cli.errors import CommandFailed
@@ -219,7 +219,7 @@ def test_setup_says_what_the_accounts_lambda_limit_means(run: Run, tmp_path: Pat
 def test_a_small_limit_is_explained_with_what_to_ask_aws_for(
     executions: int, at_most: int, said: str, *, asks: bool
 ) -> None:
-    first, *more = about_executions(executions, at_most, 27, 6)
+    first, *more = lambda_limit_report(executions, at_most, 27, 6)
 
     assert said in first
     assert asks == any("--quota-code L-B99A9384" in line for line in more)

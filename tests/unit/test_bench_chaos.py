@@ -30,7 +30,7 @@ GOOD = Found(
     dead_letters=0,
     workers_killed=0,
     recovery_seconds=(),
-    most_in_hand=9,
+    most_held=9,
     restarts=4,
     throttled_seconds=3.0,
     outage_seconds=8.0,
@@ -99,7 +99,7 @@ def test_recovery_is_the_time_until_the_job_went_on_or_was_killed_again() -> Non
         ({"dead_letters": 1}, "no dead letter"),
         ({"recovery_seconds": (1.0, BOUND_SECONDS + 1)}, f"recovery within {BOUND_SECONDS:.0f} s"),
         ({"outage_receives": 2}, "3 receives in the outage"),
-        ({"most_in_hand": 0}, "workers seen with jobs in hand"),
+        ({"most_held": 0}, "workers seen holding jobs"),
     ],
 )
 def test_a_small_run_fails_for_a_promise_that_is_not_kept(
@@ -127,4 +127,4 @@ def test_notes_say_what_each_worker_has_in_hand(tmp_path: Path) -> None:
     notes.look()
 
     assert {7: {"b"}} == {pid: hands.job_ids for pid, hands in notes.hands.items()}
-    assert (3, 2) == (notes.receives["b"], notes.most_in_hand)
+    assert (3, 2) == (notes.receives["b"], notes.most_held)

@@ -259,6 +259,17 @@ def test_plain_lines_come_every_five_seconds_and_at_the_end() -> None:
     )
 
 
+def test_a_batch_whose_size_is_not_known_yet_is_no_batch_that_is_done() -> None:
+    stream = io.StringIO()
+    lines = PlainLines(stream)
+    unknown = Tally([], 0.0).snapshot(0.0)
+
+    for second in (0.0, 1.0, 2.0):
+        lines.show(unknown, second)
+
+    assert 1 == len(stream.getvalue().splitlines())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],

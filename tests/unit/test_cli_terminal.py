@@ -18,9 +18,11 @@ from scripts.cli.terminal import as_json, block, json_text, line, safe
 
 # Any text at all, also halves of surrogate pairs, which JSON can carry as escapes.
 ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()))
+SHORT_TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=20)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | ANY_TEXT,
-    lambda inner: st.lists(inner) | st.dictionaries(ANY_TEXT, inner),
+    st.none() | st.booleans() | st.integers() | SHORT_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SHORT_TEXT, inner, max_size=3),
+    max_leaves=5,
 )
 ESCAPE, BELL, C1, BACK, RETURN = "\x1b[2J", "\x07", "\x9b31m", "\b", "\r"
 REVERSED, ISOLATED = "\u202egnp.exe", "\u2066"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from bench.limits import chart, report
 from bench.limits.scenarios import SCENARIOS
@@ -184,6 +184,24 @@ def test_every_outcome_of_an_attempt_is_explained(outcome: AttemptOutcome) -> No
     assert f"`{outcome}`" in section(STATE_MACHINE, "## What counts as an attempt")
 
 
+def test_the_reference_has_every_command_with_its_options_arguments_and_help() -> None:
+    page = TEXTS["docs/cli.md"].replace("\\|", "|")
+    waiting = [("sluice", command_line())]
+    while waiting:
+        name, group = waiting.pop()
+        for word, command in group.commands.items():
+            found = section(page, f"## {name} {word}")
+            assert " ".join((command.help or "?").split()) in " ".join(found.split())
+            for parameter in command.params:
+                assert isinstance(parameter, TyperOption | TyperArgument)
+                shown = parameter.metavar or parameter.name or "?"
+                first = parameter.opts[0] if isinstance(parameter, TyperOption) else shown
+                assert first in found
+                assert " ".join((parameter.help or "?").split()) in found
+            if isinstance(command, TyperGroup):
+                waiting.append((f"{name} {word}", command))
+
+
 # Generated documents
 
 
@@ -269,6 +287,8 @@ def test_every_decision_has_its_four_parts() -> None:
     parts = ["**Context.**", "**Decision.**", "**Alternatives.**", "**Consequences.**"]
 
     assert decisions
+    numbers = sorted(name.rpartition("/")[2][:4] for name in decisions)
+    assert numbers == [f"{number:04}" for number in range(1, len(numbers) + 1)]
     for name, page in decisions.items():
         number = name.rpartition("/")[2][:4]
         assert page.startswith(f"# {number} "), name

@@ -9,7 +9,7 @@ import pytest
 from scripts.claude_simulator import rate_limits
 from scripts.claude_simulator.checks import RequestError
 from scripts.claude_simulator.settings import (
-    Organisation,
+    Organization,
     Settings,
     SettingsError,
     catalogue,
@@ -20,14 +20,14 @@ OLD, NEW = "2023-06-01", "2026-10-21"
 LIMITS = {"default": {"rpm": 50, "itpm": 30_000, "otpm": 8000}, "opus-5": {"otpm": None}}
 
 
-def organisation(**more: Any) -> Organisation:
+def organisation(**more: Any) -> Organization:
     found = {"limits": LIMITS, "admin_keys": ["sk-ant-admin-test-one"], **more}
     return read({"organisations": [found]}).organisations[0]
 
 
-def listed(version: str = NEW, organisation: Organisation | None = None, **query: str) -> Any:
-    return rate_limits.of_organisation(
-        organisation or Organisation.model_validate({"limits": LIMITS}),
+def listed(version: str = NEW, organisation: Organization | None = None, **query: str) -> Any:
+    return rate_limits.of_organization(
+        organisation or Organization.model_validate({"limits": LIMITS}),
         catalogue(Settings()),
         version,
         query,

@@ -16,9 +16,9 @@ GLOSSARY = ROOT / "docs" / "glossary.md"
 
 CODE_IS_CHECKED = {
     "bench": False,
-    "functions": False,
+    "functions": True,
     "layers": False,
-    "scripts": False,
+    "scripts": True,
     "tests": False,
 }
 """Folders with Python code. While the texts of a folder are being rewritten, it is False."""
@@ -36,15 +36,33 @@ class Exempt:
 
 EXEMPT: tuple[Exempt, ...] = (
     Exempt("docs/bench.md", "4 unequal organisations", "the title of a scenario, as recorded"),
+    Exempt(
+        "scripts/claude_simulator/__init__.py", '"organisations":', "a field of its configuration"
+    ),
+    Exempt(
+        "scripts/claude_simulator/settings.py", '"organisations: ', "a field of its configuration"
+    ),
 )
+
+
+FIELDS = {
+    "organisation": "one of `organisations`",
+    "organisations": "a field of the simulator's configuration",
+    "set_aside": "a field of GET /limits",
+    "told": "stored in batches",
+    "under_way": "stored in limit groups",
+    "under_way_at": "stored in limit groups",
+}
+"""Identifiers whose names are given by stored data, JSON or a protocol."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """One line that people read."""
+    """Something that people read."""
 
     path: str
     line: int
+    """Where it starts."""
     words: str
 
 
@@ -61,7 +79,7 @@ def retired() -> re.Pattern[str]:
 
 
 RETIRED = retired()
-CODE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\bbench[/.]\w[\w./]*", re.DOTALL)
+CODE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|\bbench[-/.]\w[\w./]*", re.DOTALL)
 """Names of code, files and links, which are no prose."""
 
 
@@ -70,13 +88,9 @@ def prose(text: str) -> str:
     return CODE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
 
 
-def lines(path: str, text: str, first: int = 1) -> Iterator[Text]:
-    for number, line in enumerate(prose(text).split("\n"), first):
-        yield Text(path, number, line)
-
-
 def documents() -> list[str]:
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "template.yaml"]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    pages += [ROOT / name for name in ("Makefile", "samconfig.toml", "template.yaml")]
     return sorted(path.relative_to(ROOT).as_posix() for path in pages)
 
 
@@ -84,7 +98,7 @@ def texts_of_document(path: str) -> Iterator[Text]:
     text = (ROOT / path).read_text(encoding="utf-8")
     if ROOT / path == GLOSSARY:
         text = text.partition("\n## Retired words\n")[0]
-    yield from lines(path, text)
+    yield Text(path, 1, prose(text))
 
 
 def modules(folder: str) -> list[str]:
@@ -100,11 +114,11 @@ def texts_of_module(path: str) -> Iterator[Text]:
     source = (ROOT / path).read_text(encoding="utf-8")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            yield from lines(path, token.string, token.start[0])
+            yield Text(path, token.start[0], prose(token.string))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            yield from lines(path, node.value, node.lineno)
-        for name in defined(node):
+            yield Text(path, node.lineno, prose(node.value))
+        for name in set(defined(node)) - FIELDS.keys():
             apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name)
             yield Text(path, getattr(node, "lineno", 1), apart)
     yield Text(path, 1, re.sub(r"[/_.]", " ", path.partition("/")[2]))
@@ -123,17 +137,15 @@ def defined(node: ast.AST) -> Iterator[str]:
 
 
 def hits(texts: Iterator[Text]) -> list[str]:
-    """Say where retired words occur, the exceptions apart."""
-    return [
-        f"{text.path}:{text.line}: {found[0]}"
-        for text in texts
-        for found in RETIRED.finditer(text.words)
-        if not any(each.path == text.path and each.text in source_line(text) for each in EXEMPT)
-    ]
-
-
-def source_line(text: Text) -> str:
-    return (ROOT / text.path).read_text(encoding="utf-8").split("\n")[text.line - 1]
+    """Return where retired words occur, without the exceptions."""
+    found = []
+    for text in texts:
+        source = (ROOT / text.path).read_text(encoding="utf-8").split("\n")
+        for word in RETIRED.finditer(text.words):
+            line = text.line + text.words.count("\n", 0, word.start())
+            if not any(each.path == text.path and each.text in source[line - 1] for each in EXEMPT):
+                found.append(f"{text.path}:{line}: {' '.join(word[0].split())}")
+    return found
 
 
 # What holds
@@ -148,7 +160,7 @@ def test_no_description_of_the_api_uses_a_retired_word() -> None:
     path = "docs/openapi.json"
     described = json.loads((ROOT / path).read_text(encoding="utf-8"))
 
-    assert hits(line for said in spoken(described) for line in lines(path, said)) == []
+    assert hits(Text(path, 1, prose(said)) for said in spoken(described)) == []
 
 
 def spoken(value: object) -> Iterator[str]:
@@ -180,7 +192,7 @@ def test_every_folder_with_code_is_in_the_table() -> None:
         if path.is_dir() and not path.name.startswith(".") and any(path.rglob("*.py"))
     }
 
-    assert with_code == set(CODE_IS_CHECKED)
+    assert with_code == {path.partition("/")[0] for path in CODE_IS_CHECKED}
 
 
 @pytest.mark.parametrize("exception", EXEMPT, ids=lambda each: each.text)
@@ -190,6 +202,18 @@ def test_an_exception_is_needed_and_has_a_reason(exception: Exempt) -> None:
 
     assert exception.reason
     assert any(RETIRED.search(line) for line in its_lines)
+
+
+def test_the_exempt_fields_are_used() -> None:
+    used = {
+        name
+        for folder in ("layers", "scripts")
+        for path in modules(folder)
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        for name in defined(node)
+    }
+
+    assert FIELDS.keys() <= used
 
 
 # The check itself

@@ -2,7 +2,7 @@
 
 With SLUICE_RECORD_CALLS naming a folder, every function of a local stack writes there, once per process, each call it
 makes: operation and resources, no data. A process of a function imports this file through `sitecustomize` (see
-emulator.py); tests that run handlers in their own process call `install` with the name of the function at work.
+emulator.py); tests that run handlers in their own process call `install` with the name of the running function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MISSING: Final = 404
 
 
 def install(folder: Path, function: Callable[[], str | None]) -> None:
-    """Record into `folder` the calls of every botocore session made from now on; `function` tells whose they are."""
+    """Record into `folder` the calls of every botocore session made from now on; `function` is the caller's name."""
     import botocore.handlers  # noqa: PLC0415 - only where something is recorded
 
     seen: set[str] = set()
