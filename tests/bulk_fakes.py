@@ -20,10 +20,10 @@ from sluice.ports.batches import BatchPage, DueRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
-from sluice.worker.desk import Desk, RowRequests
+from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
 from sluice.worker.ranges import RangePointer, RangeTools, RunRange
 from sluice.worker.tools import Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
 
 
@@ -415,8 +415,8 @@ class Deaths:
 class WatchedRequests(RowRequests):
     """The requests of a range's rows; `seen` is called with each that was read."""
 
-    def __init__(self, desk: Desk, seen: Callable[[bytes], None]) -> None:
-        super().__init__(desk)
+    def __init__(self, rows: WindowRows, seen: Callable[[bytes], None]) -> None:
+        super().__init__(rows)
         self._seen = seen
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
@@ -452,16 +452,15 @@ class Bulk:
     def runner(self) -> RunRange:
         """Return the ranges function as a fresh environment has it."""
         clock = VirtualClock(self.time)
-        desk = Desk(self.ledger, self.gateway.rules.prices, clock)
+        rows = WindowRows(self.gateway.rules.prices, clock)
         tools = Tools(
-            jobs=desk,
-            params=WatchedRequests(desk, lambda body: self.request_seen(body)),  # noqa: PLW0108
-            results=desk,
-            inbox=desk,
+            jobs=rows,
+            params=WatchedRequests(rows, lambda body: self.request_seen(body)),  # noqa: PLW0108
+            results=rows,
             limits=self.gateway.limits,
             keys=self.gateway.pool,
             claude=self.claude,
-            ledger=desk,
+            ledger=RowBooks(self.ledger, rows),
             clock=clock,
             jitter=lambda: self.gateway.jitter,
             blocking=self.gateway.blocking,
@@ -479,7 +478,7 @@ class Bulk:
             blocking=self.gateway.blocking,
             events=self.events,
         )
-        return RunRange(range_tools, Worker(tools, self.gateway.rules), desk)
+        return RunRange(range_tools, Worker(tools, self.gateway.rules), rows)
 
     def upload(self, body: bytes, name: str = "first.jsonl", **metadata: str) -> None:
         """Drop a file into the bucket, and tell of it."""

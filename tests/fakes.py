@@ -38,8 +38,9 @@ from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.jobs import Due, Page, Params, Pointer, Received
 from sluice.ports.metrics import METRIC_NAMES
 from sluice.upkeep.dead_letters import KeptLetter
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Rules, Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -1014,7 +1015,6 @@ class Gateway:
             jobs=self.jobs,
             params=self.params,
             results=self.results,
-            inbox=self.queue,
             limits=self.limits,
             keys=self.pool,
             claude=self.claude,
@@ -1048,9 +1048,8 @@ class Gateway:
         self._invocations += 1
         batch = self.queue.hand_over() if messages is None else messages
         stop_at = self.time.now() + int(minutes * MINUTE)
-        not_done = await (worker or self.worker).run(
-            batch, stop_at, f"invocation-{self._invocations}"
-        )
+        run_jobs = RunJobs(self.queue, self.jobs, worker or self.worker)
+        not_done = await run_jobs(batch, stop_at, f"invocation-{self._invocations}")
         self.queue.delete([each for each in batch if each.message_id not in not_done])
         return not_done
 

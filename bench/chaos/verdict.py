@@ -11,7 +11,8 @@ from typing import Final
 from rich.table import Table
 
 from scripts.cli.client import Json
-from sluice.domain.jobs import LEASE_MS, Job
+from sluice.domain.jobs import Job
+from sluice.domain.waits import LEASE_MS
 
 BOUND_SECONDS: Final = LEASE_MS / 1000 + 60
 """A lease; a poll and a batching window; and 10 to 40 s when the next worker puts it back for a throttled store."""

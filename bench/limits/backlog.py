@@ -36,8 +36,9 @@ from sluice.ports.jobs import Pointer, Received
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.sweep import Sweep
 from sluice.wiring.shared import model_groups, prices
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Rules, Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 from tests.fakes import (
     VISIBILITY_MS,
     AccountLimit,
@@ -237,7 +238,6 @@ class Backlogged:
             jobs=self.jobs,
             params=self.params,
             results=MemoryResults(),
-            inbox=self.queue,
             limits=self.limits,
             keys=StaticKeyPool(UpstreamKey("one", "sk-ant-test-one")),
             claude=VirtualClaude(self.engine),
@@ -320,7 +320,7 @@ class Backlogged:
         self.story.invocations += 1
         try:
             stop_at = self.time.now() + STOP_SECONDS * 1000
-            not_done = await worker.run(messages, stop_at, owner)
+            not_done = await RunJobs(self.queue, self.jobs, worker)(messages, stop_at, owner)
             self.queue.delete([each for each in messages if each.message_id not in not_done])
         finally:
             self.alive -= 1

@@ -42,10 +42,11 @@ from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.claude import Answer, CallRequest, Headers
 from sluice.ports.claude import Refused as NoAnswer
 from sluice.wiring.shared import model_groups, prices
-from sluice.worker.desk import Desk, RowRequests
+from sluice.worker.queue_source import RunJobs
+from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
 from sluice.worker.ranges import RangeTools, RunRange
 from sluice.worker.tools import Rules, Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryNotices, MemoryObjects
 from tests.fakes import (
     DirectCalls,
@@ -252,14 +253,13 @@ class Play:
             submit(asked[at : at + 100], Sender("bench"))
 
     def _new_worker(self) -> Worker:
-        return self._worker_of(self.jobs, self.params, self.results, self.queue, self.ledger)
+        return self._worker_of(self.jobs, self.params, self.results, self.ledger)
 
-    def _worker_of(self, jobs: Any, params: Any, results: Any, inbox: Any, ledger: Any) -> Worker:
+    def _worker_of(self, jobs: Any, params: Any, results: Any, ledger: Any) -> Worker:
         tools = Tools(
             jobs=jobs,
             params=params,
             results=results,
-            inbox=inbox,
             limits=self.limits,
             keys=self.pool,
             claude=VirtualClaude(self.engine),
@@ -281,7 +281,9 @@ class Play:
                 return
             worker = await self._environment()
             stop_at = self.time.now() + STOP_SECONDS * 1000
-            not_done = await worker.run(messages, stop_at, f"worker-{number}-{invocation}")
+            not_done = await RunJobs(self.queue, self.jobs, worker)(
+                messages, stop_at, f"worker-{number}-{invocation}"
+            )
             self.queue.delete([each for each in messages if each.message_id not in not_done])
             self.idle.append(worker)
 
@@ -375,7 +377,7 @@ class BatchesPlay(Play):
     """The same through `messages.batches.create`: one batch, its ranges run by the ranges function."""
 
     def __init__(self, task: Task, workers: int, seed: int) -> None:
-        self.desks: dict[Worker, Desk] = {}
+        self.rows: dict[Worker, WindowRows] = {}
         super().__init__(task, workers, seed)
         clock = VirtualClock(self.time)
         self.batches = MemoryBatches(self.time.now)
@@ -422,9 +424,9 @@ class BatchesPlay(Play):
             self.planner.plan(batch_id)
 
     def _new_worker(self) -> Worker:
-        desk = Desk(self.ledger, prices(), VirtualClock(self.time))
-        worker = self._worker_of(desk, RowRequests(desk), desk, desk, desk)
-        self.desks[worker] = desk
+        rows = WindowRows(prices(), VirtualClock(self.time))
+        worker = self._worker_of(rows, RowRequests(rows), rows, RowBooks(self.ledger, rows))
+        self.rows[worker] = rows
         return worker
 
     async def _pump(self, number: int) -> None:
@@ -448,7 +450,7 @@ class BatchesPlay(Play):
             )
             stop_at = self.time.now() + STOP_SECONDS * 1000
             owner = f"worker-{number}-{self.invocations}"
-            if await RunRange(tools, worker, self.desks[worker])(pointer, stop_at, owner):
+            if await RunRange(tools, worker, self.rows[worker])(pointer, stop_at, owner):
                 self.queues.delete(pointer.message)
             self.idle.append(worker)
             while self.queues.joins:

@@ -23,7 +23,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     wiring.hold_while_starting(messages)
     try:
         not_done = _loop.run_until_complete(
-            wiring.worker().run(messages, stop_at, owner=context.aws_request_id)
+            wiring.run_jobs()(messages, stop_at, owner=context.aws_request_id)
         )
     finally:
         shared.telemetry().flush()

@@ -23,7 +23,8 @@ from standardwebhooks.webhooks import Webhook
 
 from scripts.claude_simulator import Running, read, running
 from scripts.local_stack import LocalStack, Ready
-from sluice.worker.desk import AGAIN, AT_ONCE
+from sluice.worker.range_rows import AGAIN
+from sluice.worker.range_source import AT_ONCE
 
 UPSTREAM_KEY: Final = "sk-ant-test-bulk"
 CLIENT_KEY: Final = "sluice_bulk_of_acme"

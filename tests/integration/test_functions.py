@@ -269,8 +269,8 @@ class Stdout(io.StringIO):
 
 def _start_afresh() -> None:
     """Forget what the functions keep between invocations, as a new execution environment does."""
-    if wiring.worker.cache_info().currsize:
-        sdk = wiring.worker()._tools.claude  # noqa: SLF001 - nobody else closes its connections
+    if wiring.run_jobs.cache_info().currsize:
+        sdk = wiring.run_jobs().worker.tools.claude
         assert isinstance(sdk, SdkClaude)
         worker_app._loop.run_until_complete(sdk.close())  # noqa: SLF001 - they belong to this loop
     forget_what_is_wired()

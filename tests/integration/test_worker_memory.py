@@ -56,8 +56,9 @@ from dataclasses import replace
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.system import SystemClock, Threads, peak_mb
 from sluice.ports import Params
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 from tests.fakes import Gateway, a_job, known_group, upstream_key
 
 port, sizes, known = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "known"
@@ -85,14 +86,14 @@ async def main():
         gateway.jobs.add(job)
         gateway.queue.post(job_id=job.job_id)
     tools = Tools(
-        jobs=gateway.jobs, params=MadeWhenRead(), results=gateway.results, inbox=gateway.queue,
+        jobs=gateway.jobs, params=MadeWhenRead(), results=gateway.results,
         limits=gateway.limits, keys=gateway.pool, claude=SdkClaude(clock), ledger=gateway.ledger,
         clock=clock, jitter=lambda: 0.5, blocking=Threads(), events=gateway.events,
     )
-    worker = Worker(tools, gateway.rules)
+    run_jobs = RunJobs(gateway.queue, gateway.jobs, Worker(tools, gateway.rules))
     while any(not job.state.is_final for job in gateway.jobs.stored.values()):
         batch = gateway.queue.hand_over(50)
-        not_done = await worker.run(batch, clock.now() + 300_000, "me")
+        not_done = await run_jobs(batch, clock.now() + 300_000, "me")
         gateway.queue.delete([each for each in batch if each.message_id not in not_done])
         await asyncio.sleep(0.1)
     states = [str(job.state) for job in gateway.jobs.stored.values()]

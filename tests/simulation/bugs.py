@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sluice.domain import jobs as life
+from sluice.domain import waits
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.limits import Cost, Group, Observation, observe
 from sluice.intake import accounts
 from sluice.intake.submit import Outcome, Submit
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Due, Received
-from sluice.worker import limiter, work
-from sluice.worker.limiter import Admission, Limiter
+from sluice.worker import limit_writer
+from sluice.worker.ledger import Ledger
+from sluice.worker.limit_books import Admission
+from sluice.worker.limiter import Limiter
 from sluice.worker.memory import Grant, Memory
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.upstream import Upstream
@@ -103,7 +107,7 @@ def _count_a_snooze() -> Iterator[None]:
 
 @contextmanager
 def _lease_shorter_than_the_call() -> Iterator[None]:
-    with _instead(life, "LEASE_MS", 10_000):
+    with _instead(waits, "LEASE_MS", 10_000):
         yield
 
 
@@ -113,6 +117,7 @@ def _settle_twice() -> Iterator[None]:
 
     def twice(self: Limiter, admission: Admission, used: Cost | None, **facts: bool) -> None:
         settle(self, admission, used, **facts)
+        admission.is_settled = False
         settle(self, admission, used, **facts)
 
     with _instead(Limiter, "settle", twice):
@@ -136,7 +141,7 @@ def _trust_a_stale_header() -> Iterator[None]:
     def trusting(group: Group, observation: Observation, now: int) -> Group:
         return observe(replace(group, observed_at=0), observation, now)
 
-    with _instead(limiter, "observe", trusting):
+    with _instead(limit_writer, "observe", trusting):
         yield
 
 
@@ -154,16 +159,16 @@ def _two_sweeps_at_once() -> Iterator[None]:
 
 @contextmanager
 def _reuse_a_receipt_handle() -> Iterator[None]:
-    run = work.Worker.run
+    run = RunJobs.__call__
 
     async def with_old_receipts(
-        self: work.Worker, messages: list[Received], stop_at: int, owner: str
+        self: RunJobs, messages: list[Received], stop_at: int, owner: str
     ) -> list[str]:
-        known = vars(self).setdefault("_receipts", {})
+        known = self.worker.__dict__.setdefault("_receipts", {})
         old = [known.setdefault(message.message_id, message) for message in messages]
         return await run(self, old, stop_at, owner)
 
-    with _instead(work.Worker, "run", with_old_receipts):
+    with _instead(RunJobs, "__call__", with_old_receipts):
         yield
 
 
@@ -292,7 +297,7 @@ def _keep_silent_about_lost_calls() -> Iterator[None]:
     async def silent(*_: object) -> None:
         return
 
-    with _instead(work._Batch, "_account_for_lost", silent):  # noqa: SLF001 - what a bug may do
+    with _instead(Ledger, "account_for_lost", silent):
         yield
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sluice.domain.jobs import (
-    LEASE_MS,
     TRANSITIONS,
     Attempt,
     AttemptOutcome,
@@ -25,6 +24,7 @@ from sluice.domain.jobs import (
 )
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import LedgerRow
+from sluice.domain.waits import LEASE_MS
 from sluice.ports.jobs import Received
 from sluice.worker.memory import ANSWER_FACTOR, REQUEST_FACTOR
 from tests.fakes import MINUTE, SECOND

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, cast
 
 from sluice.domain.jobs import Party
+from sluice.ports.swap import swap
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -74,8 +75,10 @@ class Machine:
         """Make a store call: some time passes before it and after it, and faults strike at both moments."""
         self.check()
         world = self.world
-        store = getattr(call, "__self__", None)
-        point = Point(self, getattr(store, "name", "?"), call.__name__, args)
+        is_swap = call is swap
+        verb, facts = (args[0], args[1:]) if is_swap else (call, args)
+        store = getattr(verb, "__self__", None)
+        point = Point(self, getattr(store, "name", "?"), getattr(verb, "__name__", "?"), facts)
         await asyncio.sleep(world.rng.randrange(1, SLOWEST_STEP_MS) / 1000)
         self.check()
         if world.strikes:
@@ -90,7 +93,10 @@ class Machine:
             raise
         finally:
             world.writer = None
-        world.tell(self, point.store, point.verb, args)
+        if is_swap and answer is not facts[0]:
+            world.tell(self, f"{point.store}: {point.verb} -> Stale")
+            return answer
+        world.tell(self, point.store, point.verb, facts)
         if world.strikes:
             for fault in world.faults:
                 await fault.after(point)

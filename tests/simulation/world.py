@@ -26,9 +26,11 @@ from sluice.upkeep import sweep as sweeping
 from sluice.upkeep.dead_letters import DeadLetter, TakeDeadLetter
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.sweep import Sweep
-from sluice.worker.limiter import Admission, Limiter
+from sluice.worker.limit_books import Admission
+from sluice.worker.limiter import Limiter
+from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Rules, Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 from tests.fakes import (
     MINUTE,
     SECOND,
@@ -295,7 +297,6 @@ class Environment:
             jobs=world.jobs,
             params=world.params,
             results=world.results,
-            inbox=world.queue,
             limits=world.limits,
             keys=world.pool,
             claude=self.line,
@@ -492,7 +493,9 @@ class World:
         self.tell(machine, f"receives {who} as {owner}")
         remaining = self.rng.choice(self.story.timeouts_ms)
         stop_at = machine.now() + remaining - min(LAST_MS, remaining // 4)
-        task = machine.spawn(environment.worker.run(batch, stop_at, owner), owner)
+        task = machine.spawn(
+            RunJobs(self.queue, self.jobs, environment.worker)(batch, stop_at, owner), owner
+        )
         try:
             await asyncio.wait({task}, timeout=remaining / 1000)
             if not task.done():

@@ -19,11 +19,11 @@ from sluice.domain import limits
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import RetryPolicy
-from sluice.domain.waits import USUAL
+from sluice.domain.waits import LONGEST_DELAY_MS, USUAL
 from sluice.intake import requests as validation
 from sluice.intake import submit
 from sluice.ports.metrics import METRIC_NAMES
-from sluice.worker import call, limiter, work
+from sluice.worker import limit_books, limit_planner, queue_source
 from tests.expanded_template import template
 
 ROOT = Path(__file__).parents[2]
@@ -308,16 +308,16 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "starts at {} requests, {:,} input and {:,} output tokens a minute",
             [limits.SAFE_START[dimension] for dimension in limits.DIMENSIONS],
         ),
-        ("start time up to {:.0f} s ahead", [limiter.HORIZON_MS / 1000]),
-        ("s ahead ({:.0f} s at slow rates)", [limiter.LONGEST_HORIZON_MS / 1000]),
+        ("start time up to {:.0f} s ahead", [limit_books.HORIZON_MS / 1000]),
+        ("s ahead ({:.0f} s at slow rates)", [limit_books.LONGEST_HORIZON_MS / 1000]),
         ("cannot start within {:.0f} s go back to the queue", [USUAL.hold_ms / 1000]),
-        ("blocked for more than {:.0f} s", [limiter.BLOCK_MS / 1000]),
-        ("large call that has waited {:.0f} s", [limiter.PATIENCE_MS / 1000]),
+        ("blocked for more than {:.0f} s", [limit_planner.BLOCK_MS / 1000]),
+        ("large call that has waited {:.0f} s", [limit_books.PATIENCE_MS / 1000]),
         ("takes {:.0f} s to reach", [limits.RAMP_MS / 1000]),
-        ("holds up to {} jobs", [work.SLOTS]),
-        ("for up to {:.0f} minutes. Jobs", [work.REFILL_MS / 60_000]),
+        ("holds up to {} jobs", [queue_source.SLOTS]),
+        ("for up to {:.0f} minutes. Jobs", [queue_source.REFILL_MS / 60_000]),
         ("Up to {:.0f} s of a wait", [USUAL.rest_ms / 1000]),
-        ("for at most {:.0f} minutes at a time", [call.LONGEST_DELAY_MS / 60_000]),
+        ("for at most {:.0f} minutes at a time", [LONGEST_DELAY_MS / 60_000]),
         ("continues at {:.0f} % of its rate", [limits.RATE_AFTER_429 / 10]),
         ("gains {:.0f} % of the limit per second", [limits.RECOVERY_PER_SECOND / 10]),
         (

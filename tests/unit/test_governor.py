@@ -15,7 +15,7 @@ from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, room_of
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
 from sluice.upkeep.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
-from sluice.worker.desk import AT_ONCE
+from sluice.worker.range_source import AT_ONCE
 from tests.fakes import (
     MINUTE,
     NOON,

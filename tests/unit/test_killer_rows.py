@@ -16,8 +16,8 @@ from sluice.domain.batches import (
     claim_range,
 )
 from sluice.ports.claude import CallRequest, Refused
-from sluice.worker import ranges
-from sluice.worker.desk import AT_ONCE
+from sluice.worker import range_windows
+from sluice.worker.range_source import AT_ONCE
 from tests.bulk_fakes import Bulk, Deaths, KillsAt, a_row, jsonl, number_in
 from tests.fakes import MINUTE, NOON, refused
 from tests.unit.test_windows import as_one_range
@@ -34,7 +34,7 @@ REPEATED = AT_ONCE + 16 + 4 - 3
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Windows of fifty rows, so that a range of a hundred has two."""
-    monkeypatch.setattr(ranges, "WINDOW_ROWS", 50)
+    monkeypatch.setattr(range_windows, "WINDOW_ROWS", 50)
     made: list[Bulk] = []
 
     def one(rows: int = ROWS, expires_at: int = NOON + 24 * 60 * MINUTE, **facts: Any) -> Bulk:

@@ -1,7 +1,8 @@
 """The limiter as workers use it: blocks of start times, settled later, through one shared record."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
 from typing import Any, TypeVar
@@ -21,19 +22,19 @@ from sluice.domain.limits import (
     group_id,
 )
 from sluice.ports.claude import Headers
-from sluice.worker.limiter import (
-    BLOCK_MS,
+from sluice.worker.limit_books import (
     REFUND_MS,
     SETTLE_MS,
-    WATCH_MS,
     Admission,
     Admitted,
-    Again,
     Claimant,
     Later,
-    Limiter,
+    Moved,
     TooLarge,
 )
+from sluice.worker.limit_planner import BLOCK_MS
+from sluice.worker.limit_writer import MOST_CONFLICTS, WATCH_MS
+from sluice.worker.limiter import Limiter
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -479,7 +480,7 @@ def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) ->
                 return admitted
             limiter.settle(admitted, None)
 
-    async def story(limiter: Limiter) -> tuple[dict[str, str], list[Admitted]]:
+    async def story(limiter: Limiter) -> tuple[Mapping[str, str], list[Admitted]]:
         admitted = await crew.admit(limiter, claimants=[unknown])
         assert isinstance(admitted, Admission)
         waiting = [asyncio.create_task(ask(limiter)) for _ in range(3)]
@@ -491,7 +492,7 @@ def test_a_group_that_moved_is_asked_for_again_under_its_own_name(crew: Crew) ->
     moved, answers = crew.play(story)
 
     assert {"key:main/a": "org"} == moved
-    assert [Again()] * 3 == answers
+    assert [Moved()] * 3 == answers
     assert "org" == crew.store.stored["key:main/a"].moved_to
     assert 600 == crew.group.requests.limit
 
@@ -947,3 +948,83 @@ def test_a_write_whose_reply_was_lost_is_entered_once(crew: Crew, others: int) -
     refilled = (crew.time.now() - NOON) / SECOND
     assert 5 == len(crew.started)
     assert before - 5 + refilled == pytest.approx(crew.level(), abs=0.5)
+
+
+# An admission as a context manager --------------------------------------------------------------------------------
+
+
+def settlements(limiter: Limiter) -> list[tuple[Admission, Cost | None]]:
+    """Return what is settled with a limiter, as it happens."""
+    told: list[tuple[Admission, Cost | None]] = []
+    settle = limiter.settle
+
+    def settle_and_tell(admission: Admission, used: Cost | None, **facts: bool) -> None:
+        told.append((admission, used))
+        settle(admission, used, **facts)
+
+    vars(limiter)["settle"] = settle_and_tell
+    return told
+
+
+class Armchair(BaseException):
+    """What no code expects."""
+
+
+@pytest.mark.parametrize("is_settled", [False, True])
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, asyncio.CancelledError, Armchair])
+def test_a_reservation_is_settled_once_whatever_happens(
+    crew: Crew, error: type[BaseException] | None, *, is_settled: bool
+) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+    used = Cost(1, 7, 9)
+
+    async def story(limiter: Limiter) -> list[Cost | None]:
+        told = settlements(limiter)
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        with suppress(BaseException), admitted:
+            if is_settled:
+                admitted.settle(used)
+            if error is not None:
+                raise error
+        return [cost for admission, cost in told if admission is admitted]
+
+    assert [used if is_settled else None] == crew.play(story)
+
+
+def test_a_reservation_is_never_settled_twice(crew: Crew) -> None:
+    crew.know(known_group(seen=limited(600, 100)))
+
+    async def story(limiter: Limiter) -> None:
+        admitted = await crew.admit(limiter)
+        assert isinstance(admitted, Admission)
+        admitted.settle(None)
+        with pytest.raises(AssertionError, match="settled once"):
+            admitted.settle(admitted.reserved)
+
+    crew.play(story)
+
+
+def test_a_write_that_always_loses_its_race_gives_up_for_a_while(crew: Crew) -> None:
+    """Others write all the time for two minutes; then everything that was gathered is written."""
+    crew.know(known_group(seen=limited(600, 100)))
+    genuine = crew.store.replace
+
+    def overtaken(group: Group, expected_version: int) -> None:
+        if crew.time.now() < NOON + 2 * MINUTE:
+            current = crew.store.stored[group.id]
+            genuine(replace(current, version=current.version + 1), current.version)
+        genuine(group, expected_version)
+
+    crew.store.replace = overtaken  # type: ignore[method-assign]
+
+    async def story(limiter: Limiter) -> int:
+        await crew.call(limiter)
+        return limiter.writes
+
+    writes = crew.play(story)
+
+    assert 1 == len(crew.started)
+    assert crew.started[0] >= NOON + 2 * MINUTE
+    assert {"limits table busy"} == set(crew.events.problem_names)
+    assert writes > MOST_CONFLICTS

@@ -18,7 +18,7 @@ from sluice.worker.memory import (
     Budget,
     Memory,
 )
-from sluice.worker.work import SLOTS
+from sluice.worker.queue_source import SLOTS
 from tests.fakes import SECOND, VirtualClock, VirtualTime
 
 SMALL = Budget(own=100, shared=3_000, most_answer=500)

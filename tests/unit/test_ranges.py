@@ -13,8 +13,10 @@ from sluice.bulk import assemble
 from sluice.domain.batches import Options, Phase, cancel_batch
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
-from sluice.worker.desk import AGAIN, AT_ONCE, SAVE_ROWS
-from sluice.worker.ranges import KEEP_MS, LEASE_MS, RangePointer
+from sluice.worker.range_lease import KEEP_MS, LEASE_MS
+from sluice.worker.range_rows import AGAIN
+from sluice.worker.range_source import AT_ONCE, SAVE_ROWS
+from sluice.worker.ranges import RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
 from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
 

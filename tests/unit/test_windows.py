@@ -20,8 +20,7 @@ from sluice.domain.batches import (
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
 from sluice.ports.claude import Answer, CallRequest
-from sluice.worker import desk as desks
-from sluice.worker import ranges
+from sluice.worker import range_rows, range_source, range_windows
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON, refused
 from tests.unit.test_ranges import ids, kill_after, said
@@ -33,7 +32,7 @@ ROWS = 100
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Windows of ten rows, so that a range of a hundred has ten."""
-    monkeypatch.setattr(ranges, "WINDOW_ROWS", 10)
+    monkeypatch.setattr(range_windows, "WINDOW_ROWS", 10)
     made: list[Bulk] = []
 
     def one(*script: Any, **facts: Any) -> Bulk:
@@ -86,7 +85,7 @@ def test_no_more_rows_than_a_window_are_on_the_desk(make: Make) -> None:
 
     def count(request: CallRequest) -> None:
         del request
-        on_desk.append(len(runner.desk.seats()))
+        on_desk.append(len(runner.rows.seats()))
 
     bulk.claude.when = count
     as_one_range(bulk, jsonl(*(a_row(number) for number in range(35))))
@@ -98,14 +97,14 @@ def test_no_more_rows_than_a_window_are_on_the_desk(make: Make) -> None:
 def test_a_window_holds_few_large_lines_and_one_of_any_size(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "WINDOW_BYTES", 1_000)
+    monkeypatch.setattr(range_windows, "WINDOW_BYTES", 1_000)
     bulk = make()
     texts: list[int] = []
     runner = bulk.runner()
 
     def count(request: CallRequest) -> None:
         del request
-        texts.append(sum(len(seat.line.text) for seat in runner.desk.seats()))
+        texts.append(sum(len(seat.line.text) for seat in runner.rows.seats()))
 
     bulk.claude.when = count
     rows = [a_row(1), a_row(2, system="x" * 600), a_row(3, system="x" * 5_000), a_row(4)]
@@ -121,7 +120,7 @@ def test_a_window_holds_few_large_lines_and_one_of_any_size(
 def test_millions_of_bad_lines_are_windows_of_their_own(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "WINDOW_BAD_BYTES", 2_000)
+    monkeypatch.setattr(range_windows, "WINDOW_BAD_BYTES", 2_000)
     bulk = make()
 
     as_one_range(bulk, jsonl(a_row(0), *([b"?"] * 50), a_row(1), b"", b"?"))
@@ -147,7 +146,7 @@ def test_a_custom_id_of_another_window_of_the_range_is_called_once(make: Make) -
 def test_a_custom_id_beyond_those_remembered_has_one_result_all_the_same(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "REMEMBERED_IDS", 5)
+    monkeypatch.setattr(range_windows, "REMEMBERED_IDS", 5)
     bulk = make()
 
     as_one_range(bulk, jsonl(*(a_row(number) for number in range(12)), a_row(8)))
@@ -247,7 +246,7 @@ def test_a_store_that_is_busy_while_a_range_is_read_errors_no_row(
     make: Make, monkeypatch: pytest.MonkeyPatch, windows: int
 ) -> None:
     """Its workers do not die: after five minutes nothing says that a row kills them."""
-    monkeypatch.setattr(ranges, "PIECE_BYTES", 1_000)
+    monkeypatch.setattr(range_windows, "PIECE_BYTES", 1_000)
     bulk = make(latency_ms=1_000)
     as_one_range(bulk, jsonl(*(a_row(number) for number in range(40))))
 
@@ -275,14 +274,14 @@ def test_a_store_that_is_busy_while_a_range_is_read_errors_no_row(
 def test_records_that_are_too_much_to_hold_are_read_back_from_what_was_saved(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desks, "HELD_BYTES", 2_000)
-    monkeypatch.setattr(desks, "SAVE_BYTES", 1_500)
+    monkeypatch.setattr(range_rows, "HELD_BYTES", 2_000)
+    monkeypatch.setattr(range_rows, "SAVE_BYTES", 1_500)
     bulk = make(latency_ms=100)
     held: list[int] = []
     runner = bulk.runner()
 
     def large(request: CallRequest) -> Answer:
-        rows = [seat.ended for seat in runner.desk.seats() if seat.ended and seat.ended.chunk]
+        rows = [seat.ended for seat in runner.rows.seats() if seat.ended and seat.ended.chunk]
         held.append(sum(len(each.text) for each in rows if each.text))
         text = f"{said(request)} " * 50
         message = {"content": [{"type": "text", "text": text}], "stop_reason": "end_turn"}
@@ -302,8 +301,8 @@ def test_records_that_are_too_much_to_hold_are_read_back_from_what_was_saved(
 def test_no_more_answers_are_expected_at_once_than_fit_into_memory(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "WINDOW_ROWS", 50)
-    monkeypatch.setattr(desks, "ANSWERS_BYTES", 10 * 4_000)
+    monkeypatch.setattr(range_windows, "WINDOW_ROWS", 50)
+    monkeypatch.setattr(range_source, "ANSWERS_BYTES", 10 * 4_000)
     small, large = make(latency_ms=1_000), make(latency_ms=1_000)
 
     as_one_range(small, jsonl(*(a_row(number, max_tokens=100) for number in range(50))))

@@ -15,10 +15,7 @@ import pytest
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.jobs import (
     FEW,
-    LEASE_MS,
-    LONGEST_PARK_MS,
     LOSSES_TO_SUSPECT,
-    RENEW_MS,
     AttemptOutcome,
     Job,
     Lease,
@@ -30,19 +27,21 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.retries import RetryPolicy, next_month
-from sluice.domain.waits import USUAL, Waits
+from sluice.domain.waits import (
+    LEASE_MS,
+    LONGEST_DELAY_MS,
+    LONGEST_PARK_MS,
+    RENEW_MS,
+    SCOUT_MS,
+    USUAL,
+    Waits,
+)
 from sluice.ports.claude import Answer, CallRequest, Refused
 from sluice.ports.jobs import Received
-from sluice.worker.call import LONGEST_DELAY_MS
-from sluice.worker.key_choice import KEYS_MS
-from sluice.worker.limiter import Admission, Admitted, Limiter
-from sluice.worker.work import (
-    MOST_WAITING,
-    REFILL_MS,
-    SCOUT_MS,
-    SLOTS,
-    WAITING,
-)
+from sluice.worker.keys import KEYS_MS
+from sluice.worker.limit_books import Admission, Admitted
+from sluice.worker.limiter import Limiter
+from sluice.worker.queue_source import MOST_WAITING, REFILL_MS, SLOTS, WAITING
 from tests.fakes import (
     MESSAGE,
     MINUTE,
@@ -1455,6 +1454,42 @@ def test_a_job_that_cannot_be_read_comes_back(make: Make) -> None:
 
     gateway.drain()
     assert State.SUCCEEDED == gateway.job("job_1").state
+
+
+def test_an_unknown_job_is_buried_even_if_no_record_could_be_read_at_first(make: Make) -> None:
+    gateway = make()
+    gateway.queue.post(job_id="job_404")
+    gateway.jobs.fail_next("get_many")
+
+    assert ["message-1"] == gateway.once()
+    assert ["batch not readable", "job record missing"] == gateway.events.problem_names
+
+    gateway.drain()
+    assert ["no such job"] == [reason for _, reason in gateway.queue.buried]
+
+
+def test_an_outcome_whose_record_changes_all_the_time_is_accounted_for(make: Make) -> None:
+    """Retries of contention are bounded: the call is in the ledger, and the job is looked at again later."""
+    gateway = make(a_job())
+
+    def overtake() -> None:
+        current = gateway.job()
+        gateway.jobs.stored["job_1"] = replace(current, version=current.version + 1)
+
+    def contend(_: CallRequest) -> None:
+        gateway.jobs.before_replace.extend([overtake] * 10)
+
+    gateway.claude.when = lambda request: None if gateway.claude.calls[1:] else contend(request)
+
+    gateway.time.run(gateway.invoke(minutes=1))
+
+    (row,) = gateway.ledger.rows.values()
+    assert ("succeeded", "outcome not stored") == (row.outcome, row.note)
+    assert State.RUNNING == gateway.job().state
+    assert ["store busy"] == gateway.events.problem_names
+
+    gateway.drain()
+    assert State.SUCCEEDED == gateway.job().state
 
 
 def test_a_ledger_that_is_busy_for_a_moment_gets_its_rows_later(make: Make) -> None:

@@ -14,17 +14,7 @@ from typing import Final
 
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
-
-LEASE_MS: Final = 120_000
-"""Longer than any gap between renewals. If a worker dies, another can take the job over after this time."""
-
-RENEW_MS: Final = 45_000
-"""Interval at which a worker renews the leases of its jobs and the visibility timeouts of its messages."""
-
-assert 2 * RENEW_MS < LEASE_MS, "one renewal may fail"
-
-LONGEST_PARK_MS: Final = 6 * 3_600_000
-"""Maximum parking time. A job is retried at least this often, in case the cause of its wait is fixed."""
+from sluice.domain.waits import LEASE_MS
 
 WATCH_MS: Final = 30 * 60_000
 """If a job is not written for this long, its message may be lost: the sweep checks it."""

@@ -1,18 +1,140 @@
-"""The waits that a test or a benchmark may shorten, so that hours of an outage pass in minutes.
+"""Where a job waits, and for how long: every duration of waiting, and the one rule that picks the place.
 
-No promise depends on their length: they only trade receives and calls for delay. A deployment keeps the defaults.
+All durations are milliseconds.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Final, Self
+
+# Leases ------------------------------------------------------------------------------------------------------
+
+LEASE_MS: Final = 120_000
+"""Length of a job's lease and of its message's visibility timeout. The job of a dead worker is free after this time."""
+
+RENEW_MS: Final = 45_000
+"""Longest gap between two renewals of a lease, or of the visibility timeout of the messages a worker holds."""
+
+CANCEL_CHECK_MS: Final = 15_000
+"""How often a worker reads the record of a job during its call: for a cancel, a lost lease, and a due renewal."""
+
+assert 2 * RENEW_MS < LEASE_MS, "one failed renewal must not cost the lease"
+assert CANCEL_CHECK_MS < RENEW_MS, "renewals are due only when the record is read"
+
+# Places ------------------------------------------------------------------------------------------------------
+
+LEAST_WINDOW_MS: Final = 60_000
+"""Least time an invocation must have left for a call."""
+
+LONGEST_DELAY_MS: Final = 900_000
+"""Longest wait in the queue. Parked messages would fill SQS's in-flight quota for everybody."""
+
+LONGEST_PARK_MS: Final = 6 * 3_600_000
+"""Longest wait outside the queue. A parked job is checked at least this often, in case the cause is fixed."""
+
+ROW_STAY_MS: Final = 60_000
+"""Longest wait of a row of a range in the invocation: its range must stay there anyway."""
+
+SLOW_TOKENS_PER_SECOND: Final = 25
+"""A pace almost every answer keeps: a call starts only if `max_tokens` at this pace fits into the time left."""
+
+# Holding -----------------------------------------------------------------------------------------------------
+
+HOLD_APART_MS: Final = 15_000
+"""As `hold_ms`, for a job that runs apart: others wait for it to finish."""
+
+SCOUT_MS: Final = 5_000
+"""As `hold_ms`, for a job taken to find out whether the queue has one that can start at once; also how often that is
+tried. If it cannot start, it is soon visible again: hidden for longer it would be missing at the end of the queue."""
+
+MEMORY_MS: Final = 30_000
+"""How long a large request waits for memory in an invocation. Memory is free again as soon as another one is sent."""
+
+START_WITH_MEMORY_MS: Final = 15_000
+"""As `hold_ms`, for a job that has waited for memory; then the next job in line gets it."""
+
+# Faults ------------------------------------------------------------------------------------------------------
+
+NO_KEY_MS: Final = 60_000
+"""Wait of a job for which there is no usable key now."""
+
+STORE_BUSY_MS: Final = 5_000
+"""Wait of a job that met a busy store, with as much jitter on top."""
+
+FAULT_MS: Final = 15_000
+"""Wait of a job that met an unexpected error, with as much jitter on top."""
+
+REWRITE_MS: Final = 1_000
+"""Pause before a write that must not be lost is tried again on a busy store."""
+
+GROWS_EVERY: Final = 20
+"""Receives of a message after which the wait for a fault doubles, so that a fault that lasts does not use up the
+queue's 1,000 receives in an afternoon.
+
+Not sooner, because most receives have other reasons: a job that was snoozed ten times and then met one failed read
+would wait for minutes.
+"""
+
+assert LEAST_WINDOW_MS <= ROW_STAY_MS < LONGEST_DELAY_MS < LONGEST_PARK_MS
+assert max(NO_KEY_MS, 2 * FAULT_MS, 2 * STORE_BUSY_MS) < LONGEST_DELAY_MS, (
+    "faults wait in the queue"
+)
+assert REWRITE_MS < CANCEL_CHECK_MS, "a lease is renewed between two tries of a write"
+
+
+class Place(StrEnum):
+    """Where a job waits."""
+
+    INVOCATION = "invocation"
+    """With its worker, which goes on with it."""
+    QUEUE = "queue"
+    """As a message that becomes visible again."""
+    PARKED = "parked"
+    """Outside the queue: its record has a `not_before`, and the sweep sends a new message."""
+
+
+def place_of(delay_ms: int, *, stay_ms: int = 0, left_ms: int = 0, window_ms: int = 0) -> Place:
+    """Return where a job waits that can go on after `delay_ms`.
+
+    `stay_ms` is the longest wait worth spending in the invocation: none by default. The job stays there only if its
+    call, which needs `window_ms` and never less than `LEAST_WINDOW_MS`, still fits into the `left_ms` until the
+    invocation's calls must have ended.
+    """
+    if delay_ms <= stay_ms and delay_ms + max(window_ms, LEAST_WINDOW_MS) <= left_ms:
+        return Place.INVOCATION
+    return Place.QUEUE if delay_ms <= LONGEST_DELAY_MS else Place.PARKED
+
+
+def parked_until(now: int, delay_ms: int) -> int | None:
+    """Return the `not_before` of a job that can go on after `delay_ms`; None unless it waits outside the queue."""
+    if place_of(delay_ms) is not Place.PARKED:
+        return None
+    return now + min(delay_ms, LONGEST_PARK_MS)
+
+
+def grown(delay_ms: int, receive_count: int) -> int:
+    """Return the wait after a fault: doubled every 20 receives of the message, 15 minutes at most."""
+    return min(delay_ms << min(receive_count // GROWS_EVERY, 10), LONGEST_DELAY_MS)
+
+
+def window_of(max_tokens: int, whole_ms: int, *, full_window: bool) -> int:
+    """Return the time a call should have before it: at most nine tenths of the `whole_ms` of an invocation."""
+    most = whole_ms * 9 // 10
+    if full_window:
+        return most
+    needed = LEAST_WINDOW_MS // 2 + max_tokens * 1000 // SLOW_TOKENS_PER_SECOND
+    return min(most, max(LEAST_WINDOW_MS, needed))
 
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """All in milliseconds."""
+    """The waits that a test or a benchmark may shorten, so that hours of an outage pass in minutes.
+
+    No promise depends on their length: they only trade receives and calls for delay. A deployment keeps the defaults.
+    """
 
     hold_ms: int = 300_000
     """How long a message may wait inside an invocation for its start; beyond that it waits better in the queue.
@@ -24,7 +146,7 @@ class Waits:
     linger_ms: int = 15_000
     """Maximum lifetime of an invocation that cannot start any job."""
     rest_ms: int = 10_000
-    """A wait up to this long is spent inside the invocation."""
+    """Longest wait of a job of the queue in the invocation, after a call: a receive costs more than a sleep."""
     breaker_pause_ms: int = 5_000
     """The first pause of an open breaker; each further failure doubles it."""
     breaker_pause_cap_ms: int = 60_000
@@ -54,3 +176,9 @@ class Waits:
 
 
 USUAL: Final = Waits()
+
+assert USUAL.rest_ms <= ROW_STAY_MS, "a rest never outlasts a stay"
+assert max(HOLD_APART_MS, SCOUT_MS, START_WITH_MEMORY_MS) < USUAL.hold_ms
+assert USUAL.hold_ms < LONGEST_DELAY_MS, "what is not held may still wait in the queue"
+assert USUAL.breaker_pause_ms <= USUAL.breaker_pause_cap_ms
+assert USUAL.overload_base_ms <= USUAL.overload_cap_ms

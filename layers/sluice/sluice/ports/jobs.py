@@ -21,14 +21,10 @@ class Page:
 
 
 class JobRecords(Protocol):
-    """The job records as a worker needs them: jobs of the queue, or the rows of a range."""
+    """The job records as an attempt needs them: jobs of the queue, or the rows of a range."""
 
     def get(self, job_id: str) -> Job | None:
         """Return the job as last written."""
-        ...
-
-    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
-        """Return those of the jobs that exist, by id."""
         ...
 
     def replace(self, job: Job, expected_version: int) -> None:
@@ -38,6 +34,10 @@ class JobRecords(Protocol):
 
 class JobStore(JobRecords, Protocol):
     """The job records."""
+
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
+        """Return those of the jobs that exist, by id."""
+        ...
 
     def add(self, job: Job) -> None:
         """Store a new job; raises Stale with the job that has the id already."""

@@ -18,8 +18,9 @@ from typing import Final
 
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import LONGEST_PARK_MS, WATCH_MS, DueFor, JobError, State, finish_waiting
+from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group, model_group
+from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
 from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory

@@ -29,7 +29,7 @@ from sluice.wiring.shared import (
     telemetry,
 )
 from sluice.wiring.stores import jobs, key_pool, limits, queue
-from sluice.worker.desk import AT_ONCE
+from sluice.worker.range_source import AT_ONCE
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient

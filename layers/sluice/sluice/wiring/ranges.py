@@ -13,14 +13,14 @@ from sluice.wiring.batches import assemble
 from sluice.wiring.shared import CLOCK, prices, settings, sqs, telemetry
 from sluice.wiring.stores import ledger, objects
 from sluice.wiring.workers import new_worker
-from sluice.worker.desk import Desk, RowRequests
+from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
 from sluice.worker.ranges import RangeTools, RunRange
 
 
 @cache
 def run_range() -> RunRange:
     """Return the use case behind the ranges queue, with a worker for the rows of a range."""
-    desk = Desk(ledger(), prices(), CLOCK)
+    rows = WindowRows(prices(), CLOCK)
     threads = Threads()
     returns = SqsInbox(
         sqs(),
@@ -39,5 +39,5 @@ def run_range() -> RunRange:
         blocking=threads,
         events=telemetry(),
     )
-    rows = new_worker(desk, RowRequests(desk), desk, desk, desk, threads)
-    return RunRange(tools, rows, desk)
+    worker = new_worker(rows, RowRequests(rows), rows, RowBooks(ledger(), rows), threads)
+    return RunRange(tools, worker, rows)

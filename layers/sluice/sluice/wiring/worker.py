@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from sluice.adapters.sqs import SqsInbox
 from sluice.adapters.system import Threads
 from sluice.domain.errors import StoreBusy
-from sluice.domain.jobs import LEASE_MS
+from sluice.domain.waits import LEASE_MS
 from sluice.wiring.shared import settings, sqs, telemetry
 from sluice.wiring.stores import jobs, ledger, params, results
 
 if TYPE_CHECKING:
     from sluice.ports.jobs import Received
-    from sluice.worker.work import Worker
+    from sluice.worker.queue_source import RunJobs
 
 
 @cache
@@ -28,7 +28,7 @@ def hold_while_starting(messages: Sequence[Received]) -> None:
 
     If this environment dies meanwhile, they become visible after a lease, and not after the queue's own timeout.
     """
-    if worker.cache_info().currsize:
+    if run_jobs.cache_info().currsize:
         return
     try:
         _inbox().keep_hidden(messages, LEASE_MS)
@@ -38,9 +38,11 @@ def hold_while_starting(messages: Sequence[Received]) -> None:
 
 
 @cache
-def worker() -> Worker:
-    """Return the worker for messages of the jobs queue."""
-    # The one import inside a function: loading the SDK takes a second, and the messages are held first.
+def run_jobs() -> RunJobs:
+    """Return the use case behind the jobs queue, with its worker."""
+    # The imports inside a function: loading the SDK takes a second, and the messages are held first.
     from sluice.wiring.workers import new_worker  # noqa: PLC0415
+    from sluice.worker.queue_source import RunJobs  # noqa: PLC0415
 
-    return new_worker(jobs(), params(), results(), _inbox(), ledger(), Threads())
+    worker = new_worker(jobs(), params(), results(), ledger(), Threads())
+    return RunJobs(_inbox(), jobs(), worker)

@@ -11,18 +11,17 @@ from sluice.domain.retries import RetryPolicy
 from sluice.wiring.shared import CLOCK, model_groups, prices, settings, telemetry
 from sluice.wiring.stores import key_pool, limits
 from sluice.worker.tools import Rules, Tools
-from sluice.worker.work import Worker
+from sluice.worker.worker import Worker
 
 if TYPE_CHECKING:
     from sluice.adapters.system import Threads
-    from sluice.ports.jobs import Answers, CallBooks, Inbox, JobRecords, Requests
+    from sluice.ports.jobs import Answers, CallBooks, JobRecords, Requests
 
 
-def new_worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the queue and rows of a range
+def new_worker(
     records: JobRecords,
     requests: Requests,
     answers: Answers,
-    inbox: Inbox,
     books: CallBooks,
     threads: Threads,
 ) -> Worker:
@@ -31,7 +30,6 @@ def new_worker(  # noqa: PLR0913, PLR0917 - what differs between jobs of the que
         jobs=records,
         params=requests,
         results=answers,
-        inbox=inbox,
         limits=limits(),
         keys=key_pool(),
         claude=SdkClaude(CLOCK),

@@ -1,6 +1,6 @@
 """The memory a worker spends on the requests and answers of its jobs.
 
-The promise: what a worker holds of requests and answers never exceeds `own` for each job in hand, plus `shared`, plus
+The promise: what a worker holds of requests and answers never exceeds `own` for each held job, plus `shared`, plus
 the `reserve`. Everything is counted before it is read, and given back when nothing of it is held. Small jobs spend what
 is their own and never wait here, whatever large ones do.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from sluice.ports.world import Clock
-from sluice.worker.limiter import until
+from sluice.worker.timeouts import wait_at_most
 
 MEBIBYTE: Final = 1024 * 1024
 
@@ -35,7 +35,7 @@ class Budget:
     """How much memory a worker may spend."""
 
     own: int = 256 * 1024
-    """What each job in hand may use without asking; 30 MiB for the 120 of a worker."""
+    """What each held job may use without asking; 30 MiB for the 120 of a worker."""
     shared: int = 96 * MEBIBYTE
     """What large requests, and answers beyond `own`, share."""
     most_answer: int = 8 * MEBIBYTE
@@ -47,7 +47,7 @@ class Budget:
 
     @property
     def reserve(self) -> int:
-        """What is set aside for one answer that needs more when nothing shared is left: one can always be read on."""
+        """Kept for one answer that needs more when no shared memory is left: one answer can always be read on."""
         return self.most_answer * ANSWER_FACTOR
 
 
@@ -87,7 +87,7 @@ class Grant:
     async def grow(self, answer_bytes: int) -> None:
         """Wait until an answer of so many bytes may be held, all of it counted anew.
 
-        An answer under way goes before requests: what it holds is free the sooner. It never waits for one that waits
+        An answer in flight goes before requests: what it holds is free the sooner. It never waits for one that waits
         for it, as the one with the reserve waits for nobody.
         """
         own = self.memory.budget.own
@@ -155,7 +155,7 @@ class Memory:
         self._requests.append(wish)
         self.hand_out()
         try:
-            await until(wish.granted, self._clock, patience_ms)
+            await wait_at_most(wish.granted, self._clock, patience_ms)
         finally:
             if not wish.granted.is_set():
                 self._requests.remove(wish)

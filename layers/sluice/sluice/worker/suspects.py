@@ -1,7 +1,7 @@
 """Jobs that may be what kills workers, kept apart from the other jobs of this worker.
 
 A job that has lost several workers is a suspect, and so is everything that was in flight beside it. Suspects wait until
-the worker has nothing else in hand. Then a few run side by side, and those that lost a worker even so run alone: who
+the worker holds nothing else. Then a few run side by side, and those that lost a worker even so run alone: who
 dies with its worker then is guilty, and nobody else's job is called in vain. See
 docs/decisions/0026-suspects-run-apart.md.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 REFILL_MS: Final = 30_000
-"""How long a worker goes on taking other messages when it has a suspect in hand."""
+"""How long a worker goes on taking other messages while it holds a suspect."""
 
 
 @dataclass(eq=False, slots=True)
@@ -29,10 +29,10 @@ class _Suspect:
 class Suspects:
     """One invocation's."""
 
-    def __init__(self, now: Callable[[], int], in_hand: Callable[[], int]) -> None:
-        """`in_hand`: how many jobs the invocation has, or is about to have; suspects included."""
+    def __init__(self, now: Callable[[], int], held: Callable[[], int]) -> None:
+        """`held`: how many jobs the invocation has, or is about to have; suspects included."""
         self._now = now
-        self._in_hand = in_hand
+        self._held = held
         self._waiting: deque[_Suspect] = deque()
         self._running: list[_Suspect] = []
         self._since = 0
@@ -45,8 +45,11 @@ class Suspects:
         return self._since + REFILL_MS if self._waiting else None
 
     @asynccontextmanager
-    async def turn(self, most: int) -> AsyncIterator[None]:
-        """Wait until nothing else is in hand, and no more than `most` suspects run."""
+    async def turn(self, most: int | None) -> AsyncIterator[None]:
+        """Wait until nothing else is held, and no more than `most` suspects run; None: the job is no suspect."""
+        if most is None:
+            yield
+            return
         suspect = _Suspect(most)
         if not self._waiting and not self._running:
             self._since = self._now()
@@ -61,7 +64,7 @@ class Suspects:
 
     def look(self) -> None:
         """Let suspects run that may: in the order they came."""
-        while self._waiting and self._in_hand() == len(self._waiting) + len(self._running):
+        while self._waiting and self._held() == len(self._waiting) + len(self._running):
             first = self._waiting[0]
             if len(self._running) + 1 > min(each.most for each in (first, *self._running)):
                 return

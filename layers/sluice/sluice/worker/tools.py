@@ -1,4 +1,4 @@
-"""The ports and rules of a worker."""
+"""What a worker needs of the world, and what is configured for this deployment."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from sluice.domain.pricing import PriceList
 from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import USUAL, Waits
 from sluice.ports.claude import Claude
-from sluice.ports.jobs import Answers, CallBooks, Inbox, JobRecords, Requests
+from sluice.ports.jobs import Answers, CallBooks, JobRecords, Requests
 from sluice.ports.limits import KeyPool, LimitStore
 from sluice.ports.world import Blocking, Clock, Events, Jitter
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Everything the worker needs of the world."""
+    """The ports of a worker. The first four differ between jobs of the queue and rows of a range."""
 
     jobs: JobRecords
     params: Requests
     results: Answers
-    inbox: Inbox
+    ledger: CallBooks
     limits: LimitStore
     keys: KeyPool
     claude: Claude
-    ledger: CallBooks
     clock: Clock
     jitter: Jitter
     blocking: Blocking
@@ -34,7 +33,7 @@ class Tools:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is set for this deployment."""
+    """The settings of this deployment."""
 
     policy: RetryPolicy
     prices: PriceList

@@ -17,7 +17,9 @@ from sluice.domain.keys import (
     stated_limits,
 )
 from sluice.domain.limits import group_id, model_group
-from sluice.worker.limiter import Claimant, Limiter, claimant_for
+from sluice.ports.claude import Headers
+from sluice.worker.limit_books import Claimant, claimant_for
+from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
 
 KEYS_MS: Final = 5_000
@@ -117,6 +119,23 @@ class KeyChoice:
         if learned != mark and await self._marked(learned):
             self._marks[key.id] = self._own_marks[key.id] = learned
 
+    def other_organization(
+        self, key: UpstreamKey, claimant: Claimant, headers: Headers
+    ) -> str | None:
+        """Return whose limits the key draws on, if that is not the organization it was admitted for."""
+        organization = headers.organization
+        if organization is None or organization == claimant.organization:
+            return None
+        if key.organization is None:
+            return organization
+        self._tools.events.problem(
+            "key belongs to another organization than the pool says",
+            key_id=key.id,
+            stated=key.organization,
+            organization=organization,
+        )
+        return None
+
     async def _pool(self) -> Sequence[UpstreamKey]:
         """Return the keys, and know what others have learned about them, both a few seconds old at most."""
         async with self._reading:
@@ -138,7 +157,7 @@ class KeyChoice:
             return self._keys
 
     async def _read_groups(self) -> None:
-        """Know which models share limits: our data, corrected by upstream, corrected by whoever wrote the pool."""
+        """Read which models share limits: our data, corrected by upstream, then by the key pool."""
         learned = await self._tools.blocking(self._tools.limits.learned_groups)
         stated = await self._tools.blocking(self._tools.keys.model_groups)
         self._groups = {**self._model_groups, **learned, **stated}
@@ -146,7 +165,7 @@ class KeyChoice:
     def _working(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
     ) -> Sequence[tuple[Claimant, UpstreamKey]]:
-        """Leave out endpoints that are set aside, unless there is no other."""
+        """Leave out endpoints whose circuit breaker is open, unless there is no other."""
         working = [
             (claimant, key)
             for claimant, key in choices
@@ -168,7 +187,7 @@ class KeyChoice:
         try:
             await self._tools.blocking(self._tools.limits.mark, mark)
         except StoreBusy:
-            # Another answer will say it again; the one at hand must not be lost for it.
+            # Another answer will say it again; the one at held must not be lost for it.
             self._tools.events.problem("key mark not written", key_id=mark.key_id)
             return False
         return True

@@ -1,0 +1,324 @@
+"""What a worker knows and owes of each limit group, and who waits for a start in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Final, Protocol, Self
+
+from sluice.domain.limits import (
+    DIMENSIONS,
+    UNUSED,
+    Cost,
+    Group,
+    Settlement,
+    group_id,
+    usual_gap,
+)
+from sluice.ports.claude import Headers
+
+HORIZON_MS: Final = 3_000
+"""How far ahead start times are given out. Short, so that everybody soon uses a correction."""
+
+LEAST_BLOCK: Final = 16
+"""Jobs a write should carry where the rate allows it; at slow rates the horizon grows to hold that many."""
+
+LONGEST_HORIZON_MS: Final = 15_000
+
+SETTLE_MS: Final = 10_000
+"""How long settlements may wait for a reservation to travel with."""
+
+REFUND_MS: Final = 300
+"""The same for what was reserved and not used."""
+
+PATIENCE_MS: Final = 10_000
+"""After this time a large job stops giving way to small ones that others bring."""
+
+assert HORIZON_MS < LONGEST_HORIZON_MS
+assert REFUND_MS < SETTLE_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """A limit group a job could use and the key that would pay, with the pool's weight for it."""
+
+    group: str
+    organization: str
+    model_group: str
+    key_id: str
+    stated: tuple[tuple[str, int], ...] = ()
+    """Limits the key pool states for this key, per dimension."""
+    circuits: tuple[str, ...] = ()
+    """The circuit breakers of what a call needs: its model and its endpoint."""
+
+
+def claimant_for(
+    organization: str,
+    model_group: str,
+    key_id: str,
+    stated: Mapping[str, int] | None = None,
+    circuits: tuple[str, ...] = (),
+) -> Claimant:
+    """Return the claimant of one key of the pool."""
+    return Claimant(
+        group_id(organization, model_group),
+        organization,
+        model_group,
+        key_id,
+        tuple(sorted((stated or {}).items())),
+        circuits,
+    )
+
+
+class Settles(Protocol):
+    """Where an admission is settled."""
+
+    def settle(
+        self, admission: Admission, used: Cost | None, *, answered: bool, cached: bool
+    ) -> None:
+        """Report what a call used."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Admission:
+    """A start time in a limit group: reserved, and settled exactly once.
+
+    As a context manager it gives the reservation back on leaving, unless `settle` has said what was used.
+    """
+
+    limiter: Settles
+    claimant: Claimant
+    start: int
+    epoch: int
+    reserved: Cost
+    input_chars: int
+    is_probe: bool = False
+    """A circuit breaker is open, and this call is to find out whether it still must be."""
+    started_at: int | None = None
+    revoked: asyncio.Event = field(default_factory=asyncio.Event)
+    is_settled: bool = False
+
+    def settle(self, used: Cost | None, *, answered: bool = False, cached: bool = False) -> None:
+        """Report what the call used, as `Limiter.settle`."""
+        self.limiter.settle(self, used, answered=answered, cached=cached)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.is_settled:
+            self.settle(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Not in this invocation: the earliest start that can be expected, in epoch milliseconds."""
+
+    at: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """The request needs more input tokens than the limit group can ever save up."""
+
+    input_tokens: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The group is known under another name now: choose again."""
+
+
+Admitted = Admission | Later | TooLarge | Moved
+
+
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """A job that waits for an admission."""
+
+    claimants: Sequence[Claimant]
+    input_chars: int
+    max_tokens: int
+    latest_start: int
+    since: int
+    answer: asyncio.Future[Admitted]
+
+    def horizon(self, group: Group, cost: Cost, now: int) -> int:
+        """Return how far ahead it may reserve, at its `cost` in this group.
+
+        At slow rates further, so that a block is worth its write; but not where it could still go to another group
+        that turns out to be quicker. A large one that has waited long takes its place in the line.
+        """
+        usual = HORIZON_MS
+        if len(self.claimants) == 1:
+            usual = min(LONGEST_HORIZON_MS, max(usual, LEAST_BLOCK * usual_gap(group)))
+        if now - self.since < PATIENCE_MS:
+            return usual
+        is_large = any(
+            cost.of(name) * 60_000 > group.bucket(name).limit * usual for name in DIMENSIONS
+        )
+        return max(usual, self.latest_start - now) if is_large else usual
+
+    def cost(self, group: Group, claimant: Claimant | None = None) -> Cost:
+        """Return what its call will probably take, and the circuit breakers it depends on in this group."""
+        claimant = claimant or self.claimant(group.id)
+        estimate = group.estimate(self.input_chars, self.max_tokens)
+        return replace(estimate, circuits=claimant.circuits)
+
+    def claimant(self, group: str) -> Claimant:
+        """Return its claimant of a group."""
+        return next(each for each in self.claimants if each.group == group)
+
+
+class Line:
+    """The jobs of one worker that wait for an admission, longest first."""
+
+    def __init__(self) -> None:
+        self.waiters: list[Waiter] = []
+        self.drained_at = 0
+        """When the queue was last seen empty: no job waits behind those that workers hold."""
+
+    def __len__(self) -> int:
+        return len(self.waiters)
+
+    def counts(self) -> Counter[str]:
+        """Return how many of them could start in each group."""
+        return Counter(each.group for waiter in self.waiters for each in waiter.claimants)
+
+    def answer(self, waiter: Waiter, answer: Admitted) -> None:
+        """Give one its answer."""
+        self.waiters.remove(waiter)
+        if not waiter.answer.done():
+            waiter.answer.set_result(answer)
+
+    def send_away(self, now: int, later: Later) -> None:
+        """Answer those whose latest start has passed."""
+        for waiter in list(self.waiters):
+            if now > waiter.latest_start:
+                self.answer(waiter, later)
+
+    def fail(self, error: Exception) -> None:
+        """Raise an error in all of them."""
+        for waiter in self.waiters:
+            if not waiter.answer.done():
+                waiter.answer.set_exception(error)
+        self.waiters.clear()
+
+    def cancel(self) -> None:
+        """Cancel all of them."""
+        for waiter in self.waiters:
+            waiter.answer.cancel()
+        self.waiters.clear()
+
+
+Change = Callable[[Group, int], Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What one write carries beside reservations."""
+
+    changes: list[Change]
+    settlements: list[Settlement]
+    observations: list[tuple[int, Headers]]
+    due_at: float
+    urgent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unsure:
+    """A write whose response was lost: it may have been done."""
+
+    token: str
+    epoch: int
+    parcel: Parcel
+    reserved: Sequence[Cost]
+
+
+@dataclass(eq=False, slots=True)
+class Books:
+    """This worker's view of one group, and what it has to write to it."""
+
+    group: Group
+    read_at: int
+    changes: list[Change] = field(default_factory=list)
+    settlements: list[Settlement] = field(default_factory=list)
+    observations: list[tuple[int, Headers]] = field(default_factory=list)
+    due_at: float = inf
+    """When what has gathered must be written even if no reservation takes it along."""
+    urgent: bool = False
+    unsure: list[Unsure] = field(default_factory=list)
+    open: list[Admission] = field(default_factory=list)
+    """Reserved and not settled."""
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def has_start_ahead(self) -> bool:
+        """Whether a job waits for a start time it was given."""
+        return any(admission.started_at is None for admission in self.open)
+
+    def change(self, change: Change, now: int) -> None:
+        """Note a change that everybody should see at once."""
+        self.changes.append(change)
+        self.urgent = True
+        self.gather(now)
+
+    def foreseen(self, now: int) -> Group:
+        """Return the group as it will be with the changes that wait to be written."""
+        group = self.group
+        for change in self.changes:
+            group = change(group, now)
+        return group
+
+    def take(self) -> Parcel:
+        """Take out what waits to be written."""
+        parcel = Parcel(self.changes, self.settlements, self.observations, self.due_at, self.urgent)
+        self.changes, self.settlements, self.observations = [], [], []
+        self.due_at, self.urgent = inf, False
+        return parcel
+
+    def put_back(self, parcel: Parcel) -> None:
+        """Put it back, before what has come since."""
+        self.changes[:0] = parcel.changes
+        self.settlements[:0] = parcel.settlements
+        self.observations[:0] = parcel.observations
+        self.due_at = min(parcel.due_at, self.due_at)
+        self.urgent = self.urgent or parcel.urgent
+
+    def gather(self, now: int, within_ms: int = SETTLE_MS) -> None:
+        """Note that something waits to be written."""
+        self.due_at = min(self.due_at, now + within_ms)
+
+    def give_back(self, epoch: int, reserved: Cost, now: int) -> None:
+        """Note a reservation that was not used: others may have what it holds."""
+        self.settlements.append(Settlement(epoch, reserved, UNUSED))
+        self.gather(now, REFUND_MS)
+
+    def revoke(self, epoch: int | None = None) -> None:
+        """Revoke the start times that are still ahead; those of this epoch stay valid."""
+        for admission in self.open:
+            if admission.started_at is None and admission.epoch != epoch:
+                admission.revoked.set()
+
+    def pending(self, at: int) -> Cost:
+        """Return what was reserved but not sent at a moment. Output tokens are counted in the shared group."""
+        unsent = [
+            admission.reserved
+            for admission in self.open
+            if admission.started_at is None or admission.started_at > at
+        ]
+        return Cost(
+            requests=sum(cost.requests for cost in unsent),
+            input_tokens=sum(cost.input_tokens for cost in unsent),
+        )
+
+
+def open_circuits(group: Group) -> set[str]:
+    """Return the names of the circuit breakers that are open."""
+    return {name for name, breaker in group.circuits.items() if breaker.is_open}

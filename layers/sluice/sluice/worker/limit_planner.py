@@ -1,0 +1,238 @@
+"""Plans who starts when: gives every job that waits the group that can start it first, in blocks worth a write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+
+from sluice.domain.errors import StoreBusy
+from sluice.domain.limits import (
+    MOST_CHARS_PER_TOKEN,
+    Cost,
+    Group,
+    advanced,
+    next_start,
+    reserve,
+    start_on,
+    usual_gap,
+)
+from sluice.domain.waits import Waits
+from sluice.ports.world import Clock, Events, Jitter
+from sluice.worker.limit_books import LEAST_BLOCK, Later, Line, TooLarge, Waiter
+from sluice.worker.limit_writer import CONFLICT_MS, SOON_MS, WATCH_MS, LimitWriter
+from sluice.worker.timeouts import wait_at_most
+
+BUSY_MS: Final = 10_000
+"""Wait of jobs that could not be admitted because the limits could not be read."""
+
+BLOCK_MS: Final = 15_000
+"""Jobs wait inside a worker for the end of a block up to this long: they must not keep other groups' jobs out."""
+
+
+@dataclass(eq=False, slots=True)
+class _Draft:
+    """A group as it would be after what is planned in this turn."""
+
+    group: Group
+    full_at: int | None = None
+    behind: int = 0
+
+    def start(self, cost: Cost, now: int) -> int:
+        """Return the next start; once the horizon is full, a guess by the usual gap is good enough."""
+        if self.full_at is None:
+            return start_on(self.group, cost, now)
+        return self.full_at + self.behind * usual_gap(self.group)
+
+    def leave_waiting(self, start: int) -> None:
+        """Note a waiter that does not start in this turn."""
+        if self.full_at is None:
+            self.full_at = start
+        self.behind += 1
+
+
+class Planner:
+    """One worker's."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the line, the books, and what time and chance say
+        self,
+        line: Line,
+        writer: LimitWriter,
+        clock: Clock,
+        jitter: Jitter,
+        events: Events,
+        waits: Waits,
+    ) -> None:
+        self._line = line
+        self._writer = writer
+        self._books = writer.books
+        self._clock = clock
+        self._jitter = jitter
+        self._events = events
+        self._waits = waits
+        self._wake = asyncio.Event()
+        self._is_idle = False
+        self._stopping = False
+
+    def wake(self, *, if_idle: bool = False) -> None:
+        """Start the next turn now; with `if_idle` only if none is scheduled."""
+        if self._is_idle or not if_idle:
+            self._wake.set()
+
+    def start(self) -> asyncio.Task[None]:
+        """Start planning until `stop`."""
+        self._wake = asyncio.Event()
+        self._stopping = False
+        return asyncio.create_task(self._run(), name="limiter")
+
+    def stop(self) -> None:
+        """Have it end, never in the middle of a write: it would not be known whether it was done."""
+        self._stopping = True
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            pause = await self._turn_or_problem()
+            if self._stopping:
+                return
+            if pause is None:
+                self._is_idle = True
+                await self._wake.wait()
+                self._is_idle = False
+                continue
+            # A moment's rest even when woken at once, so that what arrives together travels together.
+            await self._clock.sleep(min(pause, CONFLICT_MS))
+            await wait_at_most(self._wake, self._clock, pause - CONFLICT_MS)
+
+    async def _turn_or_problem(self) -> int | None:
+        try:
+            return await self._turn()
+        except StoreBusy:
+            self._events.problem("limits table busy")
+            now = self._clock.now()
+            self._line.send_away(now, Later(now + BUSY_MS, "limits table busy"))
+        except Exception as error:  # noqa: BLE001 - raised in all that wait
+            # They must not wait forever for a planner that cannot plan.
+            self._events.problem("limiter failed")
+            self._line.fail(error)
+        return WATCH_MS
+
+    async def _turn(self) -> int | None:
+        """Do what is due; return the milliseconds until something else is, or None when nothing is known to come."""
+        await self._writer.refresh()
+        now = self._clock.now()
+        planned = self._plan(now)
+        for books in self._books.values():
+            if self._writer.owes_word(books.group, now):
+                books.gather(now, 0)
+        due = [
+            books
+            for group, books in self._books.items()
+            if planned.get(group) or books.urgent or now >= books.due_at
+        ]
+        await asyncio.gather(
+            *(self._writer.write(books, planned.get(books.group.id, ())) for books in due)
+        )
+        return self._pause()
+
+    def _plan(self, now: int) -> dict[str, list[Waiter]]:
+        """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
+        counts = self._line.counts()
+        drafts = {
+            name: _Draft(advanced(self._writer.as_in_line(books.group, counts[name], now), now))
+            for name, books in self._books.items()
+        }
+        planned: dict[str, list[Waiter]] = {}
+        for waiter in list(self._line.waiters):
+            if any(claimant.group not in drafts for claimant in waiter.claimants):
+                # It came while the groups were read: its turn is next.
+                continue
+            best = _best(waiter, drafts, now)
+            if isinstance(best, TooLarge):
+                self._line.answer(waiter, best)
+                continue
+            start, draft, cost = best
+            if start <= min(now + waiter.horizon(draft.group, cost, now), waiter.latest_start):
+                draft.group, _ = reserve(draft.group, [cost], now, start - now, self._waits)
+                planned.setdefault(draft.group.id, []).append(waiter)
+                continue
+            draft.leave_waiting(start)
+            # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
+            is_blocked = draft.group.blocked_until > min(waiter.latest_start, now + BLOCK_MS)
+            knows = draft.group.has_answers or now > waiter.latest_start
+            if is_blocked or (start > waiter.latest_start and knows):
+                reason = draft.group.blocked_reason if is_blocked else None
+                self._line.answer(waiter, Later(start, reason or "no capacity soon"))
+        return {
+            name: waiters
+            for name, waiters in planned.items()
+            if self._is_worth_a_write(name, waiters, now)
+        }
+
+    def _is_worth_a_write(self, name: str, waiters: Sequence[Waiter], now: int) -> bool:
+        """Wait for a fuller block while the first of it would not start at once anyway."""
+        if len(waiters) >= min(LEAST_BLOCK, self._line.counts()[name]):
+            return True
+        group = self._books[name].group
+        return next_start(group, waiters[0].cost(group), now) <= now + SOON_MS
+
+    def _pause(self) -> int | None:
+        now = self._clock.now()
+        times: list[int] = []
+        if self._line:
+            times.append(now + WATCH_MS)
+            for claimant in self._line.waiters[0].claimants:
+                if claimant.group not in self._books:
+                    return CONFLICT_MS
+                times.append(self._next_look(self._books[claimant.group].group, now))
+        for books in self._books.values():
+            if books.urgent:
+                times.append(now)
+            elif books.due_at < inf:
+                times.append(int(books.due_at))
+            if books.has_start_ahead:
+                times.append(books.read_at + WATCH_MS)
+        return max(CONFLICT_MS, min(times) - now) if times else None
+
+    def _next_look(self, group: Group, now: int) -> int:
+        """Return when a block will be worth a write: some time before its first start, when it is full.
+
+        Workers choose different moments, so that they do not all write at once.
+        """
+        first = self._line.waiters[0]
+        cost = first.cost(group)
+        start = next_start(group, cost, now)
+        block = min(LEAST_BLOCK, len(self._line))
+        full = start + (block - 1) * usual_gap(group) - first.horizon(group, cost, now)
+        latest = start - SOON_MS // 2
+        return latest if full >= latest else full + int(self._jitter() * (latest - full))
+
+
+def _best(
+    waiter: Waiter, drafts: dict[str, _Draft], now: int
+) -> tuple[int, _Draft, Cost] | TooLarge:
+    """Return the group that can start a job first, with its start and cost; TooLarge when it fits into none."""
+    best: tuple[int, _Draft, Cost] | None = None
+    too_large: TooLarge | None = None
+    for claimant in waiter.claimants:
+        draft = drafts[claimant.group]
+        cost = waiter.cost(draft.group, claimant)
+        if _never_fits(draft.group, waiter.input_chars):
+            too_large = TooLarge(cost.input_tokens, draft.group.input_tokens.limit)
+            continue
+        start = draft.start(cost, now)
+        if best is None or start < best[0]:
+            best = (start, draft, cost)
+    if best is not None:
+        return best
+    assert too_large is not None
+    return too_large
+
+
+def _never_fits(group: Group, input_chars: int) -> bool:
+    # An estimate must not end a job: only what is too large by any count is refused without a call.
+    bucket = group.input_tokens
+    return bucket.learned and input_chars > bucket.limit * MOST_CHARS_PER_TOKEN

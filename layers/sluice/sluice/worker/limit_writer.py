@@ -1,0 +1,333 @@
+"""Reads and writes the shared limit groups for one worker.
+
+A write carries everything that has gathered for its group: reservations, settlements, observed headers, blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+from sluice.domain.errors import StoreBusy
+from sluice.domain.limits import (
+    DRAINED_MS,
+    WAITING_MS,
+    Cost,
+    Group,
+    Observation,
+    drained,
+    is_bound_by_output,
+    lined_up,
+    new_group,
+    observe,
+    reserve,
+    restated,
+    settle,
+)
+from sluice.domain.waits import Waits
+from sluice.ports.limits import LimitStore
+from sluice.ports.swap import swap
+from sluice.ports.world import Blocking, Clock, Events, Jitter
+from sluice.worker.limit_books import (
+    LEAST_BLOCK,
+    Admission,
+    Books,
+    Claimant,
+    Line,
+    Moved,
+    Parcel,
+    Settles,
+    Unsure,
+    Waiter,
+    open_circuits,
+)
+
+WATCH_MS: Final = 800
+"""How old the shared state may be while jobs wait for it."""
+
+FRESH_MS: Final = 50
+"""How old the view of a group may be when a block is reserved on it: a read is cheaper than a lost race."""
+
+SOON_MS: Final = 100
+"""A block that starts within this time is written even if it is small."""
+
+MOST_RECENT: Final = 16
+"""Writes that a group remembers; after so many others, one whose response was lost counts as not done."""
+
+CONFLICT_MS: Final = 20
+"""Longest pause after a lost race."""
+
+MOST_CONFLICTS: Final = 100
+"""Races that one write may lose in a row: two seconds."""
+
+assert FRESH_MS < WATCH_MS
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One write as it is planned: the group before and after, and the waiters that get a start time."""
+
+    now: int
+    before: Group
+    after: Group
+    waiting: Sequence[Waiter]
+    costs: Sequence[Cost]
+    probes: Sequence[bool]
+    starts: Sequence[int]
+
+    @property
+    def is_news(self) -> bool:
+        """Whether anything but the numbers of waiting jobs changes."""
+        return replace(self.after, waiting=self.before.waiting) != self.before
+
+    @property
+    def is_worth_its_write(self) -> bool:
+        """Whether the block is full, or starts soon."""
+        if not self.starts:
+            return False
+        is_full = len(self.starts) >= min(LEAST_BLOCK, len(self.waiting))
+        return is_full or self.starts[0] <= self.now + SOON_MS
+
+
+class LimitWriter:
+    """One worker's books of all groups it uses, kept in step with the store."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - what a limiter needs of the world
+        self,
+        store: LimitStore,
+        blocking: Blocking,
+        clock: Clock,
+        jitter: Jitter,
+        events: Events,
+        waits: Waits,
+        line: Line,
+        limiter: Settles,
+    ) -> None:
+        self._store = store
+        self._blocking = blocking
+        self._clock = clock
+        self._jitter = jitter
+        self._name = f"{int(jitter() * 2**48):012x}"
+        """Distinguishes this worker's writes from those of others."""
+        self._events = events
+        self._waits = waits
+        self._line = line
+        self._limiter = limiter
+        self.books: dict[str, Books] = {}
+        self.moved: dict[str, str] = {}
+        """Groups opened under a key's name, and the organization each turned out to belong to."""
+        self.writes = 0
+        """Conditional writes tried since the worker started."""
+
+    # Reading ----------------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Read the groups that somebody waits for, unless the view of them is fresh."""
+        now = self._clock.now()
+        wanted = {
+            claimant.group: claimant
+            for waiter in self._line.waiters
+            for claimant in waiter.claimants
+        }
+        ahead = [group for group, books in self.books.items() if books.has_start_ahead]
+        stale = [
+            group
+            for group in dict.fromkeys([*wanted, *ahead])
+            if group not in self.books or now - self.books[group].read_at >= WATCH_MS
+        ]
+        if not stale:
+            return
+        found = await self._blocking(self._store.load, stale)
+        now = self._clock.now()
+        for name in stale:
+            self._take_in(name, found.get(name), wanted.get(name), now)
+        for name, claimant in wanted.items():
+            stated = dict(claimant.stated)
+            if self.books[name].group.stated != stated:
+                self.books[name].change(partial(_restated, stated), now)
+
+    def _take_in(
+        self, name: str, current: Group | None, claimant: Claimant | None, now: int
+    ) -> None:
+        """Use what was read of a group, perhaps for the first time."""
+        books = self.books.get(name)
+        if books is None:
+            assert claimant is not None
+            stated = dict(claimant.stated)
+            fresh = new_group(claimant.organization, claimant.model_group, now, stated)
+            books = self.books[name] = Books(current or fresh, now)
+        elif current is None and books.group.version:
+            self._start_anew(books, now)
+        self._learn(books, current or books.group, now)
+
+    @staticmethod
+    def _start_anew(books: Books, now: int) -> None:
+        """Forget a group whose item was deleted, so that its limits and blocks are learned again."""
+        old = books.group
+        fresh = new_group(old.organization, old.model_group, now, old.stated)
+        books.group = replace(fresh, epoch=old.epoch + 1)
+        books.revoke()
+
+    def _learn(self, books: Books, current: Group, now: int, *, certain: bool = False) -> None:
+        """Use what the store says, and revoke start times that it made void."""
+        books.read_at = now
+        if current.version < books.group.version and not certain:
+            return
+        if current.epoch != books.group.epoch:
+            books.revoke(current.epoch)
+        books.group = current
+        if current.moved_to is not None:
+            self.moved[current.id] = current.moved_to
+            for waiter in list(self._line.waiters):
+                if any(claimant.group == current.id for claimant in waiter.claimants):
+                    self._line.answer(waiter, Moved())
+
+    async def _look_again(self, books: Books) -> None:
+        """Read the group, unless that has just been done: a read is cheaper than a lost race."""
+        if self._clock.now() - books.read_at > FRESH_MS:
+            found = await self._blocking(self._store.load, [books.group.id])
+            self._learn(books, found.get(books.group.id, books.group), self._clock.now())
+
+    async def _make_sure(self, books: Books) -> None:
+        """Find out which writes whose response was lost were done; raises StoreBusy if that cannot be read either."""
+        found = await self._blocking(self._store.load, [books.group.id])
+        current = found.get(books.group.id)
+        if current is not None:
+            self._learn(books, current, self._clock.now())
+        unsure, books.unsure = books.unsure, []
+        for each in reversed(unsure):
+            if current is None or each.token not in current.recent_writes:
+                books.put_back(each.parcel)
+                continue
+            for cost in each.reserved:
+                # No job got these start times.
+                books.give_back(each.epoch, cost, self._clock.now())
+
+    # Writing ----------------------------------------------------------------------------------------------------
+
+    def as_in_line(self, group: Group, count: int, now: int) -> Group:
+        """Return a group that knows how many jobs wait here."""
+        return lined_up(group, self._name, count, now)
+
+    def owes_word(self, group: Group, now: int) -> bool:
+        """Tell whether others, not knowing of the jobs that wait here, may take theirs for the last."""
+        is_drained = now - max(self._line.drained_at, group.drained_at) < DRAINED_MS
+        if not is_drained or not is_bound_by_output(group):
+            return False
+        _, said_at = group.waiting.get(self._name, (0, 0))
+        return now - said_at >= WAITING_MS // 2 and self._line.counts()[group.id] > 0
+
+    async def write(self, books: Books, waiters: Sequence[Waiter] = ()) -> None:
+        """Bring the shared group up to date with all that has gathered, in one conditional write."""
+        async with books.writing:
+            if books.unsure:
+                await self._make_sure(books)
+            must = books.urgent or self._clock.now() >= books.due_at
+            if waiters and not books.urgent:
+                await self._look_again(books)
+            parcel = books.take()
+            for _ in range(MOST_CONFLICTS):
+                plan = self._plan(books, parcel, waiters)
+                if not plan.is_news and not self.owes_word(plan.before, plan.now):
+                    return
+                if waiters and not must and not plan.is_worth_its_write:
+                    # Another worker was quicker: what there is to settle can travel with the next block.
+                    books.put_back(parcel)
+                    return
+                if await self._is_written(books, parcel, plan):
+                    return
+                await self._clock.sleep(int(CONFLICT_MS * self._jitter()) + 1)
+            books.put_back(parcel)
+            what = f"the limit group, changed concurrently {MOST_CONFLICTS} times,"
+            raise StoreBusy(what)
+
+    def _plan(self, books: Books, parcel: Parcel, waiters: Sequence[Waiter]) -> _Plan:
+        """Return the write that brings the group up to date as it is known now."""
+        now, group = self._clock.now(), books.group
+        waiting = [waiter for waiter in waiters if not waiter.answer.done()]
+        in_line = self._line.counts()[group.id]
+        new = self._posted(books, parcel, self.as_in_line(group, in_line, now), now)
+        costs = [each.cost(new) for each in waiting]
+        probes = [bool(open_circuits(new).intersection(cost.circuits)) for cost in costs]
+        horizons = [
+            waiter.horizon(new, cost, now) for waiter, cost in zip(waiting, costs, strict=True)
+        ]
+        new, starts = reserve(new, costs, now, horizons, self._waits)
+        return _Plan(now, group, new, waiting, costs, probes, starts)
+
+    def _posted(self, books: Books, parcel: Parcel, group: Group, now: int) -> Group:
+        """Return the group with everything in the parcel entered."""
+        new = settle(group, parcel.settlements, now)
+        for at, headers in parcel.observations[-1:]:
+            new = observe(new, Observation(at, headers.seen, books.pending(at)), now)
+        for change in parcel.changes:
+            new = change(new, now)
+        # As of when it was seen: by the time of this write somebody may wait again.
+        return drained(new, self._line.drained_at)
+
+    async def _is_written(self, books: Books, parcel: Parcel, plan: _Plan) -> bool:
+        """Write, and give out the start times; False when another worker was quicker."""
+        group, left = plan.before, self._line.counts()[plan.before.id] - len(plan.starts)
+        token = f"{self._name}.{self.writes}"
+        written = replace(
+            self.as_in_line(plan.after, left, plan.now),
+            version=group.version + 1,
+            recent_writes=(*group.recent_writes, token)[-MOST_RECENT:],
+        )
+        self.writes += 1
+        try:
+            stored = await self._blocking(swap, self._store.replace, written, group.version)
+        except StoreBusy:
+            # It may have been done all the same: the next write finds out before it repeats anything.
+            reserved = plan.costs[: len(plan.starts)]
+            books.unsure.append(Unsure(token, written.epoch, parcel, reserved))
+            books.due_at = self._clock.now()
+            raise
+        now = self._clock.now()
+        if stored is None:
+            self._start_anew(books, now)
+            return False
+        if stored != written:
+            # The store is right, even with a lower version: somebody may have deleted the item.
+            self._learn(books, stored, now, certain=True)
+            return False
+        self._learn(books, written, now)
+        self._report_block(group, written, plan.now)
+        self._give_out(books, written, plan)
+        return True
+
+    def _report_block(self, before: Group, after: Group, now: int) -> None:
+        if after.blocked_until > max(now, before.blocked_until):
+            self._events.note(
+                "limit group blocked",
+                limit_group=after.id,
+                until=after.blocked_until,
+                seconds=(after.blocked_until - now) // 1000,
+                reason=after.blocked_reason,
+                by=after.blocked_by,
+            )
+
+    def _give_out(self, books: Books, group: Group, plan: _Plan) -> None:
+        planned = zip(plan.waiting, plan.starts, plan.costs, plan.probes, strict=False)
+        for waiter, start, cost, is_probe in planned:
+            if waiter.answer.done():
+                # It went away while its reservation was written: give that back.
+                books.give_back(group.epoch, cost, self._clock.now())
+                continue
+            admission = Admission(
+                self._limiter,
+                waiter.claimant(group.id),
+                start,
+                group.epoch,
+                cost,
+                waiter.input_chars,
+                is_probe,
+            )
+            books.open.append(admission)
+            self._line.answer(waiter, admission)
+
+
+def _restated(stated: Mapping[str, int], group: Group, now: int) -> Group:
+    return restated(group, stated, now)

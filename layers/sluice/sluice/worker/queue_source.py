@@ -1,0 +1,291 @@
+"""Jobs of the jobs queue: the batch an invocation was given, and what it receives itself while its calls run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from sluice.domain import waits
+from sluice.domain.errors import StoreBusy
+from sluice.domain.jobs import Job
+from sluice.ports.jobs import Inbox, JobStore, Received
+from sluice.worker.source import Held, Taken
+from sluice.worker.worker import Worker
+
+T = TypeVar("T")
+
+SLOTS: Final = 120
+"""Maximum jobs a worker holds, more than the mapping's batch brings."""
+
+WAITING: Final = 30
+"""A worker receives more messages while fewer jobs than this wait for their start."""
+
+MOST_WAITING: Final = 80
+AHEAD_MS: Final = 15_000
+"""Where the limits let more than WAITING jobs start in this time, a worker holds as many, up to MOST_WAITING.
+
+So the last jobs of a queue are all held while there is still time to start the long ones among them. At slow rates
+they would only be in the way of other tenants' jobs, which a fair queue would deliver first.
+"""
+
+RECEIVE_AT_ONCE: Final = 10
+"""SQS delivers no more at once."""
+
+REFILL_MS: Final = 300_000
+"""How long an invocation receives messages: then the mapping, and so the governor, decides again."""
+
+REFILL_PAUSE_MS: Final = 1_000
+"""Pause after the queue gave less than asked for."""
+
+assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
+
+
+class RunJobs:
+    """The use case behind the jobs queue."""
+
+    def __init__(self, inbox: Inbox, jobs: JobStore, worker: Worker) -> None:
+        self._inbox = inbox
+        self._jobs = jobs
+        self.worker = worker
+
+    async def __call__(self, messages: Sequence[Received], stop_at: int, owner: str) -> list[str]:
+        """Run a batch; return the ids of its messages that are not done.
+
+        No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
+        """
+        source = QueueSource(self._inbox, self._jobs, self.worker, messages, stop_at)
+        await self.worker.run(source, stop_at, owner)
+        return [each.message_id for each in messages if each.message_id in source.not_done]
+
+
+class QueueSource:
+    """One invocation's messages of the jobs queue."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        records: JobStore,
+        worker: Worker,
+        messages: Sequence[Received],
+        stop_at: int,
+    ) -> None:
+        self._inbox = inbox
+        self._records = records
+        self._tools = worker.tools
+        self._events = worker.tools.events
+        self._limiter = worker.limiter
+        self._batch = messages
+        """What Lambda has given, until it is taken."""
+        self.not_done = {message.message_id for message in messages}
+        """Those of them that Lambda must not delete."""
+        self._batched = set(self.not_done)
+        """Those of them that are held: Lambda deletes them, by the receipts it has, unless they were given back."""
+        now = self._tools.clock.now()
+        self._linger_until = now + worker.rules.waits.linger_ms
+        self._refills_end = min(now + REFILL_MS, (now + stop_at) // 2)
+        self._refill_at = now
+        self._scout_at = now + waits.SCOUT_MS
+        self._held: dict[str, Received] = {}
+        """Messages that are this worker's until it is done with them, with the receipt of their last delivery."""
+        self._hidden_at: int | None = None
+        self._jobs: dict[str, list[Received]] = {}
+        """Held jobs, each with further messages that name it."""
+        self._strangers: list[tuple[Received, str]] = []
+        """Messages that name no job, and why they are rejected."""
+        self._to_put_back: list[tuple[Received, int]] = []
+        """Each with the time at which it becomes visible."""
+        self._to_delete: list[Received] = []
+
+    # Taking -----------------------------------------------------------------------------------------------------
+
+    async def take(self, held: Held) -> Sequence[Taken]:
+        """Return the batch; then wait for a time to receive more, until the held jobs have ended."""
+        batch, self._batch = self._batch, ()
+        if taken := await self._jobs_of(batch):
+            return taken
+        while held.count:
+            await held.change(self._next_receive(held))
+            at = self._next_receive(held)
+            if at is not None and at <= self._tools.clock.now():
+                with held.taking():
+                    taken = await self._receive(held)
+                if taken:
+                    return taken
+        return ()
+
+    def _next_receive(self, held: Held) -> int | None:
+        """Return when to receive more messages; None while there is no room, or no use."""
+        end = self._refills_end
+        if held.suspects.refill_until is not None:
+            end = min(end, held.suspects.refill_until)
+        if not held.may_take or not held.count or self._tools.clock.now() >= end:
+            return None
+        if not self._has_enough(held):
+            return self._refill_at
+        # One more than the slots, for a job that need not wait for the limits of the others.
+        return max(self._refill_at, self._scout_at) if held.count <= SLOTS else None
+
+    def _has_enough(self, held: Held) -> bool:
+        """Tell whether more jobs would only wait here instead of in the queue."""
+        if held.count + RECEIVE_AT_ONCE > SLOTS:
+            return True
+        if held.waiting < WAITING:
+            return False
+        return held.waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
+
+    async def _receive(self, held: Held) -> Sequence[Taken]:
+        is_scout = self._has_enough(held)
+        most = 1 if is_scout else RECEIVE_AT_ONCE
+        self._scout_at = self._tools.clock.now() + waits.SCOUT_MS
+        try:
+            messages = await self._tools.blocking(self._inbox.receive, most, waits.LEASE_MS)
+        except StoreBusy as busy:
+            self._events.problem("store busy", what=busy.what)
+            self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
+            return ()
+        if not messages:
+            self._limiter.drained()
+        if len(messages) < most:
+            self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
+        return await self._jobs_of(messages, is_scout=is_scout)
+
+    async def _jobs_of(
+        self, messages: Sequence[Received], *, is_scout: bool = False
+    ) -> Sequence[Taken]:
+        """Return the jobs that messages name and that are not held, with their records."""
+        new = [(job_id, each) for each in messages if (job_id := self._new_job(each)) is not None]
+        jobs = await self._read([job_id for job_id, _ in new]) if new else {}
+        taken = []
+        for job_id, message in new:
+            if jobs is not None and job_id not in jobs:
+                del self._jobs[job_id]
+                self._strangers.append((message, "no such job"))
+                continue
+            job = None if jobs is None else jobs[job_id]
+            linger_until = 0 if is_scout else self._linger_until
+            taken.append(Taken(message, job_id, job, is_scout, linger_until))
+        return taken
+
+    def _new_job(self, message: Received) -> str | None:
+        """Hold a message from now on; return the job to run for it, None if there is none.
+
+        A job runs once at a time: nothing would keep apart two messages of it under one owner's name. A message that
+        was delivered again while its job runs here is still the same one, with a new receipt.
+        """
+        is_new = message.message_id not in self._held
+        self._held[message.message_id] = message
+        if not is_new:
+            return None
+        if message.job_id is None:
+            self._strangers.append((message, "not a message of Sluice's"))
+            return None
+        if message.job_id in self._jobs:
+            self._jobs[message.job_id].append(message)
+            return None
+        self._jobs[message.job_id] = []
+        return message.job_id
+
+    async def _read(self, job_ids: Sequence[str]) -> Mapping[str, Job] | None:
+        """Read the records together; None on failure: the worker reads them one by one."""
+        try:
+            return await self._tools.blocking(self._records.get_many, job_ids)
+        except StoreBusy as error:
+            self._events.problem("batch not readable", reason=str(error))
+        except Exception:  # noqa: BLE001 - each job is read again on its own
+            self._events.problem("batch not readable")
+        return None
+
+    # Letting go -------------------------------------------------------------------------------------------------
+
+    def done(self, message: Received) -> None:
+        """Let a message go, and others that name the same job."""
+        self._delete(message)
+        self._delete_others(message)
+
+    def give_back(self, message: Received, until: int) -> None:
+        """Make the message visible again at a time; others that name the same job are not needed."""
+        latest = self._held.pop(message.message_id, message)
+        self._batched.discard(message.message_id)
+        self._to_put_back.append((latest, until))
+        self._delete_others(message)
+
+    def _delete_others(self, message: Received) -> None:
+        for other in self._jobs.pop(message.job_id or "", ()):
+            self._delete(other)
+
+    def _delete(self, message: Received) -> None:
+        if message.message_id in self._batched:
+            # Lambda deletes it when the invocation ends; until then it stays hidden.
+            self._batched.remove(message.message_id)
+            self.not_done.remove(message.message_id)
+        else:
+            self._to_delete.append(self._held.pop(message.message_id, message))
+
+    # Housekeeping -----------------------------------------------------------------------------------------------
+
+    async def keep(self, *, last: bool = False) -> bool:
+        """Keep messages hidden; reject messages that name no job; return or delete messages."""
+        await self._keep_hidden()
+        await self._handle_strangers()
+        now = self._tools.clock.now()
+        delays = [(message, max(0, at - now)) for message, at in self._to_put_back]
+        inbox, back, delete = self._inbox, self._to_put_back, self._to_delete
+        await self._write("put back", inbox.put_back, delays, back, last=last)
+        await self._write("deleted", inbox.delete, tuple(delete), delete, last=last)
+        return not back and not delete
+
+    async def _keep_hidden(self) -> None:
+        """Hide the messages for the length of a lease, again and again: if this worker dies, they are soon visible.
+
+        Otherwise they would stay hidden for the queue's own visibility timeout, six times the longest invocation.
+        """
+        now = self._tools.clock.now()
+        if self._hidden_at is not None and now - self._hidden_at < waits.RENEW_MS:
+            return
+        held = list(self._held.values())
+        try:
+            if held:
+                await self._tools.blocking(self._inbox.keep_hidden, held, waits.LEASE_MS)
+        except Exception:  # noqa: BLE001 - tried again in the next round
+            self._events.problem("messages not kept hidden", messages=len(held))
+        else:
+            self._hidden_at = now
+
+    async def _handle_strangers(self) -> None:
+        strangers, self._strangers = self._strangers, []
+        for message, reason in strangers:
+            now = self._tools.clock.now()
+            try:
+                if message.canary is not None:
+                    await self._tools.blocking(self._tools.limits.canary, message.canary, now)
+                else:
+                    await self._tools.blocking(self._inbox.reject, message, reason)
+            except Exception:  # noqa: BLE001 - tried again at its next delivery
+                self._events.problem("message not rejected", job_id=message.job_id)
+                self.give_back(
+                    message, now + waits.grown(2 * waits.STORE_BUSY_MS, message.receive_count)
+                )
+            else:
+                self.done(message)
+
+    async def _write(
+        self,
+        what: str,
+        call: Callable[[Sequence[T]], None],
+        wanted: Sequence[T],
+        gathered: list[Any],
+        *,
+        last: bool,
+    ) -> None:
+        some = list(gathered)
+        gathered.clear()
+        if not some:
+            return
+        try:
+            await self._tools.blocking(call, wanted)
+        except Exception:  # noqa: BLE001 - tried again in the next round
+            if last:
+                # Not lost: they are visible again when the queue's own visibility timeout ends.
+                self._events.problem(f"messages not {what}", messages=len(some))
+            else:
+                gathered[:0] = some

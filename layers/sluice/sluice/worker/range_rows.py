@@ -1,0 +1,309 @@
+"""The rows of one window of a range, in memory: their jobs, their requests, and the records of those that have ended.
+
+The memory they take is bounded, whatever the rows are: the window bounds the requests, and `HELD_BYTES` the records. A
+record beyond that is in a saved chunk only, and is read back when the window is written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Final
+
+from sluice.domain import jobs as life
+from sluice.domain.batches import Options
+from sluice.domain.errors import Stale
+from sluice.domain.jobs import Job, JobError, Result, State
+from sluice.domain.params import request_body
+from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
+from sluice.domain.rows import Line, Row, job_record, read_row
+from sluice.ports.jobs import CallBooks, Params
+from sluice.ports.world import Clock
+from sluice.worker.ledger import lost_row
+
+HELD_BYTES: Final = 32 * 1024 * 1024
+"""Records of saved rows kept in memory until their window is written."""
+
+TOKEN_BYTES: Final = 4
+MOST_EXPECTED_BYTES: Final = 1024 * 1024
+"""An answer is expected to have four bytes per token of `max_tokens`, up to this size."""
+
+SAVE_BYTES: Final = 8 * 1024 * 1024
+SAVE_MS: Final = 2_000
+"""Ended rows are saved at the latest when their records have so many bytes, or the first of them is so old."""
+
+AGAIN: Final = "the worker before died: an earlier call of this row may have been billed"
+
+
+@dataclass(slots=True)
+class Ended:
+    """The record of a row that has ended: in memory, in a saved chunk, or both."""
+
+    line: int
+    size: int
+    """Of the record's line, with its end."""
+    text: bytes | None
+    chunk: str | None = None
+    """None: it is not saved yet."""
+    first: int = 0
+    """Its byte offset in its chunk."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """A row while its window is run."""
+
+    line: Line
+    job: Job
+    due_at: int = 0
+    receive_count: int = 1
+    """As of a message of the queue: grows with each wait."""
+    ended: Ended | None = None
+    message: str | None = None
+    """Claude's answer, until the record is made from it."""
+
+    @property
+    def expected_bytes(self) -> int:
+        """About how large the answer may be."""
+        return min(MOST_EXPECTED_BYTES, self.job.max_tokens * TOKEN_BYTES)
+
+    @property
+    def may_go_on_at(self) -> int:
+        """When its next attempt may start."""
+        return max(self.due_at, self.job.not_before or 0)
+
+
+class WindowRows:
+    """The rows of one window: a worker's job records and answers, and what has ended and is not saved."""
+
+    def __init__(self, prices: PriceList, clock: Clock) -> None:
+        self._prices = prices
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seats: dict[str, Seat] = {}
+        self._unsaved: list[Seat] = []
+        self._unsaved_bytes = 0
+        self._oldest_unsaved = 0
+        self._held_bytes = 0
+        self._is_closed = False
+        self._again: set[str] = set()
+        self._starting: Callable[[Sequence[str]], None] = _nothing
+        self._options = Options()
+
+    def open(self, seats: Iterable[Seat], options: Options, *, again: bool = False) -> None:
+        """Replace the rows by those of another window; `again`: a worker died with them."""
+        self._seats = {seat.job.job_id: seat for seat in seats}
+        self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
+        self._is_closed = False
+        self._options = options
+        self._starting = _nothing
+        for seat in self._seats.values():
+            if seat.ended is not None:
+                self._hold(seat.ended)
+        self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
+
+    def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
+        """Have `starting` called, in a thread, with the ids of rows before their requests are made."""
+        self._starting = starting
+
+    def close(self) -> None:
+        """Refuse all writes from now on: another worker has the range."""
+        with self._lock:
+            self._is_closed = True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether another worker has the range."""
+        return self._is_closed
+
+    def seats(self) -> list[Seat]:
+        """Return all rows, in the order of their lines."""
+        return list(self._seats.values())
+
+    def unfinished(self) -> list[Seat]:
+        """Return the rows that have not ended."""
+        return [seat for seat in self._seats.values() if seat.ended is None]
+
+    def seat(self, job_id: str) -> Seat:
+        """Return a row."""
+        return self._seats[job_id]
+
+    def cancel(self) -> int:
+        """Cancel all rows, those that wait at once, those in flight by a flag; return how many ended."""
+        with self._lock:
+            now = self._clock.now()
+            waiting = self.unfinished()
+            for seat in waiting:
+                self._set(seat, life.request_cancel(seat.job, now))
+            return sum(seat.ended is not None for seat in waiting)
+
+    def lost_rows(self, offsets: Collection[int]) -> list[LedgerRow]:
+        """Return ledger rows for the calls of rows that are to be given up; the same ones each time."""
+        now = self._clock.now()
+        note = "workers died during calls of this row"
+        jobs = [seat.job for seat in self.unfinished() if seat.line.offset in offsets]
+        self._again -= {job.job_id for job in jobs}
+        return [lost_row(job, now, job.current_model, "lost", note) for job in jobs]
+
+    def give_up(self, offsets: Collection[int], error: JobError) -> list[Job]:
+        """End rows that nobody runs as errored, and return their jobs."""
+        with self._lock:
+            now = self._clock.now()
+            seats = [seat for seat in self.unfinished() if seat.line.offset in offsets]
+            for seat in seats:
+                self._set(seat, life.finish_waiting(seat.job, State.ERRORED, now, error))
+            return [seat.job for seat in seats]
+
+    # A worker's job records and answers -------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> Job | None:
+        """Return the row's job; None when another worker has the range."""
+        with self._lock:
+            return None if self._is_closed else self._seats[job_id].job
+
+    def replace(self, job: Job, expected_version: int) -> None:
+        """Write the job; raises Stale."""
+        with self._lock:
+            if self._is_closed:
+                raise Stale(None)
+            seat = self._seats[job.job_id]
+            if seat.job.version != expected_version:
+                raise Stale(seat.job)
+            self._set(seat, job)
+
+    def put(self, name: str, message: str) -> Result:
+        """Keep the answer until its row has ended. A range has one owner: the last call's answer is the row's."""
+        job_id, _, _ = name.rpartition("-")
+        self._seats[job_id].message = message
+        return Result()
+
+    def params(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        """Return the requests of rows that are about to start, made from their lines."""
+        self._starting(job_ids)
+        if self._is_closed:
+            return {}
+        found = {}
+        for job_id in job_ids:
+            seat = self._seats[job_id]
+            row = read_row(seat.line, self._options)
+            if isinstance(row, Row):
+                found[job_id] = Params(job_id, request_body(row.params), seat.job.request_hash)
+        return found
+
+    def noted(self, rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+        """Return ledger rows with a note on each first call that may repeat one of a worker that died."""
+        noted = [
+            replace(row, note="; ".join(filter(None, (row.note, AGAIN))))
+            if row.job_id in self._again
+            else row
+            for row in rows
+        ]
+        self._again -= {row.job_id for row in rows}
+        return noted
+
+    # What has ended and is not saved ---------------------------------------------------------------------------
+
+    def worth_saving(self, most: int) -> bool:
+        """Tell whether `most` rows or a lot of bytes are unsaved, or one of them for a while."""
+        with self._lock:
+            gathered = len(self._unsaved)
+            old = self._clock.now() - self._oldest_unsaved >= SAVE_MS
+            is_much = gathered >= most or self._unsaved_bytes >= SAVE_BYTES
+            return is_much or (gathered > 0 and old)
+
+    def take_unsaved(self) -> list[Seat]:
+        """Return what is to be saved next; it must be returned by `saved` or `not_saved`."""
+        with self._lock:
+            taken = size = 0
+            for seat in self._unsaved:
+                size += _record(seat).size
+                taken += 1
+                if size >= SAVE_BYTES:
+                    break
+            unsaved, self._unsaved = self._unsaved[:taken], self._unsaved[taken:]
+            self._unsaved_bytes -= size
+            return unsaved
+
+    def not_saved(self, seats: Sequence[Seat]) -> None:
+        """Take back what could not be saved."""
+        with self._lock:
+            self._unsaved[:0] = seats
+            self._unsaved_bytes += sum(_record(seat).size for seat in seats)
+
+    def saved(self, seats: Sequence[Seat], chunk: str) -> None:
+        """Note that rows were saved, one after the other, in a chunk."""
+        first = 0
+        for seat in seats:
+            record = _record(seat)
+            record.chunk, record.first = chunk, first
+            first += record.size
+            self._hold(record)
+
+    def _hold(self, record: Ended) -> None:
+        """Keep a saved record in memory if there is room for it."""
+        if record.text is None:
+            return
+        if self._held_bytes + record.size > HELD_BYTES:
+            record.text = None
+        else:
+            self._held_bytes += record.size
+
+    def _set(self, seat: Seat, job: Job) -> None:
+        seat.job = job
+        if not job.state.is_final:
+            return
+        line = seat.line
+        record = job_record(line.number, line.offset, job, seat.message, self._other_lane(job))
+        text = record.encoded()
+        seat.ended = Ended(line.number, len(text), text)
+        # The memory of a row that has ended is free again.
+        seat.message, seat.line = None, replace(line, text=b"")
+        if not self._unsaved:
+            self._oldest_unsaved = self._clock.now()
+        self._unsaved.append(seat)
+        self._unsaved_bytes += len(text)
+
+    def _other_lane(self, job: Job) -> int:
+        if job.usage is None:
+            return 0
+        day = utc_day(job.finished_at or 0)
+        cost = self._prices.cost_micro_usd(job.current_model, job.usage, day, batch=True)
+        return cost or 0
+
+
+class RowRequests:
+    """The requests of rows, made from their lines anew when they are sent: parsed, they are large."""
+
+    def __init__(self, rows: WindowRows) -> None:
+        self._rows = rows
+
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        """Return the requests."""
+        return self._rows.params(job_ids)
+
+
+class RowBooks:
+    """The ledger, as the rows of a range write it."""
+
+    def __init__(self, books: CallBooks, rows: WindowRows) -> None:
+        self._books = books
+        self._rows = rows
+
+    def record(self, rows: Sequence[LedgerRow]) -> None:
+        """Write rows; those of calls that may repeat one of a worker that died say so."""
+        self._books.record(self._rows.noted(rows))
+
+    def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
+        """Add to the sums."""
+        self._books.add_up(sums)
+
+
+def _nothing(job_ids: Sequence[str]) -> None:
+    del job_ids
+
+
+def _record(seat: Seat) -> Ended:
+    assert seat.ended is not None
+    return seat.ended

@@ -1,0 +1,252 @@
+"""The rows of one window of a range as a source: which of them may run now.
+
+Few enough rows run at once that their answers fit into memory, and that little is repeated if the worker dies. After
+lost workers even fewer do, in the end one: if the size of the rows kills the workers, they fit, and if it is one of
+them, it is found. Rows that lost a worker while they ran alone come last, and alone again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+from sluice.domain.batches import RangeState
+from sluice.domain.waits import ROW_STAY_MS, Place, place_of, window_of
+from sluice.ports.jobs import Received
+from sluice.ports.world import Clock
+from sluice.worker.range_rows import Seat, WindowRows
+from sluice.worker.source import Held, Taken
+
+AT_ONCE: Final = 64
+"""Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""
+
+ANSWERS_BYTES: Final = 24 * 1024 * 1024
+"""Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
+
+SAVE_ROWS: Final = 25
+"""Ended rows are saved at the latest when there are so many."""
+
+
+class RangeSource:
+    """The rows of one window, for one run of a worker."""
+
+    def __init__(
+        self,
+        rows: WindowRows,
+        state: RangeState,
+        clock: Clock,
+        stop_at: int,
+        note_running: Callable[[], None],
+    ) -> None:
+        """`note_running` is called in a thread, while a killer is searched, before a row starts."""
+        self._rows = rows
+        self._clock = clock
+        self._started = clock.now()
+        self._stop_at = stop_at
+        self._note_running = note_running
+        self._lock = threading.Lock()
+        self._held: Held | None = None
+        self._losses = state.losses
+        self._suspects = self._ids(state.suspects) if state.suspects else None
+        """Rows that the search for a killer has to run. None: all of the window."""
+        self._suspects_waiting: set[str] = set()
+        """Those of them that wait for longer than this invocation: the search goes on without them, and is not over."""
+        self._apart = self._ids(state.blamed)
+        """Rows that run alone."""
+        self._ready = self._in_order()
+        self._resting: list[Seat] = []
+        self._running: dict[str, Seat] = {}
+        """Rows in flight, and those that have ended and are not saved."""
+        self._expected_bytes = 0
+        self._is_apart = False
+        """A row runs alone."""
+        self._noted: set[str] = set()
+        """Rows whose requests may be in memory, or their answers, unsaved."""
+        rows.watch_starts(self._starting)
+
+    @property
+    def count(self) -> int:
+        """The number of rows to run."""
+        return len(self._ready)
+
+    @property
+    def save_at(self) -> int:
+        """The number of unsaved rows that must be saved: no row is to wait for the place of one that has ended."""
+        return min(SAVE_ROWS, 1 if self._is_apart else self._at_once())
+
+    # The worker's source ----------------------------------------------------------------------------------------
+
+    async def take(self, held: Held) -> Sequence[Taken]:
+        """Wait for rows that may run now."""
+        self._held = held
+        while True:
+            if seats := self._next_rows():
+                return [_taken(seat) for seat in seats]
+            due_at = min((seat.due_at for seat in self._resting), default=None)
+            if not held.count and due_at is None and not self._waits_for_saving():
+                return ()
+            await held.change(due_at)
+
+    def done(self, message: Received) -> None:
+        """Keep the place of a row that has ended until it is saved."""
+        seat = self._rows.seat(message.message_id)
+        if seat.ended is None or seat.ended.chunk is not None:
+            self._leave(seat)
+
+    def give_back(self, message: Received, until: int) -> None:
+        """Let a row rest in the invocation, or leave it for a later one."""
+        seat = self._rows.seat(message.message_id)
+        seat.due_at = until
+        seat.receive_count += 1
+        now, job = self._clock.now(), seat.job
+        whole_ms = self._stop_at - self._started
+        place = place_of(
+            until - now,
+            stay_ms=ROW_STAY_MS,
+            left_ms=self._stop_at - now,
+            window_ms=window_of(job.max_tokens, whole_ms, full_window=job.full_window),
+        )
+        if place is Place.INVOCATION:
+            self._resting.append(seat)
+        elif self._suspects and job.job_id in self._suspects:
+            # Others need not wait for it.
+            self._suspects.remove(job.job_id)
+            self._suspects_waiting.add(job.job_id)
+        self._leave(seat)
+
+    async def keep(self, *, last: bool = False) -> bool:
+        """Do nothing: a range saves its rows and keeps its lease also while no worker runs."""
+        del last
+        return True
+
+    # The range --------------------------------------------------------------------------------------------------
+
+    def saved(self, seats: Sequence[Seat]) -> None:
+        """Free the places of rows that were saved."""
+        for seat in seats:
+            self._clear(seat.job.job_id)
+            self._leave(seat)
+
+    def running(self) -> tuple[int, ...]:
+        """Return the byte offsets of the rows that were noted and are neither saved nor back from their calls."""
+        with self._lock:
+            seats = [self._rows.seat(job_id) for job_id in self._noted]
+        return tuple(
+            seat.line.offset
+            for seat in sorted(seats, key=lambda seat: seat.line.offset)
+            if seat.ended is None or seat.ended.chunk is None
+        )
+
+    def wake(self) -> None:
+        """Have `take` see that another worker has the range."""
+        if self._held is not None:
+            self._held.changed.set()
+
+    # Room -------------------------------------------------------------------------------------------------------
+
+    def _ids(self, offsets: Collection[int]) -> set[str]:
+        return {seat.job.job_id for seat in self._rows.unfinished() if seat.line.offset in offsets}
+
+    def _in_order(self) -> deque[Seat]:
+        """Return the rows to run: suspects first, those that run alone last."""
+        suspects = self._suspects or set()
+        return deque(
+            sorted(
+                self._rows.unfinished(),
+                key=lambda seat: (seat.job.job_id in self._apart, seat.job.job_id not in suspects),
+            )
+        )
+
+    def _next_rows(self) -> list[Seat]:
+        """Return the rows that may run now, and take the room they need."""
+        if self._rows.is_closed:
+            self._ready.clear()
+            self._resting.clear()
+        now = self._clock.now()
+        due = sorted((seat for seat in self._resting if seat.due_at <= now), key=_due_at)
+        self._resting = [seat for seat in self._resting if seat.due_at > now]
+        for seat in due:
+            self._line_up(seat)
+        seats = []
+        while self._ready and self._has_room(self._ready[0]):
+            seat = self._ready.popleft()
+            self._is_apart = seat.job.job_id in self._apart
+            self._running[seat.job.job_id] = seat
+            self._expected_bytes += seat.expected_bytes
+            seats.append(seat)
+        return seats
+
+    def _line_up(self, seat: Seat) -> None:
+        """Put a row behind all others, but before those that run alone."""
+        at = len(self._ready)
+        if seat.job.job_id not in self._apart:
+            at -= sum(each.job.job_id in self._apart for each in self._ready)
+        self._ready.insert(at, seat)
+
+    def _has_room(self, seat: Seat) -> bool:
+        if not self._running:
+            return True
+        if (
+            seat.job.job_id in self._apart
+            or self._is_apart
+            or len(self._running) >= self._at_once()
+        ):
+            return False
+        return self._expected_bytes + seat.expected_bytes <= ANSWERS_BYTES
+
+    def _at_once(self) -> int:
+        """Return how many rows may be in flight: fewer during a search for a killer."""
+        if self._suspects is not None and not self._suspects:
+            return AT_ONCE
+        return max(1, AT_ONCE >> 2 * self._losses)
+
+    def _waits_for_saving(self) -> bool:
+        return bool(self._ready and self._running)
+
+    def _leave(self, seat: Seat) -> None:
+        """Free the place of a row."""
+        with self._lock:
+            self._noted.discard(seat.job.job_id)
+        if self._running.pop(seat.job.job_id, None) is None:
+            return
+        self._is_apart = False
+        self._expected_bytes -= seat.expected_bytes
+        self.wake()
+
+    # The search for rows that kill their workers ---------------------------------------------------------------
+
+    def _starting(self, job_ids: Sequence[str]) -> None:
+        """Have rows noted as running, before anything is made of them, if that may be what kills the worker."""
+        if not (self._is_apart or self._losses):
+            return
+        with self._lock:
+            self._noted.update(job_ids)
+        self._note_running()
+
+    def _clear(self, job_id: str) -> None:
+        """Take a row that has ended out of the search; it is over with the last one."""
+        if self._suspects is None:
+            return
+        self._suspects.discard(job_id)
+        self._suspects_waiting.discard(job_id)
+        if not self._suspects and not self._suspects_waiting:
+            self._losses = 0
+
+
+def _due_at(seat: Seat) -> int:
+    return seat.due_at
+
+
+def _taken(seat: Seat) -> Taken:
+    job = seat.job
+    message = Received(
+        job.job_id,
+        "",
+        "",
+        job.job_id,
+        receive_count=seat.receive_count,
+        sent_at=job.created_at,
+    )
+    return Taken(message, job.job_id, job)

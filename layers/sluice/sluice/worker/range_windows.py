@@ -1,0 +1,160 @@
+"""Splits a range into windows: as many rows as may be in memory at once, in the order of their lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from sluice.domain.batches import CLAIM_VERSIONS, SAMPLE_BYTES, Batch, RangeState, Tally, row_job_id
+from sluice.domain.jobs import Job
+from sluice.domain.rows import (
+    BadRow,
+    Line,
+    Record,
+    Row,
+    bad_row_records,
+    error_line,
+    lines,
+    read_row,
+)
+from sluice.ports.batches import Objects
+from sluice.worker.range_rows import Ended, Seat
+
+WINDOW_ROWS: Final = 512
+WINDOW_BYTES: Final = 8 * 1024 * 1024
+"""A window has so many rows and so many bytes of lines at most; one line always fits. A range as planned, of about a
+hundred lines, is one window."""
+
+WINDOW_BAD_BYTES: Final = 4 * 1024 * 1024
+"""Of records about lines that cannot become rows: there may be millions of those in a range."""
+
+REMEMBERED_IDS: Final = 100_000
+"""A custom_id that an earlier row of the range has is found at once for so many rows. One beyond them is found when the
+results are put together, as one of another range is."""
+
+PIECE_BYTES: Final = 1024 * 1024
+"""Read of the object at once."""
+
+_RECORD_BYTES: Final = 200
+"""About what a record takes in memory beside its body."""
+
+
+@dataclass(slots=True)
+class Saved:
+    """What earlier workers saved of rows whose windows have not ended."""
+
+    records: dict[int, Ended] = field(default_factory=dict)
+    """By the byte offset of their lines."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows of a range that are in memory at once, and what is wrong with the lines between them."""
+
+    seats: Sequence[Seat]
+    bad: Sequence[Record]
+    end_at: int
+    """The byte offset at which the next window begins."""
+    lines: int
+    """Lines of the range up to its end."""
+    is_last: bool
+    others: Sequence[Ended] = ()
+    """Records of rows whose lines cannot be read any more."""
+
+
+class Windows:
+    """Reads a range line by line and splits it into windows. Every worker gets the same windows."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        batch: Batch,
+        state: RangeState,
+        saved: Saved,
+        make_job: Callable[[str, Row], Job],
+    ) -> None:
+        self._objects = objects
+        self._batch = batch
+        self._state = state
+        self._saved = saved
+        self._make_job = make_job
+        assert batch.plan is not None
+        self._plan = batch.plan
+        self._start, self._end = self._plan.bounds(state.number)
+        self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
+        self._next: Line | None = None
+        self._count = 0
+        self._offset_of: dict[str, int] = {}
+
+    def next(self) -> Window:
+        """Read the next window; raises InputMissing."""
+        seats: list[Seat] = []
+        bad: list[Record] = []
+        text_bytes = bad_bytes = 0
+        while True:
+            line = self._next or next(self._lines, None)
+            self._next = None
+            if line is None:
+                return Window(seats, bad, self._end, self._count, is_last=True)
+            is_full = len(seats) >= WINDOW_ROWS or text_bytes + len(line.text) > WINDOW_BYTES
+            if (is_full and seats) or bad_bytes > WINDOW_BAD_BYTES:
+                self._next = line
+                return Window(seats, bad, line.offset, self._count, is_last=False)
+            found = self._read(line)
+            self._count = line.number + 1
+            if line.offset < self._state.resume_at:
+                # Of a window that has ended: only its custom_id is of interest still.
+                continue
+            if isinstance(found, Seat):
+                seats.append(found)
+                text_bytes += len(found.line.text)
+            else:
+                bad += found
+                bad_bytes += sum(len(record.body) + _RECORD_BYTES for record in found)
+
+    def unreadable(self, problem: str) -> Window:
+        """Return what is left to say when the object cannot be read any more: no saved answer is lost."""
+        others = self._saved.records.values()
+        count = max([self._state.resume_line, *(each.line + 1 for each in others)])
+        error = error_line(self._start, problem)
+        bad = Record("E", self._start, count, "", Tally(invalid=1), error)
+        return Window((), [bad], self._end, count, is_last=True, others=list(others))
+
+    def _read(self, line: Line) -> Seat | list[Record]:
+        row = read_row(line, self._batch.options)
+        if row is None:
+            return []
+        if isinstance(row, BadRow):
+            return bad_row_records(line, row)
+        before = self._offset_of.get(row.custom_id)
+        if before is not None:
+            message = f"custom_id {row.custom_id!r} was already used by the row at byte {before}"
+            error = error_line(line.offset, message, row.custom_id)
+            return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
+        if len(self._offset_of) < REMEMBERED_IDS:
+            self._offset_of[row.custom_id] = line.offset
+        job_id = row_job_id(self._batch.batch_id, line.offset)
+        job = self._saved.jobs.pop(job_id, None) or self._make_job(job_id, row)
+        job = replace(
+            job, version=self._state.claims * CLAIM_VERSIONS, request_bytes=len(line.text)
+        )
+        ended = self._saved.records.pop(line.offset, None)
+        return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Read from the byte before the range to its end, and on as long as somebody asks."""
+        at = max(self._plan.first, self._start - 1)
+        beyond = SAMPLE_BYTES
+        while at < self._plan.size:
+            if at < self._end:
+                size = min(PIECE_BYTES, self._end - at)
+            else:
+                size = min(beyond, self._plan.size - at)
+                beyond = min(2 * beyond, PIECE_BYTES)
+            piece = self._objects.read(self._batch.input_key, at, size, self._batch.input_etag)
+            if not piece:
+                return
+            yield piece
+            at += len(piece)

@@ -1,0 +1,119 @@
+"""Where a worker's jobs come from, and what a source may know about its worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from sluice.domain.jobs import Job
+from sluice.ports.jobs import Received
+from sluice.ports.world import Clock
+from sluice.worker.memory import Memory
+from sluice.worker.suspects import Suspects
+from sluice.worker.timeouts import wait_at_most
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A message taken from a source, and the job it names."""
+
+    message: Received
+    job_id: str
+    job: Job | None
+    """None: it could not be read; the worker reads it on its own."""
+    is_scout: bool = False
+    """Taken to find out whether the queue has a job that can start at once; if it cannot, it goes back soon."""
+    linger_until: int = 0
+    """A job that cannot start soon does not go back before this time (epoch milliseconds)."""
+
+
+class Source(Protocol):
+    """A queue of jobs, or a range of rows."""
+
+    async def take(self, held: Held) -> Sequence[Taken]:
+        """Wait for the next jobs worth taking; nothing when no job is held and none is to come."""
+        ...
+
+    def done(self, message: Received) -> None:
+        """Note that there is nothing more to do for a message."""
+        ...
+
+    def give_back(self, message: Received, until: int) -> None:
+        """Let the message's job go on at a time (epoch milliseconds)."""
+        ...
+
+    async def keep(self, *, last: bool = False) -> bool:
+        """Keep the held messages hidden, and write what was noted; return whether all of it is written.
+
+        `last`: what cannot be written now is reported and dropped.
+        """
+        ...
+
+
+class Held:
+    """The jobs that one invocation holds."""
+
+    def __init__(self, clock: Clock, memory: Memory) -> None:
+        self._clock = clock
+        self._memory = memory
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls = 0
+        self._takes = 0
+        self.memory_waits = 0
+        """How often a job waited for memory."""
+        self.changed = asyncio.Event()
+        self.may_take = True
+        """More jobs of the queue could start soon."""
+        self.suspects = Suspects(clock.now, lambda: len(self._tasks) + self._takes)
+
+    @property
+    def count(self) -> int:
+        """The number of held jobs."""
+        return len(self._tasks)
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait for their start, not counting those that wait for memory."""
+        return len(self._tasks) - self._calls - self._memory.waiting
+
+    def hold(self, task: asyncio.Task[None]) -> None:
+        """Add a job; its task's end removes it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Keep suspects waiting: jobs are about to be held."""
+        self._takes += 1
+        try:
+            yield
+        finally:
+            self._takes -= 1
+            # Not before the worker holds what was taken.
+            asyncio.get_running_loop().call_soon(self.suspects.look)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Count a job as one that waits for its answer."""
+        self._calls += 1
+        self.changed.set()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    async def change(self, until: int | None = None) -> None:
+        """Wait until something changes, or until a time (epoch milliseconds)."""
+        self.changed.clear()
+        if until is None:
+            await self.changed.wait()
+        else:
+            await wait_at_most(self.changed, self._clock, until - self._clock.now())
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.remove(task)
+        self.suspects.look()
+        self.changed.set()
