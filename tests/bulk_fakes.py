@@ -15,6 +15,7 @@ from sluice.adapters import job_records
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
+from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.ports.batches import BatchPage, DueRange, Stored
 from sluice.ports.claude import CallRequest
@@ -350,6 +351,10 @@ class MemoryBatchQueues(Fragile):
                 return RangePointer(message, batch_id, number)
         return None
 
+    def backlog(self) -> Backlog:
+        visible = sum(at <= self._now() for *_, at in self.ranges.values())
+        return Backlog(visible, len(self.ranges) - visible)
+
     def delete(self, message: Received) -> None:
         self.ranges.pop(message.message_id, None)
 
@@ -471,6 +476,7 @@ class Bulk:
             batches=self.batches,
             objects=self.objects,
             queue=at_once if self.joins_at_once else self.queues,
+            backlog=self.queues.backlog,
             returns=self.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,

@@ -441,6 +441,7 @@ class BatchesPlay(Play):
                 batches=self.batches,
                 objects=self.objects,
                 queue=JoinAtOnce(lambda: self.assemble, self.queues, self.events),
+                backlog=self.queues.backlog,
                 returns=self.queues,
                 text_of_job=job_records.as_text,
                 job_of_text=job_records.of_text,

@@ -13,6 +13,7 @@ from sluice.bulk import assemble
 from sluice.domain.batches import Options, Phase, cancel_batch
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
+from sluice.worker.limiter import Limiter
 from sluice.worker.range_lease import KEEP_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_source import AT_ONCE, SAVE_ROWS
@@ -532,6 +533,67 @@ def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
 
     assert 1 == len(bulk.claude.calls)
     assert 1 == bulk.summary()["counts"]["succeeded"]
+
+
+# In line -----------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_rows_start_first(make: Make) -> None:
+    bulk = make()
+    tokens = [5, 900, 5, 40, 900]
+    rows = [a_row(number) for number in range(len(tokens))]
+    for row, most in zip(rows, tokens, strict=True):
+        row["params"]["max_tokens"] = most
+
+    bulk.upload(jsonl(*rows))
+    bulk.drain()
+
+    assert [900, 900, 40, 5, 5] == [call.request.max_tokens for call in bulk.claude.calls]
+    assert [f"row-{number}" for number in range(len(tokens))] == ids(bulk.results())
+
+
+def test_all_rows_of_a_range_wait_in_line_and_few_are_in_flight(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rows of a batch can start together only if the limiter knows of all of them."""
+    waiting: list[int] = []
+    admit = Limiter.admit
+
+    async def counted(self: Limiter, *arguments: Any) -> Any:
+        waiting.append(1)
+        try:
+            return await admit(self, *arguments)
+        finally:
+            most.append(len(waiting))
+            waiting.pop()
+
+    most: list[int] = []
+    monkeypatch.setattr(Limiter, "admit", counted)
+    bulk = make(latency_ms=5_000)
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+
+    bulk.drain()
+
+    assert AT_ONCE < max(most)
+    assert bulk.claude.most_in_flight <= AT_ONCE
+    assert 100 == len(bulk.results()) == len(bulk.claude.calls)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_the_last_rows_in_hand_are_said_to_be_the_last(
+    make: Make, monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
+    """Unless another range waits in the queue."""
+    said: list[int] = []
+    bulk = make()
+    monkeypatch.setattr(Limiter, "drained", lambda _: said.append(bulk.time.now()))
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    if behind:
+        bulk.upload(jsonl(a_row(1_000)), "second.jsonl")
+
+    bulk.once()
+
+    assert bool(behind) != bool(said)
 
 
 # Joining at once ---------------------------------------------------------------------------------------------

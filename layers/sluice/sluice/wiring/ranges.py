@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from sluice.adapters import job_records
-from sluice.adapters.sqs import SqsInbox
+from sluice.adapters.sqs import SqsInbox, depth_of
 from sluice.adapters.system import Threads
 from sluice.bulk.assemble import JoinAtOnce
 from sluice.wiring.batch_stores import batches, batches_queue
@@ -32,6 +32,7 @@ def run_range() -> RunRange:
         batches=batches(),
         objects=objects(),
         queue=JoinAtOnce(assemble, batches_queue(), telemetry()),
+        backlog=partial(depth_of, sqs(), settings().ranges_queue_url, "the ranges queue"),
         returns=returns,
         text_of_job=job_records.as_text,
         job_of_text=job_records.of_text,

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from sluice.domain import waits
 from sluice.domain.batches import Batch, Phase, Tally, claim_range, killers
+from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
@@ -61,6 +62,8 @@ class RangeTools:
     batches: BatchStore
     objects: Objects
     queue: BatchesQueue
+    backlog: Callable[[], Backlog]
+    """Of the ranges queue."""
     returns: Returns
     text_of_job: Callable[[Job], str]
     job_of_text: Callable[[str], Job]
@@ -247,7 +250,12 @@ class _Run:
         if self._is_lost or not rows.unfinished():
             return 0
         self._source = source = RangeSource(
-            rows, state, self._tools.clock, self._stop_at, self._note_running
+            rows,
+            state,
+            self._tools.clock,
+            self._stop_at,
+            self._note_running,
+            self._note_drained,
         )
         count = source.count
         self._rows_run = True
@@ -390,6 +398,15 @@ class _Run:
             self._lease.change_now(self._lease.as_running(self._running))
         except LeaseLost:
             self._lose()
+
+    async def _note_drained(self) -> None:
+        """Have the limiter know when the rows in hand are the last: they may start together."""
+        try:
+            backlog = await self._tools.blocking(self._tools.backlog)
+        except StoreBusy:
+            return
+        if not backlog.visible:
+            self._runner.worker.limiter.drained()
 
     # Ending -----------------------------------------------------------------------------------------------------
 
