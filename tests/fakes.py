@@ -334,7 +334,7 @@ def _read_page(page: str) -> tuple[int, str]:
         created, job_id = urlsafe_b64decode(page).decode().split("#")
         return int(created), job_id
     except ValueError as error:
-        raise InvalidRequest(f"page: {page!r} is not a next_page of an earlier answer") from error
+        raise InvalidRequest(f"page: {page!r} is not a next_page of an earlier response") from error
 
 
 class MemoryParams(Fragile):

@@ -10,6 +10,7 @@ from typing import Final
 
 import httpx
 
+from bench.bulk.calls import counting
 from bench.bulk.stack import MODEL, TENANT, Stack, kill_one, say, stack
 
 FUNCTIONS: Final = ("batches", "ranges")
@@ -28,7 +29,7 @@ class Outcome:
     errors: list[int]
     repeated_calls: int
     aws_calls: Counter[str]
-    """Of both functions, by what they were about."""
+    """Of both functions, by operation."""
 
 
 def run(lines: int, bad: int, kills: int) -> int:
@@ -55,12 +56,13 @@ def run(lines: int, bad: int, kills: int) -> int:
 
 def _once(lines: int, bad: int, kills: int) -> Outcome:
     wrong = {line * (lines // bad) + 1 for line in range(bad)} if bad else set()
-    with stack() as started:
+    with counting() as calls_of, stack() as started:
         began = time.monotonic()
         started.drop("bulk", _file(lines, wrong))
         _watch(started, lines, kills)
         seconds = time.monotonic() - began
-        return _looked_at(started, lines, wrong, seconds)
+        aws_calls = sum(map(calls_of, FUNCTIONS), Counter[str]())
+        return _outcome(started, lines, wrong, seconds, aws_calls)
 
 
 def _file(lines: int, wrong: set[int]) -> bytes:
@@ -95,16 +97,13 @@ def _watch(started: Stack, lines: int, kills: int) -> None:
         time.sleep(0.5)
 
 
-def _looked_at(started: Stack, lines: int, wrong: set[int], seconds: float) -> Outcome:
+def _outcome(
+    started: Stack, lines: int, wrong: set[int], seconds: float, aws_calls: Counter[str]
+) -> Outcome:
     results = (started.of_bucket(f"out/{TENANT}/bulk/results.jsonl") or b"").splitlines()
     numbers = [int(json.loads(line)["custom_id"].removeprefix("row-")) for line in results]
     errors = (started.of_bucket(f"out/{TENANT}/bulk/errors.jsonl") or b"").splitlines()
     stats = httpx.get(f"{started.claude_url}/_simulator/stats").json()
-    aws_calls: Counter[str] = Counter()
-    for function in FUNCTIONS:
-        for line in started.logged(function, "aws_calls"):
-            if line.get("message") == "used":
-                aws_calls.update(line["aws_calls"])
     return Outcome(
         lines=lines,
         seconds=seconds,

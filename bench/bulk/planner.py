@@ -12,7 +12,9 @@ from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
 from typing import Any, Final
 
-from bench.bulk.stack import MODEL, TENANT, Stack, say, stack
+from bench.bulk.calls import counting
+from bench.bulk.stack import MODEL, TENANT, Stack, say, stack, workers
+from bench.memory.peak import peak_mb
 from scripts.local_doors import LocalHandler
 from scripts.local_stack.emulator import free_port
 
@@ -25,6 +27,7 @@ def run(size: int, line_bytes: int) -> int:
     port = free_port(0)
     line = _line(line_bytes)
     with (
+        counting() as calls_of,
         _bucket(f"127.0.0.1:{port}", size, line) as url,
         stack(bucket_url=url, port=port) as started,
     ):
@@ -32,15 +35,15 @@ def run(size: int, line_bytes: int) -> int:
         say(f"planning {size / 1e9:,.1f} GB, {size // line_bytes:,} lines")
         began = time.time()
         _tell(started)
-        used = _used(started, began)
+        seconds, peak = _used(started, began)
+        calls = calls_of("batches")
         sqs = started.ready.client("sqs")
         attributes = sqs.get_queue_attributes(
             QueueUrl=started.ready.resources["RangesQueue"],
             AttributeNames=["ApproximateNumberOfMessages"],
         )
         messages = int(attributes["Attributes"]["ApproximateNumberOfMessages"])
-    calls = used["aws_calls"]
-    print(f"one invocation: {used['seconds']:.1f} s, {used['peak_mb']} MB at most")
+    print(f"one invocation: {seconds:.1f} s, {peak} MB at most")
     print(f"messages for ranges: {messages:,}")
     print(
         f"AWS calls: {sum(calls.values()):,} ({', '.join(f'{n:,} {w}' for w, n in calls.items())})"
@@ -80,15 +83,15 @@ def _tell(started: Stack) -> None:
     )
 
 
-def _used(started: Stack, since: float) -> dict[str, Any]:
-    """Wait for the planner; return what it used."""
+def _used(started: Stack, since: float) -> tuple[float, int]:
+    """Wait for the planner; return its seconds, and the peak memory of its process in megabytes."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         planned = list(started.logged("batches", "planned", since))
-        used = list(started.logged("batches", "peak_mb", since))
-        begun = list(started.logged("batches", "begun", since))
-        if planned and used and begun:
-            return {**used[-1], "seconds": _at(planned[-1]) - _at(begun[-1])}
+        created = list(started.logged("batches", "created", since))
+        if planned and created:
+            peak = max(map(peak_mb, workers(started, "batches")))
+            return _at(planned[-1]) - _at(created[-1]), peak
         time.sleep(0.2)
     raise TimeoutError("the planner did not end")
 

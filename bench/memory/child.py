@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bench.memory.peak import peak_mb
+
 REPORT = "REPORT "
 """The line with this beginning is the result; all others are the function's log."""
 
@@ -37,7 +39,6 @@ def main() -> None:
     """Run the events, one after the other as an execution environment does."""
     name, events, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
     app: Any = import_module(f"functions.{name}.app")
-    peak_mb = import_module("sluice.adapters.system").peak_mb
     started_mb, began = peak_mb(), time.monotonic()
     statuses: list[str] = []
     with events.open(encoding="utf-8") as lines:

@@ -17,7 +17,6 @@ from bench.memory.servers import EMOJI, Servers
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
 from sluice.api.requests import MOST_BYTES
-from sluice.domain import jobs as jobs_life
 from sluice.domain.batches import (
     MOST_LINE_BYTES,
     Batch,
@@ -28,7 +27,7 @@ from sluice.domain.batches import (
     claim_range,
     release_range,
 )
-from sluice.domain.jobs import Job, Result, State
+from sluice.domain.jobs import Job, JobError, Result, State, claim, finish_waiting, park, succeed
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
 from sluice.ports.jobs import Params
@@ -152,8 +151,8 @@ def api_answers(world: World) -> Iterator[dict[str, Any]]:
     job = _job("job_" + "a" * 32, now)
     key = f"results/{job.job_id}-1.json.gz"
     world.cloud.drop(key, gzip.compress(message.encode()))
-    claimed = jobs_life.claim(job, "bench", now, now + 1_000)
-    ended = jobs_life.succeed(
+    claimed = claim(job, "bench", now, now + 1_000)
+    ended = succeed(
         claimed,
         "bench",
         now,
@@ -402,7 +401,7 @@ def governor_due(world: World) -> Iterator[dict[str, Any]]:
     items = []
     for number in range(world.size(10_000, 100)):
         job = replace(_job(f"job_{number:032x}", now - DAY_MS), metadata={"note": "x" * 500})
-        parked = jobs_life.park(job, now - 7_200_000, reason="spend limit", not_before=now - 1_000)
+        parked = park(job, now - 7_200_000, reason="spend limit", not_before=now - 1_000)
         items.append({"PutRequest": {"Item": job_records.encode(parked, 30)}})
     for start in range(0, len(items), 25):
         client.batch_write_item(RequestItems={"JobsTable": items[start : start + 25]})
@@ -431,12 +430,12 @@ def webhooks_slow(world: World) -> Iterator[dict[str, Any]]:
 
 
 def _ended(now: int, number: int, error_bytes: int) -> Job:
-    error = jobs_life.JobError("invalid_request_error", noise(error_bytes), 400)
+    error = JobError("invalid_request_error", noise(error_bytes), 400)
     metadata = {f"field-{each}": noise(500) for each in range(16)}
     job = replace(
         _job(f"job_{number:032x}", now), metadata=metadata, webhook="https://example.com/hook"
     )
-    return jobs_life.finish_waiting(job, State.ERRORED, now, error)
+    return finish_waiting(job, State.ERRORED, now, error)
 
 
 def job_ends_largest(world: World) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  # noqa: ARG001 - Lambda's signature
     """Do what each message says (the mapping sends one); report those that are not done."""
     failures = []
-    before = shared.aws_calls()
     for each in batch_messages(event["Records"]):
         try:
             if each.range is not None:
@@ -27,7 +26,6 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
             shared.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})
-    shared.note_use(before)
     shared.telemetry().flush()
     return {"batchItemFailures": failures}
 

@@ -21,7 +21,6 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Run each range (the mapping sends one); report those that are not done."""
     stop_at = shared.stop_at(context.get_remaining_time_in_millis())
     failures = []
-    before = shared.aws_calls()
     try:
         for each in batch_messages(event["Records"]):
             pointer = RangePointer(each.message, each.batch_id, each.range)
@@ -29,6 +28,5 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             if not _loop.run_until_complete(run):
                 failures.append({"itemIdentifier": each.message.message_id})
     finally:
-        shared.note_use(before)
         shared.telemetry().flush()
     return {"batchItemFailures": failures}

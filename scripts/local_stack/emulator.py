@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from scripts.local_stack.emulator_runner import FAULTS_VARIABLE, MINISTACK_VERSION
-from scripts.local_stack.recording.recorder import FOLDER_VARIABLE
+from scripts.local_stack.recording.recorder import EVERY_CALL_VARIABLE, FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -145,11 +145,10 @@ class Emulator:
             environment["LAMBDA_ACCOUNT_CONCURRENCY"] = str(account_concurrency)
         if bucket_url is not None:
             environment["AWS_ENDPOINT_URL_S3"] = bucket_url
-        if FOLDER_VARIABLE in os.environ:
-            environment |= {
-                FOLDER_VARIABLE: os.environ[FOLDER_VARIABLE],
-                "PYTHONPATH": str(_RECORDING),
-            }
+        recording = {FOLDER_VARIABLE, EVERY_CALL_VARIABLE} & os.environ.keys()
+        if recording:
+            environment |= {name: os.environ[name] for name in recording}
+            environment["PYTHONPATH"] = str(_RECORDING)
         self.child = Child(str(_RUNNER), environment=environment)
 
     def wait_until_it_answers(self) -> None:

@@ -256,7 +256,7 @@ def test_an_object_is_read_in_pieces_while_it_is_the_same(objects: Objects, name
         objects.read(name, 0, 3, stored.etag)
 
 
-def test_an_object_that_is_not_there_is_none_or_gone(objects: Objects, name: str) -> None:
+def test_an_object_that_is_not_there_is_none_or_missing(objects: Objects, name: str) -> None:
     assert objects.head(name) is None
     assert objects.get(name) is None
     with pytest.raises(InputMissing):
@@ -366,7 +366,7 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
     assert {batch.batch_id} == {each.batch_id for each in read}
 
 
-def test_what_is_to_be_done_with_a_batch_comes_back_as_it_was_sent(cloud: Aws) -> None:
+def test_what_is_to_be_done_with_a_batch_is_read_as_it_was_sent(cloud: Aws) -> None:
     queue = SqsBatchesQueue(cloud.sqs, cloud.batches_queue)
 
     queue.send_plan(a_batch(1).batch_id)
@@ -399,7 +399,7 @@ def test_only_an_object_that_was_created_has_arrived(body: object, key: str | No
 
 
 def seconds_hidden(cloud: Aws, url: str) -> bool:
-    """Tell whether the queue's only message is hidden now."""
+    """Return whether the queue's only message is hidden now."""
     return not cloud.sqs.receive_message(QueueUrl=url, VisibilityTimeout=0).get("Messages")
 
 
@@ -445,7 +445,7 @@ def within(find: Callable[[], bool]) -> bool:
 def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
     client = aws.events()
     notices = BusNotices(client, aws.sqs(), "no queue is needed", RecordingEvents())
-    told = [Notice("b", "Batch Ended", 0, "acme", {"batch_id": "b"})]
+    reported = [Notice("b", "Batch Ended", 0, "acme", {"batch_id": "b"})]
     entry = {"Source": "sluice", "DetailType": "Batch Ended", "Detail": '{"batch_id":"b"}'}
     with Stubber(client) as stub:
         stub.add_response(
@@ -456,16 +456,16 @@ def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
         busy = {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "InternalFailure"}]}
         stub.add_response("put_events", busy, {"Entries": [entry]})
 
-        notices.publish(told)
+        notices.publish(reported)
         with pytest.raises(StoreBusy):
-            notices.publish(told)
+            notices.publish(reported)
 
 
 @pytest.mark.usefixtures("cloud")
 def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it() -> None:
     bus, sqs = aws.events(), aws.sqs()
     notices = BusNotices(bus, sqs, "https://queue", RecordingEvents())
-    told = [
+    reported = [
         Notice("b", "Batch Ended", NOON, "acme", {"batch_id": "b"}),
         Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/"),
     ]
@@ -487,25 +487,25 @@ def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it(
         of_queue.add_response("send_message_batch", {"Successful": [], "Failed": []}, asked)
         of_queue.add_response("send_message_batch", {"Successful": [], "Failed": [failed]}, asked)
 
-        notices.publish(told)
+        notices.publish(reported)
         with pytest.raises(StoreBusy, match="webhooks queue"):
-            notices.publish(told)
+            notices.publish(reported)
 
 
 @pytest.mark.usefixtures("cloud")
 def test_what_aws_will_never_take_is_passed_over_and_holds_up_nobody() -> None:
     bus, sqs, events = aws.events(), aws.sqs(), RecordingEvents()
     notices = BusNotices(bus, sqs, "https://queue", events)
-    told = [Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/")]
+    reported = [Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/")]
     malformed = {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "MalformedDetail"}]}
     failed = {"Id": "0", "SenderFault": True, "Code": "InvalidMessageContents"}
     with Stubber(bus) as of_bus, Stubber(sqs) as of_queue:
         of_bus.add_response("put_events", malformed)
         of_queue.add_response("send_message_batch", {"Successful": [], "Failed": [failed]})
 
-        notices.publish(told)
+        notices.publish(reported)
 
-    assert ["end not told", "end not told"] == events.problem_names
+    assert ["end not published", "end not published"] == events.problem_names
 
 
 @pytest.mark.usefixtures("cloud")
@@ -527,7 +527,7 @@ def test_metadata_may_hold_what_a_message_may_not_and_a_tenant_what_a_group_may_
 def test_ends_with_much_metadata_go_in_as_many_calls_as_aws_needs() -> None:
     """One event too many for a call would hold up the stream for a day."""
     bus, sqs = aws.events(), aws.sqs()
-    told = [
+    reported = [
         Notice(
             f"j-{n}", "Job Ended", NOON, "acme", {"note": "\u6c34" * 9_000}, "https://a.example/"
         )
@@ -546,7 +546,7 @@ def test_ends_with_much_metadata_go_in_as_many_calls_as_aws_needs() -> None:
     sqs.meta.events.register("provide-client-params.sqs.SendMessageBatch", look)
     url = sqs.create_queue(QueueName="w")["QueueUrl"]
 
-    BusNotices(bus, sqs, url, RecordingEvents()).publish(told)
+    BusNotices(bus, sqs, url, RecordingEvents()).publish(reported)
 
     for calls in sizes.values():
         assert 23 == sum(count for count, _ in calls)
@@ -607,13 +607,13 @@ def test_parts_that_make_no_object_are_the_callers_fault(cloud: Aws, name: str) 
     links = s3.Links(cloud.s3, BUCKET, 60)
     upload = links.begin(name)
 
-    with pytest.raises(InvalidRequest, match="parts: S3 says InvalidPart"):
+    with pytest.raises(InvalidRequest, match="parts: S3 returned InvalidPart"):
         links.complete(name, upload, {1: '"no such part"'})
     links.abort(name, upload)
 
 
 @pytest.mark.usefixtures("cloud")
-def test_an_upload_that_is_gone_is_done_when_its_object_is_there(name: str) -> None:
+def test_an_upload_that_is_missing_is_done_when_its_object_is_there(name: str) -> None:
     """The emulated S3 does not know what to say here."""
     client = aws.s3()
     links = s3.Links(client, BUCKET, 60)
@@ -630,7 +630,7 @@ def test_an_upload_that_is_gone_is_done_when_its_object_is_there(name: str) -> N
         stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
 
         links.complete(name, "upload", {1: "x"})
-        with pytest.raises(InvalidRequest, match="parts: S3 says NoSuchUpload: gone"):
+        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: missing"):
             links.complete(name, "upload", {1: "x"})
         links.abort(name, "upload")
 

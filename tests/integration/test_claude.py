@@ -36,8 +36,8 @@ WAYS: Final = pytest.mark.parametrize("streamed", [False, True], ids=["in one pi
 
 @pytest.fixture(scope="module")
 def claude() -> Iterator[Running]:
-    organisation = {"id": "org-one", "keys": [KEY], "limits": NO_LIMITS}
-    with running(read({"service": FAST, "organisations": [organisation]})) as started:
+    organization = {"id": "org-one", "keys": [KEY], "limits": NO_LIMITS}
+    with running(read({"service": FAST, "organisations": [organization]})) as started:
         yield started
 
 
@@ -64,7 +64,7 @@ def request(
         body=Body(json.dumps(asked).encode()),
         anthropic_version=VERSION,
         anthropic_beta=None,
-        # What decides about streaming; what goes up is what stands in the params.
+        # What decides about streaming; what goes up is what is in the params.
         max_tokens=STREAM_FROM_TOKENS if streamed else 200,
         window_ms=window_ms,
         full_window=False,
@@ -123,12 +123,12 @@ async def test_the_answer_is_what_claude_sent_value_for_value(
 
 
 @WAYS
-async def test_an_answer_names_its_request_the_organisation_and_what_is_left(
+async def test_an_answer_names_its_request_the_organization_and_what_is_left(
     sdk: SdkClaude, *, streamed: bool
 ) -> None:
     limits = {"default": {"rpm": 60, "itpm": 100_000, "otpm": 20_000}}
-    organisation = {"id": "org-two", "keys": [KEY], "limits": limits}
-    with running(read({"service": FAST, "organisations": [organisation]})) as claude:
+    organization = {"id": "org-two", "keys": [KEY], "limits": limits}
+    with running(read({"service": FAST, "organisations": [organization]})) as claude:
         answer = answered(await sdk.send(request(claude.url, params(), streamed=streamed)))
 
     assert (answer.request_id or "").startswith("req_")
@@ -143,16 +143,16 @@ async def test_an_answer_names_its_request_the_organisation_and_what_is_left(
 
 async def test_headers_that_are_wanted_early_come_before_the_answer(sdk: SdkClaude) -> None:
     """A first answer may take minutes, and nobody knows the limits before."""
-    told: list[Headers | str] = []
+    reported: list[Headers | str] = []
     limits = {"default": {"rpm": 60, "itpm": 100_000, "otpm": 20_000}}
-    organisation = {"id": "org-two", "keys": [KEY], "limits": limits}
-    with running(read({"service": FAST, "organisations": [organisation]})) as claude:
+    organization = {"id": "org-two", "keys": [KEY], "limits": limits}
+    with running(read({"service": FAST, "organisations": [organization]})) as claude:
         asked = request(claude.url, params("tokens=150,tps=300"))
 
-        answer = answered(await sdk.send(replace(asked, early=True, on_headers=told.append)))
-        told.append(answer.message)
+        answer = answered(await sdk.send(replace(asked, early=True, on_headers=reported.append)))
+        reported.append(answer.message)
 
-    early, late = told
+    early, late = reported
     assert isinstance(early, Headers)
     assert answer.message == late
     assert "org-two" == early.organization
@@ -160,13 +160,13 @@ async def test_headers_that_are_wanted_early_come_before_the_answer(sdk: SdkClau
     assert 150 == answer.usage.output_tokens
 
 
-async def test_a_refusal_tells_no_headers_early(claude: Running, sdk: SdkClaude) -> None:
-    told: list[Headers] = []
+async def test_a_refusal_reports_no_headers_early(claude: Running, sdk: SdkClaude) -> None:
+    reported: list[Headers] = []
     asked = request(claude.url, params("429,retry_after=7"))
 
-    outcome = refused(await sdk.send(replace(asked, early=True, on_headers=told.append)))
+    outcome = refused(await sdk.send(replace(asked, early=True, on_headers=reported.append)))
 
-    assert ([], "org-one") == (told, outcome.headers.organization)
+    assert ([], "org-one") == (reported, outcome.headers.organization)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ async def test_a_refusal_tells_no_headers_early(claude: Running, sdk: SdkClaude)
         ("2026-11-20T12:01:30Z", 90 * SECOND),
         ("2026-11-20T13:00:00+01:00", 0),
         ("2026-11-20T12:00:00.250Z", 250),
-        # No times: gone by, days away, of no place on earth, or none at all.
+        # No times: in the past, days away, of no place on earth, or none at all.
         ("2026-11-20T11:59:59Z", None),
         ("2026-11-30T12:00:00Z", None),
         ("2026-11-20T12:01:30", None),
@@ -252,10 +252,10 @@ async def test_an_error_keeps_the_words_of_the_api(  # noqa: PLR0913, PLR0917 - 
     assert outcome.headers.organization == "org-one"
 
 
-async def test_a_429_of_a_bucket_tells_what_the_bucket_holds(sdk: SdkClaude) -> None:
+async def test_a_429_of_a_bucket_shows_what_the_bucket_holds(sdk: SdkClaude) -> None:
     limits = {"default": {"rpm": 1, "itpm": 100_000, "otpm": 20_000}}
-    organisation = {"id": "org-one", "keys": [KEY], "limits": limits}
-    with running(read({"service": FAST, "organisations": [organisation]})) as claude:
+    organization = {"id": "org-one", "keys": [KEY], "limits": limits}
+    with running(read({"service": FAST, "organisations": [organization]})) as claude:
         await sdk.send(request(claude.url, params()))
         outcome = refused(await sdk.send(request(claude.url, params())))
 
@@ -276,7 +276,7 @@ async def test_an_error_inside_a_stream_is_the_error_it_names(
     assert failure.usage is not None
     assert failure.usage.input_tokens > 0
     assert failure.may_be_billed
-    assert "requests" not in outcome.headers.seen  # this organisation has no limits to show
+    assert "requests" not in outcome.headers.seen  # this organization has no limits to show
     assert outcome.headers.organization == "org-one"
 
 
@@ -285,7 +285,7 @@ async def test_an_error_inside_a_stream_is_the_error_it_names(
 async def test_a_connection_that_dies_may_have_been_billed(
     claude: Running, sdk: SdkClaude, marker: str, *, streamed: bool
 ) -> None:
-    """Nobody can tell from outside whether a dropped request was served."""
+    """It cannot be seen from outside whether a dropped request was served."""
     outcome = refused(await sdk.send(request(claude.url, params(marker), streamed=streamed)))
 
     failure = outcome.failure
@@ -415,9 +415,9 @@ MESSAGE: Final[dict[str, Any]] = {
 def events_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Cut a Message into events the way the API does, with the late fields late."""
     late = ("stop_reason", "stop_sequence", "container")
-    begun = {name: value for name, value in message.items() if name != "context_management"}
-    begun |= dict.fromkeys(late) | {"content": []}
-    begun["usage"] = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5}
+    started = {name: value for name, value in message.items() if name != "context_management"}
+    started |= dict.fromkeys(late) | {"content": []}
+    started["usage"] = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5}
     starts: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
         (
             {"type": "thinking", "thinking": "", "signature": ""},
@@ -450,7 +450,7 @@ def events_of(message: dict[str, Any]) -> list[dict[str, Any]]:
             [{"type": "compaction_delta", "content": "a summary"}],
         ),
     ]
-    events: list[dict[str, Any]] = [{"type": "message_start", "message": begun}, {"type": "ping"}]
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": started}, {"type": "ping"}]
     for index, (start, deltas) in enumerate(starts):
         events += [{"type": "content_block_start", "index": index, "content_block": start}]
         events += [
@@ -778,7 +778,7 @@ def test_any_request_stays_what_it_was_but_for_model_and_stream(
     assert sent == {name: asked[name] for name in asked if name not in {"model", "stream"}}
 
 
-async def test_a_request_is_let_go_when_it_is_sent(sdk: SdkClaude) -> None:
+async def test_a_request_is_released_when_it_is_sent(sdk: SdkClaude) -> None:
     freed: list[bool] = []
     body = Body(json.dumps(params(padding="x" * 1_000_000)).encode(), lambda: freed.append(True))
     seen: list[bool] = []

@@ -225,7 +225,7 @@ def test_a_limit_that_was_never_read_is_what_the_parameter_says(client: Any, stu
 # The queue's depth -----------------------------------------------------------------------------------------
 
 
-def test_the_backlog_tells_waiting_messages_from_those_with_a_worker(cloud: Aws) -> None:
+def test_the_backlog_distinguishes_waiting_messages_from_those_with_a_worker(cloud: Aws) -> None:
     queue = SqsQueue(cloud.sqs, cloud.jobs_queue, {})
     queue.send([Pointer(f"job_{number}", "acme", "claude-a") for number in range(5)])
     cloud.sqs.send_message(QueueUrl=cloud.jobs_queue, MessageBody="{}", DelaySeconds=60)
@@ -251,7 +251,7 @@ def test_the_ranges_have_a_backlog_of_their_own(cloud: Aws) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What Lambda tells of an invocation."""
+    """The context of an invocation."""
 
     function_name: str = "sluice-governor"
     memory_limit_in_mb: int = 512
@@ -266,19 +266,19 @@ class Context:
 def environment(cloud: Aws, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the template sets for every function, but nothing of the governor's own."""
 
-    def start_afresh() -> None:
+    def start_again() -> None:
         forget_what_is_wired()
 
     for name, value in cloud.environment().items():
         monkeypatch.setenv(name, value)
-    start_afresh()
+    start_again()
     shared.telemetry()
     for handler in logging.getLogger(STACK).handlers:
         # Powertools keeps the first stdout for good, and pytest has closed that one.
         if isinstance(handler, logging.StreamHandler):
             monkeypatch.setattr(handler, "stream", io.StringIO())
     yield
-    start_afresh()
+    start_again()
 
 
 @pytest.mark.usefixtures("environment")
@@ -295,7 +295,7 @@ def test_parked_jobs_do_not_wait_for_a_governor_that_fails(cloud: Aws) -> None:
 # The secret's age ------------------------------------------------------------------------------------------
 
 
-def test_a_written_pool_tells_when(cloud: Aws) -> None:
+def test_a_written_pool_shows_when(cloud: Aws) -> None:
     clock = FrozenClock()
     history = SecretHistory(cloud.secrets, "KeyPoolSecret", clock)
     before = history.changed_at()
@@ -319,13 +319,13 @@ def test_it_is_looked_up_every_five_minutes(cloud: Aws) -> None:  # noqa: ARG001
                 {"LastChangedDate": datetime.fromtimestamp(at, UTC)},
                 {"SecretId": "KeyPoolSecret"},
             )
-        told = [history.changed_at()]
+        reported = [history.changed_at()]
         clock.at += POOL_AGE_MS - 1
-        told.append(history.changed_at())
+        reported.append(history.changed_at())
         clock.at += 1
-        told.append(history.changed_at())
+        reported.append(history.changed_at())
 
-    assert [1_700_000_000_000, 1_700_000_000_000, 1_700_000_500_000] == told
+    assert [1_700_000_000_000, 1_700_000_000_000, 1_700_000_500_000] == reported
 
 
 # On the local stack ----------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def eventually(look: Callable[[], Any]) -> Any:
 
 
 def canary_passes(ready: Ready, canary: str) -> bool:
-    """Tell whether the worker gets what is on the queue."""
+    """Return whether the worker gets what is on the queue."""
     ready.client("sqs").send_message(
         QueueUrl=ready.resources["JobsQueue"], MessageBody=json.dumps({"v": 1, "canary": canary})
     )
@@ -514,9 +514,9 @@ def test_setup_wakes_the_governor(ready: Ready, monkeypatch: pytest.MonkeyPatch)
     assert (CEILING, 4) == (before, mapping(ready)[0])
 
 
-def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
+def test_parked_jobs_are_sent_by_the_sweep_and_run(ready: Ready) -> None:
     store = DynamoJobs(ready.client("dynamodb"), ready.resources["JobsTable"], retention_days=30)
-    with nobody_at_work(ready):
+    with nobody_running(ready):
         ids = [submitted_and_parked(ready, store, number) for number in range(5)]
     late, early = ids[3], ids[4]
     put(store, late, deadline=now())
@@ -537,8 +537,8 @@ def test_parked_jobs_come_back_by_the_sweep_and_run(ready: Ready) -> None:
 
 
 @contextmanager
-def nobody_at_work(ready: Ready) -> Iterator[None]:
-    """Nobody takes messages meanwhile: neither the mapping nor a worker that is at work still, on a canary say."""
+def nobody_running(ready: Ready) -> Iterator[None]:
+    """Nobody takes messages meanwhile: neither the mapping nor a worker that is still running, on a canary say."""
     switch = partial(
         ready.client("lambda").update_event_source_mapping, UUID=ready.resources["WorkerMapping"]
     )

@@ -1,4 +1,4 @@
-"""The jobs queue: both its sides against SQS, and the reading of what Lambda hands over."""
+"""The jobs queue: both its sides against SQS, and the reading of what Lambda delivers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def everything_on(cloud: Aws, url: str) -> list[dict[str, Any]]:
         messages += some
 
 
-def as_lambda_hands_over(message: dict[str, Any]) -> dict[str, Any]:
+def as_lambda_delivers(message: dict[str, Any]) -> dict[str, Any]:
     return {
         "messageId": message["MessageId"],
         "receiptHandle": message["ReceiptHandle"],
@@ -93,7 +93,7 @@ def test_a_long_list_of_jobs_arrives_whole_each_in_its_fair_group(cloud: Aws) ->
     groups = {
         message.job_id: record["Attributes"]["MessageGroupId"]
         for record in arrived
-        for message in received([as_lambda_hands_over(record)])
+        for message in received([as_lambda_delivers(record)])
     }
     names = ("a", "a", "a", "claude-new")
     assert groups == {job_id(n): f"tenant-{n % 3}/{names[n % 4]}" for n in range(25)}
@@ -119,7 +119,7 @@ def test_sending_nothing_is_no_call(client: Any) -> None:
         assert [] == SqsQueue(client, URL, GROUPS).send([])
 
 
-def test_entries_that_were_not_taken_are_told_by_their_jobs(client: Any) -> None:
+def test_entries_that_were_not_accepted_are_reported_by_their_jobs(client: Any) -> None:
     with Stubber(client) as stub:
         failed = [{"Id": each, "SenderFault": False, "Code": "InternalError"} for each in "27"]
         stub.add_response("send_message_batch", {"Successful": [], "Failed": failed})
@@ -189,7 +189,7 @@ def test_ten_messages_are_taken_at_once_at_the_most_and_each_once(inbox: Inbox) 
     assert all(each.sent_at > 0 for each in messages)
 
 
-def test_what_is_deleted_does_not_come_back_and_what_is_put_back_does(inbox: Inbox) -> None:
+def test_what_is_deleted_is_not_received_again_and_what_is_put_back_is(inbox: Inbox) -> None:
     messages = [
         *inbox.receive(10, HIDDEN_MS),
         *inbox.receive(10, HIDDEN_MS),
@@ -294,7 +294,7 @@ class SqsSide:
 
     def receive(self) -> list[Received]:
         records = everything_on(self._cloud, self._cloud.jobs_queue)
-        return received(map(as_lambda_hands_over, records))
+        return received(map(as_lambda_delivers, records))
 
 
 @pytest.fixture(params=["fake", "aws"])
@@ -359,7 +359,7 @@ def test_what_is_kept_hidden_for_no_time_is_visible(side: Side) -> None:
     assert 12 == len(side.receive())
 
 
-def test_what_is_acknowledged_is_gone(side: Side) -> None:
+def test_what_is_acknowledged_is_deleted(side: Side) -> None:
     side.queue.send(some_jobs(1))
     (message,) = side.receive()
 
@@ -368,7 +368,7 @@ def test_what_is_acknowledged_is_gone(side: Side) -> None:
     assert 0 == side.queue.depth()
 
 
-def test_a_message_that_is_gone_cannot_be_brought_back(side: Side) -> None:
+def test_a_message_that_is_missing_cannot_be_put_back(side: Side) -> None:
     side.queue.send(some_jobs(1))
     (message,) = side.receive()
     side.inbox.delete([message])
@@ -404,16 +404,16 @@ def test_a_delay_is_rounded_up_to_what_sqs_knows(client: Any, delay_ms: int, sec
         stub.assert_no_pending_responses()
 
 
-def test_messages_come_back_after_their_own_delays(cloud: Aws) -> None:
+def test_messages_become_visible_after_their_own_delays(cloud: Aws) -> None:
     queue = SqsQueue(cloud.sqs, cloud.jobs_queue, GROUPS)
     queue.send([pointer(number) for number in range(25)])
-    messages = received(map(as_lambda_hands_over, everything_on(cloud, cloud.jobs_queue)))
+    messages = received(map(as_lambda_delivers, everything_on(cloud, cloud.jobs_queue)))
 
     SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue).put_back(
         [(each, 0 if position % 2 else 600_000) for position, each in enumerate(messages)]
     )
 
-    back = received(map(as_lambda_hands_over, everything_on(cloud, cloud.jobs_queue)))
+    back = received(map(as_lambda_delivers, everything_on(cloud, cloud.jobs_queue)))
     assert {each.job_id for each in messages[1::2]} == {each.job_id for each in back}
     assert {2} == {each.receive_count for each in back}
     assert 25 == queue.depth()
@@ -469,7 +469,7 @@ def test_messages_sqs_fails_on_every_time_do_not_keep_the_others(client: Any) ->
         stub.assert_no_pending_responses()
 
 
-def test_a_receipt_that_is_no_longer_valid_is_let_go(client: Any) -> None:
+def test_a_receipt_that_is_no_longer_valid_is_ignored(client: Any) -> None:
     with Stubber(client) as stub:
         stub.add_response("change_message_visibility_batch", refusals("0", "1", sender_fault=True))
 
@@ -480,20 +480,20 @@ def test_a_receipt_that_is_no_longer_valid_is_let_go(client: Any) -> None:
         stub.assert_no_pending_responses()
 
 
-def test_a_buried_message_keeps_its_body_and_gets_its_reason(cloud: Aws) -> None:
+def test_a_rejected_message_keeps_its_body_and_gets_its_reason(cloud: Aws) -> None:
     cloud.sqs.send_message(QueueUrl=cloud.jobs_queue, MessageBody="Wässrig <b>💧</b>")
     (record,) = everything_on(cloud, cloud.jobs_queue)
-    (message,) = received([as_lambda_hands_over(record)])
+    (message,) = received([as_lambda_delivers(record)])
 
     returns = SqsInbox(cloud.sqs, cloud.jobs_queue, cloud.dead_letters_queue)
     returns.reject(message, "not a message of Sluice's")
 
-    (buried,) = everything_on(cloud, cloud.dead_letters_queue)
-    assert "Wässrig <b>💧</b>" == buried["Body"]
-    assert "not a message of Sluice's" == reason_of(as_lambda_hands_over(buried))
+    (rejected,) = everything_on(cloud, cloud.dead_letters_queue)
+    assert "Wässrig <b>💧</b>" == rejected["Body"]
+    assert "not a message of Sluice's" == reason_of(as_lambda_delivers(rejected))
 
 
-def test_a_message_that_cannot_be_buried_now_is_not_lost(client: Any) -> None:
+def test_a_message_that_cannot_be_rejected_now_is_not_lost(client: Any) -> None:
     with Stubber(client) as stub:
         for _ in range(4):
             stub.add_client_error("send_message", "InternalError", http_status_code=500)
@@ -502,7 +502,7 @@ def test_a_message_that_cannot_be_buried_now_is_not_lost(client: Any) -> None:
             SqsInbox(client, URL, DEAD_LETTERS).reject(a_message(), "why")
 
 
-# What Lambda hands over ----------------------------------------------------------------------------------------
+# What Lambda delivers ----------------------------------------------------------------------------------------
 
 
 def record(body: str, **more: Any) -> dict[str, Any]:

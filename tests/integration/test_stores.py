@@ -217,7 +217,7 @@ def test_the_strategy_for_jobs_knows_every_field() -> None:
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(job=JOBS)
-def test_a_job_comes_back_as_it_was_written(jobs: JobStore, job: Job) -> None:
+def test_a_job_is_read_as_it_was_written(jobs: JobStore, job: Job) -> None:
     earlier = jobs.get(job.job_id)
     if earlier is None:
         jobs.add(job)
@@ -303,7 +303,7 @@ def test_a_job_that_nobody_added_is_not_there(jobs: JobStore) -> None:
     assert {} == jobs.get_many([])
 
 
-def test_a_second_job_under_an_id_is_told_of_the_first(jobs: JobStore, name: str) -> None:
+def test_a_second_job_under_an_id_reports_the_first(jobs: JobStore, name: str) -> None:
     first = a_job(name, custom_id="first")
     jobs.add(first)
 
@@ -314,7 +314,7 @@ def test_a_second_job_under_an_id_is_told_of_the_first(jobs: JobStore, name: str
     assert first == jobs.get(name)
 
 
-def test_a_write_on_another_version_than_expected_is_told_of_the_present(
+def test_a_write_on_another_version_than_expected_reports_the_present(
     jobs: JobStore, name: str
 ) -> None:
     jobs.add(a_job(name))
@@ -342,7 +342,7 @@ def test_only_one_of_two_makes_the_very_same_change(jobs: JobStore, name: str) -
     assert taken == stale.value.current
 
 
-def test_a_job_that_is_gone_is_not_written_again(jobs: JobStore, name: str) -> None:
+def test_a_job_that_is_missing_is_not_written_again(jobs: JobStore, name: str) -> None:
     with pytest.raises(Stale) as stale:
         jobs.replace(a_job(name, version=2), 1)
 
@@ -429,7 +429,7 @@ def test_an_empty_listing_is_empty(jobs: JobStore, name: str) -> None:
 
 @pytest.mark.parametrize("page", ["nonsense", "bm9uc2Vuc2U", "é", "I2pvYl8x", "//", "MQ=="])
 def test_a_page_that_was_never_given_out_is_refused(jobs: JobStore, page: str) -> None:
-    with pytest.raises(InvalidRequest, match="next_page of an earlier answer"):
+    with pytest.raises(InvalidRequest, match="next_page of an earlier response"):
         jobs.listing("anybody", None, 20, page)
 
 
@@ -459,7 +459,7 @@ def graveyard(request: pytest.FixtureRequest, cloud: Aws) -> DeadLetterStore:
     return objects.DeadLetterObjects(data_bucket(cloud))
 
 
-def test_a_letter_comes_back_as_it_was_kept(graveyard: DeadLetterStore, name: str) -> None:
+def test_a_letter_is_read_as_it_was_kept(graveyard: DeadLetterStore, name: str) -> None:
     ours = Received(f"{name}-1", "receipt", '{"v": 1}', "job_1", receive_count=1_001, sent_at=NOON)
     foreign = Received(f"{name}-2", "receipt", "\x00 ü 💧", None)
     for message, reason in ((ours, "one"), (foreign, "two"), (foreign, "two")):
@@ -515,7 +515,7 @@ def text_of_size(size: int) -> str:
     return text[:low]
 
 
-def test_a_request_comes_back_as_it_was_sent(params: ParamsStore, name: str) -> None:
+def test_a_request_is_read_as_it_was_sent(params: ParamsStore, name: str) -> None:
     body = '{"model": "claude-a", "text": "Wässrig 💧 \\u0000", "n": 1.50}'.encode()
     params.add(Params(name, body, "hash-1"))
 
@@ -575,7 +575,7 @@ def test_another_large_request_under_an_id_does_not_touch_the_first(cloud: Aws, 
     assert {name: Params(name, body, "hash-1")} == store.get_many([name])
 
 
-def test_a_large_request_whose_object_is_gone_is_gone(cloud: Aws, name: str) -> None:
+def test_a_large_request_whose_object_is_missing_is_missing(cloud: Aws, name: str) -> None:
     store = dynamo_params(cloud)
     store.add(Params(name, noise(600_000).encode(), "hash-1"))
     store.add(Params(f"{name}-small", b"{}", "hash-2"))
@@ -632,7 +632,7 @@ def a_group(**facts: Any) -> Group:
     return replace(new_group("org", "haiku", NOON), **{"version": 1} | facts)
 
 
-def test_a_group_comes_back_as_it_was_written(limits: LimitStore) -> None:
+def test_a_group_is_read_as_it_was_written(limits: LimitStore) -> None:
     group = a_group(
         epoch=3,
         blocked_until=NOON + 5,
@@ -695,7 +695,7 @@ def test_only_one_of_two_may_change_a_group(limits: LimitStore) -> None:
     assert a_group(version=2) == stale.value.current
 
 
-def test_a_group_that_is_gone_is_told_as_gone(limits: LimitStore) -> None:
+def test_a_group_that_was_deleted_is_reported_as_missing(limits: LimitStore) -> None:
     with pytest.raises(Stale) as stale:
         limits.replace(a_group(version=3), 2)
 
@@ -711,7 +711,7 @@ def test_all_groups_are_shown_in_order_and_nothing_else(limits: LimitStore) -> N
     assert ["org/haiku", "org/opus", "org/sonnet"] == [group.id for group in limits.groups()]
 
 
-def test_what_is_known_of_a_key_comes_back(limits: LimitStore) -> None:
+def test_the_mark_of_a_key_is_read_as_it_was_written(limits: LimitStore) -> None:
     mark = KeyMark("main", "org", "fingerprint", "fingerprint")
     limits.mark(KeyMark("main"))
     limits.mark(mark)
@@ -846,7 +846,7 @@ def test_a_client_key_belongs_to_its_tenant(cloud: Aws, name: str) -> None:
 
 
 def test_a_record_for_another_key_lets_nobody_in(cloud: Aws, name: str) -> None:
-    """Whoever can write the table but does not know the pepper cannot make a key."""
+    """An attacker who can write the table but does not know the pepper cannot make a key."""
     key = f"sk-ant-test-{name}"
     cloud.add_client_key(key, "acme", hash={"S": "0" * 64})
 
@@ -1076,7 +1076,7 @@ def test_a_store_that_does_not_answer_is_busy(error: Exception) -> None:
         ([ConnectTimeoutError(endpoint_url="https://aws")], False),
         ([EndpointConnectionError(endpoint_url="https://aws")], False),
         ([client_error("ThrottlingException", 400)], False),
-        # Nobody knows, and the later tries do not tell either.
+        # Nobody knows, and the later tries do not show it either.
         ([ReadTimeoutError(endpoint_url="https://aws"), client_error("Throttling", 400)], True),
         ([client_error("InternalServerError", 500), client_error("Throttling", 400)], True),
     ],
@@ -1157,7 +1157,7 @@ def test_what_a_batch_left_over_is_asked_for_again(client: Any) -> None:
         assert {"job_1": one, "job_2": two} == found
 
 
-def test_rows_a_batch_left_over_for_ever_are_busy_and_not_forgotten(client: Any) -> None:
+def test_rows_a_batch_left_over_indefinitely_are_busy_and_not_forgotten(client: Any) -> None:
     left_over = {"T": [{"PutRequest": {"Item": {"tenant_day": {"S": "a"}}}}]}
     with Stubber(client) as stub:
         for _ in range(5):

@@ -228,13 +228,13 @@ def test_a_job_parked_again_meanwhile_keeps_its_time(jobs: Store) -> None:
     assert ["job_1"] == due_ids(jobs, LATER + 1)
 
 
-def test_nothing_comes_of_a_job_that_is_gone(jobs: Store) -> None:
-    gone = Due("job_gone", "acme", "claude-a", NOON)
+def test_nothing_comes_of_a_job_that_is_missing(jobs: Store) -> None:
+    missing = Due("job_missing", "acme", "claude-a", NOON)
 
-    assert jobs.postpone(gone, LATER) is None
-    jobs.watch(gone, LATER)
+    assert jobs.postpone(missing, LATER) is None
+    jobs.watch(missing, LATER)
 
-    assert jobs.get("job_gone") is None
+    assert jobs.get("job_missing") is None
 
 
 def test_the_sweep_over_the_store(jobs: Store) -> None:

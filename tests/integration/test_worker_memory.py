@@ -53,8 +53,9 @@ WORKER: Final = r"""
 import asyncio, json, os, sys
 from base64 import b64encode
 from dataclasses import replace
+from bench.memory.peak import peak_mb
 from sluice.adapters.claude import SdkClaude
-from sluice.adapters.system import SystemClock, Threads, peak_mb
+from sluice.adapters.system import SystemClock, Threads
 from sluice.ports import Params
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Tools

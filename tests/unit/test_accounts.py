@@ -83,13 +83,13 @@ def test_an_unknown_job_does_not_exist(office: Office) -> None:
     assert "job_404" == missing.value.job_id
 
 
-def test_a_message_comes_back_as_claude_returned_it(office: Office) -> None:
+def test_a_message_is_returned_as_claude_returned_it(office: Office) -> None:
     small = replace(a_job(), result=office.results.put("job_1", MESSAGE))
     large = replace(a_job(), result=MemoryResults(inline_bytes=0).put("job_1", MESSAGE))
 
     assert MESSAGE == office.account().message(small)
     assert office.account().message(a_job()) is None
-    with pytest.raises(JobNotFound):  # its object is in another bucket, or gone
+    with pytest.raises(JobNotFound):  # its object is in another bucket, or deleted
         office.account().message(large)
 
 
@@ -181,7 +181,7 @@ def test_a_job_that_vanishes_during_a_cancel_does_not_exist(office: Office) -> N
         office.account().cancel("job_1")
 
 
-def test_a_busy_store_is_told(office: Office) -> None:
+def test_a_busy_store_is_reported(office: Office) -> None:
     office.keep(a_job())
     office.jobs.fail_next("replace")
 
@@ -238,7 +238,7 @@ def test_nothing_spent_is_an_empty_report(office: Office) -> None:
 @pytest.mark.parametrize(
     ("first", "last", "complaint"),
     [
-        (date(2026, 11, 21), DAY, "2026-11-20 lies before from"),
+        (date(2026, 11, 21), DAY, "2026-11-20 is before from"),
         (date(2025, 11, 19), DAY, "at most 366 days"),
     ],
 )
@@ -254,7 +254,7 @@ def test_a_report_covers_a_leap_year(office: Office) -> None:
 
 
 def test_groups_that_moved_are_not_shown(office: Office) -> None:
-    here, gone = new_group("org", "a", NOON), moved(new_group("key:main", "a", NOON), "org")
-    office.limits.stored = {here.id: here, gone.id: gone}
+    here, missing = new_group("org", "a", NOON), moved(new_group("key:main", "a", NOON), "org")
+    office.limits.stored = {here.id: here, missing.id: missing}
 
     assert [here] == office.account().groups()

@@ -200,11 +200,11 @@ def test_parts_hold_every_byte_once_in_order_and_none_but_the_last_is_small(
 
     made = list(parts(by_section, least))
 
-    told = [
+    reported = [
         each for part in made for each in (part.slices if isinstance(part, Streamed) else [part])
     ]
     whole = [(n, at) for n, size in by_section.items() for at in range(size)]
-    assert whole == [(s.section, at) for s in told for at in range(s.first, s.first + s.size)]
+    assert whole == [(s.section, at) for s in reported for at in range(s.first, s.first + s.size)]
     lengths = [
         sum(each.size for each in part.slices) if isinstance(part, Streamed) else part.size
         for part in made
@@ -246,8 +246,8 @@ def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
         ended.results_bytes,
     )
     assert ended is start_batch(ended, NOON)
-    told = mark_notified(ended)
-    assert (True, None) == (told.told, told.due_at)
+    reported = mark_notified(ended)
+    assert (True, None) == (reported.told, reported.due_at)
 
 
 def test_a_batch_is_overdue_a_while_after_its_rows_expired() -> None:
@@ -452,5 +452,5 @@ def test_only_the_owner_writes() -> None:
     assert (True, None, ()) == (done.done, done.owner, done.chunks)
 
 
-def test_options_say_nothing_unless_told() -> None:
+def test_options_are_empty_unless_given() -> None:
     assert Options() == a_batch().options

@@ -58,13 +58,13 @@ def group(  # noqa: PLR0913 - what a situation is made of
     **more: object,
 ) -> Group:
     """A group whose limits a first answer has taught, with calls of 1,000 input and 100 output tokens and 2 s."""
-    told: dict[Dimension, Seen] = {
+    reported: dict[Dimension, Seen] = {
         "requests": Seen(rpm, 1),
         "input_tokens": Seen(itpm, min(itpm, 1_000)),
         "output_tokens": Seen(otpm, min(otpm, 1_000)),
     }
     known = observe(
-        new_group("org", name, NOON - HOUR), Observation(NOON - HOUR, told), NOON - HOUR
+        new_group("org", name, NOON - HOUR), Observation(NOON - HOUR, reported), NOON - HOUR
     )
     known = replace(
         known,
@@ -128,7 +128,7 @@ def workers(*groups: Group, present: int = 10, ceiling: int = 100) -> int:
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
-        # 10 a second x 7.5 s = 75 calls; of a worker's 50 slots 30 are at work: 3 workers, and one in reserve.
+        # 10 a second x 7.5 s = 75 calls; of a worker's 50 slots 30 are in use: 3 workers, and one in reserve.
         ([group(rpm=600, call_ms=7_500)], 4),
         # 50 a minute need no second worker, but Lambda accepts no less than two.
         ([group(rpm=50)], 2),
@@ -163,7 +163,7 @@ def test_as_many_workers_as_the_limits_keep_busy(groups: list[Group], expected: 
 @pytest.mark.parametrize(
     ("slots", "busy", "expected"),
     [
-        # 667 calls in flight. A worker that refills its slots has 30 of 50 at work,
+        # 667 calls in flight. A worker that refills its slots has 30 of 50 in use,
         (50, REFILLED, 24),
         # one that runs a range has 26 of 64,
         (64, UNREFILLED, 28),

@@ -37,7 +37,7 @@ from tests.fakes import (
 )
 
 LEASE_END = NOON + 120 * SECOND
-DEAD = JobError("dead_letter", "received 1001 times without an end")
+DEAD = JobError("dead_letter", "received 1001 times without being deleted")
 
 
 class Scene:
@@ -68,7 +68,7 @@ def test_the_job_ends_as_errored_with_the_reason(scene: Scene) -> None:
 
     job = scene.jobs.stored["job_1"]
     assert State.ERRORED == job.state
-    assert JobError("dead_letter", "received 1001 times without an end") == job.error
+    assert JobError("dead_letter", "received 1001 times without being deleted") == job.error
     assert (1, 1) == (scene.events.counted("DeadLetters"), scene.events.counted("JobsErrored"))
     assert ["dead letter"] == scene.events.problem_names
 
@@ -158,7 +158,7 @@ def test_a_job_whose_worker_died_ends_with_its_attempt_lost(scene: Scene) -> Non
     assert (State.ERRORED, AttemptOutcome.LOST) == (job.state, job.attempts[0].outcome)
 
 
-def test_a_job_that_changes_meanwhile_is_looked_at_again(scene: Scene) -> None:
+def test_a_job_that_changes_meanwhile_is_checked_again(scene: Scene) -> None:
     scene.jobs.add(a_job())
     canceled = request_cancel(a_job(), NOON)
     scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=canceled))
@@ -232,7 +232,7 @@ class Yard:
             self.clock,
         )
 
-    def bury(self, name: str, reason: str = "received 1001 times", **facts: object) -> Job:
+    def add_letter(self, name: str, reason: str = "received 1001 times", **facts: object) -> Job:
         job = finish_waiting(a_job(f"job_{name}", **facts), State.ERRORED, NOON, DEAD)
         self.jobs.add(job)
         self.params.add(Params(job.job_id, b"{}", job.request_hash))
@@ -254,9 +254,9 @@ def yard() -> Yard:
 
 
 def test_letters_are_found_by_words_of_their_reason_oldest_first(yard: Yard) -> None:
-    yard.bury("b")
+    yard.add_letter("b")
     yard.keep("c", None, "not a message of Sluice's")
-    yard.bury("a")
+    yard.add_letter("a")
 
     assert ["m-b", "m-c", "m-a"] == [each.message_id for each in yard.redriver.letters()]
     assert ["m-b", "m-a"] == [each.message_id for each in yard.redriver.letters("Received 1001")]
@@ -266,7 +266,7 @@ def test_letters_are_found_by_words_of_their_reason_oldest_first(yard: Yard) -> 
 
 
 def test_what_can_be_redriven_is_redriven_and_the_sweep_finds_it(yard: Yard) -> None:
-    job = yard.bury("1")
+    job = yard.add_letter("1")
     (candidate,) = yard.redriver.candidates(yard.redriver.letters())
     assert candidate.hindrance is None
     assert job == yard.jobs.stored["job_1"], "looking changes nothing"
@@ -283,10 +283,10 @@ def test_what_can_be_redriven_is_redriven_and_the_sweep_finds_it(yard: Yard) -> 
 def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
     yard.keep("foreign", None, "not a message of Sluice's")
     yard.keep("unknown", "job_404", "no such job")
-    yard.bury("late", deadline=NOON + 1)
-    lost = yard.bury("lost")
+    yard.add_letter("late", deadline=NOON + 1)
+    lost = yard.add_letter("lost")
     del yard.params.stored[lost.job_id]
-    yard.bury("twice")
+    yard.add_letter("twice")
     yard.keep("again", "job_twice")
 
     assert {
@@ -307,8 +307,8 @@ def test_what_cannot_be_redriven_says_why(yard: Yard) -> None:
     }
 
 
-def test_a_job_is_redriven_once_whoever_is_quicker(yard: Yard) -> None:
-    yard.bury("1")
+def test_a_job_is_redriven_once_by_the_first(yard: Yard) -> None:
+    yard.add_letter("1")
     (first,) = yard.redriver.candidates(yard.redriver.letters())
     (second,) = yard.redriver.candidates(yard.redriver.letters())
 
@@ -318,9 +318,9 @@ def test_a_job_is_redriven_once_whoever_is_quicker(yard: Yard) -> None:
     assert 1 == len(yard.jobs.stored["job_1"].redrives)
 
 
-def test_a_busy_table_is_told_of_one_job_and_the_others_go_on(yard: Yard) -> None:
-    yard.bury("1")
-    yard.bury("2")
+def test_a_busy_table_is_reported_for_one_job_and_the_others_go_on(yard: Yard) -> None:
+    yard.add_letter("1")
+    yard.add_letter("2")
     candidates = yard.redriver.candidates(yard.redriver.letters())
     yard.jobs.fail_next("replace")
 
@@ -332,7 +332,7 @@ def test_a_busy_table_is_told_of_one_job_and_the_others_go_on(yard: Yard) -> Non
 
 
 def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) -> None:
-    job = yard.bury("1", deadline=NOON + MINUTE)
+    job = yard.add_letter("1", deadline=NOON + MINUTE)
     (candidate,) = yard.redriver.candidates(yard.redriver.letters())
     yard.clock.at = NOON + MINUTE
 
@@ -344,9 +344,9 @@ def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) ->
 
 def test_the_estimate_goes_by_the_price_list_and_what_the_group_has_learned(yard: Yard) -> None:
     """35 characters are 10 tokens at 3.5 each; a token costs 1 micro-dollar in and 10 out."""
-    yard.bury("1", max_tokens=2_000)
-    yard.bury("short", max_tokens=20)
-    yard.bury("other", model="claude-of-a-relay")
+    yard.add_letter("1", max_tokens=2_000)
+    yard.add_letter("short", max_tokens=20)
+    yard.add_letter("other", model="claude-of-a-relay")
     guess, short, unpriced = yard.redriver.candidates(yard.redriver.letters())
 
     assert Estimate(10 + 10 * new_group("", "a", 0).output_estimate, 10 + 20_000) == guess.estimate

@@ -14,7 +14,8 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, room_of
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
-from sluice.upkeep.governor import DAY_MS, OLD_DAYS, RUN_MS, Governed, Governor
+from sluice.upkeep.governor import DAY_MS, OLD_DAYS, Governed, Governor
+from sluice.upkeep.schedule import RUN_MS
 from sluice.worker.range_source import AT_ONCE
 from tests.fakes import (
     MINUTE,
@@ -226,14 +227,14 @@ def test_a_new_key_is_tried_though_all_known_groups_are_blocked(scene: Scene) ->
         ((OLD_DAYS + 1) * DAY_MS + 5, 1),
     ],
 )
-def test_old_keys_are_told_once_a_day(age_ms: int, told: int) -> None:
+def test_old_keys_are_reported_once_a_day(age_ms: int, reported: int) -> None:
     scene = Scene(pool_at=NOON - age_ms)
 
     scene.governor()
 
-    assert told == scene.events.counted("OldKeys")
-    assert told == len(scene.events.problems)
-    if told:
+    assert reported == scene.events.counted("OldKeys")
+    assert reported == len(scene.events.problems)
+    if reported:
         assert ("upstream keys are old", {"days": age_ms // DAY_MS}) == scene.events.problems[0]
 
 
@@ -266,7 +267,7 @@ class Pair(Scene):
         ranges = self.ranges.stored
         return self.stands(), (ranges.maximum_concurrency, ranges.enabled)
 
-    def told(self) -> list[tuple[object, object, object]]:
+    def reported(self) -> list[tuple[object, object, object]]:
         return [(facts["mapping"], facts["from"], facts["to"]) for _, facts in self.events.notes]
 
 
@@ -284,7 +285,7 @@ def test_each_mapping_gets_what_the_whole_limit_needs_and_a_line_of_its_own(pair
 
     # 150 calls in flight: five workers with 30 each, or six with 26, and one in reserve.
     assert ((6, True), (6, True)) == pair.both_stand()
-    assert [("jobs", 10, 6), ("ranges", 8, 6)] == pair.told()
+    assert [("jobs", 10, 6), ("ranges", 8, 6)] == pair.reported()
     jobs, ranges = (facts for _, facts in pair.events.notes)
     assert (1, 0, 3, 2) == (
         jobs["waiting"],
@@ -330,7 +331,7 @@ def test_one_mapping_switched_off_by_hand_stays_off_beside_one_the_governor_swit
     pair.governor()
 
     assert ((4, True), (8, False)) == pair.both_stand()
-    assert ["jobs", "jobs"] == [mapping for mapping, _, _ in pair.told()]
+    assert ["jobs", "jobs"] == [mapping for mapping, _, _ in pair.reported()]
     assert pair.ranges_notes.at is None
 
 
@@ -373,7 +374,7 @@ def test_a_mapping_that_is_still_changing_holds_up_no_other(pair: Pair) -> None:
     assert ((10, True), (4, True)) == pair.both_stand()
 
 
-def test_old_keys_are_told_once_for_both() -> None:
+def test_old_keys_are_reported_once_for_both() -> None:
     pair = Pair(pool_at=NOON - OLD_DAYS * DAY_MS)
 
     pair.governor()
@@ -424,7 +425,7 @@ class Six(Scene):
         return self.enabled()
 
     def break_for_one_run(self, name: str, fault: str) -> None:
-        """Let something about one mapping fail until it is mended."""
+        """Let something about one mapping fail until it is fixed."""
         mapping, notes = self.mappings[name], self.every_note[name]
         match fault:
             case "busy":
@@ -710,7 +711,7 @@ def test_another_function_does_without_them(name: str) -> None:
     "name", ["SLUICE_MAX_CONCURRENCY", "SLUICE_BULK_CONCURRENCY", "SLUICE_LAMBDA_CONCURRENCY"]
 )
 def test_a_number_that_is_none_is_named(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"{name} must be a whole number"):
+    with pytest.raises(SettingsError, match=f"{name} must be an integer"):
         Settings.from_environment(COMPLETE | GOVERNED | {name: "many"})
 
 

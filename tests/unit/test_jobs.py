@@ -47,7 +47,7 @@ from tests.fakes import MINUTE, NOON, SECOND, a_job
 LATER = NOON + 10 * SECOND
 LEASE_END = NOON + 120 * SECOND
 AFTER_LEASE = LEASE_END + 1
-DEAD = JobError("dead_letter", "received 1001 times without an end")
+DEAD = JobError("dead_letter", "received 1001 times without being deleted")
 BOOM = JobError("api_error", "boom", 500)
 USED = Usage(input_tokens=7, output_tokens=3)
 
@@ -402,7 +402,7 @@ def test_a_job_whose_worker_died_ends_with_its_attempt_lost() -> None:
     assert BOOM == job.error
 
 
-def test_a_job_at_work_is_not_ended_from_outside() -> None:
+def test_a_running_job_is_not_ended_from_outside() -> None:
     with pytest.raises(IllegalTransition, match="leased to worker-1"):
         finish_waiting(claimed(), State.EXPIRED, LATER)
 
@@ -497,7 +497,7 @@ def test_what_a_message_asks_for(job: Job, step: Step) -> None:
         (a_job(not_before=AFTER_LEASE), (DueFor.CALL, AFTER_LEASE)),
         (a_job(not_before=AFTER_LEASE, deadline=LATER), (DueFor.CALL, LATER)),
         (a_job(not_before=LATER, deadline=AFTER_LEASE), (DueFor.CALL, LATER)),
-        # Its message will bring it on; looked at long after the last that is known of it.
+        # Its message will bring it on; checked long after the last that is known of it.
         (a_job(), (DueFor.CHECK, NOON + 30 * MINUTE)),
         (a_job(created_at=NOON + 1), (DueFor.CHECK, NOON + 45 * MINUTE)),
         (claimed(now=LATER), (DueFor.CHECK, NOON + 45 * MINUTE)),
@@ -519,7 +519,7 @@ def test_what_a_message_asks_for(job: Job, step: Step) -> None:
         (IN_STATE[State.SUCCEEDED], None),
     ],
 )
-def test_when_the_sweep_looks_at_a_job(job: Job, expected: tuple[DueFor, int] | None) -> None:
+def test_when_the_sweep_checks_a_job(job: Job, expected: tuple[DueFor, int] | None) -> None:
     assert expected == due(job)
 
 
@@ -578,7 +578,7 @@ def test_a_job_whose_worker_died_can_be_parked() -> None:
     assert AttemptOutcome.LOST == parked.attempts[-1].outcome
 
 
-def test_a_job_at_work_is_not_parked() -> None:
+def test_a_running_job_is_not_parked() -> None:
     with pytest.raises(IllegalTransition, match="leased to worker-1 and cannot become queued"):
         park(claimed(), LATER, reason="spend limit", not_before=AFTER_LEASE)
 

@@ -246,7 +246,7 @@ def test_a_key_nobody_rejected_is_in() -> None:
     assert not KeyMark("main", organization="org").rejects(upstream_key())
 
 
-# Organisations ---------------------------------------------------------------------------------------------
+# Organizations ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,10 +256,10 @@ def test_a_key_nobody_rejected_is_in() -> None:
         # What the pool says goes before what a header said.
         ("org-1", KeyMark("main", "org-2", MAIN), "org-1"),
         (None, KeyMark("main", "org-2", MAIN), "org-2"),
-        # Unknown yet: the key stands for itself.
+        # Unknown yet: the key is its own organization.
         (None, KeyMark("main"), f"key:main-{MAIN[:8]}"),
         (None, None, f"key:main-{MAIN[:8]}"),
-        # Learned with another key under the same id, which may have been another organisation's.
+        # Learned with another key under the same id, which may have been another organization's.
         (None, KeyMark("main", "org-2", "another"), f"key:main-{MAIN[:8]}"),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_key_draws_on_the_limits_of_its_organization(
     assert organization == organization_of(upstream_key(organization=stated), learned)
 
 
-def test_two_keys_of_one_organization_are_told_to_add_nothing() -> None:
+def test_two_keys_of_one_organization_are_reported_to_add_nothing() -> None:
     keys = [
         upstream_key("a", organization="org-1"),
         upstream_key("b", organization=None),

@@ -203,7 +203,7 @@ def play(steps: Sequence[Step]) -> tuple[list[Started], Group, int]:
                 state = drained(state, now)
             case Stop(milliseconds, overdrawn):
                 state = block(state, now + milliseconds, "rate limited", now, overdrawn=overdrawn)
-                # What had not started by then is void, and given back by whoever holds it.
+                # What had not started by then is void, and given back by its worker.
                 unsent = [each for each in started if each.at > now and each.epoch < state.epoch]
                 started = [each for each in started if each not in unsent]
                 state = give_back(state, unsent, now)
@@ -228,7 +228,7 @@ def play(steps: Sequence[Step]) -> tuple[list[Started], Group, int]:
 def assert_within_the_law(started: Sequence[Started], slack_ms: int) -> None:
     """In every window, no more than the capacity and what was refilled during the window (and the slack).
 
-    Output is reserved ahead of being produced: by as much as calls under way have still to produce, or by the debt that
+    Output is reserved ahead of being produced: by as much as calls in flight have still to produce, or by the debt that
     is allowed when nobody waits.
     """
     calls = sorted(started, key=lambda each: each.at)
@@ -328,7 +328,7 @@ def test_a_group_left_alone_is_full_again(steps: list[Step]) -> None:
     st.integers(0, 100_000),
 )
 def test_time_only_helps(steps: list[Step], cost: Cost, first: int, second: int) -> None:
-    """Levels never fall by waiting, whoever waits has less to wait for, and waiting to ask brings nothing.
+    """Levels never fall by waiting, those that wait have less to wait for, and waiting to ask brings nothing.
 
     At a steady pace, that is: the pace of a slow start rises while it is waited for.
     """
@@ -352,10 +352,10 @@ def test_a_clock_that_is_behind_takes_nothing_away_and_adds_nothing(
     state, _ = reserve(law_group(), [Cost(1, spent % 2_000, spent % 500)], NOON, 0)
     state = advanced(block(state, NOON + 100, "rate limited", NOON), NOON + ahead)
 
-    looked_at = advanced(state, NOON + ahead - behind)
+    checked = advanced(state, NOON + ahead - behind)
 
-    assert (levels(state), state.rate_factor) == (levels(looked_at), looked_at.rate_factor)
-    assert next_start(state, ONE, NOON + ahead) == next_start(looked_at, ONE, NOON + ahead)
+    assert (levels(state), state.rate_factor) == (levels(checked), checked.rate_factor)
+    assert next_start(state, ONE, NOON + ahead) == next_start(checked, ONE, NOON + ahead)
 
 
 @LAW
@@ -408,7 +408,7 @@ def test_the_books_settle_to_what_was_really_used(reserved: Cost, used: Cost) ->
 
 @LAW
 @given(costs, costs)
-def test_where_headers_tell_what_output_is_left_settling_does_not_count_it_again(
+def test_where_headers_name_what_output_is_left_settling_does_not_count_it_again(
     reserved: Cost, used: Cost
 ) -> None:
     after, (_,) = reserve(law_group(), [reserved], NOON, 0)
@@ -431,7 +431,7 @@ def test_sixty_a_minute_with_a_burst_of_ten() -> None:
         (25, 4, 0, 1, 25),  # later saved-up capacity is spent faster, but not in one millisecond
         (25, 20, 3, 12, 28),  # the rest of the burst is planned over the next seconds ...
         (28, 20, 0, 0, 0),  # ... and nobody jumps the queue
-        (38, 1, 0, 1, 38),  # one comes back each second
+        (38, 1, 0, 1, 38),  # one is refilled each second
         (600, 50, 2, 3, 602),  # ten minutes of rest: slowly again
         (625, 50, 2, 11, 627),  # and one burst was saved up, no more
     ]
@@ -472,7 +472,7 @@ def test_a_steady_stream_runs_at_the_whole_limit() -> None:
 
 
 def test_output_that_is_not_produced_yet_holds_nobody_back() -> None:
-    """While calls under way produce what is reserved for them, the bucket refills."""
+    """While calls in flight produce what is reserved for them, the bucket refills."""
     state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
     held_back = replace(state, call_ms=1)
 
@@ -513,12 +513,12 @@ def test_when_nobody_waits_only_upstreams_own_law_holds() -> None:
     state, _ = reserve(state, [cost], NOON, 0)
 
     _, held_back = reserve(state, [cost] * 10, NOON, SECOND)
-    _, let_go = reserve(drained(state, NOON), [cost] * 10, NOON, SECOND)
+    _, started = reserve(drained(state, NOON), [cost] * 10, NOON, SECOND)
 
     assert len(held_back) == 1
     # Eight calls, less the thousand that are left and the thousand refilled, are 30 s of the limit.
     assert 8 * 4_000 - 2_000 == 60_000 * OVERDRAFT_MS // MINUTE
-    assert 8 == len(let_go)
+    assert 8 == len(started)
     # It is true for a few seconds only, and a worker's clock that is behind does not shorten that.
     late = NOON + 4 * SECOND
     assert len(reserve(drained(state, NOON), [cost] * 5, late, SECOND)[1]) == len(
@@ -576,7 +576,7 @@ def test_what_a_worker_said_of_its_waiting_jobs_is_forgotten_with_time() -> None
     assert [f"worker {number}" for number in range(5, MOST_WORKERS + 5)] == list(state.waiting)
 
 
-def test_during_a_block_the_calls_under_way_go_on_producing() -> None:
+def test_during_a_block_the_calls_in_flight_go_on_producing() -> None:
     state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
     state = replace(state, under_way=20_000, call_ms=1_000)
     state = drained(
@@ -634,7 +634,7 @@ def test_a_request_larger_than_the_bucket_starts_when_it_is_full_and_the_debt_is
 
 
 def test_the_first_job_that_does_not_fit_ends_the_block() -> None:
-    """Start times are in order: a small job behind does not overtake for ever."""
+    """Start times are in order: a small job behind does not overtake indefinitely."""
     state = replace(group(), input_tokens=bucket(60_000, 10_000))
     wanted = [Cost(1, 10_000, 0), Cost(1, 9_000, 0), Cost(1, 0, 0)]
 
@@ -748,8 +748,8 @@ def test_calls_that_were_not_sent_teach_nothing() -> None:
     assert state.estimate(10_000, 4_096) == settled.estimate(10_000, 4_096)
 
 
-def test_output_under_way_fades_as_a_call_does() -> None:
-    """Nobody has to tell when it was produced, so a worker that dies leaves nothing behind."""
+def test_output_in_flight_fades_as_a_call_does() -> None:
+    """Nobody has to report when it was produced, so a worker that dies leaves nothing behind."""
     state, _ = reserve(group(), [Cost(1, 0, 1_000)] * 3, NOON, MINUTE)
     assert 3_000 == state.under_way
 
@@ -776,7 +776,7 @@ def test_the_first_answer_teaches_the_limits() -> None:
 
 
 def test_a_new_limit_starts_a_new_plan() -> None:
-    """Start times were made for another rate: whoever has not started asks again."""
+    """Start times were made for another rate: a call that has not started reserves again."""
     state = known_group(seen=seen(Seen(600, 100)))
 
     halved = observe(state, Observation(NOON + SECOND, seen(Seen(300, 50))), NOON + SECOND)
@@ -846,28 +846,28 @@ def output(limit: int, remaining: int, full_in_ms: int | None = None) -> dict[Di
     return {"output_tokens": Seen(limit, remaining, full_in_ms)}
 
 
-def test_of_the_output_that_upstream_has_left_calls_under_way_still_take_theirs() -> None:
+def test_of_the_output_that_upstream_has_left_calls_in_flight_still_take_theirs() -> None:
     state = known_group(seen=output(60_000, 20_000))
     state, _ = reserve(state, [Cost(1, 0, 2_000)], NOON, 0)
     now = NOON + SECOND
 
-    told = observe(state, Observation(now, output(60_000, 15_000)), now)
+    reported = observe(state, Observation(now, output(60_000, 15_000)), now)
 
-    left = told.output_tokens.level // SCALE + told.under_way
-    assert 0 < told.under_way < 2_000
+    left = reported.output_tokens.level // SCALE + reported.under_way
+    assert 0 < reported.under_way < 2_000
     assert 15_000 == left
 
 
-def test_how_far_output_is_below_zero_is_told_by_the_time_until_it_is_full() -> None:
+def test_how_far_output_is_below_zero_shows_in_the_time_until_it_is_full() -> None:
     """`remaining` says 0 and no more; a minute and a half to fill 20,000 at 60,000 a minute means 70,000 below."""
     state = known_group(seen=output(60_000, 20_000))
     now = NOON + SECOND
 
-    told = observe(state, Observation(now, output(60_000, 0, 90 * SECOND)), now)
+    reported = observe(state, Observation(now, output(60_000, 0, 90 * SECOND)), now)
     untold = observe(state, Observation(now, output(60_000, 0)), now)
     odd = observe(state, Observation(now, output(60_000, 0, SECOND)), now)
 
-    assert -70_000 == told.output_tokens.level // SCALE
+    assert -70_000 == reported.output_tokens.level // SCALE
     assert 0 == untold.output_tokens.level // SCALE == odd.output_tokens.level // SCALE
 
 
@@ -922,7 +922,7 @@ def test_short_requests_do_not_teach_how_long_a_token_is() -> None:
     assert state.estimate(91_000, 100).input_tokens < 30_000
 
 
-# Limits that are stated, or that nobody tells --------------------------------------------------------------
+# Limits that are stated, or that nobody names --------------------------------------------------------------
 
 
 def test_stated_limits_hold_from_the_first_call_on() -> None:
@@ -933,7 +933,7 @@ def test_stated_limits_hold_from_the_first_call_on() -> None:
     assert 50 == len(starts)
 
 
-def test_stated_limits_cap_what_headers_tell() -> None:
+def test_stated_limits_cap_what_headers_name() -> None:
     state = new_group("org", "a", NOON, {"requests": 100})
 
     learned = observe(state, Observation(NOON, seen(Seen(600, 100), Seen(60_000, 9_000))), NOON)
@@ -961,13 +961,15 @@ def test_limits_stated_later_cap_what_was_learned_and_never_raise_it() -> None:
 
 
 def test_a_stated_limit_that_is_raised_or_taken_away_is_learned_anew() -> None:
-    told = seen(Seen(600, 100))
-    capped = observe(new_group("org", "a", NOON, {"requests": 100}), Observation(NOON, told), NOON)
+    reported = seen(Seen(600, 100))
+    capped = observe(
+        new_group("org", "a", NOON, {"requests": 100}), Observation(NOON, reported), NOON
+    )
 
     for stated, limit in (({"requests": 200}, 200), ({}, 600)):
         freed = restated(capped, stated, NOON)
 
-        assert limit == observe(freed, Observation(NOON, told), NOON).requests.limit
+        assert limit == observe(freed, Observation(NOON, reported), NOON).requests.limit
 
 
 def test_an_upstream_that_names_no_limits_is_explored_and_backed_away_from() -> None:
@@ -1006,34 +1008,34 @@ def test_exploring_never_stops_for_good() -> None:
     assert 1 == len(reserve(state, [Cost(1, 10, 10)], now, LONG)[1])
 
 
-# Limits that the Rate Limits API tells ---------------------------------------------------------------------
+# Limits that the Rate Limits API names ---------------------------------------------------------------------
 
-TOLD = [("requests", 600), ("output_tokens", 60_000)]
+NAMED = [("requests", 600), ("output_tokens", 60_000)]
 
 
 def test_loaded_limits_replace_a_guess_and_nothing_else() -> None:
     guessed = new_group("org", "a", NOON)
 
-    known = loaded(guessed, TOLD, NOON)
+    known = loaded(guessed, NAMED, NOON)
 
     assert (600, 60_000) == (known.requests.limit, known.output_tokens.limit)
     assert guessed.input_tokens == known.input_tokens
     assert not any(known.bucket(name).learned for name in DIMENSIONS)
     assert all(levels(known)[n] <= known.bucket(name).capacity * SCALE
                for n, name in enumerate(DIMENSIONS))  # fmt: skip
-    assert known is loaded(known, TOLD, NOON + SECOND)
+    assert known is loaded(known, NAMED, NOON + SECOND)
 
 
 def test_what_headers_said_stays_when_limits_are_loaded() -> None:
     learned = known_group(seen=seen(Seen(50, 10)))
 
-    assert learned is loaded(learned, TOLD, NOON)
+    assert learned is loaded(learned, NAMED, NOON)
 
 
 def test_stated_limits_cap_what_is_loaded() -> None:
     group = new_group("org", "a", NOON, {"requests": 100, TOKENS_PER_DAY: 5_000})
 
-    known = loaded(group, [*TOLD, (TOKENS_PER_DAY, 9_000)], NOON)
+    known = loaded(group, [*NAMED, (TOKENS_PER_DAY, 9_000)], NOON)
 
     assert (100, 60_000) == (known.requests.limit, known.output_tokens.limit)
     assert known.day is not None
@@ -1101,7 +1103,7 @@ def test_what_is_given_back_during_a_block_frees_no_start_before_its_end() -> No
     assert NOON + MINUTE < next_start(blocked, ONE, NOON) == next_start(freed, ONE, NOON)
 
 
-def test_a_429_for_output_under_way_slows_nobody_down() -> None:
+def test_a_429_for_output_in_flight_slows_nobody_down() -> None:
     """Calls of our own are producing what upstream had left: that is known, and over when they end."""
     state = warm(group(requests=600, burst=100))
 
@@ -1170,7 +1172,7 @@ def test_429s_without_end_never_stop_a_group_for_good() -> None:
     assert next_start(state, ONE, now) < now + MINUTE
 
 
-def test_the_rate_comes_back_step_by_step() -> None:
+def test_the_rate_recovers_step_by_step() -> None:
     state = block(group(), NOON + SECOND, "rate limited", NOON, ramp=True)
 
     factors = [advanced(state, NOON + second * SECOND).rate_factor for second in range(0, 600, 5)]
@@ -1220,14 +1222,14 @@ def test_overloads_in_a_row_set_the_model_aside_and_leave_the_group_alone() -> N
     assert (0, FULL_RATE, 0) == (state.blocked_until, state.rate_factor, state.epoch)
 
 
-def test_what_fails_on_and_on_is_set_aside_for_a_minute_at_most() -> None:
+def test_what_fails_on_and_on_is_blocked_for_a_minute_at_most() -> None:
     pauses = [next_start(failures(n), NEEDS_IT, NOON) - NOON for n in range(STREAK, 40)]
 
     assert sorted(pauses) == pauses
     assert USUAL.breaker_pause_cap_ms <= pauses[-1] <= USUAL.breaker_pause_cap_ms + SECOND
 
 
-def test_an_open_breaker_pauses_for_as_long_as_the_waits_say() -> None:
+def test_an_open_breaker_pauses_as_the_waits_say() -> None:
     short = Waits(breaker_pause_ms=100, breaker_pause_cap_ms=200)
     state = warm(group(requests=600, burst=100))
     for number in range(STREAK + 5):
@@ -1288,13 +1290,13 @@ def test_start_times_can_be_taken_back_from_everybody() -> None:
 # A limit per day -------------------------------------------------------------------------------------------
 
 
-def test_tokens_per_day_are_kept_to_and_come_back_over_the_day() -> None:
+def test_tokens_per_day_are_kept_to_and_refill_over_the_day() -> None:
     state = restated(warm(group(60_000, 10_000)), {TOKENS_PER_DAY: 1_440_000}, NOON)
     cost = Cost(1, 700_000, 20_000)
 
     state, starts = reserve(state, [cost] * 3, NOON, MINUTE)
 
-    # A day's worth is there at first; then 1,000 come back each minute.
+    # A day's worth is there at first; then 1,000 are refilled each minute.
     assert 2 == len(starts)
     assert NOON + 720 * MINUTE <= next_start(state, cost, NOON) <= NOON + 721 * MINUTE
 
@@ -1340,9 +1342,9 @@ def test_a_group_is_named_by_organization_and_models() -> None:
 
 
 def test_a_group_that_moved_says_where_and_voids_its_plan() -> None:
-    gone = moved(group(), "org-7")
+    missing = moved(group(), "org-7")
 
-    assert ("org-7", 1) == (gone.moved_to, gone.epoch)
+    assert ("org-7", 1) == (missing.moved_to, missing.epoch)
 
 
 @pytest.mark.parametrize(
@@ -1351,7 +1353,7 @@ def test_a_group_that_moved_says_where_and_voids_its_plan() -> None:
         # Nobody knows: about one a second.
         ([], 0, NOON),
         ([], 60, NOON + MINUTE),
-        # What is known counts, of this model group only, all organisations together.
+        # What is known counts, of this model group only, all organizations together.
         ([group(600)], 600, NOON + MINUTE),
         ([group(600), replace(group(600), organization="org-2")], 600, NOON + 30 * SECOND),
         ([replace(group(6_000), model_group="b")], 60, NOON + MINUTE),

@@ -16,7 +16,7 @@ LIMITS = (("requests", 1_200), ("input_tokens", 600_000), ("output_tokens", 60_0
 
 
 class Pool:
-    """Admin keys, one for each organisation."""
+    """Admin keys, one for each organization."""
 
     def __init__(self, *organizations: str) -> None:
         self.organizations = organizations
@@ -29,7 +29,7 @@ class Pool:
 
 
 class Upstream:
-    """The Rate Limits API of several organisations."""
+    """The Rate Limits API of several organizations."""
 
     def __init__(self) -> None:
         self.known: dict[str, list[KnownLimits] | KeyPoolBroken | StoreBusy] = {}
@@ -143,7 +143,9 @@ def test_one_organization_that_cannot_be_asked_keeps_no_other_from_it(
 
 
 @pytest.mark.parametrize("error", [KeyPoolBroken("not JSON"), StoreBusy("Secrets Manager")])
-def test_a_pool_that_cannot_be_read_is_told(scene: Scene, error: KeyPoolBroken | StoreBusy) -> None:
+def test_a_pool_that_cannot_be_read_is_reported(
+    scene: Scene, error: KeyPoolBroken | StoreBusy
+) -> None:
     scene.pool.error = error
 
     scene.load()
@@ -177,7 +179,7 @@ def test_a_group_that_was_deleted_meanwhile_is_left_to_the_next_hour(scene: Scen
     assert {} == scene.limits.stored
 
 
-def test_a_table_that_is_busy_is_told(scene: Scene) -> None:
+def test_a_table_that_is_busy_is_reported(scene: Scene) -> None:
     scene.says("claude-a")
     scene.limits.break_down("replace")
 

@@ -57,7 +57,7 @@ def cost(model: str, usage: Usage, day: date = DAY, *, batch: bool = False) -> i
         ("claude-haiku-5-5", Usage(input_tokens=4, output_tokens=1), 1),
         # Web searches: 10 dollars per thousand, on top.
         ("claude-haiku-4-5", Usage(input_tokens=1, web_search_requests=3), 30_001),
-        # Dearer ways: fast doubles, US-only adds a tenth, both together multiply; searches stay.
+        # More expensive ways: fast doubles, US-only adds a tenth, both together multiply; searches stay.
         ("claude-opus-4-6", Usage(output_tokens=1_000, fast=True), 50_000),
         ("claude-opus-4-6", Usage(output_tokens=1_000, us_only=True), 27_500),
         (
@@ -101,7 +101,7 @@ def test_a_model_has_no_price_before_its_first_day() -> None:
 
 
 def test_every_row_of_the_file_has_the_columns_that_belong_together() -> None:
-    """Reading is cheaper than writing, an hour dearer than five minutes."""
+    """Reading is cheaper than writing, an hour more expensive than five minutes."""
     for price in PRICES.prices:
         assert price.cache_read < price.input < price.cache_write_5m < price.cache_write_1h
         assert price.input < price.output

@@ -1,4 +1,4 @@
-"""Ranges that wait outside their queue come back at a pace, and no batch stands still for good."""
+"""Ranges that wait outside their queue are sent at a pace, and every batch is checked until it ends."""
 
 import asyncio
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def park(bulk: Bulk, rows: int) -> None:
     bulk.batches.held[bulk.batch.batch_id, None] = NEVER + 1
 
 
-def test_a_range_comes_back_when_its_time_has_come(bulk: Bulk) -> None:
+def test_a_range_is_sent_when_its_time_has_come(bulk: Bulk) -> None:
     park(bulk, 3)
     assert Resumed() == resume(bulk)(NEVER)
 
@@ -88,7 +88,7 @@ def test_what_the_queue_does_not_take_is_due_again(bulk: Bulk) -> None:
     assert Resumed(1, 1, 0) == resume(bulk)(NEVER)
 
 
-def test_ranges_come_back_no_faster_than_their_rows_can_start(bulk: Bulk) -> None:
+def test_ranges_are_sent_no_faster_than_their_rows_can_start(bulk: Bulk) -> None:
     park(bulk, 1_500)
     waiting = len(bulk.batches.due(NEVER, 100))
     later(bulk, 61)
@@ -108,7 +108,7 @@ def test_a_sweep_stops_when_its_time_is_over(bulk: Bulk) -> None:
     assert Resumed(1, 0, 0) == resume(bulk)(bulk.time.now())
 
 
-def test_a_batch_that_was_not_planned_is_looked_at_again(bulk: Bulk) -> None:
+def test_a_batch_that_was_not_planned_is_checked_again(bulk: Bulk) -> None:
     bulk.queues.fail_next("send_ranges", 5)
     with pytest.raises(StoreBusy):
         bulk.upload(jsonl(a_row(1)))
@@ -121,7 +121,7 @@ def test_a_batch_that_was_not_planned_is_looked_at_again(bulk: Bulk) -> None:
     assert Phase.ENDED == bulk.batch.phase
 
 
-def test_a_batch_past_its_time_is_looked_at_until_it_ends(bulk: Bulk) -> None:
+def test_a_batch_past_its_time_is_checked_until_it_ends(bulk: Bulk) -> None:
     bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
     bulk.queues.ranges.clear()
     later(bulk, 30)
@@ -144,5 +144,5 @@ def test_a_batch_taken_by_another_sweep_is_left_to_it(bulk: Bulk) -> None:
     (due,) = bulk.batches.due(bulk.time.now(), 10)
     bulk.batches.postpone(due, bulk.time.now() + MINUTE)
 
-    assert not resume(bulk)._look_at(due)  # noqa: SLF001 - the race itself
+    assert not resume(bulk)._check(due)  # noqa: SLF001 - the race itself
     assert [] == bulk.queues.plans

@@ -186,7 +186,7 @@ def test_the_tiers_cap_rests_until_next_month() -> None:
     "failure",
     [failed(402), failed(400, message=OWN_LIMIT), failed(429, code="contract_spend_limit_reached")],
 )
-def test_other_money_problems_are_looked_at_again(failure: Failure) -> None:
+def test_other_money_problems_are_checked_again(failure: Failure) -> None:
     """They end when somebody acts."""
     assert NOON + POLICY.spend_recheck_ms == verdict(failure).until
 

@@ -56,7 +56,7 @@ def test_a_missing_setting_is_named(name: str, value: str | None) -> None:
 @pytest.mark.parametrize("name", ["SLUICE_RETENTION_DAYS", "SLUICE_MAX_ATTEMPTS"])
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
 def test_a_number_must_be_a_whole_one_from_one_up(name: str, value: str) -> None:
-    with pytest.raises(SettingsError, match=f"{name} must be a whole number from 1 up, got '"):
+    with pytest.raises(SettingsError, match=f"{name} must be an integer of at least 1, got '"):
         Settings.from_environment(COMPLETE | {name: value})
 
 

@@ -23,7 +23,7 @@ from tests.fakes import MINUTE, NOON
 
 EMPTY = Backlog()
 WAITS = Backlog(visible=100)
-AT_WORK = Backlog(in_flight=5)
+RUNNING = Backlog(in_flight=5)
 LONG_AGO = NOON - 60 * MINUTE
 
 WANTS = {"jobs": 10, "ranges": 4, **CEILINGS}
@@ -124,11 +124,11 @@ def test_following_a_decision_changes_nothing_more() -> None:
         ),
         # One whose messages are all with an invocation makes room before one whose messages wait,
         (
-            [claim("jobs", WAITS), claim("ranges", AT_WORK), claim("batches", WAITS), off("webhooks")],
+            [claim("jobs", WAITS), claim("ranges", RUNNING), claim("batches", WAITS), off("webhooks")],
             {"jobs", "batches"},  # and its two are free when nothing is in flight any more.
         ),
         (
-            [claim("jobs", WAITS), off("ranges", AT_WORK, left=2), claim("batches", WAITS),
+            [claim("jobs", WAITS), off("ranges", RUNNING, left=2), claim("batches", WAITS),
              off("webhooks")],
             {"jobs", "batches"},
         ),
@@ -142,7 +142,7 @@ def test_following_a_decision_changes_nothing_more() -> None:
              claim("batches", WAITS, switched_at=NOON - 5 * MINUTE), off("webhooks")],
             {"jobs", "batches"},
         ),
-        # Not yet: its turn has just begun.
+        # Not yet: its turn has just started.
         (
             [claim("jobs", WAITS), claim("ranges", WAITS, switched_at=NOON - MINUTE),
              claim("batches", WAITS, switched_at=NOON - MINUTE), off("webhooks")],
@@ -150,7 +150,7 @@ def test_following_a_decision_changes_nothing_more() -> None:
         ),
         # The jobs' workers refill themselves for minutes: to disable them would free nothing.
         (
-            [claim("jobs", AT_WORK), claim("ranges", WAITS, switched_at=NOON - TURN_MS),
+            [claim("jobs", RUNNING), claim("ranges", WAITS, switched_at=NOON - TURN_MS),
              claim("batches", WAITS, switched_at=NOON - TURN_MS), off("webhooks")],
             {"jobs", "ranges"},
         ),
@@ -168,7 +168,7 @@ def test_following_a_decision_changes_nothing_more() -> None:
         # A queue whose messages are all hidden needs nobody now.
         (
             [claim("jobs", WAITS), claim("ranges", WAITS), claim("batches", WAITS),
-             off("webhooks", AT_WORK)],
+             off("webhooks", RUNNING)],
             {"jobs", "ranges", "batches"},
         ),
         # There is a free place again: the first of the idle ones has it.

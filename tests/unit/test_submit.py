@@ -48,7 +48,7 @@ ACME = Sender("acme")
 
 
 class Killed(BaseException):
-    """The function's environment is gone."""
+    """The function's environment has ended."""
 
 
 class Intake:
@@ -197,7 +197,7 @@ def test_the_characters_that_become_input_tokens_are_counted(
     assert chars == intake.one(Submission(request_)).input_chars
 
 
-def test_images_alone_are_not_too_large_for_a_small_organisation() -> None:
+def test_images_alone_are_not_too_large_for_a_small_organization() -> None:
     group = new_group("org", "a", NOON)
 
     cost = group.estimate(MOST_MEDIA_CHARS, max_tokens=1)
@@ -259,7 +259,7 @@ def test_a_repeat_of_a_parked_job_leaves_the_sending_to_the_sweep(intake: Intake
     assert [] == intake.sent
 
 
-def test_a_repeat_of_a_job_at_work_sends_nothing(intake: Intake) -> None:
+def test_a_repeat_of_a_running_job_sends_nothing(intake: Intake) -> None:
     job = intake.one(ask(custom_id="row-1"))
     intake.jobs.replace(claim(job, "worker-1", NOON, NOON + MINUTE), job.version)
     assert [job.job_id] == intake.sent
@@ -344,7 +344,7 @@ def test_tenants_do_not_meet(intake: Intake) -> None:
     assert first.job_id != second.job_id
 
 
-def test_position_tells_equal_jobs_of_one_list_apart(intake: Intake) -> None:
+def test_position_distinguishes_equal_jobs_of_one_list(intake: Intake) -> None:
     outcomes = intake(ask(), ask(), sender=Sender("acme", idempotency_key="run-1"))
 
     assert 2 == len({accepted(each).job_id for each in outcomes})
@@ -582,7 +582,7 @@ def test_a_job_nested_too_deeply_is_refused_and_the_others_are_taken(intake: Int
 
 
 def test_jobs_the_queue_did_not_take_are_parked_for_the_sweep(intake: Intake) -> None:
-    """Accepted all the same: with neither a message nor a due time they would wait for ever."""
+    """Accepted all the same: with neither a message nor a due time they would wait indefinitely."""
     lost = derived_job_id("acme", "custom_id", "row-1")
     intake.queue.untaken = {lost}
 
@@ -767,7 +767,7 @@ def test_a_block_is_waited_out_first(intake: Intake) -> None:
     assert NOON == waiting.estimated_start("b")
 
 
-def test_the_queue_is_looked_at_every_few_seconds_only(intake: Intake) -> None:
+def test_the_queue_is_read_every_few_seconds_only(intake: Intake) -> None:
     waiting = StartEstimate(intake.queue, MemoryLimits(), intake.clock, intake.events)
     before = waiting.estimated_start("a")
     intake.one(ask())
@@ -781,7 +781,7 @@ def test_the_queue_is_looked_at_every_few_seconds_only(intake: Intake) -> None:
 
 @pytest.mark.parametrize("error", [StoreBusy("the store"), RuntimeError("no such table")])
 @pytest.mark.parametrize("verb", ["depth", "groups"])
-def test_nobody_can_tell_while_a_store_does_not_answer(
+def test_the_start_is_unknown_while_a_store_does_not_answer(
     intake: Intake, verb: str, error: Exception
 ) -> None:
     """The jobs are accepted by then, and an accepted job is never answered with an error."""

@@ -1,4 +1,4 @@
-"""The sweep: parked jobs come back when they are due, each once, and no faster than they can start."""
+"""The sweep: parked jobs are sent when they are due, each once, and no faster than they can start."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,8 @@ from sluice.domain.jobs import (
     snooze,
 )
 from sluice.domain.limits import Group, new_group
-from sluice.upkeep.sweep import HOLD_MS, NEW_KEYS_MS, QUIET_MS, Sweep, Swept
+from sluice.upkeep.schedule import UNSENT_MS
+from sluice.upkeep.sweep import NEW_KEYS_MS, QUIET_MS, Sweep, Swept
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -122,7 +123,7 @@ def test_two_sweeps_at_once_send_it_once() -> None:
     scene.sweep()
 
     (late,) = seen
-    assert scene.jobs.postpone(late, NOON + HOLD_MS) is None
+    assert scene.jobs.postpone(late, NOON + UNSENT_MS) is None
     assert ["job_1"] == scene.sent()
 
 
@@ -132,7 +133,7 @@ def test_what_the_queue_does_not_take_stays_due() -> None:
 
     assert Swept(due=2, sent=1, left=1) == scene.sweep()
     scene.queue.untaken = set()
-    scene.clock.at += HOLD_MS
+    scene.clock.at += UNSENT_MS
     assert Swept(due=1, sent=1) == scene.sweep()
 
     assert ["job_2", "job_1"] == scene.sent()
@@ -146,7 +147,7 @@ def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
 
     with pytest.raises(StoreBusy):
         scene.sweep()
-    scene.clock.at += HOLD_MS
+    scene.clock.at += UNSENT_MS
     scene.sweep()
 
     assert {"job_1"} == set(scene.sent())
@@ -296,7 +297,7 @@ def test_a_new_key_slows_nothing_down() -> None:
     assert 150 == scene.sweep().sent
 
 
-def test_the_sweep_goes_on_when_the_age_of_keys_cannot_be_told() -> None:
+def test_the_sweep_goes_on_when_the_age_of_keys_cannot_be_read() -> None:
     scene = Scene(parked(), groups=(slow_group(60),))
     scene.pool.break_down("changed_at")
 
@@ -330,7 +331,7 @@ ROOMY = slow_group(6_000)
 
 
 def unheard(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
-    """A job that was accepted so long ago that the sweep looks at it after so many minutes."""
+    """A job that was accepted so long ago that the sweep checks it after so many minutes."""
     return a_job(job_id, created_at=NOON - WATCH_MS + int(minutes * MINUTE), **facts)
 
 
@@ -342,7 +343,7 @@ def test_a_job_whose_message_was_never_sent_is_found_and_sent() -> None:
     assert State.QUEUED == scene.jobs.stored["job_1"].state
 
 
-def test_it_is_looked_at_again_after_twice_the_time() -> None:
+def test_it_is_checked_again_after_twice_the_time() -> None:
     scene = Scene(unheard(), groups=(ROOMY,))
     sweeps = []
 
@@ -417,7 +418,7 @@ def test_a_job_with_a_message_expires_at_its_deadline_all_the_same() -> None:
     assert State.EXPIRED == scene.jobs.stored["job_1"].state
 
 
-def test_a_call_under_way_may_end_after_the_deadline_and_a_dead_workers_job_expires_then() -> None:
+def test_a_call_in_flight_may_end_after_the_deadline_and_a_dead_workers_job_expires_then() -> None:
     running = claim(a_job(deadline=NOON), "worker", NOON - MINUTE, NOON + MINUTE)
     scene = Scene(running)
 

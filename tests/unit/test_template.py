@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+from sluice.adapters import web
 from sluice.adapters.dynamodb import SHORT_DAYS
 from sluice.adapters.job_records import WAITING_DAYS
+from sluice.adapters.sqs import HIDE_SECONDS
 from sluice.domain.capacity import LEAST
-from sluice.domain.jobs import State
+from sluice.domain.jobs import LEASE_MS, State
 from sluice.domain.shares import RESERVED
+from sluice.intake.submit import START_WITHIN_MS
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
 from sluice.settings import MAPPINGS as MAPPINGS_BY_QUEUE
+from sluice.upkeep.schedule import RUN_MS
 from sluice.wiring.governor import LONG_TIMEOUT_MS, SHORT, SHORT_TIMEOUT_MS
 from tests.expanded_template import expanded_template, template
 
@@ -241,6 +245,27 @@ def test_the_governor_knows_how_long_an_invocation_can_last(queue: str) -> None:
     timeout = FUNCTIONS[target_function(MAPPINGS[GOVERNED[queue]])]["Timeout"]
 
     assert timeout * 1000 == (SHORT_TIMEOUT_MS if queue in SHORT else LONG_TIMEOUT_MS)
+
+
+def test_the_schedule_is_the_one_that_upkeep_counts_on() -> None:
+    governor = FUNCTIONS["GovernorFunction"]
+
+    assert "rate(1 minute)" == governor["Events"]["EveryMinute"]["Properties"]["ScheduleExpression"]
+    assert (RUN_MS, RUN_MS) == (60_000, governor["Timeout"] * 1000)
+
+
+def test_a_running_job_or_range_keeps_its_message_hidden() -> None:
+    """Workers shorten the visibility timeout of a message; a crash before that must not free the job early."""
+    for queue in ("JobsQueue", "RangesQueue"):
+        assert QUEUES[queue]["VisibilityTimeout"] * 1000 > LEASE_MS
+
+
+def test_a_function_has_time_for_what_it_waits_for() -> None:
+    webhooks, api = FUNCTIONS["WebhooksFunction"], FUNCTIONS["ApiFunction"]
+
+    assert 2 * web.SECONDS < webhooks["Timeout"]  # the lookup of the address, then the delivery
+    assert 3 * START_WITHIN_MS < api["Timeout"] * 1000  # store calls that start last, then sending
+    assert HIDE_SECONDS < QUEUES["BatchesQueue"]["VisibilityTimeout"]
 
 
 def test_a_failed_run_of_the_governor_is_not_repeated_and_a_throttled_one_for_a_minute() -> None:

@@ -33,17 +33,17 @@ def test_a_file_in_parts_becomes_a_batch(
     door: Uploads, links: MemoryLinks, bulk: Bulk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "PART_BYTES", 100)
-    begun = door.begin("2026/reviews.jsonl", len(ROWS), {"model": "claude-b"})
+    started = door.start("2026/reviews.jsonl", len(ROWS), {"model": "claude-b"})
     etags = {
-        part: links.send(begun.upload_id, part, ROWS[100 * (part - 1) : 100 * part])
-        for part in range(1, begun.parts + 1)
+        part: links.send(started.upload_id, part, ROWS[100 * (part - 1) : 100 * part])
+        for part in range(1, started.parts + 1)
     }
 
-    batch = door.complete("2026/reviews.jsonl", begun.upload_id, etags)
-    again = door.complete("2026/reviews.jsonl", begun.upload_id, etags)
+    batch = door.complete("2026/reviews.jsonl", started.upload_id, etags)
+    again = door.complete("2026/reviews.jsonl", started.upload_id, etags)
 
-    assert (-(-len(ROWS) // 100), 100) == (begun.parts, begun.part_bytes)
-    assert begun.links.keys() == etags.keys()
+    assert (-(-len(ROWS) // 100), 100) == (started.parts, started.part_bytes)
+    assert started.links.keys() == etags.keys()
     assert batch == again == bulk.batch
     assert ("2026/reviews", "claude-b") == (batch.name, batch.options.model)
     bulk.planner.arrived(batch.input_key)
@@ -52,27 +52,27 @@ def test_a_file_in_parts_becomes_a_batch(
 
 
 def test_options_of_an_earlier_file_of_that_name_do_not_hold(door: Uploads, bulk: Bulk) -> None:
-    door.begin("reviews.jsonl", 10, {"model": "claude-b"})
+    door.start("reviews.jsonl", 10, {"model": "claude-b"})
 
-    door.begin("reviews.jsonl", 10, {})
+    door.start("reviews.jsonl", 10, {})
 
     assert b"{}" == bulk.objects.stored["in/acme/reviews.options.json"]
 
 
 def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:
-    begun = door.begin("huge.jsonl", 5 * 1024**4, {})
+    started = door.start("huge.jsonl", 5 * 1024**4, {})
 
-    assert begun.parts <= uploads.MOST_PARTS
-    assert uploads.LINKS_AT_ONCE == len(begun.links)
+    assert started.parts <= uploads.MOST_PARTS
+    assert uploads.LINKS_AT_ONCE == len(started.links)
 
 
 def test_more_links_come_a_hundred_at_a_time(door: Uploads) -> None:
-    begun = door.begin("huge.jsonl", 10**12, {})
+    started = door.start("huge.jsonl", 10**12, {})
 
-    assert range(101, 201) == range(*_ends(door.links("huge.jsonl", begun.upload_id, 101, 200)))
+    assert range(101, 201) == range(*_ends(door.links("huge.jsonl", started.upload_id, 101, 200)))
     for first, last in ((0, 5), (5, 4), (1, 101), (9_999, 10_001)):
         with pytest.raises(InvalidRequest, match="must be a range of up to 100 parts"):
-            door.links("huge.jsonl", begun.upload_id, first, last)
+            door.links("huge.jsonl", started.upload_id, first, last)
 
 
 def _ends(links: object) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def _ends(links: object) -> tuple[int, int]:
 )
 def test_a_name_stays_in_the_tenants_own_place(door: Uploads, name: str) -> None:
     with pytest.raises(InvalidRequest, match="name: "):
-        door.begin(name, 10, {})
+        door.start(name, 10, {})
     with pytest.raises(InvalidRequest, match="name: "):
         door.complete(name, "upload-1", {1: "etag"})
 
@@ -98,9 +98,9 @@ def test_what_cannot_be_an_upload_is_refused_before_it_begins(
     door: Uploads, links: MemoryLinks
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"bytes: must be from 1 to .* \(got 0\)"):
-        door.begin("x.jsonl", 0, {})
+        door.start("x.jsonl", 0, {})
     with pytest.raises(InvalidRequest, match="options: unknown field 'modle'; use"):
-        door.begin("x.jsonl", 10, {"modle": "x"})
+        door.start("x.jsonl", 10, {"modle": "x"})
     assert {} == links.going
     with pytest.raises(InvalidRequest, match="parts: List should have at least 1 item"):
         door.complete("x.jsonl", "upload-1", {})
@@ -109,9 +109,9 @@ def test_what_cannot_be_an_upload_is_refused_before_it_begins(
 
 
 def test_an_aborted_upload_is_forgotten(door: Uploads, links: MemoryLinks) -> None:
-    begun = door.begin("x.jsonl", 10, {})
+    started = door.start("x.jsonl", 10, {})
 
-    door.abort("x.jsonl", begun.upload_id)
-    door.abort("x.jsonl", begun.upload_id)
+    door.abort("x.jsonl", started.upload_id)
+    door.abort("x.jsonl", started.upload_id)
 
     assert {} == links.going

@@ -1,4 +1,4 @@
-"""Webhooks: whom they may call, how they are signed, when they are tried again; and which ends are told."""
+"""Webhooks: whom they may call, how they are signed, when they are tried again; and which ends are published."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_whatever_else_is_tried_again(status: int | None) -> None:
     assert Retry(5 * SECOND) == judge(status, 1, 0)
 
 
-def test_a_receiver_that_is_gone_is_left_alone_at_once() -> None:
+def test_a_receiver_that_is_missing_is_left_alone_at_once() -> None:
     assert GiveUp() == judge(410, 1, 0)
 
 
@@ -295,7 +295,7 @@ def test_one_that_fails_strangely_comes_again_like_any_other() -> None:
     assert 1 == len(scene.once())
 
     assert 1 == scene.events.counted("WebhooksDelivered")
-    assert ["webhook failed strangely"] == scene.events.problem_names
+    assert ["unexpected error delivering webhook"] == scene.events.problem_names
 
 
 def test_a_queue_that_is_busy_takes_nothing_back_and_forgets_nothing() -> None:
@@ -309,7 +309,7 @@ def test_a_queue_that_is_busy_takes_nothing_back_and_forgets_nothing() -> None:
     assert 1 == scene.queue.depth()
 
 
-def test_a_letter_that_cannot_be_buried_now_is_buried_later() -> None:
+def test_a_letter_that_cannot_be_rejected_now_is_rejected_later() -> None:
     scene = Scene(FakeWeb())
     scene.post(url=7)
     scene.queue.fail_next("reject")
@@ -377,7 +377,7 @@ def test_a_name_that_leads_nowhere_now_may_do_so_later() -> None:
     assert 1 == len(scene.once())
 
 
-def test_a_message_that_is_no_webhook_is_kept_for_whoever_investigates() -> None:
+def test_a_message_that_is_no_webhook_is_kept_for_an_investigation() -> None:
     scene = Scene(FakeWeb())
     scene.post(url=7)
 
@@ -406,7 +406,7 @@ def ended(number: int, **facts: Any) -> Any:
     return a_job(f"job_{number}", state=State.SUCCEEDED, finished_at=NOON + 5 * SECOND, **facts)
 
 
-def test_the_end_of_a_job_is_told_without_its_request_or_answer() -> None:
+def test_the_end_of_a_job_is_published_without_its_request_or_answer() -> None:
     notices = MemoryNotices()
     job = ended(
         1,
@@ -420,9 +420,9 @@ def test_the_end_of_a_job_is_told_without_its_request_or_answer() -> None:
 
     assert 1 == Publish(notices, RecordingEvents())([job])
 
-    (told,) = notices.told
+    (reported,) = notices.told
     assert ("Job Ended", "job_1-7", NOON + 5 * SECOND, URL) == (
-        told.kind, told.id, told.at, told.webhook,
+        reported.kind, reported.id, reported.at, reported.webhook,
     )  # fmt: skip
     assert {
         "job_id": "job_1",
@@ -440,11 +440,11 @@ def test_the_end_of_a_job_is_told_without_its_request_or_answer() -> None:
         "started_at": None,
         "finished_at": "2026-11-20T12:00:05.000000Z",
         "metadata": {"team": "search"},
-    } == told.facts
-    json.dumps(told.facts)
+    } == reported.facts
+    json.dumps(reported.facts)
 
 
-def test_an_error_is_told_by_its_type_alone_for_its_message_may_quote_the_request() -> None:
+def test_an_error_is_published_by_its_type_alone_for_its_message_may_quote_the_request() -> None:
     notices = MemoryNotices()
     failed = replace(ended(1), state=State.ERRORED, error=JobError("api_error", "it said: ..."))
 
@@ -462,7 +462,7 @@ class NarrowBus(MemoryNotices):
         self.fail_next("publish")
 
 
-def test_a_bus_that_is_busy_is_told_the_rest_later() -> None:
+def test_a_bus_that_is_busy_gets_the_rest_later() -> None:
     notices, events = NarrowBus(), RecordingEvents()
     jobs = [ended(number) for number in range(25)]
 

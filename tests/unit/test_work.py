@@ -646,7 +646,7 @@ def test_a_spend_cap_parks_the_group_and_somebody_is_told(
     group = gateway.limits.stored["org/a"]
     assert "spend limit" == group.blocked_reason
     assert abs(group.blocked_until - until) < MINUTE
-    assert "limit group parked" in gateway.events.problem_names
+    assert "spend limit reached" in gateway.events.problem_names
     assert gateway.events.counted("GroupsParked") >= 1
     assert State.SUCCEEDED == gateway.job("job_b").state
     for number in range(3):

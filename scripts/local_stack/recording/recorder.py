@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, Final
 
 FOLDER_VARIABLE: Final = "SLUICE_RECORD_CALLS"
+EVERY_CALL_VARIABLE: Final = "SLUICE_RECORD_EVERY_CALL"
+"""As FOLDER_VARIABLE, but each call is written as often as it is made, for benchmarks."""
+
 MISSING: Final = 404
 """HTTP status of an object that S3 says is missing, which it says only to those who may list the bucket."""
 
 
-def install(folder: Path, function: Callable[[], str | None]) -> None:
-    """Record into `folder` the calls of every botocore session made from now on; `function` is the caller's name."""
+def install(folder: Path, function: Callable[[], str | None], *, every_call: bool = False) -> None:
+    """Record into `folder` the calls of all botocore sessions created from now on; `function` returns their owner."""
     import botocore.handlers  # noqa: PLC0415 - only where something is recorded
 
     seen: set[str] = set()
@@ -30,7 +33,7 @@ def install(folder: Path, function: Callable[[], str | None]) -> None:
             return
         for what, resource in asked(service, operation, parameters):
             line = json.dumps({"function": name, "operation": what, "resource": named(resource)})
-            if line not in seen:
+            if every_call or line not in seen:
                 seen.add(line)
                 with (folder / f"{os.getpid()}.jsonl").open("a") as file:
                     file.write(line + "\n")

@@ -3,9 +3,15 @@
 import os
 from pathlib import Path
 
-if "AWS_LAMBDA_FUNCTION_NAME" in os.environ and "SLUICE_RECORD_CALLS" in os.environ:
-    import recorder  # type: ignore[import-not-found]  # in the same folder
+VARIABLES = {"SLUICE_RECORD_CALLS": False, "SLUICE_RECORD_EVERY_CALL": True}
+"""Each names a folder, and whether every call is recorded there."""
 
-    recorder.install(
-        Path(os.environ["SLUICE_RECORD_CALLS"]), lambda: os.environ["AWS_LAMBDA_FUNCTION_NAME"]
-    )
+for variable, every_call in VARIABLES.items():
+    if "AWS_LAMBDA_FUNCTION_NAME" in os.environ and variable in os.environ:
+        import recorder  # type: ignore[import-not-found]  # in the same folder
+
+        recorder.install(
+            Path(os.environ[variable]),
+            lambda: os.environ["AWS_LAMBDA_FUNCTION_NAME"],
+            every_call=every_call,
+        )

@@ -1,4 +1,4 @@
-"""How we call AWS: one place for time-outs, short retries and the meaning of AWS's errors."""
+"""Calls to AWS: clients, timeouts, short retries, and the meaning of AWS's errors."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ CONFIG = Config(
     connect_timeout=2,
     read_timeout=10,
     max_pool_connections=32,
-    # A tenth of a worker's processor time goes into it, and every call is made by a line that a test runs.
+    # It takes a tenth of a worker's CPU time, and tests run every call.
     parameter_validation=False,
-    # botocore puts its own long one together twice for each call, which takes as long as signing it.
+    # botocore builds its own long one twice per call, which takes as long as signing.
     user_agent="sluice",
-    # One layer retries: `patiently` below, which knows what is worth it.
+    # Only `patiently` below retries.
     retries={"total_max_attempts": 1},
 )
 
 S3_CONFIG = Config(
-    # Links are signed in the old way unless told otherwise, which newer regions do not take.
+    # The default for presigned URLs is an older signature, which newer regions reject.
     signature_version="s3v4",
-    # A link cannot demand a checksum of whoever uses it.
+    # Clients of presigned URLs do not send checksums.
     request_checksum_calculation="when_required",
 )
 
-_PASSING = frozenset(
+_TRANSIENT = frozenset(
     {
         "InternalError",
         "InternalFailure",
@@ -80,15 +80,11 @@ _PASSING = frozenset(
 )
 
 
-CALLS: Counter[str] = Counter()
-"""Calls made so far, repeats among them, by what they were about; for benches. Threads may lose a few."""
-
-
 REFUSED: Counter[str] = Counter()
-"""Calls that AWS refused for want of a permission, not reported yet: how often, by operation and what it was about."""
+"""Unreported calls that AWS refused for lack of a permission: their number by operation and resource."""
 
 _NOT_PERMITTED = frozenset({"AccessDenied", "AccessDeniedException", "403"})
-"""The last is S3's answer to HEAD, which has no body to name an error in."""
+"""403 is S3's response to HEAD, which has no body with an error code."""
 
 
 def dynamodb() -> DynamoDBClient:
@@ -122,63 +118,59 @@ def secrets_manager() -> SecretsManagerClient:
 
 
 def code(error: ClientError) -> str:
-    """Return AWS's name of the error."""
+    """Return AWS's error code."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def is_passing(error: BaseException) -> bool:
-    """Return whether the same call may succeed in a moment: throttled, unavailable, connection trouble."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether a retry may succeed: throttled, unavailable, or a connection error."""
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return code(error) in _PASSING or status >= 500  # noqa: PLR2004 - HTTP
+        return code(error) in _TRANSIENT or status >= 500  # noqa: PLR2004 - HTTP
     return isinstance(error, (BotoConnectionError, HTTPClientError))
 
 
 def may_be_done(error: BaseException) -> bool:
-    """Return whether AWS may have done the call all the same: the reply was lost, or was a 5xx."""
+    """Return whether AWS may have done the call: the response was lost, or was a 5xx."""
     if isinstance(error, ClientError):
         return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500  # noqa: PLR2004 - HTTP
     return not isinstance(error, ConnectTimeoutError | EndpointConnectionError)
 
 
 def note_refusal(operation: str, what: str) -> None:
-    """Remember a call that AWS refused, whatever becomes of the error; `take_refused` gives it to the log."""
+    """Count a call that AWS refused, even if its error is handled; `take_refused` returns it for the log."""
     REFUSED[f"{operation} on {what}"] += 1
 
 
 def take_refused() -> dict[str, int]:
-    """Return what AWS refused since this was last asked."""
+    """Return the calls that AWS refused since the last call of this function."""
     refused = dict(REFUSED)
     REFUSED.clear()
     return refused
 
 
 def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
-    """Call AWS; hiccups are tried again up to 4 times within about a second, then it is StoreBusy(what)."""
+    """Call AWS; retry transient errors up to three times within about a second, then raise StoreBusy(what)."""
     doubtful = False
 
-    def counted(**arguments: Any) -> T:
-        CALLS[what] += 1
-        return call(**arguments)
-
-    def is_worth_it(error: BaseException) -> bool:
+    def is_retried(error: BaseException) -> bool:
         nonlocal doubtful
-        if not is_passing(error):
+        if not is_transient(error):
             return False
         doubtful = doubtful or may_be_done(error)
         return True
 
     attempts = Retrying(
-        # A call that hangs has taken its time already: no second one after five seconds.
+        # A call that timed out is not retried after five seconds.
         stop=stop_after_attempt(4) | stop_after_delay(5),
         wait=wait_random_exponential(multiplier=0.05, max=0.5),
-        retry=retry_if_exception(is_worth_it),
+        retry=retry_if_exception(is_retried),
         reraise=True,
     )
     try:
-        return attempts(counted, **arguments)
+        return attempts(call, **arguments)
     except (ClientError, BotoCoreError) as error:
-        if is_passing(error):
+        if is_transient(error):
             raise StoreBusy(what, may_be_done=doubtful) from error
         if isinstance(error, ClientError) and code(error) in _NOT_PERMITTED:
             note_refusal(error.operation_name, what)

@@ -1,4 +1,4 @@
-"""Batches and ranges in DynamoDB: one table, told apart by its second key. Shared state is written on a condition."""
+"""Batches and ranges in one DynamoDB table, distinguished by its sort key. Writes of shared state are conditional."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
-from botocore.exceptions import ClientError
-
-from sluice.adapters import aws, job_records
-from sluice.adapters.dynamodb import change_if_due, put_if
+from sluice.adapters import job_records
+from sluice.adapters.tables import Table
 from sluice.domain.batches import (
     Batch,
     Options,
@@ -22,7 +20,6 @@ from sluice.domain.batches import (
     Source,
     Tally,
 )
-from sluice.domain.errors import Stale
 from sluice.ports.batches import BatchPage, DueRange
 from sluice.ports.world import Clock
 
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from sluice.adapters.job_records import Item
 
 BATCH: Final = "batch"
-WHAT: Final = "the batches table"
 
 _RUNNING: Final = "running_"
 """With a member's number: the attribute of a group that holds the member's sums so far."""
@@ -47,14 +43,13 @@ class DynamoBatches:
     def __init__(
         self, client: DynamoDBClient, table: str, retention_days: int, clock: Clock
     ) -> None:
-        self._client = client
-        self._table = table
+        self._table = Table(client, table, "the batches table", "batch_id")
         self._retention_days = retention_days
         self._clock = clock
 
     def add(self, batch: Batch) -> None:
-        """Store a new batch; raises Stale with the batch that has the id already."""
-        self._put(self._batch_item(batch), "attribute_not_exists(batch_id)", {}, _batch)
+        """Store a new batch; raises Stale with the stored batch if its id is in use."""
+        self.replace(batch, 0)
 
     def get(self, batch_id: str) -> Batch | None:
         """Return the batch as last written (a consistent read)."""
@@ -62,8 +57,8 @@ class DynamoBatches:
         return _batch(item) if item else None
 
     def replace(self, batch: Batch, expected_version: int) -> None:
-        """Write the batch if its stored version is the expected one; raises Stale otherwise."""
-        self._replace(self._batch_item(batch), expected_version, _batch)
+        """Write the batch if its stored version is the expected one; otherwise raises Stale."""
+        self._table.replace(self._batch_item(batch), expected_version, _batch)
 
     def listing(
         self, tenant: str, limit: int, *, after: Batch | None = None, before: Batch | None = None
@@ -73,10 +68,7 @@ class DynamoBatches:
         if after or before:
             condition += f" AND created_key {'<' if after else '>'} :from"
             values[":from"] = {"S": _created_key(after or before)}  # type: ignore[arg-type]
-        answer = aws.patiently(
-            WHAT,
-            self._client.query,
-            TableName=self._table,
+        answer = self._table.query(
             IndexName="by_tenant",
             KeyConditionExpression=condition,
             ExpressionAttributeValues=values,
@@ -89,12 +81,12 @@ class DynamoBatches:
         return BatchPage(tuple(reversed(found) if before else found), has_more)
 
     def range_state(self, batch: Batch, number: int) -> RangeState:
-        """Return what is known of a range; one that nobody claimed yet has version 0."""
+        """Return the state of a range; its version is 0 if it was never claimed."""
         item = self._get(batch.batch_id, _range_part(number))
         return _range(item) if item else RangeState(batch.batch_id, number, batch.tenant)
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
-        """Write it if its stored version is the expected one (0: not stored); raises Stale otherwise."""
+        """Write the state if its stored version is the expected one (0: not stored); otherwise raises Stale."""
         item: Item = {
             "batch_id": {"S": state.batch_id},
             "part": {"S": _range_part(state.number)},
@@ -105,71 +97,53 @@ class DynamoBatches:
         if state.not_before is not None:
             name = f"{state.batch_id}#{state.number}"
             item |= _due_item(name, state.not_before, state.tenant, state.model)
-        self._replace(item, expected_version, _range)
+        self._table.replace(item, expected_version, _range)
 
     def mark(self, batch_id: str, group: str, member: int, tally: Tally) -> Progress:
-        """Count a member of a group as done, once however often it is said."""
+        """Count a member of a group as done, only once even if repeated; return the progress of the group."""
         numbers = tally.as_dict()
         adds = ", ".join(["done :member", *(f"#{name} :{name}" for name in numbers)])
-        key: Any = {"batch_id": {"S": batch_id}, "part": {"S": group}}
         names = {f"#{name}": name for name in numbers} | {"#running": f"{_RUNNING}{member}"}
-        try:
-            answer = aws.patiently(
-                WHAT,
-                self._client.update_item,
-                TableName=self._table,
-                Key=key,
-                UpdateExpression=f"SET expires_at = :expires ADD {adds} REMOVE #running",
-                ConditionExpression=_NOT_DONE,
-                ExpressionAttributeValues={
-                    ":member": {"NS": [str(member)]},
-                    ":number": {"N": str(member)},
-                    ":expires": {"N": str(self._expires())},
-                    **{f":{name}": {"N": str(value)} for name, value in numbers.items()},
-                },
-                ExpressionAttributeNames=names,
-                ReturnValues="ALL_NEW",
-            )
-        except ClientError as error:
-            if aws.code(error) != "ConditionalCheckFailedException":
-                raise
-            return _progress(self._get(batch_id, group) or {})
-        return _progress(answer["Attributes"])
+        counted = self._table.update_if(
+            {"batch_id": {"S": batch_id}, "part": {"S": group}},
+            f"SET expires_at = :expires ADD {adds} REMOVE #running",
+            _NOT_DONE,
+            ExpressionAttributeValues={
+                ":member": {"NS": [str(member)]},
+                ":number": {"N": str(member)},
+                ":expires": {"N": str(self._expires())},
+                **{f":{name}": {"N": str(value)} for name, value in numbers.items()},
+            },
+            ExpressionAttributeNames=names,
+            ReturnValues="ALL_NEW",
+        )
+        return _progress(counted if counted is not None else self._get(batch_id, group) or {})
 
     def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
         """Note the sums of a member so far; does nothing once the member is done."""
-        try:
-            aws.patiently(
-                WHAT,
-                self._client.update_item,
-                TableName=self._table,
-                Key={"batch_id": {"S": batch_id}, "part": {"S": group}},
-                UpdateExpression="SET expires_at = :expires, #running = :sums",
-                ConditionExpression=_NOT_DONE,
-                ExpressionAttributeNames={"#running": f"{_RUNNING}{member}"},
-                ExpressionAttributeValues={
-                    ":sums": {"S": json.dumps(tally.as_dict(), separators=(",", ":"))},
-                    ":number": {"N": str(member)},
-                    ":expires": {"N": str(self._expires())},
-                },
-            )
-        except ClientError as error:
-            if aws.code(error) != "ConditionalCheckFailedException":
-                raise
+        self._table.update_if(
+            {"batch_id": {"S": batch_id}, "part": {"S": group}},
+            "SET expires_at = :expires, #running = :sums",
+            _NOT_DONE,
+            ExpressionAttributeNames={"#running": f"{_RUNNING}{member}"},
+            ExpressionAttributeValues={
+                ":sums": {"S": json.dumps(tally.as_dict(), separators=(",", ":"))},
+                ":number": {"N": str(member)},
+                ":expires": {"N": str(self._expires())},
+            },
+        )
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
-        """Return all groups whose names begin so, by name and in the order of their names."""
-        pages = self._client.get_paginator("query").paginate(
-            TableName=self._table,
+        """Return the progress of all groups whose names have this prefix, by name, in order of names."""
+        items = self._table.query_all(
             KeyConditionExpression="batch_id = :batch AND begins_with(part, :prefix)",
             ExpressionAttributeValues={":batch": {"S": batch_id}, ":prefix": {"S": prefix}},
             ConsistentRead=True,
         )
-        items = aws.patiently(WHAT, lambda: [x for page in pages for x in page["Items"]])
         return {item["part"]["S"]: _progress(item) for item in items}
 
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
-        """Return the batch that a create of this name made after `since`; note `batch_id` when there is none."""
+        """Return the id of the batch created under this name after `since`; else record and return `batch_id`."""
         digest = sha256(f"{tenant}\x00{name}".encode()).hexdigest()
         item: Item = {
             "batch_id": {"S": f"create#{digest}"},
@@ -179,18 +153,13 @@ class DynamoBatches:
             "expires_at": {"N": str(self._clock.now() // 1000 + job_records.DAY_SECONDS)},
         }
         if fresh:
-            aws.patiently(WHAT, self._client.put_item, TableName=self._table, Item=item)
+            self._table.put(item)
             return batch_id
-        current = put_if(
-            self._client,
-            self._table,
+        current = self._table.put_if(
             item,
             "attribute_not_exists(batch_id) OR #at < :since",
-            WHAT,
-            {
-                "ExpressionAttributeNames": {"#at": "at"},
-                "ExpressionAttributeValues": {":since": {"N": str(since)}},
-            },
+            ExpressionAttributeNames={"#at": "at"},
+            ExpressionAttributeValues={":since": {"N": str(since)}},
         )
         return batch_id if current is None else current["made"]["S"]
 
@@ -198,66 +167,32 @@ class DynamoBatches:
 
     def due(self, now: int, limit: int) -> Sequence[DueRange]:
         """Return what is due, longest due first."""
-        found: list[DueRange] = []
-        for shard in range(job_records.DUE_SHARDS):
-            answer = aws.patiently(
-                WHAT,
-                self._client.query,
-                TableName=self._table,
-                IndexName="by_due",
-                KeyConditionExpression="due_shard = :shard AND due_at <= :now",
-                ExpressionAttributeValues={":shard": {"S": str(shard)}, ":now": {"N": str(now)}},
-                Limit=max(1, limit // job_records.DUE_SHARDS),
-            )
-            found.extend(
-                DueRange(
-                    batch_id=item["batch_id"]["S"],
-                    number=_range_number(item["part"]["S"]),
-                    tenant=item["due_tenant"]["S"],
-                    due_at=int(item["due_at"]["N"]),
-                    model=item["due_model"]["S"] if "due_model" in item else None,
-                )
-                for item in answer["Items"]
-            )
+        share = max(1, limit // job_records.DUE_SHARDS)
+        found = [
+            _due(item)
+            for shard in range(job_records.DUE_SHARDS)
+            for item in self._table.due(str(shard), now, share)
+        ]
         return sorted(found, key=lambda each: (each.due_at, each.batch_id, each.number or -1))
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
-        """Take it by one conditional write; None when somebody else was quicker."""
-        taken = self._if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
-        return replace(due, due_at=until) if taken else None
+        """Make it due again at `until` only; None if another sweep was first."""
+        is_first = self._update_if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
+        return replace(due, due_at=until) if is_first else None
 
     def remove(self, due: DueRange) -> None:
-        """Take it out of the index, unless it has gone on already."""
-        self._if_due(due, "REMOVE " + ", ".join(_DUE), {})
+        """Remove it from the index, unless it was written since."""
+        self._update_if_due(due, "REMOVE " + ", ".join(_DUE), {})
 
-    def _if_due(self, due: DueRange, change: str, values: Item) -> bool:
+    def _update_if_due(self, due: DueRange, change: str, values: Item) -> bool:
         part = BATCH if due.number is None else _range_part(due.number)
         key: Item = {"batch_id": {"S": due.batch_id}, "part": {"S": part}}
-        return change_if_due(self._client, self._table, key, due.due_at, change, values, WHAT)
+        return self._table.update_if_due(key, due.due_at, change, values)
 
     # Items -----------------------------------------------------------------------------------------------------
 
     def _get(self, batch_id: str, part: str) -> Item | None:
-        answer = aws.patiently(
-            WHAT,
-            self._client.get_item,
-            TableName=self._table,
-            Key={"batch_id": {"S": batch_id}, "part": {"S": part}},
-            ConsistentRead=True,
-        )
-        return answer.get("Item")
-
-    def _replace(self, item: Item, expected_version: int, decode: Any) -> None:
-        if not expected_version:
-            self._put(item, "attribute_not_exists(batch_id)", {}, decode)
-            return
-        values = {":expected": {"N": str(expected_version)}}
-        self._put(item, "version = :expected", {"ExpressionAttributeValues": values}, decode)
-
-    def _put(self, item: Item, condition: str, arguments: dict[str, Any], decode: Any) -> None:
-        current = put_if(self._client, self._table, item, condition, WHAT, arguments)
-        if current is not None:
-            raise Stale(decode(current) if current else None)
+        return self._table.get({"batch_id": {"S": batch_id}, "part": {"S": part}})
 
     def _batch_item(self, batch: Batch) -> Item:
         item: Item = {
@@ -289,6 +224,16 @@ def _range_number(part: str) -> int | None:
 
 def _created_key(batch: Batch) -> str:
     return f"{batch.created_at:015d}#{batch.batch_id}"
+
+
+def _due(item: Item) -> DueRange:
+    return DueRange(
+        batch_id=item["batch_id"]["S"],
+        number=_range_number(item["part"]["S"]),
+        tenant=item["due_tenant"]["S"],
+        due_at=int(item["due_at"]["N"]),
+        model=item["due_model"]["S"] if "due_model" in item else None,
+    )
 
 
 def _due_item(name: str, due_at: int, tenant: str, model: str | None) -> Item:

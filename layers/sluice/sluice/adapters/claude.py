@@ -1,6 +1,6 @@
-"""The Messages API through the official SDK, its own retries off: the queue owns every wait.
+"""The Messages API through the official SDK, without the SDK's retries: the queue is responsible for all waits.
 
-The request goes up as it was sent to us, and the answer is kept as it came (`claude_bodies`).
+The request is sent as received from the caller, and the answer is stored as received (`claude_bodies`).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from sluice.ports.world import Clock
 from sluice.worker.memory import BUDGET
 
 STREAM_FROM_TOKENS: Final = 8_192
-"""Longer outputs are streamed, so that no idle connection is cut on the way."""
+"""Outputs from this `max_tokens` are streamed, because idle connections may be closed by the network."""
 
 CALLS_PER_CLIENT: Final = 8
-"""A client looks at all its connections at every call; small pools keep that from growing with the square."""
+"""Maximum calls per client: each call checks all connections of its client, so small pools save CPU time."""
 
 IDLE_SECONDS: Final = 30.0
-"""How long an open connection waits for its next call. After httpx's own 5 s every tenth call would open one anew."""
+"""How long an idle connection is kept. With httpx's default of 5 s every tenth call would open a new one."""
 
 SILENCE_SECONDS: Final = 120.0
-"""A stream that says nothing for so long (it sends pings) is dead."""
+"""A stream without any event for this long, not even a ping, is dead."""
 
 _STATUS_OF_TYPE: Final = {
     "invalid_request_error": 400,
@@ -57,7 +57,7 @@ _STATUS_OF_TYPE: Final = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
-"""An error inside a stream comes after a 200; its type tells what it would have been."""
+"""The status of an error inside a stream, which follows a 200, by its type."""
 
 _HEADER_OF: Final[Mapping[Dimension, str]] = {
     "requests": "requests",
@@ -77,10 +77,10 @@ _NEVER_SENT: Final = (
 
 
 @dataclass(eq=False, slots=True)
-class _Line:
-    """One SDK client and how many calls it has under way."""
+class _Client:
+    """One SDK client, and its calls in flight."""
 
-    client: AsyncAnthropic
+    sdk: AsyncAnthropic
     calls: int = 0
 
 
@@ -89,20 +89,20 @@ class SdkClaude:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._lines: dict[str, list[_Line]] = {}
+        self._clients: dict[str, list[_Client]] = {}
         self._tls: ssl.SSLContext | None = None
 
     async def send(self, request: CallRequest) -> Answer | Refused:
-        """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
+        """Make one call, without retries. Errors of upstream and of the network are returned, not raised."""
         partial = _Partial(Growing())
-        line: _Line | None = None
+        client: _Client | None = None
         try:
-            line = self._line(request.key.base_url)
-            line.calls += 1
+            client = self._client(request.key.base_url)
+            client.calls += 1
             async with asyncio.timeout(request.window_ms / 1000):
                 if request.early or request.max_tokens >= STREAM_FROM_TOKENS:
-                    return await self._stream(line.client, request, partial)
-                return await self._ask(line.client, request, partial)
+                    return await self._stream(client.sdk, request, partial)
+                return await self._ask(client.sdk, request, partial)
         except anthropic.APIStatusError as error:
             return self._refused(error, partial)
         except (anthropic.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -130,12 +130,12 @@ class SdkClaude:
         finally:
             EXCHANGE.set(None)
             request.body.release()
-            if line is not None:
-                line.calls -= 1
+            if client is not None:
+                client.calls -= 1
 
     @staticmethod
     async def _counted(request: CallRequest, partial: _Partial) -> None:
-        """Wait for room for the Message so far; raises AnswerTooLarge."""
+        """Wait for memory for the Message so far; raises AnswerTooLarge."""
         if partial.message.size > BUDGET.most_answer:
             raise AnswerTooLarge
         await request.room(partial.message.size)
@@ -147,34 +147,34 @@ class SdkClaude:
         return _said(error.body, error.status_code, partial, headers.get("retry-after"))
 
     async def close(self) -> None:
-        """Close the connections. A worker never does: its environment just ends."""
-        for lines in self._lines.values():
-            for line in lines:
-                await line.client.close()
-        self._lines.clear()
+        """Close the connections; workers never do, because Lambda ends their environments."""
+        for clients in self._clients.values():
+            for client in clients:
+                await client.sdk.close()
+        self._clients.clear()
 
-    def _line(self, base_url: str) -> _Line:
-        """Return the first client with room: a few are kept busy, so that their connections stay open."""
-        lines = self._lines.setdefault(base_url, [])
-        for line in lines:
-            if line.calls < CALLS_PER_CLIENT:
-                return line
+    def _client(self, base_url: str) -> _Client:
+        """Return the first client with a free call, so that few clients are used and their connections stay open."""
+        clients = self._clients.setdefault(base_url, [])
+        for client in clients:
+            if client.calls < CALLS_PER_CLIENT:
+                return client
         self._tls = self._tls or httpx2.create_ssl_context()
-        client = AsyncAnthropic(
+        sdk = AsyncAnthropic(
             base_url=base_url,
-            # Every call carries its own key; this one is never sent.
+            # Every call has its own key; this one is never sent.
             api_key="set-per-call",
             max_retries=0,
             http_client=DefaultAsyncHttpxClient(
                 verify=self._tls,
                 limits=httpx2.Limits(keepalive_expiry=IDLE_SECONDS),
-                # Another host is not to see key and prompt, and a body that is sent is not held for a second one.
+                # Key and prompt must not go to another host, and the body is released once sent.
                 follow_redirects=False,
                 event_hooks={"request": [on_request], "response": [on_response]},
             ),
         )
-        lines.append(_Line(client))
-        return lines[-1]
+        clients.append(_Client(sdk))
+        return clients[-1]
 
     @staticmethod
     def _arguments(request: CallRequest, *, stream: bool) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class SdkClaude:
         seconds = request.window_ms / 1000
         read = min(SILENCE_SECONDS, seconds) if stream else seconds
         EXCHANGE.set(Exchange(request, stream=stream))
-        # The body is put in the place of the SDK's own on its way out.
+        # `on_request` replaces the body of the SDK with that of the request.
         return {
             "model": request.model,
             "max_tokens": request.max_tokens,
@@ -216,7 +216,7 @@ class SdkClaude:
     async def _stream(
         self, client: AsyncAnthropic, request: CallRequest, partial: _Partial
     ) -> Answer | Refused:
-        """Read the events ourselves: the SDK's own sum of them drops what it does not know."""
+        """Read the raw events, because the SDK's accumulated Message drops unknown fields."""
         call = client.messages.with_streaming_response.create(
             **self._arguments(request, stream=True), stream=True
         )
@@ -240,13 +240,13 @@ class SdkClaude:
                 request_id=partial.request_id, usage=partial.message.usage(), may_be_billed=True,
             )  # fmt: skip
             return Refused(failure, partial.headers)
-        # As ASCII: an emoji cut in two between events is whole again in JSON's escapes, and only there.
+        # As ASCII: a surrogate pair that was split between events is valid again only in JSON escapes.
         return _answer(message, json.dumps(message, separators=(",", ":")), partial)
 
 
 @dataclass(slots=True)
 class _Partial:
-    """What is known of a call that has not ended yet."""
+    """What is known of a call before it ends."""
 
     message: Growing
     headers: Headers = NO_HEADERS
@@ -266,7 +266,7 @@ def _answer(message: Any, text: str, partial: _Partial) -> Answer | Refused:
 
 def _not_a_message(partial: _Partial) -> Refused:
     failure = Failure(
-        "api_error", "upstream answered 200 with something that is not a Message",
+        "api_error", "upstream answered 200 with a body that is not a Message",
         status=502, request_id=partial.request_id, usage=partial.message.usage(),
         may_be_billed=True,
     )  # fmt: skip
@@ -274,7 +274,7 @@ def _not_a_message(partial: _Partial) -> Refused:
 
 
 def _said(document: object, status: int, partial: _Partial, waits: str | None = None) -> Refused:
-    """Read an error document; inside a stream it comes after a 200. `waits` is the text of `retry-after`."""
+    """Read an error document; inside a stream it follows a 200. `waits` is the text of `retry-after`."""
     body: Any = document if isinstance(document, dict) else {}
     inner: Any = body.get("error") if isinstance(body.get("error"), dict) else {}
     kind = str(inner.get("type") or "api_error")
@@ -299,7 +299,7 @@ def _connection_lost(error: Exception, partial: _Partial) -> Failure:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, httpx2.HTTPError | httpx2.InvalidURL):
         cause = cause.__cause__
-    # Where no connection was made, nothing was sent; in all other cases the call may have been served.
+    # Without a connection nothing was sent; otherwise the call may have been answered.
     never_sent = isinstance(cause, _NEVER_SENT)
     name = type(cause).__name__ if cause is not None else type(error).__name__
     return Failure(
@@ -312,9 +312,9 @@ def _connection_lost(error: Exception, partial: _Partial) -> Failure:
 
 
 def limit_headers(headers: Mapping[str, str], now: int) -> Headers:
-    """Return what a response's headers say of the organisation and its limits (Anthropic, response headers).
+    """Return the organization and the limits in a response's headers (Anthropic, response headers).
 
-    `now` in epoch milliseconds; times that lie in the past, or days ahead, are no times.
+    `now` is in epoch milliseconds; reset times in the past, or more than a day ahead, are ignored.
     """
     seen: dict[Dimension, Seen] = {}
     for dimension in DIMENSIONS:
@@ -345,7 +345,7 @@ def _full_in_ms(reset: str | None, now: int) -> int | None:
 
 
 def _retry_after_ms(text: str | None) -> int | None:
-    """Read `retry-after` (seconds); anything else a relay may send is as good as nothing."""
+    """Return `retry-after` (seconds) in milliseconds; anything else that a proxy may send is ignored."""
     try:
         seconds = float(text or "")
     except ValueError:

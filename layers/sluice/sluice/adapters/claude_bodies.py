@@ -1,8 +1,7 @@
-"""What goes over the wire to Claude and comes back, in pieces: a large body is held once, and only as long as needed.
+"""Bodies of requests and answers, in pieces: a large body is in memory once, and only as long as needed.
 
-The SDK would parse a request, write it anew and keep both until the answer is there; and it reads the whole of whatever
-an upstream sends. So it is given a small request, whose body is put in the place of its own on the way out, and an
-answer passes through here on the way in.
+The SDK would parse a request, encode it again and keep both until the answer arrives, and it would read answers of any
+size. Therefore it gets a small request, whose body is replaced when it is sent, and answers are read by this module.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from sluice.worker.memory import BUDGET
 PIECE_BYTES: Final = 64 * 1024
 
 MOST_ERROR_BYTES: Final = 64 * 1024
-"""Of an error's body; the rest is not read."""
+"""Maximum bytes of an error body; the rest is not read."""
 
 MOST_PARSED_BYTES: Final = 96 * 1024 * 1024
-"""An answer that would be larger than this once parsed is not. A list of empty lists takes twenty times its bytes."""
+"""Larger answers are not parsed. Parsed JSON takes up to twenty times its bytes, as for a list of empty lists."""
 
 NODE_BYTES: Final = 80
-"""What an element of a list, or a member of an object, takes beside its text."""
+"""Memory of an element of a list or a member of an object, besides its text."""
 
 _TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]:,]', re.DOTALL)
 
 
 class AnswerTooLarge(Exception):
-    """Upstream sends more than any answer can have."""
+    """The answer exceeds the maximum size."""
 
 
 # Requests ------------------------------------------------------------------------------------------------------
@@ -46,12 +45,12 @@ class AnswerTooLarge(Exception):
 class _Member:
     name: bytes
     begins: int
-    """Where its value begins and ends."""
+    """The offsets at which its value begins and ends."""
     ends: int
 
 
 def _members(body: bytes) -> Iterator[_Member]:
-    """Yield the members of an object as `json.dumps` writes it, without parsing what is inside."""
+    """Yield the members of an object in the format of `json.dumps`, without parsing their values."""
     depth, name, begins = 0, b"", 0
     for token in _TOKEN.finditer(body):
         kind = body[token.start()]
@@ -69,9 +68,9 @@ def _members(body: bytes) -> Iterator[_Member]:
 
 
 def addressed(body: bytes, model: str | None, *, stream: bool) -> Iterator[bytes | memoryview]:
-    """Yield a request in pieces as it goes up: to this model, streamed or not, and otherwise byte for byte.
+    """Yield a request in pieces with this model, streamed or not, and otherwise unchanged.
 
-    None as model: to the one it names.
+    None as model leaves the model unchanged.
     """
     wanted = {} if model is None else {b"model": json.dumps(model).encode()}
     if stream or b'"stream"' in body:
@@ -98,7 +97,7 @@ def addressed(body: bytes, model: str | None, *, stream: bool) -> Iterator[bytes
 
 
 class _Upload(httpx2.AsyncByteStream):
-    """A request's body on its way; let go with its last piece."""
+    """The body of a request being sent; released with its last piece."""
 
     def __init__(self, request: CallRequest, *, stream: bool) -> None:
         self._body = request.body
@@ -120,7 +119,7 @@ class _Upload(httpx2.AsyncByteStream):
 
 
 class _Download(httpx2.AsyncByteStream):
-    """Reads an answer's bytes as they arrive, unpacked, up to the limit."""
+    """The body of an answer as it arrives, decompressed, up to the limit."""
 
     def __init__(self, inner: httpx2.AsyncByteStream, packed: str, exchange: Exchange) -> None:
         self._inner = inner
@@ -149,13 +148,14 @@ class _Download(httpx2.AsyncByteStream):
             try:
                 yield unpacker.decompress(packed, PIECE_BYTES)
             except zlib.error as error:
-                message = "the answer is not what its content-encoding says"
-                raise httpx2.DecodingError(message) from error
+                raise httpx2.DecodingError(
+                    "the answer does not match its content-encoding"
+                ) from error
             packed = unpacker.unconsumed_tail
 
     @property
     def elapsed(self) -> timedelta | None:
-        """How long the exchange took, as the SDK asks for it."""
+        """The duration of the exchange, which the SDK reads."""
         return getattr(self._inner, "elapsed", None)
 
     async def aclose(self) -> None:
@@ -163,7 +163,7 @@ class _Download(httpx2.AsyncByteStream):
 
 
 class Exchange:
-    """One call's bodies."""
+    """The bodies of one call."""
 
     def __init__(self, request: CallRequest, *, stream: bool) -> None:
         self._request = request
@@ -173,24 +173,23 @@ class Exchange:
         self._tail = b""
 
     def send(self, request: httpx2.Request) -> None:
-        """Put the body into an HTTP request."""
+        """Set the body of an HTTP request."""
         upload = _Upload(self._request, stream=self._is_streamed)
         request.stream = upload
         request.headers["content-length"] = str(upload.length)
-        # What is not packed cannot be a bomb; an upstream that packs all the same is unpacked in pieces.
+        # Uncompressed answers cannot be decompression bombs; compressed ones are decompressed in pieces.
         request.headers["accept-encoding"] = "identity"
 
     def receive(self, response: httpx2.Response) -> None:
-        """Watch over an HTTP response."""
+        """Limit the body of an HTTP response."""
         self._is_error = response.is_error
         packed = response.headers.pop("content-encoding", "identity").strip().lower()
         response.stream = _Download(response.stream, packed, self)  # type: ignore[arg-type]
 
     async def allowed(self, piece: bytes) -> bytes:
-        """Return what may be read of a piece, when there is room for it; raises AnswerTooLarge.
+        """Wait for memory, and return the part of a piece that may be read; raises AnswerTooLarge.
 
-        Of a stream an event is held at a time, so it is counted anew from each blank line on; the Message that grows
-        from them is counted where it grows.
+        Of a stream only one event is in memory, so counting restarts at each blank line; `Growing` counts the Message.
         """
         if self._is_error:
             allowed = piece[: max(0, MOST_ERROR_BYTES - self._read)]
@@ -210,25 +209,25 @@ class Exchange:
 
 
 EXCHANGE: Final[ContextVar[Exchange | None]] = ContextVar("EXCHANGE", default=None)
-"""Of the call that the present task makes."""
+"""The exchange of the call that the current task makes."""
 
 
 async def on_request(request: httpx2.Request) -> None:
-    """Let the call's own body go up."""
+    """Replace the body of the SDK's request with that of the call."""
     exchange = EXCHANGE.get()
     if exchange is not None:
         exchange.send(request)
 
 
 async def on_response(response: httpx2.Response) -> None:
-    """Limits how much of a response is read."""
+    """Limit how much of a response is read."""
     exchange = EXCHANGE.get()
     if exchange is not None:
         exchange.receive(response)
 
 
 def parsed(text: str) -> object:
-    """Return what JSON says; raises ValueError, and AnswerTooLarge for what would take too much memory."""
+    """Parse JSON; raises ValueError, and AnswerTooLarge if the result would take too much memory."""
     nodes = sum(text.count(mark) for mark in ",[{")
     if 4 * len(text) + NODE_BYTES * nodes > MOST_PARSED_BYTES:
         raise AnswerTooLarge

@@ -1,7 +1,6 @@
-"""A Message that arrives as server-sent events, put together to what it would have been in one piece.
+"""Joining server-sent events into the Message that a call without streaming would return.
 
-It knows the shape of events and not their vocabulary: a kind of block, delta or field that is newer than this code
-ends up in the Message all the same.
+It depends on the structure of events, not on their names: unknown kinds of blocks, deltas and fields are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any, Final
 from sluice.domain.pricing import Usage
 
 CHARS_PER_TOKEN: Final = 3
-"""For the part of an output that broke off before its usage came."""
+"""For an output that broke off before its usage arrived."""
 
 _NOT_OF_THE_MESSAGE: Final = frozenset({"type", "delta", "usage"})
 
@@ -22,17 +21,17 @@ class Growing:
 
     def __init__(self) -> None:
         self.document: dict[str, Any] | None = None
-        """None until it has begun."""
+        """None until `message_start`."""
         self.size = 0
-        """About how many bytes it has as JSON."""
+        """The approximate size of the Message as JSON."""
         self._inputs: dict[int, str] = {}
         self._chars = 0
 
     def take(self, event: dict[str, Any], size: int) -> None:
-        """Add one event of so many bytes; raises LookupError, TypeError or AttributeError when it does not fit."""
+        """Add one event of `size` bytes; raises LookupError, TypeError or AttributeError if it is invalid."""
         match event.get("type"):
             case "content_block_delta":
-                # Most of a delta is its wrapping.
+                # Most of the bytes of a delta are not text.
                 texts = [value for value in event["delta"].values() if isinstance(value, str)]
                 is_text = len(texts) == len(event["delta"])
                 self.size += sum(map(len, texts)) if is_text else size
@@ -49,11 +48,11 @@ class Growing:
                 self._close(event["index"])
             case "message_delta":
                 self._end(event)
-            case _:  # message_stop, pings, and what may come in later versions
+            case _:  # message_stop, ping, and events of later versions
                 pass
 
     def usage(self) -> Usage | None:
-        """Return what was used so far, output tokens estimated from its length; None before it began."""
+        """Return the usage so far, with output tokens estimated from the length; None before `message_start`."""
         if self.document is None:
             return None
         used = self.document.get("usage")
@@ -66,8 +65,7 @@ class Growing:
     @property
     def _message(self) -> dict[str, Any]:
         if self.document is None:
-            message = "an event came before message_start"
-            raise LookupError(message)
+            raise LookupError("an event arrived before message_start")
         return self.document
 
     def _grow(self, index: int, delta: dict[str, Any]) -> None:
@@ -91,7 +89,7 @@ class Growing:
             try:
                 block_input = json.loads(text)
             except ValueError:
-                # A tool input cut off at max_tokens, kept the way Anthropic asks for it to be sent back.
+                # A tool input cut off at max_tokens, in the form in which Anthropic expects it in a later request.
                 block_input = {"INVALID_JSON": text}
             self._message["content"][index]["input"] = block_input
 
@@ -101,7 +99,7 @@ class Growing:
         for name, value in news.items():
             if value is not None or name not in message:
                 message[name] = value
-        # Counts are totals; what is left out or null has not changed.
+        # Counts are totals; missing or null counts have not changed.
         used = {
             name: count for name, count in (event.get("usage") or {}).items() if count is not None
         }

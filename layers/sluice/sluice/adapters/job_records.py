@@ -1,4 +1,4 @@
-"""A job as a DynamoDB item: a few attributes that DynamoDB itself looks at, and the rest as one JSON text."""
+"""A job as a DynamoDB item: a few attributes that DynamoDB itself uses, and the rest as one JSON text."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 DAY_SECONDS = 86_400
 WAITING_DAYS = 45
-"""Jobs that have not ended, and requests, are kept at least so long: far beyond the 14 days of a message."""
+"""Minimum retention of requests and of jobs that have not ended: far longer than the 14 days of a message."""
 
 DUE_SHARDS = 8
-"""Parts of the index `by_due` for each reason: one part takes 1,000 writes a second, and a backlog may park at once."""
+"""Parts of the index `by_due` per reason: a part accepts 1,000 writes a second, and a whole backlog may be parked."""
 
 _FLAT_TEXT = ("job_id", "tenant", "state", "model", "lane", "custom_id", "webhook")
 _FLAT_NUMBERS = (
@@ -48,17 +48,17 @@ _DEFAULTS: dict[str, object] = {
 
 
 def created_key(job: Job) -> str:
-    """Return the listing's sort key: by creation, then by id."""
+    """Return the sort key of listings: creation time, then id."""
     return f"{job.created_at:015d}#{job.job_id}"
 
 
 def due_part(job_id: str) -> int:
-    """Return the number of the part of the index `by_due` that the job stands in."""
+    """Return the number of the part of the index `by_due` that has the job."""
     return sha256(job_id.encode()).digest()[0] % DUE_SHARDS
 
 
 def due_shard(why: DueFor, part: int) -> str:
-    """Return the name of a part of the index `by_due`. Parked jobs have had parts without a word before the number."""
+    """Return the name of a part of the index `by_due`. For compatibility, those of parked jobs are only a number."""
     return str(part) if why is DueFor.CALL else f"{why}{part}"
 
 
@@ -78,9 +78,9 @@ def encode(job: Job, retention_days: int) -> Item:
         number = getattr(job, name)
         if number is not None:
             item[name] = {"N": str(number)}
-    next_look = due(job)
-    if next_look is not None:
-        why, at = next_look
+    next_check = due(job)
+    if next_check is not None:
+        why, at = next_check
         item["due_shard"] = {"S": due_shard(why, due_part(job.job_id))}
         item["due_at"] = {"N": str(at)}
         item["due_model"] = {"S": job.current_model}
@@ -95,28 +95,28 @@ def encode(job: Job, retention_days: int) -> Item:
 
 
 def as_text(job: Job) -> str:
-    """Return a job that has no result yet as one line of text."""
+    """Return a job without a result as one line of text."""
     return json.dumps(encode(job, 0), separators=(",", ":"))
 
 
 def of_text(text: str) -> Job:
-    """Read what `as_text` wrote."""
+    """Return the job of a text from `as_text`."""
     return decode(json.loads(text))
 
 
 def waiting_days(retention_days: int) -> int:
-    """Return for how many days what a job needs in order to run is kept."""
+    """Return the retention in days of what a job needs to run."""
     return max(retention_days, WAITING_DAYS)
 
 
 def made(kind: type[T], record: dict[str, Any]) -> T:
-    """Return the dataclass of a record without the fields it does not know: a newer release may have written it."""
+    """Return the dataclass of a record; unknown fields, which a newer release may have written, are ignored."""
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in record.items() if name in known})
 
 
 def decode(item: Item) -> Job:
-    """Return the job of an item, or of its projection in the listing index (then without the record's part)."""
+    """Return the job of an item, or of its projection in the listing index, which has no record."""
     record = json.loads(item["record"]["S"]) if "record" in item else {}
     flat: dict[str, Any] = {name: item[name]["S"] for name in _FLAT_TEXT if name in item}
     flat |= {name: int(item[name]["N"]) for name in _FLAT_NUMBERS if name in item}
@@ -158,27 +158,27 @@ def decode(item: Item) -> Job:
 
 
 def of_image(image: Item) -> Job:
-    """Return the job of an item as the table's stream shows it: without its result, whose bytes are text there."""
+    """Return the job of an item in the table's stream, without its result, whose bytes are text there."""
     return decode({name: value for name, value in image.items() if name != "result"})
 
 
 def _expires_at(job: Job, retention_days: int) -> int:
-    """An ended job is kept from its end. One that has not ended must outlive its wait: its last known moment counts."""
+    """Return the expiry: after the end of an ended job, else after the latest known time of its wait."""
     if job.state.is_final:
         return (job.finished_at or job.created_at) // 1000 + retention_days * DAY_SECONDS
-    moments = (
+    times = (
         job.created_at,
         job.not_before,
         job.deadline,
         job.lease.until if job.lease else None,
         job.last_snooze.at if job.last_snooze else None,
     )
-    latest = max(moment for moment in moments if moment is not None)
+    latest = max(time for time in times if time is not None)
     return latest // 1000 + waiting_days(retention_days) * DAY_SECONDS
 
 
 def _record(job: Job) -> str:
-    """Everything else as JSON, defaults left out: most jobs have few of these, and DynamoDB bills by the kilobyte."""
+    """Return the other fields as JSON, without defaults, because DynamoDB bills by the kilobyte."""
     rest: dict[str, object] = {}
     for name, default in _DEFAULTS.items():
         value = getattr(job, name)

@@ -1,4 +1,4 @@
-"""Lambda: mappings from a queue to its workers, and how many executions the account allows."""
+"""Lambda: the event source mappings of the queues, and the account limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OFF: Final = frozenset({"Disabled", "Disabling"})
 BUSY: Final = frozenset({"ResourceInUseException", "ResourceConflictException"})
 
 LIMIT_AGE_MS: Final = 300_000
-"""The account's limit is read again after this time: AWS raises it on request."""
+"""The account limit is read again after this time, because AWS raises it on request."""
 
 
 class LambdaQueueMapping:
@@ -41,7 +41,7 @@ class LambdaQueueMapping:
         self._busy = busy
 
     def state(self) -> Consumer:
-        """Return it as it stands."""
+        """Return the current configuration."""
         found = aws.patiently(self._what, self._client.get_event_source_mapping, UUID=self._uuid)
         state = found["State"]
         return Consumer(
@@ -53,7 +53,7 @@ class LambdaQueueMapping:
         )
 
     def set(self, maximum_concurrency: int, *, enabled: bool) -> bool:
-        """Change it; False when Lambda still carries out an earlier change."""
+        """Change the configuration; False if Lambda still applies an earlier change."""
         try:
             aws.patiently(
                 self._what,
@@ -70,7 +70,7 @@ class LambdaQueueMapping:
 
 
 class LambdaExecutions:
-    """How many executions the account's functions may run at once, at most `at_most`. Read every five minutes."""
+    """The concurrent executions of the account, but at most `at_most`; read every five minutes."""
 
     def __init__(self, client: LambdaClient, clock: Clock, at_most: int | None) -> None:
         self._client = client
@@ -79,16 +79,16 @@ class LambdaExecutions:
         self._known: tuple[int, int] | None = None
 
     def at_once(self) -> int:
-        """Return it. While it cannot be read, it is what was read last, or else `at_most`."""
+        """Return the number; if it cannot be read, the last one read, or else `at_most`."""
         now = self._clock.now()
         if self._known is None or now - self._known[0] >= LIMIT_AGE_MS:
             try:
-                answer = aws.patiently("the account's limit", self._client.get_account_settings)
+                answer = aws.patiently("the account limit", self._client.get_account_settings)
             except (ClientError, StoreBusy):
                 if self._known is None and self._at_most is None:
                     raise
             else:
-                # Executions that are reserved for other functions are not ours.
+                # Without executions that are reserved for single functions.
                 self._known = now, answer["AccountLimit"]["UnreservedConcurrentExecutions"]
         numbers = [self._at_most, self._known[1] if self._known else None]
         return min(number for number in numbers if number is not None)

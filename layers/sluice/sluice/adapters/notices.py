@@ -1,4 +1,4 @@
-"""What has ended, told: as events on the account's default bus, and as webhooks to be delivered."""
+"""Publishing notifications of completion: events on the default bus, and messages of the webhooks queue."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BUS: Final = "the event bus"
 QUEUE: Final = "the webhooks queue"
 
 AT_ONCE: Final = 10
-"""Events, or messages, in one call."""
+"""Maximum events or messages per call."""
 
 MOST_BYTES: Final = 200_000
-"""The same together: EventBridge takes 256 KB, its own words about each event among them."""
+"""Maximum bytes per call: EventBridge accepts 256 KB, including its own fields of each event."""
 
 
-_NEVER_TAKEN: Final = frozenset({"InvalidArgument", "MalformedDetail"})
-"""EventBridge's errors about an event itself (AWS, PutEvents)."""
+_NEVER_ACCEPTED: Final = frozenset({"InvalidArgument", "MalformedDetail"})
+"""EventBridge's errors about a single event (AWS, PutEvents)."""
 
 
 class BusNotices:
@@ -44,9 +44,9 @@ class BusNotices:
         self._events = events
 
     def publish(self, notices: Sequence[Notice]) -> None:
-        """Put an event for each, and a message for each webhook; raises StoreBusy.
+        """Publish an event for each, and a message for each webhook; raises StoreBusy.
 
-        One that AWS will never take is logged and passed over: it must not hold up what ended after it.
+        An event that AWS will never accept is logged and skipped, so that it does not block those after it.
         """
         entries = [
             {"Source": SOURCE, "DetailType": each.kind, "Detail": _json(each.facts)}
@@ -55,16 +55,16 @@ class BusNotices:
         for some in _that_fit(entries, "Detail"):
             answer = aws.patiently(BUS, self._bus.put_events, Entries=some)
             codes = [each["ErrorCode"] for each in answer["Entries"] if each.get("ErrorCode")]
-            hopeless = [code for code in codes if code in _NEVER_TAKEN]
-            self._pass_over(BUS, hopeless)
-            if answer["FailedEntryCount"] > len(hopeless):
+            rejected = [code for code in codes if code in _NEVER_ACCEPTED]
+            self._skip(BUS, rejected)
+            if answer["FailedEntryCount"] > len(rejected):
                 raise StoreBusy(BUS)
         wanted = [each for each in notices if each.webhook is not None]
         messages = [
             {
                 "Id": str(position),
                 "MessageBody": _json(_message(notice)),
-                # A fair queue: a tenant whose server is down does not delay the others' webhooks.
+                # Fair queue: a tenant whose receiver is down does not delay the webhooks of others.
                 "MessageGroupId": message_group(notice.tenant),
             }
             for position, notice in enumerate(wanted)
@@ -74,17 +74,17 @@ class BusNotices:
                 QUEUE, self._sqs.send_message_batch, QueueUrl=self._webhooks_url, Entries=some
             )
             failed = sent.get("Failed", ())
-            self._pass_over(QUEUE, [each["Code"] for each in failed if each["SenderFault"]])
+            self._skip(QUEUE, [each["Code"] for each in failed if each["SenderFault"]])
             if not all(each["SenderFault"] for each in failed):
                 raise StoreBusy(QUEUE)
 
-    def _pass_over(self, what: str, codes: Sequence[str]) -> None:
+    def _skip(self, what: str, codes: Sequence[str]) -> None:
         for code in codes:
-            self._events.problem("end not told", what=what, code=code)
+            self._events.problem("end not published", what=what, code=code)
 
 
 def _that_fit(entries: Sequence[dict[str, str]], part: str) -> Iterator[Any]:
-    """Yield the entries in calls that AWS takes: ten, and not too large together."""
+    """Yield the entries in groups that AWS accepts in one call: at most ten, and not too large."""
     some: list[dict[str, str]] = []
     size = 0
     for entry in entries:
@@ -99,7 +99,7 @@ def _that_fit(entries: Sequence[dict[str, str]], part: str) -> Iterator[Any]:
 
 
 def _json(document: Mapping[str, object]) -> str:
-    # In ASCII: a message may not hold every character that a caller's metadata may (SQS, SendMessage).
+    # In ASCII, because SQS does not accept every character that metadata may have (SendMessage).
     return json.dumps(document, separators=(",", ":"))
 
 

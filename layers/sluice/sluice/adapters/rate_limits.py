@@ -1,4 +1,4 @@
-"""Anthropic's Rate Limits API, for organisations whose admin key the pool has."""
+"""Anthropic's Rate Limits API, for organizations whose admin key is in the pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAME_OF: Final[Mapping[str, str]] = {
     "output_tokens_per_minute": "output_tokens",
     "tokens_per_day": TOKENS_PER_DAY,
 }
-"""The limiter types we keep to. An organisation has one of the two input types (Anthropic, Rate Limits API)."""
+"""The limiter types in use. An organization has one of the two input types (Anthropic, Rate Limits API)."""
 
 
 class HttpRateLimits:
@@ -32,7 +32,7 @@ class HttpRateLimits:
     def load(self, key: AdminKey) -> Sequence[KnownLimits]:
         """Return the limits of each group of models.
 
-        Raises StoreBusy when it may work later, KeyPoolBroken when the key is not accepted.
+        Raises StoreBusy if a retry may succeed, KeyPoolBroken if the key is rejected.
         """
         found: list[KnownLimits] = []
         query = {"group_type": "model_group"}
@@ -55,15 +55,16 @@ def _page(client: httpx2.Client, key: AdminKey, query: Mapping[str, str]) -> Map
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         raise StoreBusy(what) from error
     if answer.status_code in {400, 401, 403, 404}:
-        message = f"{what} answered {answer.status_code} to the admin key of {key.organization}"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(
+            f"{what} answered {answer.status_code} to the admin key of {key.organization}"
+        )
     if not answer.is_success or not isinstance(document.get("data"), list):
         raise StoreBusy(what)
     return dict(document)
 
 
 def _is_of_models(entry: Any) -> bool:
-    """Tell a group of models from batches, files and the like; older versions name the type apart."""
+    """Return whether a group is one of models, not of batches, files or the like; older versions nest the type."""
     kind = entry.get("group_type") or (entry.get("group") or {}).get("type")
     return kind == "model_group" and bool(entry.get("models"))
 

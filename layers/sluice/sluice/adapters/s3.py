@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 WHAT: Final = "the data bucket"
 
 LEAST_PART_BYTES: Final = 5 * 1024 * 1024
-"""S3 takes no smaller part of an object but the last."""
+"""S3's minimum for all parts of an upload but the last."""
 
 PIECE_BYTES: Final = 8 * 1024 * 1024
-"""What is read or written of a large object at once."""
+"""Bytes of a large object read or written per call."""
 
 PARTS_AT_ONCE: Final = 8
 
 INLINE_BYTES: Final = 8_000
-"""Compressed answers up to this size travel in the job record: one S3 PUT costs as much as 8 kilobytes of writes."""
+"""Compressed answers up to this size are stored in the job record: an S3 PUT costs as much as 8 KB of writes."""
 
 
 class Objects:
@@ -53,9 +53,9 @@ class Objects:
         return answer["ETag"].strip('"')
 
     def get(self, key: str) -> bytes | None:
-        """Return an object, None when there is none (any more).
+        """Return an object; None if it does not exist.
 
-        S3 says 404 only to those who may list the bucket, which the template grants; a 403 is a broken policy.
+        S3 returns 404 only with permission to list the bucket, which the template grants; a 403 is a broken policy.
         """
         try:
             answer = aws.patiently(WHAT, self._client.get_object, Bucket=self._bucket, Key=key)
@@ -66,7 +66,7 @@ class Objects:
         return answer["Body"].read()
 
     def head(self, key: str) -> Stored | None:
-        """Return what is known of an object, None when there is none."""
+        """Return the metadata of an object; None if it does not exist."""
         try:
             answer = aws.patiently(WHAT, self._client.head_object, Bucket=self._bucket, Key=key)
         except ClientError as error:
@@ -82,13 +82,13 @@ class Objects:
         )
 
     def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
-        """Return a piece of an object; raises InputMissing when it is not there, or not the one with this ETag."""
+        """Return a piece of an object; raises InputMissing if it does not exist or has another ETag."""
         if size <= 0:
             return b""
         match: Any = {} if etag is None else {"IfMatch": f'"{etag}"'}
 
         def fetched() -> bytes:
-            # Reading the body belongs to the call: a connection may break on the way.
+            # The body is read inside the retried call, because the connection may break.
             answer = self._client.get_object(
                 Bucket=self._bucket, Key=key, Range=f"bytes={first}-{first + size - 1}", **match
             )
@@ -104,7 +104,7 @@ class Objects:
             raise
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Yield the object piece by piece; raises InputMissing."""
+        """Yield an object piece by piece; raises InputMissing."""
         first = 0
         while piece := self.read(key, first, PIECE_BYTES):
             yield piece
@@ -113,7 +113,7 @@ class Objects:
                 return
 
     def listing(self, prefix: str) -> Iterator[Stored]:
-        """Yield the objects whose keys begin so, in the order of their keys."""
+        """Yield the objects whose keys have this prefix, in order of keys."""
         more: Any = {}
         while True:
             answer = aws.patiently(
@@ -127,17 +127,17 @@ class Objects:
             more = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def writer(self, key: str) -> ObjectWriter:
-        """Begin an object."""
+        """Return a writer of a new object."""
         return ObjectWriter(self._client, self._bucket, key)
 
     def link(self, key: str, seconds: int) -> str:
-        """Return an address from which anybody may read the object for so long."""
+        """Return a presigned URL to read the object, valid for this many seconds."""
         return self._client.generate_presigned_url(
             "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=seconds
         )
 
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
-        """Make one object of several, in order; return its size. Large ones are copied by S3, side by side."""
+        """Join objects in order into one; return its size. S3 copies large ones, several at once."""
         total = sum(sizes.values())
         if total < LEAST_PART_BYTES:
             self.put(key, b"".join(self.read(sources[n], 0, size) for n, size in sizes.items()))
@@ -185,7 +185,7 @@ class Objects:
 
 
 class Links:
-    """Uploads by signed links."""
+    """Multipart uploads by presigned URLs."""
 
     def __init__(self, client: S3Client, bucket: str, seconds: int) -> None:
         self._client = client
@@ -193,14 +193,14 @@ class Links:
         self._seconds = seconds
 
     def begin(self, key: str) -> str:
-        """Begin an upload; return its id."""
+        """Start an upload; return its id."""
         answer = aws.patiently(
             WHAT, self._client.create_multipart_upload, Bucket=self._bucket, Key=key
         )
         return answer["UploadId"]
 
     def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        """Return where each part is to be PUT, by number."""
+        """Return the presigned PUT URL of each part, by number."""
         where = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
         return {
             part: self._client.generate_presigned_url(
@@ -210,7 +210,7 @@ class Links:
         }
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
-        """Put the parts together; raises InvalidRequest when they do not make an object."""
+        """Complete an upload; raises InvalidRequest if its parts are not valid."""
         done: Any = [{"PartNumber": part, "ETag": etags[part]} for part in sorted(etags)]
         try:
             aws.patiently(
@@ -222,8 +222,8 @@ class Links:
                 MultipartUpload={"Parts": done},
             )
         except ClientError as error:
-            if aws.code(error) == "NoSuchUpload" and self._is_there(key):
-                # Completed already, by a request whose answer was lost.
+            if aws.code(error) == "NoSuchUpload" and self._exists(key):
+                # Already completed, by a request whose response was lost.
                 return
             if aws.code(error) in {
                 "NoSuchUpload",
@@ -232,12 +232,11 @@ class Links:
                 "EntityTooSmall",
             }:
                 said = error.response["Error"].get("Message", aws.code(error))
-                message = f"parts: S3 says {aws.code(error)}: {said}"
-                raise InvalidRequest(message) from error
+                raise InvalidRequest(f"parts: S3 returned {aws.code(error)}: {said}") from error
             raise
 
     def abort(self, key: str, upload_id: str) -> None:
-        """Forget the parts; nothing happens when there is no such upload."""
+        """Discard the parts; does nothing if the upload does not exist."""
         try:
             aws.patiently(
                 WHAT,
@@ -250,12 +249,12 @@ class Links:
             if aws.code(error) != "NoSuchUpload":
                 raise
 
-    def _is_there(self, key: str) -> bool:
+    def _exists(self, key: str) -> bool:
         return Objects(self._client, self._bucket).head(key) is not None
 
 
 class ObjectWriter:
-    """An object being written in parts; a small one in a single call, at its end."""
+    """Writes an object in parts; a small one in a single call at the end."""
 
     def __init__(self, client: S3Client, bucket: str, key: str) -> None:
         self._client = client
@@ -266,7 +265,7 @@ class ObjectWriter:
         self._is_open = True
 
     def write(self, data: bytes) -> None:
-        """Write on."""
+        """Append data."""
         self._size += len(data)
         self._buffer += data
         while len(self._buffer) >= PIECE_BYTES:
@@ -293,15 +292,15 @@ class ObjectWriter:
         return self._size
 
     def abort(self) -> None:
-        """Leave nothing behind; nothing happens after `close`."""
+        """Discard the parts; does nothing after `close`."""
         if self._is_open and self._parts:
             aws.patiently(WHAT, self._client.abort_multipart_upload, **self._where)
         self._is_open = False
 
     def _send(self, body: bytes) -> None:
         if not self._parts:
-            begun = aws.patiently(WHAT, self._client.create_multipart_upload, **self._where)
-            self._where["UploadId"] = begun["UploadId"]
+            started = aws.patiently(WHAT, self._client.create_multipart_upload, **self._where)
+            self._where["UploadId"] = started["UploadId"]
         number = len(self._parts) + 1
         sent = aws.patiently(
             WHAT, self._client.upload_part, **self._where, PartNumber=number, Body=body
@@ -316,7 +315,7 @@ class Results:
         self._objects = objects
 
     def put(self, name: str, message: str) -> Result:
-        """Store a Message durably, unless it is small enough to travel in the job record."""
+        """Store a Message durably, unless it is small enough for the job record."""
         body = gzip.compress(message.encode(), compresslevel=6, mtime=0)
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
@@ -325,7 +324,7 @@ class Results:
         return Result(object_key=key)
 
     def get(self, result: Result) -> str:
-        """Return the Message; raises JobNotFound when its object has outlived its retention."""
+        """Return the Message; raises JobNotFound if its object has expired."""
         if result.inline is not None:
             return gzip.decompress(result.inline).decode()
         key = result.object_key or ""
@@ -336,7 +335,7 @@ class Results:
 
 
 class DeadLetterObjects:
-    """The raw bodies of dead letters."""
+    """The stored dead letters, one object each."""
 
     PREFIX: Final = "dead-letters/"
     PARALLEL_READS: Final = 16
@@ -345,7 +344,7 @@ class DeadLetterObjects:
         self._objects = objects
 
     def keep(self, message: Received, reason: str) -> None:
-        """Store the body with its reason."""
+        """Store a message with its reason."""
         document = {
             "message_id": message.message_id,
             "job_id": message.job_id,
@@ -357,13 +356,13 @@ class DeadLetterObjects:
         self._objects.put(self._key(message.message_id), json.dumps(document).encode())
 
     def letters(self) -> Iterator[KeptLetter]:
-        """Return all that are kept: a list call per thousand, and a read of each."""
+        """Return all letters: one list call per thousand, and one read each."""
         with ThreadPoolExecutor(self.PARALLEL_READS) as threads:
             read = threads.map(self._read, self._objects.listing(self.PREFIX))
             yield from (letter for letter in read if letter is not None)
 
     def letter(self, message_id: str) -> KeptLetter | None:
-        """Return one of them."""
+        """Return one letter."""
         key = self._key(message_id)
         kept = self._objects.head(key)
         return None if kept is None else self._read(kept)

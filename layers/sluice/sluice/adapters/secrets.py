@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 POOL_AGE_MS: Final = 300_000
 RELOAD_AT_MOST_EVERY_MS: Final = 10_000
-"""A storm of rejected keys reads the secret once, not once per job."""
+"""Many rejected keys at once cause one read of the secret, not one per job."""
 
 
 class SecretText:
-    """The text of one secret, read again when it is old."""
+    """The text of one secret, cached for `age_ms`."""
 
     def __init__(
         self, client: SecretsManagerClient, name: str, clock: Clock, age_ms: int = POOL_AGE_MS
@@ -42,7 +42,7 @@ class SecretText:
         self._read_at = 0
 
     def __call__(self) -> str:
-        """Return the secret's text; raises StoreBusy, or KeyPoolBroken when it cannot be read at all."""
+        """Return the text; raises StoreBusy, or KeyPoolBroken if the secret cannot be read."""
         now = self._clock.now()
         if self._text is None or now - self._read_at >= self._age_ms:
             try:
@@ -50,23 +50,23 @@ class SecretText:
                     "Secrets Manager", self._client.get_secret_value, SecretId=self._name
                 )
             except ClientError as error:
-                message = f"the secret {self._name} cannot be read: {aws.code(error)}"
-                raise KeyPoolBroken(message) from None
+                raise KeyPoolBroken(
+                    f"the secret {self._name} cannot be read: {aws.code(error)}"
+                ) from None
             if "SecretString" not in answer:
-                message = f"the secret {self._name} holds bytes, not text"
-                raise KeyPoolBroken(message)
+                raise KeyPoolBroken(f"the secret {self._name} is binary; store it as text")
             self._text = answer["SecretString"]
             self._read_at = now
         return self._text
 
     def forget(self) -> None:
-        """Read the secret anew at the next call, unless it has been read a moment ago."""
+        """Make the next call read the secret again, unless it was read just now."""
         if self._clock.now() - self._read_at >= RELOAD_AT_MOST_EVERY_MS:
             self._text = None
 
 
 class WebhookSecrets:
-    """What the secrets of webhooks are made of: the text of one secret, and the one before it."""
+    """The webhook secret of the deployment: its current and its previous version."""
 
     STAGES: Final = ("AWSCURRENT", "AWSPREVIOUS")
 
@@ -77,9 +77,9 @@ class WebhookSecrets:
         self._known: tuple[int, tuple[str, ...]] | None = None
 
     def __call__(self) -> Sequence[str]:
-        """Return both, the present one first, at most five minutes old, or older while they cannot be read.
+        """Return both versions, current first, at most five minutes old, or older if they cannot be read.
 
-        Raises StoreBusy when they were never read.
+        Raises StoreBusy if they were never read.
         """
         now = self._clock.now()
         if self._known is None or now - self._known[0] >= POOL_AGE_MS:
@@ -102,14 +102,14 @@ class WebhookSecrets:
             )
         except ClientError as error:
             if stage != self.STAGES[0] and aws.code(error) == "ResourceNotFoundException":
-                # It was never changed.
+                # The secret was never changed.
                 return None
             raise
         return str(answer["SecretString"])
 
 
 class SecretHistory:
-    """When the secret of the key pool was written; its text is not read. Looked up every five minutes."""
+    """When the key-pool secret was written, without its text; read every five minutes."""
 
     def __init__(self, client: SecretsManagerClient, name: str, clock: Clock) -> None:
         self._client = client
@@ -129,7 +129,7 @@ class SecretHistory:
 
 
 class SecretKeyPool:
-    """The upstream keys, and what else stands in their secret."""
+    """The content of the key-pool secret."""
 
     def __init__(self, secret: SecretText) -> None:
         self._secret = secret
@@ -144,11 +144,11 @@ class SecretKeyPool:
         return self._pool().admin_keys
 
     def model_groups(self) -> Mapping[str, str]:
-        """Return the pool's word on which model belongs to which limit group; raises as `keys`."""
+        """Return the model groups that the pool states, by model; raises as `keys`."""
         return self._pool().model_groups
 
     def reload(self) -> None:
-        """Read the secret anew, because a key was rejected."""
+        """Make the next call read the secret again, because a key was rejected."""
         self._secret.forget()
 
     def _pool(self) -> _Pool:
@@ -157,8 +157,7 @@ class SecretKeyPool:
             try:
                 document = json.loads(text)
             except ValueError:
-                message = "the key-pool secret is not JSON"
-                raise KeyPoolBroken(message) from None
+                raise KeyPoolBroken("the key-pool secret is not JSON") from None
             pool = _Pool(
                 parse_key_pool(document), parse_admin_keys(document), parse_model_groups(document)
             )

@@ -1,11 +1,11 @@
-"""The jobs queue. Messages are small pointers; a worker changes their visibility and never re-sends them."""
+"""The queues. Messages are small pointers; workers change their visibility timeouts and never send them again."""
 
 from __future__ import annotations
 
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
+from sluice.adapters.tables import chunks
 from sluice.domain.batches import Batch
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
@@ -30,34 +31,44 @@ AT_ONCE: Final = 10
 """SQS's limit for batch calls."""
 
 LOOK_SECONDS: Final = 1
-"""Without a wait SQS asks only some of its servers, and what it does not find may be there all the same."""
+"""Long polling: without a wait SQS queries only some of its servers, and may miss messages."""
 
 SENDS_AT_ONCE: Final = 32
-"""Calls in flight while a large batch is planned."""
+"""Concurrent calls while a large batch is planned."""
 
 HIDE_SECONDS: Final = 90
-"""A batch's message whose worker died is visible again after this time."""
+"""Visibility timeout while a message of a batch is processed; renewed until it is done."""
 
 FIRST_RETRY_SECONDS: Final = 15
 LONGEST_RETRY_SECONDS: Final = 900
-"""What failed is done again after 30, 60, 120 ... 900 s."""
+"""A failed message is retried after 30, 60, 120 ... 900 s."""
 
 LONGEST_VISIBILITY_SECONDS: Final = 43_200
+"""SQS's limit."""
 
 MOST_MESSAGE_BYTES: Final = 1_048_576
-"""SQS's limit for a message, its attributes (name, type and value) included."""
+"""SQS's limit for a message, including its attributes (name, type and value)."""
 
 ENTRY_ATTEMPTS: Final = 3
-"""How often a message is put back that SQS could not change while it changed others of the same call."""
+"""Tries for a message that SQS could not change although it changed others of the same call."""
 
 
 def message_group(name: str) -> str:
-    """Return the MessageGroupId of a name, which may be anything: SQS takes 128 letters, digits and punctuation."""
+    """Return the MessageGroupId of any name; SQS accepts 128 letters, digits and punctuation characters."""
     return name if _GROUP_ID.fullmatch(name) else sha256(name.encode()).hexdigest()
 
 
+def _unsent(entries: Any, send: Callable[..., Any]) -> list[str]:
+    """Send at most ten messages in one call; return the entry ids of those that were not accepted."""
+    try:
+        answer = send(Entries=entries)
+    except StoreBusy:
+        return [entry["Id"] for entry in entries]
+    return [each["Id"] for each in answer.get("Failed", ())]
+
+
 class SqsQueue:
-    """The sending side."""
+    """Sends messages to the jobs queue."""
 
     def __init__(self, client: SQSClient, url: str, model_groups: Mapping[str, str]) -> None:
         self._client = client
@@ -65,11 +76,10 @@ class SqsQueue:
         self._model_groups = model_groups
 
     def send(self, jobs: Sequence[Pointer]) -> list[str]:
-        """Send a message for each job; return the ids of those that were not taken."""
+        """Send a message for each job; return the ids of those that were not accepted."""
         unsent: list[str] = []
-        for start in range(0, len(jobs), AT_ONCE):
-            some = jobs[start : start + AT_ONCE]
-            entries: Any = [
+        for some in chunks(jobs, AT_ONCE):
+            entries = [
                 {
                     "Id": str(position),
                     "MessageBody": json.dumps({"v": SCHEMA_VERSION, "job_id": job.job_id}),
@@ -77,35 +87,30 @@ class SqsQueue:
                 }
                 for position, job in enumerate(some)
             ]
-            try:
-                answer = aws.patiently(
-                    "the jobs queue",
-                    self._client.send_message_batch,
-                    QueueUrl=self._url,
-                    Entries=entries,
-                )
-            except StoreBusy:
-                unsent.extend(job.job_id for job in some)
-                continue
-            unsent.extend(some[int(each["Id"])].job_id for each in answer.get("Failed", ()))
+            unsent += [some[int(position)].job_id for position in _unsent(entries, self._send)]
         return unsent
 
+    def _send(self, **entries: Any) -> Any:
+        return aws.patiently(
+            "the jobs queue", self._client.send_message_batch, QueueUrl=self._url, **entries
+        )
+
     def _fair_group(self, job: Pointer) -> str:
-        """A fair queue: neither a tenant's backlog nor that of a blocked limit group delays the others."""
+        """Fair queue: the backlog of one tenant or of a blocked limit group does not delay the others."""
         name = f"{job.tenant}/{model_group(job.model, self._model_groups)}"
         return message_group(name)
 
     def depth(self) -> int:
-        """Return about how many messages wait or are at work."""
+        """Return the approximate number of messages, visible or in flight."""
         return self.backlog().total
 
     def backlog(self) -> Backlog:
-        """Return the same, told apart."""
+        """Return the approximate numbers of visible, delayed and in-flight messages."""
         return depth_of(self._client, self._url, "the jobs queue")
 
 
 def depth_of(client: SQSClient, url: str, what: str) -> Backlog:
-    """Return about how many messages a queue holds; `what` names it in errors."""
+    """Return the approximate number of messages in a queue; `what` names it in errors."""
     answer = aws.patiently(
         what,
         client.get_queue_attributes,
@@ -125,45 +130,41 @@ def depth_of(client: SQSClient, url: str, what: str) -> Backlog:
 
 
 class SqsRangesQueue:
-    """The sending side of the ranges queue."""
+    """Sends messages to the ranges queue."""
 
     def __init__(self, client: SQSClient, url: str) -> None:
         self._client = client
         self._url = url
 
     def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
-        """Send a pointer for each range, ten at a time and many calls at once; return the numbers not taken."""
-        some = [numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)]
+        """Send a pointer to each range, by concurrent calls; return the numbers that were not accepted."""
         with ThreadPoolExecutor(SENDS_AT_ONCE) as threads:
-            unsent = threads.map(lambda each: self._send_ten(batch, each), some)
-            return [number for each in unsent for number in each]
+            some = chunks(numbers, AT_ONCE)
+            unsent = threads.map(lambda each: self._unsent(batch, each), some)
+            return [int(number) for each in unsent for number in each]
 
-    def _send_ten(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
-        entries: Any = [
+    def _unsent(self, batch: Batch, numbers: Sequence[int]) -> list[str]:
+        entries = [
             {
                 "Id": str(number),
                 "MessageBody": json.dumps(
                     {"v": SCHEMA_VERSION, "batch_id": batch.batch_id, "range": number}
                 ),
-                # A fair queue: one tenant's large batch does not delay the others' small ones.
+                # Fair queue: one tenant's large batch does not delay the small ones of others.
                 "MessageGroupId": batch.tenant,
             }
             for number in numbers
         ]
-        try:
-            answer = aws.patiently(
-                "the ranges queue",
-                self._client.send_message_batch,
-                QueueUrl=self._url,
-                Entries=entries,
-            )
-        except StoreBusy:
-            return list(numbers)
-        return [int(each["Id"]) for each in answer.get("Failed", ())]
+        return _unsent(entries, self._send)
+
+    def _send(self, **entries: Any) -> Any:
+        return aws.patiently(
+            "the ranges queue", self._client.send_message_batch, QueueUrl=self._url, **entries
+        )
 
 
 class SqsBatchesQueue:
-    """The sending side of the batches queue; not for the function that this queue invokes."""
+    """Sends messages to the batches queue; not for the function that this queue invokes."""
 
     def __init__(self, client: SQSClient, url: str) -> None:
         self._client = client
@@ -174,7 +175,7 @@ class SqsBatchesQueue:
         self._send({"v": SCHEMA_VERSION, "batch_id": batch_id})
 
     def send_join(self, batch_id: str, section: int) -> None:
-        """Have a section's results joined; raises StoreBusy."""
+        """Have the results of a section joined; raises StoreBusy."""
         self._send({"v": SCHEMA_VERSION, "batch_id": batch_id, "join": section})
 
     def _send(self, body: object) -> None:
@@ -187,7 +188,7 @@ class SqsBatchesQueue:
 
 
 class Hidden:
-    """Keeps a message hidden while somebody works on it, a little at a time, so that it comes back soon if they die."""
+    """Keeps a message hidden while it is processed, by short timeouts, so that it is retried soon after a crash."""
 
     def __init__(self, client: SQSClient, url: str, message: Received) -> None:
         self._client = client
@@ -223,12 +224,12 @@ class Hidden:
                 VisibilityTimeout=seconds,
             )
         except (ClientError, StoreBusy):
-            # It stays hidden for as long as the queue says, or is gone already.
+            # It stays hidden for the queue's visibility timeout, or was already deleted.
             return
 
 
 class SqsInbox:
-    """The receiving side."""
+    """Receives messages, and returns or deletes them."""
 
     def __init__(
         self, client: SQSClient, url: str, dead_letters_url: str, name: str = "the jobs queue"
@@ -239,10 +240,7 @@ class SqsInbox:
         self._name = name
 
     def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
-        """Take up to ten messages that are visible now, and hide them so long.
-
-        A short wait, so that all of SQS's servers are asked.
-        """
+        """Receive up to ten messages that are visible now, with a visibility timeout of `hidden_ms`."""
         answer: Mapping[str, Any] = aws.patiently(
             self._name,
             self._client.receive_message,
@@ -263,50 +261,48 @@ class SqsInbox:
         ]
 
     def delete(self, messages: Sequence[Received]) -> None:
-        """Acknowledge messages; raises StoreBusy at the end if SQS could not be asked for some."""
-        busy: StoreBusy | None = None
-        for start in range(0, len(messages), AT_ONCE):
-            entries: Any = [
-                {"Id": str(position), "ReceiptHandle": message.receipt}
-                for position, message in enumerate(messages[start : start + AT_ONCE])
-            ]
-            try:
-                aws.patiently(
-                    self._name,
-                    self._client.delete_message_batch,
-                    QueueUrl=self._url,
-                    Entries=entries,
-                )
-            except StoreBusy as error:
-                busy = error
-        if busy is not None:
-            raise busy
+        """Delete messages; raises StoreBusy at the end if some calls failed."""
+        entries = [
+            {"Id": str(position % AT_ONCE), "ReceiptHandle": message.receipt}
+            for position, message in enumerate(messages)
+        ]
+        self._by_ten(entries, self._delete)
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """Make each message visible again after its delay in milliseconds, rounded up to seconds.
 
-        What one call cannot change does not keep the others; raises StoreBusy at the end. A message whose receipt
-        is no longer valid is somebody else's by now, or gone: nothing is left to do for it.
+        A failed call does not stop the others; raises StoreBusy at the end. An invalid receipt is ignored: its message
+        was received by another worker, or deleted.
         """
+        entries = [
+            {
+                "Id": str(position % AT_ONCE),
+                "ReceiptHandle": message.receipt,
+                "VisibilityTimeout": _seconds(delay_ms),
+            }
+            for position, (message, delay_ms) in enumerate(delays)
+        ]
+        self._by_ten(entries, self._change)
+
+    @staticmethod
+    def _by_ten(entries: Sequence[Any], call: Callable[[Any], None]) -> None:
+        """Make a call for every ten entries; raise the last StoreBusy at the end."""
         busy: StoreBusy | None = None
-        for start in range(0, len(delays), AT_ONCE):
-            entries: Any = [
-                {
-                    "Id": str(position),
-                    "ReceiptHandle": message.receipt,
-                    "VisibilityTimeout": _seconds(delay_ms),
-                }
-                for position, (message, delay_ms) in enumerate(delays[start : start + AT_ONCE])
-            ]
+        for some in chunks(entries, AT_ONCE):
             try:
-                self._change(entries)
+                call(some)
             except StoreBusy as error:
                 busy = error
         if busy is not None:
             raise busy
 
+    def _delete(self, entries: Any) -> None:
+        aws.patiently(
+            self._name, self._client.delete_message_batch, QueueUrl=self._url, Entries=entries
+        )
+
     def _change(self, entries: Any) -> None:
-        """Change the visibility of up to ten messages; raises StoreBusy when SQS fails on some of them every time."""
+        """Change up to ten visibility timeouts; raises StoreBusy if SQS fails for some of them at every try."""
         for _ in range(ENTRY_ATTEMPTS):
             answer = aws.patiently(
                 self._name,
@@ -323,11 +319,11 @@ class SqsInbox:
         raise StoreBusy(self._name)
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
-        """Hide messages that are at work for a time from now; as `put_back`, ten per call."""
+        """Set the visibility timeout of these messages, counted from now."""
         self.put_back([(message, milliseconds) for message in messages])
 
     def reject(self, message: Received, reason: str) -> None:
-        """Send a message that is not ours to the dead-letter queue, with the reason if both fit into a message."""
+        """Send a message that cannot be processed to the dead-letter queue, with the reason if it fits."""
         size = sum(len(each.encode()) for each in (message.body, "reason", "String", reason))
         attribute: Any = {"DataType": "String", "StringValue": reason}
         aws.patiently(

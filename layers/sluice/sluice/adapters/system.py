@@ -1,14 +1,12 @@
-"""Clock and threads of the machine we run on."""
+"""The clock and threads of the process."""
 
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -19,7 +17,7 @@ THREADS = 16
 
 
 class SystemClock:
-    """The real time."""
+    """The system clock."""
 
     def now(self) -> int:
         """Return epoch milliseconds."""
@@ -31,7 +29,7 @@ class SystemClock:
 
 
 class Threads:
-    """Runs blocking calls in threads, so that the event loop goes on."""
+    """Runs blocking calls in threads, so that they do not block the event loop."""
 
     def __init__(self, threads: int = THREADS) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sluice")
@@ -41,13 +39,3 @@ class Threads:
         return asyncio.get_running_loop().run_in_executor(
             self._pool, partial(call, *args, **kwargs)
         )
-
-
-def peak_mb() -> int:
-    """Return the most memory this process ever held, in megabytes."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        # macOS, in bytes. Linux's own answer here may be that of the process we were started by.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
-    return int(status.partition("VmHWM:")[2].split()[0]) >> 10

@@ -15,21 +15,21 @@ from sluice.adapters import aws
 from sluice.ports.metrics import METRIC_NAMES, NAMESPACE, SAMPLED
 
 VALUES_AT_ONCE: Final = 99
-"""EMF allows 100 values of a metric in one document; with the hundredth Powertools emits it unasked."""
+"""EMF allows 100 values of a metric in one document; Powertools emits the document at the hundredth."""
 
 
 CHATTY: Final = ("httpx2", "anthropic")
 """Libraries that log one INFO line per call, with its URL."""
 
 
-def hush() -> None:
-    """Let chatty libraries log warnings only; what they would say is in our own lines."""
+def quiet_libraries() -> None:
+    """Log only warnings of chatty libraries; Sluice logs its own lines."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Telemetry:
-    """Counts and notes of one function; `flush` at the end of every invocation."""
+    """Metrics and logs of one function; call `flush` at the end of every invocation."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -39,8 +39,7 @@ class Telemetry:
     def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
         """Add to a metric."""
         if metric not in METRIC_NAMES:
-            message = f"metric {metric!r} is not in sluice/ports/metrics.py"
-            raise ValueError(message)
+            raise ValueError(f"metric {metric!r} is not in sluice/ports/metrics.py")
         with self._lock:
             values = self._values[model_group, metric]
             if values and metric not in SAMPLED:
@@ -53,14 +52,13 @@ class Telemetry:
         self._logger.info(event, extra=_known(facts))
 
     def problem(self, event: str, **facts: object) -> None:
-        """Log what somebody should look at, with the traceback when there is one."""
+        """Log a fixed phrase as a warning, with the traceback if there is one."""
         self._logger.warning(event, extra=_known(facts), exc_info=sys.exc_info()[0] is not None)
 
     def flush(self) -> None:
-        """Emit all metrics gathered so far: one document for the totals, one per model group.
+        """Emit all collected metrics: one document for the totals, one per model group.
 
-        Calls that AWS refused are reported here, once per invocation: whatever a call was for, its error may have
-        been handled as one of many.
+        Calls that AWS refused are reported here, once per invocation, because their errors may have been handled.
         """
         if refused := aws.take_refused():
             self.problem("AWS refused calls: the function's role lacks a permission", calls=refused)
@@ -78,7 +76,7 @@ class Telemetry:
                 self._emit(model_group, of_group, start)
 
     def _emit(self, model_group: str | None, values: dict[str, list[float]], start: int) -> None:
-        # The stack's name, which the template puts into Powertools' own variable.
+        # The service is the name of the stack, which the template sets in Powertools' own variable.
         metrics = EphemeralMetrics(namespace=NAMESPACE, service=self._logger.service)
         if model_group is not None:
             metrics.add_dimension("model_group", model_group)

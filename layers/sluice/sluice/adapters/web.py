@@ -1,4 +1,4 @@
-"""Other people's servers over HTTP, for webhooks: the address that was checked is the one that is called."""
+"""Sending webhooks over HTTP: the request goes to the address that was checked."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import httpx2
 from sluice.ports.world import Reply
 
 SECONDS: Final = 15.0
-"""For a whole delivery: the receiver should answer first and work afterwards (Standard Webhooks)."""
+"""Timeout of a delivery: the receiver should respond first and process afterwards (Standard Webhooks)."""
 
 
 MOST_DIGITS: Final = 6
-"""Of a `retry-after`."""
+"""Maximum digits of a `retry-after`."""
 
 
 class HttpWeb:
-    """HTTP/1.1 with a connection for each message. `trust` says whose certificates count; None: the system's."""
+    """HTTP/1.1 with one connection per webhook. `trust` has the trusted certificates; None: those of the system."""
 
     def __init__(self, trust: ssl.SSLContext | None = None) -> None:
-        # Made once: reading the authorities' certificates takes longer than a delivery.
+        # Created once, because reading the certificates takes longer than a delivery.
         self._trust = trust or httpx2.create_ssl_context()
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
-        """Return the addresses that a name leads to now; none if it leads nowhere, or nobody says in time."""
+        """Return the addresses of a host name; empty if it has none, or if the lookup fails or times out."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(SECONDS):
@@ -38,16 +38,16 @@ class HttpWeb:
         return [str(sockaddr[0]) for *_, sockaddr in found]
 
     async def post(self, url: str, address: str, headers: Mapping[str, str], body: str) -> Reply:
-        """Send to this address, under the name in `url`, whose certificate it must have. Never raises."""
+        """Send to this address, with the host name of `url`, for which its certificate must be valid. Never raises."""
         try:
             named = httpx2.URL(url)
-            # httpx writes the brackets of an IPv6 address itself.
+            # httpx adds the brackets of an IPv6 address.
             called = named.copy_with(host=address)
             request_headers = {**headers, "host": named.netloc.decode()}
             async with (
                 asyncio.timeout(SECONDS),
                 httpx2.AsyncClient(timeout=SECONDS, trust_env=False, verify=self._trust) as client,
-                # What stands in the answer is not read.
+                # The response body is not read.
                 client.stream(
                     "POST",
                     called,
@@ -64,6 +64,6 @@ class HttpWeb:
 
 
 def _seconds(text: str | None) -> int | None:
-    """Return a `retry-after` in seconds; one that is a date, or longer than any pause, is passed over."""
+    """Return a `retry-after` in seconds; a date, or a value longer than any pause, is ignored."""
     is_number = text and text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
     return int(text) if text and is_number else None

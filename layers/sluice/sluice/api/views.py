@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sluice.domain import batches as life_of_batches
-from sluice.domain import jobs as life
 from sluice.domain.batches import Phase, Tally
+from sluice.domain.jobs import Attempt, Job
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
 from sluice.domain.pricing import Spend, usd
 from sluice.domain.times import rfc3339
@@ -25,7 +25,7 @@ def time(milliseconds: int | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def job_summary(job: life.Job) -> dict[str, Any]:
+def job_summary(job: Job) -> dict[str, Any]:
     """Show a job in a list."""
     return {
         "id": job.job_id,
@@ -43,7 +43,7 @@ def job_summary(job: life.Job) -> dict[str, Any]:
     }
 
 
-def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
+def job_view(job: Job, message: str | None = None) -> dict[str, Any]:
     """Show all of a job; `message` is Claude's answer as JSON text."""
     answer = json.loads(message) if message is not None else None
     return {
@@ -72,7 +72,7 @@ def job_view(job: life.Job, message: str | None = None) -> dict[str, Any]:
     }
 
 
-def _attempt_view(attempt: life.Attempt) -> dict[str, Any]:
+def _attempt_view(attempt: Attempt) -> dict[str, Any]:
     error = attempt.error
     return {
         "attempt": attempt.number,

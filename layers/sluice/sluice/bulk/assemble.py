@@ -125,8 +125,8 @@ class Assemble:
         self._notices.publish([ended])
         notified = mark_notified(batch)
         if swap(self._batches.replace, notified, batch.version) is not notified:
-            # Deleted, or told by somebody else, meanwhile.
-            self._events.note("batch changed while it was told", batch_id=batch.batch_id)
+            # Deleted, or notified by another invocation, meanwhile.
+            self._events.note("batch changed during its notification", batch_id=batch.batch_id)
 
     def fail(self, batch: Batch, problem: str) -> None:
         """End a batch whose object as a whole cannot be run, and say why where its errors are looked for."""

@@ -114,7 +114,7 @@ class PlanBatch:
         try:
             batch, problem = self._registered(key)
         except InputMissing:
-            self._events.note("file gone", key=key)
+            self._events.note("file deleted", key=key)
             return
         if batch.phase is not Phase.PLANNING:
             self._events.note("file known already", key=key, batch_id=batch.batch_id)
@@ -142,7 +142,7 @@ class PlanBatch:
         batch = self._batch(file, options)
         recorded = insert(self._batches.add, batch) or batch
         if recorded is batch:
-            self._events.note("batch begun", batch_id=batch.batch_id, tenant=batch.tenant)
+            self._events.note("batch created", batch_id=batch.batch_id, tenant=batch.tenant)
         return recorded, problem
 
     def _file(self, tenant: str, path: str, stored: Stored) -> _File:

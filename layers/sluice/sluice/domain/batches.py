@@ -249,6 +249,8 @@ NOTIFY_MS: Final = 2 * 60_000
 WATCH_MS: Final = 20 * 60_000
 """The sweep checks a batch at this interval, until it has ended."""
 
+assert NOTIFY_MS < WATCH_MS, "a missing notification is noticed before a lost message"
+
 
 def file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> str:
     """Return an id that is the same for a repeated event and for the same file uploaded again."""

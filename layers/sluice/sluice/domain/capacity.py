@@ -41,6 +41,8 @@ FORGOTTEN_MS: Final = 3_600_000
 BACK_MS: Final = 60_000
 """The mapping is enabled again this long before the first block ends."""
 
+assert LONG_MS <= BACK_MS < OFF_MS, "a mapping that was just disabled is not enabled again at once"
+
 ACTIVE_MS: Final = 300_000
 """A group has work if one of its calls started or was answered within this time."""
 

@@ -17,8 +17,7 @@ MIN_LENGTH = 16
 def new_key(random_bytes: bytes) -> str:
     """Make a client key from at least 24 random bytes: `sluice_` and URL-safe text."""
     if len(random_bytes) < 24:  # noqa: PLR2004 - 192 bits
-        message = f"a client key requires 24 random bytes, got {len(random_bytes)}"
-        raise ValueError(message)
+        raise ValueError(f"a client key requires 24 random bytes, got {len(random_bytes)}")
     return "sluice_" + urlsafe_b64encode(random_bytes).decode().rstrip("=")
 
 

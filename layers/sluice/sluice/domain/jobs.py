@@ -318,6 +318,10 @@ class Job:
         """Return whether there is another model to switch to."""
         return self.fallbacks_used < len(self.fallback_models)
 
+    def is_leased(self, now: int) -> bool:
+        """Return whether a worker has a live lease on the job."""
+        return self.lease is not None and self.lease.until > now
+
 
 def open_attempt(job: Job) -> Attempt | None:
     """Return the attempt that is running, or whose worker died."""
@@ -422,7 +426,7 @@ def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 -
     """Return what a worker must do with a job whose message it received."""
     if job.state.is_final:
         return Step.DROP
-    if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
+    if job.is_leased(now):
         return Step.BUSY
     if job.cancel_requested:
         return Step.CANCEL
@@ -635,7 +639,7 @@ def request_cancel(job: Job, now: int) -> Job:
     """Cancel: a waiting job ends at once, a running job gets a flag for its worker, a final job stays as it is."""
     if job.state.is_final:
         return job
-    if job.state is State.RUNNING and job.lease is not None and job.lease.until > now:
+    if job.is_leased(now):
         if job.cancel_requested:
             return job
         return _changed(job, Transition.ASK_TO_CANCEL, now=now, cancel_requested=True)
@@ -739,7 +743,7 @@ def _changed(
     holder = job.lease.owner if job.lease is not None else None
     if rule.lease is LeaseCondition.OWN and (job.state is not State.RUNNING or holder != owner):
         raise LeaseLost(job.job_id)
-    if rule.lease is LeaseCondition.NONE and job.lease is not None and job.lease.until > (now or 0):
+    if rule.lease is LeaseCondition.NONE and job.is_leased(now or 0):
         raise IllegalTransition(job.job_id, f"leased to {holder}", rule.target)
     if job.state not in rule.sources:
         raise IllegalTransition(job.job_id, job.state, rule.target)

@@ -82,14 +82,14 @@ def organization_of(key: UpstreamKey, mark: KeyMark | None) -> str:
 def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:
     """Read the key-pool secret; raises KeyPoolBroken, naming the entry and never a key."""
     if not isinstance(document, Mapping) or not isinstance(document.get("keys"), list):
-        message = 'the key pool must be {"keys": [{"id": ..., "api_key": ...}, ...]}'
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken('the key pool must be {"keys": [{"id": ..., "api_key": ...}, ...]}')
     keys = tuple(_parse_key(position, row) for position, row in enumerate(document["keys"]))
     ids = [key.id for key in keys]
     for key_id in ids:
         if ids.count(key_id) > 1:
-            message = f"duplicate key id {key_id!r} in the pool; use a unique id for each key"
-            raise KeyPoolBroken(message)
+            raise KeyPoolBroken(
+                f"duplicate key id {key_id!r} in the pool; use a unique id for each key"
+            )
     return keys
 
 
@@ -97,8 +97,9 @@ def parse_admin_keys(document: object) -> tuple[AdminKey, ...]:
     """Read the admin keys of the key-pool secret, which are optional; raises KeyPoolBroken."""
     rows = document.get("admin_keys", []) if isinstance(document, Mapping) else []
     if not isinstance(rows, list):
-        message = 'admin_keys of the pool must be [{"organization": ..., "api_key": ...}, ...]'
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(
+            'admin_keys of the pool must be [{"organization": ..., "api_key": ...}, ...]'
+        )
     return tuple(_parse_admin_key(position, row) for position, row in enumerate(rows))
 
 
@@ -109,8 +110,7 @@ def parse_model_groups(document: object) -> Mapping[str, str]:
         isinstance(each, str) and each for pair in groups.items() for each in pair
     ):
         return {base_model(model): group for model, group in groups.items()}
-    message = 'model_groups of the pool must be {"<model>": "<limit group>", ...}'
-    raise KeyPoolBroken(message)
+    raise KeyPoolBroken('model_groups of the pool must be {"<model>": "<limit group>", ...}')
 
 
 def stated_limits(
@@ -144,19 +144,16 @@ def _parse_admin_key(position: int, value: object) -> AdminKey:
     row = _object(value, where, {"organization", "api_key", "base_url"})
     organization = _text(row, "organization", where)
     if organization is None:
-        message = f"{where} has no organization; set it"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(f"{where} has no organization; set it")
     return AdminKey(organization, _api_key(row, where), _base_url(row, where))
 
 
 def _object(value: object, where: str, fields: set[str]) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        message = f"{where} is not a JSON object"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(f"{where} is not a JSON object")
     unknown = set(value) - fields
     if unknown:
-        message = f"{where} has unknown fields: {', '.join(sorted(unknown))}"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     return value
 
 
@@ -165,16 +162,16 @@ def _api_key(row: Mapping[str, Any], where: str) -> str:
     if isinstance(api_key, str) and api_key.strip() and api_key.isascii():
         return api_key.strip()
     is_missing = not isinstance(api_key, str) or not api_key.strip()
-    message = f"{where} has {'no api_key' if is_missing else 'an api_key that is not ASCII text'}"
-    raise KeyPoolBroken(message)
+    raise KeyPoolBroken(
+        f"{where} has {'no api_key' if is_missing else 'an api_key that is not ASCII text'}"
+    )
 
 
 def _base_url(row: Mapping[str, Any], where: str) -> str:
     base_url = _text(row, "base_url", where) or DEFAULT_BASE_URL
     if base_url.startswith(("https://", "http://")):
         return base_url.rstrip("/")
-    message = f"{where}: base_url must start with https:// or http://, got {base_url!r}"
-    raise KeyPoolBroken(message)
+    raise KeyPoolBroken(f"{where}: base_url must start with https:// or http://, got {base_url!r}")
 
 
 def _parse_key(position: int, value: object) -> UpstreamKey:
@@ -187,8 +184,7 @@ def _parse_key(position: int, value: object) -> UpstreamKey:
     api_key = _api_key(row, where)
     weight = row.get("weight") or 1
     if not isinstance(weight, int) or weight < 1:
-        message = f"{where}: weight must be an integer of at least 1, got {weight!r}"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(f"{where}: weight must be an integer of at least 1, got {weight!r}")
     return UpstreamKey(
         id=_text(row, "id", where) or f"key-{position + 1}",
         api_key=api_key,
@@ -205,12 +201,12 @@ def _limits(row: Mapping[str, Any], where: str) -> Mapping[str, int]:
     value = row.get("limits") or {}
     if not isinstance(value, Mapping) or not set(value) <= {*DIMENSIONS, TOKENS_PER_DAY}:
         names = f"{', '.join(DIMENSIONS)} per minute, and {TOKENS_PER_DAY}"
-        message = f"{where}: limits supports {names}; got {value!r}"
-        raise KeyPoolBroken(message)
+        raise KeyPoolBroken(f"{where}: limits supports {names}; got {value!r}")
     for name, limit in value.items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            message = f"{where}: limits.{name} must be an integer of at least 1, got {limit!r}"
-            raise KeyPoolBroken(message)
+            raise KeyPoolBroken(
+                f"{where}: limits.{name} must be an integer of at least 1, got {limit!r}"
+            )
     return dict(value)
 
 
@@ -218,8 +214,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str | None:
     value = row.get(name)
     if value is None or (isinstance(value, str) and value):
         return value
-    message = f"{where}: {name} must be a non-empty string, got {value!r}"
-    raise KeyPoolBroken(message)
+    raise KeyPoolBroken(f"{where}: {name} must be a non-empty string, got {value!r}")
 
 
 def _names(row: Mapping[str, Any], name: str, where: str) -> frozenset[str] | None:
@@ -228,5 +223,4 @@ def _names(row: Mapping[str, Any], name: str, where: str) -> frozenset[str] | No
         return None
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         return frozenset(value)
-    message = f"{where}: {name} must be a non-empty list of strings, got {value!r}"
-    raise KeyPoolBroken(message)
+    raise KeyPoolBroken(f"{where}: {name} must be a non-empty list of strings, got {value!r}")

@@ -32,6 +32,9 @@ RATE_AFTER_429: Final = 900
 """Thousandths of the rate factor that remain after a 429 (multiplicative decrease)."""
 
 RATE_AFTER_RAMP: Final = 500
+
+assert MIN_RATE <= RATE_AFTER_RAMP <= RATE_AFTER_429 < FULL_RATE, "a 429 lowers the rate"
+
 RECOVERY_PER_SECOND: Final = 20
 """Thousandths that the rate factor gains each second (additive recovery)."""
 
@@ -46,6 +49,9 @@ RAMP_MS: Final = 20_000
 
 GROWTH: Final = 60
 GROWTH_AFTER_429: Final = 600
+
+assert GROWTH < GROWTH_AFTER_429, "after a 429 guessed limits grow more slowly"
+
 SHRINK_TO: Final = 70
 """Percent of a guessed limit that remains after a 429."""
 
@@ -93,6 +99,10 @@ to wait for the refill.
 
 WAITING_MS: Final = 30_000
 """How long a worker's report of its waiting jobs is valid."""
+
+assert DRAINED_MS < LAST_JOBS_MS < WAITING_MS, (
+    "reports outlive the decision that the waiting jobs are the last"
+)
 
 MOST_WORKERS: Final = 32
 """Workers whose reports are kept, the latest ones, so that the record of a group stays small."""

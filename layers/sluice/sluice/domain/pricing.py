@@ -138,8 +138,7 @@ class Price:
                 },
             )
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            message = f"not a price row: {row!r} ({error!r})"
-            raise ValueError(message) from error
+            raise ValueError(f"not a price row: {row!r} ({error!r})") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,10 @@ PATIENCE_MS: Final = sum(PAUSES_MS)
 LONGEST_PAUSE_MS: Final = 12 * HOUR_MS - MINUTE_MS
 """Maximum pause, whatever `retry-after` says: SQS hides a message for at most 12 hours."""
 
+assert max(PAUSES_MS) <= LONGEST_PAUSE_MS < PATIENCE_MS, (
+    "every pause fits into a visibility timeout"
+)
+
 STOP_STATUS: Final = 410
 """The status with which a receiver stops deliveries (Standard Webhooks)."""
 

@@ -1,4 +1,4 @@
-"""What a tenant may see and do with its jobs, and what was spent."""
+"""A tenant's jobs and usage."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LONGEST_REPORT_DAYS = 366
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """Sums of one group of a usage report."""
+    """The sums of one group of a usage report."""
 
     group: Mapping[str, str]
     spend: Spend
 
 
 class Account:
-    """One tenant's view. Another tenant's job does not exist here."""
+    """The account of one tenant. The jobs of other tenants do not exist here."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its tools
         self,
@@ -55,11 +55,11 @@ class Account:
         return job
 
     def message(self, job: Job) -> str | None:
-        """Return Claude's Message as JSON text, None while there is none."""
+        """Return Claude's Message as JSON text, None if there is none."""
         return self._results.get(job.result) if job.result else None
 
     def some_jobs(self, job_ids: Sequence[str]) -> list[Job]:
-        """Return those of the jobs that exist, in the order asked for."""
+        """Return the jobs that exist, in the order of the ids."""
         found = self._jobs.get_many(list(dict.fromkeys(job_ids)))
         return [
             found[job_id]
@@ -72,7 +72,7 @@ class Account:
         return self._jobs.listing(self._tenant, state, limit, page)
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel: for sure before the call, by a flag the worker looks at during it. A final job stays as it is."""
+        """Cancel a job: guaranteed before the upstream call, best effort during it. A final job stays as it is."""
         canceled = change(
             self._jobs.replace,
             self.job(job_id),
@@ -90,13 +90,11 @@ class Account:
                 raise JobNotFound(job_id)
 
     def usage(self, first: date, last: date, group_by: Sequence[str]) -> list[UsageRow]:
-        """Return what was spent from the first day to the last, by any of `day`, `model` and `lane`."""
+        """Return the usage from the first day to the last, grouped by any of `day`, `model` and `lane`."""
         if last < first:
-            message = f"to: {last} lies before from ({first})"
-            raise InvalidRequest(message)
+            raise InvalidRequest(f"to: {last} is before from ({first})")
         if (last - first).days >= LONGEST_REPORT_DAYS:
-            message = f"from/to: a report covers at most {LONGEST_REPORT_DAYS} days"
-            raise InvalidRequest(message)
+            raise InvalidRequest(f"from/to: a report covers at most {LONGEST_REPORT_DAYS} days")
         sums: dict[tuple[str, ...], Spend] = {}
         for day, model, lane, spend in self._ledger.spent(self._tenant, first, last):
             names = {"day": day.isoformat(), "model": model, "lane": lane}

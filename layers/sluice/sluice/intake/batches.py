@@ -144,7 +144,7 @@ class Batches:
                 "this Idempotency-Key was already used for a different batch; use a new one"
             )
         if stored is batch:
-            self._events.note("batch begun", batch_id=batch_id, tenant=self._tenant)
+            self._events.note("batch created", batch_id=batch_id, tenant=self._tenant)
         if stored.phase is Phase.PLANNING:
             return self._start(stored)
         return stored

@@ -298,8 +298,7 @@ class Submit:
     def _found_or_added(self, draft: _Draft) -> Outcome:
         job = draft.job
         if self._clock.now() - job.created_at >= START_WITHIN_MS:
-            what = "the gateway"
-            raise StoreBusy(what)
+            raise StoreBusy("the gateway")
         if draft.is_resend:
             earlier = self._sent_before(draft)
             if earlier is not None:

@@ -1,4 +1,4 @@
-"""Files that a tenant uploads through the API: into the bucket by signed links, in parts, without AWS credentials."""
+"""Uploads of a tenant's files: in parts, by presigned URLs, without AWS credentials."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _MOST_NAME: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """An upload, and where its first parts go."""
+class Upload:
+    """A started upload, and the presigned URLs of its first parts."""
 
     upload_id: str
     name: str
@@ -45,8 +45,8 @@ class Uploads:
         self._links = links
         self._planner = planner
 
-    def begin(self, name: str, size: int, options: Mapping[str, Any]) -> Begun:
-        """Begin an upload; its options are stored beside the file that will come."""
+    def start(self, name: str, size: int, options: Mapping[str, Any]) -> Upload:
+        """Start an upload; its options are stored beside the future file."""
         key = self._key(name)
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
@@ -56,16 +56,16 @@ class Uploads:
             raise InvalidRequest(str(error)) from error
         part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
         parts = -(-size // part_bytes)
-        # Always written: options of an earlier file of this name must not hold for this one.
+        # Always written, so that options of an earlier file of this name do not apply.
         self._objects.put(
             f"in/{self._tenant}/{stem_of(name)}.options.json", json.dumps(options).encode()
         )
         upload_id = self._links.begin(key)
         first = self._links.links(key, upload_id, range(1, min(parts, LINKS_AT_ONCE) + 1))
-        return Begun(upload_id, name, part_bytes, parts, first)
+        return Upload(upload_id, name, part_bytes, parts, first)
 
     def links(self, name: str, upload_id: str, first: int, last: int) -> Mapping[int, str]:
-        """Return where some of the parts go, up to a hundred at once."""
+        """Return the presigned URLs of up to a hundred parts."""
         if not 1 <= first <= last <= MOST_PARTS or last - first >= LINKS_AT_ONCE:
             raise InvalidRequest(
                 f"first, last: must be a range of up to {LINKS_AT_ONCE} parts from 1 to {MOST_PARTS:,} "
@@ -74,7 +74,7 @@ class Uploads:
         return self._links.links(self._key(name), upload_id, range(first, last + 1))
 
     def complete(self, name: str, upload_id: str, etags: Mapping[int, str]) -> Batch:
-        """Put the parts together, and return the batch that the file is."""
+        """Complete the upload, and return the batch of the file."""
         key = self._key(name)
         if not etags:
             raise InvalidRequest("parts: List should have at least 1 item")
@@ -82,7 +82,7 @@ class Uploads:
         return self._planner.register(key)
 
     def abort(self, name: str, upload_id: str) -> None:
-        """Forget an upload and its parts."""
+        """Discard an upload and its parts."""
         self._links.abort(self._key(name), upload_id)
 
     def _key(self, name: str) -> str:

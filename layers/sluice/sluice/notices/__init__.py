@@ -1,1 +1,1 @@
-"""Telling of ends: events on the default bus, and webhooks."""
+"""Notifications of completion: events on the default bus, webhooks, metrics and logs."""

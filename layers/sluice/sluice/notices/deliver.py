@@ -1,4 +1,4 @@
-"""Delivering webhooks: signed, to public addresses only, tried again for a day, at least once each."""
+"""Delivering webhooks: signed, to public addresses only, with retries for a day, at least once each."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from sluice.ports.jobs import Received, Returns
 from sluice.ports.messages import webhook_of
 from sluice.ports.world import Clock, Events, Reply, SigningSecrets, Web, Webhook
 
-STRANGE_MS: Final = 60_000
-"""Pause after a failure of our own; the queue counts them, and makes the hundredth a dead letter."""
+UNEXPECTED_MS: Final = 60_000
+"""Pause after an unexpected error; after a hundred receives the message becomes a dead letter."""
 
-REFUSED: Final = "its name leads to an address that webhooks may not go to"
+REFUSED: Final = "the host resolves to an address that is not permitted"
 
 
 class Deliver:
@@ -52,7 +52,7 @@ class Deliver:
         self._events = events
 
     async def __call__(self, messages: Sequence[Received]) -> list[str]:
-        """Deliver side by side; return the ids of the messages that come again. Raises StoreBusy before the first."""
+        """Deliver concurrently; return the ids of the messages to retry. Raises StoreBusy before the first delivery."""
         secrets = self._secrets()
         pauses = await asyncio.gather(*(self._tried(each, secrets) for each in messages))
         later = [
@@ -63,17 +63,19 @@ class Deliver:
         try:
             self._returns.put_back(later)
         except StoreBusy as busy:
-            # They come again all the same, after the queue's visibility timeout.
+            # They are retried after the visibility timeout of the queue.
             self._events.problem("store busy", what=busy.what)
         return [message.message_id for message, _ in later]
 
     async def _tried(self, message: Received, secrets: Sequence[str]) -> int | None:
-        """Deliver one; return how long it waits for the next time, None when there is none. Never raises."""
+        """Deliver one webhook; return the pause before the retry, None if there is none. Never raises."""
         try:
             return await self._pause(message, secrets)
-        except Exception:  # noqa: BLE001 - one webhook must not keep the others
-            self._events.problem("webhook failed strangely", message_id=message.message_id)
-            return STRANGE_MS
+        except Exception:  # noqa: BLE001 - one webhook must not delay the others
+            self._events.problem(
+                "unexpected error delivering webhook", message_id=message.message_id
+            )
+            return UNEXPECTED_MS
 
     async def _pause(self, message: Received, secrets: Sequence[str]) -> int | None:
         webhook = webhook_of(message)
@@ -84,7 +86,7 @@ class Deliver:
         age_ms = self._clock.now() - message.sent_at
         verdict = judge(reply.status, message.receive_count, age_ms, reply.retry_after_s)
         if reply.problem == REFUSED:
-            # No other time would be better: whoever owns the name can make it lead anywhere.
+            # A retry would not help: the owner of the name can let it resolve to any address.
             verdict = GiveUp()
         match verdict:
             case Delivered():
@@ -92,10 +94,10 @@ class Deliver:
                 return None
             case GiveUp():
                 self._events.count("WebhooksGivenUp")
-                self._tell("webhook given up", webhook, reply)
+                self._log("webhook given up", webhook, reply)
                 return None
             case Retry(after_ms=after):
-                self._tell("webhook failed", webhook, reply)
+                self._log("webhook failed", webhook, reply)
                 return after
             case _:
                 assert_never(verdict)
@@ -104,15 +106,15 @@ class Deliver:
         try:
             check_url(webhook.url, self._networks)
         except ValueError:
-            # It was taken while more networks were let in.
+            # It was accepted while more networks were permitted.
             return Reply(problem=REFUSED)
         parts = urlsplit(webhook.url)
         is_plain = parts.scheme == "http"
         port = parts.port or (80 if is_plain else 443)
         found = await self._web.addresses(parts.hostname or "", port)
         if not found:
-            return Reply(problem="its name leads nowhere")
-        # All of them: which one is taken must not be the receiver's choice.
+            return Reply(problem="the host name does not resolve")
+        # All of them, because the receiver must not choose which one is used.
         if not all(self._is_open(each, plainly=is_plain) for each in found):
             return Reply(problem=REFUSED)
         headers = self._headers(webhook, secrets)
@@ -136,8 +138,8 @@ class Deliver:
             "webhook-signature": " ".join(signatures),
         }
 
-    def _tell(self, event: str, webhook: Webhook, reply: Reply) -> None:
-        """Log a failure, without the address: many carry a secret."""
+    def _log(self, event: str, webhook: Webhook, reply: Reply) -> None:
+        """Log a failure, without the URL, which may contain a secret."""
         self._events.note(
             event,
             webhook_id=webhook.id,

@@ -1,4 +1,4 @@
-"""Telling of jobs that have ended: an event for each, and a webhook where its caller wants one."""
+"""Publishing the end of jobs: an event for each, and a webhook if its caller gave a URL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDED: Final = "Job Ended"
 """The event's `detail-type`."""
 
 AT_ONCE: Final = 10
-"""Events that the bus takes in one call."""
+"""Events per call to the bus."""
 
 
 class Publish:
@@ -26,7 +26,7 @@ class Publish:
         self._events = events
 
     def __call__(self, jobs: Sequence[Job]) -> int:
-        """Tell of jobs that have ended; return how many, from the first one on, are told: all but when AWS is busy."""
+        """Publish the end of jobs; return how many, from the first on, were published: fewer if AWS is busy."""
         for start in range(0, len(jobs), AT_ONCE):
             try:
                 self._notices.publish([_notice(job) for job in jobs[start : start + AT_ONCE]])
@@ -38,7 +38,7 @@ class Publish:
 
 def _notice(job: Job) -> Notice:
     return Notice(
-        # A job that is redriven ends once more: another end, another id.
+        # A redriven job ends again, with another id.
         id=f"{job.job_id}-{job.version}",
         kind=ENDED,
         at=job.finished_at or job.created_at,
@@ -49,7 +49,7 @@ def _notice(job: Job) -> Notice:
 
 
 def _facts(job: Job) -> Mapping[str, object]:
-    """Show what became of a job. Neither the request nor the answer: whoever wants them asks for the job, by key."""
+    """Return the data of the event. It has no request or answer; clients get those from the API."""
     return {
         "job_id": job.job_id,
         "custom_id": job.custom_id,

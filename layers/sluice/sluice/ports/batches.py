@@ -1,4 +1,4 @@
-"""Batches, their ranges, the objects they consist of, and their queues."""
+"""Batches and their ranges, objects and queues."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sluice.domain.batches import Batch, Progress, RangeState, Tally
 
 @dataclass(frozen=True, slots=True)
 class BatchPage:
-    """Some batches of a listing, newest first, and whether it goes on."""
+    """A page of a listing of batches, newest first."""
 
     batches: tuple[Batch, ...]
     has_more: bool
 
 
 class BatchStore(Protocol):
-    """The records of batches and of their ranges, and the counting of what is done."""
+    """The records of batches and of their ranges, and the counts of what is done."""
 
     def add(self, batch: Batch) -> None:
-        """Store a new batch; raises Stale with the batch that has the id already."""
+        """Store a new batch; raises Stale with the stored batch if its id is in use."""
         ...
 
     def get(self, batch_id: str) -> Batch | None:
@@ -29,7 +29,7 @@ class BatchStore(Protocol):
         ...
 
     def replace(self, batch: Batch, expected_version: int) -> None:
-        """Write the batch if its stored version is the expected one; raises Stale with the present one otherwise."""
+        """Write the batch if its stored version is the expected one; otherwise raises Stale with the stored one."""
         ...
 
     def listing(
@@ -39,15 +39,15 @@ class BatchStore(Protocol):
         ...
 
     def range_state(self, batch: Batch, number: int) -> RangeState:
-        """Return what is known of a range; one that nobody claimed yet has version 0."""
+        """Return the state of a range; its version is 0 if it was never claimed."""
         ...
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
-        """Write it if its stored version is the expected one (0: not stored); raises Stale otherwise."""
+        """Write the state if its stored version is the expected one (0: not stored); otherwise raises Stale."""
         ...
 
     def mark(self, batch_id: str, group: str, member: int, tally: Tally) -> Progress:
-        """Count a member of a group as done, once however often it is said; return the group as it is then."""
+        """Count a member of a group as done, only once even if repeated; return the progress of the group."""
         ...
 
     def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
@@ -55,36 +55,36 @@ class BatchStore(Protocol):
         ...
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
-        """Return all groups whose names begin so, by name and in the order of their names."""
+        """Return the progress of all groups whose names have this prefix, by name, in order of names."""
         ...
 
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
-        """Return the batch that a create of this name made after `since`; note `batch_id` when there is none.
+        """Return the id of the batch created under this name after `since`; else record and return `batch_id`.
 
-        `fresh`: it is a create of its own whatever went before, and takes the name over.
+        `fresh`: always record `batch_id`, because the request is not a resend.
         """
         ...
 
 
 class WaitingRanges(Protocol):
-    """Ranges and batches that somebody has to look at again, as the sweep sees them."""
+    """Parked ranges and running batches, as the sweep sees them: by the time at which they are due."""
 
     def due(self, now: int, limit: int) -> Sequence[DueRange]:
         """Return what is due, longest due first."""
         ...
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
-        """Take it: it is due again at `until`, unless released. None when somebody else was quicker."""
+        """Make it due again at `until` only, unless removed; None if another sweep was first."""
         ...
 
     def remove(self, due: DueRange) -> None:
-        """Forget that it was due, because its message is sent."""
+        """Remove it from what is due, because its message was sent."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DueRange:
-    """A range that waits outside the queue, or a batch that should have gone on by now (`number` is None)."""
+    """A parked range that is due, or a batch that must be checked (`number` is None)."""
 
     batch_id: str
     number: int | None
@@ -94,18 +94,18 @@ class DueRange:
 
 
 class RangesQueue(Protocol):
-    """The sending side of the ranges queue."""
+    """Sends messages to the ranges queue."""
 
     def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
-        """Send a pointer for each range; return the numbers that were not taken."""
+        """Send a pointer to each range; return the numbers that were not accepted."""
         ...
 
 
 class BatchesQueue(Protocol):
-    """The sending side of the batches queue.
+    """Sends messages to the batches queue.
 
-    The function that this queue invokes must not have it: Lambda stops a function that sends to its own queue as a
-    recursive loop, and its role does not allow it.
+    The function that this queue invokes must not use it: Lambda stops a function that sends to its own queue
+    (recursive loop detection), and its role does not permit it.
     """
 
     def send_plan(self, batch_id: str) -> None:
@@ -113,13 +113,13 @@ class BatchesQueue(Protocol):
         ...
 
     def send_join(self, batch_id: str, section: int) -> None:
-        """Have a section's results joined; raises StoreBusy."""
+        """Have the results of a section joined; raises StoreBusy."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What is known of an object without reading it."""
+    """The metadata of an object."""
 
     key: str
     size: int
@@ -129,10 +129,10 @@ class Stored:
 
 
 class Writer(Protocol):
-    """An object being written, in memory that does not grow with it. Nothing is there until `close`."""
+    """Writes an object in parts, with constant memory. The object exists only after `close`."""
 
     def write(self, data: bytes) -> None:
-        """Write on."""
+        """Append data."""
         ...
 
     def close(self) -> int:
@@ -140,7 +140,7 @@ class Writer(Protocol):
         ...
 
     def abort(self) -> None:
-        """Leave nothing behind; nothing happens after `close`."""
+        """Discard the parts; does nothing after `close`."""
         ...
 
 
@@ -152,53 +152,53 @@ class Objects(Protocol):
         ...
 
     def get(self, key: str) -> bytes | None:
-        """Return an object, None when there is none."""
+        """Return an object; None if it does not exist."""
         ...
 
     def head(self, key: str) -> Stored | None:
-        """Return what is known of an object."""
+        """Return the metadata of an object; None if it does not exist."""
         ...
 
     def read(self, key: str, first: int, size: int, etag: str | None = None) -> bytes:
-        """Return a piece of an object; raises InputMissing when it is not there, or not the one with this ETag."""
+        """Return a piece of an object; raises InputMissing if it does not exist or has another ETag."""
         ...
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """Yield the object piece by piece; raises InputMissing."""
+        """Yield an object piece by piece; raises InputMissing."""
         ...
 
     def listing(self, prefix: str) -> Iterator[Stored]:
-        """Yield the objects whose keys begin so, in the order of their keys."""
+        """Yield the objects whose keys have this prefix, in order of keys."""
         ...
 
     def writer(self, key: str) -> Writer:
-        """Begin an object."""
+        """Return a writer of a new object."""
         ...
 
     def link(self, key: str, seconds: int) -> str:
-        """Return an address from which anybody may read the object for so long."""
+        """Return a presigned URL to read the object, valid for this many seconds."""
         ...
 
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
-        """Make one object of several, in order; return its size. Large ones are copied and not read."""
+        """Join objects in order into one; return its size. Large ones are copied, not read."""
         ...
 
 
 class PartLinks(Protocol):
-    """Uploads by signed links: the parts go into the bucket past us."""
+    """Multipart uploads by presigned URLs: clients send the parts directly to S3."""
 
     def begin(self, key: str) -> str:
-        """Begin an upload; return its id."""
+        """Start an upload; return its id."""
         ...
 
     def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        """Return where each part is to be PUT, by number."""
+        """Return the presigned PUT URL of each part, by number."""
         ...
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
-        """Put the parts together; raises InvalidRequest when they do not make an object."""
+        """Complete an upload; raises InvalidRequest if its parts are not valid."""
         ...
 
     def abort(self, key: str, upload_id: str) -> None:
-        """Forget the parts; nothing happens when there is no such upload."""
+        """Discard the parts; does nothing if the upload does not exist."""
         ...

@@ -14,7 +14,7 @@ from sluice.domain.retries import Failure
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What a response said about the organisation and its limits."""
+    """The organization and the limits named by the headers of a response."""
 
     organization: str | None = None
     seen: Mapping[Dimension, Seen] = field(default_factory=dict)
@@ -24,15 +24,15 @@ NO_HEADERS = Headers()
 
 
 def ignore(headers: Headers) -> None:
-    """Nobody listens."""
+    """Ignore the headers: the default of `on_headers`."""
 
 
 async def unbounded(size: int) -> None:
-    """Nobody counts."""
+    """Return at once: the default of `room`."""
 
 
 class Body:
-    """A request's JSON in UTF-8, until it is sent: a large one is not to be held while its answer is awaited."""
+    """The JSON of a request, in UTF-8. It is released once sent, so that it uses no memory during the wait."""
 
     __slots__ = ("_data", "_sent")
 
@@ -42,14 +42,13 @@ class Body:
 
     @property
     def data(self) -> bytes:
-        """The bytes; they must not be kept."""
+        """The bytes; callers must not keep them."""
         if self._data is None:
-            message = "the request has been sent"
-            raise ValueError(message)
+            raise ValueError("the request has been sent")
         return self._data
 
     def release(self) -> None:
-        """Release it. The sender calls this once all of it is sent, or will not be sent."""
+        """Release the bytes. The sender calls this when all are sent, or will not be sent."""
         self._data = None
         if self._sent is not None:
             self._sent()
@@ -67,22 +66,22 @@ class CallRequest:
     anthropic_beta: str | None
     max_tokens: int
     window_ms: int
-    """The call is ended when it takes longer."""
+    """Timeout of the call."""
     full_window: bool
-    """`window_ms` is as much as an invocation can give."""
+    """`window_ms` is the time of a whole invocation."""
     early: bool = False
-    """The headers are wanted as soon as they are there, whatever that costs."""
+    """Report the headers as soon as they arrive, at the cost of streaming the answer."""
     on_headers: Callable[[Headers], None] = ignore
-    """Is told the headers when they come before the answer."""
+    """Called with the headers if they arrive before the answer."""
     names_model: bool = False
-    """The body names `model` already: nobody need look where."""
+    """The body already contains `model`."""
     room: Callable[[int], Awaitable[None]] = unbounded
-    """Is awaited before so many bytes of the answer are held."""
+    """Awaited with a number of bytes before that much of the answer is held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A Message, as Claude returned it."""
+    """A Message exactly as received from Claude."""
 
     message: str
     usage: Usage
@@ -93,7 +92,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A call that brought no answer."""
+    """A call without an answer."""
 
     failure: Failure
     headers: Headers = NO_HEADERS
@@ -103,5 +102,5 @@ class Claude(Protocol):
     """The Messages API."""
 
     async def send(self, request: CallRequest) -> Answer | Refused:
-        """Make the call, once. Errors of upstream and of the network are values, not exceptions."""
+        """Make one call, without retries. Errors of upstream and of the network are returned, not raised."""
         ...

@@ -14,7 +14,7 @@ from sluice.domain.pricing import LedgerRow, Spend
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some jobs of a listing, newest first, and where it goes on (None: nowhere)."""
+    """A page of a listing of jobs, newest first, and the token of the next page if there is one."""
 
     jobs: tuple[Job, ...]
     next_page: str | None
@@ -28,7 +28,7 @@ class JobRecords(Protocol):
         ...
 
     def replace(self, job: Job, expected_version: int) -> None:
-        """Write the job if its stored version is the expected one; raises Stale with the present job otherwise."""
+        """Write the job if its stored version is the expected one; otherwise raises Stale with the stored job."""
         ...
 
 
@@ -36,29 +36,28 @@ class JobStore(JobRecords, Protocol):
     """The job records."""
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Job]:
-        """Return those of the jobs that exist, by id."""
+        """Return the jobs that exist, by id."""
         ...
 
     def add(self, job: Job) -> None:
-        """Store a new job; raises Stale with the job that has the id already."""
+        """Store a new job; raises Stale with the stored job if its id is in use."""
         ...
 
     def add_new(self, jobs: Sequence[Job]) -> set[str]:
-        """Store those of at most 25 jobs whose ids are free; return the ids of those that were.
+        """Store those of at most 25 jobs whose ids are not in use; return the ids of the stored ones.
 
-        What is to become of the others, `add` finds out. Raises StoreBusy; with `may_be_done` when nobody knows which
-        of them are stored.
+        The caller calls `add` for the others. Raises StoreBusy, with `may_be_done` if it is unknown which are stored.
         """
         ...
 
     def listing(self, tenant: str, state: State | None, limit: int, page: str | None) -> Page:
-        """Return the tenant's jobs, newest first; `page` is a `next_page` of before."""
+        """Return the tenant's jobs, newest first; `page` is the `next_page` of the page before."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A job as the index of due jobs knows it."""
+    """A job in the index of due jobs."""
 
     job_id: str
     tenant: str
@@ -69,21 +68,21 @@ class Due:
 
 
 class DueJobs(Protocol):
-    """The job records again, as the sweep sees them: every job that has not ended, by when it shall be looked at."""
+    """The jobs that have not ended, as the sweep sees them: by the time at which they are due."""
 
     def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        """Return the jobs whose time has come, longest due first.
+        """Return the due jobs, longest due first.
 
-        Of more than `limit` only the longest and the latest due, so that a large backlog does not hide a new one.
+        Of more than `limit` jobs return the longest and the latest due, so that a large backlog does not hide new ones.
         """
         ...
 
     def postpone(self, due: Due, until: int) -> Due | None:
-        """Take the job: it is due again at `until`. None when somebody else was quicker."""
+        """Make the job due again at `until` only; None if another sweep was first."""
         ...
 
     def watch(self, due: Due, until: int) -> None:
-        """Look at the job again at `until`, in case its message is lost; nothing happens if it has gone on already."""
+        """Make a sent job due for a check at `until`, in case its message is lost, unless it was written since."""
         ...
 
 
@@ -97,10 +96,10 @@ class Params:
 
 
 class Requests(Protocol):
-    """The requests as a worker needs them."""
+    """The requests that a worker reads."""
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        """Return those of the requests that exist, by job id."""
+        """Return the requests that exist, by job id."""
         ...
 
 
@@ -108,24 +107,24 @@ class ParamsStore(Requests, Protocol):
     """The requests, each written once."""
 
     def add(self, params: Params) -> None:
-        """Store the request; raises Conflict if another one is stored under the id already."""
+        """Store the request; raises Conflict if a different one is stored under its id."""
         ...
 
     def add_new(self, params: Sequence[Params]) -> set[str]:
-        """Store those of at most 25 requests whose ids are free; return the ids of those that surely are stored.
+        """Store those of at most 25 requests whose ids are not in use; return the ids that are known to be stored.
 
-        What became of the others, `add` finds out. Large requests are left to it.
+        The caller calls `add` for the others, among them all large requests.
         """
         ...
 
 
 class Answers(Protocol):
-    """The answers as a worker needs them."""
+    """The answers that a worker stores."""
 
     def put(self, name: str, message: str) -> Result:
-        """Store Claude's Message (JSON text) durably, unless it is small enough to travel in the job record.
+        """Store Claude's Message (JSON text) durably, unless it is small enough for the job record.
 
-        `name` is the call's own: the same name may be stored again, and then holds the later Message.
+        `name` is unique per call. Storing it again replaces the Message.
         """
         ...
 
@@ -140,7 +139,7 @@ class ResultStore(Answers, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """What a message of the jobs queue points to, and between whom the queue is to be fair."""
+    """The content of a message of the jobs queue, and its fairness group: tenant and model."""
 
     job_id: str
     tenant: str
@@ -149,24 +148,24 @@ class Pointer:
 
 
 class JobQueue(Protocol):
-    """The sending side of the jobs queue."""
+    """Sends messages to the jobs queue."""
 
     def send(self, jobs: Sequence[Pointer]) -> list[str]:
-        """Send a message for each job; return the ids of those that were not taken."""
+        """Send a message for each job; return the ids of those that were not accepted."""
         ...
 
     def depth(self) -> int:
-        """Return about how many messages wait or are at work."""
+        """Return the approximate number of messages, visible or in flight."""
         ...
 
     def backlog(self) -> Backlog:
-        """Return the same, told apart."""
+        """Return the approximate numbers of visible, delayed and in-flight messages."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One message as the worker got it. `job_id` is None when the message is not ours, `canary` when it is a probe."""
+    """One received message. `job_id` is None for a message that is not Sluice's; `canary` is set for a probe."""
 
     message_id: str
     receipt: str
@@ -178,38 +177,38 @@ class Received:
 
 
 class Returns(Protocol):
-    """Where messages go that a function was given and cannot finish."""
+    """Returns messages that a function cannot finish."""
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
-        """Make each message visible again after its delay in milliseconds (12 h at most)."""
+        """Make each message visible again after its delay in milliseconds, at most 12 hours."""
         ...
 
     def reject(self, message: Received, reason: str) -> None:
-        """Send a message that is not ours to the dead-letter queue, with the reason."""
+        """Send a message that cannot be processed to the dead-letter queue, with the reason."""
         ...
 
 
 class Inbox(Returns, Protocol):
-    """The receiving side of the jobs queue."""
+    """Receives messages from the jobs queue."""
 
     def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
-        """Take up to `most` messages (10 at once) of those visible now, perhaps none, and hide them from others."""
+        """Receive up to `most` messages (at most 10) of those visible now, with a visibility timeout of `hidden_ms`."""
         ...
 
     def delete(self, messages: Sequence[Received]) -> None:
-        """Acknowledge messages that `receive` returned; one that comes back all the same finds its job done."""
+        """Delete messages that `receive` returned; one that is delivered again finds its job done."""
         ...
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
-        """Let nobody else receive these messages for a time from now, however long they were hidden before."""
+        """Set the visibility timeout of these messages, counted from now."""
         ...
 
 
 class CallBooks(Protocol):
-    """The ledger as a worker needs it."""
+    """The ledger that a worker writes."""
 
     def record(self, rows: Sequence[LedgerRow]) -> None:
-        """Write rows; writing one again changes nothing."""
+        """Write rows; writing a row again changes nothing."""
         ...
 
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
@@ -218,7 +217,7 @@ class CallBooks(Protocol):
 
 
 class Ledger(CallBooks, Protocol):
-    """One row per upstream call, and their sums."""
+    """One row per upstream call, and the usage totals."""
 
     def spent(self, tenant: str, first: date, last: date) -> Sequence[tuple[date, str, str, Spend]]:
         """Return (day, model, lane, sums) of a tenant from the first day to the last."""

@@ -1,4 +1,4 @@
-"""Rate limits and keys, and the event source mappings that the governor sets."""
+"""Rate limits, keys, and the event source mappings that the governor sets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sluice.domain.shares import Note
 
 
 class LimitStore(Protocol):
-    """What all workers share about limit groups and keys."""
+    """The state of limit groups and keys that all workers share."""
 
     def load(self, group_ids: Iterable[str]) -> Mapping[str, Group]:
-        """Return those of the groups that exist."""
+        """Return the groups that exist, by id."""
         ...
 
     def replace(self, group: Group, expected_version: int) -> None:
-        """Write if the stored version is the expected one (0: not stored); raises Stale with the present group."""
+        """Write if the stored version is the expected one (0: not stored); else raises Stale with the stored group."""
         ...
 
     def groups(self) -> Sequence[Group]:
@@ -27,60 +27,60 @@ class LimitStore(Protocol):
         ...
 
     def marks(self, key_ids: Iterable[str]) -> Mapping[str, KeyMark]:
-        """Return what is known about the keys."""
+        """Return the marks of the keys that have one, by key id."""
         ...
 
     def mark(self, mark: KeyMark) -> None:
-        """Write what is known about a key."""
+        """Write the mark of a key."""
         ...
 
     def learned_groups(self) -> Mapping[str, str]:
-        """Return which model belongs to which limit group, where upstream says otherwise than our data."""
+        """Return the model groups, by model, for which upstream differs from the deployed data."""
         ...
 
     def learn_groups(self, groups: Mapping[str, str]) -> None:
-        """Write that."""
+        """Write the model groups for which upstream differs from the deployed data."""
         ...
 
     def canary(self, canary_id: str, now: int) -> None:
-        """Note that a probe came through."""
+        """Record that a canary message was received."""
         ...
 
 
 class QueueMapping(Protocol):
-    """A mapping: it wakes workers for the messages of a queue."""
+    """The event source mapping of a queue."""
 
     def state(self) -> Consumer:
-        """Return it as it stands."""
+        """Return the current configuration."""
         ...
 
     def set(self, maximum_concurrency: int, *, enabled: bool) -> bool:
-        """Change it; False when it cannot be changed right now. It takes about a minute to take hold."""
+        """Change the configuration; False if it cannot be changed now. Takes effect within about a minute."""
         ...
 
 
 class GovernorNotes(Protocol):
-    """What the governor remembers of one mapping from run to run."""
+    """What the governor stores about one mapping between runs."""
 
     def read(self) -> Note:
-        """Return what was written last; an empty note if nothing was."""
+        """Return the last note; an empty one if there is none."""
         ...
 
     def write(self, note: Note) -> None:
-        """Remember this, and nothing else."""
+        """Replace the note."""
         ...
 
 
 class Executions(Protocol):
-    """Lambda's executions in the account and region."""
+    """Lambda's concurrent executions in the account and region."""
 
     def at_once(self) -> int:
-        """Return how many may run at once, of all functions without a number of their own; raises StoreBusy."""
+        """Return how many may run at once, except those reserved for single functions; raises StoreBusy."""
         ...
 
 
 class PoolHistory(Protocol):
-    """What can be known of the key pool without reading it."""
+    """The metadata of the key pool."""
 
     def changed_at(self) -> int | None:
         """Return when the pool was last written (epoch ms)."""
@@ -95,11 +95,11 @@ class KeyPool(Protocol):
         ...
 
     def model_groups(self) -> Mapping[str, str]:
-        """Return the pool's word on which model belongs to which limit group; raises as `keys`."""
+        """Return the model groups that the pool states, by model; raises as `keys`."""
         ...
 
     def reload(self) -> None:
-        """Read the secret anew at the next call, because a key was rejected."""
+        """Make the next call read the secret again, because a key was rejected."""
         ...
 
 
@@ -107,7 +107,7 @@ class AdminKeys(Protocol):
     """The admin keys of the pool."""
 
     def admin_keys(self) -> Sequence[AdminKey]:
-        """Return them, at most a few minutes old; raises KeyPoolBroken or StoreBusy."""
+        """Return the admin keys, at most a few minutes old; raises KeyPoolBroken or StoreBusy."""
         ...
 
 
@@ -115,5 +115,5 @@ class RateLimits(Protocol):
     """The Rate Limits API."""
 
     def load(self, key: AdminKey) -> Sequence[KnownLimits]:
-        """Return an organisation's limits; raises StoreBusy (later), or KeyPoolBroken (the key is not accepted)."""
+        """Return the limits of an organization; raises StoreBusy, or KeyPoolBroken if the key is rejected."""
         ...

@@ -1,4 +1,4 @@
-"""Messages of the jobs queue, as Lambda hands them over or as a worker takes them: small pointers, ours or not."""
+"""The formats of the queues' messages: small JSON pointers to jobs, batches, ranges and webhooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CANARY: Final = re.compile(r"[!-~]{1,100}")
 
 
 def received(records: Iterable[Mapping[str, Any]]) -> list[Received]:
-    """Read the records of a Lambda SQS event. A body that is not ours keeps `job_id` None."""
+    """Read the records of a Lambda SQS event. `job_id` is None for a message that is not Sluice's."""
     return [
         pointer_of(
             message_id=str(record["messageId"]),
@@ -33,7 +33,7 @@ def received(records: Iterable[Mapping[str, Any]]) -> list[Received]:
 def pointer_of(
     *, message_id: str, receipt: str, body: str, attributes: Mapping[str, Any]
 ) -> Received:
-    """Read one message, whoever took it from the queue. A body that is not ours keeps `job_id` None."""
+    """Read one message. `job_id` is None for a message that is not Sluice's."""
     pointer = _pointer(body)
     return Received(
         message_id=message_id,
@@ -48,9 +48,9 @@ def pointer_of(
 
 @dataclass(frozen=True, slots=True)
 class BatchMessage:
-    """A message of the queues of batches and of ranges: what to do with which batch, or which file has arrived.
+    """A message of the batches or ranges queue: a batch with a range or section, or the key of a new file.
 
-    Without any of it the message is not ours.
+    A message without any of these is not Sluice's.
     """
 
     message: Received
@@ -61,7 +61,7 @@ class BatchMessage:
 
 
 def batch_messages(records: Sequence[Mapping[str, Any]]) -> list[BatchMessage]:
-    """Read the records of a Lambda SQS event from the queues of batches or of ranges."""
+    """Read the records of a Lambda SQS event from the batches or ranges queue."""
     read = []
     for record, message in zip(records, received(records), strict=True):
         body = str(record.get("body", ""))
@@ -77,7 +77,7 @@ def batch_messages(records: Sequence[Mapping[str, Any]]) -> list[BatchMessage]:
 
 
 def webhook_of(message: Received) -> Webhook | None:
-    """Read a message of the webhooks queue; None for one that is not ours."""
+    """Read a message of the webhooks queue; None for a message that is not Sluice's."""
     said = _pointer(message.body)
     fields = [said.get(name) for name in ("webhook", "tenant", "url", "body")]
     texts = [each for each in fields if isinstance(each, str)]
@@ -85,7 +85,7 @@ def webhook_of(message: Received) -> Webhook | None:
 
 
 def _arrived(body: str) -> str | None:
-    """Return the key of an object that EventBridge tells of."""
+    """Return the key of the new object in an EventBridge event of S3."""
     try:
         event = json.loads(body)
         is_ours = event["source"] == "aws.s3" and event["detail-type"] == "Object Created"
@@ -95,7 +95,7 @@ def _arrived(body: str) -> str | None:
 
 
 def reason_of(record: Mapping[str, Any]) -> str | None:
-    """Return the reason the worker wrote on a message that it buried."""
+    """Return the reason that a worker added when it sent the message to the dead-letter queue."""
     attribute = record.get("messageAttributes", {}).get("reason", {})
     value = attribute.get("stringValue")
     return str(value) if value else None
@@ -109,12 +109,12 @@ def _pointer(body: str) -> Mapping[str, Any]:
     if not isinstance(pointer, dict):
         return {}
     version = pointer.get("v")
-    # A later release may write more, and be rolled back: its pointer still names the job.
+    # A later release may have written it before a rollback: its pointer still has the job id.
     is_ours = type(version) is int and version >= SCHEMA_VERSION
     return pointer if is_ours else {}
 
 
 def _named(pointer: Mapping[str, Any], name: str, form: re.Pattern[str]) -> str | None:
-    """Return an id of ours; one of another form, which DynamoDB may refuse with its whole batch, is nobody's."""
+    """Return a field with a valid id; DynamoDB could reject a whole request for one invalid id."""
     value = pointer.get(name)
     return value if isinstance(value, str) and form.fullmatch(value) else None

@@ -1,4 +1,4 @@
-"""The names of our metrics: what the code emits, the dashboard shows and the alarms watch. A test compares them."""
+"""The names of the metrics that the code emits. A test compares them with the dashboard and the alarms."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ BY_MODEL_GROUP: Final = frozenset(
 METRIC_NAMES: Final = TOTALS | BY_MODEL_GROUP
 
 SAMPLED: Final = frozenset({"StartDelaySeconds", "CallSeconds"})
-"""Kept value by value, so that percentiles can be shown; all others are summed up before they are emitted."""
+"""Emitted value by value, for percentiles; all others are summed first."""

@@ -1,4 +1,4 @@
-"""The world outside of AWS and Claude: time, chance, threads, metrics, and those who are notified."""
+"""Everything else: time, randomness, threads, metrics and logs, notifications, client keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RandomBytes = Callable[[int], bytes]
 
 
 class Blocking(Protocol):
-    """Runs a blocking call so that other jobs of the worker go on."""
+    """Runs a blocking call without blocking the other jobs of the worker."""
 
     def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Return what the call returns, or raise what it raises."""
@@ -39,30 +39,30 @@ class Blocking(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What others hear of a job or batch that has ended."""
+    """The notification that a job or batch has ended."""
 
     id: str
-    """The same however often it is told."""
+    """Stable across repeated deliveries."""
     kind: str
     """`Job Ended` or `Batch Ended`."""
     at: int
     tenant: str
     facts: Mapping[str, object]
     webhook: str | None = None
-    """Where its caller wants to hear of it."""
+    """URL to notify on completion."""
 
 
 class Notices(Protocol):
-    """Where others hear of what has ended."""
+    """Publishes notifications."""
 
     def publish(self, notices: Sequence[Notice]) -> None:
-        """Tell whoever listens of each at least once; raises StoreBusy."""
+        """Publish each notification at least once; raises StoreBusy."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """A message for a caller's own server."""
+    """A webhook to deliver."""
 
     id: str
     tenant: str
@@ -72,7 +72,7 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a caller's server answered; without a status there was no answer, for the `problem`'s sake."""
+    """The response of a receiver; without a status there was none, for the reason in `problem`."""
 
     status: int | None = None
     retry_after_s: int | None = None
@@ -80,27 +80,27 @@ class Reply:
 
 
 class Web(Protocol):
-    """Other people's servers."""
+    """Sends webhooks to receivers."""
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
-        """Return the addresses that a name leads to now; none if it leads nowhere."""
+        """Return the addresses of a host name now; empty if it has none."""
         ...
 
     async def post(self, url: str, address: str, headers: Mapping[str, str], body: str) -> Reply:
-        """Send to this address and to no other, whatever the name leads to meanwhile. Never raises."""
+        """Send to this address only, even if the name now has others. Never raises."""
         ...
 
 
 class SigningSecrets(Protocol):
-    """What the secrets of the tenants' webhooks are made of."""
+    """The deployment's webhook secrets, from which those of the tenants are derived."""
 
     def __call__(self) -> Sequence[str]:
-        """Return the present one, and the one before if there is one: both sign for a while; raises StoreBusy."""
+        """Return the current secret, and the previous one during a rotation: both sign. Raises StoreBusy."""
         ...
 
 
 class ClientKeys(Protocol):
-    """Who may submit."""
+    """The client keys."""
 
     def tenant(self, key: str) -> str | None:
         """Return the tenant a client key belongs to, None for an unknown or disabled key. At most 60 s old."""
@@ -108,7 +108,7 @@ class ClientKeys(Protocol):
 
 
 class Events(Protocol):
-    """Where a worker tells what happened: metrics and one log line per change of state."""
+    """Metrics, and one log line per change of state."""
 
     def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
         """Add to a metric."""
@@ -119,5 +119,5 @@ class Events(Protocol):
         ...
 
     def problem(self, event: str, **facts: object) -> None:
-        """As `note`, for what somebody should look at; inside an exception handler it carries the traceback."""
+        """Log a fixed phrase as an error; inside an exception handler with the traceback."""
         ...

@@ -86,7 +86,7 @@ def batch_links(batch_id: Annotated[str, Path(max_length=requests.MOST_ID)]) -> 
 )
 def begin_upload(body: Annotated[requests.UploadRequest, Body()]) -> dict[str, Any]:
     """Start an upload."""
-    begun = uploads(router).begin(body.name, body.bytes, body.options)
+    begun = uploads(router).start(body.name, body.bytes, body.options)
     return {
         "type": "upload",
         "id": begun.upload_id,

@@ -1,4 +1,4 @@
-"""Dead letters: each is kept and ends its job with the reason; an operator may redrive what ended so."""
+"""Dead letters: each is stored and ends its job as errored; an operator can redrive such jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARALLEL_READS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class KeptLetter:
-    """A dead letter as it is kept: what came, why it died, and when it was kept (epoch ms)."""
+    """A stored dead letter: the message, the reason, and when it was stored (epoch ms)."""
 
     message_id: str
     job_id: str | None
@@ -41,24 +41,24 @@ class KeptLetter:
 
 
 class DeadLetterStore(Protocol):
-    """Keeps the raw bodies of dead letters."""
+    """The stored dead letters."""
 
     def keep(self, message: Received, reason: str) -> None:
-        """Store the body with its reason; keeping it again changes nothing."""
+        """Store a message with its reason; storing it again changes nothing."""
         ...
 
     def letters(self) -> Iterator[KeptLetter]:
-        """Return all that are kept, in no order."""
+        """Return all letters, in no particular order."""
         ...
 
     def letter(self, message_id: str) -> KeptLetter | None:
-        """Return one of them."""
+        """Return one letter."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message of the dead-letter queue; `reason` is what the worker wrote on it, if it was the worker."""
+    """A message of the dead-letter queue; `reason` is set if a worker sent it there."""
 
     message: Received
     reason: str | None
@@ -67,25 +67,23 @@ class DeadLetter:
 class TakeDeadLetter:
     """The use case behind the dead-letter queue."""
 
-    def __init__(
-        self, jobs: JobStore, graveyard: DeadLetterStore, clock: Clock, events: Events
-    ) -> None:
+    def __init__(self, jobs: JobStore, kept: DeadLetterStore, clock: Clock, events: Events) -> None:
         self._jobs = jobs
-        self._kept = graveyard
+        self._kept = kept
         self._clock = clock
         self._events = events
 
     def __call__(self, letter: DeadLetter) -> bool:
-        """Keep the letter and end its job as errored, unless the job goes on without this message.
+        """Store the letter and end its job as errored, unless the job has another message to come.
 
-        False: a worker is at the job. It may end it, or put it back and find its message gone, so the letter must
-        come again.
+        Returns False if a worker runs the job: the worker may return the message that is now a dead letter, so the
+        letter must be received again.
         """
         message = letter.message
         job = self._jobs.get(message.job_id) if message.job_id is not None else None
-        if job is not None and self._is_at_work(job):
+        if job is not None and job.is_leased(self._clock.now()):
             return False
-        reason = letter.reason or f"received {message.receive_count} times without an end"
+        reason = letter.reason or f"received {message.receive_count} times without being deleted"
         self._kept.keep(message, reason)
         self._events.count("DeadLetters")
         self._events.problem(
@@ -94,10 +92,10 @@ class TakeDeadLetter:
         return job is None or self._ended(job, message, JobError(DEAD_LETTER, reason))
 
     def _ended(self, job: Job, message: Received, error: JobError) -> bool:
-        """End the job if it depends on the message; False when a worker has started on it meanwhile."""
+        """End the job if it depends on the message; False if a worker has started it meanwhile."""
 
         def ended(job: Job) -> Job:
-            if self._is_at_work(job) or not self._depends_on(job, message):
+            if job.is_leased(self._clock.now()) or not self._depends_on(job, message):
                 return job
             return finish_waiting(job, State.ERRORED, self._clock.now(), error)
 
@@ -106,28 +104,25 @@ class TakeDeadLetter:
                 self._events.count("JobsErrored")
                 return True
             case Kept(job):
-                return not self._is_at_work(job)
+                return not job.is_leased(self._clock.now())
             case Deleted():
                 return True
 
-    def _is_at_work(self, job: Job) -> bool:
-        return job.lease is not None and job.lease.until > self._clock.now()
-
     def _depends_on(self, job: Job, message: Received) -> bool:
-        """Return whether the job may wait for this message: it has not ended, and no other message is to come."""
+        """Return whether the job has not ended and will get no other message than this one."""
         if job.state.is_final:
             return False
         if job.not_before is not None and job.not_before > self._clock.now():
-            return False  # the sweep sends it another one
+            return False  # the sweep sends a new message
         return not job.redrives or message.sent_at > job.redrives[-1].at
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a job would cost, by the price list, in micro-dollars. It is an estimate: the bill is Anthropic's."""
+    """The estimated cost of a job in micro-dollars, from the price list."""
 
     likely: int
-    """With as much output as its limit group's answers have on average."""
+    """With the mean output of its limit group."""
     most: int
     """With `max_tokens` of output."""
 
@@ -137,20 +132,20 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A letter's job as it is now, and whether it can be redriven."""
+    """The current job of a letter, and whether it can be redriven."""
 
     letter: KeptLetter
     job: Job | None
     hindrance: str | None = None
-    """Why it cannot; None: it can."""
+    """Why it cannot be redriven; None if it can."""
     estimate: Estimate | None = None
-    """None when it cannot, or its model has no price."""
+    """None if it cannot be redriven, or its model has no price."""
 
 
 class Redriver:
-    """The operator's use case: look at dead letters, and make the jobs that ended by them runnable again.
+    """The operator's use case: list dead letters, and make the jobs that ended because of them runnable again.
 
-    It works from the records: the request is stored, the message was only a pointer to it.
+    It uses the stored records: the message was only a pointer to the request.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - its tools
@@ -158,7 +153,7 @@ class Redriver:
         jobs: JobStore,
         params: ParamsStore,
         limits: LimitStore,
-        graveyard: DeadLetterStore,
+        kept: DeadLetterStore,
         prices: PriceList,
         model_groups: Mapping[str, str],
         clock: Clock,
@@ -166,13 +161,13 @@ class Redriver:
         self._jobs = jobs
         self._params = params
         self._limits = limits
-        self._kept = graveyard
+        self._kept = kept
         self._prices = prices
         self._model_groups = model_groups
         self._clock = clock
 
     def letters(self, reason: str | None = None) -> list[KeptLetter]:
-        """Return the letters whose reason holds the words given, oldest first."""
+        """Return the letters whose reason contains a text, oldest first."""
         wanted = (reason or "").casefold()
         found = [each for each in self._kept.letters() if wanted in each.reason.casefold()]
         return sorted(found, key=lambda each: (each.kept_at, each.message_id))
@@ -182,7 +177,7 @@ class Redriver:
         return self._kept.letter(message_id)
 
     def candidates(self, letters: Sequence[KeptLetter]) -> list[Candidate]:
-        """Tell of each letter whether its job can be redriven, and what that would cost. Writes nothing."""
+        """Return for each letter whether its job can be redriven, and the estimated cost. Writes nothing."""
         ids = [each.job_id for each in letters if each.job_id is not None]
         found = self._jobs.get_many(list(dict.fromkeys(ids)))
         means = self._mean_outputs()
@@ -210,7 +205,7 @@ class Redriver:
             return list(threads.map(judged, letters))
 
     def redrive(self, candidate: Candidate) -> Candidate:
-        """Make one job runnable again; return it as it is then, with the hindrance if there was one after all."""
+        """Make one job runnable again; return its new record, or why it was not redriven."""
         job = candidate.job
         if job is None or candidate.hindrance is not None:
             return candidate
@@ -220,14 +215,14 @@ class Redriver:
         except IllegalTransition as late:
             return Candidate(candidate.letter, job, str(late))
         except StoreBusy as busy:
-            # The others go on; once more later finds out, and redrives nothing twice.
+            # The other letters continue. Repeating the redrive is safe: a job is redriven once.
             return Candidate(candidate.letter, job, str(busy))
         if stored is not redriven:
             return Candidate(candidate.letter, job, "the job was changed concurrently; try again")
         return Candidate(candidate.letter, redriven, None, candidate.estimate)
 
     def _mean_outputs(self) -> Mapping[str, tuple[int, int]]:
-        """Return what a model group's answers taught: characters per 1,000 tokens and the mean output."""
+        """Return the learned characters per 1,000 tokens and the mean output of each model group."""
         groups = sorted(self._limits.groups(), key=lambda group: group.samples)
         return {
             each.model_group: (each.chars_per_1000_tokens, each.output_estimate) for each in groups

@@ -1,7 +1,7 @@
-"""The governor: once a minute it sets the concurrency of each queue's mapping, and logs why.
+"""The governor: sets the concurrency of each queue's event source mapping once a minute, and logs why.
 
-Workers get what Claude's limits can keep busy (`capacity.py`), the other mappings a fixed number; all of them share
-what the account's Lambda limit leaves (`shares.py`).
+Workers get the concurrency that Claude's limits can keep busy (`capacity.py`), the other mappings a constant. All share
+what the account limit leaves (`shares.py`).
 """
 
 from __future__ import annotations
@@ -24,36 +24,34 @@ from sluice.domain.limits import Group
 from sluice.domain.shares import APPLIED_MS, Claim, Note, Share, room_of, share
 from sluice.ports.limits import Executions, GovernorNotes, LimitStore, PoolHistory, QueueMapping
 from sluice.ports.world import Clock, Events
-
-RUN_MS: Final = 60_000
-"""The time from one scheduled run to the next, as in template.yaml."""
+from sluice.upkeep.schedule import RUN_MS
 
 DAY_MS: Final = 86_400_000
 OLD_DAYS: Final = 90
-"""A key pool that was not written for this long holds keys that should be rotated."""
+"""Keys of a pool that was not written for this long should be rotated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Governed:
-    """A mapping, and what belongs to it alone; Claude's limits and the account's are shared."""
+    """One event source mapping, with its queue and its stored note."""
 
     name: str
-    """What its queue holds: the log's word for it."""
+    """What its queue holds; the name in the log."""
     mapping: QueueMapping
     backlog: Callable[[], Backlog]
     notes: GovernorNotes
     ceiling: int
     timeout_ms: int = 900_000
-    """An invocation of its function ends after this time at the latest."""
+    """The timeout of its function."""
     calls_claude: bool = True
-    """How many it needs depends on Claude's limits; otherwise it is the ceiling."""
+    """Its concurrency depends on Claude's limits; otherwise it is the ceiling."""
     refills: bool = False
-    """Its invocations take further messages themselves."""
+    """Its invocations take more messages themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """One mapping in one run: how it is, and what it would have with room for all."""
+    """One mapping in one run: its current state, and the decision if there is room for all."""
 
     governed: Governed
     consumer: Consumer
@@ -62,7 +60,7 @@ class Present:
     decision: Decision
 
     def claim(self, now: int) -> Claim:
-        """Return what it claims of the account's executions."""
+        """Return its claim to the account's executions."""
         present = self.consumer.maximum_concurrency or self.governed.ceiling
         enabled, in_flight = self.consumer.enabled, self.backlog.in_flight
         by_hand = not enabled and self.note.turned_off_at is None
@@ -75,7 +73,7 @@ class Present:
             enabled,
             self.backlog,
             switched_at=since or 0,
-            # An invocation has a message in flight until it ends. While a change takes hold, new ones may start.
+            # An invocation has a message in flight until it ends. Until a change takes effect, new ones may start.
             left=min(left, in_flight) if self.consumer.is_applied else left,
             fixed=not self.consumer.is_applied,
             refills=self.governed.refills,
@@ -85,7 +83,7 @@ class Present:
 class Governor:
     """The use case behind the schedule, together with the sweep."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what it looks at
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
         self,
         governed: Sequence[Governed],
         limits: LimitStore,
@@ -103,7 +101,7 @@ class Governor:
         self._failure: Exception | None = None
 
     def __call__(self) -> None:
-        """Look, decide, change each mapping if need be. One that fails holds up no other; its error is raised last."""
+        """Read, decide, and change each mapping if necessary. An error does not stop the others; it is raised last."""
         now = self._clock.now()
         self._failure = None
         changed_at = self._pool_changed_at()
@@ -114,7 +112,7 @@ class Governor:
         is_short = room is None or room < sum(each.ceiling for each in self._governed)
         found: dict[str, Present] = {}
         for governed in self._governed:
-            present = self._look(governed, groups, changed_at, now, is_short=is_short)
+            present = self._read(governed, groups, changed_at, now, is_short=is_short)
             if present is not None:
                 found[governed.name] = present
         claims = [
@@ -122,22 +120,22 @@ class Governor:
             for each in self._governed
         ]
         if room is None:
-            # Nothing is raised: what they have may be all there is.
+            # Without a known limit no mapping is raised: the present sum may be all that the account has.
             room = sum(each.charge for each in claims)
         self._change(found, share(claims, room, now), groups, room, now, is_short=is_short)
         if self._failure is not None:
             raise self._failure
 
     def _room(self) -> int | None:
-        """Return how many executions the queues may use together; None if that cannot be known now."""
+        """Return how many executions the queues may use together; None if it cannot be read."""
         try:
             return room_of(self._executions.at_once())
-        except Exception as error:  # noqa: BLE001 - raised when the mappings have had their turn
+        except Exception as error:  # noqa: BLE001 - raised after all mappings are done
             self._events.problem("account limit not read")
             self._failure = error
             return None
 
-    def _look(
+    def _read(
         self,
         governed: Governed,
         groups: Sequence[Group],
@@ -146,16 +144,16 @@ class Governor:
         *,
         is_short: bool,
     ) -> Present | None:
-        """Return a mapping as it is; None if that cannot be read."""
+        """Return the current state of a mapping; None if it cannot be read."""
         try:
             consumer = governed.mapping.state()
             if not consumer.is_applied and not is_short:
                 return None
-            # The depth of a queue costs a call, and says nothing of a mapping that has room in any case.
+            # Reading the depth of a queue costs a call, and is not needed if there is room for all.
             is_needed = is_short or governed.calls_claude or not consumer.enabled
             backlog = governed.backlog() if is_needed else Backlog()
             note = governed.notes.read()
-        except Exception as error:  # noqa: BLE001 - raised when the others have had their turn
+        except Exception as error:  # noqa: BLE001 - raised after the others are done
             self._not_governed(governed, error)
             return None
         if governed.calls_claude:
@@ -186,7 +184,7 @@ class Governor:
         *,
         is_short: bool,
     ) -> None:
-        """Change what is to be something else. What makes room goes first; where it fails, nobody takes the room."""
+        """Change the mappings that differ: first those that make room. If that fails, none is raised."""
         decisions = {name: _agreed(each.decision, shares[name]) for name, each in found.items()}
         is_kept = True
         for name in sorted(found, key=lambda name: _raises(decisions[name], found[name].consumer)):
@@ -198,7 +196,7 @@ class Governor:
                 continue
             try:
                 is_done = self._set(present, decision, now)
-            except Exception as error:  # noqa: BLE001 - raised when the others have had their turn
+            except Exception as error:  # noqa: BLE001 - raised after the others are done
                 self._not_governed(present.governed, error)
                 is_done = False
             if not is_done:
@@ -207,7 +205,7 @@ class Governor:
                 self._report(present, decision, groups, room, now)
 
     def _set(self, present: Present, decision: Decision, now: int) -> bool:
-        """Make one mapping what was decided, and remember it; False if Lambda does not take the change now."""
+        """Apply a decision to one mapping and store the note; False if Lambda does not accept the change now."""
         governed, consumer, note = present.governed, present.consumer, present.note
         is_off = note.turned_off_at is not None
         if not decision.changes(consumer):
@@ -216,7 +214,7 @@ class Governor:
             return True
         lowers = not decision.enabled or not _raises(decision, consumer)
         if lowers:
-            # Noted first: a mapping that is off without a note counts as switched off by hand, for good.
+            # The note is stored first: without it a disabled mapping counts as disabled by hand, and stays disabled.
             had = consumer.maximum_concurrency or governed.ceiling
             note = Note(
                 turned_off_at=None if decision.enabled else now,
@@ -240,12 +238,12 @@ class Governor:
         try:
             return self._pool.changed_at()
         except StoreBusy as busy:
-            # The next minute will tell; the workers must not wait for it.
+            # The next run tries again; the workers must not wait for it.
             self._events.problem("store busy", what=busy.what)
             return None
 
     def _warn_of_old_keys(self, changed_at: int, now: int) -> None:
-        """Warn once a day: in the run in which the pool's age reaches another whole day."""
+        """Warn once a day, in the run in which the age of the pool reaches another whole day."""
         age = now - changed_at
         if age >= OLD_DAYS * DAY_MS and age // DAY_MS != (age - RUN_MS) // DAY_MS:
             self._events.count("OldKeys")
@@ -278,7 +276,7 @@ class Governor:
 
 
 def _unknown(governed: Governed) -> Claim:
-    """Return the claim of a mapping that could not be read: it may be using all that it may have."""
+    """Return the claim of a mapping that could not be read: it may use its whole ceiling."""
     return Claim(
         governed.name,
         None,
@@ -291,7 +289,7 @@ def _unknown(governed: Governed) -> Claim:
 
 
 def _agreed(decision: Decision, given: Share) -> Decision:
-    """Return the decision as far as there is room for it."""
+    """Return the decision, limited to the share of the mapping."""
     if not decision.enabled:
         return decision
     reasons = [decision.reason, given.reason] if given.enabled else [given.reason]
@@ -300,7 +298,7 @@ def _agreed(decision: Decision, given: Share) -> Decision:
 
 
 def _raises(decision: Decision, consumer: Consumer) -> bool:
-    """Return whether the mapping can run more after the change than before it."""
+    """Return whether the decision raises the concurrency of the mapping."""
     if not decision.enabled:
         return False
     present = consumer.maximum_concurrency

@@ -1,7 +1,7 @@
-"""Loading limits from the Rate Limits API, for organisations whose admin key is in the pool.
+"""Loading limits from the Rate Limits API, for organizations whose admin key is in the pool.
 
-Answers teach the limits as well; this knows them before the first call, knows tokens per day, which no header names,
-and knows which models share their limits.
+Limits are also learned from responses. The API has them before the first call, and it has tokens per day, which no
+header names, and the models that share one limit group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sluice.ports.swap import Written, change
 from sluice.ports.world import Clock, Events
 
 EVERY_MS: Final = 3_600_000
-"""Changed limits take effect within about an hour anyway (Anthropic, Rate Limits API)."""
+"""Changed limits take effect within about an hour (Anthropic, Rate Limits API)."""
 
 
 class LoadLimits:
@@ -41,7 +41,7 @@ class LoadLimits:
         self._loaded_at: int | None = None
 
     def __call__(self) -> None:
-        """Load, once an hour. What cannot be loaded is told and left: the answers teach the limits too."""
+        """Load the limits once an hour. Failures are only logged, because responses name the limits too."""
         now = self._clock.now()
         if self._loaded_at is not None and now - self._loaded_at < EVERY_MS:
             return
@@ -67,12 +67,12 @@ class LoadLimits:
             self._limits.learn_groups(learned)
 
     def _shared(self, known: Sequence[KnownLimits]) -> dict[str, str]:
-        """Return the model groups that the list of models says differently than the data we came with."""
+        """Return the model groups for which the API differs from the deployed data."""
         learned: dict[str, str] = {}
         for each in known:
             names = {model_group(model, self._model_groups) for model in each.models}
             if len(names) > 1:
-                # One bucket upstream: the name most of its models have already, or the first.
+                # One limit group upstream: use the name that most of its models have, or the first.
                 ours = [model_group(model, self._model_groups) for model in each.models]
                 name = max(sorted(names), key=ours.count)
                 learned |= {

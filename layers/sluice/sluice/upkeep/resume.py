@@ -1,7 +1,7 @@
-"""The sweep of batches: sends ranges that waited outside their queue again, and looks after batches that stand still.
+"""The sweep of batches: sends messages for parked ranges that are due, and checks batches that make no progress.
 
-As with single jobs: workers never re-send. What is due is taken before it is sent, so that two sweeps at once send it
-once; it is due again later unless it was released, so that a sweep that dies loses nothing.
+As with jobs, workers never send to their own queue. What is due is postponed before it is sent, so that concurrent
+sweeps send it once. It is due again later unless it is removed, so that a sweep that dies loses nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ from sluice.domain.limits import Group, model_group
 from sluice.ports.batches import BatchesQueue, BatchStore, DueRange, RangesQueue, WaitingRanges
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Clock, Events
+from sluice.upkeep.schedule import RUN_MS, UNSENT_MS
 
-RUN_MS: Final = 60_000
-"""The time from one scheduled run to the next, as in template.yaml."""
-
-HOLD_MS: Final = 120_000
-"""A range whose sending was not finished is due again after this time: longer than a run lasts."""
-
-LOOK_AT: Final = 1_000
-"""Looked at per run."""
+MOST_DUE: Final = 1_000
+"""Maximum due ranges and batches read per run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +55,9 @@ class Resume:
         self._events = events
 
     def __call__(self, stop_at: int) -> Resumed:
-        """Send ranges that are due and can start soon, have late batches looked at; begin nothing after `stop_at`."""
+        """Send due ranges that can start soon, and have due batches checked; start nothing after `stop_at`."""
         now = self._clock.now()
-        due = self._waiting.due(now, LOOK_AT)
+        due = self._waiting.due(now, MOST_DUE)
         if not due:
             return Resumed()
         ranges = batches = 0
@@ -70,7 +65,7 @@ class Resume:
             if self._clock.now() >= stop_at:
                 break
             if each.number is None:
-                batches += self._look_at(each)
+                batches += self._check(each)
             else:
                 ranges += self._send(each, each.number)
         resumed = Resumed(len(due), ranges, batches)
@@ -82,8 +77,8 @@ class Resume:
         )
         return resumed
 
-    def _look_at(self, due: DueRange) -> bool:
-        """Have the planner send whatever a batch lacks, now and every 20 minutes from now on."""
+    def _check(self, due: DueRange) -> bool:
+        """Have the planner send the missing messages of a batch, now and every 20 minutes."""
         if self._waiting.postpone(due, self._clock.now() + WATCH_MS) is None:
             return False
         self._plans.send_plan(due.batch_id)
@@ -91,14 +86,14 @@ class Resume:
 
     def _send(self, due: DueRange, number: int) -> bool:
         batch = self._batches.get(due.batch_id)
-        held = self._waiting.postpone(due, self._clock.now() + HOLD_MS)
-        if batch is None or held is None or self._ranges.send_ranges(batch, [number]):
+        postponed = self._waiting.postpone(due, self._clock.now() + UNSENT_MS)
+        if batch is None or postponed is None or self._ranges.send_ranges(batch, [number]):
             return False
-        self._waiting.remove(held)
+        self._waiting.remove(postponed)
         return True
 
     def _paced(self, due: Sequence[DueRange], groups: Sequence[Group], now: int) -> list[DueRange]:
-        """Leave out ranges whose rows could not start before the next run. One of each model group always goes."""
+        """Return the ranges whose rows can start before the next run, but at least one of each model group."""
         sent: dict[str, int] = {}
         chosen: list[DueRange] = []
         for each in due:

@@ -1,12 +1,12 @@
-"""The sweep: sends jobs that wait without a message, as fast as their limits can start them.
+"""The sweep: sends messages for due jobs, as fast as the limits can start them.
 
-A worker parks a job that must wait for longer than 15 minutes: it acknowledges the message and leaves the job `queued`
-with `not_before`. Workers never re-send; only here a parked job gets another message. Taken before it is sent, so
-that two sweeps at once send it once; due again soon unless the send was seen to the end, so that a sweep that dies
-loses nothing.
+A worker parks a job that must wait longer than 15 minutes: it acknowledges the message and leaves the job `queued` with
+`not_before`. Workers never send to their own queue; only the sweep sends a new message for a parked job. A due job is
+postponed before it is sent, so that concurrent sweeps send it once. It is due again soon unless the send is confirmed,
+so that a sweep that dies loses no job.
 
-Every other job that has not ended is looked at when nothing was written of it for long: its message may never have
-been sent, or be lost. One message too many does no harm, for the lease decides who runs the job.
+Any other job that was not written for long is checked: its message may be lost, or was never sent. An extra message is
+harmless, because the lease decides which worker runs the job.
 """
 
 from __future__ import annotations
@@ -26,30 +26,27 @@ from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
 from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
-
-RUN_MS: Final = 60_000
-"""The time from one scheduled run to the next, as in template.yaml."""
+from sluice.upkeep.schedule import RUN_MS, UNSENT_MS
 
 MARGIN_MS: Final = 15_000
-"""Sent beyond what can start until the next run, which may come late."""
+"""The next run may be late by this time: jobs that can start until then are sent now."""
 
-HOLD_MS: Final = 120_000
-"""A job whose sending was not finished is due again after this time: longer than a run lasts."""
+assert MARGIN_MS < RUN_MS, "a run sends little that the next run could send"
 
-LOOK_AT: Final = 10_000
-"""Due jobs looked at per run."""
+MOST_DUE: Final = 10_000
+"""Maximum due jobs read per run."""
 
-CARE_FOR: Final = 1_000
-"""Jobs looked at per run whose message may be lost."""
+MOST_UNHEARD: Final = 1_000
+"""Maximum jobs checked per run because their messages may be lost."""
 
 QUIET_MS: Final = LONGEST_PARK_MS
-"""While more waits in the queue than can start, a job's message is probably there: it is believed for so long."""
+"""While the queue holds more than can start, a job's message is assumed to be in it for this time."""
 
 AT_ONCE: Final = 100
-"""Jobs taken, sent and noted together; between two such steps the sweep may stop."""
+"""Jobs postponed, sent and confirmed in one step; the sweep may stop between two steps."""
 
 NEW_KEYS_MS: Final = LONGEST_PARK_MS + NEW_POOL_MS
-"""A key pool written this recently may serve jobs whose known groups are all blocked: until then each was due once."""
+"""A key pool written this recently may have keys for jobs whose groups are all blocked; by then each was due once."""
 
 PARALLEL_WRITES: Final = 16
 
@@ -64,9 +61,9 @@ class Swept:
     sent: int = 0
     expired: int = 0
     left: int = 0
-    """Due, but beyond what can start soon, or not sent; they stay due."""
+    """Due, but not sent, or not startable soon; they stay due."""
     rescued: int = 0
-    """Sent in case their message was lost."""
+    """Sent because their messages may be lost."""
 
 
 class Sweep:
@@ -93,10 +90,10 @@ class Sweep:
         self._events = events
 
     def __call__(self, stop_at: int) -> Swept:
-        """Send what is due and can start soon, end what is past its deadline; begin no further step after `stop_at`."""
+        """Send due jobs that can start soon, end jobs past their deadline; start no further step after `stop_at`."""
         now = self._clock.now()
-        due = self._due.due(DueFor.CALL, now, LOOK_AT)
-        unheard = self._due.due(DueFor.CHECK, now, CARE_FOR)
+        due = self._due.due(DueFor.CALL, now, MOST_DUE)
+        unheard = self._due.due(DueFor.CHECK, now, MOST_UNHEARD)
         if not due and not unheard:
             return Swept()
         late = [each for each in due if each.deadline is not None and each.deadline <= now]
@@ -111,7 +108,7 @@ class Sweep:
             for some in self._steps(chosen, stop_at):
                 sent += self._send(threads, some, lambda _: WATCH_MS)
             for some in self._steps(lost, stop_at):
-                rescued += self._send(threads, some, self._look_after)
+                rescued += self._send(threads, some, self._check)
         swept = Swept(len(due), sent, expired, len(due) - sent - expired, rescued)
         self._events.note(
             "due jobs swept",
@@ -124,35 +121,35 @@ class Sweep:
         return swept
 
     def _send(self, threads: ThreadPoolExecutor, due: Sequence[Due], pause: Pause) -> int:
-        """Take jobs, send them, and have those watched that were sent; return how many.
+        """Postpone jobs, send their messages, and watch the sent ones; return their number.
 
-        `pause` says after which time to look at a job again; None: it needs no message.
+        `pause` returns after which time to check a job again; None: it needs no message.
         """
-        until = self._clock.now() + HOLD_MS
+        until = self._clock.now() + UNSENT_MS
         pauses = {
             each: after
             for each, after in zip(due, threads.map(pause, due), strict=True)
             if after is not None
         }
-        held = list(threads.map(lambda each: self._due.postpone(each, until), pauses))
+        postponed = list(threads.map(lambda each: self._due.postpone(each, until), pauses))
         after = {
             taken: pause_ms
-            for taken, pause_ms in zip(held, pauses.values(), strict=True)
+            for taken, pause_ms in zip(postponed, pauses.values(), strict=True)
             if taken is not None
         }
         pointers = [Pointer(each.job_id, each.tenant, each.model) for each in after]
         unsent = set(self._queue.send(pointers))
-        gone = [each for each in after if each.job_id not in unsent]
+        sent = [each for each in after if each.job_id not in unsent]
         now = self._clock.now()
-        list(threads.map(lambda each: self._due.watch(each, now + after[each]), gone))
-        return len(gone)
+        list(threads.map(lambda each: self._due.watch(each, now + after[each]), sent))
+        return len(sent)
 
     def _probably_lost(
         self, unheard: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
     ) -> list[Due]:
-        """Choose jobs that nobody has written for so long that their message may be lost.
+        """Return the jobs whose message may be lost, because they were not written for long.
 
-        What waits in a long queue is not lost: then only those that have waited for hours are looked at.
+        Messages of a long queue are not lost: then these are only the jobs that have waited for hours.
         """
         names = {model_group(each.model, self._model_groups) for each in unheard}
         until = now + RUN_MS + MARGIN_MS
@@ -161,16 +158,16 @@ class Sweep:
             return list(unheard)
         return [each for each in unheard if each.due_at <= now - QUIET_MS]
 
-    def _look_after(self, due: Due) -> int | None:
-        """Return after which time to look again at a job nobody is at; None when it is well, or has ended."""
+    def _check(self, due: Due) -> int | None:
+        """Return after which time to check a job again that needs a message; None if it is running or has ended."""
         job = self._jobs.get(due.job_id)
         now = self._clock.now()
         if job is None or job.state.is_final:
             return None
-        if job.lease is not None and job.lease.until > now:
+        if job.is_leased(now):
             self._due.postpone(due, now + WATCH_MS)
             return None
-        # Twice as long each time: a job that waits for hours for its turn gets a handful of messages, not hundreds.
+        # Twice as long each time: a job that waits for hours gets a few extra messages, not hundreds.
         return max(WATCH_MS, now - job.created_at)
 
     def _steps(self, due: Sequence[Due], stop_at: int) -> Iterator[Sequence[Due]]:
@@ -182,10 +179,10 @@ class Sweep:
     def _paced(
         self, due: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
     ) -> list[Due]:
-        """Choose the longest due of each model group, as many as it can start until the next run and a little after.
+        """Return the longest due jobs of each model group, as many as it can start until shortly after the next run.
 
-        While more waits in the queue than that, a quarter of them: parked jobs are the older ones, so they never
-        stand still behind new ones, but a queue that is full already gets no fuller by them.
+        If the queue holds more than that, return a quarter of them: parked jobs are older than those in the queue and
+        must not wait behind them, but must not fill a full queue further.
         """
         by_group: dict[str, list[Due]] = {}
         for each in due:
@@ -198,28 +195,28 @@ class Sweep:
         return sorted(chosen, key=lambda each: (each.due_at, each.job_id))
 
     def _has_new_pool(self, now: int) -> bool:
-        """Return whether a key of another organisation may have come for jobs whose known groups are all blocked.
+        """Return whether the pool may have a key of another organization for jobs whose known groups are all blocked.
 
-        Only a job that a worker holds finds that out, so some must be sent though no known group can start them.
+        Only workers with jobs find that out, so some jobs must be sent although no known group can start them.
         """
         try:
             return is_new(self._pool.changed_at(), now, NEW_KEYS_MS)
         except StoreBusy as busy:
-            # The next minute will tell; what the known groups can start must not wait for it.
+            # The next run tries again; jobs that the known groups can start must not wait for it.
             self._events.problem("store busy", what=busy.what)
             return False
 
     def _expire(self, due: Due) -> bool:
-        """End a job whose deadline has passed; False when it has ended already, or is at work."""
+        """End a job whose deadline has passed; False if it is running or has ended."""
         job = self._jobs.get(due.job_id)
         now = self._clock.now()
         if job is None or job.state.is_final or job.deadline is None or job.deadline > now:
             return False
         if job.lease is not None and job.lease.until > now:
-            # Its call may still bring an answer; if its worker is dead, nobody else will end it.
+            # Its call may still be answered. If its worker died, the job is ended after the lease.
             self._due.postpone(due, job.lease.until)
             return False
-        error = JobError("deadline_exceeded", "the deadline passed before an answer came")
+        error = JobError("deadline_exceeded", "the deadline passed before an answer arrived")
         ended = finish_waiting(job, State.EXPIRED, now, error)
         if swap(self._jobs.replace, ended, job.version) is not ended:
             return False

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from aws_lambda_powertools import Logger
 
-from sluice.adapters import aws, system
+from sluice.adapters import aws
 from sluice.adapters.system import SystemClock
-from sluice.adapters.telemetry import Telemetry, hush
+from sluice.adapters.telemetry import Telemetry, quiet_libraries
 from sluice.domain.pricing import PriceList
 from sluice.settings import Settings
 
@@ -45,19 +44,8 @@ def settings() -> Settings:
 @cache
 def telemetry() -> Telemetry:
     """Return the function's log and metrics."""
-    hush()
+    quiet_libraries()
     return Telemetry(Logger())
-
-
-def aws_calls() -> dict[str, int]:
-    """Return how often this function has called AWS, by subject of the calls."""
-    return dict(aws.CALLS)
-
-
-def note_use(before: Mapping[str, int]) -> None:
-    """Log what an invocation used: the function's peak memory so far, and the AWS calls since `before`."""
-    calls = {what: n for what, count in aws.CALLS.items() if (n := count - before.get(what, 0))}
-    telemetry().note("used", peak_mb=system.peak_mb(), aws_calls=calls)
 
 
 @cache

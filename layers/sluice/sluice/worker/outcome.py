@@ -102,7 +102,7 @@ class Outcome:
                     request_id=failure.request_id,
                 )
             case Effect.SPEND_LIMIT:
-                self._park_group(verdict, failure)
+                self._spend_limit_reached(verdict, failure)
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")
                 model = self._heartbeat.job.current_model
@@ -115,13 +115,13 @@ class Outcome:
             case _:
                 assert_never(verdict.effect)
 
-    def _park_group(self, verdict: Verdict, failure: Failure) -> None:
+    def _spend_limit_reached(self, verdict: Verdict, failure: Failure) -> None:
         name = self._admission.claimant.group
         group = self._limiter.group(name)
         if group is None or group.blocked_until <= self._invocation.now():
             self._events.count("GroupsParked")
             self._events.problem(
-                "limit group parked",
+                "spend limit reached",
                 limit_group=name,
                 error_code=failure.error_code,
                 until=verdict.until,
