@@ -552,9 +552,7 @@ def test_the_longest_rows_start_first(make: Make) -> None:
     assert [f"row-{number}" for number in range(len(tokens))] == ids(bulk.results())
 
 
-def test_all_rows_of_a_range_wait_in_line_and_few_are_in_flight(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_rows_of_a_range_wait_in_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last rows of a batch can start together only if the limiter knows of all of them."""
     waiting: list[int] = []
     admit = Limiter.admit
@@ -574,7 +572,7 @@ def test_all_rows_of_a_range_wait_in_line_and_few_are_in_flight(
 
     bulk.drain()
 
-    assert AT_ONCE < max(most)
+    assert 90 < max(most)
     assert bulk.claude.most_in_flight <= AT_ONCE
     assert 100 == len(bulk.results()) == len(bulk.claude.calls)
 

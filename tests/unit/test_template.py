@@ -14,8 +14,9 @@ from sluice.adapters.dynamodb import SHORT_DAYS
 from sluice.adapters.job_records import WAITING_DAYS
 from sluice.adapters.sqs import HIDE_SECONDS
 from sluice.domain.capacity import LEAST
-from sluice.domain.jobs import LEASE_MS, State
+from sluice.domain.jobs import State
 from sluice.domain.shares import RESERVED
+from sluice.domain.waits import LEASE_MS
 from sluice.intake.submit import START_WITHIN_MS
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, TOTALS
 from sluice.settings import MAPPINGS as MAPPINGS_BY_QUEUE

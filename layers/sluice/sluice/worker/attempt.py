@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain import waits
@@ -27,9 +27,6 @@ from sluice.worker.limit_books import Admission, Claimant, Later, Moved, TooLarg
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken
-
-ROOM_MS: Final = 3_000
-"""How long a start time is kept for a job that has no room at that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,6 @@ class Attempt:
 
     async def run(self) -> Ending:
         """Bring the job as far as one attempt goes; jobs that have lost many workers run apart from the others."""
-        await self._taken.room.wait()
         step = self._next_step()
         if step is not Step.RUN:
             return await self._without_call(step)
@@ -210,9 +206,7 @@ class Attempt:
         if body is None:
             return JobError("request_lost", "the stored request is missing; submit the job again")
         try:
-            if (not is_large and not await self._may_start(admission)) or not await self._has_room(
-                admission
-            ):
+            if not is_large and not await self._may_start(admission):
                 claim: Job | Ending = Again(self._job)
             else:
                 claim = await self._claim(key)
@@ -232,15 +226,6 @@ class Attempt:
         # The reason may have to do with the keys.
         self._invocation.keys.look_anew()
         return False
-
-    async def _has_room(self, admission: Admission) -> bool:
-        """Take room beside the calls in flight, waiting for a moment; False: it waits on without a start time."""
-        if self._taken.room.take():
-            return True
-        # It may still be revoked.
-        admission.started_at = None
-        has_room = await self._taken.room.wait(self._invocation.now() + ROOM_MS)
-        return has_room and await self._may_start(admission)
 
     async def _claim(self, key: UpstreamKey) -> Job | Ending:
         """Take the lease, unless the job or its key changed while it waited, or another worker was quicker."""

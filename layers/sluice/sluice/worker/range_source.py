@@ -1,15 +1,12 @@
 """The rows of one window of a range as a source: which of them may run now.
 
-All rows of a usual range are in hand from the start and wait for the limiter, the longest first, so that the last rows
-of a batch can start together. Few enough run at once that their answers fit into memory, and that little is repeated if
-the worker dies: a row takes a place among those in flight when it starts, and keeps it until it is saved. After
+Few enough rows run at once that their answers fit into memory, and that little is repeated if the worker dies. After
 lost workers even fewer do, in the end one: if the size of the rows kills the workers, they fit, and if it is one of
 them, it is found. Rows that lost a worker while they ran alone come last, and alone again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -22,22 +19,19 @@ from sluice.ports.jobs import Received
 from sluice.ports.world import Clock
 from sluice.worker.range_rows import Seat, WindowRows
 from sluice.worker.source import Held, Taken
-from sluice.worker.timeouts import wait_at_most
 
-AT_ONCE: Final = 64
-"""Maximum rows started and not yet saved, and so the maximum calls that are repeated if the worker dies."""
+AT_ONCE: Final = 120
+"""Maximum rows in hand: waiting for their start, in flight, or not yet saved. So many calls at most are repeated if the
+worker dies. As many as a worker of the jobs queue has, and more than a usual range: all its rows wait in line at the
+limiter, so that the last ones can start together."""
+
+LOOK_MS: Final = 1_000
+"""Pause between two looks whether any range waits behind the rows in hand."""
+
+assert LOOK_MS < DRAINED_MS
 
 ANSWERS_BYTES: Final = 24 * 1024 * 1024
 """Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
-
-IN_HAND: Final = 128
-"""Maximum rows in hand: in flight, or waiting for their start."""
-
-LOOK_MS: Final = 1_000
-"""Pause between two looks whether any range waits behind the rows in hand. Shorter than an empty queue is believed."""
-
-assert AT_ONCE <= IN_HAND
-assert LOOK_MS < DRAINED_MS
 
 SAVE_ROWS: Final = 25
 """Ended rows are saved at the latest when there are so many."""
@@ -55,16 +49,14 @@ class RangeSource:
         note_running: Callable[[], None],
         note_drained: Callable[[], Awaitable[None]],
     ) -> None:
-        """`note_running` is called in a thread, while a killer is searched, before a row starts.
-
-        `note_drained` is called while rows wait and no other row of the range waits behind them.
-        """
+        """`note_running` is called in a thread, while a killer is searched, before a row starts."""
         self._rows = rows
         self._clock = clock
         self._started = clock.now()
         self._stop_at = stop_at
         self._note_running = note_running
         self._note_drained = note_drained
+        """Called while rows wait and no other row of the range waits behind them."""
         self._look_at = 0
         self._lock = threading.Lock()
         self._held: Held | None = None
@@ -75,8 +67,6 @@ class RangeSource:
         """Those of them that wait for longer than this invocation: the search goes on without them, and is not over."""
         self._apart = self._ids(state.blamed)
         """Rows that run alone."""
-        self._is_searching = bool(state.losses or state.blamed)
-        """Rows take their places before anything is made of them."""
         self._ready = self._in_order()
         self._resting: list[Seat] = []
         self._running: dict[str, Seat] = {}
@@ -84,9 +74,6 @@ class RangeSource:
         self._expected_bytes = 0
         self._is_apart = False
         """A row runs alone."""
-        self._at_door = 0
-        """Rows that wait for a place."""
-        self._freed = asyncio.Event()
         self._noted: set[str] = set()
         """Rows whose requests may be in memory, or their answers, unsaved."""
         rows.watch_starts(self._starting)
@@ -107,8 +94,8 @@ class RangeSource:
         """Wait for rows that may run now."""
         self._held = held
         while True:
-            if seats := self._next_rows(held.count):
-                return [self._taken(seat) for seat in seats]
+            if seats := self._next_rows():
+                return [_taken(seat) for seat in seats]
             due_at = min((seat.due_at for seat in self._resting), default=None)
             if not held.count and due_at is None and not self._waits_for_saving():
                 return ()
@@ -175,30 +162,17 @@ class RangeSource:
         )
 
     def wake(self) -> None:
-        """Have rows that wait, and `take`, see what has changed."""
-        self._freed.set()
+        """Have `take` see that another worker has the range."""
         if self._held is not None:
             self._held.changed.set()
 
     # Room -------------------------------------------------------------------------------------------------------
 
-    def _taken(self, seat: Seat) -> Taken:
-        job = seat.job
-        message = Received(
-            job.job_id,
-            "",
-            "",
-            job.job_id,
-            receive_count=seat.receive_count,
-            sent_at=job.created_at,
-        )
-        return Taken(message, job.job_id, job, room=_Place(self, seat))
-
     def _ids(self, offsets: Collection[int]) -> set[str]:
         return {seat.job.job_id for seat in self._rows.unfinished() if seat.line.offset in offsets}
 
     def _in_order(self) -> deque[Seat]:
-        """Return the rows to run: suspects first, those that run alone last, and longer answers before shorter ones."""
+        """Return the rows to run: suspects first, those that run alone last."""
         suspects = self._suspects or set()
         return deque(
             sorted(
@@ -211,8 +185,8 @@ class RangeSource:
             )
         )
 
-    def _next_rows(self, in_hand: int) -> list[Seat]:
-        """Return the rows that may be in hand now; while a killer is searched, those that have a place."""
+    def _next_rows(self) -> list[Seat]:
+        """Return the rows that may run now, and take the room they need."""
         if self._rows.is_closed:
             self._ready.clear()
             self._resting.clear()
@@ -221,45 +195,14 @@ class RangeSource:
         self._resting = [seat for seat in self._resting if seat.due_at > now]
         for seat in due:
             self._line_up(seat)
-        seats: list[Seat] = []
-        while self._ready and in_hand + len(seats) < IN_HAND:
-            if self._is_searching:
-                if not self._has_room(self._ready[0]):
-                    break
-                self._occupy(self._ready[0])
-            seats.append(self._ready.popleft())
+        seats = []
+        while self._ready and self._has_room(self._ready[0]):
+            seat = self._ready.popleft()
+            self._is_apart = seat.job.job_id in self._apart
+            self._running[seat.job.job_id] = seat
+            self._expected_bytes += seat.expected_bytes
+            seats.append(seat)
         return seats
-
-    def has_place(self, seat: Seat) -> bool:
-        """Take a place for a row, unless it has one; False when none is free."""
-        if seat.job.job_id in self._running:
-            return True
-        if self._at_door or not self._has_room(seat):
-            return False
-        self._occupy(seat)
-        return True
-
-    async def place(self, seat: Seat, until: int | None) -> bool:
-        """Wait for a place until a time; all have one when another worker has the range, for they end at once."""
-        self._at_door += 1
-        try:
-            while not self._rows.is_closed and not self._has_room(seat):
-                self._freed.clear()
-                if until is None:
-                    await self._freed.wait()
-                elif self._clock.now() >= until:
-                    return False
-                else:
-                    await wait_at_most(self._freed, self._clock, until - self._clock.now())
-            self._occupy(seat)
-            return True
-        finally:
-            self._at_door -= 1
-
-    def _occupy(self, seat: Seat) -> None:
-        self._is_apart = seat.job.job_id in self._apart
-        self._running[seat.job.job_id] = seat
-        self._expected_bytes += seat.expected_bytes
 
     def _line_up(self, seat: Seat) -> None:
         """Put a row behind all others, but before those that run alone."""
@@ -322,21 +265,14 @@ def _due_at(seat: Seat) -> int:
     return seat.due_at
 
 
-class _Place:
-    """The place of one row among those in flight."""
-
-    def __init__(self, source: RangeSource, seat: Seat) -> None:
-        self._source = source
-        self._seat = seat
-        self._lacks = False
-
-    async def wait(self, until: int | None = None) -> bool:
-        """Wait for a place, if the row found none when it could start."""
-        if self._lacks:
-            self._lacks = not await self._source.place(self._seat, until)
-        return not self._lacks
-
-    def take(self) -> bool:
-        """Take a place, unless the row has one."""
-        self._lacks = not self._source.has_place(self._seat)
-        return not self._lacks
+def _taken(seat: Seat) -> Taken:
+    job = seat.job
+    message = Received(
+        job.job_id,
+        "",
+        "",
+        job.job_id,
+        receive_count=seat.receive_count,
+        sent_at=job.created_at,
+    )
+    return Taken(message, job.job_id, job)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from sluice.domain.jobs import Job
 from sluice.ports.jobs import Received
@@ -14,34 +14,6 @@ from sluice.ports.world import Clock
 from sluice.worker.memory import Memory
 from sluice.worker.suspects import Suspects
 from sluice.worker.timeouts import wait_at_most
-
-
-class Room(Protocol):
-    """Room for a job's call beside those in flight."""
-
-    def take(self) -> bool:
-        """Take room for the call; False when there is none now."""
-        ...
-
-    async def wait(self, until: int | None = None) -> bool:
-        """Wait for room, if `take` found none, until a time (epoch milliseconds); False when none came."""
-        ...
-
-
-class AllTheRoom:
-    """The jobs in hand are few enough that all of them may be called at once."""
-
-    def take(self) -> bool:
-        """As Room does."""
-        return True
-
-    async def wait(self, until: int | None = None) -> bool:
-        """As Room does."""
-        del until
-        return True
-
-
-ENOUGH: Final = AllTheRoom()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +28,6 @@ class Taken:
     """Taken to find out whether the queue has a job that can start at once; if it cannot, it goes back soon."""
     linger_until: int = 0
     """A job that cannot start soon does not go back before this time (epoch milliseconds)."""
-    room: Room = ENOUGH
 
 
 class Source(Protocol):
