@@ -12,7 +12,6 @@ from aws_lambda_powertools.event_handler.openapi.exceptions import RequestValida
 from sluice.api import requests
 from sluice.api.errors import HTTP_OF
 from sluice.domain import errors
-from sluice.intake.requests import explained
 from sluice.routes import batches, jobs, message_batches, usage
 from sluice.routes.answers import answer, refusal, request_id
 from sluice.routes.caller import tenant_of_request
@@ -64,7 +63,7 @@ def on_bad_form(error: RequestValidationError) -> Response[Any]:
         tenant_of_request()
     except errors.SluiceError as refused:
         return refusal(refused)
-    return refusal(errors.InvalidRequest(explained(error.errors(), of_request=True)))
+    return refusal(errors.InvalidRequest(requests.explained_form(error.errors())))
 
 
 @app.not_found

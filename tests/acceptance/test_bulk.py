@@ -23,8 +23,8 @@ from standardwebhooks.webhooks import Webhook
 
 from scripts.claude_simulator import Running, read, running
 from scripts.local_stack import LocalStack, Ready
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.worker.range_rows import AGAIN
-from sluice.worker.range_source import AT_ONCE
 
 UPSTREAM_KEY: Final = "sk-ant-test-bulk"
 CLIENT_KEY: Final = "sluice_bulk_of_acme"
@@ -266,7 +266,7 @@ def test_a_killed_worker_loses_no_row_and_repeats_few(gateway: Gateway) -> None:
     calls = gateway.called("killed")
     assert list(range(2_000)) == numbers(gateway.rows("out/acme/killed/results.jsonl"))
     assert 2_000 == summary["counts"]["succeeded"] == len(calls)
-    assert sum(calls.values()) - 2_000 <= AT_ONCE
+    assert sum(calls.values()) - 2_000 <= ROWS_AT_ONCE
     repeats = sum(calls.values()) - 2_000
     assert gateway.ledger_notes().count(AGAIN) >= repeats
 

@@ -202,7 +202,7 @@ def test_a_batch_is_canceled_and_one_that_ended_deleted(seen: Any) -> None:
 
 def test_errors_are_the_sdks_own(seen: Any) -> None:
     assert ("BadRequestError", 400) == (seen["refused"]["class"], seen["refused"]["status"])
-    assert "is not unique in this batch" in seen["refused"]["message"]
+    assert "duplicate custom_id" in seen["refused"]["message"]
     assert (413, "request_too_large") == (seen["too_large"]["status"], seen["too_large"]["type"])
     assert "POST /uploads" in seen["too_large"]["message"]
     assert ("AuthenticationError", 401) == (seen["no_key"]["class"], seen["no_key"]["status"])

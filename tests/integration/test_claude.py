@@ -22,7 +22,7 @@ from sluice.adapters.system import SystemClock
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen
 from sluice.domain.pricing import Usage
-from sluice.domain.retries import ANSWER_TOO_LARGE
+from sluice.domain.retries import ANSWER_TOO_LARGE, UNSENDABLE
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.worker.memory import BUDGET
 from tests.fakes import NOON, SECOND
@@ -792,6 +792,25 @@ async def test_a_request_is_released_when_it_is_sent(sdk: SdkClaude) -> None:
 
     assert [True] == freed
     assert [True] == seen
+
+
+@pytest.mark.parametrize("beta", ["a\nb", "a\r\nx-api-key: b", " ", "a ", "b\u00eata", "\ud83d"])
+async def test_a_header_that_cannot_be_sent_is_the_jobs_failure(sdk: SdkClaude, beta: str) -> None:
+    """Not the endpoint's: its circuit breaker would stop the jobs of every tenant."""
+    calls: list[Heard] = []
+
+    def never(heard: Heard) -> bytes:
+        calls.append(heard)
+        return http_response(b"{}", "application/json")
+
+    async with upstream(never) as odd:
+        asked = replace(request(odd.url, params()), anthropic_beta=beta)
+        outcome = refused(await sdk.send(asked))
+
+    assert [] == calls
+    assert (UNSENDABLE, None) == (outcome.failure.type, outcome.failure.status)
+    assert "anthropic-beta: " in outcome.failure.message
+    assert not outcome.failure.may_be_billed
 
 
 HUGE: Final = BUDGET.most_answer + 1

@@ -430,47 +430,47 @@ def test_whoever_may_not_ask_is_told_nothing_about_the_form(gateway: Gateway) ->
 
 
 BAD: Final[list[tuple[str, Any, str]]] = [
-    ("malformed", '{"params": ', "the body is not valid JSON: Expecting value at character 11"),
+    ("malformed", '{"params": ', "the body is not valid JSON: Expecting value at character 12"),
     ("empty", "", "the body is empty"),
     ("null", "null", "the body is empty"),
-    ("NaN", '{"params": NaN}', "NaN is not valid JSON"),
-    ("infinite", '{"params": -1e400}', "the number -1e400 is too large"),
-    ("deep job", {"params": params(system=json.loads("[" * 200 + "]" * 200))}, "the job is nested too deeply"),
+    ("NaN", '{"params": NaN}', "the request has a number that is NaN"),
+    ("infinite", '{"params": -1e400}', "beyond the range of a double"),
+    ("deep job", {"params": params(system=json.loads("[" * 200 + "]" * 200))}, "the request is nested too deeply"),
     ("deep", "[" * 100_000, "the body is nested too deeply: at most 100 levels"),
-    ("long number", "9" * 5_000, "the body is not valid JSON"),
+    ("long number", "9" * 5_000, "the body has a number with too many digits"),
     ("bytes", b'{"params": "\xff"}', "not valid Unicode"),
     ("half a pair", '{"params": {"model": "\\ud83d"}}', "not valid Unicode"),
     ("a list", "[]", "must be a JSON object"),
     ("a list of jobs", [a_job(), a_job()], "must be a JSON object"),
     ("a text", '"params"', "must be a JSON object"),
-    ("nothing", {}, "params: is required"),
-    ("unknown field", a_job(prioirty=1), "prioirty: unknown field (got 1)"),
+    ("nothing", {}, "params: Field required"),
+    ("unknown field", a_job(prioirty=1), "prioirty: Extra inputs are not permitted (got 1)"),
     ("field of params", {**a_job(), "model": "m"}, "Unknown top-level field `model`; move it inside `params`."),
     ("params left out", params(),
      "Unknown top-level fields `model`, `max_tokens`, `messages`; move them inside `params`."),
     ("no max_tokens", {"params": {"model": "m", "messages": [{}]}},
-     "params.max_tokens: is required"),
-    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: is required"),
-    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: is required"),
-    ("empty messages", {"params": params(messages=[])}, "params.messages: has 0 items; the minimum is 1"),
+     "params.max_tokens: Field required"),
+    ("no model", {"params": {"max_tokens": 1, "messages": [{}]}}, "params.model: Field required"),
+    ("no messages", {"params": {"model": "m", "max_tokens": 1}}, "params.messages: Field required"),
+    ("empty messages", {"params": params(messages=[])}, "params.messages: List should have at least 1 item"),
     ("text for a number", {"params": params(max_tokens="20")},
-     "params.max_tokens: must be an integer (got '20')"),
+     "params.max_tokens: Input should be a valid integer (got '20')"),
     ("a float", {"params": params(max_tokens=1.5)}, "params.max_tokens"),
-    ("zero", {"params": params(max_tokens=0)}, "params.max_tokens: must be at least 1 (got 0)"),
-    ("number for a model", {"params": params(model=5)}, "params.model: must be a string (got 5)"),
-    ("streaming", {"params": params(stream=True)}, "params.stream: must be false or omitted"),
-    ("params a text", {"params": "hello"}, "params: must be a JSON object"),
-    ("custom_id", a_job(custom_id="not/mine"), "custom_id: must be 1 to 64 letters"),
+    ("below zero", {"params": params(max_tokens=-1)}, "greater than or equal to 0 (got -1)"),
+    ("number for a model", {"params": params(model=5)}, "params.model: Input should be a valid string (got 5)"),
+    ("streaming", {"params": params(stream=True)}, "params.stream: Input should be False"),
+    ("params a text", {"params": "hello"}, "params: Input should be a valid dictionary"),
+    ("custom_id", a_job(custom_id="not/mine"), "custom_id: String should match pattern"),
     ("unknown lane", a_job(lane="batch"), "lane: must be 'live' or omitted (got 'batch')"),
     ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: must be an RFC 3339 string with a time zone"),
     ("no time", a_job(deadline="tomorrow"), "deadline: must be an RFC 3339 string with a time zone"),
     ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline is in the past"),
-    ("metadata", a_job(metadata={"n": 1}), "metadata.n: must be a string (got 1)"),
-    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: has 6 items; the maximum is 5"),
-    ("empty list", {"jobs": []}, "jobs: must be a list of 1 to 100 jobs"),
-    ("no list", {"jobs": a_job()}, "jobs: must be a list of 1 to 100 jobs"),
-    ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: unknown field next to jobs; set it in each job"),
-    ("list of rubbish", {"jobs": [5]}, "the job must be a JSON object (got 5)"),
+    ("metadata", a_job(metadata={"n": 1}), "metadata.n: Input should be a valid string (got 1)"),
+    ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: List should have at most 5 items"),
+    ("empty list", {"jobs": []}, "jobs: List should have at least 1 item"),
+    ("no list", {"jobs": a_job()}, "jobs: Input should be a valid list"),
+    ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: Extra inputs are not permitted (got 'live')"),
+    ("list of rubbish", {"jobs": [5]}, "Input should be a valid dictionary (got 5)"),
 ]  # fmt: skip
 
 
@@ -487,6 +487,32 @@ def test_a_bad_request_is_told_what_is_wrong_with_it(
     assert message in answered.message
     assert PROMPT not in answered.message
     assert [] == gateway.call("GET", "/jobs").body["data"]
+
+
+def test_an_item_that_cannot_be_sent_rejects_no_other(gateway: Gateway) -> None:
+    bad = ['{"params": {"temperature": 1e400}}', '{"params": {"x": "\\ud83d"}}', '{"params": NaN}']
+    good = json.dumps(a_job())
+
+    answered = gateway.call("POST", "/jobs", text=f'{{"jobs": [{good}, {", ".join(bad)}, {good}]}}')
+
+    assert (202, 2, 3) == (
+        answered.status,
+        answered.body["accepted"],
+        answered.body["rejected"],
+    )
+    assert ["accepted", *["rejected"] * 3, "accepted"] == [
+        each["status"] for each in answered.body["data"]
+    ]
+
+
+def test_a_request_that_only_fills_the_cache_is_run(gateway: Gateway, claude: Running) -> None:
+    claude.engine.reset()
+    (job_id,) = gateway.submit({"params": params(max_tokens=0)})
+
+    gateway.run_worker()
+
+    assert "succeeded" == gateway.job(job_id)["state"]
+    assert 1 == claude.engine.stats()["billed"]
 
 
 def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> None:
@@ -507,7 +533,10 @@ def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> No
         {"idempotency-key": "k" * 256},
         {"idempotency-key": ""},
         {"anthropic-version": "newest"},
+        {"anthropic-version": "\u0662026-10-21"},
         {"anthropic-beta": "bêta"},
+        {"anthropic-beta": "a\nb"},
+        {"anthropic-beta": " "},
     ],
 )
 def test_bad_headers_are_told(gateway: Gateway, headers: dict[str, str]) -> None:
@@ -962,7 +991,7 @@ def test_a_webhook_to_a_private_address_is_refused_wherever_it_stands(gateway: G
     assert [(400, "invalid_request_error")] * 2 == [each.error for each in answers]
     assert [
         "webhook: must not point to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
-        "sluice-webhook: must not point to a private address (10.0.0.1)",
+        "sluice-webhook: must not point to a private address (10.0.0.1) (got 'https://10.0.0.1/')",
     ] == [each.message for each in answers]
 
 

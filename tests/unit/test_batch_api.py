@@ -1,5 +1,6 @@
 """Batches as a tenant's program makes and sees them: once per create, its own only, and in Anthropic's words."""
 
+import asyncio
 import gzip
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from sluice.api import document, requests, views
 from sluice.domain.batches import Batch, Options, Phase, Source, Tally, delete_batch
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, Stale
 from sluice.intake import batches as api
+from sluice.intake import requests as validation
 from sluice.intake.batches import Batches, Create, Inline, Link
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, NOON, VirtualClock
@@ -294,8 +296,11 @@ def test_a_busy_queue_does_not_lose_a_batch(caller: Caller) -> None:
         ([{"custom_id": "a"}], "requests.0.params: Field required"),
         ([{"custom_id": "a", "params": 1}], "requests.0.params: Input should be a valid dict"),
         ([{"custom_id": "a", "params": {}, "x": 1}], "requests.0.x: Extra inputs are not perm"),
-        ([a_row(1), a_row(1)], 'requests.1.custom_id: "row-1" is not unique in this batch'),
-        ([{"custom_id": "a", "params": {"x": "\ud800"}}], "requests.0: has text that is not"),
+        ([a_row(1), a_row(1)], "requests.1: duplicate custom_id 'row-1'; first used by item 0"),
+        (
+            [{"custom_id": "a", "params": {"x": "\ud800"}}],
+            "requests.0: the request has text that is not",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_create_is_said_in_anthropics_words(
@@ -308,20 +313,18 @@ def test_what_is_wrong_with_a_create_is_said_in_anthropics_words(
     assert {} == caller.bulk.batches.stored
 
 
-def test_no_more_rows_than_anthropic_takes(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MOST_ROWS", 1)
-
-    with pytest.raises(InvalidRequest, match="List should have at most 1 items"):
-        caller.create(a_row(1), a_row(2))
+def test_no_more_rows_than_anthropic_takes(caller: Caller) -> None:
+    with pytest.raises(InvalidRequest, match="requests: List should have at most 100000 items"):
+        caller.batches.create(Create([a_row(1)] * 100_001, Options()))
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ([], "The request body must be a JSON object."),
+        ([], "Input should be a valid dictionary"),
         ({}, "requests: Field required"),
         ({"requests": {}}, "requests: Input should be a valid list"),
-        ({"requests": [], "x": 1}, "x: Extra inputs are not permitted"),
+        ({"requests": [], "x": 1}, "x: Extra inputs are not permitted (got 1)"),
     ],
 )
 def test_an_envelope_is_checked_in_anthropics_words(body: object, message: str) -> None:
@@ -332,10 +335,10 @@ def test_an_envelope_is_checked_in_anthropics_words(body: object, message: str) 
 
 
 def test_a_deadline_header_is_a_time_with_a_zone() -> None:
-    assert requests.read_deadline(None) is None
-    assert NOON == requests.read_deadline("2026-11-20T13:00:00+01:00")
-    with pytest.raises(InvalidRequest, match="sluice-deadline: must be RFC 3339"):
-        requests.read_deadline("tomorrow")
+    assert validation.read_deadline(None) is None
+    assert NOON == validation.read_deadline("2026-11-20T13:00:00+01:00")
+    with pytest.raises(InvalidRequest, match="sluice-deadline: must be an RFC 3339 string"):
+        validation.read_deadline("tomorrow")
 
 
 # Looking ---------------------------------------------------------------------------------------------------
@@ -379,6 +382,27 @@ def test_progress_is_what_ranges_have_brought(caller: Caller) -> None:
     assert 210 * halfway.rows == halfway.cost_micro_usd
     caller.run()
     assert 230 == caller.batches.progress(caller.batches.get(batch.batch_id)).rows
+
+
+def test_progress_counts_the_rows_of_a_range_that_is_running(caller: Caller) -> None:
+    bulk = caller.bulk
+    bulk.claude.latency_ms = 10_000
+    bulk.claude.when = lambda _: bulk.time.pass_seconds(0.1)
+    batch = caller.create(*(a_row(number) for number in range(100)))
+    seen: list[int] = []
+
+    async def story() -> None:
+        running = asyncio.ensure_future(bulk.invoke())
+        while not running.done():
+            seen.append(caller.batches.progress(caller.batches.get(batch.batch_id)).rows)
+            await asyncio.sleep(0.5)
+        await running
+
+    bulk.time.run(story())
+
+    assert [0, *sorted(seen[1:])] == seen
+    assert any(0 < rows < 100 for rows in seen)
+    assert 100 == caller.batches.progress(caller.batches.get(batch.batch_id)).rows
 
 
 # Ending ----------------------------------------------------------------------------------------------------
@@ -511,8 +535,7 @@ def test_a_file_is_listed_among_the_others(caller: Caller) -> None:
 def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
     jobs: list[Any] = [{"params": a_row(number)["params"]} for number in range(150)]
     jobs[7] |= {"custom_id": "mine", "deadline": "2026-11-21T12:00:00Z", "fallback_models": ["b"]}
-    rows = requests.long_list({"jobs": jobs})
-    assert rows is not None
+    rows = requests.as_rows(jobs)
 
     batch = caller.create(*rows, source=Source.JOBS)
     caller.run()
@@ -522,9 +545,9 @@ def test_a_long_list_of_jobs_becomes_a_batch(caller: Caller) -> None:
     assert ("jobs", 150) == (batch.source, batch.rows)
 
 
-@pytest.mark.parametrize("body", [[], {}, {"jobs": {}}, {"jobs": [{}] * 100}])
-def test_other_bodies_are_no_long_list(body: object) -> None:
-    assert requests.long_list(body) is None
+@pytest.mark.parametrize("body", [{}, {"params": {}}])
+def test_other_bodies_are_no_list(body: object) -> None:
+    assert requests.read_list(body) is None
 
 
 @pytest.mark.parametrize(
@@ -537,9 +560,11 @@ def test_other_bodies_are_no_long_list(body: object) -> None:
         ),
     ],
 )
-def test_what_a_row_cannot_have_is_refused_at_once(job: object, message: str) -> None:
+def test_what_a_row_cannot_have_is_refused_at_once(
+    caller: Caller, job: object, message: str
+) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        requests.long_list({"jobs": [{"params": {}}] * 100 + [job]})
+        caller.create(*requests.as_rows([{"params": {}}] * 100 + [job]), source=Source.JOBS)
 
 
 def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller) -> None:

@@ -46,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "domain": set(),
     "ports": {"domain"},
     # The use cases, from those that need no other to those that do.
-    "bulk": {"domain", "ports"},
+    "bulk": {"domain", "ports", "intake.requests"},
     "intake": {"domain", "ports", "bulk"},
-    "worker": {"domain", "ports", "notices"},
+    "worker": {"domain", "ports", "notices", "intake.requests"},
     "upkeep": {"domain", "ports", "notices"},
     "notices": {"domain", "ports"},
     "api": {"domain", "intake", "bulk"},
@@ -201,7 +201,7 @@ HEAVY = {"anthropic", "boto3", "httpx2", "openapi_pydantic", "pydantic", "standa
 """Packages that cost a cold start most: the Claude SDK alone 0.8 s and 77 MB."""
 LOADED: dict[str, set[str]] = {
     "api": {"boto3", "pydantic"},
-    "batches": {"boto3"},
+    "batches": {"boto3", "pydantic"},
     "dead_letters": {"boto3"},
     "governor": {"boto3", "httpx2"},
     "job_ends": {"boto3"},

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from sluice.domain.forms import (
     id_of,
     unpacked,
 )
-from sluice.domain.rows import CUSTOM_ID
+from sluice.intake.requests import CUSTOM_ID
 
 PROMPT = Options(prompt="Summarise: {text}")
 
@@ -172,7 +173,7 @@ def test_a_document_that_cannot_go_up_is_a_bad_row() -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "ä/ö ü.md", "x" * 200 + ".pdf"])
 def test_a_documents_name_makes_a_custom_id(name: str) -> None:
-    assert CUSTOM_ID.fullmatch(id_of(name))
+    assert re.fullmatch(CUSTOM_ID, id_of(name))
     assert id_of(name) != id_of(name + "x")
 
 

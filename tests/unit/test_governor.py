@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.domain.capacity import UNREFILLED, Backlog
+from sluice.domain.capacity import ROWS_AT_ONCE, UNREFILLED, Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group, Seen
 from sluice.domain.shares import APPLIED_MS, CEILINGS, RESERVED, TURN_MS, Note, room_of
 from sluice.settings import MAPPINGS, GovernorSettings, Settings, SettingsError
 from sluice.upkeep.governor import DAY_MS, OLD_DAYS, Governed, Governor
 from sluice.upkeep.schedule import RUN_MS
-from sluice.worker.range_source import AT_ONCE
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -218,7 +217,7 @@ def test_a_new_key_is_tried_though_all_known_groups_are_blocked(scene: Scene) ->
 
 
 @pytest.mark.parametrize(
-    ("age_ms", "told"),
+    ("age_ms", "reported"),
     [
         (OLD_DAYS * DAY_MS - 1, 0),
         (OLD_DAYS * DAY_MS, 1),
@@ -255,7 +254,7 @@ class Pair(Scene):
 
     def __init__(self, pool_at: int | None = NOON - DAY_MS) -> None:
         super().__init__(pool_at)
-        self.ranges = MemoryMapping(concurrency=8, slots=AT_ONCE, busy=UNREFILLED)
+        self.ranges = MemoryMapping(concurrency=8, slots=ROWS_AT_ONCE, busy=UNREFILLED)
         self.ranges_waiting = Backlog()
         self.ranges_notes = MemoryGovernorNotes()
         self.governor = self.governor_of(
@@ -294,7 +293,7 @@ def test_each_mapping_gets_what_the_whole_limit_needs_and_a_line_of_its_own(pair
         ranges["in_flight"],
     )
     assert "6 workers of 50 slots" in str(jobs["reason"])
-    assert "7 workers of 64 slots" in str(ranges["reason"])
+    assert "7 workers of 120 slots" in str(ranges["reason"])
 
 
 def test_each_mapping_is_off_while_its_own_queue_is_empty(pair: Pair) -> None:

@@ -11,12 +11,13 @@ import pytest
 
 from sluice.bulk import assemble
 from sluice.domain.batches import Options, Phase, cancel_batch
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.limiter import Limiter
 from sluice.worker.range_lease import KEEP_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
-from sluice.worker.range_source import AT_ONCE, SAVE_ROWS
+from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
 from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
@@ -110,10 +111,12 @@ def test_the_summary_counts_rows_tokens_and_cost(make: Make) -> None:
 def test_no_more_rows_than_agreed_are_begun_and_not_saved(make: Make) -> None:
     bulk = make(latency_ms=30_000)
 
-    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    # One range: its last lines are none of their own.
+    bulk.upload(jsonl(*(a_row(number) for number in range(1_000, 1_149))))
     bulk.drain()
 
-    assert AT_ONCE // 2 < bulk.claude.most_in_flight <= AT_ONCE
+    assert 1 == len(bulk.batches.ranges)
+    assert ROWS_AT_ONCE // 2 < bulk.claude.most_in_flight <= ROWS_AT_ONCE
 
 
 # Waiting ---------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def test_a_slot_is_not_held_by_a_row_whose_start_is_far_away(make: Make) -> None
         else None
     )
 
-    blocked = [a_row(number, model="claude-b") for number in range(AT_ONCE + 10)]
+    blocked = [a_row(number, model="claude-b") for number in range(ROWS_AT_ONCE + 10)]
     bulk.upload(jsonl(*blocked, a_row(1_000)))
     bulk.once()
 
@@ -253,7 +256,7 @@ def test_a_worker_that_dies_repeats_only_what_it_had_not_saved(make: Make) -> No
     calls = Counter(said(call.request) for call in bulk.claude.calls)
     again = sum(count - 1 for count in calls.values())
     assert before > SAVE_ROWS
-    assert 0 < again <= AT_ONCE
+    assert 0 < again <= ROWS_AT_ONCE
     assert [f"row-{number}" for number in range(100)] == ids(bulk.results())
     assert "range taken over" in bulk.events.problem_names
 
@@ -573,7 +576,7 @@ def test_all_rows_of_a_range_wait_in_line(make: Make, monkeypatch: pytest.Monkey
     bulk.drain()
 
     assert 90 < max(most)
-    assert bulk.claude.most_in_flight <= AT_ONCE
+    assert bulk.claude.most_in_flight <= ROWS_AT_ONCE
     assert 100 == len(bulk.results()) == len(bulk.claude.calls)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sluice.domain.jobs import JobError
 from sluice.domain.retries import (
+    UNSENDABLE,
     Effect,
     Failure,
     FallBack,
@@ -68,6 +69,7 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("too large", failed(413, "request_too_large"), GiveUp, Effect.NONE),
     ("unprocessable", failed(422), GiveUp, Effect.NONE),
     ("redirect", failed(302), GiveUp, Effect.NONE),
+    ("not sendable", failed(None, UNSENDABLE), GiveUp, Effect.NONE),
     # The key is wrong: another one may do.
     ("unauthenticated", failed(401, "authentication_error"), Snooze, Effect.REJECT_KEY),
     ("forbidden", failed(403, "permission_error"), Snooze, Effect.REFUSED_TO_KEY),

@@ -20,9 +20,9 @@ from sluice.domain.rows import (
     job_record,
     lines,
     numbered,
-    read_row,
     result_line,
 )
+from sluice.intake.requests import read_row
 from tests.fakes import NOON, a_job
 
 PARAMS = {"model": "claude-a", "max_tokens": 10, "messages": [{"role": "user", "content": "Hi"}]}
@@ -87,16 +87,22 @@ def test_the_batchs_options_hold_where_the_row_says_nothing() -> None:
     [
         (
             b"{",
-            "the line is not valid JSON: Expecting property name enclosed in double quotes at column",
+            "the line is not valid JSON: Expecting property name enclosed in double quotes at character 2",
         ),
-        (b"\xff\xfe{", "the line is not valid UTF-8; save the file as UTF-8"),
-        (b'{"custom_id": "\\ud800"}', "the line has an unpaired surrogate escape; remove it"),
-        (b'{"a": NaN}', "the line is not usable JSON: NaN is not valid JSON"),
-        (b"[" * 100_000, "the line is not usable JSON: "),
-        (b"[1]", "the line is not a JSON object; expected "),
+        (b"\xff\xfe{", "the line has text that is not valid Unicode; use UTF-8"),
+        (
+            b'{"custom_id": "\\ud800"}',
+            "the request has text that is not valid Unicode; use UTF-8 without unpaired",
+        ),
+        (b'{"a": NaN}', "the request has a number that is NaN, infinite"),
+        (b"[" * 100_000, "the line is nested too deeply: at most 100 levels"),
+        (b"[1]", "the line is not a JSON object; use "),
         ({"params": PARAMS}, "custom_id: Field required"),
-        ({"custom_id": "a b", "params": PARAMS}, 'custom_id: "a b" does not match ^[a-zA-Z0-9_-]'),
-        ({"custom_id": 7, "params": PARAMS}, "custom_id: 7 does not match"),
+        (
+            {"custom_id": "a b", "params": PARAMS},
+            "custom_id: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'",
+        ),
+        ({"custom_id": 7, "params": PARAMS}, "custom_id: Input should be a valid string"),
         ({"custom_id": "a" * 65, "params": PARAMS}, "custom_id: "),
     ],
 )
@@ -125,7 +131,7 @@ def test_a_line_without_a_usable_custom_id_is_an_error_only(text: object, messag
             'method and url: "POST" "/v1/complete" is not supported',
         ),
         ({"method": "GET", "body": {}}, 'method and url: "GET" "/v1/messages" is not supported'),
-        ({"params": {**PARAMS, "stream": True}}, "stream: streaming is not supported in a batch"),
+        ({"params": {**PARAMS, "stream": True}}, "params.stream: Input should be False"),
         (
             {"params": PARAMS, "deadline": "soon"},
             "deadline: must be an RFC 3339 string with a time",
@@ -137,14 +143,14 @@ def test_a_line_without_a_usable_custom_id_is_an_error_only(text: object, messag
         ({"params": PARAMS, "deadline": "2026-11-20T13:00"}, "deadline: must be an RFC 3339"),
         ({"params": PARAMS, "fallback_models": "x"}, "fallback_models: Input should be a valid"),
         ({"params": PARAMS, "sluice_problem": "too few fields"}, "too few fields"),
-        ({"params": {}}, "model: Field required"),
-        ({"params": {"model": 7}}, "model: Input should be a valid string"),
-        ({"params": {"model": ""}}, "model: Input should be a valid string"),
-        ({"params": {"model": "a"}}, "max_tokens: Field required"),
-        ({"params": {"model": "a", "max_tokens": "1"}}, "max_tokens: Input should be a valid int"),
-        ({"params": {"model": "a", "max_tokens": True}}, "max_tokens: Input should be a valid int"),
-        ({"params": {"model": "a", "max_tokens": 0}}, "max_tokens: must be greater than 0 in a"),
-        ({"params": {"model": "a", "max_tokens": 1}}, "messages: Field required"),
+        ({"params": {}}, "params.model: Field required"),
+        ({"params": {"model": 7}}, "params.model: Input should be a valid string"),
+        ({"params": {"model": ""}}, "params.model: String should have at least 1"),
+        ({"params": {"model": "a"}}, "params.max_tokens: Field required"),
+        ({"params": {"model": "a", "max_tokens": "1"}}, "params.max_tokens: Input should"),
+        ({"params": {"model": "a", "max_tokens": True}}, "params.max_tokens: Input should"),
+        ({"params": {**PARAMS, "max_tokens": -1}}, "params.max_tokens: Input should be greater"),
+        ({"params": {"model": "a", "max_tokens": 1}}, "params.messages: Field required"),
     ],
 )
 def test_a_row_with_a_custom_id_has_an_errored_result_as_well(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from sluice.adapters.claude_bodies import (
 from sluice.adapters.claude_events import Growing
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
 from sluice.domain.pricing import Usage
-from sluice.domain.retries import ANSWER_TOO_LARGE, Failure
+from sluice.domain.retries import ANSWER_TOO_LARGE, UNSENDABLE, Failure
 from sluice.ports.claude import NO_HEADERS, Answer, CallRequest, Headers, Refused
 from sluice.ports.world import Clock
 from sluice.worker.memory import BUDGET
@@ -66,6 +67,9 @@ _HEADER_OF: Final[Mapping[Dimension, str]] = {
 }
 
 
+_HEADER_VALUE: Final = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+"""Printable ASCII without spaces at its ends, which every HTTP library accepts."""
+
 _NEVER_SENT: Final = (
     httpx2.ConnectError,
     httpx2.ConnectTimeout,
@@ -94,6 +98,13 @@ class SdkClaude:
 
     async def send(self, request: CallRequest) -> Answer | Refused:
         """Make one call, without retries. Errors of upstream and of the network are returned, not raised."""
+        problem = _unsendable(request)
+        if problem is None:
+            return await self._sent(request)
+        request.body.release()
+        return Refused(Failure(UNSENDABLE, problem), NO_HEADERS)
+
+    async def _sent(self, request: CallRequest) -> Answer | Refused:
         partial = _Partial(Growing())
         client: _Client | None = None
         try:
@@ -242,6 +253,21 @@ class SdkClaude:
             return Refused(failure, partial.headers)
         # As ASCII: a surrogate pair that was split between events is valid again only in JSON escapes.
         return _answer(message, json.dumps(message, separators=(",", ":")), partial)
+
+
+def _unsendable(request: CallRequest) -> str | None:
+    """Return why the job's own headers cannot be written to the wire, or None.
+
+    They are validated when a job is accepted. One that passed all the same must not look like a broken endpoint.
+    """
+    headers = {
+        "anthropic-version": request.anthropic_version,
+        "anthropic-beta": request.anthropic_beta,
+    }
+    for name, value in headers.items():
+        if value and not _HEADER_VALUE.fullmatch(value):
+            return f"{name}: the value cannot be sent as an HTTP header"
+    return None
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from sluice.domain.batches import (
     sample_places,
     start_batch,
 )
-from sluice.domain.errors import InputMissing, StoreBusy
+from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
@@ -38,8 +38,8 @@ from sluice.domain.forms import (
     ending_of,
     unpacked,
 )
-from sluice.domain.times import parse_rfc3339
-from sluice.domain.webhooks import Network, check_url
+from sluice.domain.webhooks import Network
+from sluice.intake.requests import decode, read_options, unread
 from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
@@ -342,10 +342,11 @@ class PlanBatch:
         if stored is not None:
             if stored.size > MOST_OPTIONS_BYTES:
                 raise BadOptions(f"{key} exceeds {MOST_OPTIONS_BYTES:,} bytes")
+            text = self._objects.read(key, 0, stored.size).removeprefix(BOM)
             try:
-                said = json.loads(self._objects.read(key, 0, stored.size))
-            except (ValueError, RecursionError) as error:
-                raise BadOptions(f"{key} is not valid JSON: {error}") from error
+                said = decode(text.decode(errors="surrogateescape"))
+            except ValueError as error:
+                raise BadOptions(f"{key} {unread(error)}") from error
             if not isinstance(said, dict):
                 raise BadOptions(f"{key} is not a JSON object")
         metadata = {
@@ -356,13 +357,14 @@ class PlanBatch:
         said |= metadata
         try:
             return self.read_options(said)
-        except BadOptions as error:
-            with suppress(BadOptions):
-                error.webhook = self.read_options({"webhook": said.get("webhook")}).webhook
-            raise
+        except InvalidRequest as error:
+            bad = BadOptions(str(error))
+            with suppress(InvalidRequest):
+                bad.webhook = self.read_options({"webhook": said.get("webhook")}).webhook
+            raise bad from error
 
     def read_options(self, said: Mapping[str, Any]) -> Options:
-        """Return the options of a file; raises BadOptions with what is wrong."""
+        """Return the options of a file; raises InvalidRequest."""
         return read_options(said, self._networks)
 
 
@@ -374,36 +376,6 @@ def is_known(path: str) -> bool:
 def stem_of(path: str) -> str:
     """Return the path without its ending."""
     return _ENDING.sub("", path)
-
-
-def read_options(said: Mapping[str, Any], networks: Sequence[Network] = ()) -> Options:
-    """Return the options; raises BadOptions with what is wrong. `networks` are those a webhook may go into."""
-    known = {each.name for each in fields(Options)}
-    for name in said:
-        if name not in known:
-            raise BadOptions(f"options: unknown field {name!r}; use {', '.join(sorted(known))}")
-    read: dict[str, Any] = {}
-    for name, value in said.items():
-        read[name] = value
-        match name:
-            case "max_tokens":
-                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            case "fallback_models":
-                good = isinstance(value, list) and all(isinstance(each, str) for each in value)
-                read[name] = tuple(value) if good else ()
-            case "deadline":
-                read[name] = parse_rfc3339(value)
-                good = read[name] is not None
-            case _:
-                good = isinstance(value, str) and bool(value)
-        if not good:
-            raise BadOptions(f"options: invalid {name}: {json.dumps(value)[:80]}")
-        if name == "webhook":
-            try:
-                check_url(value, networks)
-            except ValueError as error:
-                raise BadOptions(f"options: webhook {error}") from error
-    return Options(**read)
 
 
 def _from_metadata(name: str, value: str) -> Any:

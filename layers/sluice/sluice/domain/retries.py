@@ -56,6 +56,10 @@ ANSWER_TOO_LARGE: Final = "answer_too_large"
 """The failure type of an answer above the maximum size; a retry would be billed and fail in the same way."""
 
 
+UNSENDABLE: Final = "request_not_sendable"
+"""The type of a failure: the request cannot be written to the wire. Nothing was sent, and nothing ever will be."""
+
+
 class Effect(StrEnum):
     """The effect of a failure beyond its own job."""
 
@@ -188,7 +192,7 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REJECT_KEY)
     if status == 403:  # noqa: PLR2004 - HTTP
         return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REFUSED_TO_KEY)
-    if failure.type == ANSWER_TOO_LARGE:
+    if failure.type in {ANSWER_TOO_LARGE, UNSENDABLE}:
         return Verdict(GiveUp())
     timed_out = failure.type == "output_timeout"
     if timed_out and failure.had_full_window:

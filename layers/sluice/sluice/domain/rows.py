@@ -7,22 +7,12 @@ one with `method`, `url` and `body`. An invalid line is a value, not an exceptio
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options, Tally
-from sluice.domain.forms import PROBLEM
+from sluice.domain.batches import MOST_LINE_BYTES, Tally
 from sluice.domain.jobs import Job, JobError, State
-from sluice.domain.times import parse_rfc3339
-
-CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-
-MESSAGES_URL: Final = "/v1/messages"
-
-_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""In UTF-8 text an unpaired surrogate can occur only as an escape."""
 
 _ANTHROPIC_TYPES: Final = frozenset(
     {
@@ -69,10 +59,6 @@ class BadRow:
 
     message: str
     custom_id: str | None = None
-
-
-class _Unusable(Exception):
-    """The message of a bad row, raised by a check."""
 
 
 _BEGINNING: Final = 200
@@ -134,126 +120,6 @@ def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
             held.append(piece[position:])
     if held:
         yield b"".join(held)
-
-
-def read_row(line: Line, options: Options) -> Row | BadRow | None:
-    """Return the request of a line, why it is invalid, or None for a blank line."""
-    if line.too_long:
-        return BadRow(f"the line exceeds {MOST_LINE_BYTES:,} bytes")
-    text = line.text.removeprefix(BOM).strip()
-    if not text:
-        return None
-    custom_id = None
-    try:
-        item = _json(text)
-        custom_id = _custom_id(item)
-        return Row(custom_id, _params(item, options), _deadline(item), _fallback_models(item))
-    except _Unusable as error:
-        return BadRow(str(error), custom_id)
-
-
-def _json(text: bytes) -> dict[str, Any]:
-    try:
-        item = json.loads(text.decode(), parse_constant=_no_constant)
-        if _SURROGATE.search(text):
-            # An unpaired surrogate can be parsed from an escape, but not encoded for the upstream call.
-            json.dumps(item, ensure_ascii=False).encode()
-    except UnicodeError as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise _Unusable("the line is not valid UTF-8; save the file as UTF-8") from error
-        raise _Unusable("the line has an unpaired surrogate escape; remove it") from error
-    except json.JSONDecodeError as error:
-        raise _Unusable(
-            f"the line is not valid JSON: {error.msg} at column {error.colno}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise _Unusable(f"the line is not usable JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise _Unusable(
-            'the line is not a JSON object; expected {"custom_id": ..., "params": {...}}'
-        )
-    return item
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-def _custom_id(item: Mapping[str, Any]) -> str:
-    custom_id = item.get("custom_id")
-    if custom_id is None:
-        raise _Unusable("custom_id: Field required")
-    if not isinstance(custom_id, str) or not CUSTOM_ID.fullmatch(custom_id):
-        shown = json.dumps(custom_id)[:80]
-        raise _Unusable(
-            f"custom_id: {shown} does not match ^[a-zA-Z0-9_-]{{1,64}}$ (1 to 64 characters)"
-        )
-    return custom_id
-
-
-def _params(item: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    if PROBLEM in item:
-        raise _Unusable(str(item[PROBLEM]))
-    params = item.get("params")
-    if params is None and "body" in item:
-        method, url = item.get("method", "POST"), item.get("url", MESSAGES_URL)
-        if method != "POST" or url != MESSAGES_URL:
-            shown = f"{json.dumps(method)} {json.dumps(url)}"[:80]
-            raise _Unusable(f"method and url: {shown} is not supported; use POST {MESSAGES_URL}")
-        params = item["body"]
-    if params is None:
-        raise _Unusable("params: Field required")
-    if not isinstance(params, dict):
-        raise _Unusable("params: Input should be a valid dictionary")
-    return checked_params(completed(params, options))
-
-
-def _deadline(item: Mapping[str, Any]) -> int | None:
-    if item.get("deadline") is None:
-        return None
-    deadline = parse_rfc3339(item["deadline"])
-    if deadline is None:
-        shown = json.dumps(item["deadline"])[:80]
-        raise _Unusable(f"deadline: must be an RFC 3339 string with a time zone (got {shown})")
-    return deadline
-
-
-def _fallback_models(item: Mapping[str, Any]) -> tuple[str, ...]:
-    models = item.get("fallback_models") or []
-    if not isinstance(models, list) or not all(isinstance(each, str) for each in models):
-        raise _Unusable("fallback_models: Input should be a valid list of strings")
-    return tuple(models)
-
-
-def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Return the request with the batch's options as defaults."""
-    defaults = {
-        "model": options.model,
-        "max_tokens": options.max_tokens,
-        "system": options.system,
-    }
-    return {name: value for name, value in defaults.items() if value is not None} | dict(params)
-
-
-def checked_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Check only the fields that Sluice uses, with Anthropic's messages; Claude checks the others, row by row."""
-    if params.get("stream"):
-        raise _Unusable("stream: streaming is not supported in a batch")
-    model = params.get("model")
-    if "model" not in params:
-        raise _Unusable("model: Field required")
-    if not isinstance(model, str) or not 1 <= len(model) <= 256:  # noqa: PLR2004 - characters
-        raise _Unusable("model: Input should be a valid string")
-    max_tokens = params.get("max_tokens")
-    if "max_tokens" not in params:
-        raise _Unusable("max_tokens: Field required")
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
-        raise _Unusable("max_tokens: Input should be a valid integer")
-    if max_tokens < 1:
-        raise _Unusable("max_tokens: must be greater than 0 in a batch")
-    if "messages" not in params:
-        raise _Unusable("messages: Field required")
-    return {name: value for name, value in params.items() if name != "stream"}
 
 
 # Results -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from sluice.domain.batches import (
     start_batch,
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
-from sluice.domain.rows import CUSTOM_ID
+from sluice.intake.requests import BatchRequest, ListedJob, read_items
 from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects, RangesQueue
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
@@ -50,8 +50,6 @@ PLANNED_MS: Final = 2 * 60_000
 
 MOST_STARTED: Final = 50
 """A create sends the messages of so many ranges itself: about 5,000 rows, five calls to SQS. The planner sends more."""
-
-MOST_ROWS: Final = 100_000
 
 MOST_INLINE_BYTES: Final = 4_300_000
 """Of results in an answer: Lambda answers with 6 MB, in base64."""
@@ -114,7 +112,7 @@ class Batches:
 
     def create(self, asked: Create) -> Batch:
         """Store the rows as an object and start its ranges; a create that is sent again finds its batch."""
-        body = _jsonl(asked.items, _FIELDS[asked.source])
+        body = _jsonl(asked.items, asked.source)
         digest = sha256(body).hexdigest()
         now = self._clock.now()
         batch_id = self._id_for(asked, digest, now)
@@ -292,50 +290,21 @@ def _sum(groups: Mapping[str, Progress]) -> Tally:
     return sum((group.tally + group.running for group in groups.values()), Tally())
 
 
-_FIELDS: Final[Mapping[Source, frozenset[str]]] = {
-    Source.MESSAGES_BATCHES: frozenset({"custom_id", "params"}),
-    Source.JOBS: frozenset({"custom_id", "params", "deadline", "fallback_models"}),
+_KINDS: Final[Mapping[Source, tuple[type[BatchRequest], str]]] = {
+    Source.MESSAGES_BATCHES: (BatchRequest, "requests"),
+    Source.JOBS: (ListedJob, "jobs"),
 }
+"""What the items of a create are, and the field of the body that has them."""
 
 
-def _jsonl(items: Sequence[object], fields: frozenset[str]) -> bytes:
-    """Return the rows as lines; raises InvalidRequest, in Anthropic's words, for the first thing wrong with them."""
-    if not items:
-        raise InvalidRequest("requests: List should have at least 1 item")
-    if len(items) > MOST_ROWS:
-        raise InvalidRequest(f"requests: List should have at most {MOST_ROWS} items")
-    seen: set[str] = set()
-    lines: list[bytes] = []
-    for position, item in enumerate(items):
-        place = f"requests.{position}"
-        custom_id = _checked(place, item, fields)
-        if custom_id in seen:
-            raise InvalidRequest(f'{place}.custom_id: "{custom_id}" is not unique in this batch')
-        seen.add(custom_id)
-        try:
-            lines.append(json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode())
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"{place}: has text that is not valid Unicode") from error
-        except RecursionError as error:
-            raise InvalidRequest(f"{place}: nested too deeply") from error
-    return b"\n".join(lines) + b"\n"
-
-
-def _checked(place: str, item: object, fields: frozenset[str]) -> str:
-    if not isinstance(item, dict):
-        raise InvalidRequest(f"{place}: Input should be a valid dictionary")
-    custom_id = item.get("custom_id")
-    if custom_id is None:
-        raise InvalidRequest(f"{place}.custom_id: Field required")
-    if not isinstance(custom_id, str) or CUSTOM_ID.fullmatch(custom_id) is None:
-        raise InvalidRequest(
-            f"{place}.custom_id: String should match pattern '^{CUSTOM_ID.pattern}$'"
-        )
-    if "params" not in item:
-        raise InvalidRequest(f"{place}.params: Field required")
-    if not isinstance(item["params"], dict):
-        raise InvalidRequest(f"{place}.params: Input should be a valid dictionary")
-    for name in item:
-        if name not in fields:
-            raise InvalidRequest(f"{place}.{name}: Extra inputs are not permitted")
-    return custom_id
+def _jsonl(items: Sequence[object], source: Source) -> bytes:
+    """Return the rows as lines; raises InvalidRequest for the first invalid one."""
+    kind, place = _KINDS[source]
+    first: dict[str, int] = {}
+    for position, custom_id in enumerate(read_items(items, kind, place)):
+        if first.setdefault(custom_id, position) != position:
+            raise InvalidRequest(
+                f"{place}.{position}: duplicate custom_id {custom_id!r}; first used by item {first[custom_id]}"
+            )
+    lines = [json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in items]
+    return "\n".join(lines).encode() + b"\n"

@@ -1,35 +1,95 @@
-"""The one validator of requests: what a Messages request and a job must look like, whatever door they come through."""
+"""The one validator of requests: jobs, rows of batches and files, options of files, and headers.
+
+Every door uses these types, so a request is judged the same however it arrives. Sluice validates what it needs itself;
+Claude validates the rest of `params`. Messages are pydantic's, which are also those of Anthropic's API.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from json.decoder import JSONDecoder
+from math import isinf
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
     StringConstraints,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
-    field_validator,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 
-from sluice.domain.webhooks import check_url
+from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
+from sluice.domain.errors import InvalidRequest
+from sluice.domain.forms import PROBLEM
+from sluice.domain.rows import BadRow, Line, Row
+from sluice.domain.webhooks import Network, check_url
 
 DEEPEST: Final = 100
-"""Levels of objects and lists in one job, itself the first. A Messages request has about ten."""
-
-NOT_AN_OBJECT: Final = 'the body must be a JSON object: one job, or {"jobs": [...]}'
-TOO_DEEP: Final = f"nested too deeply: at most {DEEPEST} levels of objects and lists"
+"""Levels of objects and lists in one job or row, itself the first. A Messages request has about ten."""
 
 CUSTOM_ID: Final = r"^[a-zA-Z0-9_-]{1,64}$"
-VERSION: Final = r"^\d{4}-\d{2}-\d{2}$"
+VERSION: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
 PRINTABLE: Final = r"^[!-~ ]+$"
+MESSAGES_URL: Final = "/v1/messages"
+
+TOO_DEEP: Final = f"is nested too deeply: at most {DEEPEST} levels of objects and lists"
+NOT_FINITE: Final = "has a number that is NaN, infinite, or beyond the range of a double"
+NOT_UNICODE: Final = (
+    "has text that is not valid Unicode; use UTF-8 without unpaired surrogate escapes"
+)
+TOO_MANY_DIGITS: Final = "has a number with too many digits"
+UNREADABLE: Final = frozenset({TOO_DEEP, NOT_UNICODE, TOO_MANY_DIGITS})
+"""Why JSON cannot be read, beside a syntax error."""
 A_TIME: Final = "must be an RFC 3339 string with a time zone, such as 2026-12-24T18:00:00Z"
 
+
+# What is validated ---------------------------------------------------------------------------------------------
+
+
+def _rfc3339(value: object, parse: ValidatorFunctionWrapHandler) -> datetime | None:
+    """Accept text with a time zone only: a number or a local time is ambiguous."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            datetime.fromisoformat(value)
+            time: datetime = parse(value)
+            # In UTC the year may be 0 or 10,000, which could be stored and never be shown.
+            return time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(A_TIME)
+
+
+def _public(url: str, info: ValidationInfo) -> str:
+    """Accept URLs that a webhook may call; the context names the private networks that are allowed."""
+    check_url(url, (info.context or {}).get("networks", ()))
+    return url
+
+
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+CustomId = Annotated[str, StringConstraints(pattern=CUSTOM_ID)]
+Version = Annotated[str, StringConstraints(pattern=VERSION)]
+Beta = Annotated[
+    # HTTP has no header values that begin or end with a space.
+    str, StringConstraints(strip_whitespace=True, max_length=1024, pattern=PRINTABLE)
+]
+Deadline = Annotated[AwareDatetime | None, WrapValidator(_rfc3339)]
+Webhook = Annotated[str, AfterValidator(_public)]
+MaxTokens = Annotated[int, Field(ge=0, strict=True)]
+"""0 is a legal request: it fills the prompt cache."""
+FallbackModels = Annotated[list[ModelName], Field(max_length=5)]
+Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Params(BaseModel):
@@ -38,9 +98,16 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: ModelName
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: MaxTokens
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     stream: Literal[False] = False
+
+
+def _known_lane(lane: str) -> str:
+    if lane != "live":
+        message = "must be 'live' or omitted"
+        raise ValueError(message)
+    return lane
 
 
 class JobRequest(BaseModel):
@@ -50,22 +117,21 @@ class JobRequest(BaseModel):
 
     params: Params
     custom_id: Annotated[
-        str | None,
+        CustomId | None,
         Field(
-            pattern=CUSTOM_ID,
             description="Your identifier for the job. Without an Idempotency-Key, resending the same job returns the "
             "existing one.",
         ),
     ] = None
     deadline: Annotated[
-        AwareDatetime | None,
+        Deadline,
         Field(
             description="RFC 3339 time with a time zone. A job that has not started by then is `expired`."
         ),
     ] = None
     fallback_models: Annotated[
-        list[ModelName],
-        Field(max_length=5, description="Tried in order if the model is overloaded or refuses."),
+        FallbackModels,
+        Field(description="Tried in order if the model is overloaded or refuses."),
     ] = []
     metadata: Annotated[
         dict[
@@ -74,47 +140,123 @@ class JobRequest(BaseModel):
         ],
         Field(max_length=16, description="Stored and returned with the job; not sent to Claude."),
     ] = {}
-    lane: Annotated[str, Field(description="Only `live` is supported.")] = "live"
+    lane: Annotated[
+        str, AfterValidator(_known_lane), Field(description="Only `live` is supported.")
+    ] = "live"
     webhook: Annotated[
-        str | None,
+        Webhook | None,
         Field(description="HTTPS URL to notify on completion, with a signed request."),
     ] = None
 
-    @field_validator("webhook")
-    @classmethod
-    def _public(cls, webhook: str | None, info: ValidationInfo) -> str | None:
-        if webhook is not None:
-            check_url(webhook, (info.context or {}).get("networks", ()))
-        return webhook
 
-    @field_validator("deadline", mode="before")
-    @classmethod
-    def _as_text(cls, deadline: object) -> object:
-        if deadline is not None and not isinstance(deadline, str):
-            raise ValueError(A_TIME)
-        if isinstance(deadline, str):
-            try:
-                time = datetime.fromisoformat(deadline)
-                # In UTC the year may be 10,000, which could be stored and never be shown.
-                has_zone = time.tzinfo is not None and time.astimezone(UTC) is not None
-            except (ValueError, OverflowError):
-                has_zone = False
-            if not has_zone:
-                raise ValueError(A_TIME)
-        return deadline
+class RowRequest(BaseModel):
+    """One row of a batch or a file."""
 
-    @field_validator("lane")
-    @classmethod
-    def _known_lane(cls, lane: str) -> str:
-        if lane != "live":
-            message = "must be 'live' or omitted"
-            raise ValueError(message)
-        return lane
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: CustomId
+    params: Params
+    deadline: Deadline = None
+    fallback_models: FallbackModels = []
 
 
-def is_too_deep(job: object) -> bool:
+class BatchRequest(BaseModel):
+    """One row of a batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: CustomId
+    params: dict[str, Any]
+
+
+class ListedJob(BatchRequest):
+    """One job of a list that runs as a batch."""
+
+    deadline: Deadline = None
+    fallback_models: FallbackModels = []
+
+
+class FileOptions(BaseModel):
+    """Defaults for the rows of a file, and how the file runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelName | None = None
+    max_tokens: MaxTokens | None = None
+    deadline: Deadline = None
+    fallback_models: FallbackModels = []
+    anthropic_version: Version | None = None
+    anthropic_beta: Beta | None = None
+    prompt: Text | None = None
+    system: Text | None = None
+    run: Text | None = None
+    webhook: Webhook | None = None
+
+
+# JSON ----------------------------------------------------------------------------------------------------------
+
+
+class _NotFinite(ValueError):
+    """A number that Python reads as NaN or infinite."""
+
+
+def _constant(name: str) -> NoReturn:
+    raise _NotFinite(name)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if isinf(number):
+        raise _NotFinite(digits)
+    return number
+
+
+_STRICT: Final = JSONDecoder(parse_constant=_constant, parse_float=_finite)
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Only as an escape can half a surrogate pair be in text that is UTF-8."""
+
+
+def decode(text: str) -> Any:
+    """Parse JSON; raises JSONDecodeError, or ValueError with one of UNREADABLE.
+
+    Text that is not valid Unicode and numbers that are not finite are read: `unsendable` finds them in the job or row
+    that has them, so that they affect no other.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    except json.JSONDecodeError as error:
+        if not _is_unicode(text):
+            raise ValueError(NOT_UNICODE) from error
+        raise
+    except ValueError as error:
+        raise ValueError(TOO_MANY_DIGITS) from error
+
+
+def unread(error: ValueError) -> str:
+    """Say why `decode` failed."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON: {error.msg} at character {error.pos + 1}"
+    return str(error)
+
+
+def unsendable(item: object) -> str | None:
+    """Return why an object cannot be sent as JSON in UTF-8, or None."""
+    if _is_too_deep(item):
+        return TOO_DEEP
+    try:
+        json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return NOT_UNICODE
+    except ValueError:
+        return NOT_FINITE
+    return None
+
+
+def _is_too_deep(item: object) -> bool:
     """Tell whether there are more levels than DEEPEST. Goes by levels, so that no depth is too deep for it."""
-    level = [job] if isinstance(job, dict | list) else []
+    level = [item] if isinstance(item, dict | list) else []
     for _ in range(DEEPEST):
         level = [
             inner
@@ -125,35 +267,182 @@ def is_too_deep(job: object) -> bool:
     return bool(level)
 
 
-PHRASES: Final[Mapping[str, str]] = {
-    "missing": "is required",
-    "extra_forbidden": "unknown field",
-    "string_type": "must be a string",
-    "int_type": "must be an integer",
-    "int_from_float": "must be an integer",
-    "int_parsing": "must be an integer",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
-    "list_type": "must be a list",
-    "dict_type": "must be a JSON object",
-    "model_type": "must be a JSON object",
-    "too_short": "has {actual_length} items; the minimum is {min_length}",
-    "too_long": "has {actual_length} items; the maximum is {max_length}",
-    "string_too_short": "must not be empty",
-    "string_too_long": "must have at most {max_length} characters",
-    "literal_error": "must be false or omitted: a job returns its answer when it is complete",  # `stream`
-    "enum": "must be {expected}",
-    "date_from_datetime_parsing": "must be a date, such as 2026-12-24",
-    "date_parsing": "must be a date, such as 2026-12-24",
-}
-"""Messages for pydantic's error types, in place of its own. A type that is not listed keeps pydantic's message."""
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
-PATTERNS: Final[Mapping[str, str]] = {
-    CUSTOM_ID: "must be 1 to 64 letters, digits, hyphens or underscores",
-    VERSION: "must be a date, such as 2026-10-21",
-    PRINTABLE: "must be printable ASCII",
-}
 
+# Jobs, options and headers -------------------------------------------------------------------------------------
+
+
+def read_job(job: object, networks: Sequence[Network] = ()) -> JobRequest | InvalidRequest:
+    """Validate one job. `networks` are the private networks that a webhook may call."""
+    problem = unsendable(job)
+    if problem is not None:
+        return InvalidRequest(f"the request {problem}")
+    try:
+        return JobRequest.model_validate(job, context={"networks": networks})
+    except ValidationError as error:
+        return InvalidRequest(explained(error.errors(include_url=False)))
+
+
+def read_options(said: object, networks: Sequence[Network] = ()) -> Options:
+    """Return the options of a file; raises InvalidRequest."""
+    problem = unsendable(said)
+    if problem is not None:
+        raise InvalidRequest(f"options: the file {problem}")
+    try:
+        found = FileOptions.model_validate(said, context={"networks": networks})
+    except ValidationError as error:
+        raise InvalidRequest(
+            explained(error.errors(include_url=False), "options", of_item=False)
+        ) from error
+    facts = dict(found) | {
+        "deadline": milliseconds(found.deadline),
+        "fallback_models": tuple(found.fallback_models),
+    }
+    return Options(**facts)
+
+
+_DEADLINE: Final[TypeAdapter[datetime | None]] = TypeAdapter(Deadline)
+_WEBHOOK: Final[TypeAdapter[str | None]] = TypeAdapter(Webhook | None)
+
+
+def read_deadline(text: str | None) -> int | None:
+    """Return the header's deadline in epoch milliseconds; raises InvalidRequest."""
+    try:
+        return milliseconds(_DEADLINE.validate_python(text))
+    except ValidationError as error:
+        raise InvalidRequest(
+            explained(error.errors(include_url=False), "sluice-deadline")
+        ) from error
+
+
+def read_webhook(url: str | None, networks: Sequence[Network] = ()) -> str | None:
+    """Return the header's webhook; raises InvalidRequest for one that may not be called."""
+    try:
+        return _WEBHOOK.validate_python(url, context={"networks": networks})
+    except ValidationError as error:
+        raise InvalidRequest(
+            explained(error.errors(include_url=False), "sluice-webhook")
+        ) from error
+
+
+def milliseconds(time: datetime | None) -> int | None:
+    """Return epoch milliseconds."""
+    return None if time is None else int(time.timestamp() * 1000)
+
+
+# Items of a batch ----------------------------------------------------------------------------------------------
+
+MOST_ROWS: Final = 100_000
+
+_ITEMS: Final[TypeAdapter[list[Any]]] = TypeAdapter(
+    Annotated[list[Any], Field(min_length=1, max_length=MOST_ROWS)]
+)
+
+
+def read_items(items: Sequence[object], kind: type[BatchRequest], place: str) -> list[str]:
+    """Return the `custom_id` of each item of a new batch; raises InvalidRequest for the first that is invalid.
+
+    `params` are validated with the row, as Anthropic does: an invalid request is the error of its row alone.
+    """
+    here = place
+    try:
+        _ITEMS.validate_python(items)
+        custom_ids = []
+        for position, item in enumerate(items):
+            here = f"{place}.{position}"
+            problem = unsendable(item)
+            if problem is not None:
+                raise InvalidRequest(f"{here}: the request {problem}")
+            custom_ids.append(kind.model_validate(item).custom_id)
+    except ValidationError as error:
+        raise InvalidRequest(explained(error.errors(include_url=False), here)) from error
+    return custom_ids
+
+
+# Rows ----------------------------------------------------------------------------------------------------------
+
+
+def read_row(line: Line, options: Options) -> Row | BadRow | None:
+    """Return the row in a line, or why it cannot run; None for a blank line."""
+    if line.too_long:
+        return BadRow(f"the line exceeds {MOST_LINE_BYTES:,} bytes")
+    text = line.text.removeprefix(BOM).strip()
+    if not text:
+        return None
+    try:
+        item, problem = _parsed(text)
+    except ValueError as error:
+        return BadRow(f"the line {unread(error)}")
+    if not isinstance(item, dict):
+        return BadRow('the line is not a JSON object; use {"custom_id": ..., "params": {...}}')
+    if problem is None:
+        try:
+            return _row(item, options)
+        except ValidationError as error:
+            problem = explained(error.errors(include_url=False))
+        except InvalidRequest as error:
+            problem = str(error)
+    custom_id = item.get("custom_id")
+    is_named = isinstance(custom_id, str) and re.fullmatch(CUSTOM_ID[1:-1], custom_id)
+    return BadRow(problem, custom_id if is_named else None)
+
+
+def _parsed(text: bytes) -> tuple[Any, str | None]:
+    """Return a line's value and why it cannot be sent; looks at the value only where the text gives a reason."""
+    suspect = text.count(b"[") + text.count(b"{") > DEEPEST or _SURROGATE.search(text) is not None
+    try:
+        words = text.decode()
+    except UnicodeDecodeError:
+        words, suspect = text.decode(errors="surrogateescape"), True
+    try:
+        item = _STRICT.decode(words)
+    except (ValueError, RecursionError):
+        item, suspect = decode(words), True
+    problem = unsendable(item) if suspect else None
+    return item, None if problem is None else f"the request {problem}"
+
+
+def _row(item: Mapping[str, Any], options: Options) -> Row:
+    """Validate a row, in Anthropic's format or the older one with `method`, `url` and `body`."""
+    if PROBLEM in item:
+        raise InvalidRequest(str(item[PROBLEM]))
+    said = dict(item)
+    if "body" in said and said.get("params") is None:
+        method, url = said.pop("method", "POST"), said.pop("url", MESSAGES_URL)
+        if method != "POST" or url != MESSAGES_URL:
+            shown = f"{json.dumps(method)} {json.dumps(url)}"[:80]
+            raise InvalidRequest(
+                f"method and url: {shown} is not supported; use POST {MESSAGES_URL}"
+            )
+        said["params"] = said.pop("body")
+    params = said.get("params")
+    if isinstance(params, dict):
+        params = said["params"] = completed(params, options)
+    request = RowRequest.model_validate(said)
+    # As it was sent, not as it was parsed: a field we do not know must go up unchanged.
+    params = {name: value for name, value in said["params"].items() if name != "stream"}
+    return Row(
+        request.custom_id, params, milliseconds(request.deadline), tuple(request.fallback_models)
+    )
+
+
+def completed(params: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return a request with the batch's options for the fields that it does not set."""
+    defaults = {
+        "model": options.model,
+        "max_tokens": options.max_tokens,
+        "system": options.system,
+    }
+    return {name: value for name, value in defaults.items() if value is not None} | dict(params)
+
+
+# Errors --------------------------------------------------------------------------------------------------------
 
 OF_A_MESSAGE: Final = frozenset(
     {
@@ -164,38 +453,45 @@ OF_A_MESSAGE: Final = frozenset(
 )
 """Fields of a Messages API request: one of them beside `params` is in the wrong place, not misspelled."""
 
+MOST_SHOWN: Final = 5
+"""Errors named in one message."""
+MOST_VALUE: Final = 64
+"""Characters of a value that is shown in a message."""
+_OUR_CLASS: Final = re.compile(r" or instance of \w+$")
 
-def explained(errors: Sequence[Mapping[str, Any]], *, of_request: bool = False) -> str:
-    """Put pydantic's findings into one line: the field, the problem, and the value if it is short.
 
-    Locations in a whole request start with its part (body, query, header), which is left out.
+def explained(errors: Sequence[Mapping[str, Any]], place: str = "", *, of_item: bool = True) -> str:
+    """Put pydantic's errors into one line: the field, the problem, and the value if it is short.
+
+    `of_item`: they are about a job or a row, whose fields of a Messages request belong inside `params`.
     """
-    misplaced = [] if of_request else [error for error in errors if _is_misplaced(error)]
-    if misplaced:
-        others = [error for error in errors if not _is_misplaced(error)]
-        return " ".join([_moved_inside(misplaced), *([explained(others)] if others else [])])
-    parts = []
-    for error in errors[:5]:
-        where = ".".join(str(part) for part in error["loc"][of_request:])
-        if error["type"] == "json_invalid":
-            reason, place = error.get("ctx", {}).get("error", ""), error["loc"][-1]
-            at = f" at character {place}" if place else ""
-            whole = {NOT_AN_OBJECT: NOT_AN_OBJECT, TOO_DEEP: f"the body is {TOO_DEEP}"}
-            parts.append(whole.get(reason, f"the body is not valid JSON: {reason}{at}"))
-            continue
-        if error["type"] == "missing" and not where:
-            parts.append(f"the body is empty; {NOT_AN_OBJECT}")
-            continue
-        value = error.get("input")
-        shown = f" (got {value!r})" if _is_short(value) and error["type"] != "missing" else ""
-        parts.append(f"{f'{where}:' if where else 'the job'} {_phrase(error)}{shown}")
-    more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""  # noqa: PLR2004 - as above
-    return "; ".join(parts) + more
+    misplaced = [error for error in errors if of_item and _is_misplaced(error)]
+    others = [error for error in errors if error not in misplaced]
+    where = f"{place}: " if place else ""
+    parts = [where + _moved_inside(misplaced)] if misplaced else []
+    if others:
+        more = len(others) - MOST_SHOWN
+        shown = "; ".join(_line(error, place) for error in others[:MOST_SHOWN])
+        parts.append(shown + (f"; and {more} more" if more > 0 else ""))
+    return " ".join(parts)
+
+
+def _line(error: Mapping[str, Any], place: str) -> str:
+    where = ".".join(str(part) for part in (place, *error["loc"]) if part != "")
+    # The validators above raise ValueError; a model names its Python class.
+    said = _OUR_CLASS.sub("", str(error["msg"]).removeprefix("Value error, "))
+    value = error.get("input")
+    shown = f" (got {value!r})" if _is_short(value) and error["type"] != "missing" else ""
+    return f"{where}: {said}{shown}" if where else f"{said}{shown}"
 
 
 def _is_misplaced(error: Mapping[str, Any]) -> bool:
     """Tell whether a field of a Messages API request is outside `params`."""
-    return error["type"] == "extra_forbidden" and next(iter(error["loc"])) in OF_A_MESSAGE
+    return (
+        error["type"] == "extra_forbidden"
+        and len(error["loc"]) == 1
+        and error["loc"][0] in OF_A_MESSAGE
+    )
 
 
 def _moved_inside(misplaced: Sequence[Mapping[str, Any]]) -> str:
@@ -205,15 +501,7 @@ def _moved_inside(misplaced: Sequence[Mapping[str, Any]]) -> str:
     return f"Unknown top-level fields {names}; move them inside `params`."
 
 
-def _phrase(error: Mapping[str, Any]) -> str:
-    kind, context = str(error["type"]), error.get("ctx", {})
-    said = PATTERNS.get(context.get("pattern", "")) or PHRASES.get(kind)
-    if said is None and kind.startswith(("datetime", "timezone")):
-        said = A_TIME
-    if said is None:
-        return str(error["msg"]).removeprefix("Value error, ")
-    return said.format(**context)
-
-
 def _is_short(value: object) -> bool:
-    return isinstance(value, int | float | bool) or (isinstance(value, str) and len(value) <= 64)  # noqa: PLR2004
+    return isinstance(value, int | float | bool) or (
+        isinstance(value, str) and len(value) <= MOST_VALUE
+    )

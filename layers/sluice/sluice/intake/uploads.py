@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sluice.bulk.plan import BadOptions, PlanBatch, is_known, stem_of
+from sluice.bulk.plan import PlanBatch, is_known, stem_of
 from sluice.domain.batches import Batch
 from sluice.domain.errors import InvalidRequest
 from sluice.ports.batches import Objects, PartLinks
@@ -50,10 +50,7 @@ class Uploads:
         key = self._key(name)
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
-        try:
-            self._planner.read_options(options)
-        except BadOptions as error:
-            raise InvalidRequest(str(error)) from error
+        self._planner.read_options(options)
         part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
         parts = -(-size // part_bytes)
         # Always written, so that options of an earlier file of this name do not apply.

@@ -56,19 +56,14 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         ),
     ] = None,
     anthropic_version: Annotated[
-        str | None,
+        validation.Version | None,
         Header(
-            pattern=validation.VERSION,
             description="API version for the upstream calls. Default: the latest version that Sluice supports.",
         ),
     ] = None,
     anthropic_beta: Annotated[
-        str | None,
-        Header(
-            max_length=1024,
-            pattern=validation.PRINTABLE,
-            description="Beta features; forwarded with the upstream calls.",
-        ),
+        validation.Beta | None,
+        Header(description="Beta features; forwarded with the upstream calls."),
     ] = None,
     sluice_webhook: Annotated[
         str | None,
@@ -87,14 +82,14 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
 ) -> Response[Any]:
     """Accept jobs."""
     networks = shared.settings().webhook_networks
-    webhook = requests.read_webhook(sluice_webhook, networks)
-    rows = requests.long_list(body.root)
-    if rows is not None:
+    webhook = validation.read_webhook(sluice_webhook, networks)
+    listed = requests.read_list(body.root)
+    if listed is not None and len(listed) > requests.MOST_JOBS:
         options = Options(
             anthropic_version=anthropic_version, anthropic_beta=anthropic_beta, webhook=webhook
         )
         asked = Create(
-            rows,
+            requests.as_rows(listed),
             options,
             Source.JOBS,
             idempotency_key=idempotency_key,
@@ -103,7 +98,8 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         )
         batch = batches(router).create(asked)
         return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
-    submissions, is_list = requests.read_submissions(body.root, networks)
+    jobs = [body.root] if listed is None else listed
+    submissions = [requests.read_submission(job, networks) for job in jobs]
     sender = Sender(
         router.context["tenant"],
         idempotency_key,
@@ -113,7 +109,7 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         resends=x_stainless_retry_count,
     )
     outcomes = wiring.submit()(submissions, sender)
-    if not is_list:
+    if listed is None:
         (outcome,) = outcomes
         if isinstance(outcome, Rejected):
             raise outcome.error

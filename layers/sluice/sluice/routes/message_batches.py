@@ -12,6 +12,7 @@ from aws_lambda_powertools.event_handler.router import APIGatewayHttpRouter
 from sluice.api import document, requests, views
 from sluice.domain import errors
 from sluice.domain.batches import Batch, Options
+from sluice.intake import requests as validation
 from sluice.intake.batches import MOST_INLINE_BYTES, Create, Link
 from sluice.routes.answers import answer, as_it_is, request_id
 from sluice.routes.caller import batches, checked
@@ -44,14 +45,10 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
             description="Idempotency key. Resending the request with the same key returns the existing batch.",
         ),
     ] = None,
-    anthropic_version: Annotated[str | None, Header(pattern=r"^\d{4}-\d{2}-\d{2}$")] = None,
+    anthropic_version: Annotated[validation.Version | None, Header()] = None,
     anthropic_beta: Annotated[
-        str | None,
-        Header(
-            max_length=1024,
-            pattern=r"^[!-~ ]+$",
-            description="Beta features; forwarded with the upstream calls.",
-        ),
+        validation.Beta | None,
+        Header(description="Beta features; forwarded with the upstream calls."),
     ] = None,
     sluice_deadline: Annotated[
         str | None,
@@ -76,10 +73,10 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
     asked = Create(
         requests.read_requests(body.root),
         Options(
-            deadline=requests.read_deadline(sluice_deadline),
+            deadline=validation.read_deadline(sluice_deadline),
             anthropic_version=anthropic_version,
             anthropic_beta=anthropic_beta,
-            webhook=requests.read_webhook(sluice_webhook, shared.settings().webhook_networks),
+            webhook=validation.read_webhook(sluice_webhook, shared.settings().webhook_networks),
         ),
         idempotency_key=idempotency_key,
         retries=x_stainless_retry_count,

@@ -11,7 +11,7 @@ from sluice.adapters.lambdas import LambdaExecutions, LambdaQueueMapping
 from sluice.adapters.rate_limits import HttpRateLimits
 from sluice.adapters.secrets import SecretHistory
 from sluice.adapters.sqs import depth_of
-from sluice.domain.capacity import REFILLED, UNREFILLED
+from sluice.domain.capacity import REFILLED, ROWS_AT_ONCE, UNREFILLED
 from sluice.domain.shares import CEILINGS
 from sluice.settings import MAPPINGS
 from sluice.upkeep.governor import Governed, Governor
@@ -29,7 +29,6 @@ from sluice.wiring.shared import (
     telemetry,
 )
 from sluice.wiring.stores import jobs, key_pool, limits, queue
-from sluice.worker.range_source import AT_ONCE
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
@@ -79,7 +78,7 @@ def _governed(name: str, client: LambdaClient) -> Governed:
             client,
             own.mappings[name],
             f"the mapping of {name}",
-            slots_per_message=AT_ONCE if is_ranges else 1,
+            slots_per_message=ROWS_AT_ONCE if is_ranges else 1,
             busy=UNREFILLED if is_ranges else REFILLED,
         ),
         partial(depth_of, sqs(), queue_urls[name], f"the queue of {name}"),

@@ -18,7 +18,8 @@ from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.params import request_body
 from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
-from sluice.domain.rows import Line, Row, job_record, read_row
+from sluice.domain.rows import Line, Row, job_record
+from sluice.intake.requests import read_row
 from sluice.ports.jobs import CallBooks, Params
 from sluice.ports.world import Clock
 from sluice.worker.ledger import lost_row

@@ -13,17 +13,13 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from sluice.domain.batches import RangeState
+from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.domain.limits import DRAINED_MS
 from sluice.domain.waits import ROW_STAY_MS, Place, place_of, window_of
 from sluice.ports.jobs import Received
 from sluice.ports.world import Clock
 from sluice.worker.range_rows import Seat, WindowRows
 from sluice.worker.source import Held, Taken
-
-AT_ONCE: Final = 120
-"""Maximum rows in hand: waiting for their start, in flight, or not yet saved. So many calls at most are repeated if the
-worker dies. As many as a worker of the jobs queue has, and more than a usual range: all its rows wait in line at the
-limiter, so that the last ones can start together."""
 
 LOOK_MS: Final = 1_000
 """Pause between two looks whether any range waits behind the rows in hand."""
@@ -225,8 +221,8 @@ class RangeSource:
     def _at_once(self) -> int:
         """Return how many rows may be in flight: fewer during a search for a killer."""
         if self._suspects is not None and not self._suspects:
-            return AT_ONCE
-        return max(1, AT_ONCE >> 2 * self._losses)
+            return ROWS_AT_ONCE
+        return max(1, ROWS_AT_ONCE >> 2 * self._losses)
 
     def _waits_for_saving(self) -> bool:
         return bool(self._ready and self._running)

@@ -16,8 +16,8 @@ from sluice.domain.rows import (
     bad_row_records,
     error_line,
     lines,
-    read_row,
 )
+from sluice.intake.requests import read_row
 from sluice.ports.batches import Objects
 from sluice.worker.range_rows import Ended, Seat
 

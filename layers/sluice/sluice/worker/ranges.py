@@ -3,7 +3,7 @@
 A range is run window by window, in the order of its lines: a window is as many rows as may be in memory at once. What
 has ended is saved every few rows or seconds. A window that has ended is one object, and the range's part is put
 together from those. The range is leased as a whole, by conditional writes. A worker that dies repeats at most the rows
-it had started and not saved, and never has more than `AT_ONCE` of them.
+it had started and not saved, and never has more than `ROWS_AT_ONCE` of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sluice.ports.batches import BatchesQueue, BatchStore, Objects
 from sluice.ports.jobs import Received, Returns
 from sluice.ports.swap import swap
 from sluice.ports.world import Blocking, Clock, Events
-from sluice.worker.range_chunks import RangeChunks, stored_tally
+from sluice.worker.range_chunks import RangeChunks, Sums, stored_tally
 from sluice.worker.range_lease import HIDE_MS, KEEP_MS, LEASE_MS, RangeLease
 from sluice.worker.range_rows import Ended, Seat, WindowRows
 from sluice.worker.range_source import RangeSource
@@ -38,6 +38,9 @@ T = TypeVar("T")
 
 NOT_READ_MS: Final = 15_000
 """A range that could not be read from a busy store is tried again after this time."""
+
+PROGRESS_MS: Final = 3_000
+"""How often the progress of a running range is stored."""
 
 TICK_MS: Final = 100
 """Pause between two rounds of housekeeping."""
@@ -185,6 +188,10 @@ class _Run:
         self._kept_at = self._tools.clock.now()
         self._saving = asyncio.Lock()
         self._is_lost = False
+        self._progress = Sums()
+        """Of the rows saved in this invocation."""
+        self._has_news = False
+        self._reported_at = self._tools.clock.now()
         self._tally: Tally | None = None
         """Of the whole range, once its part is stored."""
 
@@ -342,11 +349,24 @@ class _Run:
         source = self._source
         if source is not None and self._rows.worth_saving(source.save_at):
             await self._save()
+        await self._report_progress()
         if set(self._lease.state.running) - set(self._running()):
             # Back from their calls alive: they are not to be blamed for what comes now.
             await self._lease.change(self._lease.as_running(self._running))
         if self._tools.clock.now() - self._kept_at >= KEEP_MS:
             await self._look_around()
+
+    async def _report_progress(self) -> None:
+        """Store what the rows saved so far come to, every few seconds."""
+        now, state, plan = self._tools.clock.now(), self._lease.state, self._batch.plan
+        if plan is None or not self._has_news or now - self._reported_at < PROGRESS_MS:
+            return
+        group = f"section#{plan.section_of(state.number):06d}"
+        note = self._tools.batches.note_running
+        await self._tools.blocking(
+            note, self._batch.batch_id, group, state.number, self._progress.tally
+        )
+        self._reported_at, self._has_news = now, False
 
     async def _look_around(self) -> None:
         """Renew the lease, hide the message, and see whether the batch was canceled."""
@@ -383,6 +403,10 @@ class _Run:
                 except BaseException:
                     self._rows.not_saved(seats)
                     raise
+                for seat in seats:
+                    if seat.ended is not None and seat.ended.text is not None:
+                        self._progress.add(seat.ended.text)
+                self._has_news = True
                 self._rows.saved(seats, name)
                 if self._source is not None:
                     self._source.saved(seats)
