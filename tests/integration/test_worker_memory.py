@@ -56,7 +56,7 @@ from dataclasses import replace
 from bench.memory.peak import peak_mb
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.system import SystemClock, Threads
-from sluice.ports import Params
+from sluice.ports.jobs import Params
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
