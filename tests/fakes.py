@@ -593,7 +593,7 @@ class MemoryQueue(Fragile):
                 del self._messages[message.message_id]
 
     def deliver(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
-        """Receive as the event source mapping does: visible messages, oldest first, hidden for the visibility timeout."""
+        """Receive as the event source mapping does: visible messages, oldest first; then hide them."""
         now = self._now()
         visible = sorted(
             (each for each in self._messages.values() if each.visible_at <= now),
