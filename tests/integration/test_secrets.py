@@ -164,7 +164,7 @@ def test_a_mended_pool_is_read_again(cloud: Aws, clock: FrozenClock, pool: Secre
 def test_a_secret_of_bytes_is_no_pool(cloud: Aws, pool: SecretKeyPool) -> None:
     cloud.secrets.put_secret_value(SecretId="KeyPoolSecret", SecretBinary=KEY.encode())
 
-    with pytest.raises(KeyPoolBroken, match="KeyPoolSecret holds bytes, not text"):
+    with pytest.raises(KeyPoolBroken, match="KeyPoolSecret is binary; store it as text"):
         pool.keys()
 
 
