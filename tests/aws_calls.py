@@ -66,6 +66,7 @@ _AFTER_A_FAILED_WRITE: Final = (
 GRANTED_ALL_THE_SAME: Final[Mapping[tuple[str, str, str], str]] = {
     ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/out/*"): _AFTER_A_FAILED_WRITE,
     ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
+    ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/out/*"): _AFTER_A_FAILED_WRITE,
     ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
 }
 """Grants that no recorded call uses, as function, action and resource, each with its reason."""

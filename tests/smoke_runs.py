@@ -49,14 +49,18 @@ SMOKE_RUNS: Final = (
         r"killed a worker(.|\n)* results +49 +490\n",
         50,
     ),
+    SmokeRun(
+        "bench.bulk timeline", "--rows 3 --repeat 1 --cold", r"rows +created(.|\n)* +3 +\d", 15
+    ),
     SmokeRun("bench.bulk planner", "--gigabytes 0.02", r"messages for ranges: 40\d\n", 6),
     SmokeRun("bench.intake", "--requests 50", r"together +│ 2 ", 7),
     SmokeRun(
         "bench.limits",
-        "--only plain --clients sluice,sdk,tutorial --jobs-scale 0.02 --workers 2"
+        "--only plain --clients sluice,sdk,tutorial --jobs-scale 0.02 --workers 2 --start warm"
         " --json {folder}/runs.json --svg {folder}/limits.svg",
-        r"sluice, 30 jobs\n.* 0 lost,(.|\n)*sdk, 30 jobs\n.* 0 lost,(.|\n)*drew ",
-        26,
+        r"sluice jobs, warm, 30 jobs\n.* 0 lost,(.|\n)*sluice batches, warm, 30 jobs\n.* 0 lost,"
+        r"(.|\n)*sdk, 30 jobs\n.* 0 lost,(.|\n)*drew ",
+        60,
     ),
     SmokeRun(
         "bench.limits",

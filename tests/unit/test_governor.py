@@ -293,7 +293,7 @@ def test_each_mapping_gets_what_the_whole_limit_needs_and_a_line_of_its_own(pair
         ranges["in_flight"],
     )
     assert "6 workers of 50 slots" in str(jobs["reason"])
-    assert "7 workers of 64 slots" in str(ranges["reason"])
+    assert "7 workers of 120 slots" in str(ranges["reason"])
 
 
 def test_each_mapping_is_off_while_its_own_queue_is_empty(pair: Pair) -> None:

@@ -397,7 +397,7 @@ def test_a_folder_without_a_prompt_says_so(make: Make) -> None:
 
 def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
     bulk = make()
-    bulk.queues.fail_next("send_ranges", 5)
+    bulk.objects.fail_next("read")
     with pytest.raises(StoreBusy):
         bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
     bulk.time.pass_seconds(60)
@@ -405,6 +405,21 @@ def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
     bulk.planner.plan("msgbatch_1")
 
     assert Phase.ENDED == bulk.batch.phase
+    assert "the file could not be planned before its rows expired" == bulk.batch.problem
+
+
+def test_a_file_whose_ranges_could_not_be_sent_in_time_ends_with_expired_rows(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    bulk.time.pass_seconds(60)
+
+    bulk.planner.plan("msgbatch_1")
+    bulk.drain()
+
+    assert Phase.ENDED == bulk.batch.phase
+    assert [{"type": "expired"}] == [row["result"] for row in bulk.results()]
 
 
 # Sending ---------------------------------------------------------------------------------------------------
@@ -416,7 +431,7 @@ def test_ranges_that_the_queue_did_not_take_are_sent_again(make: Make) -> None:
 
     bulk.upload(jsonl(*(a_row(number) for number in range(400))))
 
-    assert set(range(5)) == {number for _, _, number, _ in bulk.queues.ranges.values()}
+    assert set(range(4)) == {number for _, _, number, _ in bulk.queues.ranges.values()}
 
 
 def test_a_planner_that_died_goes_on_where_it_was_with_the_same_ranges(make: Make) -> None:
@@ -606,7 +621,7 @@ def test_joining_again_changes_nothing(make: Make) -> None:
 
 
 def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1), a_row(2)))
     bulk.once()
     (join,) = bulk.queues.joins
@@ -620,7 +635,7 @@ def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make:
 
 
 def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     del bulk.objects.stored[bulk.batch.part_key(0)]
@@ -630,7 +645,7 @@ def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
 
 
 def test_a_cancel_that_comes_while_results_are_joined_stays_on_record(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     stale = bulk.batch
@@ -676,7 +691,7 @@ def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
 
 
 def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     bulk.notices.fail_next("publish")
@@ -692,7 +707,7 @@ def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
 
 
 def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     bulk.notices.fail_next("publish")
@@ -718,7 +733,7 @@ def test_parts_of_any_size_are_joined_piece_by_piece(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "AHEAD_BYTES", 1_000)
-    bulk = make()
+    bulk = make(joins_at_once=False)
     rows: list[Any] = [a_row(number) for number in range(300)]
     rows[7] = b"{"
     bulk.upload(jsonl(*rows))

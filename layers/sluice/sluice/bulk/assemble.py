@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -28,7 +28,7 @@ from sluice.domain.batches import (
 from sluice.domain.pricing import usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.domain.times import rfc3339
-from sluice.ports.batches import BatchStore, Objects
+from sluice.ports.batches import BatchesQueue, BatchStore, Objects
 from sluice.ports.swap import Written, change, swap
 from sluice.ports.world import Clock, Events, Notice, Notices
 
@@ -56,6 +56,11 @@ MOST_PACKED_BYTES: Final = 32 * 1024 * 1024
 
 ENDED: Final = "Batch Ended"
 """The event's `detail-type`."""
+
+MOST_RANGES_AT_ONCE: Final = 20
+MOST_TOKENS_AT_ONCE: Final = 2_000_000
+"""A batch of one section with so few ranges and output tokens (about 8 MB) is joined within a second or two, by the
+function that ran its last range."""
 
 SECTIONS: Final = "sections"
 """The group of all sections of a batch."""
@@ -94,6 +99,16 @@ class Assemble:
         progress = self._batches.mark(batch_id, SECTIONS, section, Tally())
         if progress.members == batch.plan.sections:
             self._finish(batch, batch.plan)
+
+    def is_small(self, batch_id: str, section: int) -> bool:
+        """Tell whether a complete section is a whole batch that takes no longer to join than to hand over."""
+        batch = self._batches.get(batch_id)
+        plan = batch.plan if batch else None
+        if plan is None or plan.sections > 1 or plan.ranges > MOST_RANGES_AT_ONCE:
+            return False
+        name = f"section#{section:06d}"
+        found = self._batches.groups(batch_id, name)
+        return name in found and found[name].tally.output_tokens <= MOST_TOKENS_AT_ONCE
 
     def notify(self, batch: Batch) -> None:
         """Tell whoever listens that a batch has ended, unless that was done: at least once, for its id."""
@@ -300,6 +315,35 @@ class Assemble:
             **ended.tally.as_dict(),
         )
         self.notify(ended)
+
+
+class JoinAtOnce:
+    """Joins the section of a small batch here and now; any other one is left to the batches function.
+
+    Whatever goes wrong here is left to the batches function as well: its queue tries again, and raises alarms.
+    """
+
+    def __init__(
+        self, assemble: Callable[[], Assemble], queue: BatchesQueue, events: Events
+    ) -> None:
+        """`assemble` is called when the first section is complete."""
+        self._assemble = assemble
+        self._queue = queue
+        self._events = events
+
+    def send_plan(self, batch_id: str) -> None:
+        """Have a batch planned by the batches function."""
+        self._queue.send_plan(batch_id)
+
+    def send_join(self, batch_id: str, section: int) -> None:
+        """Join a section, or have it joined; raises StoreBusy."""
+        try:
+            if self._assemble().is_small(batch_id, section):
+                self._assemble().join(batch_id, section)
+                return
+        except Exception:  # noqa: BLE001 - the batches function joins it, whatever it was
+            self._events.problem("batch not joined at once", batch_id=batch_id, section=section)
+        self._queue.send_join(batch_id, section)
 
 
 def summary(batch: Batch) -> dict[str, Any]:

@@ -172,9 +172,10 @@ class PlanBatch:
             self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
             self._look_after(batch, batch.plan)
-        elif self._clock.now() >= batch.expires_at:
+        elif batch.plan is None and self._clock.now() >= batch.expires_at:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
         else:
+            # With a plan its ranges may be running already, and any row that has not started ends `expired`.
             self._plan(batch)
 
     def _look_after(self, batch: Batch, plan: Plan) -> None:

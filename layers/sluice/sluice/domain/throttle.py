@@ -1,7 +1,7 @@
 """A throttle for callers: one token bucket per name, in the memory of one process.
 
 It bounds what one caller takes of one execution environment. It knows nothing of other environments: with n of them a
-caller gets up to n times the rate (docs/decisions/0032-a-throttle-per-environment.md).
+caller gets up to n times the rate (docs/decisions/0033-a-throttle-per-environment.md).
 """
 
 from __future__ import annotations

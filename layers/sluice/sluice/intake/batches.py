@@ -21,11 +21,13 @@ from sluice.domain.batches import (
     cancel_batch,
     delete_batch,
     named_batch_id,
+    planned,
     random_batch_id,
+    start_batch,
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
 from sluice.intake.requests import BatchRequest, ListedJob, read_items
-from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects
+from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects, RangesQueue
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
 
@@ -45,6 +47,9 @@ RETRY_MS: Final = 25 * 60_000
 
 PLANNED_MS: Final = 2 * 60_000
 """A create whose message to the planner was lost is looked at after this time."""
+
+MOST_STARTED: Final = 50
+"""A create sends the messages of so many ranges itself: about 5,000 rows, five calls to SQS. The planner sends more."""
 
 MOST_INLINE_BYTES: Final = 4_300_000
 """Of results in an answer: Lambda answers with 6 MB, in base64."""
@@ -89,6 +94,7 @@ class Batches:
         batches: BatchStore,
         objects: Objects,
         queue: BatchesQueue,
+        ranges: RangesQueue,
         clock: Clock,
         random_bytes: RandomBytes,
         events: Events,
@@ -97,6 +103,7 @@ class Batches:
         self._batches = batches
         self._objects = objects
         self._queue = queue
+        self._ranges = ranges
         self._clock = clock
         self._random_bytes = random_bytes
         self._events = events
@@ -104,7 +111,7 @@ class Batches:
     # Creating --------------------------------------------------------------------------------------------------
 
     def create(self, asked: Create) -> Batch:
-        """Store the rows as an object and have it planned; a create that is sent again finds its batch."""
+        """Store the rows as an object and start its ranges; a create that is sent again finds its batch."""
         body = _jsonl(asked.items, asked.source)
         digest = sha256(body).hexdigest()
         now = self._clock.now()
@@ -126,6 +133,7 @@ class Batches:
             input_etag=etag,
             options=asked.options,
             rows=len(asked.items),
+            plan=planned(len(body), body),
             due_at=now + PLANNED_MS,
         )
         stored = insert(self._batches.add, batch)
@@ -136,8 +144,29 @@ class Batches:
         if stored is batch:
             self._events.note("batch created", batch_id=batch_id, tenant=self._tenant)
         if stored.phase is Phase.PLANNING:
-            self._have_planned(batch_id)
+            return self._start(stored)
         return stored
+
+    def _start(self, batch: Batch) -> Batch:
+        """Send the messages of a batch's ranges, or have the planner send them. Repeated messages do no harm."""
+        plan = batch.plan
+        if plan is None or plan.ranges > MOST_STARTED:
+            self._have_planned(batch.batch_id)
+            return batch
+        if self._ranges.send_ranges(batch, range(plan.ranges)):
+            self._have_planned(batch.batch_id)
+            return batch
+        try:
+            started = self._changed(batch, lambda current: start_batch(current, self._clock.now()))
+        except StoreBusy:
+            # All messages are sent; the sweep has them sent again.
+            self._events.problem("batch started, but not marked as such", batch_id=batch.batch_id)
+            return batch
+        self._events.note(
+            "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
+            bytes=plan.size,
+        )  # fmt: skip
+        return started
 
     def _id_for(self, asked: Create, digest: str, now: int) -> str:
         if asked.idempotency_key is not None:
@@ -174,7 +203,7 @@ class Batches:
         return self._batches.listing(self._tenant, limit, after=after, before=before)
 
     def progress(self, batch: Batch) -> Tally:
-        """Return the sums of the ranges that are done."""
+        """Return the sums of all rows that have ended; those of running ranges are some seconds old."""
         if batch.phase is Phase.ENDED:
             return batch.tally
         found = self._batches.groups(batch.batch_id, "section#")
@@ -258,7 +287,7 @@ def is_archived(batch: Batch, now: int) -> bool:
 
 
 def _sum(groups: Mapping[str, Progress]) -> Tally:
-    return sum((group.tally for group in groups.values()), Tally())
+    return sum((group.tally + group.running for group in groups.values()), Tally())
 
 
 _KINDS: Final[Mapping[Source, tuple[type[BatchRequest], str]]] = {
