@@ -50,7 +50,7 @@ DEAD_LETTER_MS: Final = 10 * MINUTE
 
 
 def is_healthy(machine: Machine) -> bool:
-    """Tell whether a worker lives and its stores work."""
+    """Return whether a worker lives and its stores work."""
     return machine.is_alive and not machine.troubles
 
 

@@ -46,7 +46,7 @@ def ended_batches(world: World) -> list[tuple[Batch, Upload]]:
 
 
 def is_one_of_several(world: World, batch: Batch) -> bool:
-    """Tell whether its tenant has uploaded another file under the same name."""
+    """Return whether its tenant has uploaded another file under the same name."""
     uploads = world.files.accepted.values()
     return sum((each.tenant, each.name) == (batch.tenant, batch.name) for each in uploads) > 1
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import job_records
-from sluice.bulk.assemble import Assemble
+from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Tally
@@ -66,7 +66,7 @@ class StoryBatches(MemoryBatches):
             self.world.outbox.wanted[batch.batch_id] = batch.options.webhook
 
     def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        return super().due(now, min(limit, self.world.story.most_looked_at))
+        return super().due(now, min(limit, self.world.story.most_retrieve_exception))
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         super().replace_range(state, expected_version)
@@ -194,7 +194,8 @@ class RangeEnvironment:
         range_tools = RangeTools(
             batches=files.batches,
             objects=files.objects,
-            queue=files.queues,
+            queue=JoinAtOnce(lambda: files.assemble(machine), files.queues, world.events),
+            backlog=files.queues.backlog,
             returns=files.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
@@ -304,6 +305,7 @@ class Files:
             Through(self.batches),
             Through(self.objects),
             Through(self.queues),
+            Through(self.queues),
             machine,
             self.world.rng.randbytes,
             self.world.events,
@@ -333,6 +335,11 @@ class Files:
         self._posted += 1
         self.queues.planner[f"{what} ({self._posted})"] = (self.world.time.now(), 0, do)
         self.queues.stirred.set()
+
+    def assemble(self, machine: Machine) -> Assemble:
+        """Return what joins results inside a ranges worker."""
+        notices = self.world.outbox.notices
+        return Assemble(self.batches, self.objects, notices, machine, self.world.events)
 
     def _assemble(self, machine: Machine) -> Assemble:
         return Assemble(
@@ -402,7 +409,7 @@ class Files:
         self.busy.append(environment)
         self._invocations += 1
         owner = environment.line.owner = f"range-invocation-{self._invocations}"
-        world.tell(machine, f"receives range {pointer.number} of {pointer.batch_id} as {owner}")
+        world.record(machine, f"receives range {pointer.number} of {pointer.batch_id} as {owner}")
         remaining = world.rng.choice(world.story.timeouts_ms)
         stop_at = machine.now() + remaining - min(LAST_MS, remaining // 4)
         task = machine.spawn(environment.run(pointer, stop_at, owner), owner)
@@ -416,7 +423,7 @@ class Files:
             self.busy.remove(environment)
             if not machine.is_alive:
                 self.environments.remove(environment)
-                await machine.gone()
+                await machine.ended()
             self.queues.stirred.set()
 
     def _answered(
@@ -429,7 +436,7 @@ class Files:
         error = task.exception()
         if isinstance(error, StoreBusy):
             # Lambda reports a failed invocation; the message stays hidden.
-            self.world.tell(machine, f"failed: {error}")
+            self.world.record(machine, f"failed: {error}")
         elif error is not None:
             self.world.fail("a range always has its result", f"{machine.name}: {error!r}")
         elif task.result():

@@ -1,4 +1,4 @@
-"""Plays the story of a seed and says what came of it."""
+"""Play the story of a seed and report the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from tests.simulation.bounds import BOUNDS
 from tests.simulation.checks import CHECKS, Check, Violation
 from tests.simulation.file_checks import FILE_CHECKS
-from tests.simulation.stories import told_by
+from tests.simulation.stories import story_of
 from tests.simulation.story import START
 from tests.simulation.troubles import compared
 from tests.simulation.webhooks import EndsAreTold
@@ -51,7 +51,7 @@ class Played:
 
 def play(seed: int) -> Played:
     """Play the story of a seed under every check; one with an ill tenant also without it."""
-    story = told_by(seed)
+    story = story_of(seed)
     world = World(story, [check() for check in ALL_CHECKS])
     found = world.run()
     if story.ill is not None:

@@ -70,7 +70,7 @@ ALSO_OF_FILES: Final[tuple[type[Fault], ...]] = (
 )
 
 
-def told_by(seed: int) -> Story:
+def story_of(seed: int) -> Story:
     """Return the story of a seed."""
     if seed % 4 == 2:
         return of_tenants(seed)
@@ -125,7 +125,7 @@ def of_tenants(seed: int) -> Story:
         timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
         skew_ms=rng.choice((0, 500, 2 * SECOND)),
-        most_looked_at=rng.choice((2, 6, 10_000)),
+        most_retrieve_exception=rng.choice((2, 6, 10_000)),
         cached=rng.random() < 0.5,
         calm_at_ms=calm_at_ms,
         patience_ms=9 * 60 * MINUTE,
@@ -165,7 +165,7 @@ def of_files(seed: int) -> Story:
         timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
         skew_ms=rng.choice((0, 500, 2 * SECOND)),
-        most_looked_at=rng.choice((2, 1_000)),
+        most_retrieve_exception=rng.choice((2, 1_000)),
         lines_per_range=rng.choice((1, 3, 5, 100)),
         ranges_per_section=rng.choice((1, 2, 100)),
         calm_at_ms=calm_at_ms,

@@ -1,4 +1,4 @@
-"""What a seed tells: jobs, keys, limits, machines, and which faults will strike."""
+"""The story of a seed: jobs, keys, limits, machines, and which faults will strike."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Story:
     uploads: Sequence[Upload] = ()
     homes: Mapping[str, Home] = field(default_factory=dict)
     """By key id, where that is not what the pool states."""
-    most_looked_at: int = 10_000
+    most_retrieve_exception: int = 10_000
     """Due things that one look of a sweep may read."""
     lines_per_range: int = LINES_PER_RANGE
     ranges_per_section: int = RANGES_PER_SECTION

@@ -157,7 +157,9 @@ def _both_wait(story: Story) -> Story:
         is_early = world.time.now() < world.time.start + MINUTE
         return _blocked(call, 17 * MINUTE) if is_early else None
 
-    story = replace(_own_keys(story, Home("other")), most_looked_at=2, calm_at_ms=50 * MINUTE)
+    story = replace(
+        _own_keys(story, Home("other")), most_retrieve_exception=2, calm_at_ms=50 * MINUTE
+    )
     return _with(story, IllCalls(lambda call: _blocked(call, 16 * MINUTE)), IllCalls(early, WELL))
 
 
@@ -238,7 +240,7 @@ def delays(world: World) -> list[int]:
 
 
 def compared(beside: World, alone: World) -> str | None:
-    """Tell what is wrong with the healthy tenant's delays; None if nothing is."""
+    """Return what is wrong with the healthy tenant's delays; None if nothing is."""
     with_ill, without = delays(beside), delays(alone)
     if len(with_ill) != len(without):
         return f"{len(with_ill)} ends beside the ill tenant, {len(without)} alone"

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 ANSWER_PIECES: Final = 5
 SMALL_PIECE: Final = 50
-"""Larger pieces of an answer take some time to come."""
+"""Larger pieces of an answer take some time to arrive."""
 
 REFUSED_MS: Final = 150
-"""A call that is turned away ends this soon."""
+"""How long a rejected call takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Call:
 
     @property
     def is_snooze(self) -> bool:
-        """Tell whether it was turned away in a way that uses no attempt."""
+        """Return whether it was rejected without using an attempt."""
         if self.fate != "refused" or self.plan.reply is None:
             return False
         failure = self.plan.reply.failure
@@ -86,7 +86,7 @@ class Call:
 
 
 class Buckets:
-    """What the organisation really has left: continuous token buckets."""
+    """The organization's actual capacity: continuous token buckets."""
 
     def __init__(self, limits: Mapping[Dimension, int], now: int) -> None:
         self.limits = dict(limits)
@@ -140,7 +140,7 @@ class Upstream:
         for check in world.checks:
             check.called(world, call)
         call.plan = self._plan(call)
-        world.tell(
+        world.record(
             machine, f"call {call.number} for {name} ({request.model}, key {request.key.id})"
         )
         goes_on_alone = rng.random() < 0.5
@@ -155,7 +155,7 @@ class Upstream:
         finally:
             call.ended_at = world.time.now()
             billed = ", billed" if call.billed else ""
-            world.tell(machine, f"call {call.number} for {name}: {call.fate}{billed}")
+            world.record(machine, f"call {call.number} for {name}: {call.fate}{billed}")
             for check in world.checks:
                 check.call_ended(world, call)
         return answer

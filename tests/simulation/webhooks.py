@@ -120,7 +120,7 @@ class Outbox:
         """Hand visible webhooks to the function that delivers them."""
         while True:
             self._stirred.clear()
-            messages = self.queue.hand_over(10, 6 * FUNCTION_MS)
+            messages = self.queue.deliver(10, 6 * FUNCTION_MS)
             if messages:
                 machine = self.world.machine("webhooks", Party.OPERATOR)
                 deliver = Deliver(

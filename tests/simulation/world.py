@@ -91,7 +91,7 @@ class Write:
 
 @dataclass(eq=False, slots=True)
 class Reserved:
-    """One admission of the limiter, and what its worker told of it."""
+    """One admission of the limiter, and the settlements its worker made."""
 
     admission: Admission
     machine: Machine
@@ -99,7 +99,7 @@ class Reserved:
 
 
 class StoryJobs(MemoryJobs):
-    """The job records; every write is looked at."""
+    """The job records; every write is checked."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class StoryJobs(MemoryJobs):
         """How often a due time was taken, by job and the time it was due."""
 
     def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        return super().due(why, now, min(limit, self.world.story.most_looked_at))
+        return super().due(why, now, min(limit, self.world.story.most_retrieve_exception))
 
     def postpone(self, due: Due, until: int) -> Due | None:
         taken = super().postpone(due, until)
@@ -159,7 +159,7 @@ class StoryParams(MemoryParams):
 
 
 class StoryLimits(MemoryLimits):
-    """The limit groups; every write is looked at."""
+    """The limit groups; every write is checked."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class StoryLimits(MemoryLimits):
 
 
 class StoryQueue(MemoryQueue):
-    """The jobs queue; it wakes whoever waits for messages."""
+    """The jobs queue; it wakes every worker that waits for messages."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world.time.now)
@@ -216,13 +216,13 @@ class StoryQueue(MemoryQueue):
         job = self.world.jobs.stored.get(message.job_id or "")
         return (job.tenant, MODEL_GROUPS[job.current_model]) if job else ("", "")
 
-    def hand_over(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
+    def deliver(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
         if len(self.world.tenants) > 1:
             now = self._now()
             self._in_flight = Counter(
                 self._fair_group(each) for each in self._messages.values() if each.visible_at > now
             )
-        return super().hand_over(most, hidden_ms)
+        return super().deliver(most, hidden_ms)
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
         self.world.on_receipts(messages)
@@ -272,7 +272,7 @@ class StoryQueue(MemoryQueue):
         self.lost.add(message.job_id or "")
         return message.message_id
 
-    def bury_one(self, rng: random.Random) -> str:
+    def make_dead_letter(self, rng: random.Random) -> str:
         """Make a message a dead letter, as a queue does that has delivered it too often."""
         ours = [each for each in self._messages.values() if each.job_id is not None]
         if not ours:
@@ -293,7 +293,7 @@ class StoryQueue(MemoryQueue):
             message.message_id, "", message.body, message.job_id, None,
             message.receive_count, message.sent_at,
         )  # fmt: skip
-        self.buried.append((received, None))  # type: ignore[arg-type]
+        self.rejected.append((received, None))  # type: ignore[arg-type]
         return message.message_id
 
     # What a check wants to know.
@@ -363,7 +363,7 @@ class World:
         self.checks = checks
         self.violations: list[Violation] = []
         self.strikes = bool(story.faults)
-        """Faults are under way."""
+        """Faults still strike."""
         self.history: list[tuple[int, str, str, str, tuple[Any, ...]]] = []
         self.writer: Machine | None = None
 
@@ -417,18 +417,18 @@ class World:
         """Take down every admission of a limiter and its settlement."""
         admit, settle = limiter.admit, limiter.settle
 
-        async def admit_and_tell(*args: Any, **named: Any) -> Any:
+        async def admit_and_record(*args: Any, **named: Any) -> Any:
             given = await admit(*args, **named)
             if isinstance(given, Admission):
                 self.reserved.setdefault(id(given), Reserved(given, machine))
             return given
 
-        def settle_and_tell(admission: Admission, used: Cost | None, **named: Any) -> None:
+        def settle_and_record(admission: Admission, used: Cost | None, **named: Any) -> None:
             entry = self.reserved.setdefault(id(admission), Reserved(admission, machine))
             entry.settled.append(used)
             settle(admission, used, **named)
 
-        vars(limiter).update(admit=admit_and_tell, settle=settle_and_tell)
+        vars(limiter).update(admit=admit_and_record, settle=settle_and_record)
 
     def line(self, machine: Machine) -> Line:
         """Return a worker's way to Claude."""
@@ -490,7 +490,7 @@ class World:
     def _calm(self) -> None:
         """No more faults: from here on everything must come right by itself."""
         self.strikes = False
-        self.queue.mend()
+        self.queue.recover()
         self.queue.reply_is_lost = False
         for fault in self.faults:
             fault.calm(self)
@@ -544,7 +544,7 @@ class World:
             due = self.queue.next_visible()
             free = consumer.enabled and len(self.busy) < most
             if free and due is not None and due <= now:
-                batch = self.queue.hand_over(self.story.batch_size)
+                batch = self.queue.deliver(self.story.batch_size)
                 self.begin(self._invoke(batch))
                 await asyncio.sleep(0.1)
                 continue
@@ -568,7 +568,7 @@ class World:
         environment.held = {message.receipt: message for message in batch}
         environment.invoked_at = self.time.now()
         who = " ".join(self.about(message) for message in batch)
-        self.tell(machine, f"receives {who} as {owner}")
+        self.record(machine, f"receives {who} as {owner}")
         remaining = self.rng.choice(self.story.timeouts_ms)
         stop_at = machine.now() + remaining - min(LAST_MS, remaining // 4)
         task = machine.spawn(
@@ -584,7 +584,7 @@ class World:
             self.busy.remove(environment)
             if not machine.is_alive:
                 self.environments.remove(environment)
-                await machine.gone()
+                await machine.ended()
             environment.held = {}
             self.queue.stirred.set()
 
@@ -610,7 +610,7 @@ class World:
 
     def acknowledge(self, machine: Machine, message: Received) -> None:
         """Delete a message."""
-        self.tell(machine, f"done with {self.about(message)}")
+        self.record(machine, f"done with {self.about(message)}")
         self.queue.delete([message])
 
     def _new_environment(self) -> Environment:
@@ -639,12 +639,12 @@ class World:
         if not task.done():
             machine.kill("the function timed out")
         if not machine.is_alive:
-            await machine.gone()
+            await machine.ended()
             return None
         try:
             return task.result()
         except StoreBusy as busy:
-            self.tell(machine, f"failed: {busy}")
+            self.record(machine, f"failed: {busy}")
             return None
         except Exception as error:  # noqa: BLE001 - what it is, is the finding
             self.fail("a function always has its result", f"{machine.name}: {error!r}")
@@ -659,12 +659,12 @@ class World:
             if self._is_quiet():
                 continue
             self.begin(self.tick())
-            for message, reason in self.queue.buried[self.seen_dead_letters :]:
+            for message, reason in self.queue.rejected[self.seen_dead_letters :]:
                 self.begin(self._dead_letter(message, reason))
-            self.seen_dead_letters = len(self.queue.buried)
+            self.seen_dead_letters = len(self.queue.rejected)
 
     def _is_quiet(self) -> bool:
-        """Tell whether a run would find nothing to do."""
+        """Return whether a run would find nothing to do."""
         now = self.time.now()
         due = min((each.due_at for _, each in self.jobs.due_jobs.values()), default=None)
         visible = self.queue.next_visible()
@@ -672,7 +672,7 @@ class World:
             not self.busy
             and self.mapping.stored.enabled
             and self.notes.at is None
-            and len(self.queue.buried) == self.seen_dead_letters
+            and len(self.queue.rejected) == self.seen_dead_letters
             and self.files.is_quiet
             and (due is None or due > now)
             and (visible is None or visible > now + TICK_MS)
@@ -869,7 +869,9 @@ class World:
         """Add a line to the history that is nobody's."""
         self.history.append((self.time.now(), "", text, "", ()))
 
-    def tell(self, machine: Machine, what: str, verb: str = "", args: tuple[Any, ...] = ()) -> None:
+    def record(
+        self, machine: Machine, what: str, verb: str = "", args: tuple[Any, ...] = ()
+    ) -> None:
         """Add a line to the history."""
         self.history.append((self.time.now(), machine.name, what, verb, args))
 

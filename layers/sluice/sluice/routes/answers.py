@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 from aws_lambda_powertools.event_handler import APIGatewayHttpResolver, Response, content_types
@@ -23,7 +24,7 @@ def as_it_is(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Re
 
 
 def answer(status: int, body: object, headers: dict[str, str] | None = None) -> Response[Any]:
-    """Make a JSON response that carries our request id, as Anthropic's do."""
+    """Make a JSON response with Sluice's request id, as Anthropic's have one."""
     return Response(
         status_code=status,
         content_type=content_types.APPLICATION_JSON,
@@ -38,6 +39,24 @@ def request_id() -> str:
     return f"req_{event.request_context.request_id}"
 
 
+def early_refusal(error: errors.SluiceError, event: APIGatewayProxyEventV2) -> dict[str, Any]:
+    """Answer with one of our errors, without routing the request."""
+    named = f"req_{event.request_context.request_id}"
+    headers = {
+        "Content-Type": content_types.APPLICATION_JSON,
+        "request-id": named,
+        **headers_of(error),
+    }
+    body = json.dumps(body_of(error, named), separators=(",", ":"))
+    return {
+        "statusCode": status_of(error),
+        "headers": headers,
+        "cookies": [],
+        "body": body,
+        "isBase64Encoded": False,
+    }
+
+
 def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
-    """Answer with one of our errors."""
+    """Return the response to one of Sluice's errors."""
     return answer(status_of(error), {**body_of(error, request_id()), **more}, headers_of(error))

@@ -9,11 +9,12 @@ from sluice.adapters.dynamodb import DynamoClientKeys
 from sluice.adapters.s3 import Links
 from sluice.adapters.secrets import SecretText
 from sluice.intake.accounts import Account
+from sluice.intake.admission import Admission
 from sluice.intake.batches import Batches
 from sluice.intake.start_estimate import StartEstimate
 from sluice.intake.submit import Submit
 from sluice.intake.uploads import LINK_SECONDS, Uploads
-from sluice.wiring.batch_stores import batches, batches_queue
+from sluice.wiring.batch_stores import batches, batches_queue, ranges_queue
 from sluice.wiring.batches import plan_batch
 from sluice.wiring.shared import CLOCK, dynamodb, s3, secrets_manager, settings, telemetry
 from sluice.wiring.stores import jobs, ledger, limits, objects, params, queue, results
@@ -24,6 +25,12 @@ def client_keys() -> DynamoClientKeys:
     """Return the client keys."""
     pepper = SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
     return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper, CLOCK)
+
+
+@cache
+def admission() -> Admission:
+    """Return the use case that lets requests in."""
+    return Admission(client_keys(), settings().client_requests_per_second, CLOCK)
 
 
 @cache
@@ -51,4 +58,13 @@ def uploads_of(tenant: str) -> Uploads:
 
 def batches_of(tenant: str) -> Batches:
     """Return one tenant's batches."""
-    return Batches(tenant, batches(), objects(), batches_queue(), CLOCK, os.urandom, telemetry())
+    return Batches(
+        tenant,
+        batches(),
+        objects(),
+        batches_queue(),
+        ranges_queue(),
+        CLOCK,
+        os.urandom,
+        telemetry(),
+    )
