@@ -139,8 +139,8 @@ class EachRowHasOneResult(Check):
                 result = each["result"]
                 if result["type"] != "succeeded":
                     continue
-                text = result["message"]["content"][0]["text"]
-                call = calls.get(int(text.rpartition(" ")[2]))
+                text = result["message"]["content"][0]["text"] if result["message"] else ""
+                call = calls.get(int(text.rpartition(" ")[2] or 0))
                 if call is None or text != f"{each['custom_id']} by call {call.number}":
                     world.fail(self.name, f"{each['custom_id']} has the answer {text!r}")
             errors = lines_of(world, batch.errors_key)
@@ -186,7 +186,8 @@ class RowsErrForACauseOfTheirOwn(Check):
                 return True
             if call.fate == "timed out" and call.request.full_window:
                 return True
-            real += not call.is_snooze and call.fate != "answered"
+            is_refusal = call.plan.stop_reason == "refusal"
+            real += not call.is_snooze and (call.fate != "answered" or is_refusal)
         return real >= MOST_ATTEMPTS
 
 
