@@ -63,8 +63,7 @@ class Ledger:
 
     async def keep(self, *, last: bool = False) -> bool:
         """Write what was gathered, and add it to the sums; return whether all of it is written."""
-        rows = list(self._rows)
-        if rows:
+        if rows := list(self._rows):
             try:
                 await self._blocking(self._books.record, rows)
             except Exception:  # noqa: BLE001 - no row is dropped for an error nobody thought of
@@ -75,13 +74,12 @@ class Ledger:
             else:
                 del self._rows[: len(rows)]
                 self._to_add_up.extend(rows)
-        await self._add_up()
+        if self._to_add_up:
+            await self._add_up()
         return not self._rows and not self._to_add_up
 
     async def _add_up(self) -> None:
         rows, self._to_add_up = self._to_add_up, []
-        if not rows:
-            return
         sums: dict[tuple[str, date, str, str], Spend] = {}
         for row in rows:
             key = (row.tenant, row.day, row.model, row.lane)

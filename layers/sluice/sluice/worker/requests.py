@@ -34,6 +34,6 @@ class RequestReader:
         except Exception as error:  # noqa: BLE001 - raised in each that waits
             for future in wanted.values():
                 future.set_exception(error)
-            return
-        for job_id, future in wanted.items():
-            future.set_result(found.get(job_id))
+        else:
+            for job_id, future in wanted.items():
+                future.set_result(found.get(job_id))
