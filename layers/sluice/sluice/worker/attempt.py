@@ -18,8 +18,7 @@ from sluice.notices.report import report_end
 from sluice.ports.claude import Body
 from sluice.ports.swap import swap
 from sluice.worker.call import Call
-from sluice.worker.endings import DONE, Again, Done, Ending, Wait
-from sluice.worker.invocation import Invocation
+from sluice.worker.invocation import DONE, Again, Done, Ending, Invocation, Wait
 from sluice.worker.limit_books import Admission, Later, Moved, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from sluice.domain import jobs as life
 from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.keys import UpstreamKey
+from sluice.domain.pricing import utc_day
 from sluice.domain.retries import Failure
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.swap import swap
 from sluice.worker.invocation import Invocation
-from sluice.worker.ledger import CallEntry
 from sluice.worker.limit_books import Admission
 from sluice.worker.memory import Grant
+
+OTHER_MODELS: Final = "other"
+"""Model group, in metrics, of models without a price: a dimension must not grow with names that callers invent."""
 
 
 class Call:
@@ -25,20 +29,21 @@ class Call:
         self, invocation: Invocation, job: Job, admission: Admission, key: UpstreamKey
     ) -> None:
         self.invocation = invocation
+        self.claimed = job
+        """The record as it was claimed."""
         self.job = job
         """The record as last seen."""
         self.admission = admission
         self.key = key
-        self.entry = CallEntry(
-            job, admission.claimant, key, invocation.rules.prices, invocation.tools.clock
-        )
+        price = invocation.rules.prices.price(job.current_model, utc_day(invocation.now()))
+        self.metric_group = OTHER_MODELS if price is None else admission.claimant.model_group
         self.is_canceled = False
         self._tools = invocation.tools
         self._renewed_at = invocation.now()
 
     async def make(self, body: Body, grant: Grant) -> Answer | Refused:
         """Make the call. It ends early when the job is canceled or its lease is lost."""
-        events, group = self._tools.events, self.entry.metric_group
+        events, group = self._tools.events, self.metric_group
         started = self.invocation.now()
         call = asyncio.ensure_future(self._tools.claude.send(self._request(body, grant)))
         watch = asyncio.ensure_future(self._watch())

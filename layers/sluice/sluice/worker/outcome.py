@@ -12,13 +12,13 @@ from sluice.domain import waits
 from sluice.domain.errors import LeaseLost, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.limits import Cost
-from sluice.domain.pricing import LedgerRow, Usage
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
 from sluice.notices.report import report_end
 from sluice.ports.claude import Answer, Headers, Refused
 from sluice.ports.swap import MOST_TRIES, swap
 from sluice.worker.call import Call
-from sluice.worker.endings import DONE, Again, Ending
+from sluice.worker.invocation import DONE, Again, Ending
 from sluice.worker.keys import endpoint_circuit, model_circuit
 
 Change = Callable[[Job, int], Job]
@@ -40,7 +40,6 @@ class Outcome:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._entry = call.entry
         self._invocation = call.invocation
         self._tools = call.invocation.tools
         self._events = call.invocation.tools.events
@@ -138,11 +137,11 @@ class Outcome:
             ("CacheReadTokens", usage.cache_read_input_tokens),
             ("OutputTokens", usage.output_tokens),
         ):
-            self._events.count(metric, tokens, self._entry.metric_group)
+            self._events.count(metric, tokens, self._call.metric_group)
         may_try_again = job.attempts_used < self._invocation.rules.policy.max_attempts
         if answer.stop_reason == "refusal" and job.has_fallback and may_try_again:
             error = JobError("refusal", f"{job.current_model} refused to answer")
-            row = self._entry.row("refusal", usage, cost, answer.request_id)
+            row = self._row("refusal", usage, cost, answer.request_id)
             return (
                 lambda job, now: life.retry(
                     job,
@@ -157,7 +156,7 @@ class Outcome:
                 Again,
                 row,
             )
-        row = self._entry.row("succeeded", usage, cost, answer.request_id)
+        row = self._row("succeeded", usage, cost, answer.request_id)
         result = await self._store(answer.message, row)
         return (
             lambda job, now: life.succeed(
@@ -186,9 +185,7 @@ class Outcome:
     def _stopped(self) -> LedgerRow:
         """Return the row of a call that was stopped from outside: it may have been billed."""
         self._call.admission.settle(self._call.admission.reserved)
-        return self._entry.row(
-            "canceled", Usage(), None, None, certain=False, note="stopped during call"
-        )
+        return self._row("canceled", Usage(), None, None, certain=False, note="stopped during call")
 
     async def _failed(self, failure: Failure, headers: Headers) -> Consequence:
         job = self._call.job
@@ -207,7 +204,7 @@ class Outcome:
         row = None
         if failure.usage or failure.may_be_billed:
             certain = failure.usage is not None and not failure.may_be_billed
-            row = self._entry.row(
+            row = self._row(
                 failure.type,
                 failure.usage or Usage(),
                 cost,
@@ -281,18 +278,48 @@ class Outcome:
         return self._call.admission.reserved if failure.may_be_billed else None
 
     def _cost(self, usage: Usage) -> int | None:
-        cost = self._entry.cost(usage)
+        model, day = self._call.claimed.current_model, utc_day(self._invocation.now())
+        cost = self._invocation.rules.prices.cost_micro_usd(model, usage, day)
         if cost is None:
-            self._events.problem("model has no price", model=self._call.job.current_model)
+            self._events.problem("model has no price", model=model)
         else:
             self._events.count("SpendUsd", cost / 1_000_000)
         return cost
+
+    def _row(  # noqa: PLR0913 - the facts of one call
+        self,
+        outcome: str,
+        usage: Usage,
+        cost: int | None,
+        request_id: str | None,
+        *,
+        certain: bool = True,
+        note: str | None = None,
+    ) -> LedgerRow:
+        """Return the call's row in the ledger."""
+        job = self._call.claimed
+        return LedgerRow(
+            tenant=job.tenant,
+            day=utc_day(self._invocation.now()),
+            # The version at the claim is unique to this call: attempts given back repeat their number.
+            call_id=f"{job.job_id}#{job.version}",
+            job_id=job.job_id,
+            model=job.current_model,
+            lane=job.lane,
+            organization=self._call.admission.claimant.organization,
+            key_id=self._call.key.id,
+            request_id=request_id,
+            outcome=outcome,
+            spend=Spend.of_call(usage, cost or 0),
+            certain=certain,
+            note=note,
+        )
 
     # Writing ----------------------------------------------------------------------------------------------------
 
     async def _store(self, message: str, row: LedgerRow) -> life.Result:
         # A name for this call alone: a late answer must not replace that of another call.
-        name = self._entry.answer_name
+        name = f"{self._call.claimed.job_id}-{self._call.claimed.version}"
         while True:
             try:
                 return await self._tools.blocking(self._tools.results.put, name, message)
