@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
@@ -220,12 +220,13 @@ class QueueSource:
         """Keep messages hidden; reject messages that name no job; return or delete messages."""
         await self._keep_hidden()
         await self._handle_strangers()
+        await self._write("put back", self._put_back, self._to_put_back, last=last)
+        await self._write("deleted", self._inbox.delete, self._to_delete, last=last)
+        return not self._to_put_back and not self._to_delete
+
+    def _put_back(self, messages: Sequence[tuple[Received, int]]) -> None:
         now = self._tools.clock.now()
-        delays = [(message, max(0, at - now)) for message, at in self._to_put_back]
-        inbox, back, delete = self._inbox, self._to_put_back, self._to_delete
-        await self._write("put back", inbox.put_back, delays, back, last=last)
-        await self._write("deleted", inbox.delete, tuple(delete), delete, last=last)
-        return not back and not delete
+        self._inbox.put_back([(message, max(0, until - now)) for message, until in messages])
 
     async def _keep_hidden(self) -> None:
         """Hide the messages for the length of a lease, again and again: if this worker dies, they are soon visible.
@@ -261,20 +262,14 @@ class QueueSource:
                 self.done(message)
 
     async def _write(
-        self,
-        what: str,
-        call: Callable[[Sequence[T]], None],
-        wanted: Sequence[T],
-        gathered: list[Any],
-        *,
-        last: bool,
+        self, what: str, call: Callable[[Sequence[T]], None], gathered: list[T], *, last: bool
     ) -> None:
+        """Write what was gathered; on failure it is gathered again for the next round."""
         some = list(gathered)
         gathered.clear()
-        if not some:
-            return
         try:
-            await self._tools.blocking(call, wanted)
+            if some:
+                await self._tools.blocking(call, some)
         except Exception:  # noqa: BLE001 - tried again in the next round
             if last:
                 # Not lost: they are visible again when the queue's own visibility timeout ends.
