@@ -338,18 +338,22 @@ class Outcome:
             # What may be billed and is repeated must be in the ledger even if this worker dies right after.
             await self._invocation.ledger.record_now([row], news=[row])
             row = None
+        note = None
+        ending: Ending = DONE
         try:
             written = await self._changed(change, row)
         except LeaseLost:
             self._events.problem("lease lost", job_id=self._call.job.job_id)
-            self._account(row, "lease lost")
-            return self._invocation.in_queue(waits.LEASE_MS)
-        self._account(row, None if written else "job record gone")
-        if written is not None and not written.state.is_final:
-            return then(written)
-        if written is not None:
-            report_end(self._events, written)
-        return DONE
+            note, ending = "lease lost", self._invocation.in_queue(waits.LEASE_MS)
+        else:
+            if written is None:
+                note = "job record gone"
+            elif written.state.is_final:
+                report_end(self._events, written)
+            else:
+                ending = then(written)
+        self._account(row, note)
+        return ending
 
     async def _changed(self, change: Change, row: LedgerRow | None) -> Job | None:
         """Write a change of the job; None when its record was deleted. Raises LeaseLost, or StoreBusy at the end."""
