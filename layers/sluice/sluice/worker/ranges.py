@@ -35,6 +35,7 @@ from sluice.worker.range_claim import (
 from sluice.worker.range_rows import Ended, Seat, WindowRows
 from sluice.worker.range_source import RangeSource
 from sluice.worker.range_windows import Window, Windows
+from sluice.worker.timeouts import wait_at_most
 from sluice.worker.worker import Worker
 
 P = ParamSpec("P")
@@ -293,12 +294,9 @@ class _Run:
             await keeper
 
     async def _keep(self, over: asyncio.Event) -> None:
-        done = asyncio.ensure_future(over.wait())
         while not self._rows.is_closed:
-            tick = asyncio.ensure_future(self._tools.clock.sleep(TICK_MS))
-            await asyncio.wait({tick, done}, return_when=asyncio.FIRST_COMPLETED)
-            if done.done():
-                tick.cancel()
+            await wait_at_most(over, self._tools.clock, TICK_MS)
+            if over.is_set():
                 return
             try:
                 await self._round()
@@ -310,7 +308,6 @@ class _Run:
                 self._lose()
         if self._source is not None:
             self._source.wake()
-        done.cancel()
 
     async def _round(self) -> None:
         source = self._source
