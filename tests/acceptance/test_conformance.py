@@ -105,7 +105,7 @@ def apis() -> Iterator[tuple[Api, Api]]:
 
 
 def alike(value: Any, name: str = "") -> Any:
-    """Return the value with everything that differs by nature told only by its kind."""
+    """Return the value with whatever differs by nature replaced by its kind."""
     if isinstance(value, dict):
         return {key: alike(each, key) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -146,7 +146,9 @@ def lives(apis: tuple[Api, Api]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("moment", ["status", "created", "ended", "list", "delete", "after"])
-def test_a_batchs_life_is_told_in_the_same_objects(lives: tuple[Any, Any], moment: str) -> None:
+def test_a_batch_is_shown_in_the_same_objects_throughout_its_life(
+    lives: tuple[Any, Any], moment: str
+) -> None:
     theirs, ours = lives
 
     assert alike(theirs[moment]) == alike(ours[moment])

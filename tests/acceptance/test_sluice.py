@@ -129,7 +129,7 @@ def gateway(claude: Running) -> Iterator[Gateway]:
 
 
 def a_job(run: str, marker: str = "", number: int = 0, **more: Any) -> dict[str, Any]:
-    """A job of a run. `marker` tells the simulator what to do with it."""
+    """A job of a run. `marker` instructs the simulator."""
     user = f"sim:{marker} {run}" if marker else run
     params = {
         "model": more.pop("model", MODEL),

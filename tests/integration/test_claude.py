@@ -607,7 +607,7 @@ async def test_no_failure_shows_the_key(claude: Running, sdk: SdkClaude) -> None
             assert KEY not in repr(outcome)
 
 
-# An upstream that says whatever it is told ---------------------------------------------------------------------
+# An upstream with scripted responses ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

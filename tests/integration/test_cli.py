@@ -566,7 +566,7 @@ def test_what_is_missing_or_wrong_is_one_line_that_says_what_to_set(
         Scripted(301, "", {"location": "https://example.org"}),
     ],
 )
-def test_an_address_that_is_not_sluice_is_told_apart(
+def test_an_address_that_is_not_a_gateway_is_recognized(
     run: Run, gateway: FakeGateway, answer: Scripted
 ) -> None:
     gateway.script = [answer]

@@ -1,4 +1,4 @@
-"""A deploy and a roll-back with jobs under way: each release reads what the other wrote.
+"""A deployment and a rollback with unfinished jobs: each release reads what the other wrote.
 
 `tests/fixtures/written_by_0_1_0.json` holds what the first release wrote, taken from its own adapters. Never change it;
 a release that writes otherwise adds a file.
@@ -234,7 +234,7 @@ class FirstRelease:
 
 
 def jobs_of_this_release() -> dict[str, Job]:
-    """A job in every state there is, and with everything it may have gone through."""
+    """Return a job in every state, with every kind of history."""
     boom, dead = JobError("api_error", "boom", 500), JobError("dead_letter", "why")
     used = Usage(input_tokens=7, cache_read_input_tokens=5, output_tokens=3)
     new = a_job(

@@ -37,7 +37,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass
 class Receiver:
-    """A caller's server: keeps what it got, and answers as it is told."""
+    """A receiver of webhooks: keeps the requests, and answers as configured."""
 
     port: int = 0
     status: int = 204
