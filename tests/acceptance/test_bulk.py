@@ -339,7 +339,7 @@ def test_a_batch_is_canceled_by_the_command_line(gateway: Gateway, tmp_path: Pat
     assert rows["succeeded"] <= sum(gateway.called("canceled").values())
 
 
-def test_a_missing_batch_is_said_plainly(gateway: Gateway) -> None:
+def test_the_error_for_a_missing_batch_is_clear(gateway: Gateway) -> None:
     done = sluice(gateway, "batches", "show", "msgbatch_none")
 
     assert 1 == done.returncode

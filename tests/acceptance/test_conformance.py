@@ -164,7 +164,7 @@ def test_a_row_has_the_same_result(lives: tuple[Any, Any], row: str) -> None:
     assert alike(theirs) == alike(ours)
 
 
-def test_what_was_paid_is_said_as_it_is(lives: tuple[Any, Any]) -> None:
+def test_the_service_tier_is_the_one_that_was_billed(lives: tuple[Any, Any]) -> None:
     tiers = [
         life["results"]["plain"]["result"]["message"]["usage"]["service_tier"] for life in lives
     ]
@@ -205,7 +205,7 @@ def test_a_cancel_is_answered_alike(apis: tuple[Api, Api]) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/results", "/cancel"])
-def test_a_batch_nobody_knows_is_not_found(apis: tuple[Api, Api], path: str) -> None:
+def test_an_unknown_batch_is_not_found(apis: tuple[Api, Api], path: str) -> None:
     method = "POST" if path == "/cancel" else "GET"
 
     theirs, ours = (api.ask(method, f"{BATCHES}/msgbatch_none{path}") for api in apis)

@@ -284,7 +284,7 @@ def test_a_tenant_the_queue_would_refuse_is_refused_at_once(
 
 
 @pytest.mark.usefixtures("stack")
-def test_revoking_a_key_nobody_has_made_makes_none(run: Run) -> None:
+def test_revoking_an_unknown_key_creates_none(run: Run) -> None:
     ended = run("keys", "revoke", "0" * 32, "--stack", "prod")
 
     left = run("keys", "list", "--stack", "prod")

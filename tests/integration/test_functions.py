@@ -390,7 +390,9 @@ def test_a_job_is_accepted_with_its_place_and_everything_it_was_sent_with(gatewa
     [{"authorization": f"Bearer {CLIENT_KEY}"}, {"authorization": f"bearer  {CLIENT_KEY} "},
      {"x-api-key": f" {CLIENT_KEY} "}],
 )  # fmt: skip
-def test_a_client_key_may_come_either_way(gateway: Gateway, headers: dict[str, str]) -> None:
+def test_a_client_key_may_be_sent_in_either_header(
+    gateway: Gateway, headers: dict[str, str]
+) -> None:
     assert 200 == gateway.call("GET", "/jobs", key=None, headers=headers).status
 
 
@@ -686,7 +688,7 @@ def test_an_answer_too_large_for_a_record_is_returned_like_any_other(gateway: Ga
     assert shown.keys() == gateway.job(small).keys()
 
 
-def test_what_is_no_json_is_too_large_as_well(gateway: Gateway) -> None:
+def test_a_body_that_is_not_json_can_be_too_large_too(gateway: Gateway) -> None:
     assert 413 == gateway.call("POST", "/jobs", text="[" * 4_000_001).status
 
 
@@ -982,7 +984,7 @@ def test_a_long_lists_webhook_is_the_batchs(gateway: Gateway) -> None:
     assert "https://all.example/" == answered.body["webhook"]
 
 
-def test_a_webhook_to_a_private_address_is_refused_wherever_it_stands(gateway: Gateway) -> None:
+def test_a_webhook_to_a_private_address_is_rejected_in_every_field(gateway: Gateway) -> None:
     private = "https://10.0.0.1/"
 
     answers = [
@@ -1204,7 +1206,7 @@ def test_a_job_that_only_met_429s_has_used_no_attempt(gateway: Gateway) -> None:
     assert "rate limited" == group["blocked_reason"]
 
 
-def test_a_canary_proves_the_wiring_and_calls_nobody(gateway: Gateway, claude: Running) -> None:
+def test_a_canary_tests_the_wiring_without_a_call(gateway: Gateway, claude: Running) -> None:
     claude.engine.reset()
     gateway.cloud.sqs.send_message(
         QueueUrl=gateway.cloud.jobs_queue, MessageBody='{"v": 1, "canary": "test-1"}'
@@ -1260,7 +1262,7 @@ def test_a_worker_that_dies_while_it_starts_leaves_its_messages_to_others_soon(
     assert "succeeded" == gateway.job(job_id)["state"]
 
 
-def test_a_worker_that_cannot_reach_its_queue_at_first_works_all_the_same(
+def test_a_worker_that_cannot_reach_its_queue_at_first_still_runs_its_jobs(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job_id,) = gateway.submit(a_job())
@@ -1352,7 +1354,7 @@ def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
     assert "dead_letter" == entry["error"]["type"]
 
 
-def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:
+def test_a_dead_letter_that_cannot_be_stored_is_received_again(gateway: Gateway) -> None:
     gateway.cloud.s3.delete_bucket(Bucket="sluice-data")
     for body in ("one", "two"):
         gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)

@@ -136,7 +136,7 @@ def test_functions_run_with_this_interpreter_and_know_nothing_of_the_user(ready:
     assert not {"AWS_PROFILE", "ANTHROPIC_API_KEY", "HTTP_PROXY"} & set(seen["environment"])
 
 
-def test_the_client_key_is_let_in_by_its_hash_alone(ready: Ready) -> None:
+def test_the_client_key_is_authenticated_by_its_hash_alone(ready: Ready) -> None:
     pepper = ready.client("secretsmanager").get_secret_value(
         SecretId=ready.resources["ClientKeyPepper"]
     )["SecretString"]

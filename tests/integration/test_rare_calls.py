@@ -266,7 +266,7 @@ def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
     assert 100 * (MOST_RANGES_AT_ONCE + 1) == within(ended)["rows"]["invalid"]
 
 
-def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(
+def test_a_parked_range_and_a_stalled_batch_continue(
     stack: Stack,
 ) -> None:
     stack.pause("RangesMapping")

@@ -298,7 +298,7 @@ def test_a_dropped_connection_may_have_been_billed(
     assert (row["status"], row["billed"], row["delivered"]) == (0, billed, False)
 
 
-def test_an_error_may_come_after_a_200(claude: Running) -> None:
+def test_an_error_may_follow_a_200(claude: Running) -> None:
     asked = params("half", "sim:sse_error,slow=0,tps=1000,tokens=100")
     received: list[str] = []
     with (
@@ -624,7 +624,7 @@ def test_a_batch_may_not_be_found_right_after_its_create() -> None:
         assert ended(client, batch.id).id == batch.id
 
 
-def test_a_create_whose_answer_is_lost_makes_a_batch_all_the_same() -> None:
+def test_a_create_whose_response_is_lost_creates_a_batch_all_the_same() -> None:
     with batching(create_faults={"drop_after_billing": 1}) as claude:
         with sdk(claude) as client, pytest.raises(anthropic.APIConnectionError):
             client.messages.batches.create(requests=requests("a"))

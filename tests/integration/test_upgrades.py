@@ -325,7 +325,7 @@ def test_the_first_release_reads_a_message_of_this_one(cloud: Aws) -> None:
     assert message["Body"] == WRITTEN["message"].replace(pointer(WRITTEN["message"]) or "", JOB_ID)
 
 
-def test_a_message_of_a_later_release_names_its_job_all_the_same() -> None:
+def test_a_message_of_a_later_release_still_names_its_job() -> None:
     """So that a roll-back from there loses none: whatever else it says, the record is what counts."""
     later = {"v": 2, "job_id": JOB_ID, "news": [1]}
 

@@ -116,7 +116,7 @@ def test_the_slowest_dimension_decides(work: Need, seconds: float) -> None:
     assert seconds == ideal_seconds(SMALL, work)
 
 
-def test_a_strangers_tokens_come_off_as_well() -> None:
+def test_output_of_other_clients_reduces_the_capacity_too() -> None:
     others = Others(output_tokens=[(2.0, 100.0)])
 
     assert 40.0 == ideal_seconds(SMALL, Need(1, 0, 400), others)
