@@ -106,6 +106,11 @@ class Tally:
     other_lane_micro_usd: int = 0
     """What the same tokens cost on the other lane."""
 
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> Tally:
+        """Return the sums by name; names that a newer release may have written are ignored."""
+        return cls(**{each.name: counts[each.name] for each in fields(cls) if each.name in counts})
+
     @property
     def rows(self) -> int:
         """Rows that have a result."""
