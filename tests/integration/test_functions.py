@@ -475,7 +475,7 @@ def test_one_tenants_flood_is_not_anothers(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLUICE_CLIENT_REQUESTS_PER_SECOND", "1")
-    _start_afresh()
+    _start_new_environment()
 
     flood = [gateway.call("GET", "/jobs") for _ in range(60)]
     others = [gateway.call("GET", "/jobs", key=OTHER_KEY) for _ in range(20)]
