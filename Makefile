@@ -6,6 +6,9 @@ UV ?= uv
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SAM_CLI_TELEMETRY := 0
+# Some shells and container images set this. Without bytecode, each process of the tests compiles 450 modules again, and
+# each start of the SAM CLI or checkov compiles all that it imports: .venv-sam is installed without bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A stamp's name contains a checksum of its inputs, so a changed lock file creates a new environment and an unchanged one
 # does not, regardless of file times.
