@@ -279,7 +279,7 @@ def test_a_failed_run_of_the_governor_is_not_repeated_and_a_throttled_one_for_a_
     assert {"MaximumRetryAttempts": 0, "MaximumEventAgeInSeconds": 60} == config
 
 
-def test_nobody_may_delete_data() -> None:
+def test_no_function_may_delete_data() -> None:
     for name, statement in statements():
         for action in as_list(statement["Action"]):
             deletes = re.match(r"(dynamodb|s3):(Delete|Purge)", action)
@@ -408,7 +408,7 @@ def test_one_message_at_a_time_where_one_is_as_much_as_an_invocation_does() -> N
 
 
 @pytest.mark.parametrize("name", sorted(STATEFUL))
-def test_whether_data_outlives_the_stack_is_said_and_not_left_to_chance(name: str) -> None:
+def test_every_data_resource_states_whether_it_outlives_the_stack(name: str) -> None:
     kept = (RESOURCES[name].get("DeletionPolicy"), RESOURCES[name].get("UpdateReplacePolicy"))
 
     assert kept in {("RetainExceptOnCreate", "Retain"), ("Delete", "Delete")}
