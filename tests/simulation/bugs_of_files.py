@@ -21,8 +21,7 @@ from sluice.ports.jobs import Due
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, ranges
 from sluice.worker.keys import KeyChoice
-from sluice.worker.range_chunks import RangeChunks
-from sluice.worker.range_lease import RangeLease
+from sluice.worker.range_claim import ClaimedRange
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.range_windows import Saved, Windows
 from sluice.worker.ranges import RunRange
@@ -43,16 +42,12 @@ def _claim_a_leased_range() -> Iterator[None]:
         yield
 
 
-async def _kept_nowhere(self: RangeLease) -> None:
-    del self
-
-
 async def _never_reported(self: RunRange, *_: object) -> None:
     del self
 
 
-def _restored_nothing(self: RangeChunks, state: RangeState) -> Saved:
-    del self, state
+def _restored_nothing(self: ClaimedRange) -> Saved:
+    del self
     return Saved()
 
 
@@ -160,14 +155,14 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "a range is claimed although another worker has its lease", _claim_a_leased_range
     ),
     "forget_to_keep_a_range": Bug(
-        "the lease of a range is not renewed", in_place_of(RangeLease, "keep", _kept_nowhere)
+        "the lease of a range is not renewed", in_place_of(ClaimedRange, "keep", nothing)
     ),
     "never_report_a_range": Bug(
         "a range that is done is not counted", in_place_of(RunRange, "report", _never_reported)
     ),
     "drop_saved_rows": Bug(
         "what earlier workers saved of a range is dropped",
-        in_place_of(RangeChunks, "restored", _restored_nothing),
+        in_place_of(ClaimedRange, "restored", _restored_nothing),
     ),
     "join_again": Bug("a section that is joined is joined again", _join_again),
     "tell_nobody_of_a_batch": Bug(

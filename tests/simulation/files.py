@@ -22,8 +22,9 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
-from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
-from sluice.worker.ranges import RangePointer, RangeTools, RunRange
+from sluice.worker.range_claim import RangeTools
+from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
 from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryObjects
@@ -180,7 +181,7 @@ class RangeEnvironment:
         rows = WindowRows(world.rules.prices, machine)
         tools = Tools(
             jobs=rows,
-            params=RowRequests(rows),
+            params=rows,
             results=rows,
             limits=world.limits,
             keys=world.pool,
