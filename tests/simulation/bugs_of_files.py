@@ -53,12 +53,16 @@ def _restored_nothing(self: ClaimedRange) -> Saved:
 
 @contextmanager
 def _join_again() -> Iterator[None]:
-    good = MemoryObjects.head
+    good, report = MemoryObjects.head, RunRange.report
 
     def head(self: MemoryObjects, key: str) -> Stored | None:
         return None if key.endswith(".index") else good(self, key)
 
-    with instead(MemoryObjects, "head", head):
+    async def twice(self: RunRange, *facts: Any) -> None:
+        await report(self, *facts)
+        await report(self, *facts)
+
+    with instead(MemoryObjects, "head", head), instead(RunRange, "report", twice):
         yield
 
 
@@ -164,7 +168,7 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "what earlier workers saved of a range is dropped",
         in_place_of(ClaimedRange, "restored", _restored_nothing),
     ),
-    "join_again": Bug("a section that is joined is joined again", _join_again),
+    "join_again": Bug("a range is reported twice, and its section joined twice", _join_again),
     "tell_nobody_of_a_batch": Bug(
         "nobody is notified of the end of a batch", in_place_of(Assemble, "notify", nothing)
     ),

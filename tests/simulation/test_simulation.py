@@ -62,12 +62,13 @@ def test_a_deliberate_bug_is_noticed(name: str) -> None:
     assert seed <= SEEDS
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_deliberate_bug_is_removed_afterwards(name: str) -> None:
-    with BUGS[name].applied():
-        pass
+def test_deliberate_bugs_are_removed_afterwards() -> None:
+    """The stories that noticed some of them are clean again."""
+    for bug in BUGS.values():
+        with bug.applied():
+            pass
 
-    assert first_failure(range(1, 4)) is None
+    assert first_failure(sorted(set(BUG_STORIES.values()))[:20]) is None
 
 
 @pytest.mark.parametrize("check", KNOWN)
