@@ -15,7 +15,7 @@ from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.limiter import Limiter
-from sluice.worker.range_lease import KEEP_MS, LEASE_MS
+from sluice.worker.range_claim import KEEP_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
