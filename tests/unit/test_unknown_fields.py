@@ -46,7 +46,7 @@ from sluice.domain.rows import Record
 from sluice.domain.shares import Note
 from sluice.ports.jobs import Params, Received
 from sluice.ports.messages import batch_messages, received, webhook_of
-from sluice.worker.range_chunks import Sums
+from sluice.worker.range_claim import Sums
 from tests.fakes import NOON, FrozenClock, a_job, known_group
 
 BY_NAME: Final = frozenset({"metadata", "circuits", "waiting", "stated"})
