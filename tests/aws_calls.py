@@ -85,7 +85,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Need:
-    """What has to be permitted for a call."""
+    """The permissions that a call requires."""
 
     function: str
     action: str

@@ -1,4 +1,4 @@
-"""In-memory doubles of what batches need, beside those of `tests.fakes`; and a gateway for stories of whole batches."""
+"""In-memory fakes of what batches need, besides those of `tests.fakes`; and a gateway for stories of whole batches."""
 
 from __future__ import annotations
 
@@ -390,7 +390,7 @@ def number_in(request: bytes) -> int:
 
 
 def jsonl(*rows: Any) -> bytes:
-    """Return rows as lines; text stands as it is."""
+    """Return rows as lines; text is used unchanged."""
     return b"".join(
         (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
     )
@@ -605,7 +605,7 @@ class Bulk:
                 self.objects.before_put = saved
 
     async def _dies(self, dying: asyncio.Event, lives: float | None) -> bool:
-        """Run an invocation until it ends or dies, after so many seconds at the latest."""
+        """Run an invocation until it ends, or dies after this many seconds."""
         dying.clear()
         task = asyncio.create_task(self.invoke())
         end = asyncio.create_task(dying.wait())

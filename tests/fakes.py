@@ -59,7 +59,7 @@ VISIBILITY_MS: Final = 5_400_000
 
 
 class TimeStandsStill(AssertionError):
-    """Everybody waits for somebody else, or for longer than a story may last."""
+    """All tasks wait for one another, or for longer than a story may last."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):

@@ -1109,7 +1109,7 @@ def test_a_stream_record_that_could_not_be_published_is_retried_from_that_job(
 
 def test_the_recorded_webhook_is_tried(gateway: Gateway) -> None:
     event = json.loads((EVENTS / "sqs_webhook.json").read_text())
-    # One as old as the recording would be given up.
+    # A delivery as old as the recording would not be retried.
     event["Records"][0]["attributes"]["SentTimestamp"] = str(shared.CLOCK.now())
     # Whether its receipt is one of this queue's does not matter to the function.
     answer = webhooks_app.handler(event, gateway.context())  # type: ignore[arg-type]

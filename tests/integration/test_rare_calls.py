@@ -249,7 +249,7 @@ def test_a_create_too_large_for_the_api_is_started_by_the_planner(stack: Stack) 
 
 
 def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
-    """Not one of its lines is a row, so that nobody is called."""
+    """None of its lines is a row, so that no call is made."""
     stack.ready.client("s3").put_object(
         Bucket=stack.bucket,
         Key=f"in/{TENANT}/larger.jsonl",

@@ -1,4 +1,4 @@
-"""From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever comes again."""
+"""From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever is repeated."""
 
 import gzip
 import hashlib

@@ -120,7 +120,7 @@ def params(**fields: str) -> str:
 
 
 def nested(levels: int) -> str:
-    """A job of so many levels: itself, its params, and lists in a field."""
+    """A job of this many levels: itself, its params, and lists in a field."""
     return item(params(x="[" * (levels - 2) + "]" * (levels - 2)))
 
 

@@ -539,7 +539,7 @@ def test_what_of_a_list_is_there_already_is_a_repeat_and_the_rest_is_new(intake:
 
 
 def test_a_list_that_may_be_stored_is_rejected_and_found_by_a_repeat() -> None:
-    """Taken for repeats of somebody else's, nameless ones would be stored a second time, and billed."""
+    """If they were not recognized as repeats, unnamed jobs would be stored a second time, and billed."""
     intake = Intake(jobs := LostReply())
     jobs.lost = 1
 

@@ -68,7 +68,7 @@ class Scene:
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
-    """A job that a worker put aside; due after so many minutes."""
+    """A parked job, due after this many minutes."""
     owner = Lease("worker", NOON)
     running = claim(a_job(job_id, **facts), owner.owner, NOON - MINUTE, NOON)
     not_before = NOON + int(minutes * MINUTE)
@@ -331,7 +331,7 @@ ROOMY = slow_group(6_000)
 
 
 def unheard(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
-    """A job that was accepted so long ago that the sweep checks it after so many minutes."""
+    """A job accepted so long ago that the sweep checks it after this many minutes."""
     return a_job(job_id, created_at=NOON - WATCH_MS + int(minutes * MINUTE), **facts)
 
 

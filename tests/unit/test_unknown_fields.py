@@ -107,7 +107,7 @@ class Table:
         return {"ContentLength": 1, "ETag": '"e"', "LastModified": _Midnight(at)}
 
     def add(self, news: Mapping[str, Any]) -> None:
-        """Add fields to the item: beside its attributes, and at every level of its record."""
+        """Add fields to the item: next to its attributes, and at every level of its record."""
         if "record" in self.item:
             record = json.loads(self.item["record"]["S"])
             self.item["record"] = {"S": json.dumps(more(record, news))}
