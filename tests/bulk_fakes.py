@@ -267,8 +267,11 @@ class MemoryLinks(Fragile):
         self.going[upload_id] = {}
         return upload_id
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        return {part: f"https://bucket.example/{key}?{upload_id}&{part}" for part in parts}
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        return {
+            part: f"https://bucket.example/{key}?{upload_id}&{part}&{size}"
+            for part, size in sizes.items()
+        }
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
         parts = self.going.pop(upload_id, None)
@@ -283,8 +286,9 @@ class MemoryLinks(Fragile):
         self.going.pop(upload_id, None)
 
     def send(self, upload_id: str, part: int, body: bytes) -> str:
-        """PUT a part to its link; return its ETag."""
-        self.going[upload_id][part] = body
+        """PUT a part to its link; return its ETag. S3's own id is the last part of the upload's."""
+        (own_id,) = (each for each in self.going if upload_id.endswith(f"-{each}"))
+        self.going[own_id][part] = body
         return _etag(body)
 
 

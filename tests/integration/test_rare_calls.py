@@ -202,6 +202,21 @@ def test_an_upload_that_is_given_up_is_forgotten(stack: Stack) -> None:
     assert answer.is_success, answer.text
 
 
+def test_a_part_has_exactly_the_declared_size(stack: Stack) -> None:
+    """The length is signed, so that a tenant cannot store more than it declared."""
+    name = "measured.jsonl"
+    begun = stack.http.post("/uploads", json={"name": name, "bytes": 1_000}).json()
+    (link,) = begun["links"]
+
+    def put(body: bytes | Iterator[bytes]) -> int:
+        return httpx.put(link["url"], content=body).status_code
+
+    assert [403, 403, 403] == [put(b"x" * size) for size in (999, 1_001, 5_000_000)]
+    assert 403 == put(iter([b"x" * 1_000])), "without a length"
+    assert 200 == put(b"x" * 1_000)
+    stack.http.delete("/uploads", params={"id": begun["id"], "name": name})
+
+
 @pytest.mark.parametrize("queue", ["RangesQueue", "WebhooksQueue"])
 def test_a_foreign_message_is_buried(stack: Stack, queue: str) -> None:
     body = f"not of Sluice: {queue}"

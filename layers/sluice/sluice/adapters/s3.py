@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -199,14 +199,19 @@ class Links:
         )
         return answer["UploadId"]
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        """Return the presigned PUT URL of each part, by number."""
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        """Return the presigned PUT URL of each part, by number.
+
+        The header `content-length` is signed, so S3 accepts no other number of bytes.
+        """
         where = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
         return {
             part: self._client.generate_presigned_url(
-                "upload_part", Params={**where, "PartNumber": part}, ExpiresIn=self._seconds
+                "upload_part",
+                Params={**where, "PartNumber": part, "ContentLength": size},
+                ExpiresIn=self._seconds,
             )
-            for part in parts
+            for part, size in sizes.items()
         }
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:

@@ -191,8 +191,8 @@ class PartLinks(Protocol):
         """Start an upload; return its id."""
         ...
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        """Return the presigned PUT URL of each part, by number."""
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        """Return the presigned PUT URL of each part, by number; S3 accepts exactly the given number of bytes."""
         ...
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:

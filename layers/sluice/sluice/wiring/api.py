@@ -21,10 +21,15 @@ from sluice.wiring.stores import jobs, ledger, limits, objects, params, queue, r
 
 
 @cache
+def pepper() -> SecretText:
+    """Return the pepper: it hashes client keys and signs the ids of uploads."""
+    return SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
+
+
+@cache
 def client_keys() -> DynamoClientKeys:
     """Return the client keys."""
-    pepper = SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
-    return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper, CLOCK)
+    return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper(), CLOCK)
 
 
 @cache
@@ -53,7 +58,7 @@ def account(tenant: str) -> Account:
 def uploads_of(tenant: str) -> Uploads:
     """Return one tenant's uploads."""
     links = Links(s3(), settings().data_bucket, LINK_SECONDS)
-    return Uploads(tenant, objects(), links, plan_batch())
+    return Uploads(tenant, objects(), links, plan_batch(), pepper())
 
 
 def batches_of(tenant: str) -> Batches:
