@@ -69,7 +69,7 @@ class HttpWeb:
 async def _looked_up(host: str, port: int) -> Sequence[Any]:
     """Look a name up in a thread of its own.
 
-    asyncio's own threads are few, and a process waits for them when its event loop ends: names that hang would delay all
+    asyncio has few threads, and a process waits for them when its event loop ends: names that hang would delay all
     other lookups, and the end of the invocation. Here nothing waits for a lookup that has timed out. Such threads are
     few: an invocation starts up to ten and then lasts for `LOOKUP_SECONDS`, and the resolver gives up soon after.
     """
