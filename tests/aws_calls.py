@@ -95,7 +95,7 @@ class Need:
     """The operation as it was recorded."""
 
     def is_met_by(self, grant: Grant) -> bool:
-        """Tell whether the grant permits it."""
+        """Return whether the grant permits it."""
         return grant.function == self.function and grant.covers(
             self.action, self.resource, self.context
         )
@@ -115,7 +115,7 @@ def read(folder: Path) -> set[Call]:
 
 
 def recorded() -> set[Call]:
-    """Return what stands in the repository."""
+    """Return the calls that are recorded in the repository."""
     return {Call(*each) for each in json.loads(RECORDED.read_text())}
 
 

@@ -320,7 +320,7 @@ class MemoryBatchQueues(Fragile):
         """Range numbers whose next send is refused."""
         self.ranges: dict[str, tuple[Received, str, int, int]] = {}
         """By message id: message, batch, number, and when it is visible."""
-        self.buried: list[tuple[Received, str]] = []
+        self.rejected: list[tuple[Received, str]] = []
         self.delays: list[int] = []
         self._sent = 0
 
@@ -376,7 +376,7 @@ class MemoryBatchQueues(Fragile):
 
     def reject(self, message: Received, reason: str) -> None:
         self._do("reject", message.message_id)
-        self.buried.append((message, reason))
+        self.rejected.append((message, reason))
 
 
 def a_row(number: int | str, **more: Any) -> dict[str, Any]:
@@ -491,7 +491,7 @@ class Bulk:
         return RunRange(range_tools, Worker(tools, self.gateway.rules), rows)
 
     def upload(self, body: bytes, name: str = "first.jsonl", **metadata: str) -> None:
-        """Drop a file into the bucket, and tell of it."""
+        """Put a file into the bucket, and deliver the event of its arrival."""
         key = f"in/acme/{name}"
         self.objects.put(key, body)
         self.objects.metadata[key] = metadata
@@ -556,7 +556,7 @@ class Bulk:
         with suppress(asyncio.CancelledError, StoreBusy):
             await task
         for store in stores:
-            store.mend()
+            store.recover()
 
     def drain_with(self, deaths: Deaths) -> int:
         """Run ranges and join sections until nothing is left in the queues; return how many workers died."""

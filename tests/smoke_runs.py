@@ -1,7 +1,7 @@
 """Every command a person can start, and what the gate does with it: a run of seconds, another test, or a reason.
 
-A command is a `make` target or a module that runs (`python -m ...`) of bench, scripts or tests. A new one gets a row in
-SMOKE_RUNS; tests/unit/test_smoke_runs.py fails while a command is in none of the three, and
+A command is a `make` target or a module that runs (`python -m ...`) of `bench`, `scripts` or `tests`. A new one gets a
+row in SMOKE_RUNS; tests/unit/test_smoke_runs.py fails while a command is in none of the three, and
 tests/acceptance/test_smoke_runs.py runs the rows.
 """
 
@@ -198,7 +198,7 @@ def made(*arguments: str) -> str:
 
 
 def programs() -> list[str]:
-    """Return every module of bench, scripts and tests that can be run."""
+    """Return every module of `bench`, `scripts` and `tests` that can be run."""
     starts = re.compile(r"^if __name__ == .__main__.:", re.MULTILINE)
     return sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")

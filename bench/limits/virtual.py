@@ -305,7 +305,7 @@ class Play:
                 continue
             began = self.time.seconds if began is None else began
             if visible >= BATCH or self.time.seconds - began >= WINDOW_SECONDS:
-                return self.queue.hand_over(BATCH)
+                return self.queue.deliver(BATCH)
         return []
 
     async def _midway(self) -> None:

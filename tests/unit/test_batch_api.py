@@ -139,7 +139,7 @@ def test_a_create_that_dies_before_it_is_marked_as_started_calls_nobody_twice(
     assert 150 == len(caller.bulk.claude.calls)
 
 
-def test_a_batch_that_is_looked_at_after_its_deadline_keeps_the_answers_it_has(
+def test_a_batch_that_is_read_after_its_deadline_keeps_the_answers_it_has(
     caller: Caller,
 ) -> None:
     """Its ranges may have run while the record still said that it was not started."""
@@ -433,7 +433,7 @@ def test_a_cancel_goes_by_what_the_batch_is_by_then(caller: Caller) -> None:
     assert 8 == caller.batches.cancel(batch.batch_id).version
 
 
-def test_a_batch_that_is_gone_meanwhile_is_not_there(caller: Caller) -> None:
+def test_a_batch_deleted_in_the_meantime_is_not_found(caller: Caller) -> None:
     batch = caller.create()
     caller.bulk.batches.fail_next("replace", error=Stale(None))
 
@@ -457,8 +457,8 @@ def test_only_an_ended_batch_can_be_deleted(caller: Caller) -> None:
 def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
-    gone = delete_batch(caller.batches.get(batch.batch_id))
-    caller.bulk.batches.fail_next("replace", error=Stale(gone))
+    deleted = delete_batch(caller.batches.get(batch.batch_id))
+    caller.bulk.batches.fail_next("replace", error=Stale(deleted))
 
     caller.batches.delete(batch.batch_id)
 

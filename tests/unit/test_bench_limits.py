@@ -1,4 +1,4 @@
-"""The arithmetic of the limiter's bench: ideal times, what the ledger says, scenarios as data."""
+"""The arithmetic of the limits benchmark: ideal times, scores from the ledger, scenarios as data."""
 
 import json
 import re
@@ -71,20 +71,20 @@ def test_what_is_beyond_the_burst_takes_the_time_of_its_refill() -> None:
     assert 140.0 == earliest(1500, [Supply(100.0, ((0.0, 10.0),))])
 
 
-def test_organisations_let_the_work_through_together() -> None:
+def test_organizations_share_the_work() -> None:
     buckets = [Supply(10.0, ((0.0, 1.0),)), Supply(30.0, ((0.0, 3.0),))]
 
     assert 15.0 == earliest(100, buckets)
 
 
-def test_a_revoked_key_lets_nothing_more_through() -> None:
+def test_a_revoked_key_admits_nothing_more() -> None:
     buckets = [Supply(0.0, ((0.0, 1.0),)), Supply(0.0, ((0.0, 1.0), (10.0, 0.0)))]
 
     # Twenty in the first ten seconds, then one a second.
     assert 15.0 == earliest(25, buckets)
 
 
-def test_work_that_no_bucket_can_ever_let_through_has_no_ideal_time() -> None:
+def test_work_that_no_bucket_can_ever_admit_has_no_ideal_time() -> None:
     with pytest.raises(NeverDone):
         earliest(25, [Supply(5.0, ((0.0, 1.0), (10.0, 0.0)))])
 
@@ -238,7 +238,7 @@ def test_the_work_of_a_client_that_rewrites_requests_is_read_from_its_answers() 
     assert Need(6, 90, 120) == scoring.need_of(rows, jobs=4)  # half of the jobs were answered
 
 
-def test_rows_are_told_apart_by_key() -> None:
+def test_rows_are_distinguished_by_key() -> None:
     other = Organisation("one", 600).stranger_key
     rows = [row("a"), row("b", key_id=scoring.key_id(other))]
 

@@ -112,7 +112,7 @@ def test_a_file_of_an_unknown_kind_is_said_and_not_run(make: Make) -> None:
     assert ["file of unknown kind"] == bulk.events.problem_names
 
 
-def test_a_file_that_is_gone_already_is_nothing(make: Make) -> None:
+def test_a_file_that_was_already_deleted_starts_no_batch(make: Make) -> None:
     bulk = make()
 
     bulk.planner.arrived("in/acme/first.jsonl")
@@ -249,7 +249,7 @@ def test_of_options_that_cannot_be_used_a_good_webhook_hears_of_it(make: Make) -
     assert "https://acme.example/" == bulk.batch.options.webhook
 
 
-def test_a_deadline_ends_what_was_not_begun(make: Make) -> None:
+def test_a_deadline_expires_rows_that_have_not_started(make: Make) -> None:
     bulk = make()
 
     bulk.upload(jsonl(a_row(1)), **{"sluice-deadline": "2026-11-20T12:30:00Z"})
@@ -471,7 +471,7 @@ def test_ranges_whose_messages_were_lost_are_sent_when_they_are_overdue(make: Ma
 
 
 @pytest.mark.usefixtures("small_sections")
-def test_a_section_whose_message_was_lost_is_joined_by_whoever_looks_after_the_batch(
+def test_a_section_whose_message_was_lost_is_joined_by_the_planner(
     make: Make,
 ) -> None:
     bulk = make()
@@ -488,7 +488,7 @@ def test_a_section_whose_message_was_lost_is_joined_by_whoever_looks_after_the_b
 
 
 @pytest.mark.usefixtures("small_sections")
-def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_look(
+def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_check(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bulk = make()
@@ -508,7 +508,7 @@ def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_look(
     assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
 
 
-def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:
+def test_a_dead_letter_of_a_range_is_sent_again_and_counted(make: Make) -> None:
     bulk = make()
     bulk.upload(jsonl(a_row(1)))
     bulk.queues.ranges.clear()
@@ -522,7 +522,7 @@ def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:
     assert {} == bulk.queues.ranges
 
 
-def test_a_batch_nobody_knows_is_passed_over(make: Make) -> None:
+def test_an_unknown_batch_is_skipped(make: Make) -> None:
     bulk = make()
 
     bulk.planner.plan("msgbatch_none")
@@ -532,7 +532,7 @@ def test_a_batch_nobody_knows_is_passed_over(make: Make) -> None:
     assert {} == bulk.queues.ranges
 
 
-def test_rows_that_ended_before_the_planner_did_are_not_begun_anew(make: Make) -> None:
+def test_rows_that_ended_before_the_planner_did_are_not_run_again(make: Make) -> None:
     bulk = make()
     bulk.queues.fail_next("send_ranges", 5)
     with pytest.raises(StoreBusy):
@@ -672,10 +672,10 @@ def test_small_results_are_kept_gzipped_and_large_ones_are_not(
     assert 1 == len([key for key in bulk.objects.stored if key.endswith(".gz")])
 
 
-# Telling ---------------------------------------------------------------------------------------------------
+# Notifications ---------------------------------------------------------------------------------------------
 
 
-def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
+def test_an_ended_batch_is_published_once(make: Make) -> None:
     bulk = make()
 
     bulk.upload(jsonl(a_row(1)), **{"sluice-webhook": "https://acme.example/hook"})
@@ -690,7 +690,7 @@ def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
     assert bulk.batch.due_at is None
 
 
-def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
+def test_a_notification_that_failed_is_sent_again(make: Make) -> None:
     bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
@@ -706,7 +706,7 @@ def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
     assert [] == list(bulk.batches.due(bulk.time.now() + 10**9, 10))
 
 
-def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make) -> None:
+def test_a_batch_deleted_before_its_notification_is_published_all_the_same(make: Make) -> None:
     bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()

@@ -108,7 +108,7 @@ def test_the_summary_counts_rows_tokens_and_cost(make: Make) -> None:
     assert 3 == summary["calls"]
 
 
-def test_no_more_rows_than_agreed_are_begun_and_not_saved(make: Make) -> None:
+def test_at_most_the_agreed_number_of_rows_is_started_and_not_saved(make: Make) -> None:
     bulk = make(latency_ms=30_000)
 
     # One range: its last lines are none of their own.
@@ -167,7 +167,7 @@ def test_attempts_are_remembered_from_one_invocation_to_the_next(make: Make) -> 
     assert 2 == bulk.summary()["calls"]
 
 
-def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
+def test_a_job_that_waits_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
     bulk = make(refused(429, "rate_limit_error", retry_after_ms=60 * MINUTE))
 
     bulk.upload(jsonl(a_row(1)))
@@ -391,7 +391,7 @@ def test_a_canceled_batch_makes_no_more_calls_and_keeps_what_it_has(make: Make) 
     assert kinds["canceled"] == bulk.events.counted("JobsCanceled") > 0
 
 
-def test_a_cancel_stops_calls_under_way(make: Make) -> None:
+def test_a_cancel_stops_calls_in_flight(make: Make) -> None:
     bulk = make(latency_ms=10 * MINUTE)
     bulk.upload(jsonl(*(a_row(number, max_tokens=20_000) for number in range(3))))
 
@@ -408,7 +408,7 @@ def test_a_cancel_stops_calls_under_way(make: Make) -> None:
     assert 3 == len(bulk.claude.stopped)
 
 
-def test_rows_that_were_not_begun_in_time_expire(make: Make) -> None:
+def test_rows_that_were_not_started_in_time_expire(make: Make) -> None:
     bulk = make(refused(429, "rate_limit_error", retry_after_ms=120_000))
 
     bulk.add(jsonl(a_row(1), a_row(2)), expires_at=NOON + MINUTE)
@@ -494,7 +494,7 @@ def test_a_file_that_is_replaced_while_it_runs_says_so(make: Make) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 99])
-def test_a_message_for_no_range_is_buried(make: Make, number: int) -> None:
+def test_a_message_without_a_range_becomes_a_dead_letter(make: Make, number: int) -> None:
     bulk = make()
     if number:
         bulk.upload(jsonl(a_row(1)))
@@ -503,11 +503,11 @@ def test_a_message_for_no_range_is_buried(make: Make, number: int) -> None:
 
     assert bulk.time.run(bulk.invoke(pointer=pointer))
 
-    assert ["no such range"] == [reason for _, reason in bulk.queues.buried]
+    assert ["no such range"] == [reason for _, reason in bulk.queues.rejected]
 
 
 @pytest.mark.parametrize("named", [(None, None), (None, 0), ("msgbatch_of_another_kind", None)])
-def test_a_message_that_is_not_ours_is_buried_unread(
+def test_a_foreign_message_becomes_a_dead_letter_unread(
     make: Make, named: tuple[str | None, int | None]
 ) -> None:
     """DynamoDB refuses an empty key as a fault of the caller's; range 0 is not what such a message means either."""
@@ -517,7 +517,7 @@ def test_a_message_that_is_not_ours_is_buried_unread(
 
     assert bulk.time.run(bulk.invoke(pointer=RangePointer(Received("stray", "", "", None), *named)))
 
-    assert ["not a message of Sluice's"] == [reason for _, reason in bulk.queues.buried]
+    assert ["not a message of Sluice's"] == [reason for _, reason in bulk.queues.rejected]
     assert not bulk.claude.calls
 
 
@@ -581,7 +581,7 @@ def test_all_rows_of_a_range_wait_in_line(make: Make, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("behind", [0, 1])
-def test_the_last_rows_in_hand_are_said_to_be_the_last(
+def test_the_last_rows_of_a_range_are_reported_as_the_last(
     make: Make, monkeypatch: pytest.MonkeyPatch, behind: int
 ) -> None:
     """Unless another range waits in the queue."""

@@ -64,7 +64,7 @@ class Scene:
         return use_case(stop_at)
 
     def sent(self) -> list[str | None]:
-        return [message.job_id for message in self.queue.hand_over(10_000)]
+        return [message.job_id for message in self.queue.deliver(10_000)]
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
@@ -350,7 +350,7 @@ def test_it_is_checked_again_after_twice_the_time() -> None:
     for _ in range(10 * 60):
         if scene.sweep().rescued:
             sweeps.append((scene.clock.at - NOON) // MINUTE)
-            scene.queue.delete(scene.queue.hand_over())
+            scene.queue.delete(scene.queue.deliver())
         scene.clock.at += MINUTE
 
     assert [0, 30, 90, 210, 450] == sweeps
@@ -388,7 +388,7 @@ def test_snoozed_messages_count_as_waiting_too() -> None:
     scene = Scene(unheard(), groups=(slow_group(60),))
     for number in range(76):
         scene.queue.post(body=str(number))
-    scene.queue.hand_over(100)
+    scene.queue.deliver(100)
 
     assert Swept() == scene.sweep()
 
@@ -428,3 +428,39 @@ def test_a_call_in_flight_may_end_after_the_deadline_and_a_dead_workers_job_expi
     scene.clock.at = NOON + MINUTE
 
     assert Swept(due=1, expired=1) == scene.sweep()
+
+
+def test_a_deadline_is_seen_after_a_parked_job_was_sent_however_long_the_queue() -> None:
+    job = parked(minutes=20, deadline=NOON + 40 * MINUTE)
+    quick = known_group("org", "a")
+    scene = Scene(job, groups=(replace(quick, requests=replace(quick.requests, limit=60)),))
+    for number in range(5_000):
+        scene.queue.post(job_id=f"other-{number}")
+
+    ended = None
+    for minute in range(8 * 60):
+        scene.clock.at = NOON + minute * MINUTE
+        scene.sweep(scene.clock.at + 50 * SECOND)
+        if scene.jobs.stored["job_1"].state.is_final:
+            ended = minute
+            break
+
+    assert 40 == ended
+    assert State.EXPIRED == scene.jobs.stored["job_1"].state
+    assert 5_001 == len(scene.queue.messages), "it was sent, and nobody received it"
+
+
+def test_a_deadline_is_seen_after_a_rescued_job_was_sent() -> None:
+    scene = Scene(a_job(deadline=NOON + 3 * 60 * MINUTE), groups=(known_group("org", "a"),))
+    ended = None
+    for minute in range(8 * 60):
+        scene.clock.at = NOON + minute * MINUTE
+        if minute == 100:
+            for number in range(5_000):
+                scene.queue.post(job_id=f"other-{number}")
+        scene.sweep(scene.clock.at + 50 * SECOND)
+        if scene.jobs.stored["job_1"].state.is_final:
+            ended = minute
+            break
+
+    assert 180 == ended

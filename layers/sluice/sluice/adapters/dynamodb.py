@@ -16,7 +16,7 @@ from sluice.adapters.tables import Table, marked
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id, matches
 from sluice.domain.errors import Conflict, InvalidRequest, StoreBusy
-from sluice.domain.jobs import DueFor, Job, State
+from sluice.domain.jobs import DueFor, Job, State, due_after_send
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
@@ -165,9 +165,10 @@ class DynamoJobs:
         return replace(due, due_at=until) if is_first else None
 
     def watch(self, due: Due, until: int) -> None:
-        """Make a sent job due for a check at `until`, in case its message is lost, unless it was written since."""
-        shard = job_records.due_shard(DueFor.CHECK, job_records.due_part(due.job_id))
-        values: Item = {":until": {"N": str(until)}, ":shard": {"S": shard}}
+        """Make a sent job due again at `until`, or at its deadline if that is first, unless it was written since."""
+        why, at = due_after_send(due.deadline, until)
+        shard = job_records.due_shard(why, job_records.due_part(due.job_id))
+        values: Item = {":until": {"N": str(at)}, ":shard": {"S": shard}}
         self._update_if_due(due, "SET due_at = :until, due_shard = :shard", values)
 
     def _update_if_due(self, due: Due, change: str, values: Item) -> bool:

@@ -227,7 +227,7 @@ class DayLimit(Shape):
     limit: int
 
 
-class SetAside(Shape):
+class OpenBreaker(Shape):
     """An open circuit breaker: an overloaded model or a failing endpoint, probed with single calls."""
 
     what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
@@ -250,7 +250,7 @@ class LimitGroup(Shape):
     ]
     blocked_until: Time | None
     blocked_reason: str | None
-    set_aside: list[SetAside]
+    set_aside: list[OpenBreaker]
 
 
 class Limits(Shape):

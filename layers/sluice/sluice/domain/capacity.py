@@ -19,10 +19,10 @@ from typing import Final
 from sluice.domain.limits import FULL_RATE, SAFE_START, Group, advanced
 
 ROWS_AT_ONCE: Final = 120
-"""Maximum rows of a range in hand and not yet saved, and so the maximum calls repeated if the worker dies.
+"""Maximum rows of a range in memory and not yet saved, and so the maximum calls repeated if the worker dies.
 
-As many as a worker of the jobs queue has, and more than a usual range: all its rows wait in line at the limiter, so
-that the last ones of a batch can start together.
+As many as a worker of the jobs queue has, and more than a usual range has: all its rows queue at the limiter, so that
+the last ones of a batch can start together.
 """
 
 LEAST: Final = 2

@@ -82,7 +82,10 @@ class DueJobs(Protocol):
         ...
 
     def watch(self, due: Due, until: int) -> None:
-        """Make a sent job due for a check at `until`, in case its message is lost, unless it was written since."""
+        """Make a sent job due again (`due_after_send`), unless it was written since.
+
+        At `until`, in case its message is lost, or at its deadline if that is first.
+        """
         ...
 
 

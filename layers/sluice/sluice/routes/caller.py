@@ -1,4 +1,4 @@
-"""Who calls: the check of a request before its body is decoded, and what belongs to the caller's tenant."""
+"""Authentication: the check of a request before its body is decoded, and the use cases of the caller's tenant."""
 
 from __future__ import annotations
 
