@@ -346,9 +346,13 @@ class MemoryParams(Fragile):
     def __init__(self, journal: list[str] | None = None) -> None:
         super().__init__(journal)
         self.stored: dict[str, Params] = {}
+        self.leftovers: set[str] = set()
+        """Requests that were stored more than a day ago."""
 
-    def add(self, params: Params) -> None:
+    def add(self, params: Params, *, over_leftover: bool = False) -> None:
         self._do("add", params.job_id)
+        if over_leftover and params.job_id in self.leftovers:
+            self.stored[params.job_id] = params
         earlier = self.stored.setdefault(params.job_id, params)
         if earlier.request_hash != params.request_hash:
             raise Conflict(f"another request is stored for job {params.job_id}")

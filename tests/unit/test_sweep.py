@@ -447,7 +447,7 @@ def test_a_deadline_is_seen_after_a_parked_job_was_sent_however_long_the_queue()
 
     assert 40 == ended
     assert State.EXPIRED == scene.jobs.stored["job_1"].state
-    assert 5_001 == len(scene.queue.messages), "it was sent, and nobody received it"
+    assert 5_001 == scene.queue.backlog().visible, "it was sent, and nobody received it"
 
 
 def test_a_deadline_is_seen_after_a_rescued_job_was_sent() -> None:
