@@ -232,6 +232,11 @@ class MemoryObjects(Fragile):
         for start in range(0, len(body), 1_000):
             yield body[start : start + 1_000]
 
+    def delete(self, keys: Sequence[str]) -> None:
+        self._do("delete", str(len(keys)))
+        for key in keys:
+            self.stored.pop(key, None)
+
     def listing(self, prefix: str) -> Iterator[Stored]:
         self._do("listing", prefix)
         for key, body in sorted(self.stored.items()):

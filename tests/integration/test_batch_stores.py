@@ -635,6 +635,18 @@ def test_an_upload_that_is_missing_is_done_when_its_object_is_there(name: str) -
         links.abort(name, "upload")
 
 
+def test_objects_are_deleted_together_also_those_that_are_not_there(cloud: Aws, name: str) -> None:
+    store = s3.Objects(cloud.s3, BUCKET)
+    keys = [f"{name}/{number}" for number in range(5)]
+    for key in keys:
+        store.put(key, b"x")
+
+    store.delete([*keys[:3], f"{name}/none"])
+    store.delete([*keys[:3], f"{name}/none"])
+
+    assert keys[3:] == [each.key for each in store.listing(name)]
+
+
 def test_results_are_read_by_a_link(cloud: Aws, name: str) -> None:
     store = s3.Objects(cloud.s3, BUCKET)
     store.put(name, b"results")

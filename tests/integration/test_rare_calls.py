@@ -193,6 +193,36 @@ def test_a_file_that_is_missing_when_its_rows_are_to_run(stack: Stack) -> None:
     assert 0 == shown["rows"]["succeeded"], shown
 
 
+def test_a_deleted_batch_leaves_no_object(stack: Stack) -> None:
+    row = {
+        "custom_id": "one",
+        "params": {
+            "model": "claude-haiku-5-5",
+            "max_tokens": 5,
+            "messages": [{"role": "user", "content": "Hello"}],
+        },
+    }
+    made = stack.http.post("/v1/messages/batches", json={"requests": [row]}).json()
+    batch_id = made["id"]
+    within(
+        lambda: (
+            stack.http.get(f"/v1/messages/batches/{batch_id}").json()["processing_status"]
+            == "ended"
+        )
+    )
+    bucket, s3 = stack.ready.resources["DataBucket"], stack.ready.client("s3")
+
+    def keys() -> list[str]:
+        found = s3.list_objects_v2(Bucket=bucket).get("Contents", [])
+        return [each["Key"] for each in found if batch_id in each["Key"]]
+
+    assert {"batches", "out"} == {key.split("/")[0] for key in keys()}
+    answer = stack.http.delete(f"/v1/messages/batches/{batch_id}")
+
+    assert answer.is_success, answer.text
+    assert [] == keys()
+
+
 def test_an_upload_that_is_given_up_is_forgotten(stack: Stack) -> None:
     name = "given-up.jsonl"
     begun = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
 from sluice.domain.batches import Copied, Streamed, parts
-from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound
+from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound, StoreBusy
 from sluice.domain.jobs import Result
 from sluice.ports.batches import Stored
 from sluice.ports.jobs import Received
@@ -111,6 +111,17 @@ class Objects:
             first += len(piece)
             if len(piece) < PIECE_BYTES:
                 return
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete up to 1,000 objects, also those that do not exist; raises StoreBusy."""
+        answer = aws.patiently(
+            WHAT,
+            self._client.delete_objects,
+            Bucket=self._bucket,
+            Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
+        )
+        if answer.get("Errors"):
+            raise StoreBusy(WHAT)
 
     def listing(self, prefix: str) -> Iterator[Stored]:
         """Yield the objects whose keys have this prefix, in order of keys."""

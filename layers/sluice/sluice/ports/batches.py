@@ -167,6 +167,10 @@ class Objects(Protocol):
         """Yield an object piece by piece; raises InputMissing."""
         ...
 
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete up to 1,000 objects, also those that do not exist; raises StoreBusy."""
+        ...
+
     def listing(self, prefix: str) -> Iterator[Stored]:
         """Yield the objects whose keys have this prefix, in order of keys."""
         ...

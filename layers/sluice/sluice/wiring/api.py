@@ -8,6 +8,7 @@ from functools import cache
 from sluice.adapters.dynamodb import DynamoClientKeys
 from sluice.adapters.s3 import Links
 from sluice.adapters.secrets import SecretText
+from sluice.domain.batches import longest_wait_ms
 from sluice.intake.accounts import Account
 from sluice.intake.admission import Admission
 from sluice.intake.batches import Batches
@@ -72,4 +73,5 @@ def batches_of(tenant: str) -> Batches:
         CLOCK,
         os.urandom,
         telemetry(),
+        longest_wait_ms(settings().retention_days),
     )
