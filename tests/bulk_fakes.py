@@ -21,8 +21,9 @@ from sluice.ports.batches import BatchPage, DueRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
-from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
-from sluice.worker.ranges import RangePointer, RangeTools, RunRange
+from sluice.worker.range_claim import RangeTools
+from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
@@ -426,15 +427,15 @@ class Deaths:
     """By the number of the invocation, from 1: the seconds it lives, whatever it runs."""
 
 
-class WatchedRequests(RowRequests):
+class WatchedRequests:
     """The requests of a range's rows; `seen` is called with each that was read."""
 
     def __init__(self, rows: WindowRows, seen: Callable[[bytes], None]) -> None:
-        super().__init__(rows)
+        self._rows = rows
         self._seen = seen
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        found = super().get_many(job_ids)
+        found = self._rows.get_many(job_ids)
         for params in found.values():
             self._seen(params.body)
         return found

@@ -62,7 +62,7 @@ class TimeStandsStill(AssertionError):
     """Everybody waits for somebody else, or for longer than a story may last."""
 
 
-class _JumpingSelector(selectors.SelectSelector):
+class _JumpingSelector(selectors.DefaultSelector):
     """Instead of waiting it moves the clock to the moment the loop would have woken at."""
 
     def __init__(self, time: VirtualTime) -> None:

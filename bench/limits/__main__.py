@@ -1,4 +1,4 @@
-"""Run the bench: `python -m bench.limits`; `--help` names every choice."""
+"""Run the benchmark: `python -m bench.limits`; `--help` lists the options."""
 
 from __future__ import annotations
 

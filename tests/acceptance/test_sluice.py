@@ -129,7 +129,7 @@ def gateway(claude: Running) -> Iterator[Gateway]:
 
 
 def a_job(run: str, marker: str = "", number: int = 0, **more: Any) -> dict[str, Any]:
-    """A job of a run. `marker` tells the simulator what to do with it."""
+    """A job of a run. `marker` instructs the simulator."""
     user = f"sim:{marker} {run}" if marker else run
     params = {
         "model": more.pop("model", MODEL),
@@ -190,7 +190,7 @@ def test_a_failed_call_is_shown_and_tried_again(gateway: Gateway) -> None:
     assert 1 == refused["attempts_used"]
 
 
-def test_the_text_of_an_answer_is_its_text_whatever_stands_before_it(gateway: Gateway) -> None:
+def test_the_text_of_an_answer_is_that_of_its_text_blocks_only(gateway: Gateway) -> None:
     ids = gateway.submit(
         a_job("text-run", "thinking", 1),
         a_job("text-run", "redacted_thinking", 2),
@@ -373,7 +373,7 @@ def test_a_wrong_or_missing_key_is_refused(gateway: Gateway, headers: dict[str, 
         is_an_error(answer, "authentication_error")
 
 
-def test_either_header_lets_in(gateway: Gateway) -> None:
+def test_either_header_authenticates(gateway: Gateway) -> None:
     bearer = {"authorization": f"Bearer {CLIENT_KEY}"}
 
     assert 200 == httpx.get(f"{gateway.ready.api_url}/jobs", headers=bearer).status_code

@@ -193,7 +193,7 @@ def test_a_function_above_its_memory_is_killed_and_not_used_again(
     assert report.endswith("Memory Size: 256 MB\tMax Memory Used: 256 MB")
 
 
-def test_the_batch_of_a_killed_function_comes_back_when_its_visibility_ends(
+def test_the_messages_of_a_killed_function_become_visible_after_their_visibility_timeout(
     emulator: Emulator,
 ) -> None:
     arn = made_function(emulator, "worker", memory=256, timeout=5)
@@ -361,7 +361,7 @@ def test_a_message_has_at_most_1_mib_with_its_attributes(emulator: Emulator, que
 
 
 @pytest.mark.parametrize(("body", "reasons"), [(MIB - 100, ["why"]), (MIB, [])], ids=str)
-def test_the_worker_buries_even_the_largest_message(
+def test_the_worker_rejects_even_the_largest_message(
     emulator: Emulator, queue: str, body: int, reasons: list[str]
 ) -> None:
     """It came without attributes; with its reason beside it, it may be too large to be sent on."""

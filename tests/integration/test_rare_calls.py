@@ -96,7 +96,7 @@ class Stack:
         return within(found)
 
     def letters(self, body: str) -> Callable[[], bool]:
-        """Return what tells whether a message has been kept as a dead letter."""
+        """Return a condition: a message with this body is stored as a dead letter."""
         s3 = self.ready.client("s3")
 
         def kept() -> bool:
@@ -223,11 +223,11 @@ def test_a_deleted_batch_leaves_no_object(stack: Stack) -> None:
     assert [] == keys()
 
 
-def test_an_upload_that_is_given_up_is_forgotten(stack: Stack) -> None:
+def test_an_aborted_upload_is_deleted(stack: Stack) -> None:
     name = "given-up.jsonl"
-    begun = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()
+    started = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()
 
-    answer = stack.http.delete("/uploads", params={"id": begun["id"], "name": name})
+    answer = stack.http.delete("/uploads", params={"id": started["id"], "name": name})
 
     assert answer.is_success, answer.text
 
@@ -248,7 +248,7 @@ def test_a_part_has_exactly_the_declared_size(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("queue", ["RangesQueue", "WebhooksQueue"])
-def test_a_foreign_message_is_buried(stack: Stack, queue: str) -> None:
+def test_a_foreign_message_becomes_a_dead_letter(stack: Stack, queue: str) -> None:
     body = f"not of Sluice: {queue}"
     stack.ready.client("sqs").send_message(QueueUrl=stack.ready.resources[queue], MessageBody=body)
 
@@ -311,7 +311,7 @@ def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
     assert 100 * (MOST_RANGES_AT_ONCE + 1) == within(ended)["rows"]["invalid"]
 
 
-def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(
+def test_a_parked_range_and_a_stalled_batch_continue(
     stack: Stack,
 ) -> None:
     stack.pause("RangesMapping")

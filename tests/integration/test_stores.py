@@ -237,7 +237,7 @@ def test_a_job_is_the_same_after_encoding(job: Job) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(job=JOBS)
-def test_fields_of_a_newer_release_are_passed_over(job: Job) -> None:
+def test_fields_of_a_newer_release_are_ignored(job: Job) -> None:
     """So that a roll-back can read what the newer release wrote."""
     item = job_records.encode(job, retention_days=30)
 
@@ -324,7 +324,7 @@ def test_a_name_used_again_does_not_find_a_request_about_to_expire(cloud: Aws, n
     assert {name: Params(name, b"[]", "hash-2")} == params.get_many([name])
 
 
-def test_a_job_that_nobody_added_is_not_there(jobs: JobStore) -> None:
+def test_a_job_that_was_never_added_does_not_exist(jobs: JobStore) -> None:
     assert jobs.get("job_none") is None
     assert {} == jobs.get_many(["job_none"])
     assert {} == jobs.get_many([])
@@ -680,7 +680,7 @@ def test_a_group_is_read_as_it_was_written(limits: LimitStore) -> None:
     assert {} == limits.load([])
 
 
-def test_what_a_newer_release_knows_of_groups_and_keys_is_passed_over(cloud: Aws) -> None:
+def test_fields_of_groups_and_keys_of_a_newer_release_are_ignored(cloud: Aws) -> None:
     limits = dynamo.DynamoLimits(cloud.dynamodb, "LimitsTable")
     group = replace(new_group("newer", "haiku", NOON), version=1)
     limits.replace(group, 0)
@@ -872,7 +872,7 @@ def test_a_client_key_belongs_to_its_tenant(cloud: Aws, name: str) -> None:
     assert keys.tenant(f"{key}-unknown") is None
 
 
-def test_a_record_for_another_key_lets_nobody_in(cloud: Aws, name: str) -> None:
+def test_a_record_of_another_key_authenticates_no_caller(cloud: Aws, name: str) -> None:
     """An attacker who can write the table but does not know the pepper cannot make a key."""
     key = f"sk-ant-test-{name}"
     cloud.add_client_key(key, "acme", hash={"S": "0" * 64})

@@ -127,7 +127,7 @@ def test_a_deadline_makes_a_job_due_before_its_time(jobs: Store) -> None:
     assert (NOON, NOON) == (the_one_due(jobs).due_at, the_one_due(jobs).deadline)
 
 
-def test_the_longest_due_come_first(jobs: Store) -> None:
+def test_the_longest_due_jobs_are_first(jobs: Store) -> None:
     add(jobs, *(parked(f"job_{number:02}", NOON - 7 * number % 50) for number in range(50)))
 
     found = [each.due_at for each in jobs.due(DueFor.CALL, NOON, PLENTY)]
@@ -226,7 +226,7 @@ def test_a_job_that_went_on_can_be_neither_taken_nor_watched(jobs: Store) -> Non
     assert claimed == jobs.get("job_1")
 
 
-def test_a_job_parked_again_meanwhile_keeps_its_time(jobs: Store) -> None:
+def test_a_job_that_was_concurrently_parked_again_keeps_its_time(jobs: Store) -> None:
     add(jobs, parked("job_1"))
     taken = jobs.postpone(the_one_due(jobs), LATER)
     assert taken is not None

@@ -43,7 +43,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass
 class Receiver:
-    """A caller's server: keeps what it got, and answers as it is told."""
+    """A receiver of webhooks: keeps the requests, and answers as configured."""
 
     port: int = 0
     status: int = 204
@@ -364,7 +364,7 @@ def test_the_streams_records_are_the_jobs_that_ended() -> None:
         lambda change: change["NewImage"].pop("tenant"),
     ],
 )
-def test_a_record_that_nobody_can_read_keeps_no_other(spoil: Callable[[Any], Any]) -> None:
+def test_a_record_that_cannot_be_read_does_not_block_others(spoil: Callable[[Any], Any]) -> None:
     job = a_job(state=State.SUCCEEDED, finished_at=NOON)
     bad, good = as_streamed(job, 1), as_streamed(job, 2)
     spoil(bad["dynamodb"])

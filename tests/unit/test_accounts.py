@@ -93,7 +93,7 @@ def test_a_message_is_returned_as_claude_returned_it(office: Office) -> None:
         office.account().message(large)
 
 
-def test_jobs_come_in_the_order_asked_for_and_once(office: Office) -> None:
+def test_jobs_are_returned_once_in_the_requested_order(office: Office) -> None:
     office.keep(a_job("job_1"), a_job("job_2"), a_job("job_3"))
 
     found = office.account().some_jobs(["job_3", "job_404", "job_1", "job_3"])

@@ -361,7 +361,7 @@ def test_each_loss_narrows_the_search_for_a_killer() -> None:
     assert (0, (), (20,), ("5-1",)) == (saved.losses, saved.suspects, saved.blamed, saved.chunks)
 
 
-def test_a_row_is_given_up_after_three_losses_alone() -> None:
+def test_a_row_ends_errored_after_three_losses_alone() -> None:
     state = claim_range(a_range(losses=3), "one", NOON, 0)
     for _ in range(MOST_LOST_ALONE):
         assert not killers(state)

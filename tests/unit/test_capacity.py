@@ -274,7 +274,7 @@ def test_three_workers_become_two_in_an_outage_though_that_is_little() -> None:
     assert LEAST == workers(group(blocked_ms=2 * MINUTE), present=3)
 
 
-def test_while_answers_come_an_open_breaker_is_only_one_models_or_one_endpoints() -> None:
+def test_while_answers_arrive_an_open_breaker_affects_only_one_model_or_endpoint() -> None:
     lively = cut_off(answered_ms=LONG_MS)
 
     assert not is_stalled(lively, NOON)
@@ -329,7 +329,7 @@ def test_two_workers_park_what_waits_in_the_queue_first(
     assert decision.reason.endswith("messages in the queue: 1")
 
 
-def test_a_fresh_key_pool_may_hold_a_key_that_works() -> None:
+def test_a_recently_written_key_pool_may_have_a_working_key() -> None:
     blocked = group(blocked_ms=HOUR)
 
     def on(age_ms: int, consumer: Consumer = ON_TEN) -> bool:
@@ -521,7 +521,7 @@ def test_while_a_group_is_blocked_nothing_starts() -> None:
     assert 0 == startable([block(late, NOON + HOUR, "x", NOON)], "a", NOON, NOON + MINUTE)
 
 
-def test_a_group_nobody_knows_has_the_safe_rate() -> None:
+def test_an_unknown_group_has_the_safe_rate() -> None:
     assert 60 == startable([], "a", NOON, NOON + MINUTE)
     assert 60 == startable([moved(group("a"), "other")], "a", NOON, NOON + MINUTE)
 

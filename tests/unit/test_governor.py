@@ -163,7 +163,7 @@ def test_no_job_is_left_in_the_queue_of_a_mapping_that_is_off(scene: Scene) -> N
     assert scene.notes.at is None
 
 
-def test_the_note_stands_before_the_mapping_is_off(scene: Scene) -> None:
+def test_the_note_is_stored_before_the_mapping_is_disabled(scene: Scene) -> None:
     """Else a governor that dies in between leaves a mapping that looks switched off by hand."""
     scene.block(NOON + 60 * MINUTE)
     scene.mapping.fail_next("set")
@@ -567,7 +567,7 @@ def test_a_turn_lasts_two_runs() -> None:
     assert [False, True, True, False, False, True] == seen
 
 
-def test_a_change_that_is_refused_keeps_the_room_and_nobody_gets_it() -> None:
+def test_a_refused_change_keeps_its_executions_and_no_other_mapping_gets_them() -> None:
     six = Six()
     six.run()
     six.wait("jobs", "webhooks")

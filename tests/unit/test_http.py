@@ -393,7 +393,7 @@ def test_a_limit_group_shows_what_it_believes() -> None:
     )
 
 
-def test_a_group_nobody_has_used_is_not_learned() -> None:
+def test_the_limits_of_an_unused_group_are_not_learned() -> None:
     assert not views.group_view(new_group("org", "a", NOON), (), NOON)["learned"]
 
 

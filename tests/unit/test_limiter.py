@@ -166,7 +166,7 @@ def test_a_job_is_admitted_with_a_start_time_and_a_reservation(crew: Crew) -> No
     assert crew.time.now() - SECOND <= admitted.start <= crew.time.now() + SECOND
 
 
-def test_a_group_nobody_knows_admits_one_and_then_slowly(crew: Crew) -> None:
+def test_an_unknown_group_admits_one_call_and_then_slowly_more(crew: Crew) -> None:
     async def story(limiter: Limiter) -> list[Admitted]:
         return await asyncio.gather(*(crew.admit(limiter) for _ in range(3)))
 
@@ -679,7 +679,7 @@ def test_who_sleeps_towards_a_start_when_a_breaker_opens_does_not_start(crew: Cr
     assert [False, False] == crew.play(story)
 
 
-def test_a_probe_that_is_served_lets_the_next_one_through_and_then_everybody(crew: Crew) -> None:
+def test_a_successful_probe_admits_the_next_one_and_then_all_calls(crew: Crew) -> None:
     crew.know(known_group(seen=limited(6_000, 1_000)))
     told: list[tuple[float, bool]] = []
 
@@ -850,7 +850,7 @@ def test_a_store_that_is_busy_at_the_end_is_logged(crew: Crew) -> None:
     assert "limits table busy" in crew.events.problem_names
 
 
-def test_nobody_waits_longer_than_asked_for_a_store_that_is_busy(crew: Crew) -> None:
+def test_no_job_waits_longer_than_requested_for_a_busy_store(crew: Crew) -> None:
     crew.time.longest_story_ms = 10 * MINUTE
     crew.store.break_down("load")
 
@@ -879,7 +879,7 @@ def test_a_deleted_record_is_created_again(crew: Crew) -> None:
     assert "org/a" in crew.store.stored
 
 
-def test_a_second_invocation_starts_from_what_is_shared_by_then(crew: Crew) -> None:
+def test_a_second_invocation_starts_from_the_current_shared_state(crew: Crew) -> None:
     crew.know(known_group(seen=limited(600, 100)))
     limiter = crew.limiter()
 

@@ -225,7 +225,7 @@ def test_an_answer_cut_off_by_a_short_window_gets_a_whole_one() -> None:
     assert outcome.full_window
 
 
-def test_an_answer_too_long_for_a_whole_window_is_given_up() -> None:
+def test_an_answer_too_long_for_a_whole_window_is_not_retried() -> None:
     failure = Failure("output_timeout", "too long", had_full_window=True)
 
     assert Verdict(GiveUp()) == verdict(failure)

@@ -154,7 +154,7 @@ def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
     assert [] == scene.jobs.due(DueFor.CALL, FOREVER, 10)
 
 
-def test_a_worker_that_was_quicker_than_the_sweep_keeps_the_job() -> None:
+def test_a_worker_that_claimed_the_job_before_the_sweep_keeps_it() -> None:
     scene = Scene(parked())
 
     def be_claimed() -> None:
@@ -204,7 +204,7 @@ def test_a_deadline_ends_a_job_though_its_group_is_blocked() -> None:
     assert Swept(due=2, expired=1, left=1) == scene.sweep()
 
 
-def test_a_job_that_went_on_meanwhile_is_not_expired() -> None:
+def test_a_job_that_has_started_since_is_not_expired() -> None:
     job = parked(deadline=NOON + MINUTE)
     scene = Scene(job)
     scene.clock.at = NOON + MINUTE
@@ -363,7 +363,7 @@ def test_a_job_whose_worker_died_and_whose_message_is_lost_is_sent() -> None:
     assert 1 == scene.sweep().rescued
 
 
-def test_a_job_that_somebody_is_at_is_left_alone_for_a_while() -> None:
+def test_a_job_that_is_running_is_left_alone_for_a_while() -> None:
     busy = claim(unheard(), "worker", NOON - WATCH_MS, NOON + 1)
     scene = Scene(busy, groups=(ROOMY,))
 

@@ -419,7 +419,7 @@ def test_one_message_at_a_time_where_one_is_as_much_as_an_invocation_does() -> N
 
 
 @pytest.mark.parametrize("name", sorted(STATEFUL))
-def test_whether_data_outlives_the_stack_is_said_and_not_left_to_chance(name: str) -> None:
+def test_every_data_resource_states_whether_it_outlives_the_stack(name: str) -> None:
     kept = (RESOURCES[name].get("DeletionPolicy"), RESOURCES[name].get("UpdateReplacePolicy"))
 
     assert kept in {("RetainExceptOnCreate", "Retain"), ("Delete", "Delete")}

@@ -66,7 +66,7 @@ def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:
     assert uploads.LINKS_AT_ONCE == len(started.links)
 
 
-def test_more_links_come_a_hundred_at_a_time(door: Uploads) -> None:
+def test_more_links_are_returned_a_hundred_at_a_time(door: Uploads) -> None:
     started = door.start("huge.jsonl", 10**12, {})
 
     assert range(101, 201) == range(*_ends(door.links("huge.jsonl", started.upload_id, 101, 200)))
@@ -94,9 +94,7 @@ def test_a_name_stays_in_the_tenants_own_place(door: Uploads, name: str) -> None
         door.complete(name, "upload-1", {1: "etag"})
 
 
-def test_what_cannot_be_an_upload_is_refused_before_it_begins(
-    door: Uploads, links: MemoryLinks
-) -> None:
+def test_an_invalid_upload_is_rejected_before_it_starts(door: Uploads, links: MemoryLinks) -> None:
     with pytest.raises(InvalidRequest, match=r"bytes: must be from 1 to .* \(got 0\)"):
         door.start("x.jsonl", 0, {})
     with pytest.raises(InvalidRequest, match=r"options\.modle: Extra inputs"):

@@ -9,17 +9,12 @@ from typing import Final
 from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job
-from sluice.domain.keys import UpstreamKey
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.ports.jobs import CallBooks
-from sluice.ports.world import Blocking, Clock, Events
-from sluice.worker.limit_books import Claimant
+from sluice.ports.world import Blocking, Events
 
 MOST_ROWS: Final = 10_000
 """Rows a worker keeps while the ledger is unavailable: 10 MB."""
-
-OTHER_MODELS: Final = "other"
-"""Model group, in metrics, of models without a price: a dimension must not grow with names that callers invent."""
 
 
 class Ledger:
@@ -63,8 +58,7 @@ class Ledger:
 
     async def keep(self, *, last: bool = False) -> bool:
         """Write what was gathered, and add it to the sums; return whether all of it is written."""
-        rows = list(self._rows)
-        if rows:
+        if rows := list(self._rows):
             try:
                 await self._blocking(self._books.record, rows)
             except Exception:  # noqa: BLE001 - no row is dropped for an error nobody thought of
@@ -75,13 +69,12 @@ class Ledger:
             else:
                 del self._rows[: len(rows)]
                 self._to_add_up.extend(rows)
-        await self._add_up()
+        if self._to_add_up:
+            await self._add_up()
         return not self._rows and not self._to_add_up
 
     async def _add_up(self) -> None:
         rows, self._to_add_up = self._to_add_up, []
-        if not rows:
-            return
         sums: dict[tuple[str, date, str, str], Spend] = {}
         for row in rows:
             key = (row.tenant, row.day, row.model, row.lane)
@@ -91,61 +84,6 @@ class Ledger:
         except StoreBusy:
             # An addition that may have been made is not repeated; the sums can be computed anew from the rows.
             self._events.problem("usage sums not written", rows=len(rows))
-
-
-class CallEntry:
-    """The ledger's and the metrics' view of one upstream call."""
-
-    def __init__(
-        self, job: Job, claimant: Claimant, key: UpstreamKey, prices: PriceList, clock: Clock
-    ) -> None:
-        """`job` as it was claimed."""
-        self._job = job
-        self._claimant = claimant
-        self._key_id = key.id
-        self._prices = prices
-        self._clock = clock
-        priced = prices.price(job.current_model, utc_day(clock.now())) is not None
-        self.metric_group = claimant.model_group if priced else OTHER_MODELS
-
-    @property
-    def answer_name(self) -> str:
-        """A name for the answer of this call and no other."""
-        return f"{self._job.job_id}-{self._job.version}"
-
-    def cost(self, usage: Usage) -> int | None:
-        """Return what the call cost in micro-dollars; None for a model without a price."""
-        return self._prices.cost_micro_usd(
-            self._job.current_model, usage, utc_day(self._clock.now())
-        )
-
-    def row(  # noqa: PLR0913 - the facts of one call
-        self,
-        outcome: str,
-        usage: Usage,
-        cost: int | None,
-        request_id: str | None,
-        *,
-        certain: bool = True,
-        note: str | None = None,
-    ) -> LedgerRow:
-        """Return the call's row."""
-        return LedgerRow(
-            tenant=self._job.tenant,
-            day=utc_day(self._clock.now()),
-            # The version at the claim is unique to this call: attempts given back repeat their number.
-            call_id=f"{self._job.job_id}#{self._job.version}",
-            job_id=self._job.job_id,
-            model=self._job.current_model,
-            lane=self._job.lane,
-            organization=self._claimant.organization,
-            key_id=self._key_id,
-            request_id=request_id,
-            outcome=outcome,
-            spend=Spend.of_call(usage, cost or 0),
-            certain=certain,
-            note=note,
-        )
 
 
 def lost_row(job: Job, at: int, model: str, call: str, note: str) -> LedgerRow:

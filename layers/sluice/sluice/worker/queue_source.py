@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
@@ -87,7 +87,7 @@ class QueueSource:
         self._scout_at = now + waits.SCOUT_MS
         self._held: dict[str, Received] = {}
         """Messages that are this worker's until it is done with them, with the receipt of their last delivery."""
-        self._hidden_at: int | None = None
+        self._hide_at = now
         self._jobs: dict[str, list[Received]] = {}
         """Held jobs, each with further messages that name it."""
         self._strangers: list[tuple[Received, str]] = []
@@ -101,17 +101,14 @@ class QueueSource:
     async def take(self, held: Held) -> Sequence[Taken]:
         """Return the batch; then wait for a time to receive more, until the held jobs have ended."""
         batch, self._batch = self._batch, ()
-        if taken := await self._jobs_of(batch):
-            return taken
-        while held.count:
+        taken = await self._jobs_of(batch)
+        while not taken and held.count:
             await held.change(self._next_receive(held))
             at = self._next_receive(held)
             if at is not None and at <= self._tools.clock.now():
                 with held.taking():
                     taken = await self._receive(held)
-                if taken:
-                    return taken
-        return ()
+        return taken
 
     def _next_receive(self, held: Held) -> int | None:
         """Return when to receive more messages; None while there is no room, or no use."""
@@ -137,14 +134,14 @@ class QueueSource:
         is_scout = self._has_enough(held)
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = self._tools.clock.now() + waits.SCOUT_MS
+        messages: Sequence[Received] = ()
         try:
             messages = await self._tools.blocking(self._inbox.receive, most, waits.LEASE_MS)
         except StoreBusy as busy:
             self._events.problem("store busy", what=busy.what)
-            self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
-            return ()
-        if not messages:
-            self._limiter.drained()
+        else:
+            if not messages:
+                self._limiter.drained()
         if len(messages) < most:
             self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
         return await self._jobs_of(messages, is_scout=is_scout)
@@ -153,10 +150,16 @@ class QueueSource:
         self, messages: Sequence[Received], *, is_scout: bool = False
     ) -> Sequence[Taken]:
         """Return the jobs that messages name and that are not held, with their records."""
-        new = [(job_id, each) for each in messages if (job_id := self._new_job(each)) is not None]
-        jobs = await self._read([job_id for job_id, _ in new]) if new else {}
+        new = {job_id: each for each in messages if (job_id := self._new_job(each)) is not None}
+        jobs: Mapping[str, Job] | None = {}
+        try:
+            if new:
+                jobs = await self._tools.blocking(self._records.get_many, list(new))
+        except Exception as error:  # noqa: BLE001 - the worker reads each job on its own
+            self._events.problem("batch not readable", reason=str(error))
+            jobs = None
         taken = []
-        for job_id, message in new:
+        for job_id, message in new.items():
             if jobs is not None and job_id not in jobs:
                 del self._jobs[job_id]
                 self._strangers.append((message, "no such job"))
@@ -184,16 +187,6 @@ class QueueSource:
             return None
         self._jobs[message.job_id] = []
         return message.job_id
-
-    async def _read(self, job_ids: Sequence[str]) -> Mapping[str, Job] | None:
-        """Read the records together; None on failure: the worker reads them one by one."""
-        try:
-            return await self._tools.blocking(self._records.get_many, job_ids)
-        except StoreBusy as error:
-            self._events.problem("batch not readable", reason=str(error))
-        except Exception:  # noqa: BLE001 - each job is read again on its own
-            self._events.problem("batch not readable")
-        return None
 
     # Letting go -------------------------------------------------------------------------------------------------
 
@@ -227,12 +220,13 @@ class QueueSource:
         """Keep messages hidden; reject messages that name no job; return or delete messages."""
         await self._keep_hidden()
         await self._handle_strangers()
+        await self._write("put back", self._put_back, self._to_put_back, last=last)
+        await self._write("deleted", self._inbox.delete, self._to_delete, last=last)
+        return not self._to_put_back and not self._to_delete
+
+    def _put_back(self, messages: Sequence[tuple[Received, int]]) -> None:
         now = self._tools.clock.now()
-        delays = [(message, max(0, at - now)) for message, at in self._to_put_back]
-        inbox, back, delete = self._inbox, self._to_put_back, self._to_delete
-        await self._write("put back", inbox.put_back, delays, back, last=last)
-        await self._write("deleted", inbox.delete, tuple(delete), delete, last=last)
-        return not back and not delete
+        self._inbox.put_back([(message, max(0, until - now)) for message, until in messages])
 
     async def _keep_hidden(self) -> None:
         """Hide the messages for the length of a lease, again and again: if this worker dies, they are soon visible.
@@ -240,16 +234,15 @@ class QueueSource:
         Otherwise they would stay hidden for the queue's own visibility timeout, six times the longest invocation.
         """
         now = self._tools.clock.now()
-        if self._hidden_at is not None and now - self._hidden_at < waits.RENEW_MS:
-            return
-        held = list(self._held.values())
-        try:
-            if held:
-                await self._tools.blocking(self._inbox.keep_hidden, held, waits.LEASE_MS)
-        except Exception:  # noqa: BLE001 - tried again in the next round
-            self._events.problem("messages not kept hidden", messages=len(held))
-        else:
-            self._hidden_at = now
+        if now >= self._hide_at:
+            held = list(self._held.values())
+            try:
+                if held:
+                    await self._tools.blocking(self._inbox.keep_hidden, held, waits.LEASE_MS)
+            except Exception:  # noqa: BLE001 - tried again in the next round
+                self._events.problem("messages not kept hidden", messages=len(held))
+            else:
+                self._hide_at = now + waits.RENEW_MS
 
     async def _handle_strangers(self) -> None:
         strangers, self._strangers = self._strangers, []
@@ -269,20 +262,14 @@ class QueueSource:
                 self.done(message)
 
     async def _write(
-        self,
-        what: str,
-        call: Callable[[Sequence[T]], None],
-        wanted: Sequence[T],
-        gathered: list[Any],
-        *,
-        last: bool,
+        self, what: str, call: Callable[[Sequence[T]], None], gathered: list[T], *, last: bool
     ) -> None:
+        """Write what was gathered; on failure it is gathered again for the next round."""
         some = list(gathered)
         gathered.clear()
-        if not some:
-            return
         try:
-            await self._tools.blocking(call, wanted)
+            if some:
+                await self._tools.blocking(call, some)
         except Exception:  # noqa: BLE001 - tried again in the next round
             if last:
                 # Not lost: they are visible again when the queue's own visibility timeout ends.

@@ -77,7 +77,7 @@ class Seat:
 
 
 class WindowRows:
-    """The rows of one window: a worker's job records and answers, and what has ended and is not saved."""
+    """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
 
     def __init__(self, prices: PriceList, clock: Clock) -> None:
         self._prices = prices
@@ -88,17 +88,22 @@ class WindowRows:
         self._unsaved_bytes = 0
         self._oldest_unsaved = 0
         self._held_bytes = 0
-        self._is_closed = False
+        self.is_closed = False
+        """Another worker has the range."""
         self._again: set[str] = set()
         self._starting: Callable[[Sequence[str]], None] = _nothing
         self._options = Options()
 
-    def open(self, seats: Iterable[Seat], options: Options, *, again: bool = False) -> None:
+    def begin(self, options: Options) -> None:
+        """Accept writes for the rows of another claim of a range."""
+        self._options = options
+        self.is_closed = False
+        self.open(())
+
+    def open(self, seats: Iterable[Seat], *, again: bool = False) -> None:
         """Replace the rows by those of another window; `again`: a worker died with them."""
         self._seats = {seat.job.job_id: seat for seat in seats}
         self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
-        self._is_closed = False
-        self._options = options
         self._starting = _nothing
         for seat in self._seats.values():
             if seat.ended is not None:
@@ -112,12 +117,7 @@ class WindowRows:
     def close(self) -> None:
         """Refuse all writes from now on: another worker has the range."""
         with self._lock:
-            self._is_closed = True
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether another worker has the range."""
-        return self._is_closed
+            self.is_closed = True
 
     def seats(self) -> list[Seat]:
         """Return all rows, in the order of their lines."""
@@ -157,17 +157,17 @@ class WindowRows:
                 self._set(seat, life.finish_waiting(seat.job, State.ERRORED, now, error))
             return [seat.job for seat in seats]
 
-    # A worker's job records and answers -------------------------------------------------------------------------
+    # A worker's job records, requests and answers ---------------------------------------------------------------
 
     def get(self, job_id: str) -> Job | None:
         """Return the row's job; None when another worker has the range."""
         with self._lock:
-            return None if self._is_closed else self._seats[job_id].job
+            return None if self.is_closed else self._seats[job_id].job
 
     def replace(self, job: Job, expected_version: int) -> None:
         """Write the job; raises Stale."""
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 raise Stale(None)
             seat = self._seats[job.job_id]
             if seat.job.version != expected_version:
@@ -180,10 +180,10 @@ class WindowRows:
         self._seats[job_id].message = message
         return Result()
 
-    def params(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        """Return the requests of rows that are about to start, made from their lines."""
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""
         self._starting(job_ids)
-        if self._is_closed:
+        if self.is_closed:
             return {}
         found = {}
         for job_id in job_ids:
@@ -272,17 +272,6 @@ class WindowRows:
         day = utc_day(job.finished_at or 0)
         cost = self._prices.cost_micro_usd(job.current_model, job.usage, day, batch=True)
         return cost or 0
-
-
-class RowRequests:
-    """The requests of rows, made from their lines anew when they are sent: parsed, they are large."""
-
-    def __init__(self, rows: WindowRows) -> None:
-        self._rows = rows
-
-    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        """Return the requests."""
-        return self._rows.params(job_ids)
 
 
 class RowBooks:

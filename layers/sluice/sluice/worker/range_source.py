@@ -187,7 +187,9 @@ class RangeSource:
             self._ready.clear()
             self._resting.clear()
         now = self._clock.now()
-        due = sorted((seat for seat in self._resting if seat.due_at <= now), key=_due_at)
+        due = sorted(
+            (seat for seat in self._resting if seat.due_at <= now), key=lambda seat: seat.due_at
+        )
         self._resting = [seat for seat in self._resting if seat.due_at > now]
         for seat in due:
             self._line_up(seat)
@@ -255,10 +257,6 @@ class RangeSource:
         self._suspects_waiting.discard(job_id)
         if not self._suspects and not self._suspects_waiting:
             self._losses = 0
-
-
-def _due_at(seat: Seat) -> int:
-    return seat.due_at
 
 
 def _taken(seat: Seat) -> Taken:

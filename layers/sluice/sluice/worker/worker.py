@@ -15,13 +15,11 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.waits import Place
 from sluice.worker.attempt import Attempt
-from sluice.worker.endings import Again, Done, Ending, Wait
-from sluice.worker.invocation import Invocation
+from sluice.worker.invocation import Again, Done, Ending, Invocation, RequestReader, Wait
 from sluice.worker.keys import KeyChoice
 from sluice.worker.ledger import Ledger
 from sluice.worker.limiter import Limiter
 from sluice.worker.memory import BUDGET, Budget, Memory
-from sluice.worker.requests import RequestReader
 from sluice.worker.source import Held, Source, Taken
 from sluice.worker.tools import Rules, Tools
 
