@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     """Return what the command line may name."""
     made = argparse.ArgumentParser(
         prog="python -m bench.limits",
-        description="Sluice's limiter beside other clients, under true limits, on this machine.",
+        description="Sluice's limiter and other clients, under real limits, on this machine.",
     )
     names = [scenario.name for scenario in SCENARIOS]
     add = made.add_argument

@@ -249,7 +249,7 @@ class Backlogged:
         )
 
     def play(self, minutes: int) -> Story:
-        """Play so many minutes."""
+        """Play this many minutes."""
         self._add(BULK, self.count, self.marker)
         try:
             self.time.run(self._play(minutes))

@@ -14,7 +14,7 @@ from itertools import accumulate
 from bench.limits.scenarios import Need, Scenario
 
 Taken = Sequence[tuple[float, float]]
-"""What somebody else took: (seconds after the start, amount), in order of time."""
+"""What other clients took: (seconds after the start, amount), in order of time."""
 
 
 class NeverDone(ValueError):
@@ -39,7 +39,7 @@ class Supply:
 
 
 def earliest(amount: float, supplies: Sequence[Supply], taken: Taken = ()) -> float:
-    """Return when the buckets together can have let `amount` through, beside what others took."""
+    """Return when the buckets together can have admitted `amount`, besides what others took."""
     times = [at for at, _ in taken]
     sums = [0.0, *accumulate(each for _, each in taken)]
     others = 0.0

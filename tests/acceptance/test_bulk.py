@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Gateway:
-    """The gateway as a caller sees it, and what stands behind it."""
+    """The gateway as a caller sees it, and the stack behind it."""
 
     http: httpx.Client
     ready: Ready
@@ -222,7 +222,7 @@ def test_a_requested_webhook_is_delivered_with_a_signature(gateway: Gateway) -> 
         job = gateway.http.post(
             "/jobs", json={"params": a_row("hooked", 1)["params"], "webhook": url}
         ).json()
-        # Refused once, it comes again five seconds later.
+        # Rejected once, it is delivered again five seconds later.
         within(lambda: len(got) == 2)
         gateway.drop("hooked.options.json", json.dumps({"webhook": url}).encode())
         gateway.drop("hooked.jsonl", jsonl(a_row("hooked", 2)))

@@ -291,7 +291,7 @@ def within(find: Callable[[], Any]) -> Any:
 
 @contextmanager
 def in_the_background(call: Callable[[], httpx.Response]) -> Iterator[list[httpx.Response]]:
-    """Make a call beside the test; its answer is there at the end."""
+    """Make a call concurrently with the test; its answer is available at the end."""
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(call()))
     thread.start()

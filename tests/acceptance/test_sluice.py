@@ -47,7 +47,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Gateway:
-    """The gateway as a caller sees it, and what stands behind it."""
+    """The gateway as a caller sees it, and the stack behind it."""
 
     http: httpx.Client
     ready: Ready
@@ -153,7 +153,7 @@ def test_two_hundred_jobs_all_succeed_and_each_is_paid_for_once(gateway: Gateway
     billed = [row for row in gateway.ledger("main-run") if row["billed"]]
     assert 200 == len(billed)
     assert 200 == len({row["body_hash"] for row in billed})
-    # Whatever 429s there were, nobody paid for them with an attempt.
+    # No 429 has used an attempt of a job.
     assert {1} == {job["attempts_used"] for job in done}
     assert {1} == {len(job["attempts"]) for job in done}
     assert 200 == len({job["message"]["id"] for job in done})

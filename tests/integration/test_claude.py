@@ -142,7 +142,7 @@ async def test_an_answer_names_its_request_the_organization_and_what_is_left(
 
 
 async def test_early_headers_are_reported_before_the_answer(sdk: SdkClaude) -> None:
-    """A first answer may take minutes, and nobody knows the limits before."""
+    """A first answer may take minutes, and the limits are unknown before."""
     reported: list[Headers | str] = []
     limits = {"default": {"rpm": 60, "itpm": 100_000, "otpm": 20_000}}
     organization = {"id": "org-two", "keys": [KEY], "limits": limits}

@@ -62,7 +62,7 @@ def ask(
 def signed(  # noqa: PLR0913, PLR0917 - the parts of a request
     emulator: Emulator, credentials: Signing, service: str, method: str, path: str, body: str = ""
 ) -> dict[str, str]:
-    """Return the headers of a request signed by somebody."""
+    """Return the headers of a signed request."""
     request = AWSRequest(method, f"{emulator.endpoint_url}{path}", data=body)
     SigV4Auth(credentials, service, REGION).add_auth(request)
     return dict(request.headers.items())

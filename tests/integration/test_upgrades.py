@@ -92,7 +92,7 @@ def test_a_job_of_the_first_release_is_read_as_it_was(cloud: Aws, name: str) -> 
     assert job is not None
     read = {each: plain(value) for each, value in asdict(job).items() if each in meant}
     for attempt in read["attempts"]:
-        # A later release's word on it: of these nobody knows what else was in flight.
+        # Written by a later release; for these it is unknown what else was in flight.
         assert attempt.pop("alone") is False
     assert meant == read
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World, Write
 
 LATE_START_MS: Final = 2 * SECOND
-"""Between a worker's last look at the deadline and its call."""
+"""Between a worker's last check of the deadline and its call."""
 
 CANCEL_MS: Final = 25 * SECOND
 """A worker looks for a cancel every 15 s; the rest is for its writes."""
@@ -29,10 +29,10 @@ EXPIRY_MS: Final = 3 * MINUTE
 """The sweep runs every minute; it may have to leave a job to the next run, and a run takes some time."""
 
 LEAST_BLOCK_MS: Final = 8 * SECOND
-"""Shorter pauses are not told apart from the time that a write takes."""
+"""Shorter pauses cannot be distinguished from the duration of a write."""
 
 OWN_MS: Final = 2 * SECOND
-"""A worker that was told to wait makes no more calls after this time."""
+"""A worker that received a 429 makes no more calls after this time."""
 
 OTHERS_MS: Final = 20 * SECOND
 """Neither do the others, after this time: they have to read it."""

@@ -134,7 +134,7 @@ def _take_busy_for_missing() -> Iterator[None]:
 
 
 @contextmanager
-def _look_at_the_oldest_only() -> Iterator[None]:
+def _read_the_oldest_only() -> Iterator[None]:
     good = MemoryJobs.due
 
     def due(self: MemoryJobs, why: DueFor, now: int, limit: int) -> Sequence[Due]:
@@ -205,9 +205,9 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         in_place_of(Resume, "_check", lambda *_: False),
     ),
     "take_busy_for_missing": Bug(
-        "a bucket that is busy is taken for a file that is gone", _take_busy_for_missing
+        "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing
     ),
-    "look_at_the_oldest_only": Bug("due jobs are read oldest first only", _look_at_the_oldest_only),
+    "read_the_oldest_only": Bug("due jobs are read oldest first only", _read_the_oldest_only),
     "take_a_local_error_for_upstreams": Bug(
         "a request that cannot be sent counts as a failure of the endpoint",
         partial(judged, _as_a_lost_connection),

@@ -82,17 +82,17 @@ class Check:
         """A call to Claude begins; what becomes of it is not decided yet."""
 
     def call_ended(self, world: World, call: Call) -> None:
-        """A call to Claude is over for whoever made it."""
+        """A call to Claude has ended for its worker."""
 
     def canceled(self, world: World, job: Job) -> None:
-        """A caller was told that a job is canceled; `job` as it was before."""
+        """A caller received the response that a job is canceled; `job` as it was before."""
 
     def ended(self, world: World) -> None:
         """The story is over."""
 
 
 class EveryChangeIsAllowed(Check):
-    """Each stored change is one of the state machine's, made by somebody who may, under the lease it asks for."""
+    """Each stored change is a transition of the state machine, by a permitted actor, under the required lease."""
 
     name = "every change is allowed"
 
@@ -366,7 +366,7 @@ class ThrottlingCostsNoJob(Check):
 
 
 class LeasesEndWithTheirOwners(Check):
-    """A dead worker's leases are over soon, and its messages are visible again by then."""
+    """A dead worker's leases expire soon, and its messages are visible again by then."""
 
     name = "leases end with their owners"
 

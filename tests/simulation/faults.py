@@ -2,7 +2,7 @@
 
 To add one: write a class with any of the hooks and put it into `FAULTS`.
 
-    strike   a coroutine beside everything else, for what happens at a time of its own
+    strike   a concurrent coroutine, for what happens at its own time
     before   at every call to a store, before it is made: raise StoreBusy, kill, or let time pass
     after    the same, when the call is made and its reply is on its way
     touch    at every verb of the stores of files: raise StoreBusy, or kill
@@ -90,7 +90,7 @@ class Fault:
         point.machine.world.record(point.machine, f"FAULT {what}", point.verb, point.args)
 
     def note(self, world: World, what: str) -> None:
-        """Note that something happened beside the calls."""
+        """Note that something happened apart from the calls."""
         self.struck += 1
         world.note(f"FAULT {what}")
 
@@ -154,7 +154,7 @@ class ClockSkew(Fault):
 
 
 class DuplicateDelivery(Fault):
-    """SQS delivers a message again that somebody holds, or there are two messages for one job."""
+    """SQS delivers a held message again, or there are two messages for one job."""
 
     async def strike(self, world: World) -> None:
         while True:
@@ -462,7 +462,7 @@ class Refusals(Fault):
 
 
 class RevokedKey(Fault):
-    """401 from a key until somebody puts another one into the pool; or 403 for some requests."""
+    """401 from a key until it is replaced in the pool; or 403 for some requests."""
 
     def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
         super().__init__(rng, calm_at_ms)
@@ -482,7 +482,7 @@ class RevokedKey(Fault):
 
 
 class Surprise(Fault):
-    """Something nobody thought of is raised out of the call."""
+    """The call raises an unexpected exception."""
 
     def reply(self, call: Call) -> Plan | None:  # noqa: ARG002
         return Plan(latency_ms=100, raises=RuntimeError("surprise")) if self.chance() else None
@@ -702,7 +702,7 @@ class RangeSeenTwice(Fault):
 
 
 class RangeLost(Fault):
-    """The message of a range is gone."""
+    """The message of a range is lost."""
 
     async def strike(self, world: World) -> None:
         while True:

@@ -79,7 +79,7 @@ class EveryBatchEnds(Check):
             if batch.phase is not Phase.ENDED or not batch.told:
                 lost = batch.batch_id in files.lost
                 check = "a batch ends although a message was lost" if lost else self.name
-                world.fail(check, f"{batch.name} is {batch.phase}, told: {batch.told}")
+                world.fail(check, f"{batch.name} is {batch.phase}, notified: {batch.told}")
 
 
 class BatchesEndSoon(Check):

@@ -41,7 +41,7 @@ LONGEST_RETRY_MS: Final = 15 * MINUTE
 """The batches function makes a message visible again after this time, doubled each time (see `adapters/sqs.Hidden`)."""
 
 ALIVE_MS: Final = 2 * MINUTE
-"""It keeps a message hidden only so far ahead, so that it comes back soon when the function dies."""
+"""It keeps a message hidden only so far ahead, so that it is soon visible again when the function dies."""
 
 LAST_MS: Final = 15 * SECOND
 
@@ -101,7 +101,7 @@ class StoryObjects(MemoryObjects):
 
 
 class StoryBatchQueues(MemoryBatchQueues):
-    """The queues of ranges and of the planner; they wake whoever waits for messages."""
+    """The queues of ranges and of the planner; they wake every worker that waits for messages."""
 
     name = "the ranges queue"
 
@@ -220,7 +220,7 @@ class Files:
         self.environments: list[RangeEnvironment] = []
         self.busy: list[RangeEnvironment] = []
         self.accepted: dict[str, Upload] = {}
-        """By batch id: what was uploaded, and that somebody was told of it."""
+        """By batch id: what was uploaded, once it is registered or its create was answered."""
         self.dropped: dict[str, Upload] = {}
         """By key: the files in the bucket."""
         self.canceled: dict[str, int] = {}

@@ -12,14 +12,14 @@ from tests.simulation.file_checks import FILE_CHECKS
 from tests.simulation.stories import story_of
 from tests.simulation.story import START
 from tests.simulation.troubles import compared
-from tests.simulation.webhooks import EndsAreTold
+from tests.simulation.webhooks import EndsAreNotified
 from tests.simulation.world import World
 
 ALL_CHECKS: Final[Sequence[type[Check]]] = (
     *CHECKS,
     *BOUNDS,
     *FILE_CHECKS,
-    EndsAreTold,
+    EndsAreNotified,
 )
 
 

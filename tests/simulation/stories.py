@@ -1,4 +1,4 @@
-"""Which story a seed tells. The kinds alternate, so that any few seeds in a row have all of them."""
+"""The story of each seed. The kinds alternate, so that a few consecutive seeds have all of them."""
 
 from __future__ import annotations
 

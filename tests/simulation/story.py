@@ -89,7 +89,7 @@ class Upload:
     name: str
     tenant: str
     lines: Sequence[str | bytes]
-    """A name stands for a row whose request and `custom_id` say it; bytes are a line as it is."""
+    """A name is a row with this prompt and `custom_id`; bytes are a line as it is."""
     model: str = "claude-a"
     fallback_models: tuple[str, ...] = ()
     deadline_ms: int | None = None

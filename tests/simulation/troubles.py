@@ -47,7 +47,7 @@ class IllCalls(Fault):
         return self._meets(call) if world.orders[call.name].tenant == self.whose else None
 
 
-def _turned_away(status: int | None, kind: str, message: str = "no", **facts: object) -> Fault:
+def _rejected(status: int | None, kind: str, message: str = "no", **facts: object) -> Fault:
     def meets(call: Call) -> Plan:
         return Plan(refused(call, status, kind, message, **facts), REFUSED_MS)  # type: ignore[arg-type]
 
@@ -74,54 +74,54 @@ def _with(story: Story, *faults: Fault) -> Story:
 
 def overloaded_sibling(story: Story) -> Story:
     """The ill tenant's model is overloaded; it shares its limits with the healthy tenant's."""
-    return _with(_ill_orders(story, 30, model="claude-a2"), _turned_away(529, "overloaded_error"))
+    return _with(_ill_orders(story, 30, model="claude-a2"), _rejected(529, "overloaded_error"))
 
 
 def overloaded_other_model(story: Story) -> Story:
     """The ill tenant's model is overloaded; it has limits of its own."""
-    return _with(_ill_orders(story, 30, model="claude-b"), _turned_away(529, "overloaded_error"))
+    return _with(_ill_orders(story, 30, model="claude-b"), _rejected(529, "overloaded_error"))
 
 
 def spent_workspace(story: Story) -> Story:
     """The ill tenant's workspace has reached its own spend limit."""
     story = _own_keys(_ill_orders(story, 10), Home("org", "ill"))
     message = "You have reached your specified workspace API usage limits. You will regain access."
-    return _with(story, _turned_away(400, "invalid_request_error", message))
+    return _with(story, _rejected(400, "invalid_request_error", message))
 
 
 def throttled_workspace(story: Story) -> Story:
     """The ill tenant's workspace has a rate limit of its own."""
     story = _own_keys(_ill_orders(story, 10), Home("org", "ill"))
-    return _with(story, _turned_away(429, "rate_limit_error", retry_after_ms=60 * SECOND))
+    return _with(story, _rejected(429, "rate_limit_error", retry_after_ms=60 * SECOND))
 
 
 def throttled_organization(story: Story) -> Story:
     """The ill tenant's organization is throttled for long; the healthy one's is another."""
     story = _own_keys(_ill_orders(story, 20), Home("other"))
-    return _with(story, _turned_away(429, "rate_limit_error", retry_after_ms=10 * MINUTE))
+    return _with(story, _rejected(429, "rate_limit_error", retry_after_ms=10 * MINUTE))
 
 
 def spent_organization(story: Story) -> Story:
     """The ill tenant's organization has spent its month; the healthy one's is another."""
     story = _own_keys(_ill_orders(story, 20), Home("other"))
     code = "enforced_spend_limit_reached"
-    return _with(story, _turned_away(429, "rate_limit_error", error_code=code))
+    return _with(story, _rejected(429, "rate_limit_error", error_code=code))
 
 
 def rejected_key(story: Story) -> Story:
     """The ill tenant's key is rejected."""
     story = _own_keys(_ill_orders(story, 20), Home("org"))
-    return _with(story, _turned_away(401, "authentication_error"))
+    return _with(story, _rejected(401, "authentication_error"))
 
 
 def refused_requests(story: Story) -> Story:
     """All requests of the ill tenant are bad."""
-    return _with(_ill_orders(story, 40), _turned_away(400, "invalid_request_error"))
+    return _with(_ill_orders(story, 40), _rejected(400, "invalid_request_error"))
 
 
 def unsendable_requests(story: Story) -> Story:
     """The ill tenant's requests cannot be written to the wire."""
-    return _with(_ill_orders(story, 40), _turned_away(None, UNSENDABLE))
+    return _with(_ill_orders(story, 40), _rejected(None, UNSENDABLE))
 
 
 def slow_answers(story: Story) -> Story:

@@ -225,7 +225,7 @@ class Upstream:
             self.world.on_bytes(call.machine)
             if plan.answer_bytes > ANSWER_PIECES * SMALL_PIECE:
                 await asyncio.sleep(self.world.rng.randrange(1, 8_000) / 1000)
-        # The answer is on its way; it may come late, or find nobody.
+        # The answer is being sent; it may arrive late, or after its caller has ended.
         await asyncio.sleep(self.world.rng.randrange(1, 40) / 1000)
         if plan.kills:
             call.machine.kill("the answer is poison")
@@ -235,15 +235,15 @@ class Upstream:
         return Answer(json.dumps(message), call.usage, plan.stop_reason, call.request_id, headers)
 
     async def _thought_about(self, call: Call) -> None:
-        """Let the latency pass; tell the headers early where a call wants them so."""
+        """Wait for the latency; report the headers early if the call asks for it."""
         latency_ms = call.plan.latency_ms
-        early_ms = latency_ms // 3 if self._tells_early(call) else 0
+        early_ms = latency_ms // 3 if self._has_early_headers(call) else 0
         if early_ms:
             await asyncio.sleep(early_ms / 1000)
             call.request.on_headers(self._headers(call))
         await asyncio.sleep((latency_ms - early_ms) / 1000)
 
-    def _tells_early(self, call: Call) -> bool:
+    def _has_early_headers(self, call: Call) -> bool:
         plan = call.plan
         return call.request.early and plan.reply is None and plan.raises is None and not plan.kills
 

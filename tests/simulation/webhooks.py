@@ -44,11 +44,11 @@ class StoryNotices(MemoryNotices):
 
 
 class Servers:
-    """Callers' servers. Some are down for a while; what each was told is taken down."""
+    """Callers' servers. Some fail for a while; each accepted delivery is recorded."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.told: dict[str, list[tuple[Mapping[str, str], str]]] = defaultdict(list)
+        self.accepted: dict[str, list[tuple[Mapping[str, str], str]]] = defaultdict(list)
         """By URL: headers and body of every delivery that was accepted."""
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
@@ -61,7 +61,7 @@ class Servers:
         await asyncio.sleep(world.rng.choice((0.05, 0.2, 3)))
         if world.strikes and world.rng.random() < 0.3:
             return world.rng.choice((Reply(500), Reply(503, 20), Reply(problem="timed out")))
-        self.told[url].append((headers, body))
+        self.accepted[url].append((headers, body))
         return Reply(204)
 
 
@@ -78,7 +78,7 @@ class Outbox:
         self._stirred = asyncio.Event()
         self._stream: list[Job] = []
         self.wanted: dict[str, str] = {}
-        """By id: every end that somebody wants to hear of, and where."""
+        """By id: every end that is to be notified, and the URL."""
 
     @property
     def is_empty(self) -> bool:
@@ -137,24 +137,24 @@ class Outbox:
                 await asyncio.wait_for(self._stirred.wait(), pause)
 
 
-class EndsAreTold(Check):
-    """Whoever wants to hear of an end hears of it, at their own address and signed for their tenant."""
+class EndsAreNotified(Check):
+    """Every requested webhook is delivered, to its own URL and signed for its tenant."""
 
-    name = "ends are told"
+    name = "ends are notified"
 
     def ended(self, world: World) -> None:
         outbox = world.outbox
         heard = {
             (headers["webhook-id"], url)
-            for url, deliveries in outbox.servers.told.items()
+            for url, deliveries in outbox.servers.accepted.items()
             for headers, _ in deliveries
         }
         wanted = set(outbox.wanted.items())
         for name, _ in sorted(wanted - heard):
-            world.fail(self.name, f"nobody was told of {name}")
+            world.fail(self.name, f"no notification of {name}")
         for name, url in sorted(heard - wanted):
-            world.fail(self.name, f"{url} was told of {name}")
-        for url, deliveries in outbox.servers.told.items():
+            world.fail(self.name, f"{url} was notified of {name}")
+        for url, deliveries in outbox.servers.accepted.items():
             for headers, body in deliveries:
                 tenant = url.removeprefix("https://").partition(".")[0]
                 if _signature(headers, body, tenant) not in headers["webhook-signature"].split():

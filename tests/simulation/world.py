@@ -126,7 +126,7 @@ class StoryJobs(MemoryJobs):
 
 
 class _Held(bytes):
-    """A request's bytes in a worker's memory: unlike plain bytes they say when nobody holds them any more."""
+    """A request's bytes in a worker's memory: unlike plain bytes they report when they are no longer held."""
 
     sizes: Counter[int]
 
@@ -525,8 +525,8 @@ class World:
     # Lambda ------------------------------------------------------------------------------------------------
 
     def begin(self, work: Any) -> asyncio.Task[Any]:
-        """Let something happen beside everything else; the story does not end before it has."""
-        # It belongs to no machine, whoever brought it about.
+        """Run something concurrently; the story does not end before it has ended."""
+        # It belongs to no machine, also if a machine caused it.
         nobodys = copy_context()
         nobodys.run(MACHINE.set, None)
         task = asyncio.create_task(work, context=nobodys)
@@ -866,7 +866,7 @@ class World:
         self.note(f"BROKEN: {check}: {what}")
 
     def note(self, text: str) -> None:
-        """Add a line to the history that is nobody's."""
+        """Add a line to the history that belongs to no machine."""
         self.history.append((self.time.now(), "", text, "", ()))
 
     def record(

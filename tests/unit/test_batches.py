@@ -338,7 +338,7 @@ def test_a_range_is_claimed_by_one_worker_at_a_time() -> None:
 
 
 def lost_with(state: RangeState, *running: int) -> RangeState:
-    """Return the range after the loss of a worker that had these rows in flight, claimed anew."""
+    """Return the range after the loss of a worker that had these rows in flight, claimed again."""
     noted = note_running(state, str(state.owner), running)
     return claim_range(noted, f"after-{noted.version}", NOON, 0)
 

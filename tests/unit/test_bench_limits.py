@@ -207,7 +207,7 @@ def test_429s_of_all_kinds_are_counted() -> None:
     [
         (["answered"], 0, 0),
         (["answered", "answered"], 1, 1),
-        (["drop_after_billing", "answered"], 1, 0),  # nobody could know that it was billed
+        (["drop_after_billing", "answered"], 1, 0),  # it was unknown that it was billed
         (["drop_after_billing", "drop_after_billing", "answered"], 2, 0),
         (["drop_after_billing", "answered", "answered"], 2, 1),
         (["529", "rate_limited:requests", "answered"], 0, 0),

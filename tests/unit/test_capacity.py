@@ -142,7 +142,7 @@ def workers(*groups: Group, present: int = 10, ceiling: int = 100) -> int:
         ([group(rpm=4_000, itpm=60_000, call_ms=90_000)], 4),
         # Groups add up.
         ([group("a", 600, call_ms=20_000), group("b", 600, call_ms=20_000)], 15),
-        # An idle group's limits are nobody's work.
+        # The limits of an idle group need no worker.
         ([group("a", 50), group("b", 4_000, call_ms=10_000, busy=False)], 2),
         # When all are idle there is nothing to go by but all limits.
         ([group("a", 50, busy=False), group("b", 4_000, call_ms=10_000, busy=False)], 24),
@@ -292,12 +292,12 @@ def test_a_breaker_that_only_counts_is_not_open() -> None:
     [
         ([group(blocked_ms=OFF_MS + SECOND)], False),
         ([group("a", blocked_ms=HOUR), group("b", blocked_ms=6 * MINUTE)], False),
-        # Idle groups count as well: their next job would have nobody to run it.
+        # Idle groups count too: otherwise their next job would have no worker.
         ([group("a", blocked_ms=HOUR), group("b", busy=False)], True),
         ([group("a", blocked_ms=HOUR), group("b", blocked_ms=OFF_MS)], True),
         ([group("a", blocked_ms=HOUR), replace(unknown(), blocked_until=NOON + HOUR)], True),
         ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS - 1)], True),
-        # A mistyped model's group is never blocked, and nobody asks for it again.
+        # The group of a mistyped model is never blocked, and is not used again.
         ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS)], False),
         ([unknown(idle_ms=FORGOTTEN_MS)], True),
         # The open breaker never switches off: its pauses are short.

@@ -153,7 +153,7 @@ def test_the_limit_is_the_sum_over_the_groups_the_jobs_draw_on() -> None:
     tally.note([job("b", "running", "fable-5")], 3.0)
     guessed = tally.snapshot(3.0).limit_per_minute
 
-    # What nobody has learned yet is a guess, and not shown as a limit.
+    # A limit that is not learned yet is a guess, and not shown as a limit.
     assert (None, 600, 650, 650) == (before, one, both, guessed)
 
 

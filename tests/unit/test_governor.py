@@ -250,7 +250,7 @@ def test_workers_do_not_wait_for_the_age_of_keys(scene: Scene) -> None:
 
 
 class Pair(Scene):
-    """The same with ranges beside the jobs: the limit group keeps four workers of either kind busy."""
+    """The same with ranges besides the jobs: the limit group keeps four workers of either kind busy."""
 
     def __init__(self, pool_at: int | None = NOON - DAY_MS) -> None:
         super().__init__(pool_at)
@@ -624,7 +624,7 @@ def test_a_raised_limit_is_used_in_the_run_that_sees_it() -> None:
 
 
 def test_workers_that_were_started_before_the_limit_was_known_hold_their_room() -> None:
-    """Ten workers may run for a quarter of an hour, so that nobody else may be enabled that is not."""
+    """Ten workers may run for a quarter of an hour, so that no other mapping may be enabled."""
     six = Six()
     jobs = six.mappings["jobs"]
     jobs.stored = replace(jobs.stored, maximum_concurrency=10)

@@ -471,7 +471,7 @@ def test_an_answer_that_crossed_a_cancel_is_kept() -> None:
         # Final: whatever else is written on it.
         (IN_STATE[State.SUCCEEDED], Step.DROP),
         (replace(IN_STATE[State.ERRORED], cancel_requested=True), Step.DROP),
-        # Leased: nobody else touches it, canceled or late as it may be.
+        # Leased: no other worker changes it, even if it is canceled or late.
         (claimed(), Step.BUSY),
         (replace(claimed(), cancel_requested=True, deadline=NOON), Step.BUSY),
         # The lease ran out: it is there to be taken, by the rules for a waiting job.
@@ -599,7 +599,7 @@ def test_an_answer_that_broke_off_for_overload_counts_its_cost_wherever_the_job_
 
 
 def lost(job: Job, times: int, *, alone: bool = False) -> Job:
-    """Return the job after so many workers died with it, the last one unnoticed so far."""
+    """Return the job after this many workers died with it, the last one not yet noticed."""
     for _ in range(times):
         at = NOON + len(job.attempts) * MINUTE
         job = claim(job, f"dead-{len(job.attempts)}", at, at, alone=alone)

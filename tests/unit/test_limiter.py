@@ -358,7 +358,7 @@ def test_the_books_show_what_was_really_used(crew: Crew, *, learned: bool, outpu
 
 
 def test_a_settlement_travels_with_the_next_block(crew: Crew) -> None:
-    """A write of its own only when nobody asks for a while."""
+    """A separate write only if no reservation is made for a while."""
     crew.know(known_group(seen=limited(6_000, 1_000)))
 
     async def story(limiter: Limiter) -> tuple[int, int, int]:
@@ -746,7 +746,7 @@ def test_an_empty_queue_is_recorded_with_the_next_reservation(crew: Crew) -> Non
 
 
 def test_at_the_end_of_a_queue_everybody_knows_how_many_jobs_wait(crew: Crew) -> None:
-    """Who knew only of its own would take them for the last ones. While there is a queue nobody asks."""
+    """A worker that knew only of its own jobs would take them for the last ones. With a queue this is irrelevant."""
     group = known_group(seen=limited(600, 10))
     bound_by_output = replace(group, output_mean=2 * group.output_tokens.limit)
     crew.know(block(bound_by_output, NOON + 14 * SECOND, "x", NOON))

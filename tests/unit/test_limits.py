@@ -203,7 +203,7 @@ def play(steps: Sequence[Step]) -> tuple[list[Started], Group, int]:
                 state = drained(state, now)
             case Stop(milliseconds, overdrawn):
                 state = block(state, now + milliseconds, "rate limited", now, overdrawn=overdrawn)
-                # What had not started by then is void, and given back by its worker.
+                # Reservations that had not started by then are invalid, and released by their worker.
                 unsent = [each for each in started if each.at > now and each.epoch < state.epoch]
                 started = [each for each in started if each not in unsent]
                 state = give_back(state, unsent, now)
@@ -430,7 +430,7 @@ def test_sixty_a_minute_with_a_burst_of_ten() -> None:
         (0, 20, 3, 3, 3),  # ... at the limit's own pace, whatever is saved up
         (25, 4, 0, 1, 25),  # later saved-up capacity is spent faster, but not in one millisecond
         (25, 20, 3, 12, 28),  # the rest of the burst is planned over the next seconds ...
-        (28, 20, 0, 0, 0),  # ... and nobody jumps the queue
+        (28, 20, 0, 0, 0),  # ... and no job jumps the queue
         (38, 1, 0, 1, 38),  # one is refilled each second
         (600, 50, 2, 3, 602),  # ten minutes of rest: slowly again
         (625, 50, 2, 11, 627),  # and one burst was saved up, no more
@@ -507,7 +507,7 @@ def test_a_steady_stream_of_output_runs_at_the_whole_limit() -> None:
 
 
 def test_without_waiting_jobs_only_the_limit_of_upstream_applies() -> None:
-    """The last jobs of a queue start while upstream has any output left: nobody is there to be held back by them."""
+    """The last jobs of a queue start while upstream has any output left: no other job waits behind them."""
     state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
     cost = Cost(1, 0, 4_000)
     state, _ = reserve(state, [cost], NOON, 0)
@@ -547,7 +547,7 @@ def test_the_last_jobs_start_together_only_when_they_are_few() -> None:
 
 
 def test_the_last_jobs_may_have_the_requests_that_are_kept_back() -> None:
-    """The margin is there because a 429 makes everybody wait; behind the last jobs nobody does."""
+    """The margin exists because a 429 delays all waiting jobs; behind the last jobs there are none."""
     seen = Seen(limit=600, remaining=100)
     learned = observe(warm(group(600, 100)), Observation(NOON, {"requests": seen}), NOON)
     wanted = [ONE] * 300
@@ -749,7 +749,7 @@ def test_calls_that_were_not_sent_teach_nothing() -> None:
 
 
 def test_output_in_flight_fades_as_a_call_does() -> None:
-    """Nobody has to report when it was produced, so a worker that dies leaves nothing behind."""
+    """It need not be reported when it was produced, so a worker that dies leaves nothing behind."""
     state, _ = reserve(group(), [Cost(1, 0, 1_000)] * 3, NOON, MINUTE)
     assert 3_000 == state.under_way
 

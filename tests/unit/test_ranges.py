@@ -659,7 +659,7 @@ def test_a_join_that_fails_is_left_to_the_batches_function(
 def test_a_worker_that_dies_while_it_joins_is_followed_by_one_that_ends_the_batch(
     make: Make,
 ) -> None:
-    """Also where the queue of the batches function is out of reach: the range's message comes again."""
+    """Also if the queue of the batches function is unreachable: the range's message is returned."""
     bulk = make()
     bulk.upload(jsonl(a_row(1)))
     bulk.objects.before_put = died = Dies()

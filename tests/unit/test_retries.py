@@ -61,7 +61,7 @@ def failed(
 
 
 KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
-    # The request itself is wrong: nobody's time is worth another try.
+    # The request itself is invalid: a retry would not help.
     ("bad request", failed(400, "invalid_request_error"), GiveUp, Effect.NONE),
     ("not found", failed(404, "not_found_error"), GiveUp, Effect.NONE),
     ("method", failed(405), GiveUp, Effect.NONE),
@@ -73,7 +73,7 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     # The key is wrong: another one may do.
     ("unauthenticated", failed(401, "authentication_error"), Snooze, Effect.REJECT_KEY),
     ("forbidden", failed(403, "permission_error"), Snooze, Effect.REFUSED_TO_KEY),
-    # Money: the group rests, and somebody has to look.
+    # Money: the group is blocked until a person acts.
     ("billing", failed(402, "billing_error"), Snooze, Effect.SPEND_LIMIT),
     ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.SPEND_LIMIT),
     ("spend cap", failed(429, code="enforced_spend_limit_reached"), Snooze, Effect.SPEND_LIMIT),
@@ -98,7 +98,7 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("gateway timeout", failed(504, "timeout_error"), Retry, Effect.ENDPOINT_FAILED),
     ("unheard of", failed(599), Retry, Effect.ENDPOINT_FAILED),
     ("connection lost", failed(None, "connection_error"), Retry, Effect.ENDPOINT_FAILED),
-    # A long answer is nobody's fault.
+    # A long answer is not the fault of the endpoint.
     ("out of time", failed(None, "output_timeout"), Retry, Effect.NONE),
 ]
 
@@ -189,7 +189,7 @@ def test_the_tiers_cap_rests_until_next_month() -> None:
     [failed(402), failed(400, message=OWN_LIMIT), failed(429, code="contract_spend_limit_reached")],
 )
 def test_other_money_problems_are_checked_again(failure: Failure) -> None:
-    """They end when somebody acts."""
+    """They end when a person acts."""
     assert NOON + POLICY.spend_recheck_ms == verdict(failure).until
 
 

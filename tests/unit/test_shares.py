@@ -42,7 +42,7 @@ def claim(name: str, backlog: Backlog = EMPTY, **facts: object) -> Claim:
 
 
 def off(name: str, backlog: Backlog = WAITS, *, minutes: int = 10, **facts: object) -> Claim:
-    """One that was disabled so many minutes ago."""
+    """A mapping that was disabled this many minutes ago."""
     return claim(name, backlog, enabled=False, switched_at=NOON - minutes * MINUTE, **facts)
 
 
@@ -165,7 +165,7 @@ def test_following_a_decision_changes_nothing_more() -> None:
              off("webhooks", minutes=3), off("dead letters", minutes=4)],
             {"jobs", "ranges", "dead letters"},
         ),
-        # A queue whose messages are all hidden needs nobody now.
+        # A queue whose messages are all hidden needs no invocation now.
         (
             [claim("jobs", WAITS), claim("ranges", WAITS), claim("batches", WAITS),
              off("webhooks", RUNNING)],

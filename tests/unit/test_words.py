@@ -17,7 +17,7 @@ GLOSSARY = ROOT / "docs" / "glossary.md"
 CODE_IS_CHECKED = {
     "bench": True,
     "functions": True,
-    "layers": False,
+    "layers": True,
     "scripts": True,
     "tests": True,
 }

@@ -1,6 +1,6 @@
 """One attempt at a job: choose a key, get admitted, claim, call, record.
 
-The order of events is the promise: claimed before the call, answer stored before the message is done, one ledger row
+The order is guaranteed: the claim before the call, the stored answer before the acknowledged message, one ledger row
 per call.
 """
 
@@ -43,7 +43,7 @@ class Attempt:
         self._tools = invocation.tools
 
     async def run(self) -> Ending:
-        """Bring the job as far as one attempt goes; jobs that have lost many workers run apart from the others.
+        """Make one attempt at the job; jobs that have lost many workers run apart from the others.
 
         Each step returns what the next one needs. If it turns out that no call can be made now, it raises NoCall.
         """
@@ -65,11 +65,11 @@ class Attempt:
         while True:
             admission, key = await self._admit(hold_ms)
             with admission:
-                # A small request is read while its job waits; the memory of a large one is not to wait with it.
+                # A small request is read while its job waits; a large one must not occupy memory during the wait.
                 if is_large:
                     await self._wait_for_start(admission)
                 if grant.take_now(self._job.request_bytes):
-                    # Read before the claim: what fails here has used no attempt.
+                    # Read before the claim: a failure here uses no attempt.
                     body = await self._request(grant)
                     try:
                         if not is_large:
@@ -81,7 +81,7 @@ class Attempt:
                         raise
                     return await self._call(job, body, admission, key, grant)
             await self._wait_for_memory(grant)
-            # Jobs that wait for memory must not wait for limits that are not theirs.
+            # A job that waits for memory must not count as one that waits for limits.
             hold_ms = waits.START_WITH_MEMORY_MS
 
     # Without a call ---------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Attempt:
         )
 
     async def _without_call(self, step: Step) -> Ending:
-        """Do what a step other than RUN asks for."""
+        """Do what the next step requires, other than RUN."""
         job, now, spread = self._job, self._invocation.now(), self._invocation.spread
         match step:
             case Step.DROP:
@@ -147,14 +147,14 @@ class Attempt:
                 assert_never(admission)
 
     def _latest_start(self, hold_ms: int) -> int | None:
-        """Return until when it may wait for its start here; None when no call fits into the invocation any more."""
+        """Return the latest start in this invocation; None if no call fits into it any more."""
         now = self._invocation.now()
         hold_ms = min(waits.SCOUT_MS, hold_ms) if self._taken.is_scout else hold_ms
         latest = min(self._invocation.stop_at - self._invocation.window(self._job), now + hold_ms)
         return None if latest < now else latest
 
     def _until_key_or_time(self, *, has_key: bool) -> Wait:
-        """Give the job back: no key is usable now, or no time is left."""
+        """Return the job: no key is usable now, or no time is left."""
         self._invocation.held.may_take = False
         spread = self._invocation.spread
         if has_key:
@@ -163,10 +163,10 @@ class Attempt:
         return self._invocation.in_queue(waits.grown(delay, self._taken.message.receive_count))
 
     async def _later(self, later: Later) -> Ending:
-        """Give a job back that cannot start soon: to the queue, or out of it."""
+        """Return a job that cannot start soon to the queue, or park it."""
         is_scout = self._taken.is_scout
         if not is_scout:
-            # What is behind it in the queue would not start sooner.
+            # Jobs behind it in the queue would not start sooner.
             self._invocation.held.may_take = False
             await self._linger(later.at)
         now = self._invocation.now()
@@ -211,7 +211,7 @@ class Attempt:
         return body
 
     async def _claim(self, key: UpstreamKey) -> Job:
-        """Take the lease, unless the job or its key changed while it waited, or another worker was quicker."""
+        """Take the lease, unless the job or its key changed during the wait, or another worker was quicker."""
         if self._next_step() is not Step.RUN or self._invocation.keys.is_rejected(key):
             raise NoCall(Again(self._job))
         job, now = self._job, self._invocation.now()
@@ -220,7 +220,7 @@ class Attempt:
         try:
             stored = await self._swap(claimed)
         except StoreBusy:
-            # Perhaps it is written: given up now, the attempt would count though no call was made.
+            # It may be written: if it was abandoned now, the attempt would count although no call was made.
             await self._tools.clock.sleep(waits.REWRITE_MS)
             stored = await self._swap(claimed)
         # Equal, but read back: only the response to the first try was lost.
@@ -246,7 +246,7 @@ class Attempt:
     # Writing without a call -------------------------------------------------------------------------------------
 
     async def _end(self, state: State, error: JobError | None) -> Done:
-        """End a job that nobody runs."""
+        """End a job that no worker runs."""
         ended = life.finish_waiting(self._job, state, self._invocation.now(), error)
         await self._write(ended)
         report_end(self._tools.events, ended)
@@ -272,7 +272,7 @@ class Attempt:
 
 
 def _overtaken_by(stored: Job | None) -> NoCall:
-    """Return how a job goes on that another writer changed; a deleted one is done."""
+    """Return how a job continues that another writer changed; a deleted one is done."""
     return NoCall(DONE if stored is None else Again(stored))
 
 

@@ -19,7 +19,7 @@ from sluice.worker.limit_books import Admission
 from sluice.worker.memory import Grant
 
 OTHER_MODELS: Final = "other"
-"""Model group, in metrics, of models without a price: a dimension must not grow with names that callers invent."""
+"""Model group, in metrics, of models without a price: callers must not be able to create values of a dimension."""
 
 
 class Call:
@@ -42,7 +42,7 @@ class Call:
         self._renewed_at = invocation.now()
 
     async def make(self, body: Body, grant: Grant) -> Answer | Refused:
-        """Make the call. It ends early when the job is canceled or its lease is lost."""
+        """Make the call. It ends early if the job is canceled or its lease is lost."""
         events, group = self._tools.events, self.metric_group
         started = self.invocation.now()
         call = asyncio.ensure_future(self._tools.claude.send(self._request(body, grant)))
@@ -63,7 +63,7 @@ class Call:
 
     def _request(self, body: Body, grant: Grant) -> CallRequest:
         invocation, job = self.invocation, self.job
-        # The last seconds of the invocation are for writing the outcome.
+        # The last seconds of the invocation are kept to write the outcome.
         window = max(1_000, invocation.left())
         return CallRequest(
             key=self.key,
@@ -81,7 +81,7 @@ class Call:
         )
 
     def _heard(self, headers: Headers) -> None:
-        """Use headers that came before their answer."""
+        """Use headers that arrived before their answer."""
         limiter = self.invocation.limiter
         limiter.heard(self.admission, headers, served=False)
         organization = self.invocation.keys.other_organization(
@@ -113,7 +113,7 @@ class Call:
                     return
 
     async def renew_if_due(self) -> None:
-        """Extend the lease unless that was done lately; raises LeaseLost or StoreBusy."""
+        """Extend the lease unless this was done recently; raises LeaseLost or StoreBusy."""
         now = self._tools.clock.now()
         if now - self._renewed_at < waits.RENEW_MS - waits.CANCEL_CHECK_MS:
             return
@@ -121,5 +121,5 @@ class Call:
         stored = await self._tools.blocking(swap, self._tools.jobs.replace, kept, self.job.version)
         if stored is kept:
             self._renewed_at = now
-        # After a concurrent change the next look decides.
+        # After a concurrent change the next check decides.
         self.job = stored or self.job

@@ -20,22 +20,22 @@ from sluice.worker.tools import Rules, Tools
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """There is nothing more to do for the message: it may be deleted."""
+    """The message is done: it may be deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """The job goes on at a time (epoch milliseconds); `where` says where it waits until then."""
+    """The job continues at a time (epoch milliseconds); `where` says where it waits until then."""
 
     until: int
     where: Place
     job: Job | None = None
-    """The record as it was written last, where it is known."""
+    """The record as last written, if known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """The job goes on at once, from this record."""
+    """The job continues at once, from this record."""
 
     job: Job
 
@@ -52,7 +52,7 @@ class RequestReader:
         self._wanted: dict[str, asyncio.Future[Params | None]] = {}
 
     async def read(self, job_id: str, grant: Grant) -> Body | None:
-        """Return the request, None when it is missing. Its memory is given back when it is sent."""
+        """Return the request, None if it is missing. Its memory is released when it is sent."""
         first = not self._wanted
         wanted = self._wanted.setdefault(job_id, asyncio.get_running_loop().create_future())
         if first:
@@ -90,7 +90,7 @@ class Invocation:
     started: int
     """Epoch milliseconds."""
     stop_at: int
-    """When calls must have ended, in epoch milliseconds."""
+    """When all calls must have ended, in epoch milliseconds."""
 
     @property
     def whole_ms(self) -> int:
@@ -102,7 +102,7 @@ class Invocation:
         return self.tools.clock.now()
 
     def left(self) -> int:
-        """Return the milliseconds that are left for calls."""
+        """Return the milliseconds left for calls."""
         return self.stop_at - self.now()
 
     def spread(self, milliseconds: int) -> int:

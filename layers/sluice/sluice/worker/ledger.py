@@ -1,4 +1,4 @@
-"""The ledger of a worker: one row per upstream call, gathered and written every few seconds."""
+"""The ledger of a worker: one row per upstream call, collected and written every few seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_ROWS: Final = 10_000
 
 
 class Ledger:
-    """One worker's. Rows that could not be written in one invocation are written in the next."""
+    """The ledger of one worker. Rows that could not be written in one invocation are written in the next."""
 
     def __init__(self, books: CallBooks, blocking: Blocking, events: Events) -> None:
         self._books = books
@@ -26,17 +26,17 @@ class Ledger:
         self._events = events
         self._rows: list[LedgerRow] = []
         self._to_add_up: list[LedgerRow] = []
-        """Rows that are written, and not yet in the sums."""
+        """Rows that are written but not yet in the sums."""
 
     def account(self, row: LedgerRow) -> None:
-        """Have a call's row written with the next ones."""
+        """Write a call's row together with the next ones."""
         self._rows.append(row)
 
     async def record_now(self, rows: Sequence[LedgerRow], news: Sequence[LedgerRow]) -> None:
-        """Write rows at once; `news` are those not written before. On a busy ledger they are written with the next."""
+        """Write rows at once; `news` are those not written before. After a failure they are written with the next."""
         try:
             await self._blocking(self._books.record, rows)
-        except Exception:  # noqa: BLE001 - the job goes on, and no row is dropped
+        except Exception:  # noqa: BLE001 - the job continues, and no row is dropped
             self._rows.extend(news)
         else:
             self._to_add_up.extend(news)
@@ -44,11 +44,11 @@ class Ledger:
     async def account_for_lost(self, before: Job, after: Job) -> None:
         """Record the calls of workers that died, if `after` closed one more of them: they may be billed.
 
-        At once and not with the other rows: whatever killed that worker may kill this one before it writes them.
+        At once, because whatever killed that worker may kill this one before it writes the other rows.
         """
         if life.open_attempt(before) is None:
             return
-        # All of them: the worker that found an earlier one may have died before it wrote the row.
+        # All of them, because the worker that found an earlier one may have died before it wrote the row.
         rows = [
             lost_row(after, attempt.at, attempt.model, f"lost-{attempt.number}", "the worker died during the call")
             for attempt in after.attempts
@@ -57,11 +57,11 @@ class Ledger:
         await self.record_now(rows, news=rows[-1:])
 
     async def keep(self, *, last: bool = False) -> bool:
-        """Write what was gathered, and add it to the sums; return whether all of it is written."""
+        """Write the collected rows, and add them to the sums; return whether all are written."""
         if rows := list(self._rows):
             try:
                 await self._blocking(self._books.record, rows)
-            except Exception:  # noqa: BLE001 - no row is dropped for an error nobody thought of
+            except Exception:  # noqa: BLE001 - no row is dropped because of an unexpected error
                 if last:
                     # They wait for the next invocation. If there is none, the attempts in the job records remain.
                     self._events.problem("ledger rows not written", rows=len(rows))
@@ -82,7 +82,7 @@ class Ledger:
         try:
             await self._blocking(self._books.add_up, sums)
         except StoreBusy:
-            # An addition that may have been made is not repeated; the sums can be computed anew from the rows.
+            # An addition that may have been made is not repeated; the sums can be recomputed from the rows.
             self._events.problem("usage sums not written", rows=len(rows))
 
 

@@ -1,4 +1,4 @@
-"""What a call brought: given to the limits and the keys, written into the job's record and the ledger."""
+"""The outcome of a call: applied to limits and keys, written to the job's record and the ledger."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sluice.worker.keys import endpoint_circuit, model_circuit
 Change = Callable[[Job, int], Job]
 Then = Callable[[Job], Ending]
 Consequence = tuple[Change, Then, LedgerRow | None]
-"""How the record of the job changes, how the job goes on unless it has ended, and the call's ledger row."""
+"""How the record of the job changes, how the job continues unless it has ended, and the call's ledger row."""
 
 AT_ONCE: Final = {
     Effect.REJECT_KEY,
@@ -32,11 +32,11 @@ AT_ONCE: Final = {
     Effect.BLOCK_GROUP,
     Effect.RAMP_GROUP,
 }
-"""After these a snoozed job looks again at once: another key may do, and the limiter knows how long a group waits."""
+"""After these a snoozed job tries again at once: another key may work, and the limiter knows all blocks."""
 
 
 class Outcome:
-    """What one call brought."""
+    """The outcome of one call."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -45,7 +45,7 @@ class Outcome:
         self._events = call.invocation.tools.events
 
     async def record(self, answer: Answer | Refused) -> Ending:
-        """Use what the response said, and write what it means for the job."""
+        """Apply the response to limits and keys, and write the outcome of the job."""
         await self._learn(answer)
         if isinstance(answer, Answer):
             consequence = await self._answered(answer)
@@ -57,7 +57,7 @@ class Outcome:
             consequence = await self._failed(answer.failure, answer.headers)
         return await self._write(*consequence)
 
-    # What the response says about more than this job ------------------------------------------------------------
+    # Limits and keys ---------------------------------------------------------------------------------------------
 
     async def _learn(self, answer: Answer | Refused) -> None:
         headers, admission = answer.headers, self._call.admission
@@ -74,7 +74,7 @@ class Outcome:
             self._invocation.limiter.works(admission, endpoint_circuit(self._call.key))
 
     async def _apply(self, verdict: Verdict, failure: Failure, headers: Headers) -> None:
-        """Use what a failure says about the group, the model or the key."""
+        """Apply a failure to the group, the model or the key."""
         match verdict.effect:
             case Effect.NONE:
                 self._events.count("UpstreamErrors")
@@ -122,7 +122,7 @@ class Outcome:
             self._call.admission, verdict.until or 0, "spend limit", request_id=failure.request_id
         )
 
-    # What it means for the job ----------------------------------------------------------------------------------
+    # The job ----------------------------------------------------------------------------------------------------
 
     async def _answered(self, answer: Answer) -> Consequence:
         usage, job, owner = answer.usage, self._call.job, self._invocation.owner
@@ -183,7 +183,7 @@ class Outcome:
         return self._invocation.in_queue(waits.LEASE_MS)
 
     def _stopped(self) -> LedgerRow:
-        """Return the row of a call that was stopped from outside: it may have been billed."""
+        """Return the row of a call that was stopped by its caller: it may have been billed."""
         self._call.admission.settle(self._call.admission.reserved)
         return self._row("canceled", Usage(), None, None, certain=False, note="stopped during call")
 
@@ -301,7 +301,7 @@ class Outcome:
         return LedgerRow(
             tenant=job.tenant,
             day=utc_day(self._invocation.now()),
-            # The version at the claim is unique to this call: attempts given back repeat their number.
+            # The version at the claim is unique to this call: the numbers of snoozed attempts repeat.
             call_id=f"{job.job_id}#{job.version}",
             job_id=job.job_id,
             model=job.current_model,
@@ -318,7 +318,7 @@ class Outcome:
     # Writing ----------------------------------------------------------------------------------------------------
 
     async def _store(self, message: str, row: LedgerRow) -> life.Result:
-        # A name for this call alone: a late answer must not replace that of another call.
+        # A unique name: a late answer must not replace that of another call.
         name = f"{self._call.claimed.job_id}-{self._call.claimed.version}"
         while True:
             try:
@@ -326,16 +326,16 @@ class Outcome:
             except StoreBusy:
                 await self._pause(row)
             try:
-                # Without its lease the job would be run again meanwhile.
+                # Without its lease the job would be run again in the meantime.
                 await self._call.renew_if_due()
             except (StoreBusy, LeaseLost):
-                # The write of the outcome finds out what that means.
+                # The write of the outcome handles this.
                 continue
 
     async def _write(self, change: Change, then: Then, row: LedgerRow | None) -> Ending:
-        """Write the job's new state, then its ledger row; `then` says how it goes on unless it has ended."""
+        """Write the job's new state, then its ledger row; `then` says how it continues unless it has ended."""
         if row is not None and not row.certain:
-            # What may be billed and is repeated must be in the ledger even if this worker dies right after.
+            # A call that may be billed and is repeated must be in the ledger even if this worker dies now.
             await self._invocation.ledger.record_now([row], news=[row])
             row = None
         note = None
@@ -347,7 +347,7 @@ class Outcome:
             note, ending = "lease lost", self._invocation.in_queue(waits.LEASE_MS)
         else:
             if written is None:
-                note = "job record gone"
+                note = "job record missing"
             elif written.state.is_final:
                 report_end(self._events, written)
             else:
@@ -384,9 +384,9 @@ class Outcome:
         raise StoreBusy(what)
 
     async def _pause(self, row: LedgerRow | None) -> None:
-        """Wait a moment for a busy store; raises StoreBusy when the invocation has no time left.
+        """Wait a moment for a busy store; raises StoreBusy if the invocation has no time left.
 
-        The call will be repeated then, so the ledger must have this one.
+        The call will then be repeated, so the ledger must contain this one.
         """
         if self._invocation.left() <= 0:
             self._account(row, "outcome not stored")
@@ -395,7 +395,7 @@ class Outcome:
         await self._tools.clock.sleep(waits.REWRITE_MS)
 
     def _account(self, row: LedgerRow | None, note: str | None = None) -> None:
-        """Have the call's row written; `note` says why the job's record does not show the call."""
+        """Add the call's row to the ledger; `note` says why the job's record does not show the call."""
         if row is not None:
             self._invocation.ledger.account(replace(row, note=note or row.note))
 

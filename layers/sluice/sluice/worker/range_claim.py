@@ -44,7 +44,7 @@ assert 2 * KEEP_MS < LEASE_MS < HIDE_MS
 
 @dataclass(frozen=True, slots=True)
 class RangeTools:
-    """The ports of a range, beside those of its rows."""
+    """The ports of a range, besides those of its rows."""
 
     batches: BatchStore
     objects: Objects
@@ -117,7 +117,7 @@ class ClaimedRange:
     def release(
         self, chunks: Sequence[str], not_before: int | None = None, model: str | None = None
     ) -> None:
-        """Give the range back with its saved chunks; out of its queue with a `not_before`."""
+        """Return the range with its saved chunks; with a `not_before` it is parked."""
         self._change(
             lambda state: release_range(
                 state, self._owner, chunks=chunks, not_before=not_before, model=model
@@ -174,7 +174,7 @@ class ClaimedRange:
         return name
 
     def end_window(self, window: Window, ended: Sequence[Ended]) -> None:
-        """Save a window as one chunk, in order, in the place of those it was saved in."""
+        """Save a window as one chunk, in order, which replaces those it was saved in."""
         name = self._write_chunk(self._records(window, ended))
         self._change(
             lambda state: end_window(

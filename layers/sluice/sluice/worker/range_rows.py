@@ -29,11 +29,11 @@ HELD_BYTES: Final = 32 * 1024 * 1024
 
 TOKEN_BYTES: Final = 4
 MOST_EXPECTED_BYTES: Final = 1024 * 1024
-"""An answer is expected to have four bytes per token of `max_tokens`, up to this size."""
+"""The expected size of an answer is four bytes per token of `max_tokens`, up to this."""
 
 SAVE_BYTES: Final = 8 * 1024 * 1024
 SAVE_MS: Final = 2_000
-"""Ended rows are saved at the latest when their records have so many bytes, or the first of them is so old."""
+"""Ended rows are saved at the latest when their records have this many bytes, or the first of them is this old."""
 
 AGAIN: Final = "the worker before died: an earlier call of this row may have been billed"
 
@@ -54,7 +54,7 @@ class Ended:
 
 @dataclass(slots=True)
 class Seat:
-    """A row while its window is run."""
+    """A row during the run of its window."""
 
     line: Line
     job: Job
@@ -67,7 +67,7 @@ class Seat:
 
     @property
     def expected_bytes(self) -> int:
-        """About how large the answer may be."""
+        """The expected size of the answer."""
         return min(MOST_EXPECTED_BYTES, self.job.max_tokens * TOKEN_BYTES)
 
     @property
@@ -111,7 +111,7 @@ class WindowRows:
         self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
 
     def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
-        """Have `starting` called, in a thread, with the ids of rows before their requests are made."""
+        """Call `starting`, in a thread, with the ids of rows before their requests are made."""
         self._starting = starting
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class WindowRows:
         return self._seats[job_id]
 
     def cancel(self) -> int:
-        """Cancel all rows, those that wait at once, those in flight by a flag; return how many ended."""
+        """Cancel all rows: waiting ones at once, those in flight by a flag; return how many ended."""
         with self._lock:
             now = self._clock.now()
             waiting = self.unfinished()
@@ -141,7 +141,7 @@ class WindowRows:
             return sum(seat.ended is not None for seat in waiting)
 
     def lost_rows(self, offsets: Collection[int]) -> list[LedgerRow]:
-        """Return ledger rows for the calls of rows that are to be given up; the same ones each time."""
+        """Return ledger rows for the calls of rows that will be ended; the same ones each time."""
         now = self._clock.now()
         note = "workers died during calls of this row"
         jobs = [seat.job for seat in self.unfinished() if seat.line.offset in offsets]
@@ -149,7 +149,7 @@ class WindowRows:
         return [lost_row(job, now, job.current_model, "lost", note) for job in jobs]
 
     def give_up(self, offsets: Collection[int], error: JobError) -> list[Job]:
-        """End rows that nobody runs as errored, and return their jobs."""
+        """End waiting rows as errored, and return their jobs."""
         with self._lock:
             now = self._clock.now()
             seats = [seat for seat in self.unfinished() if seat.line.offset in offsets]
@@ -175,7 +175,7 @@ class WindowRows:
             self._set(seat, job)
 
     def put(self, name: str, message: str) -> Result:
-        """Keep the answer until its row has ended. A range has one owner: the last call's answer is the row's."""
+        """Keep the answer until its row has ended. The last answer counts: a range has one owner."""
         job_id, _, _ = name.rpartition("-")
         self._seats[job_id].message = message
         return Result()
@@ -204,10 +204,10 @@ class WindowRows:
         self._again -= {row.job_id for row in rows}
         return noted
 
-    # What has ended and is not saved ---------------------------------------------------------------------------
+    # Ended rows that are not saved -----------------------------------------------------------------------------
 
     def worth_saving(self, most: int) -> bool:
-        """Tell whether `most` rows or a lot of bytes are unsaved, or one of them for a while."""
+        """Return whether `most` rows or many bytes are unsaved, or one of them for a while."""
         with self._lock:
             gathered = len(self._unsaved)
             old = self._clock.now() - self._oldest_unsaved >= SAVE_MS
@@ -215,7 +215,7 @@ class WindowRows:
             return is_much or (gathered > 0 and old)
 
     def take_unsaved(self) -> list[Seat]:
-        """Return what is to be saved next; it must be returned by `saved` or `not_saved`."""
+        """Return the records to save next; the caller must call `saved` or `not_saved`."""
         with self._lock:
             taken = size = 0
             for seat in self._unsaved:
@@ -234,7 +234,7 @@ class WindowRows:
             self._unsaved_bytes += sum(_record(seat).size for seat in seats)
 
     def saved(self, seats: Sequence[Seat], chunk: str) -> None:
-        """Note that rows were saved, one after the other, in a chunk."""
+        """Note that rows were saved, in order, in a chunk."""
         first = 0
         for seat in seats:
             record = _record(seat)
@@ -259,7 +259,7 @@ class WindowRows:
         record = job_record(line.number, line.offset, job, seat.message, self._other_lane(job))
         text = record.encoded()
         seat.ended = Ended(line.number, len(text), text)
-        # The memory of a row that has ended is free again.
+        # The memory of an ended row is free again.
         seat.message, seat.line = None, replace(line, text=b"")
         if not self._unsaved:
             self._oldest_unsaved = self._clock.now()

@@ -41,7 +41,7 @@ from sluice.worker.worker import Worker
 P = ParamSpec("P")
 
 NOT_READ_MS: Final = 15_000
-"""A range that could not be read from a busy store is tried again after this time."""
+"""A range that could not be read from a busy store is retried after this time."""
 
 PROGRESS_MS: Final = 3_000
 """How often the progress of a running range is stored."""
@@ -55,7 +55,7 @@ LAST_MS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class RangePointer:
-    """What a message of the ranges queue names; None where it names nothing of ours."""
+    """What a message of the ranges queue names; None for a foreign message."""
 
     message: Received
     batch_id: str | None
@@ -72,7 +72,7 @@ class RunRange:
         self.rows = rows
 
     async def __call__(self, pointer: RangePointer, stop_at: int, owner: str) -> bool:
-        """Run a range as far as it gets; return whether its message is done.
+        """Run a range as far as possible; return whether its message is done.
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
@@ -108,7 +108,7 @@ class RunRange:
         return await run.go(again=was_lost)
 
     async def _named(self, pointer: RangePointer) -> tuple[Batch, int] | str:
-        """Return the range that a message names, or why it names none."""
+        """Return the range that a message names, or the reason if it names none."""
         number = pointer.number
         if pointer.batch_id is None or number is None:
             return "not a message of Sluice's"
@@ -126,7 +126,7 @@ class RunRange:
         )
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
-        """Count the range as done; the one that completes its section has the results joined."""
+        """Count the range as done; the last one of a section causes the results to be joined."""
         assert batch.plan is not None
         if tally is None:
             key = batch.part_key(number)
@@ -140,7 +140,7 @@ class RunRange:
 
 
 class _Run:
-    """One invocation's time with one range."""
+    """One invocation with one range."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - a range, its message, and the time for it
         self,
@@ -172,7 +172,7 @@ class _Run:
         """Of the whole range, once its part is stored."""
 
     async def go(self, *, again: bool) -> bool:
-        """Run what is left of the range; `again`: a worker died with it."""
+        """Run the rest of the range; `again`: a worker died with it."""
         self._rows.begin(self._batch.options)
         async with self._keeping():
             try:
@@ -220,7 +220,7 @@ class _Run:
         return done
 
     async def _run_window(self, window: Window, *, again: bool, is_first: bool) -> int:
-        """Run the rows of a window as far as they get; return how many there were to run."""
+        """Run the rows of a window as far as possible; return how many there were to run."""
         state, rows = self._range.state, self._rows
         rows.open(window.seats, again=again)
         if state.claims == 1 or not is_first:
@@ -247,14 +247,14 @@ class _Run:
         return count
 
     async def _give_up_killers(self) -> None:
-        """End rows that no worker survives."""
+        """End rows that have killed too many workers."""
         guilty = killers(self._range.state)
         if not guilty:
             return
         # In a batch's results the type of an error is one of Anthropic's: the message names ours.
         reason = f"{MOST_LOST_ALONE} workers died while each ran nothing but this row"
         error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
-        # Before they end: no later call of theirs will say that these may be billed.
+        # Before they end, because no later call of theirs will note that these may be billed.
         rows = self._rows.lost_rows(guilty)
         await self._tools.blocking(self._runner.worker.tools.ledger.record, rows)
         for job in self._rows.give_up(guilty, error):
@@ -283,13 +283,13 @@ class _Run:
 
     @asynccontextmanager
     async def _keeping(self) -> AsyncIterator[None]:
-        """Save what has ended, keep the lease and the message, and see a cancel, until the block is left."""
+        """Save ended rows, keep the lease and the message, and check for a cancel, until the block is left."""
         over = asyncio.Event()
         keeper = asyncio.create_task(self._keep(over), name="keeper")
         try:
             yield
         finally:
-            # Never in the middle of a write: it would not be known whether it was done.
+            # Not during a write: it would be unknown whether it was done.
             over.set()
             await keeper
 
@@ -315,13 +315,13 @@ class _Run:
             await self._save()
         await self._report_progress()
         if set(self._range.state.running) - set(self._running()):
-            # Back from their calls alive: they are not to be blamed for what comes now.
+            # Their calls have ended: they are not the cause of a later death of the worker.
             await self._tools.blocking(self._range.note_running, self._running)
         if self._tools.clock.now() - self._kept_at >= KEEP_MS:
             await self._look_around()
 
     async def _report_progress(self) -> None:
-        """Store what the rows saved so far come to, every few seconds."""
+        """Store the sums of the saved rows, every few seconds."""
         now, state, plan = self._tools.clock.now(), self._range.state, self._batch.plan
         if plan is None or not self._has_news or now - self._reported_at < PROGRESS_MS:
             return
@@ -333,7 +333,7 @@ class _Run:
         self._reported_at, self._has_news = now, False
 
     async def _look_around(self) -> None:
-        """Renew the lease, hide the message, and see whether the batch was canceled."""
+        """Renew the lease, hide the message, and check whether the batch was canceled."""
         now = self._tools.clock.now()
         await self._tools.blocking(self._range.keep)
         await self._runner.back(self._pointer, HIDE_MS)
@@ -357,7 +357,7 @@ class _Run:
         self._rows.close()
 
     async def _save(self) -> None:
-        """Save what has ended, one chunk after the other, until nothing is left to save."""
+        """Save ended rows, one chunk after another, until none is left."""
         async with self._saving:
             while seats := self._rows.take_unsaved():
                 try:
@@ -377,7 +377,7 @@ class _Run:
         return self._source.running() if self._source is not None else ()
 
     def _note_running(self) -> None:
-        """Record which rows are in flight, in a thread; they are not called when another worker has the range."""
+        """Record which rows are in flight, in a thread; they are not called if another worker has the range."""
         if self._rows.is_closed:
             return
         try:
@@ -386,7 +386,7 @@ class _Run:
             self._lose()
 
     async def _note_drained(self) -> None:
-        """Have the limiter know when the rows in hand are the last: they may start together."""
+        """Report to the limiter when the rows in memory are the last ones: they may start together."""
         try:
             backlog = await self._tools.blocking(self._tools.backlog)
         except StoreBusy:
@@ -399,9 +399,9 @@ class _Run:
     async def _written_down(
         self, write: Callable[P, Awaitable[bool]], *args: P.args, **kwargs: P.kwargs
     ) -> bool:
-        """Write how the invocation ended, as often as it takes; False when another worker has the range.
+        """Write how the invocation ended, with retries; False if another worker has the range.
 
-        A store that is busy to the end leaves the range to the next worker, as if this one had died.
+        If the store is busy to the end, the range is left to the next worker, as if this one had died.
         """
         while not self._rows.is_closed:
             try:
@@ -416,7 +416,7 @@ class _Run:
         return False
 
     async def _end_window(self, window: Window) -> bool:
-        """Store a window that has ended as one chunk, in the place of those it was saved in."""
+        """Store an ended window as one chunk, which replaces those it was saved in."""
         await self._save()
         await self._tools.blocking(self._range.end_window, window, self._ended())
         return True
@@ -431,14 +431,14 @@ class _Run:
         return True
 
     async def _give_back(self) -> bool:
-        """Give the range back as it is: a busy store is not the death of a worker, nor the fault of a row."""
+        """Return the range unchanged: a busy store counts neither as a lost worker nor as the fault of a row."""
         await self._save()
         await self._tools.blocking(self._range.release, self._range.state.chunks)
         await self._runner.back(self._pointer, NOT_READ_MS)
         return False
 
     async def _release(self, waiting: Sequence[Seat]) -> bool:
-        """Give the range back to its queue, or out of it when all its rows wait for long."""
+        """Return the range to its queue, or park it if all its rows wait for long."""
         now = self._tools.clock.now()
         first = min(waiting, key=lambda seat: seat.may_go_on_at, default=None)
         delay = max(0, first.may_go_on_at - now) if first else 0
