@@ -75,7 +75,7 @@ class KeysAndModelsAreTheTenants(Check):
             and entry.admission.claimant.key_id == key.id
             and entry.machine is call.machine
             and not entry.settled
-            for entry in world.reserved.values()
+            for entry in reversed(world.reserved.values())
         ):
             world.fail(self.name, f"call {call.number} has no start time of {wanted}")
 

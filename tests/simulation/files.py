@@ -22,6 +22,7 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
+from sluice.worker import ranges
 from sluice.worker.range_claim import RangeTools
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
@@ -483,13 +484,22 @@ def _done(call: Callable[..., None], *args: Any) -> bool:
 @contextmanager
 def cut_as(story: Any) -> Iterator[None]:
     """Cut files into small ranges and sections, as a story wants: large files have many of both."""
-    wanted: Mapping[str, int] = {
+    cut: Mapping[str, int] = {
         "LINES_PER_RANGE": story.lines_per_range,
         "RANGES_PER_SECTION": story.ranges_per_section,
     }
-    before = {name: vars(domain)[name] for name in wanted}
-    vars(domain).update(wanted)
+    # Housekeeping ten times a second would take most of the time of a story.
+    paced = {"TICK_MS": 500} if "TICK_MS" in vars(ranges) else {}
+    before = [(vars(module), name, vars(module)[name]) for module, name in _named(cut, paced)]
+    vars(domain).update(cut)
+    vars(ranges).update(paced)
     try:
         yield
     finally:
-        vars(domain).update(before)
+        for names, name, value in before:
+            names[name] = value
+
+
+def _named(cut: Mapping[str, int], paced: Mapping[str, int]) -> Iterator[tuple[Any, str]]:
+    yield from ((domain, name) for name in cut)
+    yield from ((ranges, name) for name in paced)
