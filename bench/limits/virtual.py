@@ -29,7 +29,7 @@ from scripts.claude_simulator.accounts import Refused
 from scripts.claude_simulator.engine import Call, Engine
 from scripts.claude_simulator.faults import Failure as SimulatedFailure
 from scripts.claude_simulator.faults import Place
-from sluice.adapters.claude import limit_headers
+from sluice.adapters.claude_answers import limit_headers
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure, RetryPolicy

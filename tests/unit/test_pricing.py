@@ -9,12 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.domain.pricing import Price, PriceList, Spend, Usage, base_model, usd
+from sluice.domain.pricing import Bill, Price, PriceList, Spend, Usage, base_model, usd
 
 DATA = json.loads(files("sluice.data").joinpath("prices.json").read_text(encoding="utf-8"))
 PRICES = PriceList.from_rows(DATA["prices"])
 DAY = date(2026, 11, 20)
 MILLION = 1_000_000
+
+
+def billed(**usage: Any) -> Bill:
+    bill = Bill.of_message({"type": "message", "usage": usage})
+    assert bill is not None
+    return bill
 
 
 def cost(model: str, usage: Usage, day: date = DAY, *, batch: bool = False) -> int | None:
@@ -169,18 +175,16 @@ def test_missing_null_and_odd_counts_are_nothing(reported: dict[str, Any]) -> No
 
 
 def test_compaction_is_billed_on_top_of_the_sums() -> None:
-    usage = Usage.from_message(
-        {
-            "input_tokens": 100,
-            "output_tokens": 10,
-            "iterations": [
-                {"type": "compaction", "input_tokens": 1_000, "output_tokens": 50},
-                {"type": "message", "input_tokens": 100, "output_tokens": 10},
-            ],
-        }
+    bill = billed(
+        input_tokens=100,
+        output_tokens=10,
+        iterations=[
+            {"type": "compaction", "input_tokens": 1_000, "output_tokens": 50},
+            {"type": "message", "input_tokens": 100, "output_tokens": 10},
+        ],
     )
 
-    assert (1_100, 60) == (usage.input_tokens, usage.output_tokens)
+    assert (1_100, 60) == (bill.usage.input_tokens, bill.usage.output_tokens)
 
 
 def test_usage_is_shown_under_anthropics_names() -> None:
@@ -232,6 +236,7 @@ def test_one_call_adds_its_tokens_and_its_cost() -> None:
         "cache_read_input_tokens": 6,
         "output_tokens": 8,
         "cost_micro_usd": 100,
+        "unknown_costs": 0,
     } == spend.as_dict()
 
 

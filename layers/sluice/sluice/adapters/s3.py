@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
 from sluice.domain.batches import Copied, Streamed, parts
-from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound
+from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound, NotStorable
 from sluice.domain.jobs import Result
 from sluice.ports.batches import Stored
 from sluice.ports.jobs import Received
@@ -316,7 +316,11 @@ class Results:
 
     def put(self, name: str, message: str) -> Result:
         """Store a Message durably, unless it is small enough for the job record."""
-        body = gzip.compress(message.encode(), compresslevel=6, mtime=0)
+        try:
+            text = message.encode()
+        except UnicodeEncodeError as error:
+            raise NotStorable(WHAT, "it has text that is not valid Unicode") from error
+        body = gzip.compress(text, compresslevel=6, mtime=0)
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
         key = f"results/{name}.json.gz"

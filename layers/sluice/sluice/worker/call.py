@@ -9,7 +9,7 @@ from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.keys import UpstreamKey
-from sluice.domain.retries import Failure
+from sluice.domain.retries import INTERNAL, Failure
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.swap import swap
 from sluice.worker.invocation import Invocation
@@ -77,13 +77,23 @@ class Call:
         try:
             await asyncio.wait({call, watch}, return_when=asyncio.FIRST_COMPLETED)
             if call.done():
-                return call.result()
+                return self._result(call)
             return Refused(Failure("canceled", "stopped during the call", may_be_billed=True))
         finally:
             for task in (call, watch):
                 task.cancel()
             await asyncio.gather(call, watch, return_exceptions=True)
             body.release()
+
+    def _result(self, call: asyncio.Future[Answer | Refused]) -> Answer | Refused:
+        """Return the answer; an error in the gateway is an attempt of this job, not the death of its worker."""
+        try:
+            return call.result()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the claim must be closed
+            job_id = self._heartbeat.job.job_id
+            self._invocation.tools.events.problem("call failed in the gateway", job_id=job_id)
+            reason = f"the call failed in the gateway ({type(error).__name__})"
+            return Refused(Failure(INTERNAL, reason, may_be_billed=True))
 
     def _request(self, body: Body, grant: Grant) -> CallRequest:
         invocation, job = self._invocation, self._heartbeat.job

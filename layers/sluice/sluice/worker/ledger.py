@@ -10,7 +10,15 @@ from sluice.domain import jobs as life
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job
 from sluice.domain.keys import UpstreamKey
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, Usage, utc_day
+from sluice.domain.pricing import (
+    Bill,
+    Charge,
+    LedgerRow,
+    PriceList,
+    Spend,
+    Usage,
+    utc_day,
+)
 from sluice.ports.jobs import CallBooks
 from sluice.ports.world import Blocking, Clock, Events
 from sluice.worker.limit_books import Claimant
@@ -113,11 +121,14 @@ class CallEntry:
         """A name for the answer of this call and no other."""
         return f"{self._job.job_id}-{self._job.version}"
 
-    def cost(self, usage: Usage) -> int | None:
-        """Return what the call cost in micro-dollars; None for a model without a price."""
-        return self._prices.cost_micro_usd(
-            self._job.current_model, usage, utc_day(self._clock.now())
-        )
+    def cost(self, usage: Usage | None, bill: Bill | None = None) -> int | None:
+        """Return what the call cost in micro-dollars; None if its usage or a price is unknown.
+
+        Without a bill all of the usage is the model's that was asked.
+        """
+        bill = bill or (None if usage is None else Bill(None, (Charge(None, usage),)))
+        day = utc_day(self._clock.now())
+        return self._prices.bill_micro_usd(self._job.current_model, bill, day)
 
     def row(  # noqa: PLR0913 - the facts of one call
         self,
@@ -142,7 +153,8 @@ class CallEntry:
             key_id=self._key_id,
             request_id=request_id,
             outcome=outcome,
-            spend=Spend.of_call(usage, cost or 0),
+            # What is not certain is not known to have been billed.
+            spend=Spend.of_call(usage, cost if certain else cost or 0),
             certain=certain,
             note=note,
         )

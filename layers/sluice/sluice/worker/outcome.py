@@ -9,19 +9,31 @@ from typing import Final, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain import waits
-from sluice.domain.errors import LeaseLost, StoreBusy
+from sluice.domain.breakers import STREAK
+from sluice.domain.errors import LeaseLost, NotStorable, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost
-from sluice.domain.pricing import LedgerRow, Usage
-from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
+from sluice.domain.pricing import Bill, LedgerRow, Usage
+from sluice.domain.refusals import SPEND_LIMIT
+from sluice.domain.retries import (
+    Effect,
+    Failure,
+    FallBack,
+    GiveUp,
+    Retry,
+    Snooze,
+    Verdict,
+    judge,
+    refused_alike,
+)
 from sluice.notices.report import report_end
 from sluice.ports.claude import Answer, Headers, Refused
 from sluice.ports.swap import MOST_TRIES, swap
 from sluice.worker.call import Heartbeat
 from sluice.worker.endings import DONE, Again, Ending
 from sluice.worker.invocation import Invocation
-from sluice.worker.keys import endpoint_circuit, model_circuit
+from sluice.worker.keys import endpoint_circuit, model_circuit, refusals_circuit
 from sluice.worker.ledger import CallEntry
 from sluice.worker.limit_books import Admission
 
@@ -59,6 +71,7 @@ class Outcome:
         self._limiter = invocation.limiter
         self._keys = invocation.keys
         self._ledger = invocation.ledger
+        self._unknown_costs = 0
 
     async def record(self, answer: Answer | Refused) -> Ending:
         """Use what the response said, and write what it means for the job."""
@@ -80,6 +93,7 @@ class Outcome:
         self._limiter.heard(admission, headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._limiter.works(admission, model_circuit(self._heartbeat.job.current_model))
+            self._limiter.works(admission, refusals_circuit(self._heartbeat.job.tenant))
         if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
             self._limiter.works(admission, endpoint_circuit(self._key))
 
@@ -101,8 +115,8 @@ class Outcome:
                     headers=headers,
                     request_id=failure.request_id,
                 )
-            case Effect.SPEND_LIMIT:
-                self._spend_limit_reached(verdict, failure)
+            case Effect.PARK_GROUP:
+                self._park_group(verdict, failure)
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")
                 model = self._heartbeat.job.current_model
@@ -115,31 +129,56 @@ class Outcome:
             case _:
                 assert_never(verdict.effect)
 
-    def _spend_limit_reached(self, verdict: Verdict, failure: Failure) -> None:
+    def _park_group(self, verdict: Verdict, failure: Failure) -> None:
+        reason = verdict.outcome.reason if isinstance(verdict.outcome, Snooze) else ""
         name = self._admission.claimant.group
         group = self._limiter.group(name)
         if group is None or group.blocked_until <= self._invocation.now():
             self._events.count("GroupsParked")
             self._events.problem(
-                "spend limit reached",
+                "spend limit reached" if reason == SPEND_LIMIT else "account refused by upstream",
                 limit_group=name,
+                reason=reason,
                 error_code=failure.error_code,
+                message=failure.message,
                 until=verdict.until,
             )
         self._limiter.throttled(
-            self._admission, verdict.until or 0, "spend limit", request_id=failure.request_id
+            self._admission, verdict.until or 0, reason, request_id=failure.request_id
         )
+
+    def _is_alike(self, failure: Failure) -> bool:
+        """Count a refusal that no row of the table names; return whether several jobs in a row have met one."""
+        job = self._heartbeat.job
+        if self._keys.was_refused(job):
+            # Another key refused it before: it is one job all the same.
+            return False
+        breaker = self._limiter.refused(self._admission, refusals_circuit(job.tenant))
+        if breaker.is_open and (self._admission.is_probe or breaker.streak == STREAK):
+            self._events.count("GroupsParked")
+            self._events.problem(
+                "unknown refusals in a row",
+                limit_group=self._admission.claimant.group,
+                tenant=job.tenant,
+                status=failure.status,
+                message=failure.message,
+                request_id=failure.request_id,
+            )
+        return breaker.is_open
 
     # What it means for the job ----------------------------------------------------------------------------------
 
     async def _answered(self, answer: Answer) -> Ending:
-        usage, job, owner = answer.usage, self._heartbeat.job, self._owner
-        self._admission.settle(
-            Cost(1, usage.limited_input_tokens, usage.output_tokens),
-            answered=True,
-            cached=usage.cache_read_input_tokens > 0,
-        )
-        cost = self._cost(usage)
+        usage, job, owner = answer.usage or Usage(), self._heartbeat.job, self._owner
+        if answer.usage is None:
+            self._admission.settle(self._admission.reserved)
+        else:
+            self._admission.settle(
+                Cost(1, usage.limited_input_tokens, usage.output_tokens),
+                answered=True,
+                cached=usage.cache_read_input_tokens > 0,
+            )
+        cost = self._cost(answer.usage, answer.bill)
         for metric, tokens in (
             ("InputTokens", usage.limited_input_tokens),
             ("CacheReadTokens", usage.cache_read_input_tokens),
@@ -158,27 +197,37 @@ class Outcome:
                     error=error,
                     outcome=AttemptOutcome.FALLBACK,
                     request_id=answer.request_id,
-                    usage=usage,
+                    usage=answer.usage,
                     cost_micro_usd=cost,
                 ),
                 Again,
                 row,
             )
         row = self._entry.row("succeeded", usage, cost, answer.request_id)
-        result = await self._store(answer.message, row)
+        try:
+            result = await self._store(answer.message, row)
+        except NotStorable as error:
+            return await self._write(partial(self._lost, error, answer.usage, cost), _done, row)
         return await self._write(
             lambda job, now: life.succeed(
                 job,
                 owner,
                 now,
                 result=result,
-                usage=usage,
+                usage=answer.usage,
                 cost_micro_usd=cost,
                 request_id=answer.request_id,
             ),
             _done,
             row,
         )
+
+    def _lost(
+        self, error: NotStorable, usage: Usage | None, cost: int | None, job: Job, now: int
+    ) -> Job:
+        """Return the job ended without what no store takes: a repeat would be billed and fail again."""
+        reason = JobError("result_not_storable", str(error))
+        return life.give_up(job, self._owner, now, error=reason, usage=usage, cost_micro_usd=cost)
 
     async def _stopped(self) -> Ending:
         """End a call that was stopped from outside. It may have been billed, and the ledger says so."""
@@ -205,9 +254,11 @@ class Outcome:
             jitter=self._tools.jitter(),
             policy=self._invocation.rules.policy,
         )
+        if not verdict.is_known and self._is_alike(failure):
+            verdict = refused_alike(self._invocation.rules.policy)
         self._admission.settle(self._used(failure))
         await self._apply(verdict, failure, headers)
-        cost = self._cost(failure.usage) if failure.usage else None
+        cost = self._cost(failure.usage, None) if failure.usage else None
         row = None
         if failure.usage or failure.may_be_billed:
             certain = failure.usage is not None and not failure.may_be_billed
@@ -287,10 +338,16 @@ class Outcome:
             return Cost(1, failure.usage.limited_input_tokens, failure.usage.output_tokens)
         return self._admission.reserved if failure.may_be_billed else None
 
-    def _cost(self, usage: Usage) -> int | None:
-        cost = self._entry.cost(usage)
+    def _cost(self, usage: Usage | None, bill: Bill | None) -> int | None:
+        cost = self._entry.cost(usage, bill)
         if cost is None:
-            self._events.problem("model has no price", model=self._heartbeat.job.current_model)
+            self._unknown_costs = 1
+            self._events.count("UnknownCosts")
+            self._events.problem(
+                "upstream reports no usage" if usage is None else "model has no price",
+                model=self._heartbeat.job.current_model,
+                served_by=bill.served_by if bill else None,
+            )
         else:
             self._events.count("SpendUsd", cost / 1_000_000)
         return cost
@@ -338,6 +395,7 @@ class Outcome:
         while conflicts < MOST_TRIES:
             job, now = self._heartbeat.job, self._invocation.now()
             wanted = change(job, now)
+            wanted = replace(wanted, unknown_costs=wanted.unknown_costs + self._unknown_costs)
             if wanted.state is State.QUEUED and wanted.cancel_requested:
                 ended = life.finish_waiting(wanted, State.CANCELED, now)
                 wanted = replace(ended, version=wanted.version)
@@ -346,6 +404,12 @@ class Outcome:
                 stored = await self._tools.blocking(
                     swap, self._tools.jobs.replace, wanted, job.version
                 )
+            except NotStorable as error:
+                if tried[1:]:
+                    raise
+                cost = wanted.cost_micro_usd - job.cost_micro_usd
+                change = partial(self._lost, error, wanted.usage, cost)
+                continue
             except StoreBusy:
                 await self._pause(row)
                 continue
