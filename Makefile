@@ -85,7 +85,7 @@ chaos: $(DEV) ## kill, restart, throttle and overload the local stack: about 15 
 
 WORKERS ?= 4
 
-bench-limits: $(DEV) ## compare the limiter with other clients: an hour; with WORKERS=2,4,20 nearly two
+bench-limits: $(DEV) ## compare Sluice, through both doors, with other clients: two hours
 	.venv/bin/python -m bench.limits --workers $(WORKERS) --write docs/bench.md --svg docs/limits.svg
 
 bench-backlog: $(DEV) ## simulate 100,000 jobs far above the limit, in virtual time: some minutes

@@ -66,6 +66,7 @@ _AFTER_A_FAILED_WRITE: Final = (
 GRANTED_ALL_THE_SAME: Final[Mapping[tuple[str, str, str], str]] = {
     ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/out/*"): _AFTER_A_FAILED_WRITE,
     ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
+    ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/out/*"): _AFTER_A_FAILED_WRITE,
     ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
 }
 """Grants that no recorded call uses, as function, action and resource, each with its reason."""
@@ -94,7 +95,7 @@ class Need:
     """The operation as it was recorded."""
 
     def is_met_by(self, grant: Grant) -> bool:
-        """Tell whether the grant permits it."""
+        """Return whether the grant permits it."""
         return grant.function == self.function and grant.covers(
             self.action, self.resource, self.context
         )
@@ -114,7 +115,7 @@ def read(folder: Path) -> set[Call]:
 
 
 def recorded() -> set[Call]:
-    """Return what stands in the repository."""
+    """Return the calls that are recorded in the repository."""
     return {Call(*each) for each in json.loads(RECORDED.read_text())}
 
 

@@ -12,9 +12,10 @@ from hashlib import sha256
 from typing import Any
 
 from sluice.adapters import job_records
-from sluice.bulk.assemble import Assemble
+from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
+from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.ports.batches import BatchPage, DueRange, Stored
 from sluice.ports.claude import CallRequest
@@ -38,6 +39,7 @@ class MemoryBatches(Fragile):
         self.stored: dict[str, Batch] = {}
         self.ranges: dict[tuple[str, int], RangeState] = {}
         self.marked: dict[tuple[str, str], dict[int, Tally]] = {}
+        self.running: dict[tuple[str, str], dict[int, Tally]] = {}
         self.creates: dict[tuple[str, str], tuple[str, int]] = {}
         self.held: dict[tuple[str, int | None], int | None] = {}
         """What the index of due things says instead of the record: held until, or released (None)."""
@@ -97,12 +99,20 @@ class MemoryBatches(Fragile):
         self._do("mark", f"{group} {member}")
         done = self.marked.setdefault((batch_id, group), {})
         done.setdefault(member, tally)
-        return _progress(done)
+        running = self.running.setdefault((batch_id, group), {})
+        running.pop(member, None)
+        return _progress(done, running)
+
+    def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
+        self._do("note_running", f"{group} {member}")
+        done = self.marked.setdefault((batch_id, group), {})
+        if member not in done:
+            self.running.setdefault((batch_id, group), {})[member] = tally
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         self._do("groups", prefix)
         return {
-            group: _progress(done)
+            group: _progress(done, self.running.get((owner, group), {}))
             for (owner, group), done in sorted(self.marked.items())
             if owner == batch_id and group.startswith(prefix)
         }
@@ -155,8 +165,8 @@ def _created(batch: Batch) -> tuple[int, str]:
     return batch.created_at, batch.batch_id
 
 
-def _progress(done: Mapping[int, Tally]) -> Progress:
-    return Progress(len(done), sum(done.values(), Tally()))
+def _progress(done: Mapping[int, Tally], running: Mapping[int, Tally]) -> Progress:
+    return Progress(len(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
 
 
 class MemoryWriter:
@@ -306,7 +316,7 @@ class MemoryBatchQueues(Fragile):
         """Range numbers whose next send is refused."""
         self.ranges: dict[str, tuple[Received, str, int, int]] = {}
         """By message id: message, batch, number, and when it is visible."""
-        self.buried: list[tuple[Received, str]] = []
+        self.rejected: list[tuple[Received, str]] = []
         self.delays: list[int] = []
         self._sent = 0
 
@@ -341,6 +351,10 @@ class MemoryBatchQueues(Fragile):
                 return RangePointer(message, batch_id, number)
         return None
 
+    def backlog(self) -> Backlog:
+        visible = sum(at <= self._now() for *_, at in self.ranges.values())
+        return Backlog(visible, len(self.ranges) - visible)
+
     def delete(self, message: Received) -> None:
         self.ranges.pop(message.message_id, None)
 
@@ -358,7 +372,7 @@ class MemoryBatchQueues(Fragile):
 
     def reject(self, message: Received, reason: str) -> None:
         self._do("reject", message.message_id)
-        self.buried.append((message, reason))
+        self.rejected.append((message, reason))
 
 
 def a_row(number: int | str, **more: Any) -> dict[str, Any]:
@@ -420,7 +434,9 @@ class WatchedRequests(RowRequests):
 class Bulk:
     """Batches in memory: the gateway of `tests.fakes` for what rows share with jobs, and what they have alone."""
 
-    def __init__(self, *script: Reply, **facts: Any) -> None:
+    def __init__(self, *script: Reply, joins_at_once: bool = True, **facts: Any) -> None:
+        """`joins_at_once`: small batches are joined by those who run their last range, as deployed."""
+        self.joins_at_once = joins_at_once
         self.gateway = Gateway(script=script, **facts)
         self.time = self.gateway.time
         self.claude = self.gateway.claude
@@ -455,10 +471,12 @@ class Bulk:
             blocking=self.gateway.blocking,
             events=self.events,
         )
+        at_once = JoinAtOnce(lambda: self.assemble, self.queues, self.events)
         range_tools = RangeTools(
             batches=self.batches,
             objects=self.objects,
-            queue=self.queues,
+            queue=at_once if self.joins_at_once else self.queues,
+            backlog=self.queues.backlog,
             returns=self.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
@@ -469,7 +487,7 @@ class Bulk:
         return RunRange(range_tools, Worker(tools, self.gateway.rules), rows)
 
     def upload(self, body: bytes, name: str = "first.jsonl", **metadata: str) -> None:
-        """Drop a file into the bucket, and tell of it."""
+        """Put a file into the bucket, and deliver the event of its arrival."""
         key = f"in/acme/{name}"
         self.objects.put(key, body)
         self.objects.metadata[key] = metadata
@@ -534,7 +552,7 @@ class Bulk:
         with suppress(asyncio.CancelledError, StoreBusy):
             await task
         for store in stores:
-            store.mend()
+            store.recover()
 
     def drain_with(self, deaths: Deaths) -> int:
         """Run ranges and join sections until nothing is left in the queues; return how many workers died."""

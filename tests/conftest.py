@@ -25,7 +25,7 @@ HANDLERS: Final = re.compile(r"functions\.(\w+)\.app")
 WHOLE: Final = ("tests/integration", "tests/acceptance")
 """The folders whose tests drive functions; run as a whole, they use every grant."""
 
-at_work: list[str] = []
+running: list[str] = []
 """The function whose handler runs in this process."""
 
 
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(made, ignore_errors=True))
         os.environ[FOLDER_VARIABLE] = made
     folder = Path(os.environ[FOLDER_VARIABLE])
-    install(folder, lambda: at_work[-1] if at_work else None)
+    install(folder, lambda: running[-1] if running else None)
 
 
 def pytest_collection_finish() -> None:
@@ -55,11 +55,11 @@ def pytest_collection_finish() -> None:
 def _noted(function: str, handler: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handler)
     def noted(*arguments: Any) -> Any:
-        at_work.append(function)
+        running.append(function)
         try:
             return handler(*arguments)
         finally:
-            at_work.pop()
+            running.pop()
 
     return noted
 
@@ -69,7 +69,7 @@ def _logical_id(folder: str) -> str:
 
 
 def _is_one_of_several(config: pytest.Config) -> bool:
-    """Tell whether this is a process to which pytest-xdist has given a part of the tests."""
+    """Return whether this is a worker process of pytest-xdist."""
     return hasattr(config, "workerinput")
 
 
@@ -96,7 +96,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def _is_whole(config: pytest.Config) -> bool:
-    """Tell whether all tests that drive functions were to run."""
+    """Return whether all tests that drive functions were selected."""
     narrowed = config.getoption("keyword") or config.getoption("markexpr")
     named = {each.rstrip("/") for each in config.args}
     return not narrowed and ("tests" in named or named.issuperset(WHOLE))

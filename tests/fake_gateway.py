@@ -1,8 +1,8 @@
-"""Sluice's HTTP API without Sluice: jobs in memory on a loopback port, finished by being looked at.
+"""Sluice's HTTP API without Sluice: jobs in memory on a loopback port, which end after they have been read.
 
-Knobs: `looks_until_done` (how often a job is looked at before it ends), `ending_of` (what a job
-ends as, by the text of its prompt), `script` (answers that come in place of the next ones),
-`lose_replies` (calls that are carried out while their reply is lost).
+Knobs: `looks_until_done` (how often a job is read before it ends), `ending_of` (the
+final state of a job, by the text of its prompt), `script` (answers that replace the next ones),
+`lose_replies` (calls that are carried out, but whose reply is lost).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""In-memory doubles of everything the use cases need, on a clock that only moves when nobody has anything to do.
+"""In-memory fakes of everything the use cases need, on a clock that advances only when every task waits.
 
-Each fake behaves like the adapter it stands for and has a few physical knobs: calls that fail, a script of
-answers, a clock that is off, a network that takes its time. Nothing here reads the real time or throws dice.
+Each fake behaves like the adapter it replaces and has a few physical knobs: calls that fail, a script of
+answers, a clock that is off, a slow network. Nothing here reads the real time or uses randomness.
 """
 
 from __future__ import annotations
@@ -187,15 +187,15 @@ class Fragile:
         self._broken: dict[str, Exception] = {}
 
     def fail_next(self, verb: str, times: int = 1, error: Exception | None = None) -> None:
-        """Let the next calls of a verb raise, StoreBusy unless told otherwise; nothing is written by them."""
+        """Make the next calls of a verb raise, by default StoreBusy; they write nothing."""
         self._failures[verb].extend([error or StoreBusy(self.name)] * times)
 
     def break_down(self, verb: str, error: Exception | None = None) -> None:
-        """Let every call of a verb raise from now on."""
+        """Make every call of a verb raise from now on."""
         self._broken[verb] = error or StoreBusy(self.name)
 
-    def mend(self) -> None:
-        """Let everything work again."""
+    def recover(self) -> None:
+        """Make every call work again."""
         self._failures.clear()
         self._broken.clear()
 
@@ -218,13 +218,13 @@ class MemoryJobs(Fragile):
         self.due_jobs: dict[str, tuple[DueFor, Due]] = {}
         """What the index of due jobs holds."""
         self.history: dict[str, list[Job]] = defaultdict(list)
-        """Every version that was ever written."""
+        """Every version ever written."""
         for job in jobs:
             self._index(job)
         self.before_replace: list[Callable[[], None]] = []
-        """Each is called once, just before a replace looks at the record: somebody else was quicker."""
+        """Each is called once, just before a replace checks the record: another writer was quicker."""
         self.lost_replies = 0
-        """So many replaces are done, but to their caller the store was busy."""
+        """This many replaces are done, but their caller gets StoreBusy."""
 
     def add(self, job: Job) -> None:
         self._do("add", job.job_id)
@@ -545,7 +545,7 @@ class MemoryQueue(Fragile):
         self.tenants: dict[str, str] = {}
         self.delays: list[tuple[str | None, int]] = []
         """Every put-back: job id and delay."""
-        self.buried: list[tuple[Received, str]] = []
+        self.rejected: list[tuple[Received, str]] = []
         self.receives = 0
 
     def send(self, jobs: Sequence[Pointer]) -> list[str]:
@@ -583,7 +583,7 @@ class MemoryQueue(Fragile):
     def receive(self, most: int, hidden_ms: int) -> list[Received]:
         """As a worker takes messages itself: ten at the most."""
         self._do("receive")
-        return self.hand_over(min(most, 10), hidden_ms)
+        return self.deliver(min(most, 10), hidden_ms)
 
     def delete(self, messages: Sequence[Received]) -> None:
         """Acknowledge. An old receipt deletes nothing."""
@@ -592,8 +592,8 @@ class MemoryQueue(Fragile):
             if self.is_held(message):
                 del self._messages[message.message_id]
 
-    def hand_over(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
-        """As the mapping takes a batch: what is visible, oldest first, hidden for the queue's visibility timeout."""
+    def deliver(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
+        """Receive as the event source mapping does: visible messages, oldest first; then hide them."""
         now = self._now()
         visible = sorted(
             (each for each in self._messages.values() if each.visible_at <= now),
@@ -632,7 +632,7 @@ class MemoryQueue(Fragile):
             self._hide(message, milliseconds)
 
     def is_held(self, message: Received) -> bool:
-        """Tell whether the receipt is still the last one of its message."""
+        """Return whether the receipt is still the last one of its message."""
         waiting = self._messages.get(message.message_id)
         return waiting is not None and message.receipt == _receipt(waiting)
 
@@ -643,7 +643,7 @@ class MemoryQueue(Fragile):
 
     def reject(self, message: Received, reason: str) -> None:
         self._do("reject", message.message_id)
-        self.buried.append((message, reason))
+        self.rejected.append((message, reason))
 
 
 # The worker's mapping --------------------------------------------------------------------------------------
@@ -732,11 +732,11 @@ ROOMY: Final[Mapping[Dimension, Seen]] = {
     "input_tokens": Seen(6_000_000, 1_000_000),
     "output_tokens": Seen(6_000_000, 1_000_000),
 }
-"""Limit headers of an organisation nothing in a story comes near."""
+"""Limit headers of an organization whose limits no story reaches."""
 
 
 def paced(rpm: int, burst: int) -> dict[Dimension, Seen]:
-    """Return limit headers of an organisation in which only requests bind."""
+    """Return limit headers of an organization that limits only requests."""
     return {**ROOMY, "requests": Seen(rpm, burst)}
 
 
@@ -805,10 +805,10 @@ class Call:
 
 
 class ScriptedClaude:
-    """Gives the answers of its script in order, then the last-resort one; each after `latency_ms`.
+    """Returns the answers of its script in order, then `otherwise`; each after `latency_ms`.
 
-    `when` looks at a call first: what it returns is the reply, None leaves it to the script. With `headers_after_ms` a
-    call that wants them early is told the headers of its answer then.
+    `when` gets each call first: what it returns is the reply, None leaves it to the script. With `headers_after_ms`, a
+    call that wants early headers gets those of its answer after that time.
     """
 
     def __init__(self, now: Callable[[], int], *script: Reply, latency_ms: int = 500) -> None:
@@ -823,12 +823,12 @@ class ScriptedClaude:
         self.calls: list[Call] = []
         self.answered: list[Call] = []
         self.stopped: list[Call] = []
-        """Calls that were given up by their caller before they ended."""
+        """Calls that their caller canceled before they ended."""
         self.in_flight = 0
         self.most_in_flight = 0
 
     async def send(self, request: CallRequest) -> Answer | Refused:
-        # A copy of the body: the caller's is let go when it is sent.
+        # A copy of the body: the caller's is released when it is sent.
         call = Call(replace(request, body=Body(request.body.data)), self._now())
         self.calls.append(call)
         reply = self.when(request) or (self.script.popleft() if self.script else self.otherwise)
@@ -879,7 +879,7 @@ class StaticKeyPool:
 
 
 def upstream_key(name: str = "main", **facts: Any) -> UpstreamKey:
-    """Return a key of the pool, by default of the organisation `org`."""
+    """Return a key of the pool, by default of the organization `org`."""
     return UpstreamKey(
         **{"id": name, "api_key": f"sk-ant-test-{name}", "organization": "org"} | facts
     )
@@ -890,14 +890,14 @@ def upstream_key(name: str = "main", **facts: Any) -> UpstreamKey:
 
 @dataclass(slots=True)
 class RecordingEvents:
-    """Keeps what was told. A metric nobody declared is an error, as in the real thing."""
+    """Keeps what is logged and counted. An undeclared metric is an error, as in the adapter."""
 
     metrics: Counter[str] = field(default_factory=Counter)
     by_group: Counter[tuple[str, str]] = field(default_factory=Counter)
     notes: list[tuple[str, dict[str, object]]] = field(default_factory=list)
     problems: list[tuple[str, dict[str, object]]] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
-    """The exceptions at hand when a problem was told."""
+    """The exceptions being handled when a problem was logged."""
 
     def count(self, metric: str, value: float = 1, model_group: str | None = None) -> None:
         if metric not in METRIC_NAMES:
@@ -1046,7 +1046,7 @@ class Gateway:
     ) -> list[str]:
         """Run one invocation over what is on the queue; delete what is done, as Lambda does."""
         self._invocations += 1
-        batch = self.queue.hand_over() if messages is None else messages
+        batch = self.queue.deliver() if messages is None else messages
         stop_at = self.time.now() + int(minutes * MINUTE)
         run_jobs = RunJobs(self.queue, self.jobs, worker or self.worker)
         not_done = await run_jobs(batch, stop_at, f"invocation-{self._invocations}")

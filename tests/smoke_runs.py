@@ -1,7 +1,7 @@
 """Every command a person can start, and what the gate does with it: a run of seconds, another test, or a reason.
 
-A command is a `make` target or a module that runs (`python -m ...`) of bench, scripts or tests. A new one gets a row in
-SMOKE_RUNS; tests/unit/test_smoke_runs.py fails while a command is in none of the three, and
+A command is a `make` target or a module that runs (`python -m ...`) of `bench`, `scripts` or `tests`. A new one gets a
+row in SMOKE_RUNS; tests/unit/test_smoke_runs.py fails while a command is in none of the three, and
 tests/acceptance/test_smoke_runs.py runs the rows.
 """
 
@@ -49,14 +49,18 @@ SMOKE_RUNS: Final = (
         r"killed a worker(.|\n)* results +49 +490\n",
         50,
     ),
+    SmokeRun(
+        "bench.bulk timeline", "--rows 3 --repeat 1 --cold", r"rows +created(.|\n)* +3 +\d", 15
+    ),
     SmokeRun("bench.bulk planner", "--gigabytes 0.02", r"messages for ranges: 40\d\n", 6),
     SmokeRun("bench.intake", "--requests 50", r"together +│ 2 ", 7),
     SmokeRun(
         "bench.limits",
-        "--only plain --clients sluice,sdk,tutorial --jobs-scale 0.02 --workers 2"
+        "--only plain --clients sluice,sdk,tutorial --jobs-scale 0.02 --workers 2 --start warm"
         " --json {folder}/runs.json --svg {folder}/limits.svg",
-        r"sluice, 30 jobs\n.* 0 lost,(.|\n)*sdk, 30 jobs\n.* 0 lost,(.|\n)*drew ",
-        26,
+        r"sluice jobs, warm, 30 jobs\n.* 0 lost,(.|\n)*sluice batches, warm, 30 jobs\n.* 0 lost,"
+        r"(.|\n)*sdk, 30 jobs\n.* 0 lost,(.|\n)*drew ",
+        60,
     ),
     SmokeRun(
         "bench.limits",
@@ -194,7 +198,7 @@ def made(*arguments: str) -> str:
 
 
 def programs() -> list[str]:
-    """Return every module of bench, scripts and tests that can be run."""
+    """Return every module of `bench`, `scripts` and `tests` that can be run."""
     starts = re.compile(r"^if __name__ == .__main__.:", re.MULTILINE)
     return sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")

@@ -1,11 +1,11 @@
-"""Run the bench: `python -m bench.bulk kills` or `planner`; `--help` names the choices."""
+"""Run the bench: `python -m bench.bulk kills`, `planner` or `timeline`; `--help` names the choices."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench.bulk import kills, planner
+from bench.bulk import kills, planner, timeline
 from scripts.local_stack import StackError
 
 
@@ -20,6 +20,10 @@ def parser() -> argparse.ArgumentParser:
     huge = benches.add_parser("planner", help="the planner alone, on an object that is not there")
     huge.add_argument("--gigabytes", type=float, default=5.0)
     huge.add_argument("--line-bytes", type=int, default=500)
+    steps = benches.add_parser("timeline", help="where the time of a batch goes, step by step")
+    steps.add_argument("--rows", type=int, nargs="+", default=[10, 600])
+    steps.add_argument("--repeat", type=int, default=3, help="show the median of so many (3)")
+    steps.add_argument("--cold", action="store_true", help="end all processes before each batch")
     return made
 
 
@@ -29,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.bench == "kills":
             return kills.run(chosen.lines, chosen.bad, chosen.kills)
+        if chosen.bench == "timeline":
+            return timeline.run(chosen.rows, chosen.repeat, cold=chosen.cold)
         return planner.run(int(chosen.gigabytes * 1e9), chosen.line_bytes)
     except StackError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,19 +8,22 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
 from bench.limits import chart, report
+from bench.limits.doors import DOORS, RunFailed
 from bench.limits.runners import (
     CLIENTS,
     LITELLM_PYTHON,
     Run,
-    RunFailed,
     Settings,
+    StartFrom,
     is_available,
     run,
 )
@@ -61,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         by_name = {scenario.name: scenario for scenario in scenarios}
         about = _about(chosen)
         console.print(report.terminal_table(runs, by_name))
+        for line in report.comparisons(runs):
+            console.print(line)
         if chosen.json is not None:
             chosen.json.write_text(report.as_json(runs, about), encoding="utf-8")
         if status == 0:
@@ -72,10 +77,11 @@ def _run_all(
     scenarios: list[Scenario], clients: list[str], chosen: argparse.Namespace, runs: list[Run]
 ) -> None:
     for scenario in scenarios:
-        for client, workers in _rows(clients, chosen.workers):
+        for client, settings in _rows(clients, chosen):
             began = time.monotonic()
-            _say(f"{scenario.name}: {client}, {scenario.jobs:,} jobs")
-            done = run(scenario, client, Settings(seed=chosen.seed, workers=workers))
+            how = f" {settings.door}, {settings.start}" if client == "sluice" else ""
+            _say(f"{scenario.name}: {client}{how}, {scenario.jobs:,} jobs")
+            done = run(scenario, client, settings)
             runs.append(done)
             _say(
                 f"  score {done.score:.1%}, {done.lost} lost, "
@@ -86,20 +92,22 @@ def _run_all(
                 _say(f"  {line}")
 
 
-def _rows(clients: list[str], workers: list[int]) -> list[tuple[str, int]]:
-    """Return what runs in each scenario: the workers are Sluice's, and another client runs once."""
-    return [
-        (client, each)
-        for client in clients
-        for each in (workers if client == "sluice" else workers[:1])
-    ]
+def _rows(clients: list[str], chosen: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
+    """Yield what runs in each scenario: doors, starts and workers are Sluice's, and another client runs once."""
+    for client in clients:
+        if client != "sluice":
+            yield client, Settings(chosen.seed, chosen.workers[0])
+            continue
+        for door, workers, start in product(chosen.door, chosen.workers, chosen.start):
+            for _ in range(chosen.repeat):
+                yield client, Settings(chosen.seed, workers, door, start)
 
 
 def _write(
     runs: list[Run], by_name: dict[str, Scenario], about: str, chosen: argparse.Namespace
 ) -> None:
     if chosen.svg is not None:
-        chart.draw(chosen.svg, runs)
+        chart.draw(chosen.svg, [each.run for each in report.rows(runs)])
         _say(f"drew {chosen.svg}")
     if chosen.write is not None:
         report.write_between_markers(chosen.write, report.markdown(runs, by_name, about))
@@ -141,6 +149,19 @@ def parser() -> argparse.ArgumentParser:
         default=[4],
         help="Sluice's concurrent workers, as in 2,4,20 (4)",
     )
+    add(
+        "--door",
+        type=_some_of(*DOORS),
+        default=list(DOORS),
+        help="how work reaches Sluice: jobs (POST /jobs), batches (messages.batches.create), or both",
+    )
+    add(
+        "--start",
+        type=_some_of(*StartFrom),
+        default=list(StartFrom),
+        help="Sluice's functions when the clock starts: warm, cold, or both",
+    )
+    add("--repeat", type=int, default=1, help="run Sluice so often and show the median score (1)")
     add("--seed", type=int, default=1, help="of the jobs and of the simulator's chance (1)")
     add("--json", type=Path, metavar="FILE", help="everything that was measured")
     add("--svg", type=Path, metavar="FILE", help="draw jobs lost and 429s per client")
@@ -154,6 +175,17 @@ def _clients(text: str) -> list[str]:
         if name not in CLIENTS:
             raise argparse.ArgumentTypeError(f"no client {name}; there are {', '.join(CLIENTS)}")
     return names
+
+
+def _some_of(*names: str) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        chosen = text.split(",")
+        for each in chosen:
+            if each not in names:
+                raise argparse.ArgumentTypeError(f"not {each!r}, but some of {','.join(names)}")
+        return chosen
+
+    return read
 
 
 def _workers(text: str) -> list[int]:

@@ -104,7 +104,7 @@ class FairQueue:
             self._visible[group].append(_Message(f"m{self._count}", job.job_id, group))
         return []
 
-    def hand_over(self, most: int, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
+    def deliver(self, most: int, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
         """As the mapping takes a batch: the group with the least in flight first."""
         self._reappear()
         given: list[Received] = []
@@ -118,7 +118,7 @@ class FairQueue:
 
     def receive(self, most: int, hidden_ms: int) -> list[Received]:
         """As a worker takes messages itself."""
-        return self.hand_over(min(most, 10), hidden_ms)
+        return self.deliver(min(most, 10), hidden_ms)
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
         """As the port."""
@@ -138,7 +138,7 @@ class FairQueue:
 
     def reject(self, message: Received, reason: str) -> None:
         """As the port; nothing here is."""
-        raise AssertionError(f"nothing here is to be buried: {message.message_id}, {reason}")
+        raise AssertionError(f"nothing here is to be rejected: {message.message_id}, {reason}")
 
     def depth(self) -> int:
         """As the port."""
@@ -307,7 +307,7 @@ class Backlogged:
             await asyncio.sleep(0.25)
             consumer = self.mapping.stored
             while consumer.enabled and self.alive < (consumer.maximum_concurrency or MAPPING):
-                messages = self.queue.hand_over(BATCH)
+                messages = self.queue.deliver(BATCH)
                 if not messages:
                     break
                 worker = idle.pop() if idle else Worker(self.tools, self._rules())

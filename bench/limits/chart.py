@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.limits import report
+from bench.limits.doors import BatchesDoor
 from bench.limits.runners import Run
 from bench.limits.scenarios import SCENARIOS
 
@@ -31,9 +32,10 @@ NAMES: Final = {
 }
 USUAL_WORKERS: Final = 4
 ROW_OF_TABLE: Final = re.compile(
-    r"^\| (.+?) \| (\w+)(?:, (\d+) workers)? \| .+? \| ([\d,]+) \| ([\d.]+) \|", re.MULTILINE
+    r"^\| ([^|]+?) \| (\w+)(?: jobs)?(?:, (\d+) workers)? \| [^|]+ \|(?: [^|]+ \|)? ([\d,]+) \| ([\d.]+) \|",
+    re.MULTILINE,
 )
-"""Scenario, client, workers, jobs lost and 429s per answer."""
+"""Scenario, client, workers, jobs lost and 429s per answer. Sluice is shown by its jobs door."""
 WIDTH, TOP, ROW, BAR = 900, 76, 38, 20
 PANELS: Final = ((250, 220), (590, 220))
 """For each panel, where its bars start and how long the longest one is."""
@@ -70,6 +72,7 @@ def of_runs(runs: Iterable[Run]) -> list[Figures]:
             ),
         )
         for run in runs
+        if run.door != BatchesDoor.name
     ]
     return _with_usual_workers(rows)
 

@@ -47,9 +47,12 @@ class Spent:
 class Meters:
     """Reads the meters of one local stack. `start` when the clock starts, `read` at the end."""
 
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, function: str, queue: str) -> None:
+        """Read those of the function that calls Claude, by its and its queue's logical ids."""
         self._ready = ready
-        self._function = ready.resources["WorkerFunction"]
+        self._function = ready.resources[function]
+        self._queue_url = ready.resources[queue]
+        self._is_bulk = function == "RangesFunction"
         configuration = ready.client("lambda").get_function_configuration(
             FunctionName=self._function
         )
@@ -84,13 +87,14 @@ class Meters:
             processes=processes,
             invocations=len(found),
             lambda_gb_seconds=sum(each.seconds for each in found) * self._memory_gb,
-            receives=_total(batches, "messages"),
+            # A message is a range there, and an invocation runs one.
+            receives=len(found) if self._is_bulk else _total(batches, "messages"),
             limiter_writes=_total(batches, "limiter_writes"),
             limiter_versions=self._group_versions() - self._versions,
         )
 
     def _wait_until_quiet(self) -> None:
-        sqs, queue_url = self._ready.client("sqs"), self._ready.resources["JobsQueue"]
+        sqs, queue_url = self._ready.client("sqs"), self._queue_url
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
         until = time.monotonic() + QUIET_SECONDS
         while time.monotonic() < until:

@@ -9,17 +9,16 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
+from bench.limits.doors import DOORS, REFILL_SECONDS, RunFailed, end_processes
 from bench.limits.ideal import ideal_seconds
 from bench.limits.meters import Meters, Spent
 from bench.limits.scenarios import Need, Scenario, need
@@ -34,9 +33,7 @@ from bench.limits.scoring import (
     taken_by,
 )
 from scripts.claude_simulator import params_hash
-from scripts.cli.client import FINAL_STATES, MAX_IDS_PER_LOOK, Gateway
-from scripts.cli.submission import read_jobs, send
-from scripts.local_stack import LocalStack, Ready, StackError
+from scripts.local_stack import LocalStack, StackError
 from scripts.local_stack.emulator import Child, clean_environment
 
 Json = dict[str, Any]
@@ -44,22 +41,31 @@ Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 LITELLM_PYTHON = ROOT / ".venv-litellm" / "bin" / "python"
 START_SECONDS = 120.0
-LOOK_EVERY_SECONDS = 1.0
+WARM_UP_JOBS = 4
+"""For each organisation, so that all limits are learned."""
+OTHER_SEED = 1_000_003
 IN_FLIGHT = {"sdk": 32, "tutorial": 20, "litellm": 32}
 STRANGER = "sdk"
 CLIENTS = ("sluice", "sdk", "tutorial", "litellm")
 
 
-class RunFailed(Exception):
-    """The run came to nothing; the message is the one line to show."""
+class StartFrom(StrEnum):
+    """What Sluice's functions have done when the clock starts."""
+
+    WARM = "warm"
+    """Each on the path has answered within the last minute, and the limits are known."""
+    COLD = "cold"
+    """All their processes have ended; nothing has run on this stack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is the same for all runs."""
+    """How a run is made; for clients other than Sluice only the seed counts."""
 
     seed: int
     workers: int
+    door: str = "jobs"
+    start: StartFrom = StartFrom.WARM
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,8 @@ class Done:
     spent: Spent | None = None
     client_cpu_seconds: float | None = None
     workers: int | None = None
+    door: str | None = None
+    start: StartFrom | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +113,18 @@ class Run:
     client_cpu_seconds: float | None = None
     workers: int | None = None
     """Sluice's concurrent ones; other clients have none."""
+    door: str | None = None
+    """Sluice's door that the work came through; other clients have none."""
+    start: StartFrom | None = None
 
     @property
     def label(self) -> str:
-        """The client's name, with its workers."""
-        return self.client if self.workers is None else f"{self.client}, {self.workers} workers"
+        """The client's name, with its door and workers."""
+        return (
+            self.client
+            if self.workers is None
+            else f"{self.client} {self.door}, {self.workers} workers"
+        )
 
     @property
     def lost(self) -> int:
@@ -133,6 +148,8 @@ class Task:
 
     scenario: Scenario
     requests: list[Json]
+    warm_up_requests: list[Json]
+    """Run before the clock starts: they are not counted."""
     needs: Need
     stranger_requests: list[Json]
     hard_seconds: float
@@ -145,7 +162,15 @@ class Task:
         needs = need(scenario, requests, seed)
         whole = needs + need(scenario, strangers, seed)
         hard_seconds = 4 * ideal_seconds(scenario, whole) + 60
-        return cls(scenario, requests, needs, strangers, hard_seconds)
+        warm_up = replace(scenario, jobs=WARM_UP_JOBS * len(scenario.organisations))
+        return cls(
+            scenario,
+            requests,
+            warm_up.requests(seed + OTHER_SEED),
+            needs,
+            strangers,
+            hard_seconds,
+        )
 
 
 def is_available(client: str) -> bool:
@@ -169,7 +194,7 @@ def run(scenario: Scenario, client: str, settings: Settings) -> Run:
 
 def _scored(task: Task, client: str, done: Done, upstream: Upstream) -> Run:
     scenario = task.scenario
-    rows = upstream.ledger()
+    rows = [row for row in upstream.ledger() if row["at"] >= done.began_at]
     own = rows_of(rows, [each.key for each in scenario.organisations])
     others = rows_of(rows, [each.stranger_key for each in scenario.organisations])
     starts = upstream.starts()
@@ -202,6 +227,8 @@ def _scored(task: Task, client: str, done: Done, upstream: Upstream) -> Run:
         spent=done.spent,
         client_cpu_seconds=done.client_cpu_seconds,
         workers=done.workers,
+        door=done.door,
+        start=done.start,
     )
 
 
@@ -299,22 +326,6 @@ class _Start:
 # ---------------------------------------------------------------- Sluice
 
 
-def _warm_up(ready: Ready, workers: int) -> None:
-    """Let every worker answer a canary, so that it has imported everything: like the other clients before the clock."""
-    function = ready.resources["WorkerFunction"]
-
-    def canary(number: int) -> None:
-        body = json.dumps({"v": 1, "canary": f"bench-{number}"})
-        event = {"Records": [{"messageId": uuid.uuid4().hex, "body": body}]}
-        answer = ready.client("lambda").invoke(FunctionName=function, Payload=json.dumps(event))
-        if answer.get("FunctionError"):
-            raise RunFailed(f"a worker did not start: {answer['Payload'].read().decode()[:200]}")
-
-    # At once, so that each needs a worker of its own.
-    with ThreadPoolExecutor(workers) as threads:
-        list(threads.map(canary, range(workers)))
-
-
 def _sluice(task: Task, claude_url: str, start: _Start, settings: Settings) -> Done:
     pool = {
         "keys": [
@@ -322,64 +333,33 @@ def _sluice(task: Task, claude_url: str, start: _Start, settings: Settings) -> D
             for organisation in task.scenario.organisations
         ]
     }
-    stack = LocalStack(key_pool=pool, tenant="bench", concurrency=settings.workers)
-    with stack.running() as ready, Gateway(ready.api_url, ready.client_key) as gateway:
-        _warm_up(ready, settings.workers)
-        meters = Meters(ready)
-        lines = [json.dumps({"params": params}).encode() for params in task.requests]
+    workers = settings.workers
+    stack = LocalStack(key_pool=pool, tenant="bench", concurrency=workers, bulk_concurrency=workers)
+    with stack.running() as ready, closing(DOORS[settings.door](ready)) as door:
+        if settings.start is StartFrom.WARM:
+            door.warm_up(task.warm_up_requests, workers)
+            time.sleep(REFILL_SECONDS)
+        else:
+            end_processes(ready, door.functions)
+        meters = Meters(ready, door.functions[0], door.queue)
         meters.start()
         try:
             start.now()
             began_at = time.time()
-            run_key = f"bench-{uuid.uuid4().hex}"
-            outcome = send(gateway, read_jobs(lines, {}), run_key, in_flight_at_once=1)
-            if outcome.stopped:
-                raise outcome.stopped
-            ids = [job.job_id for job in outcome.accepted]
-            final, seen_until = _wait(gateway, ready, ids, began_at + task.hard_seconds)
+            outcome = door.work(task.requests, began_at + task.hard_seconds)
             spent = meters.read()
         finally:
             meters.stop()
-    succeeded = [job for job in final if job["state"] == "succeeded"]
-    notes = [
-        f"{state} {count}"
-        for state in ("errored", "expired", "canceled")
-        if (count := sum(job["state"] == state for job in final))
-    ]
-    if len(final) < len(ids):
-        notes.append(f"{len(ids) - len(final)} unfinished after {task.hard_seconds:.0f} s")
-    if outcome.rejected:
-        notes.append(f"{len(outcome.rejected)} not accepted")
-    last = max((datetime.fromisoformat(job["finished_at"]).timestamp() for job in final), default=0)
     return Done(
         began_at=began_at,
-        ended_at=last if last and len(final) == len(ids) else seen_until,
-        done=len(succeeded),
-        notes=tuple(notes),
+        ended_at=outcome.ended_at,
+        done=outcome.done,
+        notes=outcome.notes,
         spent=spent,
-        workers=settings.workers,
+        workers=workers,
+        door=settings.door,
+        start=settings.start,
     )
-
-
-def _wait(
-    gateway: Gateway, ready: Ready, ids: Sequence[str], until: float
-) -> tuple[list[Json], float]:
-    """Return the jobs that have ended, once all have or the time is over."""
-    waiting = list(ids)
-    final: list[Json] = []
-    while waiting and time.time() < until:
-        if reason := ready.ended():
-            raise StackError(reason)
-        # Only the oldest: each job tells itself when it ended, so nothing is gained by looking at all.
-        ended = [
-            job for job in gateway.look(waiting[:MAX_IDS_PER_LOOK]) if job["state"] in FINAL_STATES
-        ]
-        final += ended
-        names = {job["id"] for job in ended}
-        waiting = [job_id for job_id in waiting if job_id not in names]
-        if len(ended) < MAX_IDS_PER_LOOK:
-            time.sleep(min(LOOK_EVERY_SECONDS, max(0.0, until - time.time())))
-    return final, time.time()
 
 
 # ---------------------------------------------------------------- clients that call Claude themselves

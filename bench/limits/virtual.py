@@ -29,17 +29,25 @@ from scripts.claude_simulator.accounts import Refused
 from scripts.claude_simulator.engine import Call, Engine
 from scripts.claude_simulator.faults import Failure as SimulatedFailure
 from scripts.claude_simulator.faults import Place
+from sluice.adapters import job_records
 from sluice.adapters.claude_answers import limit_headers
+from sluice.bulk.assemble import Assemble, JoinAtOnce
+from sluice.bulk.plan import PlanBatch
+from sluice.domain.batches import Options, Phase
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure, RetryPolicy
+from sluice.intake.batches import Batches, Create
 from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.claude import Answer, CallRequest, Headers
 from sluice.ports.claude import Refused as NoAnswer
 from sluice.wiring.shared import model_groups, prices
 from sluice.worker.queue_source import RunJobs
+from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
+from sluice.worker.ranges import RangeTools, RunRange
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.worker import Worker
+from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryNotices, MemoryObjects
 from tests.fakes import (
     DirectCalls,
     MemoryJobs,
@@ -70,6 +78,10 @@ COLD_SECONDS: Final = 1.7
 POST_SECONDS: Final = 0.25
 """A list of 100 jobs."""
 
+PLAN_SECONDS: Final = 0.2
+"""From the create to the range messages, when another function plans."""
+
+JOIN_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 885
 VERSION: Final = "2026-10-21"
 RATE_LIMITED: Final = 429
@@ -202,17 +214,29 @@ class Play:
         others = [asyncio.ensure_future(each) for each in (self._midway(), self._stranger())]
         pumps = [asyncio.ensure_future(self._pump(each)) for each in range(self.workers)]
         await self._submit()
-        while any(not job.state.is_final for job in self.jobs.stored.values()):
+        while not self._has_ended():
             await asyncio.sleep(0.05)
             if self.time.seconds > self.task.hard_seconds:
                 break
-        ended = max((job.finished_at or 0 for job in self.jobs.stored.values()), default=0)
+        ended = self._ended_at()
         self.is_over = True
         for each in others:
             each.cancel()
         await asyncio.gather(*pumps)
         await asyncio.gather(*others, return_exceptions=True)
         return (ended - self.time.start) / 1000
+
+    def _has_ended(self) -> bool:
+        return all(job.state.is_final for job in self.jobs.stored.values())
+
+    def _ended_at(self) -> int:
+        return max((job.finished_at or 0 for job in self.jobs.stored.values()), default=0)
+
+    def _done(self) -> int:
+        return sum(job.state == "succeeded" for job in self.jobs.stored.values())
+
+    def _receives(self) -> int:
+        return self.queue.receives
 
     async def _submit(self) -> None:
         submit = Submit(
@@ -229,14 +253,17 @@ class Play:
             submit(asked[at : at + 100], Sender("bench"))
 
     def _new_worker(self) -> Worker:
+        return self._worker_of(self.jobs, self.params, self.results, self.ledger)
+
+    def _worker_of(self, jobs: Any, params: Any, results: Any, ledger: Any) -> Worker:
         tools = Tools(
-            jobs=self.jobs,
-            params=self.params,
-            results=self.results,
+            jobs=jobs,
+            params=params,
+            results=results,
             limits=self.limits,
             keys=self.pool,
             claude=VirtualClaude(self.engine),
-            ledger=self.ledger,
+            ledger=ledger,
             clock=VirtualClock(self.time),
             jitter=self.chance.random,
             blocking=DirectCalls(STORE_MS),
@@ -252,19 +279,21 @@ class Play:
             messages = await self._batch()
             if not messages:
                 return
-            if self.idle:
-                worker = self.idle.pop()
-            else:
-                self.importing += 1
-                await asyncio.sleep(COLD_SECONDS * max(1.0, self.importing / CORES))
-                self.importing -= 1
-                worker = self._new_worker()
+            worker = await self._environment()
             stop_at = self.time.now() + STOP_SECONDS * 1000
             not_done = await RunJobs(self.queue, self.jobs, worker)(
                 messages, stop_at, f"worker-{number}-{invocation}"
             )
             self.queue.delete([each for each in messages if each.message_id not in not_done])
             self.idle.append(worker)
+
+    async def _environment(self) -> Worker:
+        if self.idle:
+            return self.idle.pop()
+        self.importing += 1
+        await asyncio.sleep(COLD_SECONDS * max(1.0, self.importing / CORES))
+        self.importing -= 1
+        return self._new_worker()
 
     async def _batch(self) -> list[Any]:
         began: float | None = None
@@ -276,7 +305,7 @@ class Play:
                 continue
             began = self.time.seconds if began is None else began
             if visible >= BATCH or self.time.seconds - began >= WINDOW_SECONDS:
-                return self.queue.hand_over(BATCH)
+                return self.queue.deliver(BATCH)
         return []
 
     async def _midway(self) -> None:
@@ -311,7 +340,7 @@ class Play:
         others = rows_of(rows, [each.stranger_key for each in scenario.organisations])
         began_at = self.time.start / 1000
         ideal = ideal_seconds(scenario, task.needs, taken_by(others, began_at))
-        done = sum(job.state == "succeeded" for job in self.jobs.stored.values())
+        done = self._done()
         starts = sorted(
             start
             for organisation in self.engine.stats(starts=True)["organisations"].values()
@@ -331,7 +360,7 @@ class Play:
             lost=scenario.jobs - done,
             calls=calls_of(own, [params_hash(each) for each in task.requests]),
             writes_per_1000=writes * 1000 / max(1, done),
-            receives_per_job=self.queue.receives / max(1, done),
+            receives_per_job=self._receives() / max(1, done),
             followed=tuple(
                 seconds_until_followed(
                     self.starts,
@@ -344,9 +373,100 @@ class Play:
         )
 
 
-def play(scenario: Scenario, workers: int, seed: int) -> Played:
+class BatchesPlay(Play):
+    """The same through `messages.batches.create`: one batch, its ranges run by the ranges function."""
+
+    def __init__(self, task: Task, workers: int, seed: int) -> None:
+        self.rows: dict[Worker, WindowRows] = {}
+        super().__init__(task, workers, seed)
+        clock = VirtualClock(self.time)
+        self.batches = MemoryBatches(self.time.now)
+        self.objects = MemoryObjects()
+        self.queues = MemoryBatchQueues(self.time.now)
+        self.assemble = Assemble(self.batches, self.objects, MemoryNotices(), clock, self.events)
+        self.planner = PlanBatch(
+            self.batches, self.objects, self.queues, self.assemble, (), clock, self.events
+        )
+        self.invocations = 0
+
+    def _has_ended(self) -> bool:
+        return all(each.phase is Phase.ENDED for each in self.batches.stored.values())
+
+    def _ended_at(self) -> int:
+        return max((each.ended_at or 0 for each in self.batches.stored.values()), default=0)
+
+    def _done(self) -> int:
+        return sum(each.tally.succeeded for each in self.batches.stored.values())
+
+    def _receives(self) -> int:
+        return self.invocations
+
+    async def _submit(self) -> None:
+        await asyncio.sleep(POST_SECONDS)
+        rows = [
+            {"custom_id": f"row-{number}", "params": params}
+            for number, params in enumerate(self.task.requests)
+        ]
+        clock = VirtualClock(self.time)
+        intake = Batches(
+            "bench",
+            self.batches,
+            self.objects,
+            self.queues,
+            self.queues,
+            clock,
+            self.chance.randbytes,
+            self.events,
+        )
+        intake.create(Create(rows, Options()))
+        for batch_id in self.queues.plans:
+            await asyncio.sleep(PLAN_SECONDS)
+            self.planner.plan(batch_id)
+
+    def _new_worker(self) -> Worker:
+        rows = WindowRows(prices(), VirtualClock(self.time))
+        worker = self._worker_of(rows, RowRequests(rows), rows, RowBooks(self.ledger, rows))
+        self.rows[worker] = rows
+        return worker
+
+    async def _pump(self, number: int) -> None:
+        while not self.is_over:
+            await asyncio.sleep(POLL_SECONDS * (0.5 + self.chance.random()))
+            pointer = self.queues.receive()
+            if pointer is None:
+                continue
+            self.invocations += 1
+            worker = await self._environment()
+            tools = RangeTools(
+                batches=self.batches,
+                objects=self.objects,
+                queue=JoinAtOnce(lambda: self.assemble, self.queues, self.events),
+                backlog=self.queues.backlog,
+                returns=self.queues,
+                text_of_job=job_records.as_text,
+                job_of_text=job_records.of_text,
+                clock=VirtualClock(self.time),
+                blocking=DirectCalls(STORE_MS),
+                events=self.events,
+            )
+            stop_at = self.time.now() + STOP_SECONDS * 1000
+            owner = f"worker-{number}-{self.invocations}"
+            if await RunRange(tools, worker, self.rows[worker])(pointer, stop_at, owner):
+                self.queues.delete(pointer.message)
+            self.idle.append(worker)
+            while self.queues.joins:
+                joined = self.queues.joins.pop(0)
+                await asyncio.sleep(JOIN_SECONDS)
+                self.assemble.join(*joined)
+
+
+PLAYS: Final = {"jobs": Play, "batches": BatchesPlay}
+"""By the door that the work comes through."""
+
+
+def play(scenario: Scenario, workers: int, seed: int, door: str = "jobs") -> Played:
     """Play one scenario."""
-    return Play(Task.of(scenario, seed), workers, seed).run(seed)
+    return PLAYS[door](Task.of(scenario, seed), workers, seed).run(seed)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -355,6 +475,7 @@ def parser() -> argparse.ArgumentParser:
     names = [scenario.name for scenario in SCENARIOS]
     add = made.add_argument
     add("--only", action="append", choices=names, help="only this scenario (may be repeated)")
+    add("--door", default="jobs,batches", help="jobs, batches or both (both)")
     add("--workers", default="4", help="concurrent workers, as in 2,4,20 (4)")
     add("--seeds", default="1", help="as in 1,2,3 or 1-5 (1)")
     add("--jobs-scale", type=float, default=1.0, help="fewer jobs, sooner changes (1.0)")
@@ -364,17 +485,20 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Play what the command line names, and print a table."""
     chosen = parser().parse_args(arguments)
-    table = Table("scenario", "workers", "seed", "score", "seconds", "ideal", "lost", "429s per answer",
+    table = Table("scenario", "door", "workers", "seed", "score", "seconds", "ideal", "lost", "429s per answer",
                   "billed twice", "avoidable", "writes", "receives", "followed")  # fmt: skip
     status = 0
     for scenario in SCENARIOS:
         if chosen.only and scenario.name not in chosen.only:
             continue
         scaled = scenario.scaled(chosen.jobs_scale)
-        for workers, seed in product(_numbers(chosen.workers), _numbers(chosen.seeds)):
-            run = play(scaled, workers, seed)
+        for door, workers, seed in product(
+            chosen.door.split(","), _numbers(chosen.workers), _numbers(chosen.seeds)
+        ):
+            run = play(scaled, workers, seed, door)
             table.add_row(
                 run.scenario,
+                door,
                 str(run.workers),
                 str(run.seed),
                 f"{run.score:.1%}",

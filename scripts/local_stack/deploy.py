@@ -83,6 +83,7 @@ def prepared(
     *,
     concurrency: int | None,
     public_url: str,
+    bulk_concurrency: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Template:
     """Return `template` with the local values as defaults of its parameters.
@@ -98,6 +99,8 @@ def prepared(
     }
     if concurrency is not None:
         values["MaxConcurrency"] = concurrency
+    if bulk_concurrency is not None:
+        values["BulkConcurrency"] = bulk_concurrency
     parameters = {
         name: {**declared, "Default": values[name]} if name in values else declared
         for name, declared in template.get("Parameters", {}).items()

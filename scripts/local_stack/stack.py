@@ -79,6 +79,8 @@ class LocalStack:
     tenant: str = "local"
     concurrency: int | None = None
     """Worker invocations at a time; None: the template's default."""
+    bulk_concurrency: int | None = None
+    """The same for ranges of batches."""
     account_concurrency: int | None = None
     """Executions that the emulated account may run at once; None: AWS's usual 1,000."""
     bucket_url: str | None = None
@@ -114,6 +116,7 @@ class LocalStack:
             template = deploy.prepared(
                 deploy.read_template(self.template),
                 concurrency=self.concurrency,
+                bulk_concurrency=self.bulk_concurrency,
                 public_url=deploy.api_url(emulator.endpoint_url),
                 environment=self.environment,
             )

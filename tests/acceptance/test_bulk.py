@@ -242,7 +242,7 @@ def test_the_same_file_again_runs_no_row_again(gateway: Gateway) -> None:
     first = gateway.ended("again")
 
     gateway.drop("again.jsonl", body)
-    within(lambda: "file known already" in logged(gateway, "batches"))
+    within(lambda: "file already known" in logged(gateway, "batches"))
 
     assert first == gateway.ended("again")
     assert 3 == sum(gateway.called("again").values())

@@ -370,9 +370,9 @@ def test_the_worker_buries_even_the_largest_message(
 
     SqsInbox(sqs, queue, queue).reject(message, "why")
 
-    (buried,) = sqs.receive_message(QueueUrl=queue, MessageAttributeNames=["All"])["Messages"]
-    assert body == len(buried["Body"])
-    attributes = buried.get("MessageAttributes", {})
+    (rejected,) = sqs.receive_message(QueueUrl=queue, MessageAttributeNames=["All"])["Messages"]
+    assert body == len(rejected["Body"])
+    attributes = rejected.get("MessageAttributes", {})
     assert reasons == [each["StringValue"] for each in attributes.values()]
 
 

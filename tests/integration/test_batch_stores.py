@@ -189,6 +189,22 @@ def test_a_member_counts_once_however_often_it_is_said(batches: Both) -> None:
     assert {} == batches.groups("msgbatch_none", "section#")
 
 
+def test_what_a_running_member_has_so_far_counts_until_it_is_done(batches: Both) -> None:
+    group, early, late = "section#000000", Tally(succeeded=10), Tally(succeeded=25, errored=1)
+    whole, other = Tally(succeeded=99, errored=1), Tally(canceled=2)
+
+    batches.note_running("msgbatch_r", group, 3, early)
+    batches.note_running("msgbatch_r", group, 3, late)
+    batches.note_running("msgbatch_r", group, 4, other)
+    running = batches.groups("msgbatch_r", group)
+    done = batches.mark("msgbatch_r", group, 3, whole)
+    batches.note_running("msgbatch_r", group, 3, late)
+
+    assert {group: Progress(0, Tally(), late + other)} == running
+    assert Progress(1, whole, other) == done
+    assert {group: Progress(1, whole, other)} == batches.groups("msgbatch_r", group)
+
+
 def test_a_repeated_create_finds_the_first_ones_batch(batches: Both) -> None:
     assert "a" == batches.name_create("acme", "body", "a", NOON - 10, fresh=True)
     assert "a" == batches.name_create("acme", "body", "b", NOON - 10, fresh=False)

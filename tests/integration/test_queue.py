@@ -283,7 +283,7 @@ class FakeSide:
         self.inbox = self.queue
 
     def receive(self) -> list[Received]:
-        return self.queue.hand_over(1_000)
+        return self.queue.deliver(1_000)
 
 
 class SqsSide:

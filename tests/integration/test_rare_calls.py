@@ -20,6 +20,9 @@ from scripts.claude_simulator import read, running
 from scripts.local_stack import LocalStack, Ready
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.system import SystemClock
+from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
+from sluice.domain.batches import Phase
+from sluice.intake.batches import MOST_STARTED
 
 CLIENT_KEY: Final = "sluice_rare_of_acme"
 UPSTREAM_KEY: Final = "sk-ant-test-rare"
@@ -222,6 +225,45 @@ def test_the_limits_of_an_organization_with_an_admin_key_are_loaded(stack: Stack
     stack.govern()
 
     assert within(lambda: stack.http.get("/limits").json()["data"])
+
+
+def test_a_create_too_large_for_the_api_is_started_by_the_planner(stack: Stack) -> None:
+    """The API function sends the messages of small creates itself."""
+    stack.pause("RangesMapping")
+    rows = [
+        {"custom_id": f"row-{number:05}", "params": params("Say hello.")}
+        for number in range(100 * (MOST_STARTED + 1))
+    ]
+    created = stack.http.post("/v1/messages/batches", json={"requests": rows}).json()
+
+    def started() -> bool:
+        batch = stack.batches.get(created["id"])
+        return batch is not None and batch.phase is Phase.RUNNING
+
+    within(started)
+    stack.http.post(f"/v1/messages/batches/{created['id']}/cancel")
+    stack.resume("RangesMapping")
+    ended = within(lambda: stack.http.get(f"/batches/{created['id']}").json()["ended_at"])
+
+    assert ended
+
+
+def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
+    """Not one of its lines is a row, so that nobody is called."""
+    stack.ready.client("s3").put_object(
+        Bucket=stack.bucket,
+        Key=f"in/{TENANT}/larger.jsonl",
+        Body=b"{}\n" * 100 * (MOST_RANGES_AT_ONCE + 1),
+        Metadata={"sluice-webhook": "https://127.0.0.1:9/nobody-listens"},
+    )
+
+    def ended() -> dict[str, Any] | None:
+        for each in stack.http.get("/batches").json()["data"]:
+            if each["name"] == "larger" and each["ended_at"]:
+                return dict(each)
+        return None
+
+    assert 100 * (MOST_RANGES_AT_ONCE + 1) == within(ended)["rows"]["invalid"]
 
 
 def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(

@@ -14,6 +14,7 @@ import pytest
 
 from sluice.adapters import sqs
 from sluice.settings import MAPPINGS
+from sluice.wiring import batches
 from tests.expanded_template import template
 from tests.fresh import forget_what_is_wired
 from tests.moto_aws import in_memory
@@ -34,8 +35,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 NOT_BUILT = {"ended_jobs", "hidden", "hold_while_starting"}
 """What handlers call of the wiring that makes nothing to keep; none of it sends."""
 
-NEVER_USED = {("api", "RangesQueue"), ("api", "WebhooksQueue")}
-"""An upload is put on record by the planner, which the API never has plan or end anything."""
+NEVER_USED = {("api", "WebhooksQueue")}
+"""An upload is put on record by the planner, which the API never has end anything."""
 
 
 def senders() -> dict[str, set[str]]:
@@ -59,6 +60,8 @@ def senders() -> dict[str, set[str]]:
 
 
 SENDERS = senders()
+MadeLater = type(batches.assemble)
+"""A part of the wiring that is made when it is first used."""
 
 
 def parts_of(thing: Any) -> Sequence[Any]:
@@ -67,8 +70,8 @@ def parts_of(thing: Any) -> Sequence[Any]:
         return [*thing.keys(), *thing.values()]
     if isinstance(thing, list | tuple | set | frozenset):
         return list(thing)
-    if isinstance(thing, MethodType | partial):
-        return gc.get_referents(thing)
+    if isinstance(thing, MethodType | partial | MadeLater):
+        return [thing()] if isinstance(thing, MadeLater) else gc.get_referents(thing)
     if isinstance(thing, FunctionType):
         return [cell.cell_contents for cell in thing.__closure__ or ()]
     if type(thing).__module__.startswith("sluice"):

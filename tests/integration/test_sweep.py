@@ -248,7 +248,7 @@ def test_the_sweep_over_the_store(jobs: Store) -> None:
     assert Swept(due=31, sent=30, expired=1) == sweep(LATER)
     assert Swept() == sweep(LATER)
 
-    assert {f"job_{number}" for number in range(30)} == {m.job_id for m in queue.hand_over(100)}
+    assert {f"job_{number}" for number in range(30)} == {m.job_id for m in queue.deliver(100)}
 
 
 def test_due_jobs_spread_over_all_parts_of_the_index() -> None:

@@ -93,7 +93,7 @@ async def main():
     )
     run_jobs = RunJobs(gateway.queue, gateway.jobs, Worker(tools, gateway.rules))
     while any(not job.state.is_final for job in gateway.jobs.stored.values()):
-        batch = gateway.queue.hand_over(50)
+        batch = gateway.queue.deliver(50)
         not_done = await run_jobs(batch, clock.now() + 300_000, "me")
         gateway.queue.delete([each for each in batch if each.message_id not in not_done])
         await asyncio.sleep(0.1)

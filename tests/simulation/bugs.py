@@ -269,7 +269,7 @@ def _never_suspect_a_job() -> Iterator[None]:
         yield
 
 
-# Real ones: the simulation, or the first look at what it should know, found them in Sluice itself ------------
+# Real bugs, found in Sluice by the simulation or while its checks were written ------------
 
 
 @contextmanager

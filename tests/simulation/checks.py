@@ -1,6 +1,6 @@
-"""What must be true, whatever goes wrong. Each check is a class with the hooks it needs; all of them watch every story.
+"""What must hold in every story, whatever fails. Each check is a class with the hooks it needs.
 
-To add one: write a class with any of the hooks of `Check` and put it into `CHECKS`. Tell what is wrong by
+To add one: write a class with any of the hooks of `Check` and put it into `CHECKS`. Report a violation with
 `world.fail(self.name, ...)`.
 """
 
@@ -63,7 +63,7 @@ class Check:
         """A limit group was written."""
 
     def accepted(self, world: World, job_id: str) -> None:
-        """A caller was told that a job is accepted."""
+        """A caller received the response that a job is accepted."""
 
     def acknowledged(self, world: World, message: Received) -> None:
         """A message is about to be deleted."""
@@ -135,7 +135,7 @@ class EveryJobEndsOnce(Check):
     def ended(self, world: World) -> None:
         for job_id, order in world.accepted.items():
             if job_id not in world.jobs.stored:
-                world.fail(self.name, f"a job of {order.names} is gone")
+                world.fail(self.name, f"a job of {order.names} is missing")
         ends = Counter(write.after.job_id for write in world.writes if write.after.state.is_final)
         for job_id, count in ends.items():
             if count > 1:
@@ -180,7 +180,7 @@ class BilledTwiceOnlyForACause(Check):
             kept = [call for call in billed if _is_result(attempts.get(call.request_id))]
             nameless = sum(row.job_id == job.job_id and not row.request_id for row in rows)
             if job.attempts and job.attempts[-1].outcome is AttemptOutcome.LOST:
-                # It was not made again: whoever ended the job has no ledger, and the job itself says it.
+                # The call was not repeated: what ended the job writes no ledger row, but the job records the loss.
                 nameless += 1
             for call in billed:
                 if call in kept:
@@ -245,7 +245,7 @@ class TheLedgerHasEveryCall(Check):
 
 
 class AttemptsCountRealFailures(Check):
-    """An attempt is a call that was not turned away, or a lease whose worker died or could not write."""
+    """An attempt is a call that was not rejected, or a lease whose worker died or could not write."""
 
     name = "attempts count real failures"
 
@@ -507,14 +507,14 @@ class BooksDoNotGoBack(Check):
 
 
 class DeadLettersAreKept(Check):
-    """Every message that was buried is kept with its body."""
+    """Every rejected message is kept with its body."""
 
     name = "dead letters are kept"
 
     def ended(self, world: World) -> None:
-        for message, _ in world.queue.buried[: world.seen_dead_letters]:
+        for message, _ in world.queue.rejected[: world.seen_dead_letters]:
             if message.message_id not in world.graveyard.kept:
-                world.fail(self.name, f"{message.message_id} ({message.body!r}) is gone")
+                world.fail(self.name, f"{message.message_id} ({message.body!r}) is missing")
 
 
 CHECKS: Final[Sequence[type[Check]]] = (

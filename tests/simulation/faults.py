@@ -67,21 +67,21 @@ class Fault:
         return None
 
     def calm(self, world: World) -> None:
-        """Mend what would not mend by itself."""
+        """Repair what would not recover by itself."""
 
     def chance(self) -> bool:
-        """Tell whether to strike now."""
+        """Return whether to strike now."""
         return self.rng.random() < self.often
 
     def is_time(self, world: World) -> bool:
-        """Tell whether an outage that lasts for a while is under way."""
+        """Return whether an outage is in progress."""
         return self.window[0] <= world.time.now() - world.time.start < self.window[1]
 
     def hit(self, point: Point, what: str) -> None:
         """Note that a call to a store is hit; it may explain what the machine cannot write."""
         self.struck += 1
         point.machine.troubles.append(what)
-        point.machine.world.tell(point.machine, f"FAULT {what}", point.verb, point.args)
+        point.machine.world.record(point.machine, f"FAULT {what}", point.verb, point.args)
 
     def note(self, world: World, what: str) -> None:
         """Note that something happened beside the calls."""
@@ -108,7 +108,7 @@ class KilledAtAStoreCall(Fault):
     def _perhaps(self, point: Point, what: str) -> None:
         if self.rng.random() < self.often / 5:
             self.struck += 1
-            point.machine.world.tell(point.machine, f"FAULT {what}", point.verb, point.args)
+            point.machine.world.record(point.machine, f"FAULT {what}", point.verb, point.args)
             point.machine.kill(what)
             raise Killed(point.machine.name)
 
@@ -172,7 +172,7 @@ class LateDelivery(Fault):
 
 
 class VisibilityRunsOut(Fault):
-    """Visibility cannot be changed for a while, so that messages come back in the middle of their calls."""
+    """Visibility cannot be changed for a while, so that messages become visible in the middle of their calls."""
 
     async def before(self, point: Point) -> None:
         if point.verb in {"keep_hidden", "put_back"} and self.is_time(point.machine.world):
@@ -181,7 +181,7 @@ class VisibilityRunsOut(Fault):
 
 
 class LostMessage(Fault):
-    """A message is gone: a purge by mistake, say."""
+    """A message is lost, for example by an accidental purge."""
 
     async def strike(self, world: World) -> None:
         while True:
@@ -272,7 +272,7 @@ class ConditionFails(Fault):
             group = world.limits.stored.get(point.args[0].id)
             if group is not None:
                 self.struck += 1
-                world.tell(point.machine, "FAULT the group was changed by somebody else")
+                world.record(point.machine, "FAULT the group was changed by somebody else")
                 now = world.time.now()
                 changed = settle(group, (), now)
                 world.limits.stored[group.id] = replace(changed, version=group.version + 1)
@@ -332,7 +332,7 @@ class RateLimited(Fault):
 
 
 class SpendLimit(Fault):
-    """The tier's cap, a limit the organisation set itself, or an unpaid bill: the group is parked."""
+    """The tier's cap, a limit that the organization set itself, or an unpaid bill: the group is blocked."""
 
     patience_ms = 9 * 60 * MINUTE
 
@@ -384,7 +384,7 @@ class BadRequest(Fault):
 
 
 class ConnectionLost(Fault):
-    """The connection breaks, before Claude has begun or when it has finished: nobody here can tell."""
+    """The connection breaks, before Claude has started or after it has finished: Sluice cannot know which."""
 
     def reply(self, call: Call) -> Plan | None:
         if not self.chance():
@@ -482,7 +482,7 @@ class Surprise(Fault):
 
 
 class OtherTraffic(Fault):
-    """Somebody else uses the organisation's limits."""
+    """Other clients use the organization's limits."""
 
     async def strike(self, world: World) -> None:
         while True:
@@ -493,7 +493,7 @@ class OtherTraffic(Fault):
 
 
 class ChangedLimits(Fault):
-    """The organisation's limits are raised or lowered."""
+    """The organization's limits are raised or lowered."""
 
     async def strike(self, world: World) -> None:
         while True:

@@ -28,7 +28,7 @@ SLOWEST_STEP_MS: Final = 24
 
 
 class Killed(BaseException):
-    """The machine is gone; nothing it would still do happens."""
+    """The machine was killed; it does nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ class Machine:
         try:
             answer = call(*args, **kwargs)
         except Exception as error:
-            world.tell(self, f"{point.store}: {point.verb} -> {type(error).__name__}")
+            world.record(self, f"{point.store}: {point.verb} -> {type(error).__name__}")
             raise
         finally:
             world.writer = None
         if is_swap and answer is not facts[0]:
-            world.tell(self, f"{point.store}: {point.verb} -> Stale")
+            world.record(self, f"{point.store}: {point.verb} -> Stale")
             return answer
-        world.tell(self, point.store, point.verb, facts)
+        world.record(self, point.store, point.verb, facts)
         if world.strikes:
             for fault in world.faults:
                 await fault.after(point)
@@ -116,7 +116,7 @@ class Machine:
         if self.died_at is None:
             self.died_at = self.world.time.now()
             self.died_of = why
-            self.world.tell(self, f"DIES: {why}")
+            self.world.record(self, f"DIES: {why}")
             self.world.on_death(self)
         for task in self.tasks:
             task.cancel()
@@ -127,7 +127,7 @@ class Machine:
         context.run(MACHINE.set, self)
         return asyncio.get_running_loop().create_task(work, name=name, context=context)
 
-    async def gone(self) -> None:
+    async def ended(self) -> None:
         """Return when nothing of a dead machine is left."""
         while self.tasks:
             for task in self.tasks:
@@ -165,11 +165,11 @@ def task_factory(
     if machine is not None:
         machine.tasks[task] = None
         task.add_done_callback(machine.tasks.pop)
-    task.add_done_callback(_looked_at)
+    task.add_done_callback(_retrieve_exception)
     return task
 
 
-def _looked_at(task: asyncio.Task[Any]) -> None:
+def _retrieve_exception(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()
 
@@ -242,7 +242,7 @@ class Through:
 
 
 class OneByOne:
-    """Stands for ThreadPoolExecutor inside functions: the order of calls must not depend on real threads."""
+    """Replaces ThreadPoolExecutor inside functions: the order of calls must not depend on real threads."""
 
     def __init__(self, max_workers: int = 1) -> None:
         del max_workers

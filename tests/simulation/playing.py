@@ -1,4 +1,4 @@
-"""Plays the story of a seed and says what came of it."""
+"""Play the story of a seed and report the result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tests.simulation.checks import CHECKS, Violation
-from tests.simulation.story import told_by
+from tests.simulation.story import story_of
 from tests.simulation.world import World
 
 
@@ -21,7 +21,7 @@ class Played:
 
 def play(seed: int) -> Played:
     """Play the story of a seed under every check."""
-    world = World(told_by(seed), [check() for check in CHECKS])
+    world = World(story_of(seed), [check() for check in CHECKS])
     return Played(seed, world, world.run())
 
 

@@ -1,4 +1,4 @@
-"""What a seed tells: jobs, keys, limits, machines, and which faults will strike."""
+"""The story of a seed: jobs, keys, limits, machines, and which faults will strike."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Story:
     """How long after the last fault everything may take to come right."""
 
 
-def told_by(seed: int) -> Story:
+def story_of(seed: int) -> Story:
     """Return the story of a seed."""
     rng = random.Random(f"story {seed}")  # noqa: S311 - chance that can be repeated
     calm_at_ms = rng.choice((1, 2, 4, 8)) * MINUTE

@@ -56,7 +56,7 @@ def test_a_deliberate_bug_is_noticed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_a_deliberate_bug_is_gone_afterwards(name: str) -> None:
+def test_a_deliberate_bug_is_removed_afterwards(name: str) -> None:
     with BUGS[name].applied():
         pass
 

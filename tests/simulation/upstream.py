@@ -22,10 +22,10 @@ ORGANIZATION: Final = "org"
 
 ANSWER_PIECES: Final = 5
 SMALL_PIECE: Final = 50
-"""Larger pieces of an answer take some time to come."""
+"""Larger pieces of an answer take some time to arrive."""
 
 REFUSED_MS: Final = 150
-"""A call that is turned away ends this soon."""
+"""How long a rejected call takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Call:
 
     @property
     def is_snooze(self) -> bool:
-        """Tell whether it was turned away in a way that uses no attempt."""
+        """Return whether it was rejected without using an attempt."""
         if self.fate != "refused" or self.plan.reply is None:
             return False
         failure = self.plan.reply.failure
@@ -80,7 +80,7 @@ class Call:
 
 
 class Buckets:
-    """What the organisation really has left: continuous token buckets."""
+    """The organization's actual capacity: continuous token buckets."""
 
     def __init__(self, limits: Mapping[Dimension, int], now: int) -> None:
         self.limits = dict(limits)
@@ -124,7 +124,7 @@ class Upstream:
         self.calls.append(call)
         call.usage = Usage(input_tokens=rng.randrange(5, 50), output_tokens=rng.randrange(1, 100))
         call.plan = self._plan(call)
-        world.tell(
+        world.record(
             machine, f"call {call.number} for {name} ({request.model}, key {request.key.id})"
         )
         goes_on_alone = rng.random() < 0.5
@@ -139,7 +139,7 @@ class Upstream:
         finally:
             call.ended_at = world.time.now()
             billed = ", billed" if call.billed else ""
-            world.tell(machine, f"call {call.number} for {name}: {call.fate}{billed}")
+            world.record(machine, f"call {call.number} for {name}: {call.fate}{billed}")
         return answer
 
     def _plan(self, call: Call) -> Plan:

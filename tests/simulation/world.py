@@ -83,7 +83,7 @@ class Write:
 
 @dataclass(eq=False, slots=True)
 class Reserved:
-    """One admission of the limiter, and what its worker told of it."""
+    """One admission of the limiter, and the settlements its worker made."""
 
     admission: Admission
     machine: Machine
@@ -91,7 +91,7 @@ class Reserved:
 
 
 class StoryJobs(MemoryJobs):
-    """The job records; every write is looked at."""
+    """The job records; every write is checked."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class StoryParams(MemoryParams):
 
 
 class StoryLimits(MemoryLimits):
-    """The limit groups; every write is looked at."""
+    """The limit groups; every write is checked."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class StoryLimits(MemoryLimits):
 
 
 class StoryQueue(MemoryQueue):
-    """The jobs queue; it wakes whoever waits for messages."""
+    """The jobs queue; it wakes every worker that waits for messages."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world.time.now)
@@ -313,18 +313,18 @@ class Environment:
         """Take down every admission and its settlement."""
         admit, settle = limiter.admit, limiter.settle
 
-        async def admit_and_tell(*args: Any, **named: Any) -> Any:
+        async def admit_and_record(*args: Any, **named: Any) -> Any:
             given = await admit(*args, **named)
             if isinstance(given, Admission):
                 world.reserved.setdefault(id(given), Reserved(given, self.machine))
             return given
 
-        def settle_and_tell(admission: Admission, used: Cost | None, **named: Any) -> None:
+        def settle_and_record(admission: Admission, used: Cost | None, **named: Any) -> None:
             entry = world.reserved.setdefault(id(admission), Reserved(admission, self.machine))
             entry.settled.append(used)
             settle(admission, used, **named)
 
-        vars(limiter).update(admit=admit_and_tell, settle=settle_and_tell)
+        vars(limiter).update(admit=admit_and_record, settle=settle_and_record)
 
 
 class World:
@@ -339,7 +339,7 @@ class World:
         self.checks = checks
         self.violations: list[Violation] = []
         self.strikes = bool(story.faults)
-        """Faults are under way."""
+        """Faults still strike."""
         self.history: list[tuple[int, str, str, str, tuple[Any, ...]]] = []
         self.writer: Machine | None = None
 
@@ -418,7 +418,7 @@ class World:
     def _calm(self) -> None:
         """No more faults: from here on everything must come right by itself."""
         self.strikes = False
-        self.queue.mend()
+        self.queue.recover()
         self.queue.reply_is_lost = False
         for fault in self.faults:
             fault.calm(self)
@@ -466,7 +466,7 @@ class World:
             due = self.queue.next_visible()
             free = consumer.enabled and len(self.busy) < most
             if free and due is not None and due <= now:
-                batch = self.queue.hand_over(self.story.batch_size)
+                batch = self.queue.deliver(self.story.batch_size)
                 self.begin(self._invoke(batch))
                 await asyncio.sleep(0.1)
                 continue
@@ -490,7 +490,7 @@ class World:
         environment.held = {message.receipt: message for message in batch}
         environment.invoked_at = self.time.now()
         who = " ".join(self.about(message) for message in batch)
-        self.tell(machine, f"receives {who} as {owner}")
+        self.record(machine, f"receives {who} as {owner}")
         remaining = self.rng.choice(self.story.timeouts_ms)
         stop_at = machine.now() + remaining - min(LAST_MS, remaining // 4)
         task = machine.spawn(
@@ -506,7 +506,7 @@ class World:
             self.busy.remove(environment)
             if not machine.is_alive:
                 self.environments.remove(environment)
-                await machine.gone()
+                await machine.ended()
             environment.held = {}
             self.queue.stirred.set()
 
@@ -532,7 +532,7 @@ class World:
 
     def acknowledge(self, machine: Machine, message: Received) -> None:
         """Delete a message."""
-        self.tell(machine, f"done with {self.about(message)}")
+        self.record(machine, f"done with {self.about(message)}")
         self.queue.delete([message])
 
     def _new_environment(self) -> Environment:
@@ -555,12 +555,12 @@ class World:
         if not task.done():
             machine.kill("the function timed out")
         if not machine.is_alive:
-            await machine.gone()
+            await machine.ended()
             return None
         try:
             return task.result()
         except StoreBusy as busy:
-            self.tell(machine, f"failed: {busy}")
+            self.record(machine, f"failed: {busy}")
             return None
 
     # What is not a worker ----------------------------------------------------------------------------------
@@ -572,12 +572,12 @@ class World:
             if self._is_quiet():
                 continue
             self.begin(self.tick())
-            for message, reason in self.queue.buried[self.seen_dead_letters :]:
+            for message, reason in self.queue.rejected[self.seen_dead_letters :]:
                 self.begin(self._dead_letter(message, reason))
-            self.seen_dead_letters = len(self.queue.buried)
+            self.seen_dead_letters = len(self.queue.rejected)
 
     def _is_quiet(self) -> bool:
-        """Tell whether a run would find nothing to do."""
+        """Return whether a run would find nothing to do."""
         now = self.time.now()
         due = min((each.due_at for _, each in self.jobs.due_jobs.values()), default=None)
         visible = self.queue.next_visible()
@@ -585,7 +585,7 @@ class World:
             not self.busy
             and self.mapping.stored.enabled
             and self.notes.at is None
-            and len(self.queue.buried) == self.seen_dead_letters
+            and len(self.queue.rejected) == self.seen_dead_letters
             and (due is None or due > now)
             and (visible is None or visible > now + TICK_MS)
         )
@@ -753,7 +753,9 @@ class World:
         """Add a line to the history that is nobody's."""
         self.history.append((self.time.now(), "", text, "", ()))
 
-    def tell(self, machine: Machine, what: str, verb: str = "", args: tuple[Any, ...] = ()) -> None:
+    def record(
+        self, machine: Machine, what: str, verb: str = "", args: tuple[Any, ...] = ()
+    ) -> None:
         """Add a line to the history."""
         self.history.append((self.time.now(), machine.name, what, verb, args))
 

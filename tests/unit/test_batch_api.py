@@ -1,5 +1,6 @@
 """Batches as a tenant's program makes and sees them: once per create, its own only, and in Anthropic's words."""
 
+import asyncio
 import gzip
 import json
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ class Caller:
             tenant,
             bulk.batches,
             bulk.objects,
+            bulk.queues,
             bulk.queues,
             VirtualClock(bulk.time),
             self._random,
@@ -78,7 +80,98 @@ def test_a_create_is_stored_as_the_file_it_would_have_been(caller: Caller) -> No
         == (caller.bulk.objects.stored[batch.input_key])
     )
     assert ("messages_batches", 2, NOON + DAY) == (batch.source, batch.rows, batch.expires_at)
+
+
+def sent(bulk: Bulk) -> list[tuple[str, int]]:
+    """The batch and number of every range message in the queue."""
+    return [(batch_id, number) for _, batch_id, number, _ in bulk.queues.ranges.values()]
+
+
+def test_a_create_starts_its_ranges_itself(caller: Caller) -> None:
+    batch = caller.create(*(a_row(number) for number in range(250)))
+
+    assert Phase.RUNNING == batch.phase
+    assert batch == caller.batches.get(batch.batch_id)
+    assert [(batch.batch_id, number) for number in range(3)] == sent(caller.bulk)
+    assert [] == caller.bulk.queues.plans
+
+
+def test_the_planner_starts_the_ranges_of_a_large_create(caller: Caller) -> None:
+    """However large it is, the API sends one message for it."""
+    rows = [a_row(f"{number:05}") for number in range(100 * (api.MOST_STARTED + 1))]
+
+    batch = caller.create(*rows)
+
+    assert Phase.PLANNING == batch.phase
+    assert ([], [batch.batch_id]) == (sent(caller.bulk), caller.bulk.queues.plans)
+    caller.bulk.planner.plan(batch.batch_id)
+    assert batch.plan is not None
+    assert range(batch.plan.ranges) == range(len(sent(caller.bulk)))
+    assert Phase.RUNNING == caller.batches.get(batch.batch_id).phase
+
+
+def test_ranges_that_the_queue_did_not_take_are_sent_by_the_planner(caller: Caller) -> None:
+    caller.bulk.queues.untaken = [1]
+
+    batch = caller.create(*(a_row(number) for number in range(250)))
+
+    assert Phase.PLANNING == caller.batches.get(batch.batch_id).phase
     assert [batch.batch_id] == caller.bulk.queues.plans
+    caller.run()
+    assert 250 == len(caller.bulk.results())
+    assert 250 == len(caller.bulk.claude.calls)
+
+
+def test_a_create_that_dies_before_it_is_marked_as_started_calls_nobody_twice(
+    caller: Caller,
+) -> None:
+    caller.bulk.batches.fail_next("replace")
+
+    batch = caller.create(*(a_row(number) for number in range(150)))
+
+    assert Phase.PLANNING == caller.batches.get(batch.batch_id).phase
+    (due,) = caller.bulk.batches.due(NOON + api.PLANNED_MS, 10)
+    caller.bulk.once()
+    # The sweep has it planned, so that all messages are sent again.
+    caller.bulk.planner.plan(due.batch_id)
+    caller.run()
+    assert 150 == len(caller.bulk.results())
+    assert 150 == len(caller.bulk.claude.calls)
+
+
+def test_a_batch_that_is_read_after_its_deadline_keeps_the_answers_it_has(
+    caller: Caller,
+) -> None:
+    """Its ranges may have run while the record still said that it was not started."""
+    caller.bulk.batches.fail_next("replace")
+    batch = caller.create(
+        *(a_row(number) for number in range(150)), options=Options(deadline=NOON + MINUTE)
+    )
+    caller.bulk.once()
+    answered = len(caller.bulk.claude.calls)
+    caller.bulk.time.pass_seconds(120)
+
+    caller.bulk.planner.plan(batch.batch_id)
+    caller.run()
+
+    ended = caller.batches.get(batch.batch_id)
+    assert 0 < answered < 150
+    assert (answered, 150 - answered, None) == (
+        ended.tally.succeeded,
+        ended.tally.expired,
+        ended.problem,
+    )
+
+
+def test_a_create_that_is_sent_again_before_it_was_started_starts_it(caller: Caller) -> None:
+    for verb in ("send_ranges", "send_plan"):
+        caller.bulk.queues.fail_next(verb)
+    first = caller.create()
+
+    again = caller.create(retries=1)
+
+    assert (first.batch_id, Phase.RUNNING) == (again.batch_id, again.phase)
+    assert [(first.batch_id, 0)] == sent(caller.bulk)
 
 
 def test_a_created_batch_runs_to_its_results(caller: Caller) -> None:
@@ -184,7 +277,8 @@ def test_a_deadline_may_be_nearer_or_farther_than_a_day(caller: Caller) -> None:
 
 
 def test_a_busy_queue_does_not_lose_a_batch(caller: Caller) -> None:
-    caller.bulk.queues.fail_next("send_plan")
+    for verb in ("send_ranges", "send_plan"):
+        caller.bulk.queues.fail_next(verb)
 
     batch = caller.create()
 
@@ -280,7 +374,6 @@ def test_a_list_goes_from_page_to_page(caller: Caller) -> None:
 
 def test_progress_is_what_ranges_have_brought(caller: Caller) -> None:
     batch = caller.create(*(a_row(number) for number in range(230)))
-    caller.bulk.planner.plan(caller.bulk.queues.plans.pop())
 
     caller.bulk.once()
 
@@ -289,6 +382,27 @@ def test_progress_is_what_ranges_have_brought(caller: Caller) -> None:
     assert 210 * halfway.rows == halfway.cost_micro_usd
     caller.run()
     assert 230 == caller.batches.progress(caller.batches.get(batch.batch_id)).rows
+
+
+def test_progress_counts_the_rows_of_a_range_that_is_running(caller: Caller) -> None:
+    bulk = caller.bulk
+    bulk.claude.latency_ms = 10_000
+    bulk.claude.when = lambda _: bulk.time.pass_seconds(0.1)
+    batch = caller.create(*(a_row(number) for number in range(100)))
+    seen: list[int] = []
+
+    async def story() -> None:
+        running = asyncio.ensure_future(bulk.invoke())
+        while not running.done():
+            seen.append(caller.batches.progress(caller.batches.get(batch.batch_id)).rows)
+            await asyncio.sleep(0.5)
+        await running
+
+    bulk.time.run(story())
+
+    assert [0, *sorted(seen[1:])] == seen
+    assert any(0 < rows < 100 for rows in seen)
+    assert 100 == caller.batches.progress(caller.batches.get(batch.batch_id)).rows
 
 
 # Ending ----------------------------------------------------------------------------------------------------
@@ -319,7 +433,7 @@ def test_a_cancel_goes_by_what_the_batch_is_by_then(caller: Caller) -> None:
     assert 8 == caller.batches.cancel(batch.batch_id).version
 
 
-def test_a_batch_that_is_gone_meanwhile_is_not_there(caller: Caller) -> None:
+def test_a_batch_deleted_in_the_meantime_is_not_found(caller: Caller) -> None:
     batch = caller.create()
     caller.bulk.batches.fail_next("replace", error=Stale(None))
 
@@ -343,8 +457,8 @@ def test_only_an_ended_batch_can_be_deleted(caller: Caller) -> None:
 def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
-    gone = delete_batch(caller.batches.get(batch.batch_id))
-    caller.bulk.batches.fail_next("replace", error=Stale(gone))
+    deleted = delete_batch(caller.batches.get(batch.batch_id))
+    caller.bulk.batches.fail_next("replace", error=Stale(deleted))
 
     caller.batches.delete(batch.batch_id)
 
@@ -455,7 +569,6 @@ def test_what_a_row_cannot_have_is_refused_at_once(
 
 def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller) -> None:
     batch = caller.create(*(a_row(number) for number in range(200)))
-    caller.bulk.planner.plan(caller.bulk.queues.plans.pop())
     so_far = Tally(succeeded=40, invalid=10, cost_micro_usd=1_234_567)
 
     running = views.batch_view(caller.batches.get(batch.batch_id), so_far, NOON + 10 * MINUTE)
@@ -476,7 +589,8 @@ def test_a_batch_is_shown_with_its_progress_and_when_it_will_end(caller: Caller)
         shown["rows"]["done"],
         shown["estimated_end_at"],
     )
-    assert "planning" == views.batch_view(batch, Tally(), NOON)["state"]
+    planning = replace(batch, phase=Phase.PLANNING)
+    assert "planning" == views.batch_view(planning, Tally(), NOON)["state"]
     document.Batch.model_validate_json(json.dumps(shown), strict=True)
     document.MessageBatch.model_validate_json(json.dumps(caller.shown(batch.batch_id)), strict=True)
 

@@ -94,6 +94,20 @@ def test_a_byte_order_mark_belongs_to_no_range() -> None:
     assert 1 == plan.ranges
 
 
+@pytest.mark.parametrize(
+    ("lines", "ranges"),
+    [(1, [1]), (99, [99]), (149, [149]), (150, [100, 50]), (249, [125, 124]), (700, [100] * 7)],
+)
+def test_the_last_lines_are_no_range_of_their_own(lines: int, ranges: list[int]) -> None:
+    """It would wait for the end of the others, and run alone."""
+    body = b"xxxxxxxxx\n" * lines
+
+    plan = planned(len(body), body)
+
+    bounds = [plan.bounds(number) for number in range(plan.ranges)]
+    assert ranges == [-(-end // 10) - -(-start // 10) for start, end in bounds]
+
+
 @pytest.mark.parametrize("sample", [b"", b"\xef\xbb\xbf"])
 def test_an_empty_object_has_no_range(sample: bytes) -> None:
     assert 0 == planned(len(sample), sample).ranges

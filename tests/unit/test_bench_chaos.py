@@ -1,4 +1,4 @@
-"""What a chaos run makes of the books: a run that loses or pays twice must fail, whatever its size."""
+"""The checks of a chaos run: a run that loses a job or pays twice fails, whatever its size."""
 
 import json
 from dataclasses import replace
@@ -66,7 +66,7 @@ def row(request_id: str | None, note: str | None = None) -> dict[str, Any]:
         ([row("b", "lease lost")], [bill("a"), bill("b")], (1, 0)),
         # It has the call without saying why: no cause.
         ([row("b")], [bill("a"), bill("b")], (0, 1)),
-        # A worker died: its call has no id, and stands for one bill alone.
+        # A worker died: its call has no id, and explains one bill only.
         ([row(None, "the worker died during the call")], [bill("a"), bill("b")], (1, 0)),
         ([row(None, "died")], [bill("a"), bill("b"), bill("c")], (1, 1)),
         # Nobody knows of it.
@@ -113,7 +113,7 @@ def test_only_a_small_run_kills_no_worker() -> None:
     assert ["workers killed"] == not_as_promised(replace(SMALL, kills=Size().kills), GOOD)
 
 
-def test_notes_say_what_each_worker_has_in_hand(tmp_path: Path) -> None:
+def test_notes_say_which_jobs_each_worker_holds(tmp_path: Path) -> None:
     file = tmp_path / "notes.jsonl"
     notes = Notes(file)
     said = [

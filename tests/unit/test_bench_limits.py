@@ -1,4 +1,4 @@
-"""The arithmetic of the limiter's bench: ideal times, what the ledger says, scenarios as data."""
+"""The arithmetic of the limits benchmark: ideal times, scores from the ledger, scenarios as data."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from bench.limits import chart, meters, report, scoring
 from bench.limits.ideal import NeverDone, Others, Supply, earliest, ideal_seconds, supplies
-from bench.limits.runners import Followed, Run, Task
+from bench.limits.runners import Followed, Run, StartFrom, Task
 from bench.limits.scenarios import SCENARIOS, Need, Organisation, Scenario, Target, need
 from scripts.claude_simulator import params_hash, read
 
@@ -71,20 +71,20 @@ def test_what_is_beyond_the_burst_takes_the_time_of_its_refill() -> None:
     assert 140.0 == earliest(1500, [Supply(100.0, ((0.0, 10.0),))])
 
 
-def test_organisations_let_the_work_through_together() -> None:
+def test_organizations_share_the_work() -> None:
     buckets = [Supply(10.0, ((0.0, 1.0),)), Supply(30.0, ((0.0, 3.0),))]
 
     assert 15.0 == earliest(100, buckets)
 
 
-def test_a_revoked_key_lets_nothing_more_through() -> None:
+def test_a_revoked_key_admits_nothing_more() -> None:
     buckets = [Supply(0.0, ((0.0, 1.0),)), Supply(0.0, ((0.0, 1.0), (10.0, 0.0)))]
 
     # Twenty in the first ten seconds, then one a second.
     assert 15.0 == earliest(25, buckets)
 
 
-def test_work_that_no_bucket_can_ever_let_through_has_no_ideal_time() -> None:
+def test_work_that_no_bucket_can_ever_admit_has_no_ideal_time() -> None:
     with pytest.raises(NeverDone):
         earliest(25, [Supply(5.0, ((0.0, 1.0), (10.0, 0.0)))])
 
@@ -238,7 +238,7 @@ def test_the_work_of_a_client_that_rewrites_requests_is_read_from_its_answers() 
     assert Need(6, 90, 120) == scoring.need_of(rows, jobs=4)  # half of the jobs were answered
 
 
-def test_rows_are_told_apart_by_key() -> None:
+def test_rows_are_distinguished_by_key() -> None:
     other = Organisation("one", 600).stranger_key
     rows = [row("a"), row("b", key_id=scoring.key_id(other))]
 
@@ -387,8 +387,42 @@ def test_other_clients_have_nothing_to_reach() -> None:
 
 
 def test_rows_of_sluice_name_their_workers() -> None:
-    assert "sluice, 20 workers" == report.cells(finished(workers=20), SMALL)[1]
-    assert "sdk" == report.cells(finished(client="sdk"), SMALL)[1]
+    [sluice, sdk] = report.rows([finished(workers=20, door="jobs"), finished(client="sdk")])
+
+    assert "sluice jobs, 20 workers" == report.cells(sluice, SMALL)[1]
+    assert "sdk" == report.cells(sdk, SMALL)[1]
+
+
+def test_a_line_shows_the_median_score_of_each_start() -> None:
+    runs = [
+        finished(workers=4, door="batches", start=start, seconds=seconds)
+        for start, seconds in (
+            (StartFrom.COLD, 20.0),
+            (StartFrom.WARM, 12.5),
+            (StartFrom.WARM, 10.0),
+            (StartFrom.WARM, 11.0),
+        )
+    ]
+
+    [line] = report.rows(runs)
+
+    assert ("90.9%", "50.0%") == report.cells(line, SMALL)[2:4]
+    assert "11.0 (10.0)" in report.cells(line, SMALL)
+
+
+def test_batches_behind_jobs_and_cold_behind_warm_are_said() -> None:
+    def batches(start: StartFrom, seconds: float) -> Run:
+        return finished(workers=4, door="batches", start=start, seconds=seconds)
+
+    jobs = finished(workers=4, door="jobs", start=StartFrom.WARM)
+
+    assert [] == report.comparisons([jobs, batches(StartFrom.WARM, 10.2)])
+    [behind_jobs] = report.comparisons([jobs, batches(StartFrom.WARM, 12.5)])
+    assert "20.0% behind jobs" in behind_jobs
+    [behind_warm] = report.comparisons(
+        [batches(StartFrom.WARM, 10.0), batches(StartFrom.COLD, 12.5)]
+    )
+    assert "cold 20.0% behind warm" in behind_warm
 
 
 def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
@@ -402,8 +436,10 @@ def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{report.BEGIN}\n\nabout\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
-    assert 1 == text.count("| small | sluice | 100.0% | 0 | 0.000 | 0 (0) | 10.0 (10.0) |")
-    assert "old" not in text
+    assert 1 == text.count(
+        f"| small | sluice | 100.0% | {report.NONE} | 0 | 0.000 | 0 (0) | 10.0 (10.0) |"
+    )
+    assert "\nold\n" not in text
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:

@@ -165,10 +165,10 @@ def test_as_many_workers_as_the_limits_keep_busy(groups: list[Group], expected: 
     [
         # 667 calls in flight. A worker that refills its slots has 30 of 50 in use,
         (50, REFILLED, 24),
-        # one that runs a range has 26 of 64,
-        (64, UNREFILLED, 28),
-        # and would have 38 if it did.
-        (64, REFILLED, 19),
+        # one that runs a range has 26 of 120,
+        (120, UNREFILLED, 27),
+        # and would have 72 if it did.
+        (120, REFILLED, 11),
     ],
 )
 def test_the_workers_of_either_mapping_carry_the_whole_limit(

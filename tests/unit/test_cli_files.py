@@ -136,7 +136,7 @@ def test_a_folder_and_a_missing_folder_are_refused_at_once(tmp_path: Path) -> No
 
 
 def test_a_file_that_may_not_be_written_is_kept(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write every file, so the answer of the system stands in for its mode."""
+    """Root may write every file, so the test replaces the answer of the system instead of the mode."""
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     with pytest.raises(CommandFailed, match="Permission denied"), writing(old):

@@ -186,7 +186,7 @@ def test_looks_are_seldom_while_nothing_happens_and_frequent_again_when_somethin
     assert [5.0, 5.0, 2.5] == clock.slept[-3:]
 
 
-def test_only_unfinished_jobs_are_looked_at_a_hundred_at_a_time() -> None:
+def test_only_unfinished_jobs_are_polled_a_hundred_at_a_time() -> None:
     clock = Clock()
     names = [f"{n}" for n in range(150)]
     gateway = TimedGateway(clock, lambda each: 0.0 if int(each) < 140 else 2.0)
@@ -197,7 +197,7 @@ def test_only_unfinished_jobs_are_looked_at_a_hundred_at_a_time() -> None:
     assert {10} == {len(each) for each in gateway.looked_for[2:]}
 
 
-def test_thousands_of_jobs_are_looked_at_in_turn_and_less_often() -> None:
+def test_thousands_of_jobs_are_polled_in_turn_and_less_often() -> None:
     clock = Clock()
     gateway = TimedGateway(clock, lambda _: 0.0)
     names = [f"{n}" for n in range(2500)]
@@ -208,7 +208,7 @@ def test_thousands_of_jobs_are_looked_at_in_turn_and_less_often() -> None:
     assert [0.5, 5.0, 5.0] == clock.slept
 
 
-def test_a_gateway_out_of_reach_for_a_while_only_delays_waiting() -> None:
+def test_a_gateway_that_is_unreachable_for_a_while_only_prolongs_the_wait() -> None:
     clock, display = Clock(), Recorder()
     gateway = TimedGateway(clock, lambda _: 0.0)
     gateway.failures = [
@@ -222,7 +222,7 @@ def test_a_gateway_out_of_reach_for_a_while_only_delays_waiting() -> None:
     assert 2 == len(display.notes)
 
 
-def test_a_key_that_was_revoked_meanwhile_ends_waiting() -> None:
+def test_a_key_revoked_in_the_meantime_ends_the_wait() -> None:
     clock = Clock()
     gateway = TimedGateway(clock, lambda _: 0.0)
     gateway.failures = [GatewayRefused(403, "permission_error", "no", None)]
@@ -231,7 +231,7 @@ def test_a_key_that_was_revoked_meanwhile_ends_waiting() -> None:
         wait_for(gateway, ["a"], display=Recorder(), clock=clock, sleep=clock.sleep)
 
 
-def test_a_gateway_that_never_comes_back_ends_waiting() -> None:
+def test_a_gateway_that_stays_unreachable_ends_the_wait() -> None:
     clock = Clock()
     gateway = TimedGateway(clock, lambda _: 0.0)
     gateway.failures = [GatewayUnreachable("http://127.0.0.1:9", "refused") for _ in range(1000)]

@@ -237,7 +237,7 @@ def test_an_entry_says_what_it_means_where_to_look_and_what_to_do(alarm: str) ->
 
 
 @pytest.mark.parametrize("metric", sorted(METRIC_NAMES))
-def test_every_metric_stands_in_the_runbook(metric: str) -> None:
+def test_every_metric_is_in_the_runbook(metric: str) -> None:
     assert f"`{metric}`" in RUNBOOK
 
 

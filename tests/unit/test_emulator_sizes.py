@@ -97,9 +97,9 @@ def test_only_what_is_above_its_size_is_ended(memory: Memory, holding: Any) -> N
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="ps shows no peaks")
 def test_a_peak_that_is_over_still_ends_the_process() -> None:
-    gone = "held = b'x' * (200 << 20); del held; print('over', flush=True); input()"
+    spike = "held = b'x' * (200 << 20); del held; print('over', flush=True); input()"
     with subprocess.Popen(
-        [sys.executable, "-c", gone], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", spike], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert "over\n" == process.stdout.readline()

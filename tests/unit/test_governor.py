@@ -150,7 +150,7 @@ def test_no_job_is_left_in_the_queue_of_a_mapping_that_is_off(scene: Scene) -> N
     scene.queue.post(job_id="job_1")
     scene.governor()
     assert (2, True) == scene.stands()
-    scene.queue.delete(scene.queue.hand_over(1))  # parked
+    scene.queue.delete(scene.queue.deliver(1))  # parked
     scene.clock.at += MINUTE
     scene.governor()
     assert (2, False) == scene.stands()
@@ -293,7 +293,7 @@ def test_each_mapping_gets_what_the_whole_limit_needs_and_a_line_of_its_own(pair
         ranges["in_flight"],
     )
     assert "6 workers of 50 slots" in str(jobs["reason"])
-    assert "7 workers of 64 slots" in str(ranges["reason"])
+    assert "7 workers of 120 slots" in str(ranges["reason"])
 
 
 def test_each_mapping_is_off_while_its_own_queue_is_empty(pair: Pair) -> None:
@@ -436,12 +436,12 @@ class Six(Scene):
             case _:
                 notes.break_down(fault)
 
-    def mend(self) -> None:
+    def recover(self) -> None:
         for name, mapping in self.mappings.items():
-            mapping.mend()
+            mapping.recover()
             mapping.busy = 0
             mapping.stored = replace(mapping.stored, is_applied=True)
-            self.every_note[name].mend()
+            self.every_note[name].recover()
 
     def enabled(self) -> dict[str, int | None]:
         return {
@@ -609,7 +609,7 @@ def test_without_the_accounts_limit_nothing_is_raised_and_the_run_fails() -> Non
         six.run()
     assert dict.fromkeys(MAPPINGS, 2) == six.enabled()
     assert ["account limit not read"] == six.events.problem_names
-    six.account.mend()
+    six.account.recover()
 
     assert {"jobs": 10, "ranges": 4, **CEILINGS} == six.run()
 
@@ -664,7 +664,7 @@ def test_whatever_fails_no_mapping_is_lost_and_in_peace_every_queue_is_served(
             six.break_for_one_run(name, fault)
         with suppress(StoreBusy):
             six.run()
-        six.mend()
+        six.recover()
 
         assert sum(six.enabled().values()) <= room_of(executions)  # type: ignore[arg-type]
         for name, each in six.mappings.items():

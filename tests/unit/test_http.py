@@ -145,7 +145,7 @@ def test_stream_false_is_taken_and_left_out() -> None:
         ({"params": PARAMS, "lane": "batch"}, "lane: must be 'live' or omitted (got 'batch')"),
     ],
 )
-def test_a_bad_job_is_told_where_and_why(job: object, words: str) -> None:
+def test_the_error_of_a_bad_job_says_where_and_why(job: object, words: str) -> None:
     assert words in complaint(job)
 
 
@@ -197,7 +197,7 @@ def test_a_bad_envelope_is_refused_as_a_whole(body: object, words: str) -> None:
     assert words in str(refused.value)
 
 
-def test_what_the_gateway_says_of_itself_tells_the_cure() -> None:
+def test_the_gateways_own_errors_say_what_to_do() -> None:
     too_large = RequestTooLarge(5_000_000, requests.MOST_BYTES)
 
     assert "the body has 5,000,000 bytes; the limit is 4,000,000. Send fewer" in str(too_large)
@@ -297,7 +297,7 @@ def test_a_snoozed_job_says_why_and_until_when() -> None:
     assert ("2026-11-20T12:00:01.000Z", 1) == (view["not_before"], view["snoozes"])
 
 
-def test_an_attempt_under_way_is_shown_open() -> None:
+def test_a_running_attempt_is_shown_without_an_end() -> None:
     (attempt,) = views.job_view(claim(a_job(), "w", NOON, NOON + 1))["attempts"]
 
     assert (None, None, None) == (attempt["ended_at"], attempt["outcome"], attempt["usage"])

@@ -187,7 +187,7 @@ def test_a_worker_reserves_for_many_jobs_in_one_write(crew: Crew) -> None:
     assert 50 == len(crew.started)
 
 
-def test_what_cannot_start_in_time_is_told_when_it_might(crew: Crew) -> None:
+def test_a_job_that_cannot_start_in_time_learns_when_it_might(crew: Crew) -> None:
     crew.know(block(known_group(), NOON + 10 * MINUTE, "rate limited", NOON))
 
     answer = crew.play(crew.admit)
@@ -197,7 +197,7 @@ def test_what_cannot_start_in_time_is_told_when_it_might(crew: Crew) -> None:
     assert NOON + 10 * MINUTE <= answer.at <= NOON + 11 * MINUTE
 
 
-def test_jobs_sent_away_together_come_back_one_behind_the_other(crew: Crew) -> None:
+def test_jobs_snoozed_together_are_retried_one_after_another(crew: Crew) -> None:
     crew.know(known_group(seen=limited(6, 1)))
 
     async def story(limiter: Limiter) -> list[Admitted]:
@@ -209,7 +209,7 @@ def test_jobs_sent_away_together_come_back_one_behind_the_other(crew: Crew) -> N
     assert max(later) - min(later) >= 3 * MINUTE
 
 
-def test_a_request_larger_than_the_bucket_can_ever_hold_is_told(crew: Crew) -> None:
+def test_a_request_larger_than_the_bucket_can_ever_hold_is_too_large(crew: Crew) -> None:
     small = Seen(20_000, 3_000)
     crew.know(
         known_group(seen={"requests": PLENTY, "input_tokens": small, "output_tokens": PLENTY})
@@ -330,9 +330,9 @@ def test_a_reservation_that_was_not_used_is_given_back_soon(crew: Crew) -> None:
 @pytest.mark.parametrize(
     ("learned", "output"),
     [
-        # No headers tell what is left: the usage does.
+        # No headers report what is left: the usage counts.
         (False, 40_000),
-        # Headers have told while it was produced: only the reservation is in the books.
+        # Headers reported it while it was produced: only the reservation is in the books.
         (True, 100),
     ],
 )
@@ -618,7 +618,7 @@ def test_a_longer_block_is_not_waited_for_by_jobs_that_fill_a_worker(crew: Crew)
     assert isinstance(shorter, Admission)
 
 
-def test_a_block_is_told_once(crew: Crew) -> None:
+def test_a_block_is_logged_once(crew: Crew) -> None:
     crew.know(known_group(seen=limited(600, 100)))
 
     async def story(limiter: Limiter) -> None:
@@ -731,7 +731,7 @@ def test_start_times_are_taken_back_when_a_key_is_no_longer_accepted(crew: Crew)
     assert not crew.time.run(story())
 
 
-def test_an_empty_queue_is_told_with_the_next_block(crew: Crew) -> None:
+def test_an_empty_queue_is_recorded_with_the_next_reservation(crew: Crew) -> None:
     crew.know(known_group(seen=limited(6_000, 1_000)))
 
     async def story(limiter: Limiter) -> None:
@@ -835,7 +835,7 @@ def test_a_block_gets_through_a_store_that_was_busy(crew: Crew) -> None:
     assert "rate limited" == crew.group.blocked_reason
 
 
-def test_a_store_that_is_busy_at_the_end_is_told(crew: Crew) -> None:
+def test_a_store_that_is_busy_at_the_end_is_logged(crew: Crew) -> None:
     crew.know(known_group(seen=limited(600, 100)))
 
     async def story(limiter: Limiter) -> None:
@@ -857,7 +857,7 @@ def test_nobody_waits_longer_than_asked_for_a_store_that_is_busy(crew: Crew) -> 
     assert isinstance(crew.play(crew.admit), Later)
 
 
-def test_a_planner_that_fails_tells_those_who_wait(crew: Crew) -> None:
+def test_a_planner_that_fails_raises_in_those_who_wait(crew: Crew) -> None:
     crew.store.fail_next("load", error=ZeroDivisionError("armchair"))
 
     with pytest.raises(ZeroDivisionError, match="armchair"):
@@ -865,7 +865,7 @@ def test_a_planner_that_fails_tells_those_who_wait(crew: Crew) -> None:
     assert ["limiter failed"] == crew.events.problem_names
 
 
-def test_a_record_that_was_deleted_is_begun_anew(crew: Crew) -> None:
+def test_a_deleted_record_is_created_again(crew: Crew) -> None:
     crew.know(known_group(seen=limited(600, 100)))
 
     async def story(limiter: Limiter) -> None:
@@ -905,7 +905,7 @@ def test_a_worker_with_nothing_to_do_touches_nothing(crew: Crew) -> None:
     assert [] == crew.store.journal
 
 
-def test_what_a_worker_knows_of_a_group_can_be_looked_at(crew: Crew) -> None:
+def test_what_a_worker_knows_of_a_group_can_be_read(crew: Crew) -> None:
     crew.know(known_group(seen=limited(600, 100)))
 
     async def story(limiter: Limiter) -> tuple[Group | None, Group | None]:
@@ -920,7 +920,7 @@ def test_what_a_worker_knows_of_a_group_can_be_looked_at(crew: Crew) -> None:
 
 @pytest.mark.parametrize("others", [0, 3])
 def test_a_write_whose_reply_was_lost_is_entered_once(crew: Crew, others: int) -> None:
-    """What it reserved is given back, for nobody was told; what it settled is not settled again."""
+    """Its reservations are released, because no call received them; what it settled is not settled again."""
     crew.know(known_group(seen=limited(60, 100)))
     written: list[Group] = []
     genuine = crew.store.replace
@@ -958,11 +958,11 @@ def settlements(limiter: Limiter) -> list[tuple[Admission, Cost | None]]:
     told: list[tuple[Admission, Cost | None]] = []
     settle = limiter.settle
 
-    def settle_and_tell(admission: Admission, used: Cost | None, **facts: bool) -> None:
+    def settle_and_record(admission: Admission, used: Cost | None, **facts: bool) -> None:
         told.append((admission, used))
         settle(admission, used, **facts)
 
-    vars(limiter)["settle"] = settle_and_tell
+    vars(limiter)["settle"] = settle_and_record
     return told
 
 

@@ -112,7 +112,7 @@ def test_a_file_of_an_unknown_kind_is_said_and_not_run(make: Make) -> None:
     assert ["file of unknown kind"] == bulk.events.problem_names
 
 
-def test_a_file_that_is_gone_already_is_nothing(make: Make) -> None:
+def test_a_file_that_was_already_deleted_starts_no_batch(make: Make) -> None:
     bulk = make()
 
     bulk.planner.arrived("in/acme/first.jsonl")
@@ -249,7 +249,7 @@ def test_of_options_that_cannot_be_used_a_good_webhook_hears_of_it(make: Make) -
     assert "https://acme.example/" == bulk.batch.options.webhook
 
 
-def test_a_deadline_ends_what_was_not_begun(make: Make) -> None:
+def test_a_deadline_expires_rows_that_have_not_started(make: Make) -> None:
     bulk = make()
 
     bulk.upload(jsonl(a_row(1)), **{"sluice-deadline": "2026-11-20T12:30:00Z"})
@@ -397,7 +397,7 @@ def test_a_folder_without_a_prompt_says_so(make: Make) -> None:
 
 def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
     bulk = make()
-    bulk.queues.fail_next("send_ranges", 5)
+    bulk.objects.fail_next("read")
     with pytest.raises(StoreBusy):
         bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
     bulk.time.pass_seconds(60)
@@ -405,6 +405,21 @@ def test_a_file_that_could_not_be_planned_in_time_ends(make: Make) -> None:
     bulk.planner.plan("msgbatch_1")
 
     assert Phase.ENDED == bulk.batch.phase
+    assert "the file could not be planned before its rows expired" == bulk.batch.problem
+
+
+def test_a_file_whose_ranges_could_not_be_sent_in_time_ends_with_expired_rows(make: Make) -> None:
+    bulk = make()
+    bulk.queues.fail_next("send_ranges", 5)
+    with pytest.raises(StoreBusy):
+        bulk.add(jsonl(a_row(1)), expires_at=NOON + MINUTE)
+    bulk.time.pass_seconds(60)
+
+    bulk.planner.plan("msgbatch_1")
+    bulk.drain()
+
+    assert Phase.ENDED == bulk.batch.phase
+    assert [{"type": "expired"}] == [row["result"] for row in bulk.results()]
 
 
 # Sending ---------------------------------------------------------------------------------------------------
@@ -416,7 +431,7 @@ def test_ranges_that_the_queue_did_not_take_are_sent_again(make: Make) -> None:
 
     bulk.upload(jsonl(*(a_row(number) for number in range(400))))
 
-    assert set(range(5)) == {number for _, _, number, _ in bulk.queues.ranges.values()}
+    assert set(range(4)) == {number for _, _, number, _ in bulk.queues.ranges.values()}
 
 
 def test_a_planner_that_died_goes_on_where_it_was_with_the_same_ranges(make: Make) -> None:
@@ -456,7 +471,7 @@ def test_ranges_whose_messages_were_lost_are_sent_when_they_are_overdue(make: Ma
 
 
 @pytest.mark.usefixtures("small_sections")
-def test_a_section_whose_message_was_lost_is_joined_by_whoever_looks_after_the_batch(
+def test_a_section_whose_message_was_lost_is_joined_by_the_planner(
     make: Make,
 ) -> None:
     bulk = make()
@@ -473,7 +488,7 @@ def test_a_section_whose_message_was_lost_is_joined_by_whoever_looks_after_the_b
 
 
 @pytest.mark.usefixtures("small_sections")
-def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_look(
+def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_check(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bulk = make()
@@ -493,7 +508,7 @@ def test_sections_that_there_is_no_time_to_join_are_left_to_the_next_look(
     assert [f"row-{number}" for number in range(300)] == ids(bulk.results())
 
 
-def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:
+def test_a_dead_letter_of_a_range_is_sent_again_and_counted(make: Make) -> None:
     bulk = make()
     bulk.upload(jsonl(a_row(1)))
     bulk.queues.ranges.clear()
@@ -507,7 +522,7 @@ def test_a_dead_letter_of_a_range_is_sent_again_and_told(make: Make) -> None:
     assert {} == bulk.queues.ranges
 
 
-def test_a_batch_nobody_knows_is_passed_over(make: Make) -> None:
+def test_an_unknown_batch_is_skipped(make: Make) -> None:
     bulk = make()
 
     bulk.planner.plan("msgbatch_none")
@@ -517,7 +532,7 @@ def test_a_batch_nobody_knows_is_passed_over(make: Make) -> None:
     assert {} == bulk.queues.ranges
 
 
-def test_rows_that_ended_before_the_planner_did_are_not_begun_anew(make: Make) -> None:
+def test_rows_that_ended_before_the_planner_did_are_not_run_again(make: Make) -> None:
     bulk = make()
     bulk.queues.fail_next("send_ranges", 5)
     with pytest.raises(StoreBusy):
@@ -606,7 +621,7 @@ def test_joining_again_changes_nothing(make: Make) -> None:
 
 
 def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1), a_row(2)))
     bulk.once()
     (join,) = bulk.queues.joins
@@ -620,7 +635,7 @@ def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make:
 
 
 def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     del bulk.objects.stored[bulk.batch.part_key(0)]
@@ -630,7 +645,7 @@ def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
 
 
 def test_a_cancel_that_comes_while_results_are_joined_stays_on_record(make: Make) -> None:
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     stale = bulk.batch
@@ -657,10 +672,10 @@ def test_small_results_are_kept_gzipped_and_large_ones_are_not(
     assert 1 == len([key for key in bulk.objects.stored if key.endswith(".gz")])
 
 
-# Telling ---------------------------------------------------------------------------------------------------
+# Notifications ---------------------------------------------------------------------------------------------
 
 
-def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
+def test_an_ended_batch_is_published_once(make: Make) -> None:
     bulk = make()
 
     bulk.upload(jsonl(a_row(1)), **{"sluice-webhook": "https://acme.example/hook"})
@@ -675,8 +690,8 @@ def test_whoever_listens_hears_of_an_end_once(make: Make) -> None:
     assert bulk.batch.due_at is None
 
 
-def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
-    bulk = make()
+def test_a_notification_that_failed_is_sent_again(make: Make) -> None:
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     bulk.notices.fail_next("publish")
@@ -691,8 +706,8 @@ def test_an_end_that_was_not_heard_is_told_again(make: Make) -> None:
     assert [] == list(bulk.batches.due(bulk.time.now() + 10**9, 10))
 
 
-def test_an_end_told_while_the_batch_was_deleted_is_told_all_the_same(make: Make) -> None:
-    bulk = make()
+def test_a_batch_deleted_before_its_notification_is_published_all_the_same(make: Make) -> None:
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()
     bulk.notices.fail_next("publish")
@@ -718,7 +733,7 @@ def test_parts_of_any_size_are_joined_piece_by_piece(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "AHEAD_BYTES", 1_000)
-    bulk = make()
+    bulk = make(joins_at_once=False)
     rows: list[Any] = [a_row(number) for number in range(300)]
     rows[7] = b"{"
     bulk.upload(jsonl(*rows))

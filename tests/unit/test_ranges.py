@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from sluice.domain.batches import Options, cancel_batch
+from sluice.bulk import assemble
+from sluice.domain.batches import Options, Phase, cancel_batch
 from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
+from sluice.worker.limiter import Limiter
 from sluice.worker.range_lease import KEEP_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_source import SAVE_ROWS
@@ -106,12 +108,14 @@ def test_the_summary_counts_rows_tokens_and_cost(make: Make) -> None:
     assert 3 == summary["calls"]
 
 
-def test_no_more_rows_than_agreed_are_begun_and_not_saved(make: Make) -> None:
+def test_at_most_the_agreed_number_of_rows_is_started_and_not_saved(make: Make) -> None:
     bulk = make(latency_ms=30_000)
 
-    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    # One range: its last lines are none of their own.
+    bulk.upload(jsonl(*(a_row(number) for number in range(1_000, 1_149))))
     bulk.drain()
 
+    assert 1 == len(bulk.batches.ranges)
     assert ROWS_AT_ONCE // 2 < bulk.claude.most_in_flight <= ROWS_AT_ONCE
 
 
@@ -163,7 +167,7 @@ def test_attempts_are_remembered_from_one_invocation_to_the_next(make: Make) -> 
     assert 2 == bulk.summary()["calls"]
 
 
-def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
+def test_a_job_that_waits_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
     bulk = make(refused(429, "rate_limit_error", retry_after_ms=60 * MINUTE))
 
     bulk.upload(jsonl(a_row(1)))
@@ -304,12 +308,12 @@ def test_a_dead_workers_range_is_visible_and_free_within_a_minute(make: Make) ->
 
 def test_ordinary_deaths_end_no_row(make: Make) -> None:
     bulk = make(latency_ms=30_000)
-    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    bulk.upload(jsonl(*(a_row(number) for number in range(160))))
 
     died = bulk.drain_with(Deaths(ordinary={1: 20, 3: 40, 4: 5, 5: 50, 6: 20}))
 
     assert 5 == died
-    assert ["succeeded"] * 100 == [row["result"]["type"] for row in bulk.results()]
+    assert ["succeeded"] * 160 == [row["result"]["type"] for row in bulk.results()]
 
 
 def test_two_workers_never_run_one_range(make: Make) -> None:
@@ -387,7 +391,7 @@ def test_a_canceled_batch_makes_no_more_calls_and_keeps_what_it_has(make: Make) 
     assert kinds["canceled"] == bulk.events.counted("JobsCanceled") > 0
 
 
-def test_a_cancel_stops_calls_under_way(make: Make) -> None:
+def test_a_cancel_stops_calls_in_flight(make: Make) -> None:
     bulk = make(latency_ms=10 * MINUTE)
     bulk.upload(jsonl(*(a_row(number, max_tokens=20_000) for number in range(3))))
 
@@ -404,7 +408,7 @@ def test_a_cancel_stops_calls_under_way(make: Make) -> None:
     assert 3 == len(bulk.claude.stopped)
 
 
-def test_rows_that_were_not_begun_in_time_expire(make: Make) -> None:
+def test_rows_that_were_not_started_in_time_expire(make: Make) -> None:
     bulk = make(refused(429, "rate_limit_error", retry_after_ms=120_000))
 
     bulk.add(jsonl(a_row(1), a_row(2)), expires_at=NOON + MINUTE)
@@ -490,7 +494,7 @@ def test_a_file_that_is_replaced_while_it_runs_says_so(make: Make) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 99])
-def test_a_message_for_no_range_is_buried(make: Make, number: int) -> None:
+def test_a_message_without_a_range_becomes_a_dead_letter(make: Make, number: int) -> None:
     bulk = make()
     if number:
         bulk.upload(jsonl(a_row(1)))
@@ -499,11 +503,11 @@ def test_a_message_for_no_range_is_buried(make: Make, number: int) -> None:
 
     assert bulk.time.run(bulk.invoke(pointer=pointer))
 
-    assert ["no such range"] == [reason for _, reason in bulk.queues.buried]
+    assert ["no such range"] == [reason for _, reason in bulk.queues.rejected]
 
 
 @pytest.mark.parametrize("named", [(None, None), (None, 0), ("msgbatch_of_another_kind", None)])
-def test_a_message_that_is_not_ours_is_buried_unread(
+def test_a_foreign_message_becomes_a_dead_letter_unread(
     make: Make, named: tuple[str | None, int | None]
 ) -> None:
     """DynamoDB refuses an empty key as a fault of the caller's; range 0 is not what such a message means either."""
@@ -513,13 +517,13 @@ def test_a_message_that_is_not_ours_is_buried_unread(
 
     assert bulk.time.run(bulk.invoke(pointer=RangePointer(Received("stray", "", "", None), *named)))
 
-    assert ["not a message of Sluice's"] == [reason for _, reason in bulk.queues.buried]
+    assert ["not a message of Sluice's"] == [reason for _, reason in bulk.queues.rejected]
     assert not bulk.claude.calls
 
 
 def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
     """Before its batch ended the section is counted once; afterwards nothing is left to do."""
-    bulk = make()
+    bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
 
     bulk.once()
@@ -532,3 +536,154 @@ def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
 
     assert 1 == len(bulk.claude.calls)
     assert 1 == bulk.summary()["counts"]["succeeded"]
+
+
+# In line -----------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_rows_start_first(make: Make) -> None:
+    bulk = make()
+    tokens = [5, 900, 5, 40, 900]
+    rows = [a_row(number) for number in range(len(tokens))]
+    for row, most in zip(rows, tokens, strict=True):
+        row["params"]["max_tokens"] = most
+
+    bulk.upload(jsonl(*rows))
+    bulk.drain()
+
+    assert [900, 900, 40, 5, 5] == [call.request.max_tokens for call in bulk.claude.calls]
+    assert [f"row-{number}" for number in range(len(tokens))] == ids(bulk.results())
+
+
+def test_all_rows_of_a_range_wait_in_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rows of a batch can start together only if the limiter knows of all of them."""
+    waiting: list[int] = []
+    admit = Limiter.admit
+
+    async def counted(self: Limiter, *arguments: Any) -> Any:
+        waiting.append(1)
+        try:
+            return await admit(self, *arguments)
+        finally:
+            most.append(len(waiting))
+            waiting.pop()
+
+    most: list[int] = []
+    monkeypatch.setattr(Limiter, "admit", counted)
+    bulk = make(latency_ms=5_000)
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+
+    bulk.drain()
+
+    assert 90 < max(most)
+    assert bulk.claude.most_in_flight <= ROWS_AT_ONCE
+    assert 100 == len(bulk.results()) == len(bulk.claude.calls)
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_the_last_rows_of_a_range_are_reported_as_the_last(
+    make: Make, monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
+    """Unless another range waits in the queue."""
+    said: list[int] = []
+    bulk = make()
+    monkeypatch.setattr(Limiter, "drained", lambda _: said.append(bulk.time.now()))
+    bulk.upload(jsonl(*(a_row(number) for number in range(100))))
+    if behind:
+        bulk.upload(jsonl(a_row(1_000)), "second.jsonl")
+
+    bulk.once()
+
+    assert bool(behind) != bool(said)
+
+
+# Joining at once ---------------------------------------------------------------------------------------------
+
+
+def test_the_invocation_that_ends_a_small_batch_joins_it(make: Make) -> None:
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(250))))
+    assert bulk.batch.plan is not None
+
+    for _ in range(bulk.batch.plan.ranges):
+        bulk.once()
+
+    assert [] == bulk.queues.joins
+    assert [f"row-{number}" for number in range(250)] == ids(bulk.results())
+    assert 1 == len(bulk.notices.told)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("MOST_RANGES_AT_ONCE", 2), ("MOST_TOKENS_AT_ONCE", 100)]
+)
+def test_a_larger_batch_is_joined_by_the_batches_function(
+    make: Make, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+) -> None:
+    monkeypatch.setattr(assemble, name, limit)
+    bulk = make()
+    bulk.upload(jsonl(*(a_row(number) for number in range(250))))
+
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+
+    assert [(bulk.batch.batch_id, 0)] == bulk.queues.joins
+    assert Phase.RUNNING == bulk.batch.phase
+    bulk.drain()
+    assert 250 == len(bulk.results())
+
+
+@pytest.mark.parametrize(
+    ("store", "verb"),
+    [
+        ("objects", "head"),
+        ("batches", "groups"),
+        ("notices", "publish"),
+    ],
+)
+def test_a_join_that_fails_is_left_to_the_batches_function(
+    make: Make, store: str, verb: str
+) -> None:
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    getattr(bulk, store).fail_next(verb)
+
+    bulk.once()
+
+    assert [(bulk.batch.batch_id, 0)] == bulk.queues.joins
+    assert ["batch not joined at once"] == bulk.events.problem_names
+    bulk.drain()
+    assert ["row-1"] == ids(bulk.results())
+    assert 1 == len(bulk.claude.calls) == len(bulk.notices.told)
+
+
+def test_a_worker_that_dies_while_it_joins_is_followed_by_one_that_ends_the_batch(
+    make: Make,
+) -> None:
+    """Also where the queue of the batches function is out of reach: the range's message comes again."""
+    bulk = make()
+    bulk.upload(jsonl(a_row(1)))
+    bulk.objects.before_put = died = Dies()
+
+    died.on = bulk.batch.results_key
+    with pytest.raises(WorkerDied):
+        bulk.once()
+    assert Phase.RUNNING == bulk.batch.phase
+    died.on = None
+    bulk.drain()
+
+    assert ["row-1"] == ids(bulk.results())
+    assert 1 == len(bulk.claude.calls) == len(bulk.notices.told)
+
+
+class WorkerDied(BaseException):
+    """As a process ends: no handler of ours sees it."""
+
+
+class Dies:
+    """Ends the worker when it writes an object."""
+
+    on: str | None = None
+
+    def __call__(self, key: str, _: bytes) -> None:
+        if key == self.on:
+            raise WorkerDied

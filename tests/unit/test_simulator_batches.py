@@ -21,7 +21,7 @@ DAY = 24 * HOUR
 
 
 class Hands:
-    """A clock that moves when told."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1_795_400_000 * SECOND
@@ -441,9 +441,9 @@ def test_results_and_delete_wait_for_the_end() -> None:
     claude.after(10)
     claude.engine.batches.delete(caller, batch)
 
-    with pytest.raises(RequestError) as gone:
+    with pytest.raises(RequestError) as deleted:
         claude.engine.batches.find(caller, batch.id)
-    assert gone.value.failure.status == 404
+    assert deleted.value.failure.status == 404
 
 
 # -- who sees what, and when ---------------------------------------------------------------------
@@ -570,7 +570,7 @@ def test_the_queue_has_room_for_so_many_requests_of_all_workspaces() -> None:
     assert stats["answered"] == 2
 
 
-def test_a_blocked_organisation_begins_no_batch() -> None:
+def test_a_blocked_organization_starts_no_batch() -> None:
     claude = Claude(organisations=organisation(blocked_by="spend_cap"))
     refused = claude.try_create(requests(1))
 

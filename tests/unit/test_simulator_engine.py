@@ -18,7 +18,7 @@ VERSION = "2026-10-21"
 
 
 class Hands:
-    """A clock that moves when told."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1_795_400_000 * SECOND
@@ -137,7 +137,7 @@ def test_models_of_one_group_share_their_buckets_and_others_do_not() -> None:
     assert isinstance(claude.ask(params(model="claude-opus-5")), Call)
 
 
-def test_keys_of_one_organisation_share_its_buckets() -> None:
+def test_keys_of_one_organization_share_its_buckets() -> None:
     organisations = limited(rpm=1)
     organisations[0]["keys"] = ["sk-ant-test-one", "sk-ant-test-two"]
     claude = Claude(organisations=organisations)
@@ -153,7 +153,7 @@ def in_two_workspaces(**own: int) -> list[dict[str, Any]]:
     return organisations
 
 
-def test_a_workspace_stays_below_its_own_limit_and_the_organisations() -> None:
+def test_a_workspace_stays_below_its_own_limit_and_that_of_its_organization() -> None:
     claude = Claude(organisations=in_two_workspaces(rpm=2))
     for text in "ab":
         claude.answered(params(text), "sk-ant-test-two")
@@ -346,7 +346,7 @@ def test_settings_change_at_run_time_all_or_nothing() -> None:
     assert organisation.keys == (KEY,)
 
 
-def test_a_blocked_organisation_meets_its_failure_with_every_call() -> None:
+def test_every_call_of_a_blocked_organization_fails() -> None:
     organisations = limited()
     organisations[0]["blocked_by"] = "spend_cap"
     claude = Claude(organisations=organisations)
@@ -421,7 +421,7 @@ def test_an_unknown_version_is_refused(version: str | None) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"colour": 1}, "colour: Extra inputs are not permitted"),
+        ({"color": 1}, "color: Extra inputs are not permitted"),
         ({"faults": {"530": 0.1}}, 'unknown fault "530"'),
         ({"faults": {"529": 0.6, "500": 0.6}}, "more than 1"),
         ({"organisations": [{"id": "a"}, {"id": "b"}]}, "duplicate key"),

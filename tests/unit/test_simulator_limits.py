@@ -87,7 +87,7 @@ def test_input_tokens_admitted_never_exceed_the_burst_plus_the_refill(
 
 
 @given(limit=st.integers(1, 6000), gaps=gaps)
-def test_a_call_that_waits_as_told_is_admitted(limit: int, gaps: list[int]) -> None:
+def test_a_call_that_waits_for_retry_after_is_admitted(limit: int, gaps: list[int]) -> None:
     limits = group(rpm=limit, burst=SECOND)
     now = START
     for gap in gaps:
@@ -109,7 +109,7 @@ def test_a_call_that_waits_as_told_is_admitted(limit: int, gaps: list[int]) -> N
     ),
     questions=st.lists(st.integers(0, 200 * SECOND), max_size=20),
 )
-def test_the_level_does_not_depend_on_when_it_is_looked_at(
+def test_the_level_does_not_depend_on_when_it_is_read(
     limit: int, answers: list[tuple[int, int, int | None]], questions: list[int]
 ) -> None:
     watched, alone = (Bucket(limit, capacity_units(limit, MINUTE), START) for _ in range(2))

@@ -165,7 +165,7 @@ def test_a_question_the_api_would_refuse_is_refused(query: dict[str, str], statu
     ("workspace", "query", "status"),
     [
         ("wrkspc_none", {}, 404),
-        ("wrkspc_two", {"model": "claude-opus-5"}, 400),  # only the organisation's list has it
+        ("wrkspc_two", {"model": "claude-opus-5"}, 400),  # only the organization's list has it
         ("wrkspc_two", {"include_inherited": "perhaps"}, 400),
     ],
 )

@@ -80,7 +80,7 @@ class Intake:
 
     @property
     def sent(self) -> list[str | None]:
-        return [message.job_id for message in self.queue.hand_over()]
+        return [message.job_id for message in self.queue.deliver()]
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_a_repeat_sends_the_message_of_a_job_that_still_waits(intake: Intake) ->
     intake.queue.break_down("send", Killed())  # type: ignore[arg-type]
     with pytest.raises(Killed):
         intake(ask(), sender=sender)
-    intake.queue.mend()
+    intake.queue.recover()
 
     job = intake.one(ask(), sender)
 
@@ -462,7 +462,7 @@ def test_a_resend_sends_the_message_that_the_first_try_did_not_come_to(intake: I
     intake.queue.break_down("send", Killed())  # type: ignore[arg-type]
     with pytest.raises(Killed):
         intake(ask(), sender=FIRST)
-    intake.queue.mend()
+    intake.queue.recover()
 
     job = intake.one(ask(), AGAIN)
 
@@ -792,7 +792,7 @@ def test_the_start_is_unknown_while_a_store_does_not_answer(
 
     assert waiting.estimated_start("a") is None
     for store in (intake.queue, limits):
-        store.mend()
+        store.recover()
     assert waiting.estimated_start("a") is None, "not asked again by every submit"
     intake.clock.at += MOST_AGE_MS
     assert intake.clock.at == waiting.estimated_start("a")

@@ -12,7 +12,7 @@ from tests.fakes import VirtualTime
 
 
 class Hand:
-    """What a worker has in hand: suspects, and `others`."""
+    """What a worker holds: suspects, and `others`."""
 
     def __init__(self, time: VirtualTime) -> None:
         self.others = 0
@@ -49,7 +49,7 @@ def hand(time: VirtualTime) -> Hand:
     return Hand(time)
 
 
-def test_a_suspect_waits_until_nothing_else_is_in_hand(time: VirtualTime, hand: Hand) -> None:
+def test_a_suspect_waits_until_the_worker_holds_nothing_else(time: VirtualTime, hand: Hand) -> None:
     async def story() -> tuple[bool, bool]:
         hand.others = 1
         suspect = hand.begin("suspect", 1)

@@ -64,7 +64,7 @@ def test_an_id_that_is_taken_returns_the_record_that_has_it() -> None:
     assert Counter(number=7) == insert(shelf.add, Counter())
 
 
-def test_an_equal_record_of_another_writer_is_told_apart_from_the_new_one() -> None:
+def test_an_equal_record_of_another_writer_is_distinguished_from_the_new_one() -> None:
     earlier, new = Counter(), Counter()
 
     assert insert(Shelf(earlier).add, new) is earlier

@@ -64,7 +64,7 @@ class Scene:
         return use_case(stop_at)
 
     def sent(self) -> list[str | None]:
-        return [message.job_id for message in self.queue.hand_over(10_000)]
+        return [message.job_id for message in self.queue.deliver(10_000)]
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
@@ -350,7 +350,7 @@ def test_it_is_checked_again_after_twice_the_time() -> None:
     for _ in range(10 * 60):
         if scene.sweep().rescued:
             sweeps.append((scene.clock.at - NOON) // MINUTE)
-            scene.queue.delete(scene.queue.hand_over())
+            scene.queue.delete(scene.queue.deliver())
         scene.clock.at += MINUTE
 
     assert [0, 30, 90, 210, 450] == sweeps
@@ -388,7 +388,7 @@ def test_snoozed_messages_count_as_waiting_too() -> None:
     scene = Scene(unheard(), groups=(slow_group(60),))
     for number in range(76):
         scene.queue.post(body=str(number))
-    scene.queue.hand_over(100)
+    scene.queue.deliver(100)
 
     assert Swept() == scene.sweep()
 

@@ -160,7 +160,7 @@ def test_every_function_logs_json_to_a_group_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", of_type("AWS::Logs::LogGroup"))
-def test_no_log_is_kept_for_ever(name: str) -> None:
+def test_no_log_is_kept_indefinitely(name: str) -> None:
     assert {"Ref": "LogRetentionDays"} == RESOURCES[name]["Properties"]["RetentionInDays"]
 
 
@@ -483,7 +483,7 @@ def test_metrics_and_log_lines_bear_the_stacks_name() -> None:
 
 
 @pytest.mark.parametrize("name", ALARMS)
-def test_every_alarm_tells_somebody_what_happened(name: str) -> None:
+def test_every_alarm_notifies_and_describes_its_cause(name: str) -> None:
     alarm = ALARMS[name]
 
     assert [{"Ref": "AlarmTopic"}] == alarm["AlarmActions"]

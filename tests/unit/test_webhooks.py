@@ -238,7 +238,7 @@ class Scene:
 
     def once(self) -> list[str]:
         """One invocation, as Lambda sees it: what is not reported is deleted."""
-        messages = self.queue.hand_over(10)
+        messages = self.queue.deliver(10)
         later = asyncio.run(self.deliver(messages))
         self.queue.delete([each for each in messages if each.message_id not in later])
         return later
@@ -318,7 +318,7 @@ def test_a_letter_that_cannot_be_rejected_now_is_rejected_later() -> None:
     scene.clock.at += 60 * SECOND
     assert [] == scene.once()
 
-    assert 1 == len(scene.queue.buried)
+    assert 1 == len(scene.queue.rejected)
 
 
 def test_one_that_fails_does_not_keep_the_others() -> None:
@@ -383,7 +383,7 @@ def test_a_message_that_is_no_webhook_is_kept_for_an_investigation() -> None:
 
     assert [] == scene.once()
 
-    assert ["not a webhook of Sluice's"] == [reason for _, reason in scene.queue.buried]
+    assert ["not a webhook of Sluice's"] == [reason for _, reason in scene.queue.rejected]
 
 
 @pytest.mark.parametrize("body", ["", "[]", "{}", '{"v": 1, "webhook": "a", "tenant": "b"}'])

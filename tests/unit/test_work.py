@@ -195,7 +195,7 @@ def test_sums_are_the_sums_of_the_calls(make: Make) -> None:
     assert 20 == len(gateway.ledger.rows)
 
 
-def test_metrics_tell_what_a_call_was(make: Make) -> None:
+def test_metrics_describe_each_call(make: Make) -> None:
     usage = Usage(
         input_tokens=10,
         cache_creation_input_tokens=5,
@@ -249,7 +249,7 @@ def test_a_large_answer_goes_to_the_bucket(make: Make) -> None:
     assert result.object_key in gateway.results.objects
 
 
-def test_a_model_without_a_price_succeeds_and_is_told(make: Make) -> None:
+def test_a_job_of_a_model_without_a_price_succeeds_and_the_model_is_logged(make: Make) -> None:
     gateway = make(a_job(model="claude-new"))
 
     gateway.once()
@@ -391,7 +391,7 @@ def test_a_job_that_lost_workers_while_it_ran_alone_ends_without_a_call(
     [
         # Lost before it was sent: nothing to account for.
         (None, False, []),
-        # Sent, and nothing came back: perhaps billed.
+        # Sent, and no response arrived: perhaps billed.
         (None, True, [(False, 0)]),
         # Broken off midway: what came is known, what was billed is not.
         (USED, True, [(False, COST)]),
@@ -453,7 +453,7 @@ def test_a_bad_request_ends_at_once(make: Make, status: int) -> None:
     )
 
 
-def test_a_job_whose_request_is_gone_ends_without_a_call(make: Make) -> None:
+def test_a_job_whose_request_is_missing_ends_without_a_call(make: Make) -> None:
     gateway = make(a_job())
     gateway.params.stored.clear()
 
@@ -521,7 +521,7 @@ def test_a_429_blocks_the_whole_group_for_other_workers_too(make: Make) -> None:
     blocked_until = NOON + 500 + 10 * SECOND
 
     async def story() -> None:
-        first, second, third = (gateway.queue.hand_over(1) for _ in range(3))
+        first, second, third = (gateway.queue.deliver(1) for _ in range(3))
         running = asyncio.create_task(gateway.invoke(gateway.worker, first))
         await asyncio.sleep(2)
         assert 1 == len(gateway.claude.calls)
@@ -552,7 +552,7 @@ def test_a_429_stops_jobs_of_other_workers_that_already_sleep_towards_their_star
 
     async def story() -> None:
         other = gateway.new_worker()
-        one, two = gateway.queue.hand_over(10), gateway.queue.hand_over(10)
+        one, two = gateway.queue.deliver(10), gateway.queue.deliver(10)
         running = asyncio.gather(gateway.invoke(gateway.worker, one), gateway.invoke(other, two))
         await asyncio.sleep(5)
         gateway.claude.script.append(RATE_LIMITED)
@@ -593,8 +593,8 @@ def test_a_blocked_group_keeps_no_other_group_waiting(make: Make) -> None:
     assert 0 == gateway.job("job_a").snoozes
 
 
-def test_a_wait_of_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
-    """Parked messages would fill the in-flight ceiling; the job keeps its attempts and is looked at again."""
+def test_a_job_that_waits_more_than_a_quarter_of_an_hour_leaves_the_queue(make: Make) -> None:
+    """Hidden messages would count against the in-flight quota of SQS; the job keeps its attempts."""
     gateway = make(a_job())
     gateway.know(block(known_group(), NOON + 600 * MINUTE, "spend limit", NOON))
 
@@ -635,7 +635,7 @@ def test_a_429_that_names_hours_leaves_the_queue_too(make: Make) -> None:
         (refused(402, "billing_error"), NOON + 500 + RetryPolicy().spend_recheck_ms),
     ],
 )
-def test_a_spend_cap_parks_the_group_and_somebody_is_told(
+def test_a_spend_limit_blocks_the_group_and_is_logged(
     make: Make, reply: Refused, until: int
 ) -> None:
     gateway = make(*(a_job(f"job_{n}") for n in range(3)), a_job("job_b", model="claude-b"))
@@ -747,8 +747,8 @@ def test_one_request_that_is_refused_ends_no_other_job(make: Make) -> None:
     assert {State.SUCCEEDED} == {gateway.job(name).state for name in ("job_2", "job_3")}
 
 
-def test_keys_that_change_places_are_learned_anew(make: Make) -> None:
-    """Setup was run again with the keys in the other order: nobody may wait for ever for the old groups."""
+def test_keys_that_change_places_are_learned_again(make: Make) -> None:
+    """Setup was run again with the keys in the other order: no job may wait forever for the old groups."""
     gateway = make(
         a_job("job_1"), keys=[upstream_key("a", organization=None, api_key="sk-ant-test-1")]
     )
@@ -820,7 +820,9 @@ def test_an_empty_pool_is_waited_out(make: Make) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyPoolBroken("not JSON"), StoreBusy("Secrets Manager")])
-def test_a_broken_pool_is_waited_out_and_told(make: Make, error: KeyPoolBroken | StoreBusy) -> None:
+def test_a_broken_pool_is_logged_and_its_jobs_wait(
+    make: Make, error: KeyPoolBroken | StoreBusy
+) -> None:
     gateway = make(a_job())
     gateway.pool.error = error
 
@@ -849,7 +851,7 @@ def test_an_organization_is_learned_from_the_first_answer_and_kept_for_all(make:
     no_accident(gateway)
 
 
-def test_a_pool_that_names_the_wrong_organization_is_told(make: Make) -> None:
+def test_a_pool_that_names_the_wrong_organization_is_logged(make: Make) -> None:
     gateway = make(a_job(), script=[answer(organization="org-7")])
 
     gateway.once()
@@ -1049,27 +1051,27 @@ def test_not_before_is_respected(make: Make) -> None:
 # Messages --------------------------------------------------------------------------------------------------
 
 
-def test_a_message_that_is_not_ours_is_buried_with_the_reason(make: Make) -> None:
+def test_a_foreign_message_becomes_a_dead_letter_with_the_reason(make: Make) -> None:
     gateway = make()
     gateway.queue.post(body="crunchy armchair")
 
     assert [] == gateway.once()
 
-    ((message, reason),) = gateway.queue.buried
+    ((message, reason),) = gateway.queue.rejected
     assert ("crunchy armchair", "not a message of Sluice's") == (message.body, reason)
     assert 0 == gateway.queue.depth()
 
 
-def test_a_message_about_an_unknown_job_is_buried(make: Make) -> None:
+def test_a_message_about_an_unknown_job_becomes_a_dead_letter(make: Make) -> None:
     gateway = make()
     gateway.queue.post(job_id="job_404")
 
     assert [] == gateway.once()
 
-    assert ["no such job"] == [reason for _, reason in gateway.queue.buried]
+    assert ["no such job"] == [reason for _, reason in gateway.queue.rejected]
 
 
-def test_a_message_that_cannot_be_buried_comes_back(make: Make) -> None:
+def test_a_message_that_cannot_become_a_dead_letter_is_returned(make: Make) -> None:
     gateway = make()
     gateway.queue.post()
     gateway.queue.fail_next("reject")
@@ -1077,7 +1079,7 @@ def test_a_message_that_cannot_be_buried_comes_back(make: Make) -> None:
     assert 1 == len(gateway.once())
 
     gateway.drain()
-    assert 1 == len(gateway.queue.buried)
+    assert 1 == len(gateway.queue.rejected)
 
 
 def test_a_canary_is_noted_and_calls_nobody(make: Make) -> None:
@@ -1116,7 +1118,7 @@ def test_a_job_twice_in_one_batch_is_called_once(make: Make) -> None:
     no_accident(gateway)
 
 
-def test_a_job_at_work_elsewhere_is_left_alone_until_its_lease_has_run_out(make: Make) -> None:
+def test_a_job_running_elsewhere_is_left_alone_until_its_lease_has_expired(make: Make) -> None:
     gateway = make(claim(a_job(), "other", NOON, NOON + LEASE_MS))
 
     assert ["message-1"] == gateway.once()
@@ -1155,7 +1157,7 @@ def test_two_workers_with_the_same_job_call_once(make: Make) -> None:
     gateway.queue.post(job_id="job_1")
 
     async def story() -> None:
-        one, two = gateway.queue.hand_over(1), gateway.queue.hand_over(1)
+        one, two = gateway.queue.deliver(1), gateway.queue.deliver(1)
         await asyncio.gather(
             gateway.invoke(gateway.worker, one), gateway.invoke(gateway.new_worker(), two)
         )
@@ -1183,7 +1185,7 @@ def test_nothing_is_called_that_could_not_end_in_time(make: Make) -> None:
 
 
 def test_jobs_that_cannot_start_soon_go_back_one_behind_the_other(make: Make) -> None:
-    """Held messages cost time; returned ones come back about when it is their turn."""
+    """Holding messages costs worker time; returned ones become visible at about the time of their turn."""
     gateway = make(*(a_job(f"job_{n:02}") for n in range(50)))
     slow = {
         "requests": Seen(6, 1),
@@ -1225,7 +1227,7 @@ def test_a_heartbeat_keeps_the_lease_of_a_long_call(make: Make) -> None:
     gateway.queue.post(job_id="job_1")
 
     async def story() -> None:
-        one, two = gateway.queue.hand_over(1), gateway.queue.hand_over(1)
+        one, two = gateway.queue.deliver(1), gateway.queue.deliver(1)
         running = asyncio.create_task(gateway.invoke(gateway.worker, one))
         for _ in range(9):
             await asyncio.sleep(60)
@@ -1250,7 +1252,7 @@ def test_a_heartbeat_survives_a_store_that_is_busy_for_a_while(make: Make) -> No
         await asyncio.sleep(50)
         gateway.jobs.break_down("get")
         await asyncio.sleep(45)
-        gateway.jobs.mend()
+        gateway.jobs.recover()
         await running
 
     gateway.time.run(story())
@@ -1266,7 +1268,7 @@ def test_a_call_whose_lease_cannot_be_kept_is_stopped_and_accounted_for(make: Ma
         await asyncio.sleep(20)
         gateway.jobs.break_down("get")
         await asyncio.sleep(LEASE_MS / 1000)
-        gateway.jobs.mend()
+        gateway.jobs.recover()
         return await running
 
     assert ["message-1"] == gateway.time.run(story())
@@ -1332,7 +1334,7 @@ def test_a_store_that_stays_busy_is_left_alone_for_longer_but_earlier_snoozes_ha
     """A job whose worker was killed, and that had been snoozed before, once waited six minutes (make chaos)."""
     gateway = make(a_job())
     gateway.jobs.break_down("replace")
-    (message,) = gateway.queue.hand_over()
+    (message,) = gateway.queue.deliver()
 
     gateway.time.run(
         gateway.invoke(messages=[replace(message, receive_count=receives)], minutes=14)
@@ -1366,7 +1368,7 @@ def test_the_lease_is_kept_while_an_answer_waits_to_be_stored(make: Make) -> Non
         await asyncio.sleep(3 * LEASE_MS / 1000)
         gateway.queue.post(job_id="job_1")
         await gateway.invoke(gateway.new_worker())
-        gateway.results.mend()
+        gateway.results.recover()
         return await running
 
     assert [] == gateway.time.run(story())
@@ -1448,7 +1450,7 @@ def test_a_batch_that_cannot_be_read_at_once_is_read_one_by_one(make: Make) -> N
     assert {State.SUCCEEDED} == {job.state for job in gateway.jobs.stored.values()}
 
 
-def test_a_job_that_cannot_be_read_comes_back(make: Make) -> None:
+def test_a_job_that_cannot_be_read_is_retried(make: Make) -> None:
     gateway = make(a_job("job_1"), a_job("job_2"))
     gateway.jobs.fail_next("get_many")
     gateway.jobs.fail_next("get")
@@ -1459,7 +1461,9 @@ def test_a_job_that_cannot_be_read_comes_back(make: Make) -> None:
     assert State.SUCCEEDED == gateway.job("job_1").state
 
 
-def test_an_unknown_job_is_buried_even_if_no_record_could_be_read_at_first(make: Make) -> None:
+def test_an_unknown_job_becomes_a_dead_letter_even_if_no_record_could_be_read_at_first(
+    make: Make,
+) -> None:
     gateway = make()
     gateway.queue.post(job_id="job_404")
     gateway.jobs.fail_next("get_many")
@@ -1468,11 +1472,11 @@ def test_an_unknown_job_is_buried_even_if_no_record_could_be_read_at_first(make:
     assert ["batch not readable", "job record missing"] == gateway.events.problem_names
 
     gateway.drain()
-    assert ["no such job"] == [reason for _, reason in gateway.queue.buried]
+    assert ["no such job"] == [reason for _, reason in gateway.queue.rejected]
 
 
 def test_an_outcome_whose_record_changes_all_the_time_is_accounted_for(make: Make) -> None:
-    """Retries of contention are bounded: the call is in the ledger, and the job is looked at again later."""
+    """Retries of contention are bounded: the call is in the ledger, and the job is checked again later."""
     gateway = make(a_job())
 
     def overtake() -> None:
@@ -1504,7 +1508,7 @@ def test_a_ledger_that_is_busy_for_a_moment_gets_its_rows_later(make: Make) -> N
     assert 1 == len(gateway.ledger.rows)
 
 
-def test_a_ledger_that_is_busy_is_told_and_stops_no_job(make: Make) -> None:
+def test_a_busy_ledger_is_logged_and_stops_no_job(make: Make) -> None:
     gateway = make(a_job())
     gateway.ledger.break_down("record")
 
@@ -1518,7 +1522,7 @@ def test_rows_the_ledger_did_not_take_wait_for_the_workers_next_invocation(make:
     gateway = make(a_job("job_1"))
     gateway.ledger.break_down("record")
     gateway.once()
-    gateway.ledger.mend()
+    gateway.ledger.recover()
     gateway.submit(a_job("job_2"))
 
     gateway.once()
@@ -1551,10 +1555,10 @@ def hidden_for(gateway: Gateway) -> int:
 
 
 @pytest.mark.parametrize("dies_after_seconds", [1, 44, 90, 300, 600])
-def test_whenever_a_worker_dies_its_messages_come_back_within_a_lease(
+def test_whenever_a_worker_dies_its_messages_become_visible_within_a_lease(
     make: Make, dies_after_seconds: int
 ) -> None:
-    """Also those of jobs it had not begun, and not only after the queue's visibility timeout."""
+    """Also those of jobs it had not started, and not only after the queue's visibility timeout."""
     gateway = make(a_job("job_1"), a_job("job_2"), latency_ms=700_000)
 
     async def die() -> int:
@@ -1569,7 +1573,7 @@ def test_whenever_a_worker_dies_its_messages_come_back_within_a_lease(
     assert LEASE_MS - RENEW_MS - 2 * SECOND <= left <= LEASE_MS
 
 
-def test_messages_are_hidden_for_as_long_as_their_batch_runs(make: Make) -> None:
+def test_messages_are_hidden_while_their_invocation_runs(make: Make) -> None:
     """Also of jobs that have ended: Lambda deletes them only with the last."""
     gateway = make(a_job("job_1"), a_job("job_2", cancel_requested=True), latency_ms=700_000)
     seen: list[Received] = []
@@ -1578,7 +1582,7 @@ def test_messages_are_hidden_for_as_long_as_their_batch_runs(make: Make) -> None
         invocation = asyncio.create_task(gateway.invoke())
         for _ in range(69):
             await asyncio.sleep(10)
-            seen.extend(gateway.queue.hand_over())
+            seen.extend(gateway.queue.deliver())
         await invocation
 
     gateway.time.run(look())
@@ -1586,8 +1590,8 @@ def test_messages_are_hidden_for_as_long_as_their_batch_runs(make: Make) -> None
     assert [] == seen
 
 
-def test_a_message_put_back_early_is_visible_again_though_its_batch_runs_on(make: Make) -> None:
-    """So that whoever looks first takes it: here the same worker, which has a slot free."""
+def test_a_message_returned_early_is_visible_although_its_invocation_still_runs(make: Make) -> None:
+    """So that the first worker that polls takes it: here the same one, which has a free slot."""
     early = a_job("job_2", not_before=NOON + 60 * SECOND)
     gateway = make(a_job("job_1"), early, latency_ms=300_000)
 
@@ -1601,7 +1605,7 @@ def test_a_message_put_back_early_is_visible_again_though_its_batch_runs_on(make
     assert [State.RUNNING, State.RUNNING] == gateway.time.run(look())
 
 
-def test_a_second_message_of_a_job_in_the_same_batch_goes_away(make: Make) -> None:
+def test_a_second_message_of_a_job_in_the_same_invocation_is_acknowledged(make: Make) -> None:
     gateway = make(a_job())
     gateway.queue.post(job_id="job_1")
 
@@ -1632,14 +1636,14 @@ def test_the_ledger_names_a_call_whose_worker_died_before_it_is_made_again(make:
     assert ["the ledger: record 1", "the data bucket: put job_1-3"] == told[:2]
 
 
-def test_messages_that_cannot_be_put_back_come_back_by_themselves(make: Make) -> None:
+def test_messages_that_cannot_be_returned_become_visible_by_themselves(make: Make) -> None:
     gateway = make(a_job(), script=[SERVER_ERROR])
     gateway.queue.break_down("put_back")
 
     assert ["message-1"] == gateway.once(minutes=1)
 
     assert "messages not put back" in gateway.events.problem_names
-    gateway.queue.mend()
+    gateway.queue.recover()
     gateway.drain()
     assert State.SUCCEEDED == gateway.job().state
 
@@ -1717,19 +1721,19 @@ def test_a_batch_does_not_wait_for_its_slowest_job(make: Make) -> None:
     no_accident(gateway)
 
 
-def test_a_worker_never_has_more_in_hand_than_its_slots(make: Make) -> None:
+def test_a_worker_never_holds_more_jobs_than_it_has_slots(make: Make) -> None:
     gateway = make(*some_jobs(300), latency_ms=5 * SECOND)
     gateway.know(known_group())
-    in_hand: list[int] = []
+    held: list[int] = []
 
     def count(_: CallRequest) -> None:
         ended = sum(job.state.is_final for job in gateway.jobs.stored.values())
-        in_hand.append(gateway.queue.receives - ended)
+        held.append(gateway.queue.receives - ended)
 
     gateway.claude.when = count
     gateway.once()
 
-    assert 40 < max(in_hand) <= SLOTS
+    assert 40 < max(held) <= SLOTS
     assert {State.SUCCEEDED} == states(gateway)
 
 
@@ -1794,7 +1798,7 @@ def test_an_invocation_lingers_no_longer_than_the_waits_say(make: Make) -> None:
 
 
 def test_jobs_that_wait_for_their_limits_keep_no_job_of_another_group_out(make: Make) -> None:
-    """Every few seconds a worker full of them looks whether the queue has one that need not wait."""
+    """Every few seconds a worker full of them checks whether the queue has a job that need not wait."""
     gateway = make(*some_jobs(50))
     gateway.know(known_group(seen=paced(20, 1)))
     gateway.know(known_group(model_group="b"))
@@ -1827,11 +1831,11 @@ def test_a_job_taken_to_look_around_that_has_to_wait_as_well_goes_back_at_once(m
 
     gateway.time.run(story())
 
-    # It did not end the worker's taking of others: more than the batch was run.
+    # It did not end the worker's taking of others: more jobs than the first messages were run.
     assert sum(job.state is State.SUCCEEDED for job in gateway.jobs.stored.values()) > 50
 
 
-def test_a_job_that_was_looked_at_is_kept_when_it_is_taken_to_be_run(make: Make) -> None:
+def test_a_job_that_was_only_inspected_is_kept_when_it_is_taken_to_be_run(make: Make) -> None:
     gateway = make(*some_jobs(60))
     gateway.know(known_group(seen=paced(20, 1)))
     gateway.claude.otherwise = answer(seen={})
@@ -1846,7 +1850,7 @@ def test_a_job_that_was_looked_at_is_kept_when_it_is_taken_to_be_run(make: Make)
 
     gateway.time.run(story())
 
-    # By then the queue is empty, and all are in hand.
+    # By then the queue is empty, and the worker holds all of them.
     assert 10 <= put_back[0] == put_back[1]
     # Hidden for longer they would be missing when the queue comes to its end.
     assert max(delay for _, delay in gateway.queue.delays) <= SCOUT_MS
@@ -1912,12 +1916,12 @@ def test_a_queue_that_is_busy_is_asked_again(make: Make) -> None:
     assert ["store busy"] * 2 == gateway.events.problem_names
 
 
-def test_what_a_worker_took_and_could_not_finish_comes_back(make: Make) -> None:
+def test_what_a_worker_took_and_could_not_finish_is_returned(make: Make) -> None:
     gateway = make(a_job("job_1"), latency_ms=30 * SECOND)
     gateway.claude.when = lambda request: SERVER_ERROR if b"job_2" in request.body.data else None
 
     async def story() -> list[str]:
-        batch = gateway.queue.hand_over()
+        batch = gateway.queue.deliver()
         gateway.submit(a_job("job_2"))
         return await gateway.invoke(messages=batch, minutes=2)
 
@@ -1939,7 +1943,7 @@ def test_a_worker_that_dies_before_it_deletes_what_it_took_leaves_a_job_that_is_
     gateway.queue.break_down("delete")
 
     async def story() -> None:
-        batch = gateway.queue.hand_over()
+        batch = gateway.queue.deliver()
         gateway.submit(a_job("job_2"))
         with suppress(StoreBusy):
             # Lambda's own delete is broken as well.
@@ -1949,7 +1953,7 @@ def test_a_worker_that_dies_before_it_deletes_what_it_took_leaves_a_job_that_is_
 
     assert 2 == gateway.queue.depth()
     assert "messages not deleted" in gateway.events.problem_names
-    gateway.queue.mend()
+    gateway.queue.recover()
     gateway.drain()
     assert 0 == gateway.queue.depth()
     assert {(State.SUCCEEDED, 1)} == {
@@ -1963,7 +1967,7 @@ def test_a_delete_that_failed_is_made_again(make: Make) -> None:
     gateway.queue.fail_next("delete", times=2)
 
     async def story() -> None:
-        batch = gateway.queue.hand_over()
+        batch = gateway.queue.deliver()
         gateway.submit(a_job("job_2"))
         await gateway.invoke(messages=batch)
 
@@ -1992,7 +1996,7 @@ def test_the_first_headers_of_an_unknown_group_are_not_waited_for_until_the_answ
     no_accident(gateway)
 
 
-def test_early_headers_tell_whose_key_it_is(make: Make) -> None:
+def test_early_headers_name_the_organization_of_the_key(make: Make) -> None:
     gateway = make(*some_jobs(20), keys=[upstream_key(organization=None)], latency_ms=2 * MINUTE)
     gateway.claude.otherwise = answer(organization="org-7")
     gateway.claude.headers_after_ms = 500
@@ -2072,7 +2076,7 @@ def test_a_model_that_is_overloaded_is_probed_and_its_jobs_keep_their_attempts(m
     assert 1 <= len(during) <= 10
 
 
-def test_an_endpoint_that_does_not_work_is_set_aside_while_another_one_serves(make: Make) -> None:
+def test_an_endpoint_that_fails_is_skipped_while_another_one_serves(make: Make) -> None:
     keys = [
         upstream_key("dead", base_url="http://127.0.0.1:1"),
         upstream_key("good", base_url="http://127.0.0.1:2"),
@@ -2124,7 +2128,7 @@ def test_no_job_is_lost_and_none_is_done_without_its_answer(make: Make) -> None:
                 gateway.jobs.fail_next("replace", times=turn % 3)
                 gateway.limits.fail_next("replace", times=turn % 3)
                 gateway.results.fail_next("put", times=turn % 2)
-            batches = [(worker, gateway.queue.hand_over(20)) for worker in workers]
+            batches = [(worker, gateway.queue.deliver(20)) for worker in workers]
             await asyncio.gather(
                 *(gateway.invoke(worker, batch) for worker, batch in batches if batch)
             )
@@ -2210,17 +2214,17 @@ def _reservations(limiter: Limiter) -> set[Admission]:
     reserved: set[Admission] = set()
     admit, settle = limiter.admit, limiter.settle
 
-    async def admit_and_tell(*args: Any) -> Admitted:
+    async def admit_and_record(*args: Any) -> Admitted:
         given = await admit(*args)
         if isinstance(given, Admission):
             reserved.add(given)
         return given
 
-    def settle_and_tell(admission: Admission, used: Cost | None, **facts: bool) -> None:
+    def settle_and_record(admission: Admission, used: Cost | None, **facts: bool) -> None:
         reserved.remove(admission)
         settle(admission, used, **facts)
 
-    vars(limiter).update(admit=admit_and_tell, settle=settle_and_tell)
+    vars(limiter).update(admit=admit_and_record, settle=settle_and_record)
     return reserved
 
 

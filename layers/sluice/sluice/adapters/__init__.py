@@ -1,1 +1,1 @@
-"""The outside world, one file per service. Foreign errors become ours here; nothing above sees boto3 or anthropic."""
+"""The outside world, one file per service. Errors are translated here; nothing above sees boto3 or anthropic."""

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 BATCH: Final = "batch"
 
+_RUNNING: Final = "running_"
+"""With a member's number: the attribute of a group that holds the member's sums so far."""
+
+_NOT_DONE: Final = "attribute_not_exists(done) OR NOT contains(done, :number)"
 _DUE: Final = ("due_shard", "due_at", "due_tenant", "due_model")
 
 
@@ -99,21 +103,35 @@ class DynamoBatches:
         """Count a member of a group as done, only once even if repeated; return the progress of the group."""
         numbers = tally.as_dict()
         adds = ", ".join(["done :member", *(f"#{name} :{name}" for name in numbers)])
-        names = {f"#{name}": name for name in numbers}
+        names = {f"#{name}": name for name in numbers} | {"#running": f"{_RUNNING}{member}"}
         counted = self._table.update_if(
             {"batch_id": {"S": batch_id}, "part": {"S": group}},
-            f"SET expires_at = :expires ADD {adds}",
-            "attribute_not_exists(done) OR NOT contains(done, :number)",
+            f"SET expires_at = :expires ADD {adds} REMOVE #running",
+            _NOT_DONE,
             ExpressionAttributeValues={
                 ":member": {"NS": [str(member)]},
                 ":number": {"N": str(member)},
                 ":expires": {"N": str(self._expires())},
                 **{f":{name}": {"N": str(value)} for name, value in numbers.items()},
             },
-            **({"ExpressionAttributeNames": names} if names else {}),
+            ExpressionAttributeNames=names,
             ReturnValues="ALL_NEW",
         )
         return _progress(counted if counted is not None else self._get(batch_id, group) or {})
+
+    def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
+        """Note the sums of a member so far; does nothing once the member is done."""
+        self._table.update_if(
+            {"batch_id": {"S": batch_id}, "part": {"S": group}},
+            "SET expires_at = :expires, #running = :sums",
+            _NOT_DONE,
+            ExpressionAttributeNames={"#running": f"{_RUNNING}{member}"},
+            ExpressionAttributeValues={
+                ":sums": {"S": json.dumps(tally.as_dict(), separators=(",", ":"))},
+                ":number": {"N": str(member)},
+                ":expires": {"N": str(self._expires())},
+            },
+        )
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         """Return the progress of all groups whose names have this prefix, by name, in order of names."""
@@ -255,4 +273,11 @@ def _range(item: Item) -> RangeState:
 
 def _progress(item: Item) -> Progress:
     numbers = {each.name: int(item[each.name]["N"]) for each in fields(Tally) if each.name in item}
-    return Progress(len(item.get("done", {}).get("NS", ())), Tally(**numbers))
+    done = set(item.get("done", {}).get("NS", ()))
+    # A member that another release marked as done may have left its attribute.
+    running = [
+        Tally(**json.loads(value["S"]))
+        for name, value in item.items()
+        if name.startswith(_RUNNING) and name.removeprefix(_RUNNING) not in done
+    ]
+    return Progress(len(done), Tally(**numbers), sum(running, Tally()))

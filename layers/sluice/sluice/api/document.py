@@ -248,7 +248,7 @@ class DayLimit(Shape):
     level: int
 
 
-class SetAside(Shape):
+class OpenBreaker(Shape):
     """An open circuit breaker: an overloaded model or a failing endpoint, probed with single calls."""
 
     what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
@@ -279,7 +279,7 @@ class LimitGroup(Shape):
     blocked_by: Annotated[
         str | None, Field(description="The upstream key and the request ID of the rejected call.")
     ]
-    set_aside: list[SetAside]
+    set_aside: list[OpenBreaker]
 
 
 class Limits(Shape):

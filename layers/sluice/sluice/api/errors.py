@@ -37,7 +37,7 @@ def body_of(error: errors.SluiceError, request_id: str) -> dict[str, Any]:
 
 
 def headers_of(error: errors.SluiceError) -> dict[str, str]:
-    """Return the headers that tell a client whether and when to retry."""
+    """Return the headers that say whether and when to retry."""
     headers = retry_after(error)
     if isinstance(error, errors.Conflict):
         # Anthropic's SDKs retry a 409; retrying this one is pointless.

@@ -26,15 +26,15 @@ from sluice.intake.submit import Submission
 M = TypeVar("M", bound=BaseModel)
 
 MOST_JOBS: Final = 100
-"""Jobs in one POST."""
+"""Maximum jobs in one POST."""
 
 NOT_AN_OBJECT: Final = 'the body must be a JSON object: one job, or {"jobs": [...]}'
 
 MOST_ID: Final = 64
-"""Characters of a job or batch ID."""
+"""Maximum characters of a job or batch ID."""
 
 MOST_BYTES: Final = 4_000_000
-"""Of a request body. Lambda accepts 6 MB, including the headers and JSON escapes that API Gateway adds."""
+"""Maximum size of a request body. Lambda accepts 6 MB, including the headers and JSON escapes that API Gateway adds."""
 
 
 class JobList(BaseModel):
@@ -53,7 +53,7 @@ class SubmitBody(RootModel[Any]):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: core.CoreSchema, handler: Any) -> Any:
-        """Show what is really expected."""
+        """Show the actual schema."""
         del schema
         return handler(TypeAdapter(JobRequest | JobList).core_schema)
 
@@ -130,7 +130,7 @@ class BatchBody(RootModel[Any]):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: core.CoreSchema, handler: Any) -> Any:
-        """Show what is really expected."""
+        """Show the actual schema."""
         del schema
         return handler(TypeAdapter(BatchRequests).core_schema)
 
@@ -170,7 +170,7 @@ def read_requests(body: object) -> list[Any]:
 
 
 class _Jobs(BaseModel):
-    """The body of a list of jobs, its items unread: one that is invalid does not reject the others."""
+    """The body of a list of jobs, whose items are not parsed: an invalid one does not reject the others."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -178,7 +178,7 @@ class _Jobs(BaseModel):
 
 
 class _Requests(BaseModel):
-    """The body of a create request, its items unread."""
+    """The body of a create request, whose items are not parsed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -197,7 +197,7 @@ def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission
     request = read_job(job, networks)
     if isinstance(request, SluiceError):
         return request
-    # As it was sent, not as it was parsed: a field we do not know must go up unchanged.
+    # As it was sent, not as it was parsed: an unknown field must reach Claude unchanged.
     params = {name: value for name, value in job["params"].items() if name != "stream"}  # type: ignore[index]
     return Submission(
         params=params,
@@ -211,7 +211,7 @@ def read_submission(job: object, networks: Sequence[Network] = ()) -> Submission
 
 
 def explained_form(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Put the errors of a malformed HTTP request into one line.
+    """Return the errors of a malformed HTTP request as one line.
 
     Their locations start with the part of the request (body, query, path, header), which is left out.
     """

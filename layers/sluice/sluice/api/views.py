@@ -131,7 +131,7 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
 
 
 def part_links(links: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Show where parts go."""
+    """Show the presigned URLs of parts."""
     return [{"part": part, "url": url} for part, url in links.items()]
 
 
@@ -162,7 +162,7 @@ def message_batch(batch: life_of_batches.Batch, now: int, public_url: str) -> di
 
 
 def joined_text(message: Mapping[str, Any]) -> str:
-    """Join the text blocks of a Message: what callers mean by "the answer", whatever blocks stand before it."""
+    """Join the text blocks of a Message, whatever other blocks come before them."""
     content = message.get("content")
     if not isinstance(content, list):
         return ""
@@ -191,7 +191,7 @@ def usage_view(first: str, last: str, group_by: Sequence[str], rows: Sequence[Us
 
 
 def group_view(group: Group, now: int) -> dict[str, Any]:
-    """Show a limit group: what we believe its limits are, what is left, and who is in the way."""
+    """Show a limit group: its assumed limits, the remaining capacity, and what blocks it."""
     current = advanced(group, now)
     blocked = current.blocked_until > now
     return {

@@ -1,7 +1,7 @@
-"""Putting a batch's results together: ranges into sections, sections into one object, in the order of the input.
+"""Joining a batch's results: ranges into sections, sections into one object, in the order of the input.
 
 Everything streams: no step holds more than a few parts of ranges or pieces of objects, whatever the size of the batch.
-Every step may be done again, because its message may come again; it then writes the same.
+Every step can be repeated, because its message may be delivered again; it then writes the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -28,40 +28,45 @@ from sluice.domain.batches import (
 from sluice.domain.pricing import cost_facts, usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.domain.times import rfc3339
-from sluice.ports.batches import BatchStore, Objects
+from sluice.ports.batches import BatchesQueue, BatchStore, Objects
 from sluice.ports.swap import Written, change, swap
 from sluice.ports.world import Clock, Events, Notice, Notices
 
 PARTS_AHEAD: Final = 4
 AHEAD_BYTES: Final = 4 * 1024 * 1024
-"""The first bytes of so many parts of ranges are fetched ahead while a section is joined; a part may have any size."""
+"""How many parts are prefetched while a section is joined, and how many bytes of each; a part may have any size."""
 
 HASH_BYTES: Final = 12
-"""Of a custom_id: with 10 million of them, two fall together by chance once in 10^15 batches."""
+"""Length of the hash of a custom_id: among 10 million, two collide by chance in one of 10^15 batches."""
 
 ENTRY: Final = HASH_BYTES + 8 + 4
 """Bytes of an index entry: hash, byte offset, place in the section's results."""
 
 BUCKETS: Final = 256
 TABLE_BYTES: Final = 4 * BUCKETS
-"""An index begins with how many entries stand before each first byte of a hash."""
+"""An index begins with the number of entries before each first byte of a hash."""
 
 ENTRIES_AT_ONCE: Final = 250_000
-"""Compared with one another in memory: about 20 MB."""
+"""Maximum compared in memory at once: about 20 MB."""
 
 READS_AT_ONCE: Final = 16
 
 MOST_PACKED_BYTES: Final = 32 * 1024 * 1024
-"""Results up to this size are also kept gzipped, for those who ask the API."""
+"""Results up to this size are also stored gzipped, for the API."""
 
 ENDED: Final = "Batch Ended"
 """The event's `detail-type`."""
+
+MOST_RANGES_AT_ONCE: Final = 20
+MOST_TOKENS_AT_ONCE: Final = 2_000_000
+"""A batch of one section with at most this many ranges and output tokens (about 8 MB) is joined in a second or two, by
+the function that ran its last range."""
 
 SECTIONS: Final = "sections"
 """The group of all sections of a batch."""
 
 SECTIONS_PREFIX: Final = "section"
-"""Of that group, and of the groups of each section's ranges."""
+"""Common prefix of that group and of the groups of each section's ranges."""
 
 
 class Assemble:
@@ -95,8 +100,18 @@ class Assemble:
         if progress.members == batch.plan.sections:
             self._finish(batch, batch.plan)
 
+    def is_small(self, batch_id: str, section: int) -> bool:
+        """Return whether a complete section is a whole batch and takes no longer to join than to send elsewhere."""
+        batch = self._batches.get(batch_id)
+        plan = batch.plan if batch else None
+        if plan is None or plan.sections > 1 or plan.ranges > MOST_RANGES_AT_ONCE:
+            return False
+        name = f"section#{section:06d}"
+        found = self._batches.groups(batch_id, name)
+        return name in found and found[name].tally.output_tokens <= MOST_TOKENS_AT_ONCE
+
     def notify(self, batch: Batch) -> None:
-        """Tell whoever listens that a batch has ended, unless that was done: at least once, for its id."""
+        """Publish that a batch has ended, unless this was done already: at least once per batch."""
         if batch.told:
             return
         ended = Notice(
@@ -110,11 +125,11 @@ class Assemble:
         self._notices.publish([ended])
         notified = mark_notified(batch)
         if swap(self._batches.replace, notified, batch.version) is not notified:
-            # Deleted, or notified by another invocation, meanwhile.
+            # Meanwhile deleted, or published by another invocation.
             self._events.note("batch changed during its notification", batch_id=batch.batch_id)
 
     def fail(self, batch: Batch, problem: str) -> None:
-        """End a batch whose object as a whole cannot be run, and say why where its errors are looked for."""
+        """End a batch whose object cannot be run at all, with the reason as the only line of errors.jsonl."""
         ended = fail_batch(batch, self._clock.now(), problem)
         error = numbered(error_line(0, problem), 1)
         self._objects.put(batch.errors_key, f"{error}\n".encode())
@@ -125,7 +140,7 @@ class Assemble:
     # Sections --------------------------------------------------------------------------------------------------
 
     def _join(self, batch: Batch, plan: Plan, section: int, repeated: Places) -> None:
-        """Write a section's results, errors and index. `repeated`: the results that another row's custom_id had."""
+        """Write a section's results, errors and index. `repeated`: the results whose custom_id an earlier row has."""
         results = self._objects.writer(batch.section_key(section, "results"))
         errors = self._objects.writer(batch.section_key(section, "errors"))
         index = Index()
@@ -168,7 +183,7 @@ class Assemble:
             writer.abort()
 
     def _parts(self, batch: Batch, plan: Plan, section: int) -> Iterator[Iterator[bytes]]:
-        """Yield the parts of a section's ranges, in order and piece by piece; the first pieces are fetched ahead."""
+        """Yield the parts of a section's ranges, in order and piece by piece; the first pieces are prefetched."""
         with ThreadPoolExecutor(PARTS_AHEAD) as threads:
             waiting: deque[tuple[str, Future[bytes]]] = deque()
             for number in plan.members(section):
@@ -212,7 +227,7 @@ class Assemble:
     def _repeated(self, batch: Batch, plan: Plan, rows: int) -> dict[int, Places]:
         """Return the places of results whose custom_id an earlier row has, by section.
 
-        Custom_ids are compared by hash, a share of all hashes at a time, so that memory does not grow with the batch.
+        Hashes of custom_ids are compared, a part of all hashes at a time, so that memory does not grow with the batch.
         """
         keys = [batch.section_key(section, "index") for section in range(plan.sections)]
         shares = min(BUCKETS, max(1, -(-rows // ENTRIES_AT_ONCE)))
@@ -232,7 +247,7 @@ class Assemble:
     def _without(
         self, batch: Batch, tally: Tally, repeated: Mapping[int, Places]
     ) -> tuple[Tally, int]:
-        """Return the sums without the results that were taken out, and how many those were."""
+        """Return the sums without the results that became errors, and the number of those."""
         duplicates = 0
         for section in repeated:
             key = batch.section_key(section, "errors")
@@ -244,7 +259,7 @@ class Assemble:
         return tally, duplicates
 
     def _write_errors(self, batch: Batch, plan: Plan, groups: Mapping[str, Progress]) -> None:
-        """Number the lines of all errors through, and write them."""
+        """Write the errors of all sections, with line numbers counted from the start of the file."""
         errors = self._objects.writer(batch.errors_key)
         base = 1
         try:
@@ -271,7 +286,7 @@ class Assemble:
             packed.abort()
 
     def _write(self, batch: Batch, ended: Batch) -> None:
-        """Store the summary, then the batch's end; a cancel that came meanwhile stays on record."""
+        """Store the summary, then the ended batch; a concurrent cancel stays recorded."""
 
         def summed_up(current: Batch) -> Batch:
             if current.phase is Phase.ENDED:
@@ -302,8 +317,37 @@ class Assemble:
         self.notify(ended)
 
 
+class JoinAtOnce:
+    """Joins the section of a small batch in this invocation; others are left to the batches function.
+
+    After any error the batches function joins the section: its queue retries, and has alarms.
+    """
+
+    def __init__(
+        self, assemble: Callable[[], Assemble], queue: BatchesQueue, events: Events
+    ) -> None:
+        """`assemble` is called when the first section is complete."""
+        self._assemble = assemble
+        self._queue = queue
+        self._events = events
+
+    def send_plan(self, batch_id: str) -> None:
+        """Have a batch planned by the batches function."""
+        self._queue.send_plan(batch_id)
+
+    def send_join(self, batch_id: str, section: int) -> None:
+        """Join a section, or send it to the batches function; raises StoreBusy."""
+        try:
+            if self._assemble().is_small(batch_id, section):
+                self._assemble().join(batch_id, section)
+                return
+        except Exception:  # noqa: BLE001 - after any error the batches function joins it
+            self._events.problem("batch not joined at once", batch_id=batch_id, section=section)
+        self._queue.send_join(batch_id, section)
+
+
 def summary(batch: Batch) -> dict[str, Any]:
-    """Show what became of a batch."""
+    """Show the result of a batch."""
     tally = batch.tally
     tokens = {name: getattr(tally, name) for name in TOKENS}
     return {
@@ -343,7 +387,7 @@ TOKENS: Final = (
 
 
 class Index:
-    """The entries of a section, by the first byte of their hash: 24 bytes each, whatever their number."""
+    """The entries of a section, by the first byte of their hash; 24 bytes per entry."""
 
     def __init__(self) -> None:
         self._buckets = [bytearray() for _ in range(BUCKETS)]
@@ -354,7 +398,7 @@ class Index:
         self._buckets[digest[0]] += digest + record.offset.to_bytes(8) + place.to_bytes(4)
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the index: how many entries stand before each first byte, then the entries in order."""
+        """Yield the index: the number of entries before each first byte, then the entries in order."""
         table = bytearray()
         before = 0
         for bucket in self._buckets:
@@ -366,7 +410,7 @@ class Index:
 
 
 class Places:
-    """A set of places in a section's results, one bit each: every row of a file may have the same custom_id."""
+    """A set of places in a section's results, one bit each, because every row of a file may have the same custom_id."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
@@ -391,17 +435,17 @@ def _cut(entries: bytes | bytearray) -> Iterator[bytes]:
 
 
 def _span(table: bytes, first: int, last: int) -> tuple[int, int]:
-    """Return where the entries of some first bytes stand in an index, and how many bytes they are."""
+    """Return the offset and the length of the entries of some first bytes in an index."""
     start = int.from_bytes(table[4 * first : 4 * first + 4])
     if last == BUCKETS:
-        # To the end of the object, wherever that is.
+        # To the end of the object, whose length is not known here.
         return TABLE_BYTES + ENTRY * start, ENTRY * ENTRIES_AT_ONCE * 4
     stop = int.from_bytes(table[4 * last : 4 * last + 4])
     return TABLE_BYTES + ENTRY * start, ENTRY * (stop - start)
 
 
 def _later_ones(pieces: Iterator[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield section and place of each entry whose hash stands in another entry before it."""
+    """Yield section and place of each entry whose hash an earlier entry has."""
     entries = [
         entry + section.to_bytes(4) for section, piece in enumerate(pieces) for entry in _cut(piece)
     ]
@@ -415,8 +459,8 @@ def _later_ones(pieces: Iterator[bytes]) -> Iterator[tuple[int, int]]:
 
 
 def _as_repeated(record: Record) -> Record:
-    """Return the error that a result becomes whose custom_id an earlier row had. Its answer is not lost."""
-    message = f"custom_id {record.custom_id!r} stands in an earlier line already"
+    """Return the error for a result whose custom_id an earlier row has. It contains the answer."""
+    message = f"duplicate custom_id {record.custom_id!r}; an earlier line has it"
     body = error_line(record.offset, message, record.custom_id, record.body)
     return replace(record, kind="E", body=body)
 
@@ -427,7 +471,7 @@ def _moved(record: Record, base: int) -> bytes:
 
 
 def _negative(tally: Tally) -> Tally:
-    """Return what takes one row out of the counts: the line is invalid then, what it cost stays."""
+    """Return what removes one row from the counts: its line counts as invalid, its cost remains."""
     return Tally(
         succeeded=-tally.succeeded,
         errored=-tally.errored,

@@ -45,7 +45,7 @@ from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
 
 FILE_MS: Final = 13 * 86_400_000
-"""How long the rows of a file may wait, unless its options say less: below the 14 days of a message."""
+"""Maximum wait of the rows of a file, unless its deadline is earlier: less than the 14 days of a message."""
 
 OPTIONS_ENDING: Final = ".options.json"
 METADATA_PREFIX: Final = "sluice-"
@@ -53,7 +53,7 @@ MOST_OPTIONS_BYTES: Final = 256 * 1024
 SEND_ROUNDS: Final = 5
 
 JOIN_MS: Final = 5 * 60_000
-"""No section is started after this time in one look at a batch; ten minutes remain for the last one."""
+"""After this time no further section is joined in this check of a batch; ten minutes remain for the last one."""
 
 _KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
 _ENDING: Final = re.compile(r"\.(jsonl|ndjson|csv)(\.gz)?$", re.IGNORECASE)
@@ -64,7 +64,7 @@ class BadOptions(Exception):
     """The options of a file cannot be used; the message says why."""
 
     webhook: str | None = None
-    """Whom to tell of it: this one of the options is good."""
+    """The URL to notify of the failure, if this option is valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class _File:
     """The path without its ending: the name of the batch."""
     stored: Stored
     is_folder: bool = False
-    """Then the object is the folder's options, and the ETag stands for all its documents."""
+    """The object is the folder's options, and its ETag is a digest of all documents."""
 
 
 class PlanBatch:
@@ -101,12 +101,12 @@ class PlanBatch:
         self._events = events
 
     def arrived(self, key: str) -> None:
-        """Make a batch of an object under `in/` and plan it, once per content, however often it is said."""
+        """Create a batch from an object under `in/` and plan it, once per content, however often the event arrives."""
         match = _KEY.fullmatch(key)
         if match is None or key.endswith(("/", OPTIONS_ENDING)):
             return
         if ending_of(key) in DOCUMENT_TYPES:
-            # One of a folder; they are run when the folder's options arrive.
+            # Documents of a folder run when the folder's options arrive.
             return
         if not _is_folder(key) and not is_known(key):
             self._events.problem("file of unknown kind", key=key, tenant=match["tenant"])
@@ -117,14 +117,14 @@ class PlanBatch:
             self._events.note("file deleted", key=key)
             return
         if batch.phase is not Phase.PLANNING:
-            self._events.note("file known already", key=key, batch_id=batch.batch_id)
+            self._events.note("file already known", key=key, batch_id=batch.batch_id)
         elif problem is not None:
             self._assemble.fail(batch, problem)
         else:
             self._plan(batch)
 
     def register(self, key: str) -> Batch:
-        """Put the batch of an object under `in/` on record, for whoever uploaded it; the object's event plans it."""
+        """Record the batch of an object under `in/`, for the response to its upload; the object's event plans it."""
         return self._registered(key)[0]
 
     def _registered(self, key: str) -> tuple[Batch, str | None]:
@@ -149,9 +149,9 @@ class PlanBatch:
         folder, _, name = path.rpartition("/")
         if name != FOLDER_OPTIONS:
             return _File(tenant, stem_of(path), stored)
-        # A folder is the same again when its options and all its documents are.
+        # A folder is unchanged if its options and all its documents are.
         documents = self._documents(f"in/{tenant}/{folder}/")
-        # The digest of a JSON list of them, made one by one: there may be millions.
+        # The digest of a JSON list of them, computed one by one, because there may be millions.
         digest = sha256(f"[{json.dumps(stored.etag)}".encode())
         for each in documents:
             digest.update(f", {json.dumps([each.key, each.etag])}".encode())
@@ -164,21 +164,22 @@ class PlanBatch:
                 yield each
 
     def plan(self, batch_id: str) -> None:
-        """Plan a batch that is on record, or have done whatever it lacks: messages that were lost are sent again."""
+        """Plan a recorded batch, or do what it still needs: join sections, and send lost messages again."""
         batch = self._batches.get(batch_id)
         if batch is None:
             return
         if batch.phase is Phase.ENDED:
             self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
-            self._look_after(batch, batch.plan)
-        elif self._clock.now() >= batch.expires_at:
+            self._check(batch, batch.plan)
+        elif batch.plan is None and self._clock.now() >= batch.expires_at:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
         else:
+            # Once planned, its ranges may be running; rows that have not started end `expired`.
             self._plan(batch)
 
-    def _look_after(self, batch: Batch, plan: Plan) -> None:
-        """Join sections whose ranges are done. When rows should have expired, send ranges that are not."""
+    def _check(self, batch: Batch, plan: Plan) -> None:
+        """Join sections whose ranges are done. Once the rows should have expired, send the other ranges again."""
         groups = self._batches.groups(batch.batch_id, SECTIONS_PREFIX)
         complete: list[int] = []
         lost: list[int] = []
@@ -197,14 +198,14 @@ class PlanBatch:
             self._send(batch, lost)
 
     def _join(self, batch: Batch, sections: Sequence[int]) -> None:
-        """Join sections here: this function may not send to the queue that invokes it.
+        """Join sections in this invocation, because this function must not send to the queue that invokes it.
 
-        For a section that is joined already this is two reads. What there is no time for is done at the next look.
+        A section that is already joined costs two reads. The next check joins those for which no time is left.
         """
         latest = self._clock.now() + JOIN_MS
         for section in sections:
             if self._clock.now() > latest:
-                self._events.note("sections left to the next look", batch_id=batch.batch_id)
+                self._events.note("sections left to the next check", batch_id=batch.batch_id)
                 return
             self._assemble.join(batch.batch_id, section)
 
@@ -218,9 +219,9 @@ class PlanBatch:
             raise StoreBusy(what)
 
     def again(self, batch_id: str, number: int) -> None:
-        """Send a range again whose message became a dead letter: it waited for very long, or nobody could run it.
+        """Send a range again whose message became a dead letter, after a very long wait or many failures.
 
-        A row that kills its workers ends by the range's own count of them.
+        A row that kills its workers is ended by the count of losses in its range.
         """
         batch = self._batches.get(batch_id)
         if batch is None or batch.phase is Phase.ENDED:
@@ -255,7 +256,7 @@ class PlanBatch:
             return
         plan = batch.plan
         if plan is None:
-            # Ended meanwhile, by whoever was quicker.
+            # Meanwhile ended by another invocation.
             return
         if not plan.ranges:
             self._assemble.fail(batch, "the file is empty")
@@ -284,19 +285,19 @@ class PlanBatch:
             return batch
 
         def with_plan(current: Batch) -> Batch:
-            # Another planner may have been quicker: its plan is the one whose ranges are sent.
+            # If another planner was quicker, the ranges of its plan are sent.
             is_planned = current.plan is not None or current.phase is Phase.ENDED
             return current if is_planned else plan_batch(current, plan, rows_etag)
 
         return self._changed(batch, with_plan)
 
     def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
-        """Read more samples of an object, but for the first."""
+        """Read the samples of an object except the first."""
         for place in sample_places(size)[1:]:
             yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
-        """Write the rows of a file, streaming; return their ETag."""
+        """Stream the rows of a file to an object; return its ETag."""
         rows = self._objects.writer(batch.rows_key)
         try:
             for piece in self._rows_of(batch, sample):
@@ -332,7 +333,7 @@ class PlanBatch:
     # Options ---------------------------------------------------------------------------------------------------
 
     def _options(self, file: _File) -> Options:
-        """Read what stands beside the file, and in its metadata, which wins."""
+        """Read the options file next to the file, and its metadata, which takes precedence."""
         said: dict[str, Any] = {}
         key = f"in/{file.tenant}/{file.stem}{OPTIONS_ENDING}"
         if file.is_folder:
@@ -368,7 +369,7 @@ class PlanBatch:
 
 
 def is_known(path: str) -> bool:
-    """Tell whether a file of this name can be run."""
+    """Return whether a file of this name can be run."""
     return _ENDING.search(path) is not None
 
 
@@ -378,7 +379,7 @@ def stem_of(path: str) -> str:
 
 
 def _from_metadata(name: str, value: str) -> Any:
-    """Metadata is text: numbers and lists are written as such."""
+    """Return a value of the metadata, which is text: numbers and lists are parsed."""
     if name.endswith("max-tokens") and value.isdecimal():
         return int(value)
     if name.endswith("fallback-models"):
@@ -387,17 +388,17 @@ def _from_metadata(name: str, value: str) -> Any:
 
 
 def _is_folder(key: str) -> bool:
-    """Tell whether it is the options of a folder of documents."""
+    """Return whether the object is the options of a folder of documents."""
     return key.endswith(f"/{FOLDER_OPTIONS}")
 
 
 def _has_no_lines(key: str, sample: bytes) -> bool:
-    """Tell whether the file has to be made JSONL first: gzip, CSV and folders have no lines to cut at."""
+    """Return whether the file must be converted to JSONL first: gzip, CSV and folders have no lines to divide at."""
     return _is_folder(key) or key.lower().endswith((".gz", ".csv")) or sample.startswith(_GZIP)
 
 
 def _unreadable(sample: bytes) -> str | None:
-    """Tell what the object is when it is not lines of JSON in UTF-8."""
+    """Return why the object cannot be lines of JSON in UTF-8; None if it can."""
     if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "the file is UTF-16; save it as UTF-8"
     if sample.startswith(b"PK\x03\x04"):

@@ -303,6 +303,10 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
     length = max(0, size - first)
     wanted = min(line_bytes * LINES_PER_RANGE, MOST_RANGE_BYTES)
     range_bytes = max(wanted, -(-length // MOST_RANGES), 1)
+    whole, rest = divmod(length, range_bytes)
+    if whole and 2 * rest < range_bytes:
+        # The last few lines are no range of their own: it would start when the others end.
+        range_bytes = max(range_bytes, min(-(-length // whole), MOST_RANGE_BYTES))
     return Plan(first, size, range_bytes, -(-length // range_bytes), line_bytes)
 
 
@@ -571,6 +575,8 @@ class Progress:
 
     members: int
     tally: Tally
+    running: Tally = field(default_factory=Tally)
+    """Sums of the members that are not done, as last noted: for progress alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,12 @@ from typing import Final
 
 from sluice.domain.limits import FULL_RATE, SAFE_START, Group, advanced
 
-ROWS_AT_ONCE: Final = 64
-"""Maximum rows of a range started and not yet saved, and so the maximum calls repeated if the worker dies."""
+ROWS_AT_ONCE: Final = 120
+"""Maximum rows of a range in memory and not yet saved, and so the maximum calls repeated if the worker dies.
+
+As many as a worker of the jobs queue has, and more than a usual range has: all its rows queue at the limiter, so that
+the last ones of a batch can start together.
+"""
 
 LEAST: Final = 2
 MOST: Final = 1000
@@ -28,9 +32,9 @@ MOST: Final = 1000
 REFILLED: Final = 0.6
 """Share of slots with a call in flight if the worker refills them; the other jobs wait for their start times."""
 
-UNREFILLED: Final = 0.4
+UNREFILLED: Final = 0.22
 """The same share without refills, as for the rows of a range: towards the end most slots are empty. A hundred calls
-with a median of 9 s and a maximum of 30 s use 26 of 64 slots on average."""
+with a median of 9 s and a maximum of 30 s use 26 of 120 slots on average."""
 
 LONG_MS: Final = 60_000
 """A block up to this long is ignored: it ends before a change of the mapping takes effect."""

@@ -30,7 +30,7 @@ LEAST_WINDOW_MS: Final = 60_000
 """Least time an invocation must have left for a call."""
 
 LONGEST_DELAY_MS: Final = 900_000
-"""Longest wait in the queue. Parked messages would fill SQS's in-flight quota for everybody."""
+"""Longest wait in the queue. Hidden messages would use up SQS's in-flight quota, which all jobs share."""
 
 LONGEST_PARK_MS: Final = 6 * 3_600_000
 """Longest wait outside the queue. A parked job is checked at least this often, in case the cause is fixed."""
@@ -39,7 +39,7 @@ ROW_STAY_MS: Final = 60_000
 """Longest wait of a row of a range in the invocation: its range must stay there anyway."""
 
 SLOW_TOKENS_PER_SECOND: Final = 25
-"""A pace almost every answer keeps: a call starts only if `max_tokens` at this pace fits into the time left."""
+"""The output rate of almost every answer: a call starts only if `max_tokens` at this rate fits into the time left."""
 
 # Holding -----------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class Place(StrEnum):
     """Where a job waits."""
 
     INVOCATION = "invocation"
-    """With its worker, which goes on with it."""
+    """In its worker, which continues with it."""
     QUEUE = "queue"
     """As a message that becomes visible again."""
     PARKED = "parked"
@@ -97,7 +97,7 @@ class Place(StrEnum):
 
 
 def place_of(delay_ms: int, *, stay_ms: int = 0, left_ms: int = 0, window_ms: int = 0) -> Place:
-    """Return where a job waits that can go on after `delay_ms`.
+    """Return where a job waits that can continue after `delay_ms`.
 
     `stay_ms` is the longest wait worth spending in the invocation: none by default. The job stays there only if its
     call, which needs `window_ms` and never less than `LEAST_WINDOW_MS`, still fits into the `left_ms` until the
@@ -109,7 +109,7 @@ def place_of(delay_ms: int, *, stay_ms: int = 0, left_ms: int = 0, window_ms: in
 
 
 def parked_until(now: int, delay_ms: int) -> int | None:
-    """Return the `not_before` of a job that can go on after `delay_ms`; None unless it waits outside the queue."""
+    """Return the `not_before` of a job that can continue after `delay_ms`; None unless it waits outside the queue."""
     if place_of(delay_ms) is not Place.PARKED:
         return None
     return now + min(delay_ms, LONGEST_PARK_MS)
@@ -137,11 +137,10 @@ class Waits:
     """
 
     hold_ms: int = 300_000
-    """How long a message may wait inside an invocation for its start; beyond that it waits better in the queue.
+    """How long a message may wait inside an invocation for its start; for longer it waits in the queue.
 
     An invocation that makes calls is paid anyway, so holding costs nothing more, while a return costs a receive. As
-    long as an invocation takes new messages: so the fewest workers there may be (2) hold what a limit of 20 a minute
-    can start.
+    long as an invocation takes new messages, so that two workers, the minimum, hold what a limit of 20 a minute starts.
     """
     linger_ms: int = 15_000
     """Maximum lifetime of an invocation that cannot start any job."""
@@ -156,9 +155,9 @@ class Waits:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read `{"hold_ms": 1000, ...}`; raises ValueError. What is not named keeps its default.
+        """Read `{"hold_ms": 1000, ...}`; raises ValueError. Waits that are not named keep their defaults.
 
-        Shorter only: the visibility of messages, the lease and the time of an invocation were chosen for the defaults.
+        Values can only be shorter: visibility timeout, lease and invocation timeout were chosen for the defaults.
         """
         given = json.loads(text)
         if not isinstance(given, dict):

@@ -1,1 +1,1 @@
-"""What comes in: jobs, lists, batches and uploads, and each tenant's view of its own."""
+"""Submitting jobs, lists, batches and uploads, and reading those of one tenant."""

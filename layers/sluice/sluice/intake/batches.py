@@ -1,6 +1,6 @@
-"""The batches of one tenant: made by the API, looked at, canceled, deleted, and their results.
+"""The batches of one tenant: create, read, cancel, delete, and fetch their results.
 
-A batch is the same however it came in: here its rows become the stored object that a file would have been.
+A batch is the same however it is submitted: the rows of a request are stored as an object, like those of a file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from sluice.domain.batches import (
     cancel_batch,
     delete_batch,
     named_batch_id,
+    planned,
     random_batch_id,
+    start_batch,
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
 from sluice.intake.requests import BatchRequest, ListedJob, read_items
-from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects
+from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects, RangesQueue
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
 
@@ -35,47 +37,50 @@ EXPIRES_MS: Final = DAY_MS
 """Anthropic's batches expire after 24 hours."""
 
 LONGEST_MS: Final = 13 * DAY_MS
-"""With a deadline of its own a batch may wait longer, but no longer than its messages are kept."""
+"""With its own deadline a batch may wait longer, but not longer than SQS keeps its messages."""
 
 ARCHIVED_MS: Final = 29 * DAY_MS
-"""Results can be fetched for so long after the create, as Anthropic's."""
+"""Results can be fetched for this long after the creation, as at Anthropic."""
 
 RETRY_MS: Final = 25 * 60_000
-"""An SDK sends a create again within this time: three tries of ten minutes, but for the last one's answer."""
+"""An SDK repeats a create request within this time: three tries of ten minutes each, without the last response."""
 
 PLANNED_MS: Final = 2 * 60_000
-"""A create whose message to the planner was lost is looked at after this time."""
+"""A new batch whose message to the planner was lost is checked after this time."""
+
+MOST_STARTED: Final = 50
+"""Maximum ranges whose messages the API function sends: about 5,000 rows, five calls to SQS. The planner sends more."""
 
 MOST_INLINE_BYTES: Final = 4_300_000
-"""Of results in an answer: Lambda answers with 6 MB, in base64."""
+"""Maximum results in one response: Lambda returns 6 MB, in base64."""
 
 LINK_SECONDS: Final = 900
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """What a caller asks for."""
+    """A create request."""
 
     items: Sequence[object]
     options: Options
     source: Source = Source.MESSAGES_BATCHES
     idempotency_key: str | None = None
     retries: int = 0
-    """How often this very create was sent before: the SDKs say so, and have no key for it."""
+    """How often this request was sent before, as SDKs report it; they send no Idempotency-Key."""
     client: str = ""
-    """Whose create it is, as far as its headers tell: two programs may send the same at once."""
+    """Identifies the client by its headers, because two programs may send the same request at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inline:
-    """Results that fit into the answer: gzipped, as stored."""
+    """Results that fit into the response: gzipped, as stored."""
 
     packed: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Results that have to be fetched from the bucket."""
+    """Results that must be fetched from the bucket."""
 
     url: str
 
@@ -89,6 +94,7 @@ class Batches:
         batches: BatchStore,
         objects: Objects,
         queue: BatchesQueue,
+        ranges: RangesQueue,
         clock: Clock,
         random_bytes: RandomBytes,
         events: Events,
@@ -97,6 +103,7 @@ class Batches:
         self._batches = batches
         self._objects = objects
         self._queue = queue
+        self._ranges = ranges
         self._clock = clock
         self._random_bytes = random_bytes
         self._events = events
@@ -104,12 +111,12 @@ class Batches:
     # Creating --------------------------------------------------------------------------------------------------
 
     def create(self, asked: Create) -> Batch:
-        """Store the rows as an object and have it planned; a create that is sent again finds its batch."""
+        """Store the rows as an object and start its ranges; a repeated request returns the existing batch."""
         body = _jsonl(asked.items, asked.source)
         digest = sha256(body).hexdigest()
         now = self._clock.now()
         batch_id = self._id_for(asked, digest, now)
-        # The digest is part of the name, so that another create under the same key overwrites nothing.
+        # With the digest, so that a different request with the same Idempotency-Key overwrites nothing.
         key = f"batches/{batch_id}/input-{digest[:16]}.jsonl"
         etag = self._objects.put(key, body)
         deadline = asked.options.deadline
@@ -126,6 +133,7 @@ class Batches:
             input_etag=etag,
             options=asked.options,
             rows=len(asked.items),
+            plan=planned(len(body), body),
             due_at=now + PLANNED_MS,
         )
         stored = insert(self._batches.add, batch)
@@ -136,8 +144,29 @@ class Batches:
         if stored is batch:
             self._events.note("batch created", batch_id=batch_id, tenant=self._tenant)
         if stored.phase is Phase.PLANNING:
-            self._have_planned(batch_id)
+            return self._start(stored)
         return stored
+
+    def _start(self, batch: Batch) -> Batch:
+        """Send the messages of a batch's ranges, or have the planner send them. Repeated messages are harmless."""
+        plan = batch.plan
+        if plan is None or plan.ranges > MOST_STARTED:
+            self._have_planned(batch.batch_id)
+            return batch
+        if self._ranges.send_ranges(batch, range(plan.ranges)):
+            self._have_planned(batch.batch_id)
+            return batch
+        try:
+            started = self._changed(batch, lambda current: start_batch(current, self._clock.now()))
+        except StoreBusy:
+            # All messages were sent; the sweep will have them sent again.
+            self._events.problem("batch started, but not marked as such", batch_id=batch.batch_id)
+            return batch
+        self._events.note(
+            "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,
+            bytes=plan.size,
+        )  # fmt: skip
+        return started
 
     def _id_for(self, asked: Create, digest: str, now: int) -> str:
         if asked.idempotency_key is not None:
@@ -153,10 +182,10 @@ class Batches:
         try:
             self._queue.send_plan(batch_id)
         except StoreBusy:
-            # Stored all the same: the sweep finds it when its time to be planned has passed.
+            # The batch is stored: the sweep finds it once it is overdue to be planned.
             self._events.problem("queue busy, batch waits for the sweep", batch_id=batch_id)
 
-    # Looking ---------------------------------------------------------------------------------------------------
+    # Reading ---------------------------------------------------------------------------------------------------
 
     def get(self, batch_id: str) -> Batch:
         """Return the batch; raises BatchNotFound for one that is not the tenant's."""
@@ -174,7 +203,7 @@ class Batches:
         return self._batches.listing(self._tenant, limit, after=after, before=before)
 
     def progress(self, batch: Batch) -> Tally:
-        """Return the sums of the ranges that are done."""
+        """Return the sums of all rows that have ended; for running ranges they are a few seconds old."""
         if batch.phase is Phase.ENDED:
             return batch.tally
         found = self._batches.groups(batch.batch_id, "section#")
@@ -183,7 +212,7 @@ class Batches:
     # Ending ----------------------------------------------------------------------------------------------------
 
     def cancel(self, batch_id: str) -> Batch:
-        """Ask for the end of a batch; canceling again changes nothing."""
+        """Cancel a batch; canceling again changes nothing."""
 
         def canceled(batch: Batch) -> Batch:
             if batch.phase is Phase.ENDED:
@@ -193,7 +222,7 @@ class Batches:
         return self._changed(self.get(batch_id), canceled)
 
     def delete(self, batch_id: str) -> None:
-        """Take an ended batch out of sight."""
+        """Delete an ended batch."""
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
             raise InvalidRequest(
@@ -208,10 +237,10 @@ class Batches:
         return result.record
 
     def results(self, batch_id: str, *, may_follow: bool) -> Inline | Link:
-        """Return the results, or where they are.
+        """Return the results, or a link to them.
 
-        `may_follow`: the client drops its key when it follows a link to another place. Others get no link: they
-        would send their key along.
+        `may_follow`: the client does not forward its key when it follows a redirect to another host. Other clients get
+        no link.
         """
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
@@ -233,7 +262,7 @@ class Batches:
         return Link(self._objects.link(batch.results_key, LINK_SECONDS))
 
     def links(self, batch_id: str) -> dict[str, str]:
-        """Return addresses of an ended batch's files that need no key, for a quarter of an hour."""
+        """Return presigned URLs of an ended batch's files, valid for 15 minutes."""
         batch = self.get(batch_id)
         if batch.phase is not Phase.ENDED:
             raise InvalidRequest(f"Message batch {batch_id} is {status(batch)}; no results yet.")
@@ -246,26 +275,26 @@ class Batches:
 
 
 def status(batch: Batch) -> str:
-    """Return Anthropic's word for where the batch is."""
+    """Return the status of a batch in Anthropic's terms."""
     if batch.phase is Phase.ENDED:
         return "ended"
     return "in_progress" if batch.cancel_initiated_at is None else "canceling"
 
 
 def is_archived(batch: Batch, now: int) -> bool:
-    """Tell whether the results' time is over."""
+    """Return whether the results can no longer be fetched."""
     return now >= batch.created_at + ARCHIVED_MS
 
 
 def _sum(groups: Mapping[str, Progress]) -> Tally:
-    return sum((group.tally for group in groups.values()), Tally())
+    return sum((group.tally + group.running for group in groups.values()), Tally())
 
 
 _KINDS: Final[Mapping[Source, tuple[type[BatchRequest], str]]] = {
     Source.MESSAGES_BATCHES: (BatchRequest, "requests"),
     Source.JOBS: (ListedJob, "jobs"),
 }
-"""What the items of a create are, and the field of the body that has them."""
+"""The type of the items of a create request, and the field of the body that contains them."""
 
 
 def _jsonl(items: Sequence[object], source: Source) -> bytes:

@@ -1,7 +1,7 @@
 """The one validator of requests: jobs, rows of batches and files, options of files, and headers.
 
-Every door uses these types, so a request is judged the same however it arrives. Sluice validates what it needs itself;
-Claude validates the rest of `params`. Messages are pydantic's, which are also those of Anthropic's API.
+Every way to submit uses these types, so that a request is validated the same however it arrives. Sluice validates what
+it needs itself; Claude validates the rest of `params`. Messages are those of pydantic, as in Anthropic's API.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sluice.domain.rows import BadRow, Line, Row
 from sluice.domain.webhooks import Network, check_url
 
 DEEPEST: Final = 100
-"""Levels of objects and lists in one job or row, itself the first. A Messages request has about ten."""
+"""Maximum levels of objects and lists in one job or row, its own level included. A Messages request has about ten."""
 
 CUSTOM_ID: Final = r"^[a-zA-Z0-9_-]{1,64}$"
 VERSION: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
@@ -49,7 +49,7 @@ NOT_UNICODE: Final = (
 )
 TOO_MANY_DIGITS: Final = "has a number with too many digits"
 UNREADABLE: Final = frozenset({TOO_DEEP, NOT_UNICODE, TOO_MANY_DIGITS})
-"""Why JSON cannot be read, beside a syntax error."""
+"""Why JSON cannot be read, other than by a syntax error."""
 A_TIME: Final = "must be an RFC 3339 string with a time zone, such as 2026-12-24T18:00:00Z"
 
 
@@ -81,13 +81,13 @@ ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 CustomId = Annotated[str, StringConstraints(pattern=CUSTOM_ID)]
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
 Beta = Annotated[
-    # HTTP has no header values that begin or end with a space.
+    # HTTP header values cannot begin or end with a space.
     str, StringConstraints(strip_whitespace=True, max_length=1024, pattern=PRINTABLE)
 ]
 Deadline = Annotated[AwareDatetime | None, WrapValidator(_rfc3339)]
 Webhook = Annotated[str, AfterValidator(_public)]
 MaxTokens = Annotated[int, Field(ge=0, strict=True)]
-"""0 is a legal request: it fills the prompt cache."""
+"""0 is valid: such a request fills the prompt cache."""
 FallbackModels = Annotated[list[ModelName], Field(max_length=5)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -213,7 +213,7 @@ def _finite(digits: str) -> float:
 
 _STRICT: Final = JSONDecoder(parse_constant=_constant, parse_float=_finite)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Only as an escape can half a surrogate pair be in text that is UTF-8."""
+"""In UTF-8, half a surrogate pair can occur only as an escape."""
 
 
 def decode(text: str) -> Any:
@@ -235,7 +235,7 @@ def decode(text: str) -> Any:
 
 
 def unread(error: ValueError) -> str:
-    """Say why `decode` failed."""
+    """Return why `decode` failed."""
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON: {error.msg} at character {error.pos + 1}"
     return str(error)
@@ -255,7 +255,7 @@ def unsendable(item: object) -> str | None:
 
 
 def _is_too_deep(item: object) -> bool:
-    """Tell whether there are more levels than DEEPEST. Goes by levels, so that no depth is too deep for it."""
+    """Return whether there are more levels than DEEPEST. Works level by level, so that no depth exceeds the stack."""
     level = [item] if isinstance(item, dict | list) else []
     for _ in range(DEEPEST):
         level = [
@@ -394,7 +394,7 @@ def read_row(line: Line, options: Options) -> Row | BadRow | None:
 
 
 def _parsed(text: bytes) -> tuple[Any, str | None]:
-    """Return a line's value and why it cannot be sent; looks at the value only where the text gives a reason."""
+    """Return a line's value and why it cannot be sent; checks the value only if its text gives a reason."""
     suspect = text.count(b"[") + text.count(b"{") > DEEPEST or _SURROGATE.search(text) is not None
     try:
         words = text.decode()
@@ -425,7 +425,7 @@ def _row(item: Mapping[str, Any], options: Options) -> Row:
     if isinstance(params, dict):
         params = said["params"] = completed(params, options)
     request = RowRequest.model_validate(said)
-    # As it was sent, not as it was parsed: a field we do not know must go up unchanged.
+    # As it was sent, not as it was parsed: an unknown field must reach Claude unchanged.
     params = {name: value for name, value in said["params"].items() if name != "stream"}
     return Row(
         request.custom_id, params, milliseconds(request.deadline), tuple(request.fallback_models)
@@ -451,17 +451,17 @@ OF_A_MESSAGE: Final = frozenset(
         *("stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p"),
     }
 )
-"""Fields of a Messages API request: one of them beside `params` is in the wrong place, not misspelled."""
+"""Fields of a Messages API request: one of them next to `params` is in the wrong place, not misspelled."""
 
 MOST_SHOWN: Final = 5
-"""Errors named in one message."""
+"""Maximum errors in one message."""
 MOST_VALUE: Final = 64
-"""Characters of a value that is shown in a message."""
+"""Maximum characters of a value that a message shows."""
 _OUR_CLASS: Final = re.compile(r" or instance of \w+$")
 
 
 def explained(errors: Sequence[Mapping[str, Any]], place: str = "", *, of_item: bool = True) -> str:
-    """Put pydantic's errors into one line: the field, the problem, and the value if it is short.
+    """Return pydantic's errors as one line: the field, the problem, and the value if it is short.
 
     `of_item`: they are about a job or a row, whose fields of a Messages request belong inside `params`.
     """
@@ -486,7 +486,7 @@ def _line(error: Mapping[str, Any], place: str) -> str:
 
 
 def _is_misplaced(error: Mapping[str, Any]) -> bool:
-    """Tell whether a field of a Messages API request is outside `params`."""
+    """Return whether a field of a Messages API request is outside `params`."""
     return (
         error["type"] == "extra_forbidden"
         and len(error["loc"]) == 1

@@ -50,6 +50,10 @@ class BatchStore(Protocol):
         """Count a member of a group as done, only once even if repeated; return the progress of the group."""
         ...
 
+    def note_running(self, batch_id: str, group: str, member: int, tally: Tally) -> None:
+        """Note the sums of a member so far; does nothing once the member is done."""
+        ...
+
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         """Return the progress of all groups whose names have this prefix, by name, in order of names."""
         ...

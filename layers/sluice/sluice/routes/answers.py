@@ -23,7 +23,7 @@ def as_it_is(app: APIGatewayHttpResolver, next_middleware: NextMiddleware) -> Re
 
 
 def answer(status: int, body: object, headers: dict[str, str] | None = None) -> Response[Any]:
-    """Make a JSON response that carries our request id, as Anthropic's do."""
+    """Make a JSON response with Sluice's request id, as Anthropic's have one."""
     return Response(
         status_code=status,
         content_type=content_types.APPLICATION_JSON,
@@ -39,5 +39,5 @@ def request_id() -> str:
 
 
 def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:
-    """Answer with one of our errors."""
+    """Return the response to one of Sluice's errors."""
     return answer(status_of(error), {**body_of(error, request_id()), **more}, headers_of(error))

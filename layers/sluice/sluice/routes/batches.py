@@ -86,14 +86,14 @@ def batch_links(batch_id: Annotated[str, Path(max_length=requests.MOST_ID)]) -> 
 )
 def begin_upload(body: Annotated[requests.UploadRequest, Body()]) -> dict[str, Any]:
     """Start an upload."""
-    begun = uploads(router).start(body.name, body.bytes, body.options)
+    started = uploads(router).start(body.name, body.bytes, body.options)
     return {
         "type": "upload",
-        "id": begun.upload_id,
-        "name": begun.name,
-        "part_bytes": begun.part_bytes,
-        "parts": begun.parts,
-        "links": views.part_links(begun.links),
+        "id": started.upload_id,
+        "name": started.name,
+        "part_bytes": started.part_bytes,
+        "parts": started.parts,
+        "links": views.part_links(started.links),
     }
 
 

@@ -1,4 +1,4 @@
-"""Who calls: the check of client key and query parameters, and what belongs to the caller's tenant."""
+"""Authentication: the check of client key and query parameters, and the use cases of the caller's tenant."""
 
 from __future__ import annotations
 

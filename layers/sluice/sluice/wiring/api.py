@@ -13,7 +13,7 @@ from sluice.intake.batches import Batches
 from sluice.intake.start_estimate import StartEstimate
 from sluice.intake.submit import Submit
 from sluice.intake.uploads import LINK_SECONDS, Uploads
-from sluice.wiring.batch_stores import batches, batches_queue
+from sluice.wiring.batch_stores import batches, batches_queue, ranges_queue
 from sluice.wiring.batches import plan_batch
 from sluice.wiring.shared import CLOCK, dynamodb, s3, secrets_manager, settings, telemetry
 from sluice.wiring.stores import jobs, ledger, limits, objects, params, queue, results
@@ -51,4 +51,13 @@ def uploads_of(tenant: str) -> Uploads:
 
 def batches_of(tenant: str) -> Batches:
     """Return one tenant's batches."""
-    return Batches(tenant, batches(), objects(), batches_queue(), CLOCK, os.urandom, telemetry())
+    return Batches(
+        tenant,
+        batches(),
+        objects(),
+        batches_queue(),
+        ranges_queue(),
+        CLOCK,
+        os.urandom,
+        telemetry(),
+    )

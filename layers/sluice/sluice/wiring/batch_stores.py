@@ -17,11 +17,11 @@ def batches() -> DynamoBatches:
 
 @cache
 def batches_queue() -> SqsBatchesQueue:
-    """Return the batches queue, for those who send to it."""
+    """Return the batches queue, to send to it."""
     return SqsBatchesQueue(sqs(), settings().batches_queue_url)
 
 
 @cache
 def ranges_queue() -> SqsRangesQueue:
-    """Return the ranges queue, for those who send to it."""
+    """Return the ranges queue, to send to it."""
     return SqsRangesQueue(sqs(), settings().ranges_queue_url)

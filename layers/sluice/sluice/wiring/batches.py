@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def hidden(message: Received) -> Hidden:
-    """Keep a message of the batches queue hidden while it is worked on."""
+    """Keep a message of the batches queue hidden while it is processed."""
     return Hidden(sqs(), settings().batches_queue_url, message)
 
 

@@ -1,4 +1,4 @@
-"""Where notices go, and what webhooks are signed with."""
+"""The destinations of notices, and the signing secrets of webhooks."""
 
 from __future__ import annotations
 

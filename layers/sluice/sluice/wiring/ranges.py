@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from sluice.adapters import job_records
-from sluice.adapters.sqs import SqsInbox
+from sluice.adapters.sqs import SqsInbox, depth_of
 from sluice.adapters.system import Threads
+from sluice.bulk.assemble import JoinAtOnce
 from sluice.wiring.batch_stores import batches, batches_queue
+from sluice.wiring.batches import assemble
 from sluice.wiring.shared import CLOCK, settings, sqs, telemetry
 from sluice.wiring.stores import ledger, objects
 from sluice.wiring.workers import new_worker
@@ -29,7 +31,8 @@ def run_range() -> RunRange:
     tools = RangeTools(
         batches=batches(),
         objects=objects(),
-        queue=batches_queue(),
+        queue=JoinAtOnce(assemble, batches_queue(), telemetry()),
+        backlog=partial(depth_of, sqs(), settings().ranges_queue_url, "the ranges queue"),
         returns=returns,
         text_of_job=job_records.as_text,
         job_of_text=job_records.of_text,

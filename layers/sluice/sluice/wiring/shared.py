@@ -30,7 +30,7 @@ SAFETY_MS: Final = 15_000
 def stop_at(remaining_ms: int) -> int:
     """Return when the calls of an invocation with this much time left must have ended (epoch milliseconds).
 
-    Short time-outs keep a share of their time, so that a test's two seconds are enough to work in.
+    With a short timeout only a share of it is kept, so that a test with two seconds has time left for calls.
     """
     return CLOCK.now() + remaining_ms - min(SAFETY_MS, remaining_ms // 4)
 

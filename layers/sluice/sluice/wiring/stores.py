@@ -59,7 +59,7 @@ def ledger() -> DynamoLedger:
 
 @cache
 def queue() -> SqsQueue:
-    """Return the jobs queue, for those who send to it."""
+    """Return the jobs queue, to send to it."""
     return SqsQueue(sqs(), settings().jobs_queue_url, model_groups())
 
 

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from sluice.domain.batches import RangeState
 from sluice.domain.capacity import ROWS_AT_ONCE
+from sluice.domain.limits import DRAINED_MS
 from sluice.domain.waits import ROW_STAY_MS, Place, place_of, window_of
 from sluice.ports.jobs import Received
 from sluice.ports.world import Clock
 from sluice.worker.range_rows import Seat, WindowRows
 from sluice.worker.source import Held, Taken
+
+LOOK_MS: Final = 1_000
+"""Pause between two looks whether any range waits behind the rows in hand."""
+
+assert LOOK_MS < DRAINED_MS
 
 ANSWERS_BYTES: Final = 24 * 1024 * 1024
 """Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
@@ -30,13 +36,14 @@ SAVE_ROWS: Final = 25
 class RangeSource:
     """The rows of one window, for one run of a worker."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - a window, its time, and what its range does for it
         self,
         rows: WindowRows,
         state: RangeState,
         clock: Clock,
         stop_at: int,
         note_running: Callable[[], None],
+        note_drained: Callable[[], Awaitable[None]],
     ) -> None:
         """`note_running` is called in a thread, while a killer is searched, before a row starts."""
         self._rows = rows
@@ -44,6 +51,9 @@ class RangeSource:
         self._started = clock.now()
         self._stop_at = stop_at
         self._note_running = note_running
+        self._note_drained = note_drained
+        """Called while rows wait and no other row of the range waits behind them."""
+        self._look_at = 0
         self._lock = threading.Lock()
         self._held: Held | None = None
         self._losses = state.losses
@@ -85,7 +95,17 @@ class RangeSource:
             due_at = min((seat.due_at for seat in self._resting), default=None)
             if not held.count and due_at is None and not self._waits_for_saving():
                 return ()
-            await held.change(due_at)
+            await held.change(await self._looked(held, due_at))
+
+    async def _looked(self, held: Held, due_at: int | None) -> int | None:
+        """Look whether a range waits behind the rows in hand, if it is time to; return when to go on at the latest."""
+        if self._ready or not held.waiting:
+            return due_at
+        now = self._clock.now()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_MS
+            await self._note_drained()
+        return self._look_at if due_at is None else min(due_at, self._look_at)
 
     def done(self, message: Received) -> None:
         """Keep the place of a row that has ended until it is saved."""
@@ -153,7 +173,11 @@ class RangeSource:
         return deque(
             sorted(
                 self._rows.unfinished(),
-                key=lambda seat: (seat.job.job_id in self._apart, seat.job.job_id not in suspects),
+                key=lambda seat: (
+                    seat.job.job_id in self._apart,
+                    seat.job.job_id not in suspects,
+                    -seat.job.max_tokens,
+                ),
             )
         )
 

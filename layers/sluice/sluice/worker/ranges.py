@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from sluice.domain import waits
 from sluice.domain.batches import Batch, Phase, Tally, claim_range, killers
+from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
@@ -26,7 +27,7 @@ from sluice.ports.batches import BatchesQueue, BatchStore, Objects
 from sluice.ports.jobs import Received, Returns
 from sluice.ports.swap import swap
 from sluice.ports.world import Blocking, Clock, Events
-from sluice.worker.range_chunks import RangeChunks, stored_tally
+from sluice.worker.range_chunks import RangeChunks, Sums, stored_tally
 from sluice.worker.range_lease import HIDE_MS, KEEP_MS, LEASE_MS, RangeLease
 from sluice.worker.range_rows import Ended, Seat, WindowRows
 from sluice.worker.range_source import RangeSource
@@ -37,6 +38,9 @@ T = TypeVar("T")
 
 NOT_READ_MS: Final = 15_000
 """A range that could not be read from a busy store is tried again after this time."""
+
+PROGRESS_MS: Final = 3_000
+"""How often the progress of a running range is stored."""
 
 TICK_MS: Final = 100
 """Pause between two rounds of housekeeping."""
@@ -61,6 +65,8 @@ class RangeTools:
     batches: BatchStore
     objects: Objects
     queue: BatchesQueue
+    backlog: Callable[[], Backlog]
+    """Of the ranges queue."""
     returns: Returns
     text_of_job: Callable[[Job], str]
     job_of_text: Callable[[str], Job]
@@ -182,6 +188,10 @@ class _Run:
         self._kept_at = self._tools.clock.now()
         self._saving = asyncio.Lock()
         self._is_lost = False
+        self._progress = Sums()
+        """Of the rows saved in this invocation."""
+        self._has_news = False
+        self._reported_at = self._tools.clock.now()
         self._tally: Tally | None = None
         """Of the whole range, once its part is stored."""
 
@@ -247,7 +257,12 @@ class _Run:
         if self._is_lost or not rows.unfinished():
             return 0
         self._source = source = RangeSource(
-            rows, state, self._tools.clock, self._stop_at, self._note_running
+            rows,
+            state,
+            self._tools.clock,
+            self._stop_at,
+            self._note_running,
+            self._note_drained,
         )
         count = source.count
         self._rows_run = True
@@ -334,11 +349,24 @@ class _Run:
         source = self._source
         if source is not None and self._rows.worth_saving(source.save_at):
             await self._save()
+        await self._report_progress()
         if set(self._lease.state.running) - set(self._running()):
             # Back from their calls alive: they are not to be blamed for what comes now.
             await self._lease.change(self._lease.as_running(self._running))
         if self._tools.clock.now() - self._kept_at >= KEEP_MS:
             await self._look_around()
+
+    async def _report_progress(self) -> None:
+        """Store what the rows saved so far come to, every few seconds."""
+        now, state, plan = self._tools.clock.now(), self._lease.state, self._batch.plan
+        if plan is None or not self._has_news or now - self._reported_at < PROGRESS_MS:
+            return
+        group = f"section#{plan.section_of(state.number):06d}"
+        note = self._tools.batches.note_running
+        await self._tools.blocking(
+            note, self._batch.batch_id, group, state.number, self._progress.tally
+        )
+        self._reported_at, self._has_news = now, False
 
     async def _look_around(self) -> None:
         """Renew the lease, hide the message, and see whether the batch was canceled."""
@@ -375,6 +403,10 @@ class _Run:
                 except BaseException:
                     self._rows.not_saved(seats)
                     raise
+                for seat in seats:
+                    if seat.ended is not None and seat.ended.text is not None:
+                        self._progress.add(seat.ended.text)
+                self._has_news = True
                 self._rows.saved(seats, name)
                 if self._source is not None:
                     self._source.saved(seats)
@@ -390,6 +422,15 @@ class _Run:
             self._lease.change_now(self._lease.as_running(self._running))
         except LeaseLost:
             self._lose()
+
+    async def _note_drained(self) -> None:
+        """Have the limiter know when the rows in hand are the last: they may start together."""
+        try:
+            backlog = await self._tools.blocking(self._tools.backlog)
+        except StoreBusy:
+            return
+        if not backlog.visible:
+            self._runner.worker.limiter.drained()
 
     # Ending -----------------------------------------------------------------------------------------------------
 
