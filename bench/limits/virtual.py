@@ -424,7 +424,7 @@ class BatchesPlay(Play):
             self.planner.plan(batch_id)
 
     def _new_worker(self) -> Worker:
-        rows = WindowRows(prices(), VirtualClock(self.time))
+        rows = WindowRows(VirtualClock(self.time))
         worker = self._worker_of(rows, RowRequests(rows), rows, RowBooks(self.ledger, rows))
         self.rows[worker] = rows
         return worker

@@ -158,6 +158,7 @@ async def test_headers_that_are_wanted_early_come_before_the_answer(sdk: SdkClau
     assert answer.message == late
     assert "org-two" == early.organization
     assert (60, 59) == (early.seen["requests"].limit, early.seen["requests"].remaining)
+    assert answer.usage is not None
     assert 150 == answer.usage.output_tokens
 
 

@@ -83,7 +83,7 @@ class SdkClaude:
         if problem is None:
             return await self._sent(request)
         request.body.release()
-        return Refused(Failure(UNSENDABLE, problem), NO_HEADERS)
+        return Refused(problem, NO_HEADERS)
 
     async def _sent(self, request: CallRequest) -> Answer | Refused:
         partial = Partial()
@@ -226,8 +226,8 @@ def _out_of_time(request: CallRequest, partial: Partial) -> Refused:
     return Refused(failure, partial.headers)
 
 
-def _unsendable(request: CallRequest) -> str | None:
-    """Return why the job's own headers cannot be written to the wire, or None.
+def _unsendable(request: CallRequest) -> Failure | None:
+    """Return the failure of a call whose headers cannot be written to the wire, or None.
 
     They are validated when a job is accepted. One that passed all the same must not look like a broken endpoint.
     """
@@ -237,5 +237,9 @@ def _unsendable(request: CallRequest) -> str | None:
     }
     for name, value in headers.items():
         if value and not _HEADER_VALUE.fullmatch(value):
-            return f"{name}: the value cannot be sent as an HTTP header"
+            return Failure(UNSENDABLE, f"{name}: the value cannot be sent as an HTTP header")
+    if not _HEADER_VALUE.fullmatch(request.key.api_key):
+        # As upstream would answer: the key is unusable, not the endpoint.
+        reason = f"the upstream key {request.key.id} cannot be sent as an HTTP header"
+        return Failure("authentication_error", reason, status=401)
     return None
