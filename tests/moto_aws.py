@@ -79,6 +79,8 @@ class Aws:
             "SLUICE_WEBHOOK_SECRET": "WebhookSecret",
             "SLUICE_RETENTION_DAYS": "30",
             "SLUICE_MAX_ATTEMPTS": "5",
+            # A test sends its requests faster than any client.
+            "SLUICE_CLIENT_REQUESTS_PER_SECOND": "1000",
             "POWERTOOLS_SERVICE_NAME": STACK,
         }
 

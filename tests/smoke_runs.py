@@ -71,7 +71,7 @@ SMOKE_RUNS: Final = (
     SmokeRun(
         "bench.limits.virtual",
         "--only faults --only stranger --only changing --jobs-scale 0.05 --workers 2 --seeds 1-2",
-        r"stranger +│ 2 ",
+        r"stranger +│ batches +│ 2 ",
         5,
     ),
     SmokeRun("bench.limits.chart", "--check", "", 1),

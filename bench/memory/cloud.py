@@ -220,6 +220,7 @@ def _environment(emulator: Emulator, queues: Mapping[str, str]) -> dict[str, str
         "SLUICE_WEBHOOK_NETWORKS": "127.0.0.0/8",
         "SLUICE_RETENTION_DAYS": "30",
         "SLUICE_MAX_ATTEMPTS": "5",
+        "SLUICE_CLIENT_REQUESTS_PER_SECOND": "1000",
         "POWERTOOLS_SERVICE_NAME": "sluice-bench",
         "POWERTOOLS_LOG_LEVEL": "ERROR",
         "POWERTOOLS_METRICS_DISABLED": "true",

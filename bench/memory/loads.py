@@ -16,7 +16,6 @@ from bench.memory.cloud import BUCKET, CLIENT_KEY, ROOT, TENANT, Cloud, record
 from bench.memory.servers import EMOJI, Servers
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
-from sluice.api.requests import MOST_BYTES
 from sluice.domain.batches import (
     MOST_LINE_BYTES,
     Batch,
@@ -30,6 +29,7 @@ from sluice.domain.batches import (
 from sluice.domain.jobs import Job, JobError, Result, State, claim, finish_waiting, park, succeed
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
+from sluice.intake.admission import MOST_BYTES
 from sluice.ports.jobs import Params
 from sluice.wiring import batch_stores, shared, stores
 

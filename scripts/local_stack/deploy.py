@@ -96,6 +96,8 @@ def prepared(
         "PublicUrl": public_url,
         # Webhooks to a receiver on this machine are allowed.
         "WebhookNetworks": "127.0.0.0/8",
+        # Tests and benchmarks send everything with one key.
+        "ClientRequestsPerSecond": 1_000,
     }
     if concurrency is not None:
         values["MaxConcurrency"] = concurrency

@@ -618,14 +618,14 @@ def test_an_upload_that_is_missing_is_done_when_its_object_is_there(name: str) -
     client = aws.s3()
     links = s3.Links(client, BUCKET, 60)
     with Stubber(client) as stub:
-        stub.add_client_error("complete_multipart_upload", "NoSuchUpload", "gone")
+        stub.add_client_error("complete_multipart_upload", "NoSuchUpload", "missing")
         there = {
             "ContentLength": 1,
             "ETag": '"x"',
             "LastModified": datetime(2026, 7, 1, tzinfo=UTC),
         }
         stub.add_response("head_object", there)
-        stub.add_client_error("complete_multipart_upload", "NoSuchUpload", "gone")
+        stub.add_client_error("complete_multipart_upload", "NoSuchUpload", "missing")
         stub.add_client_error("head_object", "404")
         stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
 

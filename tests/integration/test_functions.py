@@ -33,16 +33,18 @@ from scripts.claude_simulator import Running, read, running
 from scripts.documents import openapi
 from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
-from sluice.api import document, requests, views
+from sluice.api import document, views
 from sluice.api.errors import HTTP_OF
+from sluice.domain.client_keys import key_id
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State, claim, redrive
 from sluice.domain.webhooks import signing_secret
+from sluice.intake.admission import MOST_BYTES
 from sluice.ports.metrics import BY_MODEL_GROUP, METRIC_NAMES, NAMESPACE, TOTALS
 from sluice.wiring import shared, stores, workers
 from sluice.wiring import worker as wiring
 from tests.fresh import forget_what_is_wired
-from tests.moto_aws import STACK, Aws, in_memory
+from tests.moto_aws import PEPPER, STACK, Aws, in_memory
 
 EVENTS: Final = Path(__file__).resolve().parents[2] / "events"
 UPSTREAM_KEY: Final = "sk-ant-test-sentinel-upstream"
@@ -429,6 +431,76 @@ def test_whoever_may_not_ask_is_told_nothing_about_the_form(gateway: Gateway) ->
     assert 401 == gateway.call("GET", "/jobs", query={"limit": "many"}, key=None).status
 
 
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["text", "base64"])
+@pytest.mark.parametrize(
+    ("megabytes", "key", "status"),
+    [(3.9, None, 401), (3.9, "sk-ant-test-unknown-key", 401), (5.8, None, 413), (5.8, CLIENT_KEY, 413)],
+)  # fmt: skip
+def test_a_body_that_is_not_let_in_is_not_decoded(  # noqa: PLR0913 - a table
+    gateway: Gateway,
+    monkeypatch: pytest.MonkeyPatch,
+    megabytes: float,
+    key: str | None,
+    status: int,
+    *,
+    as_bytes: bool,
+) -> None:
+    """A megabyte of JSON takes 50 MB and a quarter of a second to parse, so strangers must not get that far."""
+
+    def decoded(*_: object, **__: object) -> None:
+        raise AssertionError("the body was decoded")
+
+    monkeypatch.setattr(api_app, "b64decode", decoded)
+    monkeypatch.setattr(api_app.app, "resolve", decoded)
+    text = '{"jobs": [' + "[]," * int(megabytes * 1_000_000 / 3) + "[]]}"
+
+    answered = gateway.call("POST", "/jobs", text=text.encode() if as_bytes else text, key=key)
+
+    assert status == answered.status
+
+
+def test_the_health_check_ignores_a_body(gateway: Gateway) -> None:
+    assert 200 == gateway.call("GET", "/health", text=b"\xff" * 1_000, key=None).status
+
+
+def test_without_a_key_nobody_learns_which_routes_there_are(gateway: Gateway) -> None:
+    assert 401 == gateway.call("GET", "/nothing", key=None).status
+    assert 401 == gateway.call("POST", "/health", key=None).status
+    assert 404 == gateway.call("GET", "/nothing").status
+
+
+def test_one_tenants_flood_is_not_anothers(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_CLIENT_REQUESTS_PER_SECOND", "1")
+    _start_afresh()
+
+    flood = [gateway.call("GET", "/jobs") for _ in range(60)]
+    others = [gateway.call("GET", "/jobs", key=OTHER_KEY) for _ in range(20)]
+
+    assert {200} == {each.status for each in others}
+    refused = [each for each in flood if each.status != 200]
+    assert 30 < len(refused) < 60
+    assert {(429, "rate_limit_error")} == {each.error for each in refused}
+    assert {"1"} == {each.headers["retry-after"] for each in refused}
+
+
+def test_each_request_is_logged_with_who_sent_it(gateway: Gateway, said: Callable[[], str]) -> None:
+    gateway.call("GET", "/jobs")
+    gateway.call("GET", "/jobs", key="sk-ant-test-unknown-sentinel")
+
+    lines = [json.loads(line) for line in said().splitlines() if '"message":"request"' in line]
+    facts = [
+        {name: line[name] for name in ("source", "tenant", "key_id", "status") if name in line}
+        for line in lines
+    ]
+    known = key_id(PEPPER, CLIENT_KEY)
+    assert [
+        {"source": "203.0.113.7", "tenant": "acme", "key_id": known, "status": 200},
+        {"source": "203.0.113.7", "status": 401},
+    ] == facts
+
+
 BAD: Final[list[tuple[str, Any, str]]] = [
     ("malformed", '{"params": ', "the body is not valid JSON: Expecting value at character 12"),
     ("empty", "", "the body is empty"),
@@ -570,9 +642,9 @@ def test_a_body_of_exactly_the_limit_is_taken(
 ) -> None:
     """In bytes, of which an umlaut has two."""
     frame = json.dumps({"params": params(system="")}, ensure_ascii=False)
-    filling = requests.MOST_BYTES - len(frame.encode()) + over
+    filling = MOST_BYTES - len(frame.encode()) + over
     text = frame.replace('"system": ""', f'"system": "{"ü" * (filling // 2)}{"x" * (filling % 2)}"')
-    assert requests.MOST_BYTES + over == len(text.encode())
+    assert MOST_BYTES + over == len(text.encode())
 
     answered = gateway.call("POST", "/jobs", text=text.encode() if as_bytes else text)
 

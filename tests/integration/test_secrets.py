@@ -95,7 +95,7 @@ def test_a_storm_of_rejections_reads_the_pool_once(clock: FrozenClock, cloud: Aw
 
 def test_a_pool_is_all_that_was_written(cloud: Aws, pool: SecretKeyPool) -> None:
     cloud.set_key_pool(
-        {**one("main"), "organization": "org", "base_url": "http://relay/", "models": ["m"],
+        {**one("main"), "organization": "org", "base_url": "https://relay/", "models": ["m"],
          "tenants": ["acme"], "weight": 3},
         {"api_key": f"{KEY}-2"},
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_pool_is_all_that_was_written(cloud: Aws, pool: SecretKeyPool) -> None
     main, second = pool.keys()
 
     assert f"{KEY}-main" == main.api_key
-    assert ("org", "http://relay", frozenset({"m"}), frozenset({"acme"}), 3) == (
+    assert ("org", "https://relay", frozenset({"m"}), frozenset({"acme"}), 3) == (
         main.organization, main.base_url, main.models, main.tenants, main.weight,
     )  # fmt: skip
     assert ("key-2", None, 1) == (second.id, second.organization, second.weight)
@@ -164,7 +164,7 @@ def test_a_mended_pool_is_read_again(cloud: Aws, clock: FrozenClock, pool: Secre
 def test_a_secret_of_bytes_is_no_pool(cloud: Aws, pool: SecretKeyPool) -> None:
     cloud.secrets.put_secret_value(SecretId="KeyPoolSecret", SecretBinary=KEY.encode())
 
-    with pytest.raises(KeyPoolBroken, match="KeyPoolSecret holds bytes, not text"):
+    with pytest.raises(KeyPoolBroken, match="KeyPoolSecret is binary; store it as text"):
         pool.keys()
 
 

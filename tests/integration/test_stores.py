@@ -877,6 +877,24 @@ def test_a_revoked_key_is_refused_within_a_minute(cloud: Aws, name: str) -> None
     assert keys.tenant(key) is None
 
 
+def test_strangers_who_try_many_keys_do_not_make_a_tenants_key_unknown(
+    cloud: Aws, name: str
+) -> None:
+    key = f"sk-ant-test-{name}"
+    cloud.add_client_key(key, "acme")
+    keys = client_keys(cloud, FrozenClock())
+    keys.MOST_UNKNOWN = 5  # type: ignore[misc]
+    keys.tenant(key)
+
+    for n in range(20):
+        keys.tenant(f"{key}-{n}")
+
+    assert not keys.recall(key).needs_lookup
+    assert "acme" == keys.recall(key).tenant
+    assert keys.recall(f"{key}-0").needs_lookup, "only the last few are remembered"
+    assert not keys.recall(f"{key}-19").needs_lookup
+
+
 # When AWS does not do as it should -----------------------------------------------------------------------------
 
 Verb = Callable[[Any], object]

@@ -22,6 +22,7 @@ from sluice.domain.retries import RetryPolicy
 from sluice.domain.waits import LONGEST_DELAY_MS, USUAL
 from sluice.intake import requests as validation
 from sluice.intake import submit
+from sluice.intake.admission import MOST_BYTES
 from sluice.ports.metrics import METRIC_NAMES
 from sluice.worker import limit_books, limit_planner, queue_source
 from tests.expanded_template import template
@@ -334,7 +335,7 @@ def test_the_readme_says_that_pooling_keys_raises_no_limit() -> None:
             "up to {:.0f}, 4, 8 ... {:.0f} s",
             [POLICY.retry_base_ms / 1000, POLICY.retry_cap_ms / 1000],
         ),
-        ("at most {:,} bytes", [requests.MOST_BYTES]),
+        ("at most {:,} bytes", [MOST_BYTES]),
         ("sent again within {:.0f} minutes", [submit.RESEND_WINDOW_MS / 60_000]),
         ("a job at most {} levels of nesting", [validation.DEEPEST]),
         ("a list of up to {}", [requests.MOST_JOBS]),

@@ -11,6 +11,7 @@ from sluice.domain.jobs import JobError, Result, State, claim, give_up, snooze, 
 from sluice.domain.limits import Observation, Seen, block, new_group, observe
 from sluice.domain.pricing import Spend, Usage
 from sluice.intake.accounts import UsageRow
+from sluice.intake.admission import MOST_BYTES
 from sluice.intake.submit import Submission
 from tests.fakes import MESSAGE, NOON, SECOND, a_job
 
@@ -198,7 +199,7 @@ def test_a_bad_envelope_is_refused_as_a_whole(body: object, words: str) -> None:
 
 
 def test_the_gateways_own_errors_say_what_to_do() -> None:
-    too_large = RequestTooLarge(5_000_000, requests.MOST_BYTES)
+    too_large = RequestTooLarge(5_000_000, MOST_BYTES)
 
     assert "the body has 5,000,000 bytes; the limit is 4,000,000. Send fewer" in str(too_large)
     assert (5_000_000, 4_000_000) == (too_large.size, too_large.limit)

@@ -296,3 +296,50 @@ def test_of_several_stated_limits_of_one_organization_the_lowest_holds() -> None
     stated = stated_limits(keys, {})
 
     assert {"org": {"requests": 50, "input_tokens": 7}, "other": {"requests": 10}} == stated
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://relay.example",
+        "https://10.0.0.5:8443/v1",
+        "http://127.0.0.1:8089",
+        "http://127.1.2.3",
+        "http://[::1]:8089",
+        "http://localhost:8089/claude",
+    ],
+)
+def test_a_base_url_is_encrypted_or_on_this_machine(url: str) -> None:
+    (key,) = parse_key_pool(pool({"api_key": SECRET, "base_url": url}))
+
+    assert url == key.base_url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://relay.example",
+        "http://10.0.0.5:8080",
+        "http://192.168.0.1",
+        "http://0.0.0.0:8089",
+        "http://127.0.0.1.example:8089",
+        "http://localhost.example",
+        "http://127.0.0.1@relay.example",
+        "http://[::2]",
+        "https://",
+        "https://relay.example:0",
+        "https://relay.example:port",
+        "https://[relay",
+        "file:///etc/passwd",
+        "relay.example",
+    ],
+)
+def test_key_and_prompts_do_not_travel_unencrypted(url: str) -> None:
+    with pytest.raises(KeyPoolBroken, match="key 1 of the pool: base_url ") as refused:
+        parse_key_pool(pool({"api_key": SECRET, "base_url": url}))
+    admin = {"organization": "org", "api_key": SECRET, "base_url": url}
+    with pytest.raises(KeyPoolBroken, match="admin key 1 of the pool: base_url "):
+        parse_admin_keys({"keys": [], "admin_keys": [admin]})
+
+    assert "@" not in str(refused.value)
+    assert SECRET not in str(refused.value)

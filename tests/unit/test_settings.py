@@ -26,6 +26,7 @@ COMPLETE = {
     "SLUICE_WEBHOOK_SECRET": "webhooks",
     "SLUICE_RETENTION_DAYS": "30",
     "SLUICE_MAX_ATTEMPTS": "5",
+    "SLUICE_CLIENT_REQUESTS_PER_SECOND": "10",
 }
 
 
@@ -53,7 +54,10 @@ def test_a_missing_setting_is_named(name: str, value: str | None) -> None:
         Settings.from_environment(environment)
 
 
-@pytest.mark.parametrize("name", ["SLUICE_RETENTION_DAYS", "SLUICE_MAX_ATTEMPTS"])
+@pytest.mark.parametrize(
+    "name",
+    ["SLUICE_RETENTION_DAYS", "SLUICE_MAX_ATTEMPTS", "SLUICE_CLIENT_REQUESTS_PER_SECOND"],
+)
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
 def test_a_number_must_be_a_whole_one_from_one_up(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} must be an integer of at least 1, got '"):

@@ -63,6 +63,8 @@ class Settings:
     """The base URL of the API, for links in its responses."""
     retention_days: int
     max_attempts: int
+    client_requests_per_second: int
+    """Sustained requests of one client key to one execution environment of the API function."""
     webhook_networks: tuple[Network, ...] = ()
     """Networks to which webhooks are permitted, besides all public addresses."""
     waits: Waits = USUAL
@@ -103,6 +105,7 @@ class Settings:
             webhook_secret=read.text("SLUICE_WEBHOOK_SECRET"),
             retention_days=read.number("SLUICE_RETENTION_DAYS"),
             max_attempts=read.number("SLUICE_MAX_ATTEMPTS"),
+            client_requests_per_second=read.number("SLUICE_CLIENT_REQUESTS_PER_SECOND"),
             webhook_networks=read.networks("SLUICE_WEBHOOK_NETWORKS"),
             waits=read.waits("SLUICE_WAITS"),
             governor=read.governor(),

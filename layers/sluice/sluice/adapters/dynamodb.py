@@ -21,6 +21,7 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
+from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
 from sluice.ports.world import Clock
 
@@ -394,7 +395,7 @@ class DynamoClientKeys:
     """Client keys by keyed hash; each is read at most once a minute."""
 
     CACHE_MS: Final = 60_000
-    MOST_CACHED: Final = 10_000
+    MOST_UNKNOWN: Final = 10_000
 
     def __init__(
         self, client: DynamoDBClient, table: str, pepper: Callable[[], str], clock: Clock
@@ -402,25 +403,40 @@ class DynamoClientKeys:
         self._table = Table(client, table, "the client keys table", "key_id")
         self._pepper = pepper
         self._clock = clock
-        self._cache: dict[str, tuple[int, str | None]] = {}
+        self._tenants: dict[str, tuple[int, str]] = {}
+        """When each key was read, and its tenant. There are only as many as there are keys."""
+        self._unknown: dict[str, int] = {}
+        """When each unknown key was read. Strangers invent them, so they are few and do not replace known ones."""
+
+    def recall(self, key: str) -> Recalled:
+        """Return what is known of the key, without a call."""
+        name, now = key_id(self._pepper(), key), self._clock.now()
+        if name in self._tenants:
+            at, tenant = self._tenants[name]
+            return Recalled(name, tenant, needs_lookup=now - at >= self.CACHE_MS)
+        read_at = self._unknown.get(name)
+        is_old = read_at is None or now - read_at >= self.CACHE_MS
+        return Recalled(name, None, needs_lookup=is_old)
 
     def tenant(self, key: str) -> str | None:
         """Return the tenant of a client key, None for an unknown or disabled one."""
-        pepper = self._pepper()
-        name = key_id(pepper, key)
-        now = self._clock.now()
-        cached = self._cache.get(name)
-        if cached is not None and now - cached[0] < self.CACHE_MS:
-            return cached[1]
+        recalled = self.recall(key)
+        if not recalled.needs_lookup:
+            return recalled.tenant
+        name, now = recalled.key_id, self._clock.now()
         item = self._table.get({"key_id": {"S": name}}, consistent=False)
         tenant = None
-        if item is not None and matches(pepper, key, item["hash"]["S"]):
+        if item is not None and matches(self._pepper(), key, item["hash"]["S"]):
             disabled = bool(item.get("disabled", {}).get("BOOL", False))
             tenant = None if disabled else item["tenant"]["S"]
-        if len(self._cache) >= self.MOST_CACHED:
-            self._cache.clear()
-        self._cache[name] = (now, tenant)
-        return tenant
+        self._tenants.pop(name, None)
+        if tenant is not None:
+            self._tenants[name] = now, tenant
+            return tenant
+        if len(self._unknown) >= self.MOST_UNKNOWN:
+            self._unknown.clear()
+        self._unknown[name] = now
+        return None
 
 
 def _group(item: Item) -> Group:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sluice.api.requests import MOST_BYTES
 from sluice.domain.batches import Source
 from sluice.domain.jobs import AttemptOutcome, State
+from sluice.intake.admission import MOST_BYTES
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Day = Annotated[str, Field(json_schema_extra={"format": "date"})]
@@ -446,6 +446,7 @@ REFUSALS: Final[Mapping[int, str]] = {
     404: "The job or batch does not exist for this client key.",
     409: "The custom_id or Idempotency-Key was already used for a different request.",
     413: f"The body exceeds {MOST_BYTES:,} bytes.",
+    429: "The client key sends too many requests; retry after `retry-after` seconds.",
     500: "Internal error; search the log for this request_id.",
     503: "A data store is busy; retry after `retry-after` seconds.",
 }
@@ -469,14 +470,18 @@ CLIENT_KEY: Final[list[dict[str, list[str]]]] = [{"x-api-key": []}, {"bearer": [
 
 
 def responses(status: int, said: str, shape: Any, *refusals: int) -> dict[int, Any]:
-    """Document a route's responses: its schema and its error statuses (always including 500)."""
+    """Document a route's responses: its schema and its error statuses, always including 500.
+
+    A route that requires a client key (401) also answers 429.
+    """
     headers: dict[str, Any] = {"request-id": _REQUEST_ID}
     if status == 202:  # noqa: PLR2004 - the one that makes something
         headers |= {"Location": _LOCATION, "retry-after": _RETRY_AFTER_SOME}
     answers = {status: {"description": said, "headers": headers, "content": _json(shape)}}
-    for refusal in sorted({*refusals, 500}):
+    throttled = {429} if 401 in refusals else set()  # noqa: PLR2004 - HTTP
+    for refusal in sorted({*refusals, *throttled, 500}):
         headers = {"request-id": _REQUEST_ID}
-        if refusal == 503:  # noqa: PLR2004 - the one that passes
+        if refusal in {429, 503}:  # those that pass
             headers["retry-after"] = _RETRY_AFTER
         answers[refusal] = {
             "description": REFUSALS[refusal],

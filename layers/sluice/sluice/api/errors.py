@@ -14,6 +14,7 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.Conflict: (409, "conflict_error"),
     errors.RequestTooLarge: (413, "request_too_large"),
     errors.NotStorable: (400, "invalid_request_error"),
+    errors.Throttled: (429, "rate_limit_error"),
     errors.StoreBusy: (503, "overloaded_error"),
     errors.Unexpected: (500, "api_error"),
 }
@@ -47,5 +48,9 @@ def headers_of(error: errors.SluiceError) -> dict[str, str]:
 
 def retry_after(*refused: errors.SluiceError) -> dict[str, str]:
     """Return the retry-after header if one of the errors is retryable."""
-    seconds = [each.retry_after_seconds for each in refused if isinstance(each, errors.StoreBusy)]
+    seconds = [
+        each.retry_after_seconds
+        for each in refused
+        if isinstance(each, errors.StoreBusy | errors.Throttled)
+    ]
     return {"retry-after": str(max(seconds))} if seconds else {}

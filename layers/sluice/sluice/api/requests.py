@@ -33,9 +33,6 @@ NOT_AN_OBJECT: Final = 'the body must be a JSON object: one job, or {"jobs": [..
 MOST_ID: Final = 64
 """Maximum characters of a job or batch ID."""
 
-MOST_BYTES: Final = 4_000_000
-"""Maximum size of a request body. Lambda accepts 6 MB, including the headers and JSON escapes that API Gateway adds."""
-
 
 class JobList(BaseModel):
     """Up to 100 jobs; each is accepted or rejected individually."""

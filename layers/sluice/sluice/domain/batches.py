@@ -108,6 +108,11 @@ class Tally:
     unknown_costs: int = 0
     """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
 
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> Tally:
+        """Return the sums by name; names that a newer release may have written are ignored."""
+        return cls(**{each.name: counts[each.name] for each in fields(cls) if each.name in counts})
+
     @property
     def rows(self) -> int:
         """Rows that have a result."""

@@ -9,6 +9,7 @@
     ├── BatchNotFound        the batch does not exist for this tenant
     ├── Conflict             the custom_id or Idempotency-Key was already used for a different request
     ├── RequestTooLarge      the body exceeds the size limit
+    ├── Throttled            the client key sends too many requests; retry later
     ├── StoreBusy            a store or queue did not accept the write; retry later
     ├── NotStorable          a record that cannot be written, however often it is tried
     ├── Unexpected           an unexpected exception; the log has the traceback
@@ -79,6 +80,17 @@ class RequestTooLarge(SluiceError):
         )
         self.size = size
         self.limit = limit
+
+
+class Throttled(SluiceError):
+    """The client key sends too many requests; its other requests are not affected."""
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        super().__init__(
+            f"too many requests with this client key; retry in {retry_after_seconds} s. "
+            "Submit up to 100 jobs per request, and read up to 100 with GET /jobs?ids="
+        )
+        self.retry_after_seconds = retry_after_seconds
 
 
 class StoreBusy(SluiceError):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from sluice.domain.errors import KeyPoolBroken
 from sluice.domain.limits import DIMENSIONS, TOKENS_PER_DAY
@@ -169,9 +171,28 @@ def _api_key(row: Mapping[str, Any], where: str) -> str:
 
 def _base_url(row: Mapping[str, Any], where: str) -> str:
     base_url = _text(row, "base_url", where) or DEFAULT_BASE_URL
-    if base_url.startswith(("https://", "http://")):
+    try:
+        parts = urlsplit(base_url)
+        host, is_valid = parts.hostname or "", parts.port != 0
+    except ValueError:
+        raise KeyPoolBroken(f"{where}: base_url is not a valid URL") from None
+    if host and is_valid and (parts.scheme == "https" or _is_plain_here(parts.scheme, host)):
         return base_url.rstrip("/")
-    raise KeyPoolBroken(f"{where}: base_url must start with https:// or http://, got {base_url!r}")
+    # The URL itself is not shown, because it may contain a password.
+    raise KeyPoolBroken(
+        f"{where}: base_url must start with https:// and name a host; "
+        "http:// is permitted only for a loopback address, because key and prompts would be sent unencrypted"
+    )
+
+
+def _is_plain_here(scheme: str, host: str) -> bool:
+    """Return whether the endpoint is called unencrypted, but without leaving this machine."""
+    if scheme != "http":
+        return False
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _parse_key(position: int, value: object) -> UpstreamKey:

@@ -182,7 +182,7 @@ class Encoded:
     @property
     def tally(self) -> Tally:
         """The counts of the record."""
-        return Tally(**self.counts())
+        return Tally.of(self.counts())
 
     def record(self) -> Record:
         """Return the record with its body as text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 from aws_lambda_powertools.event_handler import APIGatewayHttpResolver, Response, content_types
@@ -36,6 +37,24 @@ def request_id() -> str:
     """Return the id of this request."""
     event = cast("APIGatewayProxyEventV2", BaseRouter.current_event)
     return f"req_{event.request_context.request_id}"
+
+
+def early_refusal(error: errors.SluiceError, event: APIGatewayProxyEventV2) -> dict[str, Any]:
+    """Answer with one of our errors, without routing the request."""
+    named = f"req_{event.request_context.request_id}"
+    headers = {
+        "Content-Type": content_types.APPLICATION_JSON,
+        "request-id": named,
+        **headers_of(error),
+    }
+    body = json.dumps(body_of(error, named), separators=(",", ":"))
+    return {
+        "statusCode": status_of(error),
+        "headers": headers,
+        "cookies": [],
+        "body": body,
+        "isBase64Encoded": False,
+    }
 
 
 def refusal(error: errors.SluiceError, **more: object) -> Response[Any]:

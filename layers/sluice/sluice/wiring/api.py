@@ -9,6 +9,7 @@ from sluice.adapters.dynamodb import DynamoClientKeys
 from sluice.adapters.s3 import Links
 from sluice.adapters.secrets import SecretText
 from sluice.intake.accounts import Account
+from sluice.intake.admission import Admission
 from sluice.intake.batches import Batches
 from sluice.intake.start_estimate import StartEstimate
 from sluice.intake.submit import Submit
@@ -24,6 +25,12 @@ def client_keys() -> DynamoClientKeys:
     """Return the client keys."""
     pepper = SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
     return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper, CLOCK)
+
+
+@cache
+def admission() -> Admission:
+    """Return the use case that lets requests in."""
+    return Admission(client_keys(), settings().client_requests_per_second, CLOCK)
 
 
 @cache

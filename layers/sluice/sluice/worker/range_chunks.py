@@ -26,7 +26,7 @@ class Sums:
     @property
     def tally(self) -> Tally:
         """The sums so far."""
-        return Tally(**self._sums)
+        return Tally.of(self._sums)
 
     def add(self, line: bytes) -> bytes:
         """Add a record's line, and return it."""
