@@ -6,6 +6,9 @@ UV ?= uv
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SAM_CLI_TELEMETRY := 0
+# Some shells and container images set this. Without bytecode, each process of the tests compiles 450 modules again, and
+# each start of the SAM CLI or checkov compiles all that it imports: .venv-sam is installed without bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A stamp's name contains a checksum of its inputs, so a changed lock file creates a new environment and an unchanged one
 # does not, regardless of file times.
@@ -20,7 +23,7 @@ TYPESCRIPT := $(if $(NPM),$(foreach sdk,0 1,\
 	tests/sdk/typescript-$(sdk)/node_modules/ready-$(call sum,tests/sdk/typescript-$(sdk)/package-lock.json)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types template test unit integration acceptance record-calls simulate \
+.PHONY: help setup demo check lint types template security test unit integration acceptance record-calls simulate \
 	coverage chaos bench-limits bench-backlog build deploy local lock clean
 
 help: ## list the targets
@@ -31,7 +34,9 @@ setup: $(DEV) ## install the development environment, with the `sluice` command 
 demo: $(DEV) ## run the whole system on this machine: submit jobs, watch their progress, see the cost
 	@.venv/bin/python -m scripts.demo
 
-check: lint types template ## lint, types and template, without running the code
+# Side by side: each of them uses one core.
+check: $(DEV) $(SAM) ## lint, types and template, without running the code
+	@$(MAKE) --no-print-directory --jobs lint types template security
 
 lint: $(DEV)
 	.venv/bin/ruff check .
@@ -41,17 +46,17 @@ types: $(DEV)
 	.venv/bin/mypy
 
 # Linters cannot inspect what SAM expands (event source mappings, policies), so the expanded template is
-# linted as well; tests verify what no linter checks.
-template: $(DEV) $(SAM)
-	.venv/bin/cfn-lint template.yaml
+# linted as well; tests/unit/test_template.py verifies what no linter checks.
+template: $(DEV)
 	@mkdir -p .aws-sam
 	.venv/bin/python -m tests.expanded_template >.aws-sam/expanded.json
-	.venv/bin/cfn-lint .aws-sam/expanded.json
+	.venv/bin/cfn-lint template.yaml .aws-sam/expanded.json
+
+security: $(SAM)
 	.venv-sam/bin/checkov --config-file .checkov.yaml --file template.yaml
-	.venv/bin/pytest -q tests/unit/test_template.py tests/unit/test_floors.py
 
 # More processes than cores, because tests spend much of their time waiting. The tests of a file share a stack, and so a
-# process. Files run in order, so that the longest ones start first.
+# process. Files run in order: tests/conftest.py puts the longest ones first.
 WORKERS_OF_TESTS ?= 4
 IN_PARALLEL := --numprocesses $(WORKERS_OF_TESTS) --dist loadfile --no-loadscope-reorder
 
@@ -59,13 +64,13 @@ test: check $(SDK1) $(TYPESCRIPT) ## all checks and tests; CI runs the same
 	.venv/bin/pytest $(IN_PARALLEL)
 
 unit: $(DEV) ## test rules and use cases, with fakes
-	.venv/bin/pytest tests/unit
+	.venv/bin/pytest --numprocesses auto --dist loadfile tests/unit
 
 integration: $(DEV) ## test one integration point each, with the emulator and the simulator
-	.venv/bin/pytest tests/integration
+	.venv/bin/pytest $(IN_PARALLEL) tests/integration
 
 acceptance: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## test the documented behavior, from outside
-	.venv/bin/pytest tests/acceptance
+	.venv/bin/pytest $(IN_PARALLEL) tests/acceptance
 
 record-calls: $(DEV) $(SAM) $(SDK1) $(TYPESCRIPT) ## record the AWS calls of each function, after a change to them
 	.venv/bin/pytest $(IN_PARALLEL) tests/integration tests/acceptance --record-calls

@@ -206,11 +206,11 @@ class Stack:
 
 @contextmanager
 def receiver(seen: Seen, seconds: float) -> Iterator[str]:
-    """Run a server that takes webhooks, each after a while; yield its address."""
+    """Run a server that accepts webhooks after a delay; yield its address."""
 
     class Handler(LocalHandler):
         def do_POST(self) -> None:  # noqa: N802 - its name
-            """Take one, after a while."""
+            """Accept a webhook after a delay."""
             self.rfile.read(int(self.headers["content-length"]))
             time.sleep(seconds)
             seen.delivered.add(str(self.headers["webhook-id"]))
@@ -248,7 +248,7 @@ def claude() -> Iterator[str]:
 
 @contextmanager
 def repeated(seconds: float, look: Callable[[], None], troubles: Counter[str]) -> Iterator[None]:
-    """Do something again and again in a thread of its own until the block ends, counting what it raises."""
+    """Repeat a function in its own thread until the block ends, counting its exceptions."""
     over = threading.Event()
 
     def keep_looking() -> None:
@@ -289,7 +289,7 @@ def warm_up(ready: Ready) -> None:
 
 
 def submit(ready: Ready, jobs: int, webhook: str) -> int:
-    """Submit jobs as any client does; return how many were taken."""
+    """Submit jobs as any client does; return how many were accepted."""
     lines = [
         json.dumps(
             {"custom_id": f"job-{number}", "webhook": webhook, "params": params(f"Job {number}.")}
@@ -302,7 +302,7 @@ def submit(ready: Ready, jobs: int, webhook: str) -> int:
 
 
 def drop_file(ready: Ready, rows: int) -> None:
-    """Put the file where it is found."""
+    """Put the file under `in/`."""
     lines = [
         json.dumps({"custom_id": f"row-{number}", "params": params(f"Row {number}.")})
         for number in range(rows)
@@ -412,7 +412,7 @@ def verdict(stack: Stack, load: Load, taken: int, seconds: float) -> tuple[Table
         "the governor runs every minute": gap <= GAP_SECONDS or load.is_small,
         "no run of the governor is throttled": not seen.refused,
         "the enabled mappings keep within the limit less 3": 0 < most <= room,
-        "every job is taken and done": taken == jobs == load.jobs,
+        "every job is accepted and done": taken == jobs == load.jobs,
         "every row is done": rows == load.rows,
         "every webhook is delivered": len(seen.delivered) >= load.jobs,
     }
@@ -421,7 +421,7 @@ def verdict(stack: Stack, load: Load, taken: int, seconds: float) -> tuple[Table
         for at, status, each in seen.health
         if status != HTTPStatus.OK or each > HEALTH_SECONDS
     ]
-    say(f"health not as promised: {bad}")
+    say(f"health not as guaranteed: {bad}")
     say(f"runs of the governor ended at: {[round(at - stack.began) for at in runs]} s")
     return table, [promise for promise, is_kept in promises.items() if not is_kept]
 
@@ -439,7 +439,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do it; return the exit code."""
+    """Run the benchmark; return the exit code."""
     load = SMALL if parser().parse_args(arguments).small else Load()
     seen = Seen()
     with claude() as claude_url, receiver(seen, load.receiver_seconds) as webhook:

@@ -103,7 +103,7 @@ async def load(
         f"POST /v1/messages HTTP/1.1\r\nhost: {host}:{port}\r\nx-api-key: {KEY}\r\n"
         "anthropic-version: 2026-10-21\r\ncontent-type: application/json\r\ncontent-length: "
     ).encode()
-    text = "Summarise in one sentence what a lock keeper does all day. " * 8
+    text = "Summarize in one sentence what a lock keeper does all day. " * 8
     bodies = (
         json.dumps(
             {

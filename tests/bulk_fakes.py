@@ -1,4 +1,4 @@
-"""In-memory doubles of what batches need, beside those of `tests.fakes`; and a gateway for stories of whole batches."""
+"""In-memory fakes of what batches need, besides those of `tests.fakes`; and a gateway for stories of whole batches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from sluice.ports.batches import BatchPage, DueRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
-from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
-from sluice.worker.ranges import RangePointer, RangeTools, RunRange
+from sluice.worker.range_claim import RangeTools
+from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
 from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
@@ -232,6 +233,11 @@ class MemoryObjects(Fragile):
         for start in range(0, len(body), 1_000):
             yield body[start : start + 1_000]
 
+    def delete(self, keys: Sequence[str]) -> None:
+        self._do("delete", str(len(keys)))
+        for key in keys:
+            self.stored.pop(key, None)
+
     def listing(self, prefix: str) -> Iterator[Stored]:
         self._do("listing", prefix)
         for key, body in sorted(self.stored.items()):
@@ -267,8 +273,11 @@ class MemoryLinks(Fragile):
         self.going[upload_id] = {}
         return upload_id
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        return {part: f"https://bucket.example/{key}?{upload_id}&{part}" for part in parts}
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        return {
+            part: f"https://bucket.example/{key}?{upload_id}&{part}&{size}"
+            for part, size in sizes.items()
+        }
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
         parts = self.going.pop(upload_id, None)
@@ -283,8 +292,9 @@ class MemoryLinks(Fragile):
         self.going.pop(upload_id, None)
 
     def send(self, upload_id: str, part: int, body: bytes) -> str:
-        """PUT a part to its link; return its ETag."""
-        self.going[upload_id][part] = body
+        """PUT a part to its link; return its ETag. S3's own id is the last part of the upload's."""
+        (own_id,) = (each for each in self.going if upload_id.endswith(f"-{each}"))
+        self.going[own_id][part] = body
         return _etag(body)
 
 
@@ -389,7 +399,7 @@ def number_in(request: bytes) -> int:
 
 
 def jsonl(*rows: Any) -> bytes:
-    """Return rows as lines; text stands as it is."""
+    """Return rows as lines; text is used unchanged."""
     return b"".join(
         (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
     )
@@ -417,15 +427,15 @@ class Deaths:
     """By the number of the invocation, from 1: the seconds it lives, whatever it runs."""
 
 
-class WatchedRequests(RowRequests):
+class WatchedRequests:
     """The requests of a range's rows; `seen` is called with each that was read."""
 
     def __init__(self, rows: WindowRows, seen: Callable[[bytes], None]) -> None:
-        super().__init__(rows)
+        self._rows = rows
         self._seen = seen
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        found = super().get_many(job_ids)
+        found = self._rows.get_many(job_ids)
         for params in found.values():
             self._seen(params.body)
         return found
@@ -604,7 +614,7 @@ class Bulk:
                 self.objects.before_put = saved
 
     async def _dies(self, dying: asyncio.Event, lives: float | None) -> bool:
-        """Run an invocation until it ends or dies, after so many seconds at the latest."""
+        """Run an invocation until it ends, or dies after this many seconds."""
         dying.clear()
         task = asyncio.create_task(self.invoke())
         end = asyncio.create_task(dying.wait())

@@ -1,4 +1,7 @@
-"""Every run of the tests records which AWS calls the functions make, and compares them with what is permitted."""
+"""What holds for every run of the tests: the longest files start first, and AWS calls are compared with permissions.
+
+A run records which AWS calls the functions make, and fails when the template does not permit one.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,18 @@ HANDLERS: Final = re.compile(r"functions\.(\w+)\.app")
 WHOLE: Final = ("tests/integration", "tests/acceptance")
 """The folders whose tests drive functions; run as a whole, they use every grant."""
 
+LONGEST: Final = (
+    "tests/acceptance/test_smoke_runs.py",
+    "tests/simulation/test_simulation.py",
+    "tests/acceptance/test_bulk.py",
+    "tests/acceptance/test_sluice.py",
+    "tests/acceptance/test_sam.py",
+    "tests/integration/test_functions.py",
+)
+"""The files that take longest. `make test` runs each in one process, and ends late when a long one starts late."""
+
+assert all(Path(__file__).parents[1].joinpath(each).is_file() for each in LONGEST)
+
 running: list[str] = []
 """The function whose handler runs in this process."""
 
@@ -44,6 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[FOLDER_VARIABLE] = made
     folder = Path(os.environ[FOLDER_VARIABLE])
     install(folder, lambda: running[-1] if running else None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    turns = {name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.nodeid.partition("::")[0], len(turns)))
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ without an AWS account, and lint and assert on the result.
 import json
 import sys
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,25 @@ Template = dict[str, Any]
 
 
 def template() -> Template:
-    """Returns template.yaml as written, short forms such as !Ref as {"Ref": ...}."""
+    """Return template.yaml as written, short forms such as !Ref as {"Ref": ...}."""
+    return deepcopy(_parsed())
+
+
+def expanded_template() -> Template:
+    """Return template.yaml after the SAM transform, with stand-ins for the packages in S3."""
+    return deepcopy(_expanded())
+
+
+# Each takes a tenth of a second, and ten modules ask for them, in each process that collects tests.
+@cache
+def _parsed() -> Template:
     parsed: Template = yaml_parse(TEMPLATE.read_text())
     return parsed
 
 
-def expanded_template() -> Template:
-    """Returns template.yaml after the SAM transform, with stand-ins for the packages in S3."""
-    source = deepcopy(template())
+@cache
+def _expanded() -> Template:
+    source = template()
     for resource in source["Resources"].values():
         for code in ("CodeUri", "ContentUri"):
             if code in resource.get("Properties", {}):

@@ -1,5 +1,5 @@
-"""The bench of batches: a large file through the whole local stack, and a huge one through the planner.
+"""The benchmark of batches: a large file through the whole local stack, and a huge one through the planner.
 
 `python -m bench.bulk kills` runs 10,000 and 100,000 lines and kills three workers of the second.
-`python -m bench.bulk planner` plans 5 GB that nobody uploads.
+`python -m bench.bulk planner` plans 5 GB that are never uploaded.
 """

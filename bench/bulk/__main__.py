@@ -1,4 +1,4 @@
-"""Run the bench: `python -m bench.bulk kills`, `planner` or `timeline`; `--help` names the choices."""
+"""Run the benchmark: `python -m bench.bulk kills`, `planner` or `timeline`; `--help` names the choices."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from scripts.local_stack import StackError
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what the command line may name."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m bench.bulk", description=__doc__)
     benches = made.add_subparsers(dest="bench", required=True)
     large = benches.add_parser("kills", help="a large file, workers killed, against a tenth of it")
     large.add_argument("--lines", type=int, default=100_000)
-    large.add_argument("--bad", type=int, default=100, help="broken lines among them")
-    large.add_argument("--kills", type=int, default=3, help="workers killed on the way")
-    huge = benches.add_parser("planner", help="the planner alone, on an object that is not there")
+    large.add_argument("--bad", type=int, default=100, help="number of invalid lines")
+    large.add_argument(
+        "--kills", type=int, default=3, help="number of workers to kill during the run"
+    )
+    huge = benches.add_parser("planner", help="only the planner, on an object that is not stored")
     huge.add_argument("--gigabytes", type=float, default=5.0)
     huge.add_argument("--line-bytes", type=int, default=500)
     steps = benches.add_parser("timeline", help="where the time of a batch goes, step by step")
     steps.add_argument("--rows", type=int, nargs="+", default=[10, 600])
-    steps.add_argument("--repeat", type=int, default=3, help="show the median of so many (3)")
+    steps.add_argument("--repeat", type=int, default=3, help="number of runs per median (3)")
     steps.add_argument("--cold", action="store_true", help="end all processes before each batch")
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line names; return the exit status."""
+    """Run the chosen benchmark; return the exit status."""
     chosen = parser().parse_args(arguments)
     try:
         if chosen.bench == "kills":

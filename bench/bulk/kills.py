@@ -1,4 +1,4 @@
-"""A large file through the whole local stack, workers killed on the way, against a tenth of it."""
+"""A large file through the whole local stack while workers are killed, compared with a tenth of it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Outcome:
     errors: list[int]
     repeated_calls: int
     aws_calls: Counter[str]
-    """Of both functions, by operation."""
+    """AWS calls of both functions, by operation."""
 
 
 def run(lines: int, bad: int, kills: int) -> int:
-    """Run both files; return 0 when all is as promised."""
+    """Run both files; return 0 if every guarantee holds."""
     small = _once(lines // 10, bad // 10, 0)
     large = _once(lines, bad, kills)
     failed = [
@@ -80,7 +80,7 @@ def _file(lines: int, wrong: set[int]) -> bytes:
 
 
 def _watch(started: Stack, lines: int, kills: int) -> None:
-    """Wait for the end; kill a worker each time another share of the rows has been called."""
+    """Wait for the end; kill a worker each time another share of the rows has been sent."""
     end = time.monotonic() + PATIENCE_SECONDS
     killed, said = 0, 0.0
     while started.of_bucket(f"out/{TENANT}/bulk/summary.json") is None:

@@ -1,4 +1,4 @@
-"""The planner on an object that is not there: its size is named, its bytes are made as they are asked for."""
+"""The planner on an object that is not stored: its size is stated, its bytes are generated when they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_SECONDS: Final = 600
 
 
 def run(size: int, line_bytes: int) -> int:
-    """Plan the object once; print what it took."""
+    """Plan the object once; print time and memory."""
     port = free_port(0)
     line = _line(line_bytes)
     with (
@@ -34,7 +34,7 @@ def run(size: int, line_bytes: int) -> int:
         _hold_ranges(started)
         say(f"planning {size / 1e9:,.1f} GB, {size // line_bytes:,} lines")
         began = time.time()
-        _tell(started)
+        _announce(started)
         seconds, peak = _used(started, began)
         calls = calls_of("batches")
         sqs = started.ready.client("sqs")
@@ -62,14 +62,14 @@ def _line(size: int) -> bytes:
 
 
 def _hold_ranges(started: Stack) -> None:
-    """Let nobody run the ranges: only the planner is looked at."""
+    """Disable the mapping of the ranges queue: only the planner is measured."""
     started.ready.client("lambda").update_event_source_mapping(
         UUID=started.ready.resources["RangesMapping"], Enabled=False
     )
 
 
-def _tell(started: Stack) -> None:
-    """Say that the object has arrived, as EventBridge does."""
+def _announce(started: Stack) -> None:
+    """Send the event of the arrived object, as EventBridge does."""
     event = {
         "source": "aws.s3",
         "detail-type": "Object Created",
@@ -104,7 +104,7 @@ def _at(line: dict[str, Any]) -> float:
 
 @contextmanager
 def _bucket(emulator: str, size: int, line: bytes) -> Iterator[str]:
-    """Serve S3: one object made as it is read, all else passed on."""
+    """Serve S3: one object is generated when it is read, all other requests are forwarded."""
 
     class Serve(LocalHandler):
         protocol_version = "HTTP/1.1"

@@ -1,4 +1,4 @@
-"""The local stack for a bench of batches: a simulator without haste, a bucket, and what the functions log."""
+"""The local stack for benchmarks of batches: a fast simulator, a bucket, and the logs of the functions."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Stack:
         return self.ready.resources["DataBucket"]
 
     def drop(self, name: str, body: bytes) -> None:
-        """Put a file where it is found."""
+        """Put a file under `in/`."""
         self.ready.client("s3").put_object(
             Bucket=self.bucket, Key=f"in/{TENANT}/{name}.jsonl", Body=body
         )
 
     def of_bucket(self, key: str) -> bytes | None:
-        """Return an object, None when there is none."""
+        """Return an object; None if it does not exist."""
         client = self.ready.client("s3")
         try:
             body: bytes = client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
@@ -106,7 +106,7 @@ def workers(started: Stack, function: str) -> list[int]:
 
 
 def kill_one(started: Stack, function: str) -> bool:
-    """Kill a worker in the middle of its work; False when there is none."""
+    """Kill a worker while it runs; False if there is none."""
     for process in workers(started, function):
         os.kill(process, signal.SIGKILL)
         return True
@@ -114,5 +114,5 @@ def kill_one(started: Stack, function: str) -> bool:
 
 
 def say(text: str) -> None:
-    """Tell how it goes."""
+    """Print the progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

@@ -21,7 +21,7 @@ FUNCTIONS: Final = ("api", "batches", "ranges")
 PATIENCE_SECONDS: Final = 120.0
 LOOK_EVERY_SECONDS: Final = 0.1
 WARM_WORKERS: Final = 4
-"""As many as run ranges at once on the local stack."""
+"""Maximum ranges that run at once on the local stack."""
 
 WARM_ROWS: Final = 20
 MOST_UNTIL_FIRST_CALL: Final = 1.5
@@ -32,13 +32,13 @@ MOST_BESIDE_SLOWEST_CALL: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Seconds from the moment of the create to each step; None where the step left no trace."""
+    """Seconds from the moment of the create to each step; None if the step was not logged."""
 
     created: float | None
     """The create was answered."""
     planned: float | None
     """All range messages were sent, and that was stored."""
-    range_begun: float | None
+    range_started: float | None
     """The first invocation of the ranges function began."""
     first_call: float | None
     last_answer: float | None
@@ -107,7 +107,7 @@ def _once(started: Stack, claude: httpx.Client, rows: int, *, cold: bool) -> Tim
     return Timeline(
         created=created,
         planned=_last(started, began_at, "batch planned"),
-        range_begun=_range_begun(started, began_at),
+        range_started=_range_started(started, began_at),
         first_call=min(call["at"] for call in calls) - began_at,
         last_answer=max(call["ended_at"] for call in calls) - began_at,
         parts_stored=_last(started, began_at, "range run"),
@@ -137,7 +137,7 @@ def _last(started: Stack, began_at: float, message: str) -> float | None:
     return max((each - began_at for each in moments if each >= began_at), default=None)
 
 
-def _range_begun(started: Stack, began_at: float) -> float | None:
+def _range_started(started: Stack, began_at: float) -> float | None:
     pages = started.ready.client("logs").get_paginator("filter_log_events")
     events = [
         event

@@ -47,7 +47,7 @@ KEY: Final = "sk-ant-test-chaos"
 MODEL: Final = "claude-haiku-5-5"
 RPM: Final = 1_200
 TURNS: Final = 30
-"""While the jobs come, something may be broken in each of so many turns."""
+"""While jobs are submitted, something may be broken in each of this many turns."""
 
 LIST: Final = 50
 """Most jobs in one submit."""
@@ -118,7 +118,7 @@ class Simulator:
         raise RuntimeError(f"the simulator does not start: {child.last_words()}")
 
     def restart(self) -> None:
-        """Kill it with the calls it is serving, and start another one. Calls that were cut are billed to nobody."""
+        """Kill it with the calls it is serving, and start another one. Interrupted calls are not billed."""
         self._books += self._read()
         self._child.kill()
         self._child = self._started()

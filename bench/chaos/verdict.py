@@ -47,7 +47,7 @@ class Found:
     succeeded: int
     ended_otherwise: int
     made_twice: int
-    """Jobs nobody knows: a POST that was sent again did not find those of the first one."""
+    """Unknown jobs: a repeated POST did not find those of the first one."""
     explained: int
     """Calls that were billed and brought no result, and that Sluice's ledger names."""
     unexplained: int

@@ -39,7 +39,7 @@ def _note_taken(messages: Sequence[Received]) -> None:
 
 
 class NotingInbox(SqsInbox):
-    """The worker's own, which notes what it takes besides the batch it was given, and what leaves its hands."""
+    """The worker's own, which notes what it receives besides the messages of the invocation, and what it returns."""
 
     def receive(self, most: int, hidden_ms: int) -> Sequence[Received]:
         """Receive, and say what."""

@@ -1,4 +1,4 @@
-"""Run the bench: `python -m bench.limits`; `--help` names every choice."""
+"""Run the benchmark: `python -m bench.limits`; `--help` lists the options."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     """Return what the command line may name."""
     made = argparse.ArgumentParser(
         prog="python -m bench.limits",
-        description="Sluice's limiter beside other clients, under true limits, on this machine.",
+        description="Sluice's limiter and other clients, under real limits, on this machine.",
     )
     names = [scenario.name for scenario in SCENARIOS]
     add = made.add_argument

@@ -83,7 +83,7 @@ class _Message:
 
 
 class FairQueue:
-    """The jobs queue, large: hides what it hands over, counts what is in flight, and is fair between groups."""
+    """The jobs queue, large: hides the messages it delivers, counts those in flight, and is fair between groups."""
 
     def __init__(self, time: VirtualTime) -> None:
         self._time = time
@@ -105,7 +105,7 @@ class FairQueue:
         return []
 
     def deliver(self, most: int, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
-        """As the mapping takes a batch: the group with the least in flight first."""
+        """Receive as the mapping does: the group with the fewest messages in flight first."""
         self._reappear()
         given: list[Received] = []
         groups = sorted((each for each in self._visible if self._visible[each]), key=self._noise)
@@ -117,7 +117,7 @@ class FairQueue:
         return given
 
     def receive(self, most: int, hidden_ms: int) -> list[Received]:
-        """As a worker takes messages itself."""
+        """Receive as a worker does."""
         return self.deliver(min(most, 10), hidden_ms)
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
@@ -137,8 +137,8 @@ class FairQueue:
                 self._in_flight[message.body] -= 1
 
     def reject(self, message: Received, reason: str) -> None:
-        """As the port; nothing here is."""
-        raise AssertionError(f"nothing here is to be rejected: {message.message_id}, {reason}")
+        """Not expected here."""
+        raise AssertionError(f"unexpected rejection: {message.message_id}, {reason}")
 
     def depth(self) -> int:
         """As the port."""
@@ -249,7 +249,7 @@ class Backlogged:
         )
 
     def play(self, minutes: int) -> Story:
-        """Play so many minutes."""
+        """Play this many minutes."""
         self._add(BULK, self.count, self.marker)
         try:
             self.time.run(self._play(minutes))
@@ -311,7 +311,7 @@ class Backlogged:
                 if not messages:
                     break
                 worker = idle.pop() if idle else Worker(self.tools, self._rules())
-                asyncio.ensure_future(self._invoke(worker, messages, idle))  # noqa: RUF006 - cancelled at the end
+                asyncio.ensure_future(self._invoke(worker, messages, idle))  # noqa: RUF006 - canceled at the end
                 self.alive += 1
                 self.story.most_alive = max(self.story.most_alive, self.alive)
 

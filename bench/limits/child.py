@@ -1,8 +1,8 @@
-"""A client under test as a process of its own: told what to do on stdin, telling what it did on stdout.
+"""A client under test in its own process: the work on stdin, the result on stdout.
 
-The first line in is the work, the first line out says that everything is imported; the second line
-in starts the clock, the second line out is the result. When stdin closes, the process ends.
-Standard library only: it runs in other environments too.
+The first input line is the work, the first output line reports that everything is imported; the second
+input line starts the clock, the second output line is the result. When stdin closes, the process ends.
+Uses only the standard library, because it also runs in other environments.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The ideal time: before it, the buckets cannot have let the work through.
+"""The ideal time: the earliest by which the buckets can have admitted the work.
 
 Full buckets at the start, continuous refill, every revocation and changed limit taken into account;
-no latency, nothing wasted. Work that several organisations share may go to any of them.
+no latency, no waste. Work that several organizations share may go to any of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import accumulate
 from bench.limits.scenarios import Need, Scenario
 
 Taken = Sequence[tuple[float, float]]
-"""What somebody else took: (seconds after the start, amount), in order of time."""
+"""What other clients took: (seconds after the start, amount), in order of time."""
 
 
 class NeverDone(ValueError):
@@ -39,7 +39,7 @@ class Supply:
 
 
 def earliest(amount: float, supplies: Sequence[Supply], taken: Taken = ()) -> float:
-    """Return when the buckets together can have let `amount` through, beside what others took."""
+    """Return when the buckets together can have admitted `amount`, besides what others took."""
     times = [at for at, _ in taken]
     sums = [0.0, *accumulate(each for _, each in taken)]
     others = 0.0
@@ -63,11 +63,11 @@ def _earliest(amount: float, supplies: Sequence[Supply]) -> float:
             rate = sum(supply.by(end) - supply.by(start) for supply in supplies) / (end - start)
         if rate > 0 and (end is None or had + rate * (end - start) >= amount):
             return start + (amount - had) / rate
-    raise NeverDone(f"the buckets never let {amount:g} through")
+    raise NeverDone(f"the buckets never admit {amount:g}")
 
 
 def supplies(scenario: Scenario, dimension: str) -> list[Supply]:
-    """Return every organisation's bucket of `requests`, `input_tokens` or `output_tokens`."""
+    """Return the bucket of every organization for `requests`, `input_tokens` or `output_tokens`."""
     return [
         Supply(
             capacity=max(1.0, limit / 60 * scenario.burst_seconds),

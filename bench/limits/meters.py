@@ -72,7 +72,7 @@ class Meters:
         self._began_at = time.time()
 
     def stop(self) -> None:
-        """End the thread that looks at processes."""
+        """End the thread that watches processes."""
         self._cpu.stop()
 
     def read(self) -> Spent:

@@ -1,4 +1,4 @@
-"""The table: in the terminal, and as a block of docs/bench.md that the bench itself writes."""
+"""The table: in the terminal, and as a block of docs/bench.md that the benchmark itself writes."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _overspent(run: Run, scenario: Scenario) -> list[str]:
 
 
 def remarks(run: Run, scenario: Scenario) -> list[str]:
-    """Return what a run has to say beside its row."""
+    """Return the notes on a run."""
     said = [
         f"at the new limit of {each.requests_per_minute} RPM within 10 % "
         + ("never" if each.seconds is None else f"after {each.seconds:.1f} s")
@@ -203,7 +203,7 @@ def remarks(run: Run, scenario: Scenario) -> list[str]:
 
 
 def terminal_table(runs: Sequence[Run], scenarios: Mapping[str, Scenario]) -> Table:
-    """Return the table as a person reads it."""
+    """Return the table for the terminal."""
     table = Table(caption=f"{PER_THOUSAND}\n{DEFINITIONS}", caption_justify="left")
     for number, head in enumerate(HEADS):
         table.add_column(head, justify="left" if number < 2 else "right")  # noqa: PLR2004

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LITELLM_PYTHON = ROOT / ".venv-litellm" / "bin" / "python"
 START_SECONDS = 120.0
 WARM_UP_JOBS = 4
-"""For each organisation, so that all limits are learned."""
+"""Warm-up requests per organization, so that all limits are learned."""
 OTHER_SEED = 1_000_003
 IN_FLIGHT = {"sdk": 32, "tutorial": 20, "litellm": 32}
 STRANGER = "sdk"
@@ -50,10 +50,10 @@ CLIENTS = ("sluice", "sdk", "tutorial", "litellm")
 
 
 class StartFrom(StrEnum):
-    """What Sluice's functions have done when the clock starts."""
+    """The state of Sluice's functions when the clock starts."""
 
     WARM = "warm"
-    """Each on the path has answered within the last minute, and the limits are known."""
+    """Each function on the path has answered within the last minute, and the limits are known."""
     COLD = "cold"
     """All their processes have ended; nothing has run on this stack."""
 
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a client says of itself."""
+    """What a client reports about itself."""
 
     began_at: float
     ended_at: float
@@ -85,11 +85,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """How a client took a changed limit."""
+    """How a client adapted to a changed limit."""
 
     requests_per_minute: int
     seconds: float | None
-    """Until the admitted rate was within 10 % of the new limit; None if that never came."""
+    """Until the admitted rate was within 10 % of the new limit; None if it never was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,12 @@ class Run:
     workers: int | None = None
     """Sluice's concurrent ones; other clients have none."""
     door: str | None = None
-    """Sluice's door that the work came through; other clients have none."""
+    """The API of Sluice that received the work; other clients have none."""
     start: StartFrom | None = None
 
     @property
     def label(self) -> str:
-        """The client's name, with its door and workers."""
+        """The client's name, with its API and workers."""
         return (
             self.client
             if self.workers is None
@@ -133,30 +133,30 @@ class Run:
 
     @property
     def score(self) -> float:
-        """Share of the jobs done x ideal time / time taken, of what was left to this client."""
+        """Share of the jobs done x ideal time / time taken, of the capacity left to this client."""
         return score(self.jobs, self.done, self.ideal_seconds_left, self.seconds)
 
     @property
     def score_alone(self) -> float:
-        """The same as if no stranger had been there."""
+        """The same without a deduction for the stranger."""
         return score(self.jobs, self.done, self.ideal_seconds, self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A scenario's work for one client, and the time it may take at most."""
+    """A scenario's work for one client, and its timeout."""
 
     scenario: Scenario
     requests: list[Json]
     warm_up_requests: list[Json]
-    """Run before the clock starts: they are not counted."""
+    """Run before the clock starts, and not counted."""
     needs: Need
     stranger_requests: list[Json]
     hard_seconds: float
 
     @classmethod
     def of(cls, scenario: Scenario, seed: int) -> Self:
-        """Write down the work of a scenario."""
+        """Return the work of a scenario."""
         requests = scenario.requests(seed)
         strangers = scenario.requests(seed, stranger=True)
         needs = need(scenario, requests, seed)
@@ -174,7 +174,7 @@ class Task:
 
 
 def is_available(client: str) -> bool:
-    """Tell whether this client can be run here."""
+    """Return whether this client can be run here."""
     return client != "litellm" or LITELLM_PYTHON.exists()
 
 
@@ -252,7 +252,7 @@ class Upstream:
         return [json.loads(line) for line in text.splitlines()]
 
     def starts(self) -> list[float]:
-        """Return when calls were admitted, in all organisations, in order of time."""
+        """Return when calls were admitted, in all organizations, in order of time."""
         stats = self._http.get("/stats", params={"starts": 1}).raise_for_status().json()
         return sorted(
             start
@@ -284,7 +284,7 @@ def _upstream(scenario: Scenario, seed: int) -> Iterator[Upstream]:
 
 
 class _Start:
-    """What begins with the clock: the stranger, and what happens to the upstream midway."""
+    """What starts with the clock: the stranger, and the changes of the upstream during the run."""
 
     def __init__(self, upstream: Upstream, task: Task, cleanup: ExitStack) -> None:
         self._upstream = upstream
@@ -310,7 +310,7 @@ class _Start:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let nothing more happen."""
+        """Stop all of it."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
@@ -419,18 +419,18 @@ class _Process:
             start_new_session=True,
         )
         self._lines = _Lines(self._process)
-        self._tell(json.dumps(work))
+        self._write(json.dumps(work))
 
     def wait_until_ready(self) -> None:
-        """Return when everything is imported."""
+        """Wait until everything is imported."""
         self._next(START_SECONDS)
 
     def go(self) -> None:
         """Start its clock."""
-        self._tell("go")
+        self._write("go")
 
     def result(self, seconds: float) -> Json:
-        """Return what it says of itself at its end."""
+        """Return its final report."""
         return self._next(seconds)
 
     def kill(self) -> None:
@@ -441,7 +441,7 @@ class _Process:
             if pipe is not None:
                 pipe.close()
 
-    def _tell(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         if self._process.stdin is not None:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
@@ -459,7 +459,7 @@ class _Process:
 
 
 class _Lines:
-    """The lines of a process, read by a thread, because reading a pipe cannot be given up."""
+    """The lines of a process, read by a thread, because reading a pipe has no timeout."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._queue: queue.Queue[bytes] = queue.Queue()

@@ -1,4 +1,4 @@
-"""What is run: the scenarios as data, and the jobs each of them consists of."""
+"""The scenarios as data, with the jobs of each."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class Organisation:
-    """One organisation upstream, with one key for the client under test."""
+class Organization:
+    """One organization upstream, with one key for the client under test."""
 
     id: str
     requests_per_minute: int
@@ -46,18 +46,18 @@ class Organisation:
 
     @property
     def key(self) -> str:
-        """The key the client under test is given."""
+        """The key of the client under test."""
         return f"sk-ant-test-{self.id}"
 
     @property
     def stranger_key(self) -> str:
-        """The key of another client of this organisation."""
+        """The key of another client of this organization."""
         return f"sk-ant-test-{self.id}-stranger"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A new request limit, so many seconds after the first submission."""
+    """A new request limit, at this time after the first submission."""
 
     after_seconds: float
     organisation: str
@@ -66,7 +66,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What Sluice is to reach: a score of at least, and 429s per answer of at most."""
+    """The targets for Sluice: minimum score, and maximum 429s per answer."""
 
     score: float
     rate_limited_per_answer: float
@@ -74,22 +74,22 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One piece of work and the upstream it meets."""
+    """One piece of work, and the upstream that runs it."""
 
     name: str
     title: str
     jobs: int
-    organisations: tuple[Organisation, ...]
+    organisations: tuple[Organization, ...]
     service: Service = Service()
     max_tokens: int = 1024
     burst_seconds: float = 10.0
     retry_after: str = "next_slot"
     faults: Mapping[str, float] = field(default_factory=dict)
     revoked_after_seconds: Mapping[str, float] = field(default_factory=dict)
-    """Organisation -> when its key is revoked."""
+    """When the key of an organization is revoked."""
     changes: tuple[Change, ...] = ()
     stranger_jobs: int = 0
-    """Jobs another client of the first organisation works through at the same time."""
+    """Jobs that another client of the first organization runs at the same time."""
     target: Target | None = None
 
     def scaled(self, factor: float) -> Scenario:
@@ -167,7 +167,7 @@ def _prompt(name: str, chance: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the buckets must let through for a list of requests to be answered."""
+    """What the buckets must admit for a list of requests to be answered."""
 
     requests: int
     input_tokens: int
@@ -215,7 +215,7 @@ def _calls_through_the_buckets(seed: int, content: str, failures: dict[str, floa
 # The service, prompts, limits and faults are those of the figures Sluice is compared with: time to
 # first token median 0.5 s, sigma 0.4; 120 tokens a second; outputs median 60, sigma 0.4; prompts of
 # 30 to 200 words; buckets of 10 s.
-_ONE = (Organisation("one", 600),)
+_ONE = (Organization("one", 600),)
 
 SCENARIOS: Final = (
     Scenario(
@@ -229,7 +229,7 @@ SCENARIOS: Final = (
         name="tokens",
         title="output-token bound, heavy tail",
         jobs=700,
-        organisations=(Organisation("one", 2000, output_tokens_per_minute=240_000),),
+        organisations=(Organization("one", 2000, output_tokens_per_minute=240_000),),
         service=Service(tokens_per_second=200.0, output_tokens=300.0, output_tokens_sigma=1.2),
         max_tokens=4096,
         target=Target(0.92, 0.05),
@@ -238,14 +238,14 @@ SCENARIOS: Final = (
         name="unequal",
         title="4 unequal organisations",
         jobs=2000,
-        organisations=tuple(Organisation(f"org-{rpm}", rpm) for rpm in (100, 200, 400, 800)),
+        organisations=tuple(Organization(f"org-{rpm}", rpm) for rpm in (100, 200, 400, 800)),
         target=Target(0.95, 0.01),
     ),
     Scenario(
         name="faults",
         title="faults, one key revoked midway",
         jobs=1000,
-        organisations=tuple(Organisation(f"org-{name}", 300) for name in ("a", "b", "c")),
+        organisations=tuple(Organization(f"org-{name}", 300) for name in ("a", "b", "c")),
         faults={"529": 0.10, "drop_before_billing": 0.01, "drop_after_billing": 0.01},
         revoked_after_seconds={"org-b": 30.0},
         target=Target(0.91, 0.02),

@@ -99,7 +99,7 @@ def need_of(rows: Iterable[Row], jobs: int) -> Need:
 
 
 def taken_by(rows: Iterable[Row], began_at: float) -> Others:
-    """Return what these calls took from the buckets, as the ideal time of somebody else counts it."""
+    """Return what these calls took from the buckets, as the ideal time of another client counts it."""
     admitted = [row for row in rows if row["billed"]]
     starts = sorted(row["at"] - began_at for row in admitted)
     return Others(

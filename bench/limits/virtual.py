@@ -43,8 +43,9 @@ from sluice.ports.claude import Answer, CallRequest, Headers
 from sluice.ports.claude import Refused as NoAnswer
 from sluice.wiring.shared import model_groups, prices
 from sluice.worker.queue_source import RunJobs
-from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
-from sluice.worker.ranges import RangeTools, RunRange
+from sluice.worker.range_claim import RangeTools
+from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.ranges import RunRange
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.worker import Worker
 from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryNotices, MemoryObjects
@@ -425,7 +426,7 @@ class BatchesPlay(Play):
 
     def _new_worker(self) -> Worker:
         rows = WindowRows(VirtualClock(self.time))
-        worker = self._worker_of(rows, RowRequests(rows), rows, RowBooks(self.ledger, rows))
+        worker = self._worker_of(rows, rows, rows, RowBooks(self.ledger, rows))
         self.rows[worker] = rows
         return worker
 

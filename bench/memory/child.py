@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _status(answer: object) -> str:
-    """Return the HTTP status of an answer, or `done` when no message comes again."""
+    """Return the HTTP status of an answer, or `done` if no message is returned."""
     if not isinstance(answer, dict):
         return "done"
     if "statusCode" in answer:

@@ -1,4 +1,4 @@
-"""The worst legal load of each function: what has to be there before it, and the events that Lambda sends."""
+"""The worst legal load of each function: what must exist before it, and the events that Lambda sends."""
 
 from __future__ import annotations
 
@@ -503,7 +503,7 @@ def _parts(world: World) -> int:
 
 
 def _planned(files: int) -> Callable[[World], bool]:
-    """Say whether the rows of so many files were written, and ranges were sent."""
+    """Return whether the rows of this many files were written, and ranges were sent."""
     return lambda world: (
         _keys(world, "batches/", "rows.jsonl") == files and _queued(world, "RangesQueue") > 0
     )

@@ -1,4 +1,4 @@
-"""The memory benchmark runs, and says no when a function needs more than it has."""
+"""The memory benchmark runs, and fails if a function needs more memory than it has."""
 
 import pytest
 

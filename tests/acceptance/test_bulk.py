@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Gateway:
-    """The gateway as a caller sees it, and what stands behind it."""
+    """The gateway as a caller sees it, and the stack behind it."""
 
     http: httpx.Client
     ready: Ready
@@ -143,7 +143,7 @@ def sluice(gateway: Gateway, *arguments: str | Path) -> subprocess.CompletedProc
 # Files in the bucket -------------------------------------------------------------------------------------------
 
 
-def test_a_file_dropped_in_the_bucket_comes_back_as_results(gateway: Gateway) -> None:
+def test_a_file_put_into_the_bucket_produces_results(gateway: Gateway) -> None:
     rows: list[Any] = [a_row("dropped", number) for number in range(1_200)]
     for number in (17, 600, 1_199):
         rows[number] = b'{"custom_id": broken'
@@ -188,7 +188,7 @@ def receiving(*statuses: int) -> Iterator[tuple[str, list[tuple[dict[str, str], 
         thread.join()
 
 
-def test_whoever_has_a_rule_for_it_hears_of_the_ends(gateway: Gateway) -> None:
+def test_a_rule_on_the_event_bus_receives_every_end(gateway: Gateway) -> None:
     sqs, events = gateway.ready.client("sqs"), gateway.ready.client("events")
     queue = sqs.create_queue(QueueName="listener")["QueueUrl"]
     events.put_rule(Name="listener", EventPattern=json.dumps({"source": ["sluice"]}))
@@ -215,14 +215,14 @@ def test_whoever_has_a_rule_for_it_hears_of_the_ends(gateway: Gateway) -> None:
     )
 
 
-def test_whoever_asked_for_a_webhook_gets_it_signed(gateway: Gateway) -> None:
+def test_a_requested_webhook_is_delivered_with_a_signature(gateway: Gateway) -> None:
     secret = gateway.http.get("/webhooks/secret").json()["secret"]
     assert f"{secret}\n" == sluice(gateway, "webhook-secret").stdout
     with receiving(503) as (url, got):
         job = gateway.http.post(
             "/jobs", json={"params": a_row("hooked", 1)["params"], "webhook": url}
         ).json()
-        # Refused once, it comes again five seconds later.
+        # Rejected once, it is delivered again five seconds later.
         within(lambda: len(got) == 2)
         gateway.drop("hooked.options.json", json.dumps({"webhook": url}).encode())
         gateway.drop("hooked.jsonl", jsonl(a_row("hooked", 2)))
@@ -339,7 +339,7 @@ def test_a_batch_is_canceled_by_the_command_line(gateway: Gateway, tmp_path: Pat
     assert rows["succeeded"] <= sum(gateway.called("canceled").values())
 
 
-def test_a_missing_batch_is_said_plainly(gateway: Gateway) -> None:
+def test_the_error_for_a_missing_batch_is_clear(gateway: Gateway) -> None:
     done = sluice(gateway, "batches", "show", "msgbatch_none")
 
     assert 1 == done.returncode

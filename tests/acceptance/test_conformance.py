@@ -104,7 +104,7 @@ def apis() -> Iterator[tuple[Api, Api]]:
 
 
 def alike(value: Any, name: str = "") -> Any:
-    """Return the value with everything that differs by nature told only by its kind."""
+    """Return the value with whatever differs by nature replaced by its kind."""
     if isinstance(value, dict):
         return {key: alike(each, key) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -125,7 +125,7 @@ OWN_WORDS: Final = {
     "requests.1": "requests.1: duplicate custom_id 'a'; first used by item 0",
     "x": "requests: Field required",
 }
-"""Where Sluice uses pydantic's words, or names the item to look at, and Claude (as simulated) has its own sentence."""
+"""Where Sluice uses pydantic's words, or names the earlier item, and Claude (as simulated) has its own sentence."""
 
 
 def reason(message: str) -> str:
@@ -160,7 +160,9 @@ def lives(apis: tuple[Api, Api]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("moment", ["status", "created", "ended", "list", "delete", "after"])
-def test_a_batchs_life_is_told_in_the_same_objects(lives: tuple[Any, Any], moment: str) -> None:
+def test_a_batch_is_shown_in_the_same_objects_throughout_its_life(
+    lives: tuple[Any, Any], moment: str
+) -> None:
     theirs, ours = lives
 
     assert alike(theirs[moment]) == alike(ours[moment])
@@ -191,7 +193,7 @@ def test_a_row_that_fills_the_prompt_cache_runs(apis: tuple[Api, Api]) -> None:
     assert ["errored", "succeeded"] == found
 
 
-def test_what_was_paid_is_said_as_it_is(lives: tuple[Any, Any]) -> None:
+def test_the_service_tier_is_the_one_that_was_billed(lives: tuple[Any, Any]) -> None:
     tiers = [
         life["results"]["plain"]["result"]["message"]["usage"]["service_tier"] for life in lives
     ]
@@ -238,7 +240,7 @@ def test_a_cancel_is_answered_alike(apis: tuple[Api, Api]) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/results", "/cancel"])
-def test_a_batch_nobody_knows_is_not_found(apis: tuple[Api, Api], path: str) -> None:
+def test_an_unknown_batch_is_not_found(apis: tuple[Api, Api], path: str) -> None:
     method = "POST" if path == "/cancel" else "GET"
 
     theirs, ours = (api.ask(method, f"{BATCHES}/msgbatch_none{path}") for api in apis)

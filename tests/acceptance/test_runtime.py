@@ -1,8 +1,8 @@
-"""The worker under Lambda's own runtime: awslambdaric inside the interface emulator that the SAM CLI brings along.
+"""The worker under Lambda's own runtime: awslambdaric inside the interface emulator that the SAM CLI includes.
 
-Around it the local stack stands for AWS and the simulator for Claude, over real HTTP; this test is the queue's mapping.
-What the embedded emulator cannot show is shown here: batches above ten as Lambda hands them over, the exact form of
-the answer, and a time-out that kills the environment.
+Around it the local stack replaces AWS and the simulator replaces Claude, over real HTTP; this test is the mapping.
+It shows what the embedded emulator cannot: more than ten messages as Lambda passes them, the exact form of the answer,
+and a timeout that kills the environment.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Environment:
         self._log.close()
 
     def invoke(self, records: list[dict[str, Any]]) -> httpx.Response:
-        """Hand over a batch, once the environment is there; return the answer as it came."""
+        """Send messages once the environment is ready; return the raw answer."""
         body = json.dumps({"Records": records}).encode()
         give_up = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -267,7 +267,7 @@ def stack() -> Iterator[Stack]:
                     lambdas.get_event_source_mapping(UUID=mapping)["State"] == "Disabled" or None
                 )
             )
-            # A worker that is at work, here on the stack's own probe, looks a second long for more messages.
+            # A running worker, here with the stack's own probe, polls for more messages for a second.
             time.sleep(LOOK_SECONDS + 1)
             yield Stack(ready, claude, client)
 
@@ -291,7 +291,7 @@ def within(find: Callable[[], Any]) -> Any:
 
 @contextmanager
 def in_the_background(call: Callable[[], httpx.Response]) -> Iterator[list[httpx.Response]]:
-    """Make a call beside the test; its answer is there at the end."""
+    """Make a call concurrently with the test; its answer is available at the end."""
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(call()))
     thread.start()

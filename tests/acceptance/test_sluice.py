@@ -47,7 +47,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Gateway:
-    """The gateway as a caller sees it, and what stands behind it."""
+    """The gateway as a caller sees it, and the stack behind it."""
 
     http: httpx.Client
     ready: Ready
@@ -129,7 +129,7 @@ def gateway(claude: Running) -> Iterator[Gateway]:
 
 
 def a_job(run: str, marker: str = "", number: int = 0, **more: Any) -> dict[str, Any]:
-    """A job of a run. `marker` tells the simulator what to do with it."""
+    """A job of a run. `marker` instructs the simulator."""
     user = f"sim:{marker} {run}" if marker else run
     params = {
         "model": more.pop("model", MODEL),
@@ -153,7 +153,7 @@ def test_two_hundred_jobs_all_succeed_and_each_is_paid_for_once(gateway: Gateway
     billed = [row for row in gateway.ledger("main-run") if row["billed"]]
     assert 200 == len(billed)
     assert 200 == len({row["body_hash"] for row in billed})
-    # Whatever 429s there were, nobody paid for them with an attempt.
+    # No 429 has used an attempt of a job.
     assert {1} == {job["attempts_used"] for job in done}
     assert {1} == {len(job["attempts"]) for job in done}
     assert 200 == len({job["message"]["id"] for job in done})
@@ -190,7 +190,7 @@ def test_a_failed_call_is_shown_and_tried_again(gateway: Gateway) -> None:
     assert 1 == refused["attempts_used"]
 
 
-def test_the_text_of_an_answer_is_its_text_whatever_stands_before_it(gateway: Gateway) -> None:
+def test_the_text_of_an_answer_is_that_of_its_text_blocks_only(gateway: Gateway) -> None:
     ids = gateway.submit(
         a_job("text-run", "thinking", 1),
         a_job("text-run", "redacted_thinking", 2),
@@ -373,7 +373,7 @@ def test_a_wrong_or_missing_key_is_refused(gateway: Gateway, headers: dict[str, 
         is_an_error(answer, "authentication_error")
 
 
-def test_either_header_lets_in(gateway: Gateway) -> None:
+def test_either_header_authenticates(gateway: Gateway) -> None:
     bearer = {"authorization": f"Bearer {CLIENT_KEY}"}
 
     assert 200 == httpx.get(f"{gateway.ready.api_url}/jobs", headers=bearer).status_code

@@ -193,7 +193,7 @@ def test_a_function_above_its_memory_is_killed_and_not_used_again(
     assert report.endswith("Memory Size: 256 MB\tMax Memory Used: 256 MB")
 
 
-def test_the_batch_of_a_killed_function_comes_back_when_its_visibility_ends(
+def test_the_messages_of_a_killed_function_become_visible_after_their_visibility_timeout(
     emulator: Emulator,
 ) -> None:
     arn = made_function(emulator, "worker", memory=256, timeout=5)
@@ -361,10 +361,10 @@ def test_a_message_has_at_most_1_mib_with_its_attributes(emulator: Emulator, que
 
 
 @pytest.mark.parametrize(("body", "reasons"), [(MIB - 100, ["why"]), (MIB, [])], ids=str)
-def test_the_worker_buries_even_the_largest_message(
+def test_the_worker_rejects_even_the_largest_message(
     emulator: Emulator, queue: str, body: int, reasons: list[str]
 ) -> None:
-    """It came without attributes; with its reason beside it, it may be too large to be sent on."""
+    """It has no attributes; with the reason as an attribute it may be too large to be forwarded."""
     sqs = emulator.client("sqs")
     message = Received("message-1", "receipt-1", "x" * body, None)
 
@@ -474,7 +474,7 @@ def test_a_batch_of_a_mapping_ends_before_6_mb(emulator: Emulator, tmp_path: Pat
 
 
 def test_120_000_messages_may_be_in_flight() -> None:
-    """In a process of its own: to receive so many over HTTP takes an hour."""
+    """In its own process: to receive this many over HTTP takes an hour."""
     script = """
 import asyncio, time
 from scripts.local_stack import emulator_runner, emulator_sizes
@@ -525,7 +525,7 @@ ITEM_BYTES: Final = 400 * 1024
 
 
 def item(name: str, size: int) -> dict[str, Any]:
-    """An item of exactly so many bytes: names and values count."""
+    """An item of exactly this many bytes: names and values count."""
     return {"id": {"S": name}, "x": {"S": "x" * (size - len("id") - len(name) - len("x"))}}
 
 
@@ -642,7 +642,7 @@ def test_a_page_has_at_most_1_mb(emulator: Emulator) -> None:
 
 
 def event(size: int) -> dict[str, Any]:
-    """An entry of exactly so many bytes."""
+    """An entry of exactly this many bytes."""
     source, detail_type, frame = "probe", "Probe", len('{"x": ""}')
     detail = json.dumps({"x": "x" * (size - len(source) - len(detail_type) - frame)})
     return {"Source": source, "DetailType": detail_type, "Detail": detail}

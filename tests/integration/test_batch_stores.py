@@ -171,7 +171,7 @@ def test_a_range_is_on_record_from_its_first_claim(batches: Both) -> None:
         batches.replace_range(claimed, claimed.version)
 
 
-def test_a_member_counts_once_however_often_it_is_said(batches: Both) -> None:
+def test_a_member_counts_once_however_often_it_is_marked(batches: Both) -> None:
     one, two = Tally(succeeded=99, cost_micro_usd=7), Tally(errored=1)
 
     batches.mark("msgbatch_m", "section#000000", 3, one)
@@ -410,7 +410,7 @@ def a_message(cloud: Aws, name: str) -> tuple[str, Received]:
     return url, Received(got["MessageId"], got["ReceiptHandle"], "{}", None)
 
 
-def test_a_message_is_hidden_while_it_is_worked_on_and_comes_again_when_that_failed(
+def test_a_message_is_hidden_while_it_is_processed_and_retried_after_a_failure(
     cloud: Aws, name: str
 ) -> None:
     url, message = a_message(cloud, name)
@@ -422,7 +422,7 @@ def test_a_message_is_hidden_while_it_is_worked_on_and_comes_again_when_that_fai
     assert seconds_hidden(cloud, url)
 
 
-def test_a_message_that_cannot_be_hidden_is_worked_on_all_the_same(cloud: Aws, name: str) -> None:
+def test_a_message_that_cannot_be_hidden_is_processed_all_the_same(cloud: Aws, name: str) -> None:
     url, message = a_message(cloud, name)
 
     with Hidden(cloud.sqs, url, replace(message, receipt="no such receipt")):
@@ -442,7 +442,7 @@ def within(find: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.usefixtures("cloud")
-def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
+def test_an_event_is_put_on_the_default_bus_or_the_error_is_raised() -> None:
     client = aws.events()
     notices = BusNotices(client, aws.sqs(), "no queue is needed", RecordingEvents())
     reported = [Notice("b", "Batch Ended", 0, "acme", {"batch_id": "b"})]
@@ -462,7 +462,7 @@ def test_an_event_goes_to_the_default_bus_or_the_caller_hears_of_it() -> None:
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it() -> None:
+def test_a_requested_webhook_is_enqueued_or_the_error_is_raised() -> None:
     bus, sqs = aws.events(), aws.sqs()
     notices = BusNotices(bus, sqs, "https://queue", RecordingEvents())
     reported = [
@@ -493,7 +493,7 @@ def test_a_webhook_is_enqueued_for_those_who_want_one_or_the_caller_hears_of_it(
 
 
 @pytest.mark.usefixtures("cloud")
-def test_what_aws_will_never_take_is_passed_over_and_holds_up_nobody() -> None:
+def test_an_event_that_aws_will_never_accept_is_skipped_and_blocks_no_other() -> None:
     bus, sqs, events = aws.events(), aws.sqs(), RecordingEvents()
     notices = BusNotices(bus, sqs, "https://queue", events)
     reported = [Notice("j-2", "Job Ended", NOON, "acme", {"job_id": "j"}, "https://acme.example/")]
@@ -590,10 +590,10 @@ def put(url: str, body: bytes) -> str:
     return answer.headers["etag"]
 
 
-def test_parts_go_into_the_bucket_by_links_and_become_an_object(cloud: Aws, name: str) -> None:
+def test_parts_are_uploaded_by_presigned_urls_and_become_an_object(cloud: Aws, name: str) -> None:
     links = s3.Links(cloud.s3, BUCKET, 60)
     upload = links.begin(name)
-    where = links.links(name, upload, range(1, 3))
+    where = links.links(name, upload, {1: 5 * MIB, 2: 3})
     etags = {1: put(where[1], b"x" * 5 * MIB), 2: put(where[2], b"end")}
 
     links.complete(name, upload, etags)
@@ -630,9 +630,21 @@ def test_an_upload_that_is_missing_is_done_when_its_object_is_there(name: str) -
         stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
 
         links.complete(name, "upload", {1: "x"})
-        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: missing"):
+        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: gone"):
             links.complete(name, "upload", {1: "x"})
         links.abort(name, "upload")
+
+
+def test_objects_are_deleted_together_also_those_that_are_not_there(cloud: Aws, name: str) -> None:
+    store = s3.Objects(cloud.s3, BUCKET)
+    keys = [f"{name}/{number}" for number in range(5)]
+    for key in keys:
+        store.put(key, b"x")
+
+    store.delete([*keys[:3], f"{name}/none"])
+    store.delete([*keys[:3], f"{name}/none"])
+
+    assert keys[3:] == [each.key for each in store.listing(name)]
 
 
 def test_results_are_read_by_a_link(cloud: Aws, name: str) -> None:

@@ -142,8 +142,8 @@ async def test_an_answer_names_its_request_the_organization_and_what_is_left(
     assert set(answer.headers.seen) == {"requests", "input_tokens", "output_tokens"}
 
 
-async def test_headers_that_are_wanted_early_come_before_the_answer(sdk: SdkClaude) -> None:
-    """A first answer may take minutes, and nobody knows the limits before."""
+async def test_early_headers_are_reported_before_the_answer(sdk: SdkClaude) -> None:
+    """A first answer may take minutes, and the limits are unknown before."""
     reported: list[Headers | str] = []
     limits = {"default": {"rpm": 60, "itpm": 100_000, "otpm": 20_000}}
     organization = {"id": "org-two", "keys": [KEY], "limits": limits}
@@ -645,7 +645,7 @@ async def test_no_failure_shows_the_key(claude: Running, sdk: SdkClaude) -> None
             assert KEY not in repr(outcome)
 
 
-# An upstream that says whatever it is told ---------------------------------------------------------------------
+# An upstream with scripted responses ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

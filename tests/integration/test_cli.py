@@ -412,7 +412,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(run: Run, gateway: FakeGa
     assert "answer to [bold red]x[/nonsense] :smile:" in ended.out
 
 
-def test_a_job_nobody_knows_is_an_error_with_the_request_id(run: Run) -> None:
+def test_an_unknown_job_is_an_error_with_the_request_id(run: Run) -> None:
     ended = run("get", "job_0/../x?y")
 
     assert (1, "") == (ended.code, ended.out)
@@ -520,7 +520,7 @@ def test_limits_show_what_is_known_and_what_is_blocked(run: Run, gateway: FakeGa
     assert {"data": gateway.limits} == json.loads(raw.out)
 
 
-def test_no_limits_yet_is_said_in_words(run: Run, gateway: FakeGateway) -> None:
+def test_an_empty_list_of_limits_is_shown_in_words(run: Run, gateway: FakeGateway) -> None:
     gateway.limits = []
 
     ended = run("limits")
@@ -566,7 +566,7 @@ def test_what_is_missing_or_wrong_is_one_line_that_says_what_to_set(
         Scripted(301, "", {"location": "https://example.org"}),
     ],
 )
-def test_an_address_that_is_not_sluice_is_told_apart(
+def test_an_address_that_is_not_a_gateway_is_recognized(
     run: Run, gateway: FakeGateway, answer: Scripted
 ) -> None:
     gateway.script = [answer]
@@ -620,7 +620,7 @@ def test_a_key_comes_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPat
     ],
     ids=["missing", "empty", "blank", "several lines", "not ASCII"],
 )
-def test_a_key_file_that_holds_no_key_is_said_plainly(
+def test_the_error_of_a_key_file_without_a_key_is_clear(
     run: Run, tmp_path: Path, content: bytes | None, said: str
 ) -> None:
     file = tmp_path / "key"
@@ -1044,7 +1044,7 @@ def test_a_gateway_that_stays_busy_ends_the_patience(gateway: FakeGateway) -> No
     assert [100.0, 100.0, 100.0] == sleeps.seconds
 
 
-def test_an_address_that_never_answered_is_given_up_soon_and_one_that_did_later(
+def test_polling_stops_soon_for_an_address_that_never_answered_and_later_for_one_that_did(
     gateway: FakeGateway,
 ) -> None:
     never, once = Sleeps(), Sleeps()

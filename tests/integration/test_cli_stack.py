@@ -284,7 +284,7 @@ def test_a_tenant_the_queue_would_refuse_is_refused_at_once(
 
 
 @pytest.mark.usefixtures("stack")
-def test_revoking_a_key_nobody_has_made_makes_none(run: Run) -> None:
+def test_revoking_an_unknown_key_creates_none(run: Run) -> None:
     ended = run("keys", "revoke", "0" * 32, "--stack", "prod")
 
     left = run("keys", "list", "--stack", "prod")
@@ -386,7 +386,7 @@ def job_id(number: int) -> str:
 
 @dataclass(frozen=True)
 class Yard:
-    """A stack with dead letters: of two jobs, of a job that has gone on since, and of nobody."""
+    """A stack with dead letters: of two jobs, of a job that has continued since, and of no job."""
 
     jobs: DynamoJobs
 
@@ -497,7 +497,7 @@ def test_a_redrive_wants_to_know_of_what(run: Run, chosen: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("stack")
-def test_a_stack_without_the_tables_is_told_by_their_names(run: Run) -> None:
+def test_the_error_for_a_stack_without_tables_names_them(run: Run) -> None:
     ended = run("dead-letters", "list", "--stack", "prod")
 
     assert 1 == ended.code

@@ -206,7 +206,7 @@ def test_a_batch_that_is_throttled_beyond_its_visibility_is_received_once_more(
 
     with used_up(emulator, tmp_path):
         emulator.client("sqs").send_message(QueueUrl=url, MessageBody="{}")
-        # At once and after a second; the third time it was received anew.
+        # At once and after a second; the third time it was received again.
         eventually(lambda: throttles(emulator) > 2)
     eventually((tmp_path / "queued").exists)
 

@@ -62,7 +62,7 @@ def ask(
 def signed(  # noqa: PLR0913, PLR0917 - the parts of a request
     emulator: Emulator, credentials: Signing, service: str, method: str, path: str, body: str = ""
 ) -> dict[str, str]:
-    """Return the headers of a request signed by somebody."""
+    """Return the headers of a signed request."""
     request = AWSRequest(method, f"{emulator.endpoint_url}{path}", data=body)
     SigV4Auth(credentials, service, REGION).add_auth(request)
     return dict(request.headers.items())
@@ -124,7 +124,7 @@ def test_a_name_that_leads_here_is_not_this_host(emulator: Emulator, host: str) 
         assert 403 == status
 
 
-def test_no_answer_lets_a_page_read_it(emulator: Emulator) -> None:
+def test_no_response_can_be_read_by_a_web_page(emulator: Emulator) -> None:
     own = {"Origin": emulator.endpoint_url}
     asks_first = {
         "Origin": "https://evil.example",
@@ -386,7 +386,7 @@ def test_batches_of_messages_need_the_action_of_one(emulator: Emulator, as_role:
     assert refused(sends.receive_message, QueueUrl=url) is not None
 
 
-def test_events_are_let_through_by_their_source(as_role: Any) -> None:
+def test_events_are_filtered_by_their_source(as_role: Any) -> None:
     put = {
         "Action": "events:PutEvents",
         "Resource": f"arn:aws:events:{REGION}:000000000000:event-bus/default",

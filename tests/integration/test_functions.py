@@ -73,7 +73,7 @@ ERROR: Final = TypeAdapter(document.Error)
 
 @dataclass(frozen=True)
 class Context:
-    """What Lambda tells of an invocation."""
+    """What Lambda reports about an invocation."""
 
     aws_request_id: str = "11111111-2222-3333-4444-555555555555"
     function_name: str = "sluice"
@@ -169,26 +169,26 @@ class Gateway:
 
     def run_worker(self, milliseconds: int = 120_000) -> list[str]:
         """Hand what is on the jobs queue to the worker, up to a batch of 50; return what it gave back."""
-        return self._hand_over(
+        return self._invoke_with_messages(
             self.cloud.jobs_queue,
             lambda event: worker_app.handler(event, self.context(milliseconds)),  # type: ignore[arg-type]
         )
 
     def run_dead_letters(self) -> list[str]:
         """Hand what is on the dead-letter queue to its function."""
-        return self._hand_over(
+        return self._invoke_with_messages(
             self.cloud.dead_letters_queue,
             lambda event: dead_letters_app.handler(event, self.context()),  # type: ignore[arg-type]
         )
 
     def run_webhooks(self) -> list[str]:
         """Hand what is on the webhooks queue to its function."""
-        return self._hand_over(
+        return self._invoke_with_messages(
             self.cloud.webhooks_queue,
             lambda event: webhooks_app.handler(event, self.context()),  # type: ignore[arg-type]
         )
 
-    def _hand_over(
+    def _invoke_with_messages(
         self, url: str, handler: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> list[str]:
         records: list[dict[str, Any]] = []
@@ -244,9 +244,9 @@ def gateway(claude: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gatewa
         cloud.add_client_key(OTHER_KEY, "other")
         cloud.add_client_key(DISABLED_KEY, "acme", disabled={"BOOL": True})
         cloud.set_key_pool({"id": "main", "api_key": UPSTREAM_KEY, "base_url": claude.url})
-        _start_afresh()
+        _start_new_environment()
         yield Gateway(cloud)
-        _start_afresh()
+        _start_new_environment()
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ class Stdout(io.StringIO):
         return sys.stdout.write(text)
 
 
-def _start_afresh() -> None:
+def _start_new_environment() -> None:
     """Forget what the functions keep between invocations, as a new execution environment does."""
     if wiring.run_jobs.cache_info().currsize:
         sdk = wiring.run_jobs().worker.tools.claude
@@ -341,7 +341,7 @@ def _with_hooks(
     for event in events:
         session.events.register_first(event, hook)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
-    _start_afresh()
+    _start_new_environment()
 
 
 # The API -------------------------------------------------------------------------------------------------------
@@ -392,7 +392,9 @@ def test_a_job_is_accepted_with_its_place_and_everything_it_was_sent_with(gatewa
     [{"authorization": f"Bearer {CLIENT_KEY}"}, {"authorization": f"bearer  {CLIENT_KEY} "},
      {"x-api-key": f" {CLIENT_KEY} "}],
 )  # fmt: skip
-def test_a_client_key_may_come_either_way(gateway: Gateway, headers: dict[str, str]) -> None:
+def test_a_client_key_may_be_sent_in_either_header(
+    gateway: Gateway, headers: dict[str, str]
+) -> None:
     assert 200 == gateway.call("GET", "/jobs", key=None, headers=headers).status
 
 
@@ -426,7 +428,7 @@ def test_without_a_good_client_key_nothing_is_answered(
         assert "x-api-key" in answered.message
 
 
-def test_whoever_may_not_ask_is_told_nothing_about_the_form(gateway: Gateway) -> None:
+def test_an_unauthenticated_caller_learns_nothing_about_the_schema(gateway: Gateway) -> None:
     assert 401 == gateway.call("POST", "/jobs", text="{", key=None).status
     assert 401 == gateway.call("GET", "/jobs", query={"limit": "many"}, key=None).status
 
@@ -469,11 +471,36 @@ def test_without_a_key_nobody_learns_which_routes_there_are(gateway: Gateway) ->
     assert 404 == gateway.call("GET", "/nothing").status
 
 
+@pytest.mark.parametrize(
+    ("deadline", "status"),
+    [
+        ("0001-01-01T00:00:00Z", 400),
+        ("0001-01-01T00:00:00-14:00", 400),
+        ("1969-12-31T23:59:59.9999Z", 400),
+        ("2001-01-01T00:00:00Z", 400),
+        ("9999-12-31T23:59:59.999999Z", 202),
+        ("9999-12-31T23:59:59.999999+00:01", 202),
+    ],
+)
+def test_no_deadline_makes_a_list_unreadable(gateway: Gateway, deadline: str, status: int) -> None:
+    assert status == gateway.call("POST", "/jobs", a_job(deadline=deadline)).status
+    jobs = [a_job(custom_id=f"row-{n}", deadline=deadline) for n in range(101)]
+    listed = gateway.call("POST", "/jobs", {"jobs": jobs})
+    assert listed.status in {status, 202}
+    assert (
+        202 == gateway.call("POST", "/jobs", {"jobs": [a_job(), a_job(deadline=deadline)]}).status
+    )
+
+    assert 200 == gateway.call("GET", "/jobs").status
+    for listed_job in gateway.call("GET", "/jobs").body["data"]:
+        assert gateway.job(listed_job["id"])["id"] == listed_job["id"]
+
+
 def test_one_tenants_flood_is_not_anothers(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLUICE_CLIENT_REQUESTS_PER_SECOND", "1")
-    _start_afresh()
+    _start_new_environment()
 
     flood = [gateway.call("GET", "/jobs") for _ in range(60)]
     others = [gateway.call("GET", "/jobs", key=OTHER_KEY) for _ in range(20)]
@@ -547,7 +574,7 @@ BAD: Final[list[tuple[str, Any, str]]] = [
 
 
 @pytest.mark.parametrize(("body", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_a_bad_request_is_told_what_is_wrong_with_it(
+def test_the_error_of_a_bad_request_says_what_is_wrong_with_it(
     gateway: Gateway, body: Any, message: str
 ) -> None:
     if isinstance(body, str | bytes):
@@ -587,7 +614,7 @@ def test_a_request_that_only_fills_the_cache_is_run(gateway: Gateway, claude: Ru
     assert 1 == claude.engine.stats()["billed"]
 
 
-def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> None:
+def test_the_error_of_an_unknown_query_parameter_lists_the_known_ones(gateway: Gateway) -> None:
     typo = gateway.call("GET", "/jobs", query={"limits": "5", "state": "queued"})
     posted = gateway.call("POST", "/jobs", a_job(), query={"dry_run": "true"})
     stranger = gateway.call("GET", "/jobs", query={"limits": "5"}, key=None)
@@ -611,7 +638,7 @@ def test_a_query_that_is_not_known_is_told_what_there_is(gateway: Gateway) -> No
         {"anthropic-beta": " "},
     ],
 )
-def test_bad_headers_are_told(gateway: Gateway, headers: dict[str, str]) -> None:
+def test_the_error_of_a_bad_header_names_it(gateway: Gateway, headers: dict[str, str]) -> None:
     answered = gateway.call("POST", "/jobs", a_job(), headers=headers)
 
     assert 400 == answered.status
@@ -741,7 +768,7 @@ def test_a_request_too_large_for_a_message_travels_by_pointer(
     assert 2 == claude.engine.stats()["billed"]
 
 
-def test_an_answer_too_large_for_a_record_comes_back_as_any_other(gateway: Gateway) -> None:
+def test_an_answer_too_large_for_a_record_is_returned_like_any_other(gateway: Gateway) -> None:
     long_name = noise(20_000)
     tools = [{"name": long_name, "input_schema": {"type": "object"}}]
     large, small = gateway.submit(
@@ -758,7 +785,7 @@ def test_an_answer_too_large_for_a_record_comes_back_as_any_other(gateway: Gatew
     assert shown.keys() == gateway.job(small).keys()
 
 
-def test_what_is_no_json_is_too_large_as_well(gateway: Gateway) -> None:
+def test_a_body_that_is_not_json_can_be_too_large_too(gateway: Gateway) -> None:
     assert 413 == gateway.call("POST", "/jobs", text="[" * 4_000_001).status
 
 
@@ -892,7 +919,9 @@ def test_jobs_are_listed_page_by_page_and_by_state_and_by_id(gateway: Gateway) -
         ("/limits", {"model": "claude-haiku-5-5"}),
     ],
 )
-def test_a_bad_query_is_told(gateway: Gateway, path: str, query: dict[str, str]) -> None:
+def test_a_bad_query_is_rejected_with_its_name(
+    gateway: Gateway, path: str, query: dict[str, str]
+) -> None:
     answered = gateway.call("GET", path, query=query)
 
     assert (400, "invalid_request_error") == answered.error
@@ -929,7 +958,7 @@ def test_a_running_job_is_asked_to_stop(gateway: Gateway) -> None:
     assert ("running", True) == (answered.body["state"], answered.body["cancel_requested"])
 
 
-def test_a_busy_store_is_told_with_a_time_to_come_back(
+def test_a_busy_store_is_reported_with_a_time_to_retry(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job_id,) = gateway.submit(a_job())
@@ -949,7 +978,7 @@ def test_a_busy_store_rejects_what_it_did_not_take(
     one = gateway.call("POST", "/jobs", a_job())
     some = gateway.call("POST", "/jobs", {"jobs": [{}, *[a_job() for _ in range(20)]]})
 
-    # A list goes by what may go better next time; each item tells its own.
+    # The status of a list is that of a retryable item; each item has its own error.
     for answered in (one, some):
         assert (503, "overloaded_error") == answered.error
         assert "2" == answered.headers["retry-after"]
@@ -1013,15 +1042,15 @@ def test_a_lost_reply_costs_no_job_and_makes_none_twice(  # noqa: PLR0913, PLR09
     with monkeypatch.context() as lossy:
         lose_replies(operation, lossy, service, lambda body: what in body)
         answered = gateway.call("POST", "/jobs", {"jobs": [a_job() for _ in range(number)]})
-    _start_afresh()
+    _start_new_environment()
 
     assert (202, number) == (answered.status, answered.body["accepted"])
-    gateway.run_worker()  # of several messages about a job, one is done and the others come back
+    gateway.run_worker()  # of several messages about a job, one is acknowledged and the others are returned
     states = [gateway.job(item["job"]["id"])["state"] for item in answered.body["data"]]
     assert (number * ["succeeded"], number) == (states, claude.engine.stats()["billed"])
 
 
-def test_a_submit_is_answered_though_nobody_can_tell_when_it_starts(gateway: Gateway) -> None:
+def test_a_submit_is_answered_even_if_its_start_cannot_be_estimated(gateway: Gateway) -> None:
     gateway.cloud.dynamodb.delete_table(TableName="LimitsTable")
 
     answered = gateway.call("POST", "/jobs", a_job())
@@ -1052,7 +1081,7 @@ def test_a_long_lists_webhook_is_the_batchs(gateway: Gateway) -> None:
     assert "https://all.example/" == answered.body["webhook"]
 
 
-def test_a_webhook_to_a_private_address_is_refused_wherever_it_stands(gateway: Gateway) -> None:
+def test_a_webhook_to_a_private_address_is_rejected_in_every_field(gateway: Gateway) -> None:
     private = "https://10.0.0.1/"
 
     answers = [
@@ -1090,7 +1119,7 @@ def test_an_end_in_the_stream_becomes_a_webhook_that_waits_for_its_receiver(
     assert "https://hooks.acme.example" not in log
 
 
-def test_a_stream_that_could_not_be_told_of_begins_again_at_that_job(
+def test_a_stream_record_that_could_not_be_published_is_retried_from_that_job(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     event = json.loads((EVENTS / "stream_job_ended.json").read_text())
@@ -1105,7 +1134,7 @@ def test_a_stream_that_could_not_be_told_of_begins_again_at_that_job(
 
 def test_the_recorded_webhook_is_tried(gateway: Gateway) -> None:
     event = json.loads((EVENTS / "sqs_webhook.json").read_text())
-    # One as old as the recording would be given up.
+    # A delivery as old as the recording would not be retried.
     event["Records"][0]["attributes"]["SentTimestamp"] = str(shared.CLOCK.now())
     # Whether its receipt is one of this queue's does not matter to the function.
     answer = webhooks_app.handler(event, gateway.context())  # type: ignore[arg-type]
@@ -1134,7 +1163,7 @@ def test_a_submit_makes_as_many_calls_to_aws_whatever_waits_already(
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
 
     def cost_of(*jobs: dict[str, Any]) -> Counter[str]:
-        _start_afresh()
+        _start_new_environment()
         calls.clear()
         gateway.submit(*jobs)
         return Counter(calls)
@@ -1237,7 +1266,7 @@ def test_two_messages_of_one_job_in_one_batch_make_one_call(
     }
 
 
-def test_only_what_is_not_done_comes_back(gateway: Gateway) -> None:
+def test_only_unfinished_messages_are_returned(gateway: Gateway) -> None:
     good, bad, failing, throttled = gateway.submit(
         a_job("tokens=1"),
         a_job("400", model="claude-opus-5"),
@@ -1260,7 +1289,7 @@ def test_only_what_is_not_done_comes_back(gateway: Gateway) -> None:
 
 
 def test_a_job_that_only_met_429s_has_used_no_attempt(gateway: Gateway) -> None:
-    gateway.submit(a_job())  # whose answer tells which organisation the key belongs to
+    gateway.submit(a_job())  # whose answer names the organization of the key
     gateway.run_worker()
     (job_id,) = gateway.submit(a_job("429x1,retry_after=30"))
 
@@ -1274,7 +1303,7 @@ def test_a_job_that_only_met_429s_has_used_no_attempt(gateway: Gateway) -> None:
     assert "rate limited" == group["blocked_reason"]
 
 
-def test_a_canary_proves_the_wiring_and_calls_nobody(gateway: Gateway, claude: Running) -> None:
+def test_a_canary_tests_the_wiring_without_a_call(gateway: Gateway, claude: Running) -> None:
     claude.engine.reset()
     gateway.cloud.sqs.send_message(
         QueueUrl=gateway.cloud.jobs_queue, MessageBody='{"v": 1, "canary": "test-1"}'
@@ -1330,7 +1359,7 @@ def test_a_worker_that_dies_while_it_starts_leaves_its_messages_to_others_soon(
     assert "succeeded" == gateway.job(job_id)["state"]
 
 
-def test_a_worker_that_cannot_reach_its_queue_at_first_works_all_the_same(
+def test_a_worker_that_cannot_reach_its_queue_at_first_still_runs_its_jobs(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job_id,) = gateway.submit(a_job())
@@ -1388,7 +1417,7 @@ def test_a_job_that_has_ended_is_not_changed_by_its_dead_letter(gateway: Gateway
     assert 1 == len(gateway.cloud.objects("dead-letters/"))
 
 
-def test_a_letter_whose_job_is_at_work_comes_again(gateway: Gateway) -> None:
+def test_a_dead_letter_whose_job_is_running_is_received_again(gateway: Gateway) -> None:
     (job_id,) = gateway.submit(a_job())
     job = stores.jobs().get(job_id)
     assert job is not None
@@ -1422,7 +1451,7 @@ def test_a_redriven_job_runs_and_shows_its_past(gateway: Gateway) -> None:
     assert "dead_letter" == entry["error"]["type"]
 
 
-def test_a_dead_letter_that_cannot_be_kept_comes_again(gateway: Gateway) -> None:
+def test_a_dead_letter_that_cannot_be_stored_is_received_again(gateway: Gateway) -> None:
     gateway.cloud.s3.delete_bucket(Bucket="sluice-data")
     for body in ("one", "two"):
         gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.dead_letters_queue, MessageBody=body)
@@ -1502,7 +1531,7 @@ def test_no_prompt_answer_or_key_is_ever_logged(gateway: Gateway, said: Callable
     gateway.cloud.secrets.put_secret_value(
         SecretId="KeyPoolSecret", SecretString=f'{{"keys": ["{UPSTREAM_KEY}"]}}'
     )
-    _start_afresh()
+    _start_new_environment()
     gateway.run_worker()
     gateway.cloud.dynamodb.delete_table(TableName="ParamsTable")
     gateway.call("POST", "/jobs", a_job())

@@ -146,7 +146,7 @@ def cases(method: str, path: str, mode: GenerationMode) -> st.SearchStrategy[Cas
 
 
 def fuzz(examples: int, requests_: st.SearchStrategy[Case], send: Callable[[Case], object]) -> None:
-    """Send so many requests, always the same ones."""
+    """Send this many requests, always the same ones."""
 
     @settings(
         max_examples=examples,
@@ -181,7 +181,7 @@ def test_while_aws_refuses_and_loses_calls_what_is_accepted_will_run(
     dice = random.Random(5)  # noqa: S311 - the same troubles every time
 
     def trouble(**_: Any) -> Any:
-        """Before the call: refused as throttled, or (500) nobody knows."""
+        """Before the call: rejected as throttled, or with an unclear result (500)."""
         if dice.random() < 0.4:
             return None
         status = dice.choice([400, 500])
@@ -202,7 +202,7 @@ def test_while_aws_refuses_and_loses_calls_what_is_accepted_will_run(
     cared_for = {each.job_id for each in jobs.due(DueFor.CHECK, now + 45 * MINUTE, 1_000)}
     assert api.accepted <= api.stored()
     assert api.accepted <= parked | cared_for, "the sweep knows of each"
-    assert parked, "there was no trouble at all"
+    assert parked, "no fault was injected"
     assert api.statuses[503]
 
 

@@ -442,7 +442,7 @@ def test_the_governor_lowers_and_raises_the_mapping_and_says_why(ready: Ready) -
 
 
 def test_an_outage_turns_both_down_and_its_end_up(ready: Ready) -> None:
-    """Not off: the local stack has just written its key pool, which may hold keys that nobody knows yet."""
+    """Not off: the local stack has just written its key pool, which may hold keys that are not known yet."""
     know(ready, rpm=4_000, call_ms=10_000, blocked_until=now() + HOUR_MS)
     govern(ready)
     down, ranges_down = mapping(ready), mapping(ready, "RangesMapping")

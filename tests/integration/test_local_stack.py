@@ -136,7 +136,7 @@ def test_functions_run_with_this_interpreter_and_know_nothing_of_the_user(ready:
     assert not {"AWS_PROFILE", "ANTHROPIC_API_KEY", "HTTP_PROXY"} & set(seen["environment"])
 
 
-def test_the_client_key_is_let_in_by_its_hash_alone(ready: Ready) -> None:
+def test_the_client_key_is_authenticated_by_its_hash_alone(ready: Ready) -> None:
     pepper = ready.client("secretsmanager").get_secret_value(
         SecretId=ready.resources["ClientKeyPepper"]
     )["SecretString"]
@@ -192,7 +192,7 @@ def test_messages_that_trickle_in_are_gathered_over_the_window(ready: Ready) -> 
     assert batches == [3.0] * 3
 
 
-def test_a_snoozed_message_comes_back_when_its_time_is_over(ready: Ready) -> None:
+def test_a_snoozed_message_becomes_visible_after_its_delay(ready: Ready) -> None:
     _send(ready, {"canary": "snoozed", "snooze_seconds": 1})
     first = _seen(ready, "snoozed")
 
@@ -437,7 +437,7 @@ def _eventually(look: Callable[[], Found]) -> Found:
 
 
 def _lives(process: int) -> bool:
-    """Tell whether the process runs; one that only waits to be collected does not."""
+    """Return whether the process runs; a zombie does not."""
     state = subprocess.run(
         [shutil.which("ps") or "ps", "-o", "stat=", "-p", str(process)],
         capture_output=True,

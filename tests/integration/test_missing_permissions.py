@@ -56,7 +56,7 @@ class Role:
         (statement,) = [each for each in document["Statement"] if each["Sid"] == sid]
         left = [each for each in as_list(statement["Action"]) if each != action]
         assert left != as_list(statement["Action"])
-        # A statement without actions is none: one that nobody has stands for it.
+        # A statement must have an action: this one is used by no function.
         statement["Action"] = left or ["sts:GetCallerIdentity"]
         self._write(document)
 

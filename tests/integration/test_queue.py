@@ -557,7 +557,7 @@ def test_a_canary_is_read() -> None:
         '{"v": ' + "9" * 5_000 + "}",
     ],
 )  # fmt: skip
-def test_a_body_that_is_not_ours_is_kept_and_nobody_is_hurt(body: str) -> None:
+def test_a_foreign_body_is_kept_and_changes_no_job(body: str) -> None:
     """One such message must not keep Lambda from running the forty-nine others of its batch."""
     ours = f'{{"v": 1, "job_id": "{JOB_ID}"}}'
 

@@ -96,7 +96,7 @@ class Stack:
         return within(found)
 
     def letters(self, body: str) -> Callable[[], bool]:
-        """Return what tells whether a message has been kept as a dead letter."""
+        """Return a condition: a message with this body is stored as a dead letter."""
         s3 = self.ready.client("s3")
 
         def kept() -> bool:
@@ -193,17 +193,62 @@ def test_a_file_that_is_missing_when_its_rows_are_to_run(stack: Stack) -> None:
     assert 0 == shown["rows"]["succeeded"], shown
 
 
-def test_an_upload_that_is_given_up_is_forgotten(stack: Stack) -> None:
-    name = "given-up.jsonl"
-    begun = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()
+def test_a_deleted_batch_leaves_no_object(stack: Stack) -> None:
+    row = {
+        "custom_id": "one",
+        "params": {
+            "model": "claude-haiku-5-5",
+            "max_tokens": 5,
+            "messages": [{"role": "user", "content": "Hello"}],
+        },
+    }
+    made = stack.http.post("/v1/messages/batches", json={"requests": [row]}).json()
+    batch_id = made["id"]
+    within(
+        lambda: (
+            stack.http.get(f"/v1/messages/batches/{batch_id}").json()["processing_status"]
+            == "ended"
+        )
+    )
+    bucket, s3 = stack.ready.resources["DataBucket"], stack.ready.client("s3")
 
-    answer = stack.http.delete("/uploads", params={"id": begun["id"], "name": name})
+    def keys() -> list[str]:
+        found = s3.list_objects_v2(Bucket=bucket).get("Contents", [])
+        return [each["Key"] for each in found if batch_id in each["Key"]]
+
+    assert {"batches", "out"} == {key.split("/")[0] for key in keys()}
+    answer = stack.http.delete(f"/v1/messages/batches/{batch_id}")
+
+    assert answer.is_success, answer.text
+    assert [] == keys()
+
+
+def test_an_aborted_upload_is_deleted(stack: Stack) -> None:
+    name = "given-up.jsonl"
+    started = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()
+
+    answer = stack.http.delete("/uploads", params={"id": started["id"], "name": name})
 
     assert answer.is_success, answer.text
 
 
+def test_a_part_has_exactly_the_declared_size(stack: Stack) -> None:
+    """The length is signed, so that a tenant cannot store more than it declared."""
+    name = "measured.jsonl"
+    begun = stack.http.post("/uploads", json={"name": name, "bytes": 1_000}).json()
+    (link,) = begun["links"]
+
+    def put(body: bytes | Iterator[bytes]) -> int:
+        return httpx.put(link["url"], content=body).status_code
+
+    assert [403, 403, 403] == [put(b"x" * size) for size in (999, 1_001, 5_000_000)]
+    assert 403 == put(iter([b"x" * 1_000])), "without a length"
+    assert 200 == put(b"x" * 1_000)
+    stack.http.delete("/uploads", params={"id": begun["id"], "name": name})
+
+
 @pytest.mark.parametrize("queue", ["RangesQueue", "WebhooksQueue"])
-def test_a_foreign_message_is_buried(stack: Stack, queue: str) -> None:
+def test_a_foreign_message_becomes_a_dead_letter(stack: Stack, queue: str) -> None:
     body = f"not of Sluice: {queue}"
     stack.ready.client("sqs").send_message(QueueUrl=stack.ready.resources[queue], MessageBody=body)
 
@@ -249,7 +294,7 @@ def test_a_create_too_large_for_the_api_is_started_by_the_planner(stack: Stack) 
 
 
 def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
-    """Not one of its lines is a row, so that nobody is called."""
+    """None of its lines is a row, so that no call is made."""
     stack.ready.client("s3").put_object(
         Bucket=stack.bucket,
         Key=f"in/{TENANT}/larger.jsonl",
@@ -266,7 +311,7 @@ def test_a_larger_batch_is_joined_by_the_batches_function(stack: Stack) -> None:
     assert 100 * (MOST_RANGES_AT_ONCE + 1) == within(ended)["rows"]["invalid"]
 
 
-def test_a_range_that_waited_outside_its_queue_and_a_batch_that_stands_still_go_on(
+def test_a_parked_range_and_a_stalled_batch_continue(
     stack: Stack,
 ) -> None:
     stack.pause("RangesMapping")

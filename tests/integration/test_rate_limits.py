@@ -33,7 +33,7 @@ def test_the_limits_of_each_group_of_models_are_read(simulator: Running) -> None
     assert all(each.models for each in known), "batches and token counts are no groups of models"
 
 
-def test_a_key_that_is_not_accepted_is_named_by_its_organisation(simulator: Running) -> None:
+def test_a_rejected_key_is_named_by_its_organization(simulator: Running) -> None:
     with pytest.raises(KeyPoolBroken, match="answered 401 to the admin key of one") as error:
         HttpRateLimits().load(AdminKey("one", "sk-ant-admin-test-wrong", simulator.url))
 
@@ -41,6 +41,6 @@ def test_a_key_that_is_not_accepted_is_named_by_its_organisation(simulator: Runn
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:9/\x7f"])
-def test_an_api_that_does_not_answer_may_do_so_later(url: str) -> None:
+def test_an_api_that_does_not_answer_is_retried_later(url: str) -> None:
     with pytest.raises(StoreBusy, match="Rate Limits API"):
         HttpRateLimits().load(AdminKey("one", "sk-ant-admin-test-one", url))

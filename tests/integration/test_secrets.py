@@ -150,7 +150,7 @@ def test_a_pool_shows_no_key_when_it_is_printed(cloud: Aws, pool: SecretKeyPool)
     assert KEY not in repr(pool)
 
 
-def test_a_mended_pool_is_read_again(cloud: Aws, clock: FrozenClock, pool: SecretKeyPool) -> None:
+def test_a_repaired_pool_is_read_again(cloud: Aws, clock: FrozenClock, pool: SecretKeyPool) -> None:
     cloud.secrets.put_secret_value(SecretId="KeyPoolSecret", SecretString="{}")
     with pytest.raises(KeyPoolBroken):
         pool.keys()

@@ -201,7 +201,7 @@ def test_a_missing_or_unknown_version_is_refused(claude: Running, version: dict[
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_an_unknown_key_is_refused_before_the_organisation_is_known(claude: Running) -> None:
+def test_an_unknown_key_is_rejected_before_the_organization_is_known(claude: Running) -> None:
     with (
         sdk(claude, "sk-ant-test-nobody") as client,
         pytest.raises(anthropic.AuthenticationError) as caught,
@@ -228,7 +228,7 @@ def test_sampling_parameters_are_refused_under_the_new_version(claude: Running) 
         client.messages.create(**params(), extra_body={"temperature": 1.0})
 
 
-def test_a_429_tells_what_when_and_whether() -> None:
+def test_a_429_names_the_limit_and_the_time_of_a_retry() -> None:
     with simulator(organisations=limited(rpm=2, itpm=20_000, otpm=8000)) as claude:
         with sdk(claude) as client:
             first = client.messages.with_raw_response.create(**params("a"))
@@ -298,7 +298,7 @@ def test_a_dropped_connection_may_have_been_billed(
     assert (row["status"], row["billed"], row["delivered"]) == (0, billed, False)
 
 
-def test_an_error_may_come_after_a_200(claude: Running) -> None:
+def test_an_error_may_follow_a_200(claude: Running) -> None:
     asked = params("half", "sim:sse_error,slow=0,tps=1000,tokens=100")
     received: list[str] = []
     with (
@@ -395,7 +395,7 @@ def administered() -> Iterator[Running]:
         yield started
 
 
-def test_the_sdk_reads_the_rate_limits_of_an_organisation() -> None:
+def test_the_sdk_reads_the_rate_limits_of_an_organization() -> None:
     with administered() as claude, sdk(claude, ADMIN_KEY) as client:
         every = list(client.organization.rate_limits.list(limit=3))
         batch = list(client.organization.rate_limits.list(group_type="batch"))
@@ -624,7 +624,7 @@ def test_a_batch_may_not_be_found_right_after_its_create() -> None:
         assert ended(client, batch.id).id == batch.id
 
 
-def test_a_create_whose_answer_is_lost_makes_a_batch_all_the_same() -> None:
+def test_a_create_whose_response_is_lost_creates_a_batch_all_the_same() -> None:
     with batching(create_faults={"drop_after_billing": 1}) as claude:
         with sdk(claude) as client, pytest.raises(anthropic.APIConnectionError):
             client.messages.batches.create(requests=requests("a"))
@@ -808,7 +808,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_the_program_says_when_it_is_ready_and_stops_when_told(stop: signal.Signals) -> None:
+def test_the_program_reports_when_it_is_ready_and_stops_on_a_signal(stop: signal.Signals) -> None:
     with start("--port", "0", "--fast", "--rpm", "600", "--keys", "sk-ant-test-two") as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())

@@ -246,7 +246,7 @@ def test_a_job_is_the_same_after_encoding(job: Job) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(job=JOBS)
-def test_fields_of_a_newer_release_are_passed_over(job: Job) -> None:
+def test_fields_of_a_newer_release_are_ignored(job: Job) -> None:
     """So that a roll-back can read what the newer release wrote."""
     item = job_records.encode(job, retention_days=30)
 
@@ -306,7 +306,34 @@ def test_a_request_is_kept_as_long_as_its_job_may_wait(
     assert str(NOON // 1000 + days * DAY_SECONDS) == item["expires_at"]["N"]
 
 
-def test_a_job_that_nobody_added_is_not_there(jobs: JobStore) -> None:
+def test_a_name_used_again_does_not_find_a_request_about_to_expire(cloud: Aws, name: str) -> None:
+    """Its job expired after 30 days, and the request has 15 days left; the new job may wait longer."""
+    clock = FrozenClock(NOON)
+    params = dynamo.DynamoParams(cloud.dynamodb, "ParamsTable", data_bucket(cloud), clock, 30)
+    key = {"job_id": {"S": name}}
+
+    def expires_in_days() -> int:
+        item = cloud.dynamodb.get_item(TableName="ParamsTable", Key=key)["Item"]
+        return (int(item["expires_at"]["N"]) - clock.at // 1000) // DAY_SECONDS
+
+    params.add(Params(name, b"{}", "hash-1"))
+    clock.at += 31 * DAY_SECONDS * 1000
+    assert 14 == expires_in_days()
+
+    params.add(Params(name, b"{}", "hash-1"))
+
+    assert 45 == expires_in_days()
+    clock.at += 31 * DAY_SECONDS * 1000
+    with pytest.raises(Conflict):
+        params.add(Params(name, b"[]", "hash-2"))
+    params.add(Params(name, b"[]", "hash-2"), over_leftover=True)
+    assert 45 == expires_in_days()
+    with pytest.raises(Conflict):
+        params.add(Params(name, b"{}", "hash-1"), over_leftover=True)
+    assert {name: Params(name, b"[]", "hash-2")} == params.get_many([name])
+
+
+def test_a_job_that_was_never_added_does_not_exist(jobs: JobStore) -> None:
     assert jobs.get("job_none") is None
     assert {} == jobs.get_many(["job_none"])
     assert {} == jobs.get_many([])
@@ -662,7 +689,7 @@ def test_a_group_is_read_as_it_was_written(limits: LimitStore) -> None:
     assert {} == limits.load([])
 
 
-def test_what_a_newer_release_knows_of_groups_and_keys_is_passed_over(cloud: Aws) -> None:
+def test_fields_of_groups_and_keys_of_a_newer_release_are_ignored(cloud: Aws) -> None:
     limits = dynamo.DynamoLimits(cloud.dynamodb, "LimitsTable")
     group = replace(new_group("newer", "haiku", NOON), version=1)
     limits.replace(group, 0)
@@ -854,7 +881,7 @@ def test_a_client_key_belongs_to_its_tenant(cloud: Aws, name: str) -> None:
     assert keys.tenant(f"{key}-unknown") is None
 
 
-def test_a_record_for_another_key_lets_nobody_in(cloud: Aws, name: str) -> None:
+def test_a_record_of_another_key_authenticates_no_caller(cloud: Aws, name: str) -> None:
     """An attacker who can write the table but does not know the pepper cannot make a key."""
     key = f"sk-ant-test-{name}"
     cloud.add_client_key(key, "acme", hash={"S": "0" * 64})

@@ -1,4 +1,4 @@
-"""A deploy and a roll-back with jobs under way: each release reads what the other wrote.
+"""A deployment and a rollback with unfinished jobs: each release reads what the other wrote.
 
 `tests/fixtures/written_by_0_1_0.json` holds what the first release wrote, taken from its own adapters. Never change it;
 a release that writes otherwise adds a file.
@@ -92,7 +92,7 @@ def test_a_job_of_the_first_release_is_read_as_it_was(cloud: Aws, name: str) -> 
     assert job is not None
     read = {each: plain(value) for each, value in asdict(job).items() if each in meant}
     for attempt in read["attempts"]:
-        # A later release's word on it: of these nobody knows what else was in flight.
+        # Written by a later release; for these it is unknown what else was in flight.
         assert attempt.pop("alone") is False
     assert meant == read
 
@@ -234,7 +234,7 @@ class FirstRelease:
 
 
 def jobs_of_this_release() -> dict[str, Job]:
-    """A job in every state there is, and with everything it may have gone through."""
+    """Return a job in every state, with every kind of history."""
     boom, dead = JobError("api_error", "boom", 500), JobError("dead_letter", "why")
     used = Usage(input_tokens=7, cache_read_input_tokens=5, output_tokens=3)
     new = a_job(
@@ -325,7 +325,7 @@ def test_the_first_release_reads_a_message_of_this_one(cloud: Aws) -> None:
     assert message["Body"] == WRITTEN["message"].replace(pointer(WRITTEN["message"]) or "", JOB_ID)
 
 
-def test_a_message_of_a_later_release_names_its_job_all_the_same() -> None:
+def test_a_message_of_a_later_release_still_names_its_job() -> None:
     """So that a roll-back from there loses none: whatever else it says, the record is what counts."""
     later = {"v": 2, "job_id": JOB_ID, "news": [1]}
 

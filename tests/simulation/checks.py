@@ -82,7 +82,7 @@ class Check:
 
 
 class EveryChangeIsAllowed(Check):
-    """Each stored change is one of the state machine's, made by somebody who may, under the lease it asks for."""
+    """Each stored change is a transition of the state machine, by a permitted actor, under the required lease."""
 
     name = "every change is allowed"
 
@@ -357,7 +357,7 @@ class ThrottlingCostsNoJob(Check):
 
 
 class LeasesEndWithTheirOwners(Check):
-    """A dead worker's leases are over soon, and its messages are visible again by then."""
+    """A dead worker's leases expire soon, and its messages are visible again by then."""
 
     name = "leases end with their owners"
 

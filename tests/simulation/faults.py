@@ -2,7 +2,7 @@
 
 To add one: write a class with any of the four hooks and put it into `FAULTS`.
 
-    strike   a coroutine beside everything else, for what happens at a time of its own
+    strike   a concurrent coroutine, for what happens at its own time
     before   at every call to a store, before it is made: raise StoreBusy, kill, or let time pass
     after    the same, when the call is made and its reply is on its way
     reply    what a call to Claude shall meet; None leaves it to others
@@ -84,7 +84,7 @@ class Fault:
         point.machine.world.record(point.machine, f"FAULT {what}", point.verb, point.args)
 
     def note(self, world: World, what: str) -> None:
-        """Note that something happened beside the calls."""
+        """Note that something happened apart from the calls."""
         self.struck += 1
         world.note(f"FAULT {what}")
 
@@ -148,7 +148,7 @@ class ClockSkew(Fault):
 
 
 class DuplicateDelivery(Fault):
-    """SQS delivers a message again that somebody holds, or there are two messages for one job."""
+    """SQS delivers a held message again, or there are two messages for one job."""
 
     async def strike(self, world: World) -> None:
         while True:
@@ -455,7 +455,7 @@ class Refusals(Fault):
 
 
 class RevokedKey(Fault):
-    """401 from a key until somebody puts another one into the pool; or 403 for some requests."""
+    """401 from a key until it is replaced in the pool; or 403 for some requests."""
 
     def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
         super().__init__(rng, calm_at_ms)
@@ -475,7 +475,7 @@ class RevokedKey(Fault):
 
 
 class Surprise(Fault):
-    """Something nobody thought of is raised out of the call."""
+    """The call raises an unexpected exception."""
 
     def reply(self, call: Call) -> Plan | None:  # noqa: ARG002
         return Plan(latency_ms=100, raises=RuntimeError("surprise")) if self.chance() else None

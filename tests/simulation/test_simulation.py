@@ -96,10 +96,14 @@ def test_faults_and_checks_strike_and_look() -> None:
 
 
 def test_every_fault_strikes() -> None:
-    """One that waits for a verb nobody uses any more would be no fault."""
+    """A fault that waits for a verb that is no longer used would never strike."""
     struck: Counter[type] = Counter()
+    missing = [*FAULTS]
     for seed in range(1, 401):
         for fault in play(seed).world.faults:
             struck[type(fault)] += fault.struck
+        missing = [kind for kind in FAULTS if struck[kind] < 5]
+        if not missing:
+            break
 
-    assert [] == [kind.__name__ for kind in FAULTS if struck[kind] < 5]
+    assert [] == [kind.__name__ for kind in missing]

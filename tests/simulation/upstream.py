@@ -207,7 +207,7 @@ class Upstream:
             self.world.on_bytes(call.machine)
             if plan.answer_bytes > ANSWER_PIECES * SMALL_PIECE:
                 await asyncio.sleep(self.world.rng.randrange(1, 8_000) / 1000)
-        # The answer is on its way; it may come late, or find nobody.
+        # The answer is being sent; it may arrive late, or after its caller has ended.
         await asyncio.sleep(self.world.rng.randrange(1, 40) / 1000)
         if plan.kills:
             call.machine.kill("the answer is poison")

@@ -115,7 +115,7 @@ class StoryJobs(MemoryJobs):
 
 
 class _Held(bytes):
-    """A request's bytes in a worker's memory: unlike plain bytes they say when nobody holds them any more."""
+    """A request's bytes in a worker's memory: unlike plain bytes they report when they are no longer held."""
 
     sizes: Counter[int]
 
@@ -450,7 +450,7 @@ class World:
     # Lambda ------------------------------------------------------------------------------------------------
 
     def begin(self, work: Any) -> asyncio.Task[Any]:
-        """Let something happen beside everything else; the story does not end before it has."""
+        """Run something concurrently; the story does not end before it has ended."""
         task = asyncio.create_task(work)
         self._running[task] = None
         task.add_done_callback(self._running.pop)
@@ -750,7 +750,7 @@ class World:
         self.note(f"BROKEN: {check}: {what}")
 
     def note(self, text: str) -> None:
-        """Add a line to the history that is nobody's."""
+        """Add a line to the history that belongs to no machine."""
         self.history.append((self.time.now(), "", text, "", ()))
 
     def record(

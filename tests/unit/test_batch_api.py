@@ -122,7 +122,7 @@ def test_ranges_that_the_queue_did_not_take_are_sent_by_the_planner(caller: Call
     assert 250 == len(caller.bulk.claude.calls)
 
 
-def test_a_create_that_dies_before_it_is_marked_as_started_calls_nobody_twice(
+def test_a_create_that_dies_before_it_is_marked_as_started_repeats_no_call(
     caller: Caller,
 ) -> None:
     caller.bulk.batches.fail_next("replace")
@@ -303,7 +303,7 @@ def test_a_busy_queue_does_not_lose_a_batch(caller: Caller) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_create_is_said_in_anthropics_words(
+def test_errors_of_a_create_use_the_messages_of_anthropics_api(
     caller: Caller, rows: list[object], message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -344,7 +344,7 @@ def test_a_deadline_header_is_a_time_with_a_zone() -> None:
 # Looking ---------------------------------------------------------------------------------------------------
 
 
-def test_nobody_sees_batches_of_others(caller: Caller) -> None:
+def test_no_tenant_sees_batches_of_others(caller: Caller) -> None:
     batch = caller.create()
     other = Caller(caller.bulk, "other")
 
@@ -424,7 +424,7 @@ def test_a_canceled_batch_is_canceling_and_then_ended(caller: Caller) -> None:
         caller.batches.cancel(batch.batch_id)
 
 
-def test_a_cancel_goes_by_what_the_batch_is_by_then(caller: Caller) -> None:
+def test_a_cancel_applies_to_the_current_state_of_the_batch(caller: Caller) -> None:
     batch = caller.create()
     newer = replace(batch, version=7)
     caller.bulk.batches.fail_next("replace", error=Stale(newer))
@@ -454,7 +454,7 @@ def test_only_an_ended_batch_can_be_deleted(caller: Caller) -> None:
     assert () == caller.batches.page(20, None, None).batches
 
 
-def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
+def test_a_delete_that_another_request_did_first_succeeds(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
     deleted = delete_batch(caller.batches.get(batch.batch_id))
@@ -463,7 +463,7 @@ def test_a_delete_that_another_was_quicker_with_is_done(caller: Caller) -> None:
     caller.batches.delete(batch.batch_id)
 
 
-def test_a_delete_goes_by_what_the_batch_is_by_then(caller: Caller) -> None:
+def test_a_delete_applies_to_the_current_state_of_the_batch(caller: Caller) -> None:
     batch = caller.create()
     caller.run()
     newer = replace(caller.batches.get(batch.batch_id), version=70)

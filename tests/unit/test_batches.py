@@ -338,7 +338,7 @@ def test_a_range_is_claimed_by_one_worker_at_a_time() -> None:
 
 
 def lost_with(state: RangeState, *running: int) -> RangeState:
-    """Return the range after the loss of a worker that had these rows in flight, claimed anew."""
+    """Return the range after the loss of a worker that had these rows in flight, claimed again."""
     noted = note_running(state, str(state.owner), running)
     return claim_range(noted, f"after-{noted.version}", NOON, 0)
 
@@ -361,7 +361,7 @@ def test_each_loss_narrows_the_search_for_a_killer() -> None:
     assert (0, (), (20,), ("5-1",)) == (saved.losses, saved.suspects, saved.blamed, saved.chunks)
 
 
-def test_a_row_is_given_up_after_three_losses_alone() -> None:
+def test_a_row_ends_errored_after_three_losses_alone() -> None:
     state = claim_range(a_range(losses=3), "one", NOON, 0)
     for _ in range(MOST_LOST_ALONE):
         assert not killers(state)

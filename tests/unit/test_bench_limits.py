@@ -11,18 +11,18 @@ import pytest
 from bench.limits import chart, meters, report, scoring
 from bench.limits.ideal import NeverDone, Others, Supply, earliest, ideal_seconds, supplies
 from bench.limits.runners import Followed, Run, StartFrom, Task
-from bench.limits.scenarios import SCENARIOS, Need, Organisation, Scenario, Target, need
+from bench.limits.scenarios import SCENARIOS, Need, Organization, Scenario, Target, need
 from scripts.claude_simulator import params_hash, read
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
-KEY = Organisation("one", 600).key
+KEY = Organization("one", 600).key
 
 SMALL = Scenario(
     name="small",
     title="small",
     jobs=20,
-    organisations=(Organisation("one", 60, output_tokens_per_minute=600),),
+    organisations=(Organization("one", 60, output_tokens_per_minute=600),),
     target=Target(0.9, 0.1),
 )
 
@@ -116,7 +116,7 @@ def test_the_slowest_dimension_decides(work: Need, seconds: float) -> None:
     assert seconds == ideal_seconds(SMALL, work)
 
 
-def test_a_strangers_tokens_come_off_as_well() -> None:
+def test_output_of_other_clients_reduces_the_capacity_too() -> None:
     others = Others(output_tokens=[(2.0, 100.0)])
 
     assert 40.0 == ideal_seconds(SMALL, Need(1, 0, 400), others)
@@ -207,7 +207,7 @@ def test_429s_of_all_kinds_are_counted() -> None:
     [
         (["answered"], 0, 0),
         (["answered", "answered"], 1, 1),
-        (["drop_after_billing", "answered"], 1, 0),  # nobody could know that it was billed
+        (["drop_after_billing", "answered"], 1, 0),  # it was unknown that it was billed
         (["drop_after_billing", "drop_after_billing", "answered"], 2, 0),
         (["drop_after_billing", "answered", "answered"], 2, 1),
         (["529", "rate_limited:requests", "answered"], 0, 0),
@@ -239,7 +239,7 @@ def test_the_work_of_a_client_that_rewrites_requests_is_read_from_its_answers() 
 
 
 def test_rows_are_distinguished_by_key() -> None:
-    other = Organisation("one", 600).stranger_key
+    other = Organization("one", 600).stranger_key
     rows = [row("a"), row("b", key_id=scoring.key_id(other))]
 
     assert ["b"] == [each["body_hash"] for each in scoring.rows_of(rows, [other])]

@@ -142,7 +142,7 @@ def workers(*groups: Group, present: int = 10, ceiling: int = 100) -> int:
         ([group(rpm=4_000, itpm=60_000, call_ms=90_000)], 4),
         # Groups add up.
         ([group("a", 600, call_ms=20_000), group("b", 600, call_ms=20_000)], 15),
-        # An idle group's limits are nobody's work.
+        # The limits of an idle group need no worker.
         ([group("a", 50), group("b", 4_000, call_ms=10_000, busy=False)], 2),
         # When all are idle there is nothing to go by but all limits.
         ([group("a", 50, busy=False), group("b", 4_000, call_ms=10_000, busy=False)], 24),
@@ -274,7 +274,7 @@ def test_three_workers_become_two_in_an_outage_though_that_is_little() -> None:
     assert LEAST == workers(group(blocked_ms=2 * MINUTE), present=3)
 
 
-def test_while_answers_come_an_open_breaker_is_only_one_models_or_one_endpoints() -> None:
+def test_while_answers_arrive_an_open_breaker_affects_only_one_model_or_endpoint() -> None:
     lively = cut_off(answered_ms=LONG_MS)
 
     assert not is_stalled(lively, NOON)
@@ -292,12 +292,12 @@ def test_a_breaker_that_only_counts_is_not_open() -> None:
     [
         ([group(blocked_ms=OFF_MS + SECOND)], False),
         ([group("a", blocked_ms=HOUR), group("b", blocked_ms=6 * MINUTE)], False),
-        # Idle groups count as well: their next job would have nobody to run it.
+        # Idle groups count too: otherwise their next job would have no worker.
         ([group("a", blocked_ms=HOUR), group("b", busy=False)], True),
         ([group("a", blocked_ms=HOUR), group("b", blocked_ms=OFF_MS)], True),
         ([group("a", blocked_ms=HOUR), replace(unknown(), blocked_until=NOON + HOUR)], True),
         ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS - 1)], True),
-        # A mistyped model's group is never blocked, and nobody asks for it again.
+        # The group of a mistyped model is never blocked, and is not used again.
         ([group("a", blocked_ms=HOUR), unknown(idle_ms=FORGOTTEN_MS)], False),
         ([unknown(idle_ms=FORGOTTEN_MS)], True),
         # The open breaker never switches off: its pauses are short.
@@ -329,7 +329,7 @@ def test_two_workers_park_what_waits_in_the_queue_first(
     assert decision.reason.endswith("messages in the queue: 1")
 
 
-def test_a_fresh_key_pool_may_hold_a_key_that_works() -> None:
+def test_a_recently_written_key_pool_may_have_a_working_key() -> None:
     blocked = group(blocked_ms=HOUR)
 
     def on(age_ms: int, consumer: Consumer = ON_TEN) -> bool:
@@ -521,7 +521,7 @@ def test_while_a_group_is_blocked_nothing_starts() -> None:
     assert 0 == startable([block(late, NOON + HOUR, "x", NOON)], "a", NOON, NOON + MINUTE)
 
 
-def test_a_group_nobody_knows_has_the_safe_rate() -> None:
+def test_an_unknown_group_has_the_safe_rate() -> None:
     assert 60 == startable([], "a", NOON, NOON + MINUTE)
     assert 60 == startable([moved(group("a"), "other")], "a", NOON, NOON + MINUTE)
 

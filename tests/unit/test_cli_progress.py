@@ -153,7 +153,7 @@ def test_the_limit_is_the_sum_over_the_groups_the_jobs_draw_on() -> None:
     tally.note([job("b", "running", "fable-5")], 3.0)
     guessed = tally.snapshot(3.0).limit_per_minute
 
-    # What nobody has learned yet is a guess, and not shown as a limit.
+    # A limit that is not learned yet is a guess, and not shown as a limit.
     assert (None, 600, 650, 650) == (before, one, both, guessed)
 
 
@@ -242,7 +242,7 @@ def test_a_gateway_that_stays_unreachable_ends_the_wait() -> None:
     assert 900.0 < clock.now < 950.0
 
 
-def test_plain_lines_come_every_five_seconds_and_at_the_end() -> None:
+def test_plain_lines_are_printed_every_five_seconds_and_at_the_end() -> None:
     stream = io.StringIO()
     lines = PlainLines(stream, now=lambda: datetime(2026, 12, 1, 12))  # noqa: DTZ001 - local
     tally = Tally(["a", "b"], 0.0)

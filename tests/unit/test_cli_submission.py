@@ -84,7 +84,7 @@ def test_a_file_that_begins_with_a_byte_order_mark_is_read() -> None:
     assert isinstance(item, Line)
 
 
-def test_a_custom_id_that_stands_twice_is_rejected_the_second_time() -> None:
+def test_a_custom_id_used_twice_is_rejected_the_second_time() -> None:
     line = b'{"custom_id": "a", "params": {}}'
 
     first, second = read(line, line)

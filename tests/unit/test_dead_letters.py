@@ -113,7 +113,7 @@ def test_while_a_worker_is_at_the_job_its_letter_waits(scene: Scene) -> None:
     assert State.ERRORED == scene.jobs.stored["job_1"].state
 
 
-def test_a_worker_that_takes_the_job_meanwhile_is_waited_for(scene: Scene) -> None:
+def test_a_dead_letter_waits_for_a_worker_that_has_claimed_its_job(scene: Scene) -> None:
     scene.jobs.add(a_job())
     running = claim(a_job(), "worker-1", NOON, LEASE_END)
     scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=running))
@@ -158,7 +158,7 @@ def test_a_job_whose_worker_died_ends_with_its_attempt_lost(scene: Scene) -> Non
     assert (State.ERRORED, AttemptOutcome.LOST) == (job.state, job.attempts[0].outcome)
 
 
-def test_a_job_that_changes_meanwhile_is_checked_again(scene: Scene) -> None:
+def test_a_concurrently_changed_job_is_checked_again(scene: Scene) -> None:
     scene.jobs.add(a_job())
     canceled = request_cancel(a_job(), NOON)
     scene.jobs.before_replace.append(lambda: scene.jobs.stored.update(job_1=canceled))
@@ -181,7 +181,7 @@ def test_a_job_that_changes_and_still_waits_ends(scene: Scene) -> None:
     assert State.ERRORED == scene.jobs.stored["job_1"].state
 
 
-def test_a_job_that_vanishes_meanwhile_is_no_trouble(scene: Scene) -> None:
+def test_a_concurrently_deleted_job_causes_no_error(scene: Scene) -> None:
     scene.jobs.add(a_job())
     scene.jobs.before_replace.append(lambda: scene.jobs.delete("job_1"))
 
@@ -190,7 +190,9 @@ def test_a_job_that_vanishes_meanwhile_is_no_trouble(scene: Scene) -> None:
     assert 1 == len(scene.graveyard.kept)
 
 
-def test_a_letter_that_cannot_be_kept_comes_again_with_its_job_untouched(scene: Scene) -> None:
+def test_a_letter_that_cannot_be_stored_is_received_again_and_its_job_is_unchanged(
+    scene: Scene,
+) -> None:
     scene.jobs.add(a_job())
     scene.graveyard.break_down("keep")
 
@@ -342,7 +344,7 @@ def test_a_deadline_that_passes_while_the_operator_thinks_is_kept(yard: Yard) ->
     assert job == yard.jobs.stored["job_1"]
 
 
-def test_the_estimate_goes_by_the_price_list_and_what_the_group_has_learned(yard: Yard) -> None:
+def test_the_estimate_uses_the_price_list_and_the_learned_means_of_the_group(yard: Yard) -> None:
     """35 characters are 10 tokens at 3.5 each; a token costs 1 micro-dollar in and 10 out."""
     yard.add_letter("1", max_tokens=2_000)
     yard.add_letter("short", max_tokens=20)

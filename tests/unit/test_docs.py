@@ -279,7 +279,7 @@ def test_every_link_to_the_repository_resolves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_no_page_names_a_path_of_somebodys_machine(name: str) -> None:
+def test_no_page_names_a_path_of_a_developers_machine(name: str) -> None:
     assert MACHINE_PATHS.findall(TEXTS[name]) == []
 
 

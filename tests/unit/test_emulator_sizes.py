@@ -31,7 +31,7 @@ WITHOUT_PROC = Path("/nowhere")
 
 @pytest.fixture
 def holding() -> Iterator[Any]:
-    """Starts a process that holds so many megabytes, and says so."""
+    """Starts a process that holds this many megabytes, and reports it."""
     started: list[subprocess.Popen[str]] = []
 
     def start(megabytes: int) -> subprocess.Popen[str]:

@@ -123,7 +123,7 @@ def imports(node: ast.AST) -> Iterator[str]:
 
 
 def imports_for_types(tree: ast.Module) -> set[str]:
-    """The modules imported under `if TYPE_CHECKING`, which nobody loads."""
+    """The modules imported under `if TYPE_CHECKING`, which are not loaded."""
     return {
         module
         for node in ast.walk(tree)

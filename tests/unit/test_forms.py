@@ -105,7 +105,7 @@ def test_a_record_of_another_length_is_a_bad_row_and_no_more() -> None:
     assert "Summarise: x" == said(good)
 
 
-def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_made() -> None:
+def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_filled() -> None:
     """A template of a few kilobytes can name a long field a thousand times: gigabytes, if it were filled in."""
     options = replace(PROMPT, prompt="{text}" * 1_000)
 
@@ -128,7 +128,7 @@ def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_made() -> N
         (b"text\n\xff\n", PROMPT, "the file is not valid UTF-8"),
     ],
 )
-def test_a_csv_file_that_cannot_become_rows_says_why(
+def test_the_error_of_a_csv_file_that_cannot_become_rows_says_why(
     body: bytes, options: Options, message: str
 ) -> None:
     with pytest.raises(BadForm, match=message):

@@ -163,7 +163,7 @@ def test_no_job_is_left_in_the_queue_of_a_mapping_that_is_off(scene: Scene) -> N
     assert scene.notes.at is None
 
 
-def test_the_note_stands_before_the_mapping_is_off(scene: Scene) -> None:
+def test_the_note_is_stored_before_the_mapping_is_disabled(scene: Scene) -> None:
     """Else a governor that dies in between leaves a mapping that looks switched off by hand."""
     scene.block(NOON + 60 * MINUTE)
     scene.mapping.fail_next("set")
@@ -250,7 +250,7 @@ def test_workers_do_not_wait_for_the_age_of_keys(scene: Scene) -> None:
 
 
 class Pair(Scene):
-    """The same with ranges beside the jobs: the limit group keeps four workers of either kind busy."""
+    """The same with ranges besides the jobs: the limit group keeps four workers of either kind busy."""
 
     def __init__(self, pool_at: int | None = NOON - DAY_MS) -> None:
         super().__init__(pool_at)
@@ -567,7 +567,7 @@ def test_a_turn_lasts_two_runs() -> None:
     assert [False, True, True, False, False, True] == seen
 
 
-def test_a_change_that_is_refused_keeps_the_room_and_nobody_gets_it() -> None:
+def test_a_refused_change_keeps_its_executions_and_no_other_mapping_gets_them() -> None:
     six = Six()
     six.run()
     six.wait("jobs", "webhooks")
@@ -624,7 +624,7 @@ def test_a_raised_limit_is_used_in_the_run_that_sees_it() -> None:
 
 
 def test_workers_that_were_started_before_the_limit_was_known_hold_their_room() -> None:
-    """Ten workers may run for a quarter of an hour, so that nobody else may be enabled that is not."""
+    """Ten workers may run for a quarter of an hour, so that no other mapping may be enabled."""
     six = Six()
     jobs = six.mappings["jobs"]
     jobs.stored = replace(jobs.stored, maximum_concurrency=10)

@@ -257,7 +257,9 @@ def test_a_takeover_closes_the_open_attempt_as_lost() -> None:
     ],
     ids=["renew", "snooze", "fall back", "retry", "succeed", "give up", "cancel"],
 )
-def test_nobody_changes_a_job_that_was_taken_over(change: Callable[[Job], Job]) -> None:
+def test_a_job_that_was_taken_over_is_not_changed_by_its_old_worker(
+    change: Callable[[Job], Job],
+) -> None:
     taken_over = claim(claimed(), "worker-2", LEASE_END, LEASE_END + 1)
 
     with pytest.raises(LeaseLost) as lost:
@@ -469,7 +471,7 @@ def test_an_answer_that_crossed_a_cancel_is_kept() -> None:
         # Final: whatever else is written on it.
         (IN_STATE[State.SUCCEEDED], Step.DROP),
         (replace(IN_STATE[State.ERRORED], cancel_requested=True), Step.DROP),
-        # Leased: nobody else touches it, canceled or late as it may be.
+        # Leased: no other worker changes it, even if it is canceled or late.
         (claimed(), Step.BUSY),
         (replace(claimed(), cancel_requested=True, deadline=NOON), Step.BUSY),
         # The lease ran out: it is there to be taken, by the rules for a waiting job.
@@ -566,7 +568,7 @@ def test_a_canceled_job_whose_worker_died_ends_at_the_next_cancel() -> None:
     assert State.CANCELED == request_cancel(flagged, AFTER_LEASE).state
 
 
-def test_a_job_that_somebody_runs_is_not_parked() -> None:
+def test_a_running_job_is_not_parked() -> None:
     with pytest.raises(IllegalTransition, match="leased to worker-1"):
         park(claimed(), LEASE_END - 1, reason="spend limit", not_before=AFTER_LEASE)
 
@@ -578,7 +580,7 @@ def test_a_job_whose_worker_died_can_be_parked() -> None:
     assert AttemptOutcome.LOST == parked.attempts[-1].outcome
 
 
-def test_a_running_job_is_not_parked() -> None:
+def test_a_job_with_a_live_lease_is_not_parked() -> None:
     with pytest.raises(IllegalTransition, match="leased to worker-1 and cannot become queued"):
         park(claimed(), LATER, reason="spend limit", not_before=AFTER_LEASE)
 
@@ -597,7 +599,7 @@ def test_an_answer_that_broke_off_for_overload_counts_its_cost_wherever_the_job_
 
 
 def lost(job: Job, times: int, *, alone: bool = False) -> Job:
-    """Return the job after so many workers died with it, the last one unnoticed so far."""
+    """Return the job after this many workers died with it, the last one not yet noticed."""
     for _ in range(times):
         at = NOON + len(job.attempts) * MINUTE
         job = claim(job, f"dead-{len(job.attempts)}", at, at, alone=alone)
@@ -625,7 +627,9 @@ def test_workers_lost_beside_others_use_no_attempt() -> None:
 
 
 @pytest.mark.parametrize(("alone", "step"), [(2, Step.RUN), (3, Step.KILLER), (4, Step.KILLER)])
-def test_a_job_that_loses_its_workers_alone_is_given_up(alone: int, step: Step) -> None:
+def test_a_job_that_loses_its_workers_while_it_runs_alone_ends_errored(
+    alone: int, step: Step
+) -> None:
     job = lost(lost(a_job(), 4), alone, alone=True)
 
     assert step == next_step(job, LATE, 5)

@@ -242,7 +242,7 @@ def test_a_new_key_under_the_same_id_is_tried_again() -> None:
     assert not mark.rejects(upstream_key(api_key="sk-ant-test-new"))
 
 
-def test_a_key_nobody_rejected_is_in() -> None:
+def test_a_key_that_upstream_has_not_rejected_is_used() -> None:
     assert not KeyMark("main", organization="org").rejects(upstream_key())
 
 

@@ -1,4 +1,4 @@
-"""Rows that no worker survives: they alone end, and the rows beside them are called again as little as possible."""
+"""Rows that kill their workers: only they end, and few calls of other rows are repeated."""
 
 import asyncio
 from collections import Counter
@@ -28,7 +28,7 @@ WORKERS = LOSSES_UNTIL_ALONE + MOST_LOST_ALONE
 """Lost to one killer at most."""
 
 REPEATED = ROWS_AT_ONCE + 30 + 7 - 3
-"""Calls of innocent rows lost to one killer at most: those beside it while 120, 30 and 7 rows ran at once."""
+"""Maximum calls of innocent rows lost to one killer: those in flight with it while 120, 30 and 7 rows ran at once."""
 
 
 @pytest.fixture

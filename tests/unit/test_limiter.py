@@ -166,7 +166,7 @@ def test_a_job_is_admitted_with_a_start_time_and_a_reservation(crew: Crew) -> No
     assert crew.time.now() - SECOND <= admitted.start <= crew.time.now() + SECOND
 
 
-def test_a_group_nobody_knows_admits_one_and_then_slowly(crew: Crew) -> None:
+def test_an_unknown_group_admits_one_call_and_then_slowly_more(crew: Crew) -> None:
     async def story(limiter: Limiter) -> list[Admitted]:
         return await asyncio.gather(*(crew.admit(limiter) for _ in range(3)))
 
@@ -358,7 +358,7 @@ def test_the_books_show_what_was_really_used(crew: Crew, *, learned: bool, outpu
 
 
 def test_a_settlement_travels_with_the_next_block(crew: Crew) -> None:
-    """A write of its own only when nobody asks for a while."""
+    """A separate write only if no reservation is made for a while."""
     crew.know(known_group(seen=limited(6_000, 1_000)))
 
     async def story(limiter: Limiter) -> tuple[int, int, int]:
@@ -679,7 +679,7 @@ def test_who_sleeps_towards_a_start_when_a_breaker_opens_does_not_start(crew: Cr
     assert [False, False] == crew.play(story)
 
 
-def test_a_probe_that_is_served_lets_the_next_one_through_and_then_everybody(crew: Crew) -> None:
+def test_a_successful_probe_admits_the_next_one_and_then_all_calls(crew: Crew) -> None:
     crew.know(known_group(seen=limited(6_000, 1_000)))
     told: list[tuple[float, bool]] = []
 
@@ -746,7 +746,7 @@ def test_an_empty_queue_is_recorded_with_the_next_reservation(crew: Crew) -> Non
 
 
 def test_at_the_end_of_a_queue_everybody_knows_how_many_jobs_wait(crew: Crew) -> None:
-    """Who knew only of its own would take them for the last ones. While there is a queue nobody asks."""
+    """A worker that knew only of its own jobs would take them for the last ones. With a queue this is irrelevant."""
     group = known_group(seen=limited(600, 10))
     bound_by_output = replace(group, output_mean=2 * group.output_tokens.limit)
     crew.know(block(bound_by_output, NOON + 14 * SECOND, "x", NOON))
@@ -850,7 +850,7 @@ def test_a_store_that_is_busy_at_the_end_is_logged(crew: Crew) -> None:
     assert "limits table busy" in crew.events.problem_names
 
 
-def test_nobody_waits_longer_than_asked_for_a_store_that_is_busy(crew: Crew) -> None:
+def test_no_job_waits_longer_than_requested_for_a_busy_store(crew: Crew) -> None:
     crew.time.longest_story_ms = 10 * MINUTE
     crew.store.break_down("load")
 
@@ -879,7 +879,7 @@ def test_a_deleted_record_is_created_again(crew: Crew) -> None:
     assert "org/a" in crew.store.stored
 
 
-def test_a_second_invocation_starts_from_what_is_shared_by_then(crew: Crew) -> None:
+def test_a_second_invocation_starts_from_the_current_shared_state(crew: Crew) -> None:
     crew.know(known_group(seen=limited(600, 100)))
     limiter = crew.limiter()
 

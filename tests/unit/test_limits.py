@@ -203,7 +203,7 @@ def play(steps: Sequence[Step]) -> tuple[list[Started], Group, int]:
                 state = drained(state, now)
             case Stop(milliseconds, overdrawn):
                 state = block(state, now + milliseconds, "rate limited", now, overdrawn=overdrawn)
-                # What had not started by then is void, and given back by its worker.
+                # Reservations that had not started by then are invalid, and released by their worker.
                 unsent = [each for each in started if each.at > now and each.epoch < state.epoch]
                 started = [each for each in started if each not in unsent]
                 state = give_back(state, unsent, now)
@@ -297,7 +297,7 @@ def test_clocks_that_differ_by_seconds_do_no_more_than_those_seconds(steps: list
     st.lists(waits | stops | empties | asks(st.integers(0, 60_000), seconds_off), max_size=25),
     costs,
 )
-def test_nobody_starves(steps: list[Step], cost: Cost) -> None:
+def test_no_job_starves(steps: list[Step], cost: Cost) -> None:
     """Whatever happened before, a job that is asked for again and again starts."""
     _, state, now = play(steps)
 
@@ -430,7 +430,7 @@ def test_sixty_a_minute_with_a_burst_of_ten() -> None:
         (0, 20, 3, 3, 3),  # ... at the limit's own pace, whatever is saved up
         (25, 4, 0, 1, 25),  # later saved-up capacity is spent faster, but not in one millisecond
         (25, 20, 3, 12, 28),  # the rest of the burst is planned over the next seconds ...
-        (28, 20, 0, 0, 0),  # ... and nobody jumps the queue
+        (28, 20, 0, 0, 0),  # ... and no job jumps the queue
         (38, 1, 0, 1, 38),  # one is refilled each second
         (600, 50, 2, 3, 602),  # ten minutes of rest: slowly again
         (625, 50, 2, 11, 627),  # and one burst was saved up, no more
@@ -471,7 +471,7 @@ def test_a_steady_stream_runs_at_the_whole_limit() -> None:
     assert 6_000 <= started <= 6_000 + 100 + 20
 
 
-def test_output_that_is_not_produced_yet_holds_nobody_back() -> None:
+def test_output_that_is_not_produced_yet_delays_no_call() -> None:
     """While calls in flight produce what is reserved for them, the bucket refills."""
     state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
     held_back = replace(state, call_ms=1)
@@ -486,7 +486,7 @@ def test_output_that_is_not_produced_yet_holds_nobody_back() -> None:
     assert NOON + 15 * SECOND + margin_ms == starts[-1]
 
 
-def test_a_bucket_far_above_its_level_holds_nobody_back_for_long() -> None:
+def test_a_bucket_far_above_its_level_delays_calls_only_briefly() -> None:
     """A quarter of it would take hours to refill (found by the simulation, seed 6)."""
     full = bucket(600_000, 10**9)
     state = warm(replace(group(60_000, 1_000), output_tokens=replace(full, level=10_000 * SCALE)))
@@ -506,8 +506,8 @@ def test_a_steady_stream_of_output_runs_at_the_whole_limit() -> None:
     assert 600_000 <= reserved <= 600_000 + 5_000 + 2_000 + debt
 
 
-def test_when_nobody_waits_only_upstreams_own_law_holds() -> None:
-    """The last jobs of a queue start while upstream has any output left: nobody is there to be held back by them."""
+def test_without_waiting_jobs_only_the_limit_of_upstream_applies() -> None:
+    """The last jobs of a queue start while upstream has any output left: no other job waits behind them."""
     state = warm(replace(group(60_000, 1_000), output_tokens=bucket(60_000, 5_000)))
     cost = Cost(1, 0, 4_000)
     state, _ = reserve(state, [cost], NOON, 0)
@@ -547,7 +547,7 @@ def test_the_last_jobs_start_together_only_when_they_are_few() -> None:
 
 
 def test_the_last_jobs_may_have_the_requests_that_are_kept_back() -> None:
-    """The margin is there because a 429 makes everybody wait; behind the last jobs nobody does."""
+    """The margin exists because a 429 delays all waiting jobs; behind the last jobs there are none."""
     seen = Seen(limit=600, remaining=100)
     learned = observe(warm(group(600, 100)), Observation(NOON, {"requests": seen}), NOON)
     wanted = [ONE] * 300
@@ -655,7 +655,7 @@ def test_looking_takes_nothing() -> None:
     assert before == levels(state)
 
 
-def test_a_group_nobody_knows_starts_with_one_call_and_then_slowly() -> None:
+def test_an_unknown_group_starts_one_call_and_then_slowly_more() -> None:
     state = new_group("org", "a", NOON)
     cost = state.estimate(input_chars=400, max_tokens=1_000)
 
@@ -749,7 +749,7 @@ def test_calls_that_were_not_sent_teach_nothing() -> None:
 
 
 def test_output_in_flight_fades_as_a_call_does() -> None:
-    """Nobody has to report when it was produced, so a worker that dies leaves nothing behind."""
+    """It need not be reported when it was produced, so a worker that dies leaves nothing behind."""
     state, _ = reserve(group(), [Cost(1, 0, 1_000)] * 3, NOON, MINUTE)
     assert 3_000 == state.under_way
 
@@ -960,7 +960,7 @@ def test_limits_stated_later_cap_what_was_learned_and_never_raise_it() -> None:
     assert 600 == restated(learned, {"requests": 6_000}, NOON).requests.limit
 
 
-def test_a_stated_limit_that_is_raised_or_taken_away_is_learned_anew() -> None:
+def test_a_stated_limit_that_is_raised_or_removed_is_learned_again() -> None:
     reported = seen(Seen(600, 100))
     capped = observe(
         new_group("org", "a", NOON, {"requests": 100}), Observation(NOON, reported), NOON
@@ -1103,7 +1103,7 @@ def test_what_is_given_back_during_a_block_frees_no_start_before_its_end() -> No
     assert NOON + MINUTE < next_start(blocked, ONE, NOON) == next_start(freed, ONE, NOON)
 
 
-def test_a_429_for_output_in_flight_slows_nobody_down() -> None:
+def test_a_429_for_output_in_flight_does_not_reduce_the_rate() -> None:
     """Calls of our own are producing what upstream had left: that is known, and over when they end."""
     state = warm(group(requests=600, burst=100))
 
@@ -1247,7 +1247,7 @@ def test_overloads_of_calls_in_flight_together_are_one_event() -> None:
     assert state == circuit_failed(state, NOON + SECOND, MODEL)
 
 
-def test_an_open_breaker_lets_one_probe_through_at_a_time() -> None:
+def test_an_open_breaker_admits_one_probe_at_a_time() -> None:
     state, starts = reserve(failures(STREAK), [NEEDS_IT] * 10, NOON, 10 * SECOND)
 
     assert 1 == len(starts)
@@ -1272,7 +1272,7 @@ def test_a_call_that_is_served_ends_a_streak_that_opened_nothing() -> None:
     assert {} == circuit_served(failures(STREAK - 1), NOON, MODEL).circuits
 
 
-def test_what_works_is_not_in_the_books() -> None:
+def test_a_circuit_without_failures_is_not_recorded() -> None:
     state = group()
 
     assert state is circuit_served(state, NOON, MODEL)

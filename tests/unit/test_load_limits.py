@@ -153,7 +153,7 @@ def test_a_pool_that_cannot_be_read_is_reported(
     assert ["key pool not readable"] == scene.events.problem_names
 
 
-def test_who_was_quicker_is_taken_into_account(scene: Scene) -> None:
+def test_a_concurrent_change_of_the_group_is_kept(scene: Scene) -> None:
     scene.says("claude-a")
     taught = replace(new_group("org", "a", NOON), version=3, call_ms=77)
 
@@ -169,7 +169,7 @@ def test_who_was_quicker_is_taken_into_account(scene: Scene) -> None:
     assert (4, 77, 1_200) == (group.version, group.call_ms, group.requests.limit)
 
 
-def test_a_group_that_was_deleted_meanwhile_is_left_to_the_next_hour(scene: Scene) -> None:
+def test_a_concurrently_deleted_group_is_left_to_the_next_hour(scene: Scene) -> None:
     scene.says("claude-a")
     old = replace(new_group("org", "a", NOON), version=3)
     scene.limits.load = lambda _: {"org/a": old}  # type: ignore[assignment,method-assign]

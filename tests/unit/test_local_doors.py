@@ -129,7 +129,7 @@ def test_a_handler_refuses_before_any_of_its_methods_runs(
     connection.close()
 
 
-def test_every_server_we_write_stands_behind_the_rule() -> None:
+def test_every_server_in_the_repository_applies_the_rule() -> None:
     """Receivers of webhooks in tests stand for servers elsewhere, which have names of their own."""
     elsewhere = {"tests/integration/test_webhooks.py", "tests/acceptance/test_bulk.py"}
     open_ones = {

@@ -100,7 +100,9 @@ def test_a_large_request_is_not_passed_by_smaller_ones_again_and_again(
     assert not time.run(story())
 
 
-def test_who_waits_in_vain_lets_those_behind_go_on(time: VirtualTime, memory: Memory) -> None:
+def test_a_job_that_waits_for_memory_in_vain_does_not_block_those_behind_it(
+    time: VirtualTime, memory: Memory
+) -> None:
     async def story() -> tuple[bool, bool]:
         with memory.grant() as first, memory.grant() as large, memory.grant() as later:
             assert first.take_now(LARGE)

@@ -1,4 +1,4 @@
-"""From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever comes again."""
+"""From a file to ranges, and from ranges to results: once per content, in order, none twice, whatever is repeated."""
 
 import gzip
 import hashlib
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sluice.bulk import assemble
 from sluice.bulk import plan as plans
-from sluice.bulk.plan import FILE_MS
 from sluice.domain.batches import (
+    LONGEST_MS,
     SAMPLES,
     Phase,
     cancel_batch,
@@ -66,7 +66,7 @@ def test_a_file_is_a_batch_of_its_tenant_by_its_name(make: Make) -> None:
 
     batch = bulk.batch
     assert ("acme", "2026/january", "file") == (batch.tenant, batch.name, batch.source)
-    assert NOON + FILE_MS == batch.expires_at
+    assert NOON + LONGEST_MS == batch.expires_at
     assert Phase.RUNNING == batch.phase
     assert 1 == len(bulk.queues.ranges)
 
@@ -92,7 +92,7 @@ def test_the_object_itself_is_not_read_beyond_a_few_samples(make: Make) -> None:
     "key",
     ["out/acme/first/results.jsonl", "in/acme/first.options.json", "in/first.jsonl", "in/a/b/"],
 )
-def test_what_is_no_file_of_a_tenant_is_passed_over(make: Make, key: str) -> None:
+def test_an_object_that_is_not_a_file_of_a_tenant_is_ignored(make: Make, key: str) -> None:
     bulk = make()
     bulk.objects.put(key, b"{}")
 
@@ -102,7 +102,7 @@ def test_what_is_no_file_of_a_tenant_is_passed_over(make: Make, key: str) -> Non
     assert [] == bulk.events.problems
 
 
-def test_a_file_of_an_unknown_kind_is_said_and_not_run(make: Make) -> None:
+def test_a_file_of_an_unknown_kind_is_logged_and_not_run(make: Make) -> None:
     bulk = make()
     bulk.objects.put("in/acme/first.xlsx", b"PK")
 
@@ -120,7 +120,7 @@ def test_a_file_that_was_already_deleted_starts_no_batch(make: Make) -> None:
     assert {} == bulk.batches.stored
 
 
-def test_the_same_content_runs_once_however_often_it_is_said(make: Make) -> None:
+def test_the_same_content_runs_once_however_often_its_event_arrives(make: Make) -> None:
     bulk = make()
     rows = jsonl(a_row(1), a_row(2))
 
@@ -237,7 +237,7 @@ def test_options_that_cannot_be_used_end_the_batch_with_a_reason(
     assert [] == bulk.claude.calls
 
 
-def test_of_options_that_cannot_be_used_a_good_webhook_hears_of_it(make: Make) -> None:
+def test_a_valid_webhook_among_invalid_options_is_notified(make: Make) -> None:
     bulk = make()
     bulk.objects.put(
         "in/acme/first.options.json", b'{"max_tokens": -1, "webhook": "https://acme.example/"}'
@@ -634,7 +634,7 @@ def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make:
     assert ["row-1", "row-2"] == ids(bulk.results())
 
 
-def test_a_part_that_is_missing_is_not_passed_over(make: Make) -> None:
+def test_a_missing_part_is_not_skipped(make: Make) -> None:
     bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
     bulk.once()

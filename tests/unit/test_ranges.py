@@ -15,7 +15,7 @@ from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.limiter import Limiter
-from sluice.worker.range_lease import KEEP_MS, LEASE_MS
+from sluice.worker.range_claim import KEEP_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
@@ -470,7 +470,7 @@ def test_line_ends_byte_order_marks_and_a_missing_last_line_end_do_no_harm(make:
     assert [] == bulk.errors()
 
 
-def test_a_custom_id_that_stands_twice_in_a_range_is_called_once(make: Make) -> None:
+def test_a_custom_id_used_twice_in_a_range_is_called_once(make: Make) -> None:
     bulk = make()
 
     bulk.upload(jsonl(a_row(1), a_row(2), a_row(1)))
@@ -521,7 +521,7 @@ def test_a_foreign_message_becomes_a_dead_letter_unread(
     assert not bulk.claude.calls
 
 
-def test_a_message_that_comes_again_does_no_row_again(make: Make) -> None:
+def test_a_message_that_is_delivered_again_repeats_no_row(make: Make) -> None:
     """Before its batch ended the section is counted once; afterwards nothing is left to do."""
     bulk = make(joins_at_once=False)
     bulk.upload(jsonl(a_row(1)))
@@ -659,7 +659,7 @@ def test_a_join_that_fails_is_left_to_the_batches_function(
 def test_a_worker_that_dies_while_it_joins_is_followed_by_one_that_ends_the_batch(
     make: Make,
 ) -> None:
-    """Also where the queue of the batches function is out of reach: the range's message comes again."""
+    """Also if the queue of the batches function is unreachable: the range's message is returned."""
     bulk = make()
     bulk.upload(jsonl(a_row(1)))
     bulk.objects.before_put = died = Dies()

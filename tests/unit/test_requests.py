@@ -120,7 +120,7 @@ def params(**fields: str) -> str:
 
 
 def nested(levels: int) -> str:
-    """A job of so many levels: itself, its params, and lists in a field."""
+    """A job of this many levels: itself, its params, and lists in a field."""
     return item(params(x="[" * (levels - 2) + "]" * (levels - 2)))
 
 
@@ -236,6 +236,9 @@ DEADLINES = [
     ('"2026-W52-4T18:00:00Z"', "deadline: must be an RFC 3339 string with a time zone"),
     ('"9999-12-31T23:59:59-14:00"', "deadline: must be an RFC 3339 string with a time zone"),
     ('"0001-01-01T00:00:00+14:00"', "deadline: must be an RFC 3339 string with a time zone"),
+    ('"0001-01-01T00:00:00Z"', "deadline: must not be before the year 2000"),
+    ('"1970-01-01T00:00:00Z"', "deadline: must not be before the year 2000"),
+    ('"1999-12-31T23:59:59.999Z"', "deadline: must not be before the year 2000"),
     ("1700000000", "deadline: must be an RFC 3339 string with a time zone"),
     ('"1700000000"', "deadline: must be an RFC 3339 string with a time zone"),
     ('"soon"', "deadline: must be an RFC 3339 string with a time zone"),

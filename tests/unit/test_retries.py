@@ -61,7 +61,7 @@ def failed(
 
 
 KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
-    # The request itself is wrong: nobody's time is worth another try.
+    # The request itself is invalid: a retry would not help.
     ("bad request", failed(400, "invalid_request_error"), GiveUp, Effect.NONE),
     ("not found", failed(404, "not_found_error"), GiveUp, Effect.NONE),
     ("method", failed(405), GiveUp, Effect.NONE),
@@ -73,7 +73,7 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     # The key is wrong: another one may do.
     ("unauthenticated", failed(401, "authentication_error"), Snooze, Effect.REJECT_KEY),
     ("forbidden", failed(403, "permission_error"), Snooze, Effect.REFUSED_TO_KEY),
-    # Money: the group rests, and somebody has to look.
+    # Money: the group is blocked until a person acts.
     ("billing", failed(402, "billing_error"), Snooze, Effect.PARK_GROUP),
     ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.PARK_GROUP),
     ("spend cap", failed(429, code="enforced_spend_limit_reached"), Snooze, Effect.PARK_GROUP),
@@ -98,7 +98,7 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("gateway timeout", failed(504, "timeout_error"), Retry, Effect.ENDPOINT_FAILED),
     ("unheard of", failed(599), Retry, Effect.ENDPOINT_FAILED),
     ("connection lost", failed(None, "connection_error"), Retry, Effect.ENDPOINT_FAILED),
-    # A long answer is nobody's fault.
+    # A long answer is not the fault of the endpoint.
     ("out of time", failed(None, "output_timeout"), Retry, Effect.NONE),
 ]
 
@@ -189,7 +189,7 @@ def test_the_tiers_cap_rests_until_next_month() -> None:
     [failed(402), failed(400, message=OWN_LIMIT), failed(429, code="contract_spend_limit_reached")],
 )
 def test_other_money_problems_are_checked_again(failure: Failure) -> None:
-    """They end when somebody acts."""
+    """They end when a person acts."""
     assert NOON + POLICY.spend_recheck_ms == verdict(failure).until
 
 
@@ -225,7 +225,7 @@ def test_an_answer_cut_off_by_a_short_window_gets_a_whole_one() -> None:
     assert outcome.full_window
 
 
-def test_an_answer_too_long_for_a_whole_window_is_given_up() -> None:
+def test_an_answer_too_long_for_a_whole_window_is_not_retried() -> None:
     failure = Failure("output_timeout", "too long", had_full_window=True)
 
     assert Verdict(GiveUp()) == verdict(failure)

@@ -66,7 +66,7 @@ def test_a_blank_line_is_nothing(text: bytes) -> None:
     assert read(text) is None
 
 
-def test_a_byte_order_mark_before_a_row_is_passed_over() -> None:
+def test_a_byte_order_mark_before_a_row_is_skipped() -> None:
     text = b"\xef\xbb\xbf" + json.dumps({"custom_id": "a", "params": PARAMS}).encode() + b" \r"
 
     assert Row("a", PARAMS) == read(text)
@@ -237,7 +237,7 @@ def test_an_errored_result_has_upstreams_reason_and_request_id() -> None:
     } == result["error"]
 
 
-def test_a_reason_of_our_own_goes_by_a_name_that_clients_know() -> None:
+def test_an_error_type_of_sluice_is_reported_as_one_that_clients_know() -> None:
     own = json.loads(errored_line("a", JobError("attempts_used_up", "5 attempts failed")))
     none = json.loads(result_line("a", ended(State.ERRORED), None))
 

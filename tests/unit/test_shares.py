@@ -42,7 +42,7 @@ def claim(name: str, backlog: Backlog = EMPTY, **facts: object) -> Claim:
 
 
 def off(name: str, backlog: Backlog = WAITS, *, minutes: int = 10, **facts: object) -> Claim:
-    """One that was disabled so many minutes ago."""
+    """A mapping that was disabled this many minutes ago."""
     return claim(name, backlog, enabled=False, switched_at=NOON - minutes * MINUTE, **facts)
 
 
@@ -165,7 +165,7 @@ def test_following_a_decision_changes_nothing_more() -> None:
              off("webhooks", minutes=3), off("dead letters", minutes=4)],
             {"jobs", "ranges", "dead letters"},
         ),
-        # A queue whose messages are all hidden needs nobody now.
+        # A queue whose messages are all hidden needs no invocation now.
         (
             [claim("jobs", WAITS), claim("ranges", WAITS), claim("batches", WAITS),
              off("webhooks", RUNNING)],
@@ -201,7 +201,7 @@ def test_a_lowered_limit_disables_what_has_no_place_whatever_waits() -> None:
 # What is still running -------------------------------------------------------------------------------------
 
 
-def test_what_a_lowered_mapping_had_is_nobodys_until_it_has_ended() -> None:
+def test_executions_of_a_lowered_mapping_are_not_given_away_until_they_have_ended() -> None:
     """Seven workers refill themselves for up to a quarter of an hour, though the mapping now says three."""
     lowered = given_to(TEN, claim("jobs", WAITS, present=7), off("ranges"), off("webhooks"))
     running = claim("jobs", WAITS, present=3, left=7)
@@ -407,7 +407,9 @@ def test_with_two_executions_for_each_queue_none_is_ever_disabled(
 
 @settings(max_examples=150, deadline=None)
 @given(QUEUES, st.integers(sum(WANTS.values()), 1_000))
-def test_with_room_for_all_nobody_goes_short(queues: Sequence[Queue], room: int) -> None:
+def test_with_room_for_all_every_mapping_gets_what_it_wants(
+    queues: Sequence[Queue], room: int
+) -> None:
     play(queues, room, 0)
 
     assert [each.want for each in queues] == [each.present for each in queues]

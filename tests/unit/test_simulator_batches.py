@@ -192,7 +192,7 @@ def test_an_answer_in_a_batch_is_the_answer_of_the_messages_api() -> None:
     assert message == expected
 
 
-def test_results_come_in_an_order_of_their_own_that_the_seed_decides() -> None:
+def test_results_are_in_an_order_that_the_seed_decides() -> None:
     def order(seed: int, asked: list[dict[str, Any]]) -> list[str]:
         claude = Claude(seed=seed)
         batch = claude.create(asked)
@@ -285,7 +285,9 @@ def test_a_fallback_credit_is_accepted_and_ignored() -> None:
 @pytest.mark.parametrize(
     ("model", "expected"), [("claude-opus-5", "succeeded"), ("claude-haiku-4-5", "errored")]
 )
-def test_the_beta_for_long_answers_lets_newer_models_write_more(model: str, expected: str) -> None:
+def test_the_beta_for_long_answers_permits_more_output_for_newer_models(
+    model: str, expected: str
+) -> None:
     claude = Claude()
     asked = [request("long", model=model, max_tokens=300_000)]
     batch = claude.create(asked, beta="output-300k-2026-03-24")

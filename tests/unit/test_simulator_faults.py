@@ -45,12 +45,12 @@ def test_a_marker_is_read(user_id: str | None, expected: Script) -> None:
         "sim:,",
     ],
 )
-def test_a_marker_out_of_grammar_is_refused(user_id: str) -> None:
+def test_an_invalid_marker_is_rejected(user_id: str) -> None:
     with pytest.raises(MarkerError):
         read_script(user_id)
 
 
-def test_failures_come_in_their_order_and_then_end() -> None:
+def test_failures_occur_in_their_order_and_then_end() -> None:
     script = read_script("sim:529x2,500x1")
 
     assert [script.failure_of_call(nth) for nth in range(5)] == ["529", "529", "500", None, None]

@@ -320,6 +320,28 @@ def test_a_conflict_is_found_even_when_the_first_request_has_expired(intake: Int
     assert job == intake.jobs.stored[job.job_id]
 
 
+def test_the_name_of_a_deleted_job_is_free_though_its_request_is_still_stored(
+    intake: Intake,
+) -> None:
+    job = intake.one(ask("a", custom_id="row-1"))
+    intake.jobs.delete(job.job_id)
+    intake.params.leftovers.add(job.job_id)
+
+    again = intake.one(ask("b", custom_id="row-1"))
+
+    assert job.job_id == again.job_id
+    assert again.request_hash == intake.params.stored[again.job_id].request_hash
+
+
+def test_a_request_of_a_submit_in_progress_is_not_replaced(intake: Intake) -> None:
+    """Its job is stored in a moment, and must find its own request."""
+    job = intake.one(ask("a", custom_id="row-1"))
+    intake.jobs.delete(job.job_id)
+
+    assert isinstance(rejected(intake(ask("b", custom_id="row-1"))[0]), Conflict)
+    assert job.request_hash == intake.params.stored[job.job_id].request_hash
+
+
 def test_other_headers_make_another_request(intake: Intake) -> None:
     intake.one(ask(custom_id="row-1"))
 
@@ -458,7 +480,7 @@ def test_a_name_goes_before_the_count_of_resends(intake: Intake) -> None:
     assert keyed.job_id != intake.one(ask(), AGAIN).job_id
 
 
-def test_a_resend_sends_the_message_that_the_first_try_did_not_come_to(intake: Intake) -> None:
+def test_a_resend_sends_the_message_that_the_first_try_did_not_send(intake: Intake) -> None:
     intake.queue.break_down("send", Killed())  # type: ignore[arg-type]
     with pytest.raises(Killed):
         intake(ask(), sender=FIRST)
@@ -538,8 +560,8 @@ def test_what_of_a_list_is_there_already_is_a_repeat_and_the_rest_is_new(intake:
     assert 4 == len(intake.jobs.stored)
 
 
-def test_a_list_of_which_nobody_knows_whether_it_is_stored_is_rejected_and_found_again() -> None:
-    """Taken for repeats of somebody else's, nameless ones would be stored a second time, and billed."""
+def test_a_list_that_may_be_stored_is_rejected_and_found_by_a_repeat() -> None:
+    """If they were not recognized as repeats, unnamed jobs would be stored a second time, and billed."""
     intake = Intake(jobs := LostReply())
     jobs.lost = 1
 
@@ -688,7 +710,7 @@ def test_a_job_that_was_not_stored_is_rejected(intake: Intake, *, may_be_done: b
     assert [] == intake.sent
 
 
-def test_nobody_can_look_after_a_lost_reply_and_the_repeat_settles_it() -> None:
+def test_after_a_lost_response_and_a_failed_read_the_repeat_decides() -> None:
     jobs = LostReply()
     jobs.lost = 1
     intake = Intake(jobs)
@@ -699,9 +721,7 @@ def test_nobody_can_look_after_a_lost_reply_and_the_repeat_settles_it() -> None:
 
 
 @pytest.mark.parametrize("store", ["params", "jobs"])
-def test_a_fault_nobody_thought_of_is_the_outcome_of_one_job_only(
-    intake: Intake, store: str
-) -> None:
+def test_an_unexpected_error_is_the_outcome_of_one_job_only(intake: Intake, store: str) -> None:
     getattr(intake, store).fail_next("add_new", error=RuntimeError("item too large"))
     getattr(intake, store).fail_next("add", error=RuntimeError("item too large"))
 
@@ -723,7 +743,7 @@ def test_jobs_are_parked_whatever_keeps_the_queue_from_taking_them(intake: Intak
     assert {"messages not sent", "queue busy, jobs parked"} == set(intake.events.problem_names)
 
 
-def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent() -> None:
+def test_jobs_not_stored_in_time_are_rejected_and_the_others_are_sent() -> None:
     """The function has 28 seconds in all, and what is stored must still be sent."""
     one_at_a_time = Lock()
 
@@ -731,9 +751,9 @@ def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent
         def add_new(self, params: Sequence[Params]) -> set[str]:  # noqa: ARG002 - large requests
             return set()
 
-        def add(self, params: Params) -> None:
+        def add(self, params: Params, *, over_leftover: bool = False) -> None:
             with one_at_a_time:
-                super().add(params)
+                super().add(params, over_leftover=over_leftover)
                 scene.clock.at += START_WITHIN_MS // 10
 
     scene = Intake(params=Slow())
@@ -751,7 +771,7 @@ def test_what_does_not_come_to_its_turn_in_time_is_rejected_and_the_rest_is_sent
 # How long it will take -------------------------------------------------------------------------------------
 
 
-def test_nobody_known_is_about_one_a_second(intake: Intake) -> None:
+def test_the_estimate_without_known_groups_is_about_one_start_a_second(intake: Intake) -> None:
     waiting = StartEstimate(intake.queue, MemoryLimits(), intake.clock, intake.events)
     intake(*(ask(str(n)) for n in range(60)))
 

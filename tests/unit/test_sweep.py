@@ -68,7 +68,7 @@ class Scene:
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
-    """A job that a worker put aside; due after so many minutes."""
+    """A parked job, due after this many minutes."""
     owner = Lease("worker", NOON)
     running = claim(a_job(job_id, **facts), owner.owner, NOON - MINUTE, NOON)
     not_before = NOON + int(minutes * MINUTE)
@@ -154,7 +154,7 @@ def test_a_sweep_that_dies_loses_nothing(verb: str) -> None:
     assert [] == scene.jobs.due(DueFor.CALL, FOREVER, 10)
 
 
-def test_a_worker_that_was_quicker_than_the_sweep_keeps_the_job() -> None:
+def test_a_worker_that_claimed_the_job_before_the_sweep_keeps_it() -> None:
     scene = Scene(parked())
 
     def be_claimed() -> None:
@@ -204,7 +204,7 @@ def test_a_deadline_ends_a_job_though_its_group_is_blocked() -> None:
     assert Swept(due=2, expired=1, left=1) == scene.sweep()
 
 
-def test_a_job_that_went_on_meanwhile_is_not_expired() -> None:
+def test_a_job_that_has_started_since_is_not_expired() -> None:
     job = parked(deadline=NOON + MINUTE)
     scene = Scene(job)
     scene.clock.at = NOON + MINUTE
@@ -331,7 +331,7 @@ ROOMY = slow_group(6_000)
 
 
 def unheard(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
-    """A job that was accepted so long ago that the sweep checks it after so many minutes."""
+    """A job accepted so long ago that the sweep checks it after this many minutes."""
     return a_job(job_id, created_at=NOON - WATCH_MS + int(minutes * MINUTE), **facts)
 
 
@@ -363,7 +363,7 @@ def test_a_job_whose_worker_died_and_whose_message_is_lost_is_sent() -> None:
     assert 1 == scene.sweep().rescued
 
 
-def test_a_job_that_somebody_is_at_is_left_alone_for_a_while() -> None:
+def test_a_job_that_is_running_is_left_alone_for_a_while() -> None:
     busy = claim(unheard(), "worker", NOON - WATCH_MS, NOON + 1)
     scene = Scene(busy, groups=(ROOMY,))
 
@@ -428,3 +428,39 @@ def test_a_call_in_flight_may_end_after_the_deadline_and_a_dead_workers_job_expi
     scene.clock.at = NOON + MINUTE
 
     assert Swept(due=1, expired=1) == scene.sweep()
+
+
+def test_a_deadline_is_seen_after_a_parked_job_was_sent_however_long_the_queue() -> None:
+    job = parked(minutes=20, deadline=NOON + 40 * MINUTE)
+    quick = known_group("org", "a")
+    scene = Scene(job, groups=(replace(quick, requests=replace(quick.requests, limit=60)),))
+    for number in range(5_000):
+        scene.queue.post(job_id=f"other-{number}")
+
+    ended = None
+    for minute in range(8 * 60):
+        scene.clock.at = NOON + minute * MINUTE
+        scene.sweep(scene.clock.at + 50 * SECOND)
+        if scene.jobs.stored["job_1"].state.is_final:
+            ended = minute
+            break
+
+    assert 40 == ended
+    assert State.EXPIRED == scene.jobs.stored["job_1"].state
+    assert 5_001 == scene.queue.backlog().visible, "it was sent, and nobody received it"
+
+
+def test_a_deadline_is_seen_after_a_rescued_job_was_sent() -> None:
+    scene = Scene(a_job(deadline=NOON + 3 * 60 * MINUTE), groups=(known_group("org", "a"),))
+    ended = None
+    for minute in range(8 * 60):
+        scene.clock.at = NOON + minute * MINUTE
+        if minute == 100:
+            for number in range(5_000):
+                scene.queue.post(job_id=f"other-{number}")
+        scene.sweep(scene.clock.at + 50 * SECOND)
+        if scene.jobs.stored["job_1"].state.is_final:
+            ended = minute
+            break
+
+    assert 180 == ended

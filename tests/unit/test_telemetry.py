@@ -136,7 +136,7 @@ def test_a_library_that_logs_every_call_is_hushed(library: str) -> None:
     assert logger.isEnabledFor(logging.WARNING)
 
 
-def test_a_metric_nobody_declared_is_refused(setup: Setup) -> None:
+def test_an_undeclared_metric_is_rejected(setup: Setup) -> None:
     with pytest.raises(ValueError, match=r"'UpstreamCals' is not in sluice/ports/metrics\.py"):
         setup.telemetry.count("UpstreamCals")
 

@@ -46,7 +46,7 @@ from sluice.domain.rows import Record
 from sluice.domain.shares import Note
 from sluice.ports.jobs import Params, Received
 from sluice.ports.messages import batch_messages, received, webhook_of
-from sluice.worker.range_chunks import Sums
+from sluice.worker.range_claim import Sums
 from tests.fakes import NOON, FrozenClock, a_job, known_group
 
 BY_NAME: Final = frozenset({"metadata", "circuits", "waiting", "stated"})
@@ -107,7 +107,7 @@ class Table:
         return {"ContentLength": 1, "ETag": '"e"', "LastModified": _Midnight(at)}
 
     def add(self, news: Mapping[str, Any]) -> None:
-        """Add fields to the item: beside its attributes, and at every level of its record."""
+        """Add fields to the item: next to its attributes, and at every level of its record."""
         if "record" in self.item:
             record = json.loads(self.item["record"]["S"])
             self.item["record"] = {"S": json.dumps(more(record, news))}

@@ -170,7 +170,7 @@ def test_a_receiver_that_is_missing_is_left_alone_at_once() -> None:
     assert GiveUp() == judge(410, 1, 0)
 
 
-def test_pauses_grow_for_a_day_and_then_it_is_given_up() -> None:
+def test_pauses_grow_for_a_day_and_then_retries_end() -> None:
     ages = [0, *accumulate(PAUSES_MS)]
     verdicts = [judge(503, count, age) for count, age in enumerate(ages, start=1)]
 
@@ -258,7 +258,7 @@ def test_a_delivery_is_signed_as_the_receivers_library_expects() -> None:
     assert 1 == scene.events.counted("WebhooksDelivered")
 
 
-def test_the_secret_before_signs_as_well_so_that_a_change_needs_no_appointment() -> None:
+def test_the_previous_secret_signs_too_so_that_a_rotation_needs_no_coordination() -> None:
     scene = Scene(FakeWeb(Reply(204)), "new", "old")
     scene.post()
 
@@ -269,7 +269,7 @@ def test_the_secret_before_signs_as_well_so_that_a_change_needs_no_appointment()
         Signer(signing_secret(master, "acme")).verify(body, dict(headers))
 
 
-def test_a_failure_comes_again_under_the_same_name_and_is_logged_without_the_address() -> None:
+def test_a_failed_delivery_is_repeated_with_the_same_id_and_logged_without_its_url() -> None:
     scene = Scene(FakeWeb(Reply(problem="ConnectError"), Reply(500), Reply(200)))
     scene.post()
 
@@ -286,7 +286,7 @@ def test_a_failure_comes_again_under_the_same_name_and_is_logged_without_the_add
     assert "token" not in str(scene.events.notes)
 
 
-def test_one_that_fails_strangely_comes_again_like_any_other() -> None:
+def test_a_webhook_with_an_unexpected_error_is_retried_like_any_other() -> None:
     scene = Scene(FakeWeb(Reply(200)))
     for name in ("a", "b"):
         # There is one answer for two.

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 
 CODE_IS_CHECKED = {
-    "bench": False,
+    "bench": True,
     "functions": True,
-    "layers": False,
+    "layers": True,
     "scripts": True,
-    "tests": False,
+    "tests": True,
 }
 """Folders with Python code. While the texts of a folder are being rewritten, it is False."""
 
@@ -35,12 +35,20 @@ class Exempt:
 
 
 EXEMPT: tuple[Exempt, ...] = (
+    Exempt(
+        "bench/limits/scenarios.py",
+        'title="4 unequal organisations"',
+        "as recorded in docs/bench.md",
+    ),
     Exempt("docs/bench.md", "4 unequal organisations", "the title of a scenario, as recorded"),
     Exempt(
         "scripts/claude_simulator/__init__.py", '"organisations":', "a field of its configuration"
     ),
     Exempt(
         "scripts/claude_simulator/settings.py", '"organisations: ', "a field of its configuration"
+    ),
+    Exempt(
+        "tests/integration/test_simulator.py", '{"organisations": [', "a field of its configuration"
     ),
     Exempt("tests/smoke_runs.py", "_MODULE: Final", "a pattern of the names of modules"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 from aws_lambda_powertools.event_handler import Response
@@ -16,7 +17,7 @@ from sluice.domain.jobs import State
 from sluice.domain.limits import model_group
 from sluice.intake import requests as validation
 from sluice.intake.batches import Create
-from sluice.intake.submit import Accepted, Rejected, Sender
+from sluice.intake.submit import Accepted, Outcome, Rejected, Sender
 from sluice.routes.answers import answer, refusal, request_id
 from sluice.routes.batches import with_progress
 from sluice.routes.caller import account, batches, checked
@@ -27,6 +28,38 @@ router = APIGatewayHttpRouter()  # type: ignore[no-untyped-call]
 
 WORTH_SENDING_AGAIN: Final = (errors.StoreBusy, errors.Unexpected)
 """If a whole list is rejected, the first of these found decides the response, so that the client retries."""
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        description="Idempotency key. Resending the request with the same key returns the existing jobs.",
+    ),
+]
+AnthropicVersion = Annotated[
+    validation.Version | None,
+    Header(
+        description="API version for the upstream calls. Default: the latest version that Sluice supports."
+    ),
+]
+AnthropicBeta = Annotated[
+    validation.Beta | None,
+    Header(description="Beta features; forwarded with the upstream calls."),
+]
+DefaultWebhook = Annotated[
+    str | None,
+    Header(description="Default `webhook` for jobs that do not set one, or the batch's webhook."),
+]
+RetryCount = Annotated[
+    int | None,
+    Header(
+        ge=0,
+        description="Retry count, sent by Anthropic's SDKs. If it is above 0, a job without a custom_id and "
+        "without an Idempotency-Key is matched to the same request sent within the last 10 minutes.",
+    ),
+]
 
 
 @router.post(
@@ -47,59 +80,14 @@ WORTH_SENDING_AGAIN: Final = (errors.StoreBusy, errors.Unexpected)
 )
 def submit(  # noqa: PLR0913, PLR0917 - its headers
     body: Annotated[requests.SubmitBody, Body()],
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1,
-            max_length=255,
-            description="Idempotency key. Resending the request with the same key returns the existing jobs.",
-        ),
-    ] = None,
-    anthropic_version: Annotated[
-        validation.Version | None,
-        Header(
-            description="API version for the upstream calls. Default: the latest version that Sluice supports.",
-        ),
-    ] = None,
-    anthropic_beta: Annotated[
-        validation.Beta | None,
-        Header(description="Beta features; forwarded with the upstream calls."),
-    ] = None,
-    sluice_webhook: Annotated[
-        str | None,
-        Header(
-            description="Default `webhook` for jobs that do not set one, or the batch's webhook."
-        ),
-    ] = None,
-    x_stainless_retry_count: Annotated[
-        int | None,
-        Header(
-            ge=0,
-            description="Retry count, sent by Anthropic's SDKs. If it is above 0, a job without a custom_id and "
-            "without an Idempotency-Key is matched to the same request sent within the last 10 minutes.",
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
+    anthropic_version: AnthropicVersion = None,
+    anthropic_beta: AnthropicBeta = None,
+    sluice_webhook: DefaultWebhook = None,
+    x_stainless_retry_count: RetryCount = None,
 ) -> Response[Any]:
     """Accept jobs."""
-    networks = shared.settings().webhook_networks
-    webhook = validation.read_webhook(sluice_webhook, networks)
-    listed = requests.read_list(body.root)
-    if listed is not None and len(listed) > requests.MOST_JOBS:
-        options = Options(
-            anthropic_version=anthropic_version, anthropic_beta=anthropic_beta, webhook=webhook
-        )
-        asked = Create(
-            requests.as_rows(listed),
-            options,
-            Source.JOBS,
-            idempotency_key=idempotency_key,
-            retries=x_stainless_retry_count or 0,
-            client=router.current_event.headers.get("user-agent") or "",
-        )
-        batch = batches(router).create(asked)
-        return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
-    jobs = [body.root] if listed is None else listed
-    submissions = [requests.read_submission(job, networks) for job in jobs]
+    webhook = validation.read_webhook(sluice_webhook, shared.settings().webhook_networks)
     sender = Sender(
         router.context["tenant"],
         idempotency_key,
@@ -108,12 +96,23 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         webhook,
         resends=x_stainless_retry_count,
     )
-    outcomes = wiring.submit()(submissions, sender)
-    if listed is None:
-        (outcome,) = outcomes
-        if isinstance(outcome, Rejected):
-            raise outcome.error
-        return answer(202, _accepted(outcome), {"Location": f"/jobs/{outcome.job.job_id}"})
+    jobs = requests.read_list(body.root)
+    if jobs is None:
+        return _submit_one(body.root, sender)
+    if len(jobs) > requests.MOST_JOBS:
+        return _submit_batch(jobs, sender)
+    return _submit_list(jobs, sender)
+
+
+def _submit_one(job: dict[str, Any], sender: Sender) -> Response[Any]:
+    (outcome,) = _submit([job], sender)
+    if isinstance(outcome, Rejected):
+        raise outcome.error
+    return answer(202, _accepted(outcome), {"Location": f"/jobs/{outcome.job.job_id}"})
+
+
+def _submit_list(jobs: Sequence[Any], sender: Sender) -> Response[Any]:
+    outcomes = _submit(jobs, sender)
     data = [
         {"index": index, "status": "accepted", "job": _accepted(outcome)}
         if isinstance(outcome, Accepted)
@@ -132,6 +131,30 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         return refusal(next(again, rejected[0]), data=data)
     counts = {"accepted": len(outcomes) - len(rejected), "rejected": len(rejected)}
     return answer(202, {"type": "job_list", **counts, "data": data}, retry_after(*rejected))
+
+
+def _submit_batch(jobs: Sequence[Any], sender: Sender) -> Response[Any]:
+    options = Options(
+        anthropic_version=sender.anthropic_version,
+        anthropic_beta=sender.anthropic_beta,
+        webhook=sender.webhook,
+    )
+    asked = Create(
+        requests.as_rows(jobs),
+        options,
+        Source.JOBS,
+        idempotency_key=sender.idempotency_key,
+        retries=sender.resends or 0,
+        client=router.current_event.headers.get("user-agent") or "",
+    )
+    batch = batches(router).create(asked)
+    return answer(202, with_progress(batch), {"Location": f"/batches/{batch.batch_id}"})
+
+
+def _submit(jobs: Sequence[Any], sender: Sender) -> Sequence[Outcome]:
+    networks = shared.settings().webhook_networks
+    submissions = [requests.read_submission(job, networks) for job in jobs]
+    return wiring.submit()(submissions, sender)
 
 
 def _accepted(outcome: Accepted) -> dict[str, Any]:

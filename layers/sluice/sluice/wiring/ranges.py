@@ -13,8 +13,9 @@ from sluice.wiring.batches import assemble
 from sluice.wiring.shared import CLOCK, settings, sqs, telemetry
 from sluice.wiring.stores import ledger, objects
 from sluice.wiring.workers import new_worker
-from sluice.worker.range_rows import RowBooks, RowRequests, WindowRows
-from sluice.worker.ranges import RangeTools, RunRange
+from sluice.worker.range_claim import RangeTools
+from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.ranges import RunRange
 
 
 @cache
@@ -40,5 +41,5 @@ def run_range() -> RunRange:
         blocking=threads,
         events=telemetry(),
     )
-    worker = new_worker(rows, RowRequests(rows), rows, RowBooks(ledger(), rows), threads)
+    worker = new_worker(rows, rows, rows, RowBooks(ledger(), rows), threads)
     return RunRange(tools, worker, rows)

@@ -1,13 +1,11 @@
 """One attempt at a job: choose a key, get admitted, claim, call, record.
 
-The order of events is the promise: claimed before the call, answer stored before the message is done, one ledger row
+The order is guaranteed: the claim before the call, the stored answer before the acknowledged message, one ledger row
 per call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import assert_never
 
 from sluice.domain import jobs as life
@@ -19,27 +17,20 @@ from sluice.domain.waits import Place, place_of
 from sluice.notices.report import report_end
 from sluice.ports.claude import Body
 from sluice.ports.swap import swap
-from sluice.worker.call import Call, Heartbeat
-from sluice.worker.endings import DONE, Again, Done, Ending, Wait
-from sluice.worker.invocation import Invocation
-from sluice.worker.ledger import CallEntry
-from sluice.worker.limit_books import Admission, Claimant, Later, Moved, TooLarge
+from sluice.worker.call import Call
+from sluice.worker.invocation import DONE, Again, Done, Ending, Invocation, Wait
+from sluice.worker.limit_books import Admission, Later, Moved, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken
 
 
-@dataclass(frozen=True, slots=True)
-class _Claimed:
-    """A job whose call can be made."""
+class NoCall(Exception):
+    """The attempt ends before its call."""
 
-    job: Job
-    body: Body
-
-
-@dataclass(frozen=True, slots=True)
-class _NoMemory:
-    """There is no memory for the job's request now."""
+    def __init__(self, ending: Ending) -> None:
+        super().__init__()
+        self.ending = ending
 
 
 class Attempt:
@@ -50,62 +41,58 @@ class Attempt:
         self._taken = taken
         self._job = job
         self._tools = invocation.tools
-        self._rules = invocation.rules
-        self._limiter = invocation.limiter
 
     async def run(self) -> Ending:
-        """Bring the job as far as one attempt goes; jobs that have lost many workers run apart from the others."""
+        """Make one attempt at the job; jobs that have lost many workers run apart from the others.
+
+        Each step returns what the next one needs. If it turns out that no call can be made now, it raises NoCall.
+        """
         step = self._next_step()
-        if step is not Step.RUN:
-            return await self._without_call(step)
         most = life.most_in_flight(self._job)
-        hold_ms = self._rules.waits.hold_ms if most is None else waits.HOLD_APART_MS
-        async with self._invocation.held.suspects.turn(most):
-            return await self._with_memory(hold_ms)
+        hold_ms = self._invocation.rules.waits.hold_ms if most is None else waits.HOLD_APART_MS
+        try:
+            if step is not Step.RUN:
+                return await self._without_call(step)
+            async with self._invocation.held.suspects.turn(most):
+                with self._invocation.memory.grant() as grant:
+                    return await self._with_call(grant, hold_ms)
+        except NoCall as no_call:
+            return no_call.ending
 
-    async def _with_memory(self, hold_ms: int) -> Ending:
-        """Run it; a request too large for the memory that is left waits in line for it, without a start time."""
-        with self._invocation.memory.grant() as grant:
-            ending = await self._once(grant, hold_ms)
-            return await self._in_line(grant) if isinstance(ending, _NoMemory) else ending
-
-    async def _in_line(self, grant: Grant) -> Ending:
-        """Wait in line for memory, then try again."""
-        self._invocation.held.memory_waits += 1
-        if not await grant.take(self._job.request_bytes, waits.MEMORY_MS):
-            return self._invocation.in_queue(1_000 + self._invocation.spread(4_000))
-        # Jobs that wait for memory must not wait for limits that are not theirs.
-        ending = await self._once(grant, waits.START_WITH_MEMORY_MS)
-        return Again(self._job) if isinstance(ending, _NoMemory) else ending
-
-    async def _once(self, grant: Grant, hold_ms: int) -> Ending | _NoMemory:
+    async def _with_call(self, grant: Grant, hold_ms: int) -> Ending:
         """Choose, admit, claim, call, record."""
-        latest = self._latest_start(hold_ms)
-        choice = await self._invocation.keys.claimants(self._job)
-        if isinstance(choice, JobError) or not choice or latest is None:
-            return await self._not_chosen(choice)
-        admission = await self._limiter.admit(
-            [claimant for claimant, _ in choice],
-            self._job.input_chars,
-            self._job.max_tokens,
-            latest,
-        )
-        if not isinstance(admission, Admission):
-            return await self._not_admitted(admission)
-        key = next(key for claimant, key in choice if claimant == admission.claimant)
-        with admission:
-            claimed = await self._claimed(admission, key, grant)
-            if isinstance(claimed, _Claimed):
-                return await self._called(claimed, admission, key, grant)
-        return await self._end(State.ERRORED, claimed) if isinstance(claimed, JobError) else claimed
+        is_large = self._invocation.memory.wants(self._job.request_bytes) > 0
+        while True:
+            admission, key = await self._admit(hold_ms)
+            with admission:
+                # A small request is read while its job waits; a large one must not occupy memory during the wait.
+                if is_large:
+                    await self._wait_for_start(admission)
+                if grant.take_now(self._job.request_bytes):
+                    # Read before the claim: a failure here uses no attempt.
+                    body = await self._request(grant)
+                    try:
+                        if not is_large:
+                            await self._wait_for_start(admission)
+                        job = await self._claim(key)
+                    except BaseException:
+                        # The exception's traceback would keep the body in memory.
+                        body.release()
+                        raise
+                    return await self._call(job, body, admission, key, grant)
+            await self._wait_for_memory(grant)
+            # A job that waits for memory must not count as one that waits for limits.
+            hold_ms = waits.START_WITH_MEMORY_MS
 
-    # Choose -----------------------------------------------------------------------------------------------------
+    # Without a call ---------------------------------------------------------------------------------------------
 
     def _next_step(self) -> Step:
-        return life.next_step(self._job, self._invocation.now(), self._rules.policy.max_attempts)
+        return life.next_step(
+            self._job, self._invocation.now(), self._invocation.rules.policy.max_attempts
+        )
 
     async def _without_call(self, step: Step) -> Ending:
-        """Do what a step other than RUN asks for."""
+        """Do what the next step requires, other than RUN."""
         job, now, spread = self._job, self._invocation.now(), self._invocation.spread
         match step:
             case Step.DROP:
@@ -129,44 +116,57 @@ class Attempt:
             case _:
                 assert_never(step)
 
+    # Choose and admit -------------------------------------------------------------------------------------------
+
+    async def _admit(self, hold_ms: int) -> tuple[Admission, UpstreamKey]:
+        """Choose a key and reserve a start time in its limit group."""
+        latest = self._latest_start(hold_ms)
+        choice = await self._invocation.keys.claimants(self._job)
+        if isinstance(choice, JobError):
+            raise NoCall(await self._end(State.ERRORED, choice))
+        if not choice or latest is None:
+            raise NoCall(self._until_key_or_time(has_key=bool(choice)))
+        admission = await self._invocation.limiter.admit(
+            [claimant for claimant, _ in choice],
+            self._job.input_chars,
+            self._job.max_tokens,
+            latest,
+        )
+        match admission:
+            case Admission():
+                return admission, next(
+                    key for claimant, key in choice if claimant == admission.claimant
+                )
+            case Moved():
+                raise NoCall(Again(self._job))
+            case Later():
+                raise NoCall(await self._later(admission))
+            case TooLarge(input_tokens=tokens, limit=limit):
+                raise NoCall(await self._end(State.ERRORED, _too_large(self._job, tokens, limit)))
+            case _:
+                assert_never(admission)
+
     def _latest_start(self, hold_ms: int) -> int | None:
-        """Return until when it may wait for its start here; None when no call fits into the invocation any more."""
+        """Return the latest start in this invocation; None if no call fits into it any more."""
         now = self._invocation.now()
         hold_ms = min(waits.SCOUT_MS, hold_ms) if self._taken.is_scout else hold_ms
         latest = min(self._invocation.stop_at - self._invocation.window(self._job), now + hold_ms)
         return None if latest < now else latest
 
-    async def _not_chosen(
-        self, choice: Sequence[tuple[Claimant, UpstreamKey]] | JobError
-    ) -> Ending:
-        """End a job that no key may be used for; else give it back: no key is usable now, or no time is left."""
-        if isinstance(choice, JobError):
-            return await self._end(State.ERRORED, choice)
+    def _until_key_or_time(self, *, has_key: bool) -> Wait:
+        """Return the job: no key is usable now, or no time is left."""
         self._invocation.held.may_take = False
         spread = self._invocation.spread
-        if choice:
+        if has_key:
             return self._invocation.in_queue(spread(1_000))
         delay = waits.NO_KEY_MS + spread(10_000)
         return self._invocation.in_queue(waits.grown(delay, self._taken.message.receive_count))
 
-    # Admit ------------------------------------------------------------------------------------------------------
-
-    async def _not_admitted(self, answer: Later | TooLarge | Moved) -> Ending:
-        match answer:
-            case Moved():
-                return Again(self._job)
-            case Later():
-                return await self._later(answer)
-            case TooLarge(input_tokens=tokens, limit=limit):
-                return await self._end(State.ERRORED, _too_large(self._job, tokens, limit))
-            case _:
-                assert_never(answer)
-
     async def _later(self, later: Later) -> Ending:
-        """Give a job back that cannot start soon: to the queue, or out of it."""
+        """Return a job that cannot start soon to the queue, or park it."""
         is_scout = self._taken.is_scout
         if not is_scout:
-            # What is behind it in the queue would not start sooner.
+            # Jobs behind it in the queue would not start sooner.
             self._invocation.held.may_take = False
             await self._linger(later.at)
         now = self._invocation.now()
@@ -191,112 +191,89 @@ class Attempt:
 
     # Claim ------------------------------------------------------------------------------------------------------
 
-    async def _claimed(
-        self, admission: Admission, key: UpstreamKey, grant: Grant
-    ) -> _Claimed | _NoMemory | JobError | Ending:
-        """Wait for the start time, read the request, take the lease."""
-        is_large = self._invocation.memory.wants(self._job.request_bytes) > 0
-        # A small request is read while its job waits; the memory of a large one is not to wait with it.
-        if is_large and not await self._may_start(admission):
-            return Again(self._job)
-        if not grant.take_now(self._job.request_bytes):
-            return _NoMemory()
-        # Read before the claim: what fails here has used no attempt.
+    async def _wait_for_start(self, admission: Admission) -> None:
+        if not await self._invocation.limiter.wait_for_start(admission):
+            # It was revoked. The reason may have to do with the keys.
+            self._invocation.keys.look_anew()
+            raise NoCall(Again(self._job))
+
+    async def _wait_for_memory(self, grant: Grant) -> None:
+        """Wait in line for the memory for the request, without a start time."""
+        self._invocation.held.memory_waits += 1
+        if not await grant.take(self._job.request_bytes, waits.MEMORY_MS):
+            raise NoCall(self._invocation.in_queue(1_000 + self._invocation.spread(4_000)))
+
+    async def _request(self, grant: Grant) -> Body:
         body = await self._invocation.requests.read(self._job.job_id, grant)
         if body is None:
-            return JobError("request_lost", "the stored request is missing; submit the job again")
-        try:
-            if not is_large and not await self._may_start(admission):
-                claim: Job | Ending = Again(self._job)
-            else:
-                claim = await self._claim(key)
-        except BaseException:
-            # The exception's traceback would keep the body in memory.
-            body.release()
-            raise
-        if isinstance(claim, Job):
-            return _Claimed(claim, body)
-        body.release()
-        return claim
+            error = JobError("request_lost", "the stored request is missing; submit the job again")
+            raise NoCall(await self._end(State.ERRORED, error))
+        return body
 
-    async def _may_start(self, admission: Admission) -> bool:
-        """Wait for the start time; False when it was revoked."""
-        if await self._limiter.wait_for_start(admission):
-            return True
-        # The reason may have to do with the keys.
-        self._invocation.keys.look_anew()
-        return False
-
-    async def _claim(self, key: UpstreamKey) -> Job | Ending:
-        """Take the lease, unless the job or its key changed while it waited, or another worker was quicker."""
+    async def _claim(self, key: UpstreamKey) -> Job:
+        """Take the lease, unless the job or its key changed during the wait, or another worker was quicker."""
         if self._next_step() is not Step.RUN or self._invocation.keys.is_rejected(key):
-            return Again(self._job)
+            raise NoCall(Again(self._job))
         job, now = self._job, self._invocation.now()
         alone = life.most_in_flight(job) == 1
         claimed = life.claim(job, self._invocation.owner, now, now + waits.LEASE_MS, alone=alone)
         try:
             stored = await self._swap(claimed)
         except StoreBusy:
-            # Perhaps it is written: given up now, the attempt would count though no call was made.
+            # It may be written: if it was abandoned now, the attempt would count although no call was made.
             await self._tools.clock.sleep(waits.REWRITE_MS)
             stored = await self._swap(claimed)
         # Equal, but read back: only the response to the first try was lost.
         if stored != claimed:
-            return _overtaken_by(stored)
+            raise _overtaken_by(stored)
         await self._invocation.ledger.account_for_lost(job, claimed)
         return claimed
 
     # Call and record --------------------------------------------------------------------------------------------
 
-    async def _called(
-        self, claimed: _Claimed, admission: Admission, key: UpstreamKey, grant: Grant
+    async def _call(
+        self, job: Job, body: Body, admission: Admission, key: UpstreamKey, grant: Grant
     ) -> Ending:
-        invocation, events = self._invocation, self._tools.events
-        before, job = self._job, claimed.job
-        started = invocation.now()
-        if before.started_at is None:
-            events.count("StartDelaySeconds", (started - job.created_at) / 1000)
-        entry = CallEntry(job, admission.claimant, key, self._rules.prices, self._tools.clock)
-        heartbeat = Heartbeat(invocation, job)
-        with invocation.held.calling():
-            answer = await Call(invocation, heartbeat, admission, key).make(claimed.body, grant)
-            events.count("UpstreamCalls")
-            events.count("Calls", 1, entry.metric_group)
-            seconds = (invocation.now() - started) / 1000
-            events.count("CallSeconds", seconds, entry.metric_group)
-            return await Outcome(invocation, heartbeat, admission, key, entry).record(answer)
+        """Make the call for the claimed job, and record what it brought."""
+        if self._job.started_at is None:
+            delay_ms = self._invocation.now() - job.created_at
+            self._tools.events.count("StartDelaySeconds", delay_ms / 1000)
+        call = Call(self._invocation, job, admission, key)
+        with self._invocation.held.calling():
+            answer = await call.make(body, grant)
+            return await Outcome(call).record(answer)
 
-    # Writing without a call ------------------------------------------------------------------------------------
+    # Writing without a call -------------------------------------------------------------------------------------
 
-    async def _end(self, state: State, error: JobError | None) -> Ending:
-        """End a job that nobody runs."""
+    async def _end(self, state: State, error: JobError | None) -> Done:
+        """End a job that no worker runs."""
         ended = life.finish_waiting(self._job, state, self._invocation.now(), error)
-        stored = await self._swap(ended)
-        if stored is not ended:
-            return _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(self._job, ended)
+        await self._write(ended)
         report_end(self._tools.events, ended)
         return DONE
 
-    async def _park(self, delay_ms: int, reason: str) -> Ending:
+    async def _park(self, delay_ms: int, reason: str) -> Wait:
         """Take a waiting job out of the queue."""
         now = self._invocation.now()
         until = waits.parked_until(now, delay_ms) or now
-        parked = life.park(self._job, now, reason=reason, not_before=until)
-        stored = await self._swap(parked)
-        if stored is not parked:
-            return _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(self._job, parked)
+        await self._write(life.park(self._job, now, reason=reason, not_before=until))
         return Wait(until, Place.PARKED)
+
+    async def _write(self, wanted: Job) -> None:
+        """Write the record of a job that nobody runs."""
+        stored = await self._swap(wanted)
+        if stored is not wanted:
+            raise _overtaken_by(stored)
+        await self._invocation.ledger.account_for_lost(self._job, wanted)
 
     async def _swap(self, wanted: Job) -> Job | None:
         replace = self._tools.jobs.replace
         return await self._tools.blocking(swap, replace, wanted, self._job.version)
 
 
-def _overtaken_by(stored: Job | None) -> Again | Done:
-    """Return how a job goes on that another writer changed; a deleted one is done."""
-    return DONE if stored is None else Again(stored)
+def _overtaken_by(stored: Job | None) -> NoCall:
+    """Return how a job continues that another writer changed; a deleted one is done."""
+    return NoCall(DONE if stored is None else Again(stored))
 
 
 def _why_over(job: Job, step: Step, now: int) -> JobError:

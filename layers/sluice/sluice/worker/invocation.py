@@ -1,19 +1,76 @@
-"""What everything in one invocation of a worker shares."""
+"""What everything in one invocation of a worker shares, and how an attempt in it ends."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
+from typing import Final
 
 from sluice.domain.jobs import Job
 from sluice.domain.waits import LONGEST_DELAY_MS, Place, place_of, window_of
-from sluice.worker.endings import Wait
+from sluice.ports.claude import Body
+from sluice.ports.jobs import Params
 from sluice.worker.keys import KeyChoice
 from sluice.worker.ledger import Ledger
 from sluice.worker.limiter import Limiter
-from sluice.worker.memory import Memory
-from sluice.worker.requests import RequestReader
+from sluice.worker.memory import Grant, Memory
 from sluice.worker.source import Held
 from sluice.worker.tools import Rules, Tools
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The message is done: it may be deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The job continues at a time (epoch milliseconds); `where` says where it waits until then."""
+
+    until: int
+    where: Place
+    job: Job | None = None
+    """The record as last written, if known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The job continues at once, from this record."""
+
+    job: Job
+
+
+Ending = Done | Wait | Again
+DONE: Final = Done()
+
+
+class RequestReader:
+    """Reads the stored requests of jobs that start in the same moment together."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._wanted: dict[str, asyncio.Future[Params | None]] = {}
+
+    async def read(self, job_id: str, grant: Grant) -> Body | None:
+        """Return the request, None if it is missing. Its memory is released when it is sent."""
+        first = not self._wanted
+        wanted = self._wanted.setdefault(job_id, asyncio.get_running_loop().create_future())
+        if first:
+            await self._tools.clock.sleep(0)
+            await self._read_wanted()
+        params = await wanted
+        return None if params is None else Body(params.body, grant.sent)
+
+    async def _read_wanted(self) -> None:
+        wanted, self._wanted = self._wanted, {}
+        try:
+            found = await self._tools.blocking(self._tools.params.get_many, list(wanted))
+        except Exception as error:  # noqa: BLE001 - raised in each that waits
+            for future in wanted.values():
+                future.set_exception(error)
+        else:
+            for job_id, future in wanted.items():
+                future.set_result(found.get(job_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +90,7 @@ class Invocation:
     started: int
     """Epoch milliseconds."""
     stop_at: int
-    """When calls must have ended, in epoch milliseconds."""
+    """When all calls must have ended, in epoch milliseconds."""
 
     @property
     def whole_ms(self) -> int:
@@ -45,7 +102,7 @@ class Invocation:
         return self.tools.clock.now()
 
     def left(self) -> int:
-        """Return the milliseconds that are left for calls."""
+        """Return the milliseconds left for calls."""
         return self.stop_at - self.now()
 
     def spread(self, milliseconds: int) -> int:

@@ -1,4 +1,4 @@
-"""Which key a job is run with: what the pool allows, and what workers have learned of its keys."""
+"""The choice of a key for a job: what the pool permits, and what workers have learned about its keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
 
 KEYS_MS: Final = 5_000
-"""How old the key pool, and what others have learned about its keys, may be."""
+"""Maximum age of the key pool and of the key marks of other workers."""
 
 
 class KeyChoice:
@@ -35,12 +35,12 @@ class KeyChoice:
         tools: Tools,
         limiter: Limiter,
         model_groups: Mapping[str, str],
-        told_once: set[str],
+        warned_once: set[str],
     ) -> None:
         self._tools = tools
         self._limiter = limiter
-        self._told_once = told_once
-        """Advice that outlives the invocation, so that it is not given again."""
+        self._warned_once = warned_once
+        """Warnings already logged; kept across invocations, so that each is logged once."""
         self._keys: Sequence[UpstreamKey] | None = None
         self._read_at = 0
         self._reading = asyncio.Lock()
@@ -49,10 +49,10 @@ class KeyChoice:
         self._marks: dict[str, KeyMark] = {}
         self._own_marks: dict[str, KeyMark] = {}
         self._refusals: dict[str, dict[str, JobError]] = {}
-        """By job and key: a 403 is about the request as often as about the key."""
+        """By job and key, because a 403 can concern the request as well as the key."""
 
     async def claimants(self, job: Job) -> list[tuple[Claimant, UpstreamKey]] | JobError:
-        """Return one key for each limit group the job may use; empty while all are rejected."""
+        """Return one key for each limit group that the job may use; empty while all are rejected."""
         try:
             keys = await self._pool()
         except (KeyPoolBroken, StoreBusy) as error:
@@ -67,7 +67,7 @@ class KeyChoice:
             return JobError("permission_error", message, 403)
         refusals = self._refusals.get(job.job_id, {})
         if refusals and all(key.id in refusals for key in allowed):
-            # Every key was asked: it is the request that may not be made.
+            # Every key was tried: the request itself is not permitted.
             return next(iter(refusals.values()))
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
         stated = stated_limits(keys, self._marks)
@@ -88,16 +88,16 @@ class KeyChoice:
         return [self._by_weight(self._working(choices)) for choices in usable.values()]
 
     def is_rejected(self, key: UpstreamKey) -> bool:
-        """Tell whether upstream has refused the key as it is now."""
+        """Return whether upstream has rejected the current key."""
         mark = self._marks.get(key.id)
         return mark is not None and mark.rejects(key)
 
     def look_anew(self) -> None:
-        """Read the pool, and what others have learned, before the next choice."""
+        """Read the pool and the key marks again before the next choice."""
         self._read_at = 0
 
     async def reject(self, key: UpstreamKey) -> bool:
-        """Take a key out of the rotation; False when it is out already."""
+        """Take a key out of rotation; False if it already is."""
         known = self._marks.get(key.id) or KeyMark(key.id)
         if known.rejects(key):
             return False
@@ -111,7 +111,7 @@ class KeyChoice:
         return True
 
     def refused(self, job: Job, key: UpstreamKey, error: JobError) -> None:
-        """Remember that this key may not make this job's request, so that another one is asked."""
+        """Remember that this key may not make this job's request, so that another one is tried."""
         self._refusals.setdefault(job.job_id, {})[key.id] = error
         self._tools.events.problem(
             "request refused to a key", job_id=job.job_id, key_id=key.id, model=job.current_model
@@ -122,7 +122,7 @@ class KeyChoice:
         return job.job_id in self._refusals
 
     async def learn_organization(self, key: UpstreamKey, organization: str) -> None:
-        """Keep whose key this is, for all workers."""
+        """Record the organization of a key, for all workers."""
         mark = self._marks.get(key.id) or KeyMark(key.id)
         learned = replace(mark, organization=organization, learned_with=key.fingerprint)
         if learned != mark and await self._marked(learned):
@@ -131,7 +131,7 @@ class KeyChoice:
     def other_organization(
         self, key: UpstreamKey, claimant: Claimant, headers: Headers
     ) -> str | None:
-        """Return whose limits the key draws on, if that is not the organization it was admitted for."""
+        """Return the organization whose limits the key uses, if it is not the one the call was admitted for."""
         organization = headers.organization
         if organization is None or organization == claimant.organization:
             return None
@@ -146,7 +146,7 @@ class KeyChoice:
         return None
 
     async def _pool(self) -> Sequence[UpstreamKey]:
-        """Return the keys, and know what others have learned about them, both a few seconds old at most."""
+        """Return the keys, after reading their marks; both are at most a few seconds old."""
         async with self._reading:
             now = self._tools.clock.now()
             if self._keys is None or now - self._read_at >= KEYS_MS:
@@ -157,16 +157,16 @@ class KeyChoice:
                 if self._keys is None:
                     await self._read_groups()
                 self._keys, self._read_at = keys, now
-                # What this worker has just learned may not be written yet.
+                # What this worker has just learned may not have been written yet.
                 self._marks = {**marks, **self._own_marks}
                 for sentence in shared_organizations(keys, self._marks):
-                    if sentence not in self._told_once:
-                        self._told_once.add(sentence)
+                    if sentence not in self._warned_once:
+                        self._warned_once.add(sentence)
                         self._tools.events.note("keys share an organization", advice=sentence)
             return self._keys
 
     async def _read_groups(self) -> None:
-        """Read which models share limits: our data, corrected by upstream, then by the key pool."""
+        """Read which models share limits: the deployed data, corrected by upstream, then by the key pool."""
         learned = await self._tools.blocking(self._tools.limits.learned_groups)
         stated = await self._tools.blocking(self._tools.keys.model_groups)
         self._groups = {**self._model_groups, **learned, **stated}
@@ -174,7 +174,7 @@ class KeyChoice:
     def _working(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
     ) -> Sequence[tuple[Claimant, UpstreamKey]]:
-        """Leave out endpoints whose circuit breaker is open, unless there is no other."""
+        """Skip endpoints whose circuit breaker is open, unless there is no other."""
         working = [
             (claimant, key)
             for claimant, key in choices
@@ -203,7 +203,7 @@ class KeyChoice:
 
 
 def model_circuit(model: str) -> str:
-    """Return the name of a model's breaker: its overload is everybody's."""
+    """Return the name of a model's breaker."""
     return f"model {model}"
 
 

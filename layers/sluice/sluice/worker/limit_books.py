@@ -1,4 +1,4 @@
-"""What a worker knows and owes of each limit group, and who waits for a start in it."""
+"""What a worker knows of each limit group, what it must still write to it, and which jobs wait for a start in it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from sluice.domain.limits import (
 from sluice.ports.claude import Headers
 
 HORIZON_MS: Final = 3_000
-"""How far ahead start times are given out. Short, so that everybody soon uses a correction."""
+"""How far ahead start times are reserved. Short, so that all workers soon use a correction."""
 
 LEAST_BLOCK: Final = 16
-"""Jobs a write should carry where the rate allows it; at slow rates the horizon grows to hold that many."""
+"""Jobs that a write should reserve for, if the rate permits; at slow rates the horizon grows to include them."""
 
 LONGEST_HORIZON_MS: Final = 15_000
 
 SETTLE_MS: Final = 10_000
-"""How long settlements may wait for a reservation to travel with."""
+"""How long settlements may wait to be written together with a reservation."""
 
 REFUND_MS: Final = 300
-"""The same for what was reserved and not used."""
+"""The same for unused reservations."""
 
 PATIENCE_MS: Final = 10_000
-"""After this time a large job stops giving way to small ones that others bring."""
+"""After this time a large job no longer yields to small ones of other workers."""
 
 assert HORIZON_MS < LONGEST_HORIZON_MS
 assert REFUND_MS < SETTLE_MS
@@ -43,7 +43,7 @@ assert REFUND_MS < SETTLE_MS
 
 @dataclass(frozen=True, slots=True)
 class Claimant:
-    """A limit group a job could use and the key that would pay, with the pool's weight for it."""
+    """A limit group that a job could use, with the key and its weight in the pool."""
 
     group: str
     organization: str
@@ -74,7 +74,7 @@ def claimant_for(
 
 
 class Settles(Protocol):
-    """Where an admission is settled."""
+    """The interface that settles an admission."""
 
     def settle(
         self, admission: Admission, used: Cost | None, *, answered: bool, cached: bool
@@ -87,7 +87,7 @@ class Settles(Protocol):
 class Admission:
     """A start time in a limit group: reserved, and settled exactly once.
 
-    As a context manager it gives the reservation back on leaving, unless `settle` has said what was used.
+    As a context manager it releases the reservation on leaving, unless `settle` has reported the usage.
     """
 
     limiter: Settles
@@ -97,7 +97,7 @@ class Admission:
     reserved: Cost
     input_chars: int
     is_probe: bool = False
-    """A circuit breaker is open, and this call is to find out whether it still must be."""
+    """A circuit breaker is open; this call is its probe."""
     started_at: int | None = None
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
     is_settled: bool = False
@@ -116,7 +116,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Not in this invocation: the earliest start that can be expected, in epoch milliseconds."""
+    """No start in this invocation; the earliest expected start, in epoch milliseconds."""
 
     at: int
     reason: str
@@ -132,7 +132,7 @@ class TooLarge:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The group is known under another name now: choose again."""
+    """The group now has another name: choose again."""
 
 
 Admitted = Admission | Later | TooLarge | Moved
@@ -152,8 +152,8 @@ class Waiter:
     def horizon(self, group: Group, cost: Cost, now: int) -> int:
         """Return how far ahead it may reserve, at its `cost` in this group.
 
-        At slow rates further, so that a block is worth its write; but not where it could still go to another group
-        that turns out to be quicker. A large one that has waited long takes its place in the line.
+        At slow rates further, so that a block is worth its write, but not if another group could still be quicker. A
+        large job that has waited long reserves further ahead.
         """
         usual = HORIZON_MS
         if len(self.claimants) == 1:
@@ -166,13 +166,13 @@ class Waiter:
         return max(usual, self.latest_start - now) if is_large else usual
 
     def cost(self, group: Group, claimant: Claimant | None = None) -> Cost:
-        """Return what its call will probably take, and the circuit breakers it depends on in this group."""
+        """Return the estimated cost of its call, with the circuit breakers it depends on in this group."""
         claimant = claimant or self.claimant(group.id)
         estimate = group.estimate(self.input_chars, self.max_tokens)
         return replace(estimate, circuits=claimant.circuits)
 
     def claimant(self, group: str) -> Claimant:
-        """Return its claimant of a group."""
+        """Return its claimant for a group."""
         return next(each for each in self.claimants if each.group == group)
 
 
@@ -192,13 +192,13 @@ class Line:
         return Counter(each.group for waiter in self.waiters for each in waiter.claimants)
 
     def answer(self, waiter: Waiter, answer: Admitted) -> None:
-        """Give one its answer."""
+        """Answer one of them."""
         self.waiters.remove(waiter)
         if not waiter.answer.done():
             waiter.answer.set_result(answer)
 
     def send_away(self, now: int, later: Later) -> None:
-        """Answer those whose latest start has passed."""
+        """Answer those whose latest start is in the past."""
         for waiter in list(self.waiters):
             if now > waiter.latest_start:
                 self.answer(waiter, later)
@@ -222,7 +222,7 @@ Change = Callable[[Group, int], Group]
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What one write carries beside reservations."""
+    """What one write contains besides reservations."""
 
     changes: list[Change]
     settlements: list[Settlement]
@@ -243,7 +243,7 @@ class Unsure:
 
 @dataclass(eq=False, slots=True)
 class Books:
-    """This worker's view of one group, and what it has to write to it."""
+    """This worker's view of one group, and what it must write to it."""
 
     group: Group
     read_at: int
@@ -251,7 +251,7 @@ class Books:
     settlements: list[Settlement] = field(default_factory=list)
     observations: list[tuple[int, Headers]] = field(default_factory=list)
     due_at: float = inf
-    """When what has gathered must be written even if no reservation takes it along."""
+    """When pending changes must be written even without a reservation."""
     urgent: bool = False
     unsure: list[Unsure] = field(default_factory=list)
     open: list[Admission] = field(default_factory=list)
@@ -260,31 +260,31 @@ class Books:
 
     @property
     def has_start_ahead(self) -> bool:
-        """Whether a job waits for a start time it was given."""
+        """Whether a job waits for its reserved start time."""
         return any(admission.started_at is None for admission in self.open)
 
     def change(self, change: Change, now: int) -> None:
-        """Note a change that everybody should see at once."""
+        """Note a change that all workers should see at once."""
         self.changes.append(change)
         self.urgent = True
         self.gather(now)
 
     def foreseen(self, now: int) -> Group:
-        """Return the group as it will be with the changes that wait to be written."""
+        """Return the group with the pending changes."""
         group = self.group
         for change in self.changes:
             group = change(group, now)
         return group
 
     def take(self) -> Parcel:
-        """Take out what waits to be written."""
+        """Take the pending changes, in order to write them."""
         parcel = Parcel(self.changes, self.settlements, self.observations, self.due_at, self.urgent)
         self.changes, self.settlements, self.observations = [], [], []
         self.due_at, self.urgent = inf, False
         return parcel
 
     def put_back(self, parcel: Parcel) -> None:
-        """Put it back, before what has come since."""
+        """Put them back, before those added since."""
         self.changes[:0] = parcel.changes
         self.settlements[:0] = parcel.settlements
         self.observations[:0] = parcel.observations
@@ -292,16 +292,16 @@ class Books:
         self.urgent = self.urgent or parcel.urgent
 
     def gather(self, now: int, within_ms: int = SETTLE_MS) -> None:
-        """Note that something waits to be written."""
+        """Note that a change is pending."""
         self.due_at = min(self.due_at, now + within_ms)
 
     def give_back(self, epoch: int, reserved: Cost, now: int) -> None:
-        """Note a reservation that was not used: others may have what it holds."""
+        """Note an unused reservation, whose capacity others may use."""
         self.settlements.append(Settlement(epoch, reserved, UNUSED))
         self.gather(now, REFUND_MS)
 
     def revoke(self, epoch: int | None = None) -> None:
-        """Revoke the start times that are still ahead; those of this epoch stay valid."""
+        """Revoke the start times that have not been used, except those of this epoch."""
         for admission in self.open:
             if admission.started_at is None and admission.epoch != epoch:
                 admission.revoked.set()

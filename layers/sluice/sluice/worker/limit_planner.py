@@ -1,4 +1,4 @@
-"""Plans who starts when: gives every job that waits the group that can start it first, in blocks worth a write."""
+"""Plans start times: assigns each waiting job to the group that can start it first, in blocks worth a write."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ BUSY_MS: Final = 10_000
 """Wait of jobs that could not be admitted because the limits could not be read."""
 
 BLOCK_MS: Final = 15_000
-"""Jobs wait inside a worker for the end of a block up to this long: they must not keep other groups' jobs out."""
+"""Jobs wait in a worker at most this long for the end of a block, so that they do not keep out jobs of other groups."""
 
 
 @dataclass(eq=False, slots=True)
 class _Draft:
-    """A group as it would be after what is planned in this turn."""
+    """A group with the reservations planned in this turn."""
 
     group: Group
     full_at: int | None = None
     behind: int = 0
 
     def start(self, cost: Cost, now: int) -> int:
-        """Return the next start; once the horizon is full, a guess by the usual gap is good enough."""
+        """Return the next start; beyond the horizon, an estimate from the usual gap."""
         if self.full_at is None:
             return start_on(self.group, cost, now)
         return self.full_at + self.behind * usual_gap(self.group)
@@ -89,7 +89,7 @@ class Planner:
         return asyncio.create_task(self._run(), name="limiter")
 
     def stop(self) -> None:
-        """Have it end, never in the middle of a write: it would not be known whether it was done."""
+        """Stop it, but not during a write: it would be unknown whether it was done."""
         self._stopping = True
         self._wake.set()
 
@@ -104,7 +104,7 @@ class Planner:
                 await self._wake.wait()
                 self._is_idle = False
                 continue
-            # A moment's rest even when woken at once, so that what arrives together travels together.
+            # A short pause even if woken at once, so that jobs that arrive together share a write.
             await self._clock.sleep(min(pause, CONFLICT_MS))
             await wait_at_most(self._wake, self._clock, pause - CONFLICT_MS)
 
@@ -115,14 +115,14 @@ class Planner:
             self._events.problem("limits table busy")
             now = self._clock.now()
             self._line.send_away(now, Later(now + BUSY_MS, "limits table busy"))
-        except Exception as error:  # noqa: BLE001 - raised in all that wait
-            # They must not wait forever for a planner that cannot plan.
+        except Exception as error:  # noqa: BLE001 - raised in all waiting jobs
+            # They must not wait forever for a failing planner.
             self._events.problem("limiter failed")
             self._line.fail(error)
         return WATCH_MS
 
     async def _turn(self) -> int | None:
-        """Do what is due; return the milliseconds until something else is, or None when nothing is known to come."""
+        """Do what is due; return the milliseconds until the next task, None if none is known."""
         await self._writer.refresh()
         now = self._clock.now()
         planned = self._plan(now)
@@ -140,7 +140,7 @@ class Planner:
         return self._pause()
 
     def _plan(self, now: int) -> dict[str, list[Waiter]]:
-        """Choose a group for every waiter that can start soon, on copies; answer those that cannot start in time."""
+        """Choose a group for each waiter that can start soon, on copies; answer those that cannot start in time."""
         counts = self._line.counts()
         drafts = {
             name: _Draft(advanced(self._writer.as_in_line(books.group, counts[name], now), now))
@@ -149,7 +149,7 @@ class Planner:
         planned: dict[str, list[Waiter]] = {}
         for waiter in list(self._line.waiters):
             if any(claimant.group not in drafts for claimant in waiter.claimants):
-                # It came while the groups were read: its turn is next.
+                # It arrived while the groups were read: the next turn includes it.
                 continue
             best = _best(waiter, drafts, now)
             if isinstance(best, TooLarge):
@@ -176,7 +176,7 @@ class Planner:
         }
 
     def _is_worth_a_write(self, name: str, waiters: Sequence[Waiter], now: int) -> bool:
-        """Wait for a fuller block while the first of it would not start at once anyway."""
+        """Wait for a fuller block while its first job would not start at once anyway."""
         if len(waiters) >= min(LEAST_BLOCK, self._line.counts()[name]):
             return True
         group = self._books[name].group
@@ -201,7 +201,7 @@ class Planner:
         return max(CONFLICT_MS, min(times) - now) if times else None
 
     def _next_look(self, group: Group, now: int) -> int:
-        """Return when a block will be worth a write: some time before its first start, when it is full.
+        """Return when to write a block: once it is full, at the latest some time before its first start.
 
         Workers choose different moments, so that they do not all write at once.
         """
@@ -217,7 +217,7 @@ class Planner:
 def _best(
     waiter: Waiter, drafts: dict[str, _Draft], now: int
 ) -> tuple[int, _Draft, Cost] | TooLarge:
-    """Return the group that can start a job first, with its start and cost; TooLarge when it fits into none."""
+    """Return the group that can start a job first, with its start and cost; TooLarge if it fits into none."""
     best: tuple[int, _Draft, Cost] | None = None
     too_large: TooLarge | None = None
     for claimant in waiter.claimants:
@@ -236,6 +236,6 @@ def _best(
 
 
 def _never_fits(group: Group, input_chars: int) -> bool:
-    # An estimate must not end a job: only what is too large by any count is refused without a call.
+    # An estimate must not end a job: only a request that is certainly too large is rejected without a call.
     bucket = group.input_tokens
     return bucket.learned and input_chars > bucket.limit * MOST_CHARS_PER_TOKEN

@@ -1,6 +1,6 @@
 """Reads and writes the shared limit groups for one worker.
 
-A write carries everything that has gathered for its group: reservations, settlements, observed headers, blocks.
+A write contains all pending changes of its group: reservations, settlements, observed headers, blocks.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from sluice.worker.limit_books import (
 )
 
 WATCH_MS: Final = 800
-"""How old the shared state may be while jobs wait for it."""
+"""Maximum age of the shared state while jobs wait for it."""
 
 FRESH_MS: Final = 50
-"""How old the view of a group may be when a block is reserved on it: a read is cheaper than a lost race."""
+"""Maximum age of the view of a group for a reservation: a read is cheaper than a lost race."""
 
 SOON_MS: Final = 100
 """A block that starts within this time is written even if it is small."""
 
 MOST_RECENT: Final = 16
-"""Writes that a group remembers; after so many others, one whose response was lost counts as not done."""
+"""Number of writes that a group remembers; after that many others, one whose response was lost counts as not done."""
 
 CONFLICT_MS: Final = 20
 """Longest pause after a lost race."""
 
 MOST_CONFLICTS: Final = 100
-"""Races that one write may lose in a row: two seconds."""
+"""Races that one write may lose in a row: about two seconds."""
 
 assert FRESH_MS < WATCH_MS
 
@@ -92,7 +92,7 @@ class _Plan:
 
 
 class LimitWriter:
-    """One worker's books of all groups it uses, kept in step with the store."""
+    """One worker's views of all groups it uses, synchronized with the store."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a limiter needs of the world
         self,
@@ -117,14 +117,14 @@ class LimitWriter:
         self._limiter = limiter
         self.books: dict[str, Books] = {}
         self.moved: dict[str, str] = {}
-        """Groups opened under a key's name, and the organization each turned out to belong to."""
+        """Groups created under a key's name, with the organization that each belongs to."""
         self.writes = 0
         """Conditional writes tried since the worker started."""
 
     # Reading ----------------------------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
-        """Read the groups that somebody waits for, unless the view of them is fresh."""
+        """Read the groups for which jobs wait, unless their views are recent."""
         now = self._clock.now()
         wanted = {
             claimant.group: claimant
@@ -151,7 +151,7 @@ class LimitWriter:
     def _take_in(
         self, name: str, current: Group | None, claimant: Claimant | None, now: int
     ) -> None:
-        """Use what was read of a group, perhaps for the first time."""
+        """Use the group as read, maybe for the first time."""
         books = self.books.get(name)
         if books is None:
             assert claimant is not None
@@ -171,7 +171,7 @@ class LimitWriter:
         books.revoke()
 
     def _learn(self, books: Books, current: Group, now: int, *, certain: bool = False) -> None:
-        """Use what the store says, and revoke start times that it made void."""
+        """Use the stored group, and revoke start times that it invalidates."""
         books.read_at = now
         if current.version < books.group.version and not certain:
             return
@@ -185,7 +185,7 @@ class LimitWriter:
                     self._line.answer(waiter, Moved())
 
     async def _look_again(self, books: Books) -> None:
-        """Read the group, unless that has just been done: a read is cheaper than a lost race."""
+        """Read the group, unless this was just done: a read is cheaper than a lost race."""
         if self._clock.now() - books.read_at > FRESH_MS:
             found = await self._blocking(self._store.load, [books.group.id])
             self._learn(books, found.get(books.group.id, books.group), self._clock.now())
@@ -208,11 +208,11 @@ class LimitWriter:
     # Writing ----------------------------------------------------------------------------------------------------
 
     def as_in_line(self, group: Group, count: int, now: int) -> Group:
-        """Return a group that knows how many jobs wait here."""
+        """Return the group with the number of jobs that wait here."""
         return lined_up(group, self._name, count, now)
 
     def owes_word(self, group: Group, now: int) -> bool:
-        """Tell whether others, not knowing of the jobs that wait here, may take theirs for the last."""
+        """Return whether other workers may take their jobs for the last, not knowing of those here."""
         is_drained = now - max(self._line.drained_at, group.drained_at) < DRAINED_MS
         if not is_drained or not is_bound_by_output(group):
             return False
@@ -220,7 +220,7 @@ class LimitWriter:
         return now - said_at >= WAITING_MS // 2 and self._line.counts()[group.id] > 0
 
     async def write(self, books: Books, waiters: Sequence[Waiter] = ()) -> None:
-        """Bring the shared group up to date with all that has gathered, in one conditional write."""
+        """Write all pending changes to the shared group, in one conditional write."""
         async with books.writing:
             if books.unsure:
                 await self._make_sure(books)
@@ -233,7 +233,7 @@ class LimitWriter:
                 if not plan.is_news and not self.owes_word(plan.before, plan.now):
                     return
                 if waiters and not must and not plan.is_worth_its_write:
-                    # Another worker was quicker: what there is to settle can travel with the next block.
+                    # Another worker was quicker: settlements can be written with the next block.
                     books.put_back(parcel)
                     return
                 if await self._is_written(books, parcel, plan):
@@ -244,7 +244,7 @@ class LimitWriter:
             raise StoreBusy(what)
 
     def _plan(self, books: Books, parcel: Parcel, waiters: Sequence[Waiter]) -> _Plan:
-        """Return the write that brings the group up to date as it is known now."""
+        """Return the write of all pending changes to the group as known now."""
         now, group = self._clock.now(), books.group
         waiting = [waiter for waiter in waiters if not waiter.answer.done()]
         in_line = self._line.counts()[group.id]
@@ -258,17 +258,17 @@ class LimitWriter:
         return _Plan(now, group, new, waiting, costs, probes, starts)
 
     def _posted(self, books: Books, parcel: Parcel, group: Group, now: int) -> Group:
-        """Return the group with everything in the parcel entered."""
+        """Return the group with the changes of the parcel."""
         new = settle(group, parcel.settlements, now)
         for at, headers in parcel.observations[-1:]:
             new = observe(new, Observation(at, headers.seen, books.pending(at)), now)
         for change in parcel.changes:
             new = change(new, now)
-        # As of when it was seen: by the time of this write somebody may wait again.
+        # With the time of the observation: meanwhile jobs may wait again.
         return drained(new, self._line.drained_at)
 
     async def _is_written(self, books: Books, parcel: Parcel, plan: _Plan) -> bool:
-        """Write, and give out the start times; False when another worker was quicker."""
+        """Write, and answer the waiters with their start times; False if another worker was quicker."""
         group, left = plan.before, self._line.counts()[plan.before.id] - len(plan.starts)
         token = f"{self._name}.{self.writes}"
         written = replace(
@@ -280,7 +280,7 @@ class LimitWriter:
         try:
             stored = await self._blocking(swap, self._store.replace, written, group.version)
         except StoreBusy:
-            # It may have been done all the same: the next write finds out before it repeats anything.
+            # It may have been done: the next write finds out before it repeats anything.
             reserved = plan.costs[: len(plan.starts)]
             books.unsure.append(Unsure(token, written.epoch, parcel, reserved))
             books.due_at = self._clock.now()
@@ -290,7 +290,7 @@ class LimitWriter:
             self._start_anew(books, now)
             return False
         if stored != written:
-            # The store is right, even with a lower version: somebody may have deleted the item.
+            # The store is right, even with a lower version: the item may have been deleted.
             self._learn(books, stored, now, certain=True)
             return False
         self._learn(books, written, now)
@@ -313,7 +313,7 @@ class LimitWriter:
         planned = zip(plan.waiting, plan.starts, plan.costs, plan.probes, strict=False)
         for waiter, start, cost, is_probe in planned:
             if waiter.answer.done():
-                # It went away while its reservation was written: give that back.
+                # It left while its reservation was written: release that.
                 books.give_back(group.epoch, cost, self._clock.now())
                 continue
             admission = Admission(

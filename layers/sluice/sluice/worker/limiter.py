@@ -50,7 +50,7 @@ from sluice.worker.timeouts import wait_at_most
 
 
 class Limiter:
-    """One worker's door to the shared limits. Use as an async context manager around an invocation."""
+    """One worker's access to the shared limits. Use as an async context manager around an invocation."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a limiter needs of the world
         self,
@@ -78,11 +78,11 @@ class Limiter:
 
     @property
     def moved(self) -> Mapping[str, str]:
-        """Groups opened under a key's name, and the organization each turned out to belong to."""
+        """Groups created under a key's name, with the organization that each belongs to."""
         return self._writer.moved
 
     async def __aenter__(self) -> Self:
-        # What was learned in the last invocation is old by now: read again before the first use.
+        # State of the last invocation is outdated: read again before the first use.
         for books in self._books.values():
             books.read_at = 0
         self._planning = self._planner.start()
@@ -99,10 +99,10 @@ class Limiter:
                 try:
                     await self._writer.write(books)
                 except StoreBusy:
-                    # The group heals by itself: what was reserved is refilled with time.
+                    # The group recovers by itself: reserved capacity is refilled over time.
                     self._events.problem("limits table busy", limit_group=books.group.id)
 
-    # A call's way -----------------------------------------------------------------------------------------------
+    # The steps of a call -----------------------------------------------------------------------------------------
 
     async def admit(
         self, claimants: Sequence[Claimant], input_chars: int, max_tokens: int, latest_start: int
@@ -126,7 +126,7 @@ class Limiter:
                 self._line.waiters.remove(waiter)
 
     async def wait_for_start(self, admission: Admission) -> bool:
-        """Wait until the start time. False when it was revoked meanwhile: give the reservation back and ask again."""
+        """Wait until the start time. False if it was revoked: release the reservation and ask again."""
         await wait_at_most(admission.revoked, self._clock, admission.start - self._clock.now())
         if admission.revoked.is_set() or self._is_cut_off(admission):
             return False
@@ -141,9 +141,9 @@ class Limiter:
         answered: bool = False,
         cached: bool = False,
     ) -> None:
-        """Report what the call used; None when it was never sent, so that all of it is given back.
+        """Report what the call used; None if it was never sent, so that the whole reservation is released.
 
-        `answered`: `used` is real usage and teaches the estimates; `cached`: its input was partly cached.
+        `answered`: `used` is the actual usage, from which estimates are learned; `cached`: its input was partly cached.
         """
         assert not admission.is_settled, "a reservation is settled once"
         admission.is_settled = True
@@ -165,7 +165,7 @@ class Limiter:
     # What responses say -----------------------------------------------------------------------------------------
 
     def heard(self, admission: Admission, headers: Headers, *, served: bool) -> None:
-        """Use a response's headers; `served` when it brought an answer."""
+        """Use a response's headers; `served`: it has an answer."""
         books = self._books[admission.claimant.group]
         now = self._clock.now()
         if headers.seen:
@@ -174,7 +174,7 @@ class Limiter:
                 known(books.group, dimension, seen) for dimension, seen in headers.seen.items()
             )
         if served and len(headers.seen) < len(DIMENSIONS):
-            # Limits that upstream does not name are explored by its answers.
+            # Limits that upstream does not report are explored by its answers.
             books.changes.append(lambda group, _: grown(group))
             books.gather(now)
         if headers.seen or books.urgent:
@@ -191,7 +191,7 @@ class Limiter:
         headers: Headers = NO_HEADERS,
         request_id: str | None = None,
     ) -> None:
-        """Stop the whole group until a time: a 429, or a spend cap."""
+        """Block the whole group until a time: a 429, or a spend limit."""
         empty = {dimension for dimension, seen in headers.seen.items() if seen.remaining == 0}
         by = " ".join(filter(None, (admission.claimant.key_id, request_id)))
         overdrawn = empty == {"output_tokens"}
@@ -203,7 +203,7 @@ class Limiter:
         )
 
     def recall(self, admission: Admission) -> None:
-        """Revoke the start times of a call's group, of all workers: its key is no longer accepted."""
+        """Revoke all workers' start times in a call's group, because its key is no longer accepted."""
         self._react(admission, recalled)
 
     def failed(self, admission: Admission, circuit: str) -> None:
@@ -220,14 +220,14 @@ class Limiter:
         return books.foreseen(self._clock.now()).circuits.get(circuit, Breaker())
 
     def works(self, admission: Admission, circuit: str) -> None:
-        """Note that a model or an endpoint has served a call."""
+        """Note that a model or an endpoint has answered a call."""
         if circuit in self._books[admission.claimant.group].group.circuits:
             self._react(admission, partial(circuit_served, name=circuit))
 
     def belongs(self, admission: Admission, organization: str, headers: Headers) -> None:
-        """Note whose limits a key draws on, for a group that was opened under the key's name.
+        """Note the organization of a key, for a group that was created under the key's name.
 
-        What the first answer said of the limits is the organization's, and opens its group.
+        The limits in the first response are those of the organization, whose group is created with them.
         """
         claimant = admission.claimant
         opened_by_key = claimant.organization.startswith(PLACEHOLDER)
@@ -251,11 +251,11 @@ class Limiter:
 
     def _react(self, admission: Admission, change: Change) -> None:
         name = admission.claimant.group
-        # What a first answer says holds for the organization, not only for the key it was asked with.
+        # The limits in a first response apply to the organization, not only to the key of the call.
         now = self._clock.now()
         for each in dict.fromkeys((name, self._successors.get(name, name))):
             books = self._books[each]
-            # What changes nothing for others travels with the next reservation.
+            # A change that does not affect other workers is written with the next reservation.
             before = books.foreseen(now)
             if _is_news(change(before, now), before):
                 books.change(change, now)
@@ -267,17 +267,17 @@ class Limiter:
     # What is known ----------------------------------------------------------------------------------------------
 
     def is_open(self, group: str, circuit: str) -> bool:
-        """Tell whether a circuit breaker is open, as far as this worker knows."""
+        """Return whether a circuit breaker is open, as far as this worker knows."""
         books = self._books.get(group)
         breaker = books and books.group.circuits.get(circuit)
         return bool(breaker and breaker.is_open)
 
     def knows(self, admission: Admission) -> bool:
-        """Tell whether the limits of the call's group are known, and not a guess."""
+        """Return whether the limits of the call's group are known, and not guessed."""
         return self._books[admission.claimant.group].group.has_answers
 
     def starts_in(self, milliseconds: int) -> int:
-        """Return how many calls about can start in a time, in the groups of the held jobs."""
+        """Return approximately how many calls can start within a time, in the groups of the held jobs."""
         groups = self._line.counts()
         in_use = [books for name, books in self._books.items() if name in groups or books.open]
         return sum(milliseconds // usual_gap(books.group) for books in in_use)
@@ -288,12 +288,12 @@ class Limiter:
         return books.group if books else None
 
     def _is_cut_off(self, admission: Admission) -> bool:
-        """Tell whether a circuit breaker has opened since the start time was given."""
+        """Return whether a circuit breaker has opened since the reservation."""
         return not admission.is_probe and any(
             self.is_open(admission.claimant.group, name) for name in admission.claimant.circuits
         )
 
 
 def _is_news(after: Group, before: Group) -> bool:
-    """Tell whether others have to know at once: a block, or a circuit breaker that opens or closes."""
+    """Return whether other workers must know at once: a block, or a circuit breaker that opens or closes."""
     return after.epoch != before.epoch or open_circuits(after) != open_circuits(before)

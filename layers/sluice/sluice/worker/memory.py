@@ -1,8 +1,8 @@
 """The memory a worker spends on the requests and answers of its jobs.
 
 The promise: what a worker holds of requests and answers never exceeds `own` for each held job, plus `shared`, plus
-the `reserve`. Everything is counted before it is read, and given back when nothing of it is held. Small jobs spend what
-is their own and never wait here, whatever large ones do.
+the `reserve`. Everything is counted before it is read, and given back when nothing of it is held. Small jobs use their
+own bytes and never wait here, whatever large ones do.
 
 The unit is a byte of memory. What a byte of JSON costs while it is handled was measured: `REQUEST_FACTOR` and
 `ANSWER_FACTOR`. See docs/decisions/0025-a-budget-of-bytes.md.
@@ -21,13 +21,13 @@ from sluice.worker.timeouts import wait_at_most
 MEBIBYTE: Final = 1024 * 1024
 
 REQUEST_FACTOR: Final = 3
-"""A request is read compressed, then unpacked, and goes up in pieces: twice its size, and what is on its way."""
+"""A request is read compressed, unpacked, and sent in pieces: twice its size, and the pieces being sent."""
 
 ANSWER_FACTOR: Final = 4
 """An answer is parsed, kept as text, and encoded and compressed to be stored."""
 
 LARGEST_REQUEST_BYTES: Final = 8 * MEBIBYTE
-"""What a request of unknown size is taken for: jobs recorded before sizes were."""
+"""The assumed size of a request of unknown size, of a job recorded before sizes were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Budget:
     """How much memory a worker may spend."""
 
     own: int = 256 * 1024
-    """What each held job may use without asking; 30 MiB for the 120 of a worker."""
+    """Bytes that each held job may use without a request; 30 MiB for the 120 of a worker."""
     shared: int = 96 * MEBIBYTE
-    """What large requests, and answers beyond `own`, share."""
+    """Bytes shared by large requests and by answers beyond `own`."""
     most_answer: int = 8 * MEBIBYTE
     """The longest answer that is read, in bytes of JSON.
 
@@ -47,7 +47,7 @@ class Budget:
 
     @property
     def reserve(self) -> int:
-        """Kept for one answer that needs more when no shared memory is left: one answer can always be read on."""
+        """Kept for one answer that needs more when no shared memory is left, so that one can always be read."""
         return self.most_answer * ANSWER_FACTOR
 
 
@@ -57,7 +57,7 @@ BUDGET: Final = Budget()
 
 @dataclass(eq=False, slots=True)
 class Grant:
-    """The memory of one job's call. As a context manager it gives everything back on leaving."""
+    """The memory of one job's call. As a context manager it releases everything on leaving."""
 
     memory: Memory
     request: int = 0
@@ -67,7 +67,7 @@ class Grant:
     has_reserve: bool = False
 
     def take_now(self, request_bytes: int) -> bool:
-        """Take the memory for a request if there is some, and nobody waits for it; True when it is there already."""
+        """Take the memory for a request if it is free and no other request waits; True also if it was taken before."""
         amount = self.memory.wants(request_bytes)
         if amount > self.request:
             if not self.memory.has_free(amount):
@@ -76,24 +76,24 @@ class Grant:
         return True
 
     async def take(self, request_bytes: int, patience_ms: int) -> bool:
-        """Wait in line for the memory for a request; False when it does not come in time."""
+        """Wait for the memory for a request; False if it does not become free in time."""
         return await self.memory.wait_in_line(self, self.memory.wants(request_bytes), patience_ms)
 
     def sent(self) -> None:
-        """Give back what the request took: nothing of it is held any more."""
+        """Release the memory of the request, which is no longer held."""
         self.request = 0
         self.memory.hand_out()
 
     async def grow(self, answer_bytes: int) -> None:
-        """Wait until an answer of so many bytes may be held, all of it counted anew.
+        """Wait until an answer of this total size may be held.
 
-        An answer in flight goes before requests: what it holds is free the sooner. It never waits for one that waits
-        for it, as the one with the reserve waits for nobody.
+        Answers in flight have precedence over requests, because they release their memory sooner. There is no deadlock:
+        the answer with the reserve never waits.
         """
         own = self.memory.budget.own
         more = answer_bytes * ANSWER_FACTOR - own
         if more > self.answer and not self.has_reserve:
-            # In steps, so that a long stream does not ask at each event.
+            # In steps, so that a long stream does not request memory at each event.
             await self.memory.wait_to_grow(self, -(-more // own) * own)
 
     def __enter__(self) -> Self:
@@ -123,7 +123,7 @@ class Memory:
         self._requests: deque[_Wish] = deque()
 
     def grant(self) -> Grant:
-        """Return a grant that takes nothing yet."""
+        """Return an empty grant."""
         grant = Grant(self)
         self._grants.add(grant)
         return grant
@@ -150,7 +150,7 @@ class Memory:
         return not self._requests and self._fits(amount)
 
     async def wait_in_line(self, grant: Grant, amount: int, patience_ms: int) -> bool:
-        """Wait for the memory for a request, behind those that came before."""
+        """Wait for the memory for a request, behind earlier ones."""
         wish = _Wish(grant, amount)
         self._requests.append(wish)
         self.hand_out()
@@ -175,7 +175,7 @@ class Memory:
                 self._answers.remove(wish)
 
     def hand_out(self) -> None:
-        """Give what is free to those that wait: answers first, then requests in the order they came."""
+        """Give free memory to those that wait: answers first, then requests in order of arrival."""
         for wish in list(self._answers):
             if self._fits(wish.amount - wish.grant.answer):
                 wish.grant.answer = wish.amount
@@ -191,7 +191,7 @@ class Memory:
             wish.granted.set()
 
     def forget(self, grant: Grant) -> None:
-        """Note that a call is over."""
+        """Note that a call has ended."""
         self._grants.discard(grant)
         self.hand_out()
 

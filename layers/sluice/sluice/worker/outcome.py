@@ -1,4 +1,4 @@
-"""What a call brought: given to the limits and the keys, written into the job's record and the ledger."""
+"""The outcome of a call: applied to limits and keys, written to the job's record and the ledger."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from sluice.domain import waits
 from sluice.domain.breakers import STREAK
 from sluice.domain.errors import LeaseLost, NotStorable, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
-from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost
-from sluice.domain.pricing import Bill, LedgerRow, Usage
+from sluice.domain.pricing import Bill, Charge, LedgerRow, Spend, Usage, utc_day
 from sluice.domain.refusals import SPEND_LIMIT
 from sluice.domain.retries import (
     Effect,
@@ -30,15 +29,14 @@ from sluice.domain.retries import (
 from sluice.notices.report import report_end
 from sluice.ports.claude import Answer, Headers, Refused
 from sluice.ports.swap import MOST_TRIES, swap
-from sluice.worker.call import Heartbeat
-from sluice.worker.endings import DONE, Again, Ending
-from sluice.worker.invocation import Invocation
+from sluice.worker.call import Call
+from sluice.worker.invocation import DONE, Again, Ending
 from sluice.worker.keys import endpoint_circuit, model_circuit, refusals_circuit
-from sluice.worker.ledger import CallEntry
-from sluice.worker.limit_books import Admission
 
 Change = Callable[[Job, int], Job]
 Then = Callable[[Job], Ending]
+Consequence = tuple[Change, Then, LedgerRow | None]
+"""How the record of the job changes, how the job continues unless it has ended, and the call's ledger row."""
 
 AT_ONCE: Final = {
     Effect.REJECT_KEY,
@@ -46,69 +44,63 @@ AT_ONCE: Final = {
     Effect.BLOCK_GROUP,
     Effect.RAMP_GROUP,
 }
-"""After these a snoozed job looks again at once: another key may do, and the limiter knows how long a group waits."""
+"""After these a snoozed job tries again at once: another key may work, and the limiter knows all blocks."""
 
 
 class Outcome:
-    """What one call brought."""
+    """The outcome of one call."""
 
-    def __init__(
-        self,
-        invocation: Invocation,
-        heartbeat: Heartbeat,
-        admission: Admission,
-        key: UpstreamKey,
-        entry: CallEntry,
-    ) -> None:
-        self._invocation = invocation
-        self._heartbeat = heartbeat
-        self._admission = admission
-        self._key = key
-        self._entry = entry
-        self._owner = invocation.owner
-        self._tools = invocation.tools
-        self._events = invocation.tools.events
-        self._limiter = invocation.limiter
-        self._keys = invocation.keys
-        self._ledger = invocation.ledger
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._invocation = call.invocation
+        self._tools = call.invocation.tools
+        self._events = call.invocation.tools.events
         self._unknown_costs = 0
 
     async def record(self, answer: Answer | Refused) -> Ending:
-        """Use what the response said, and write what it means for the job."""
+        """Apply the response to limits and keys, and write the outcome of the job."""
         await self._learn(answer)
         if isinstance(answer, Answer):
-            return await self._answered(answer)
-        if self._heartbeat.is_canceled or answer.failure.type == "canceled":
-            return await self._stopped()
-        return await self._failed(answer.failure, answer.headers)
+            consequence = await self._answered(answer)
+        elif self._call.is_canceled:
+            consequence = self._canceled()
+        elif answer.failure.type == "canceled":
+            return self._lost()
+        else:
+            consequence = await self._failed(answer.failure, answer.headers)
+        return await self._write(*consequence)
 
-    # What the response says about more than this job ------------------------------------------------------------
+    # Limits and keys ---------------------------------------------------------------------------------------------
 
     async def _learn(self, answer: Answer | Refused) -> None:
-        headers, admission = answer.headers, self._admission
-        organization = self._keys.other_organization(self._key, admission.claimant, headers)
+        headers, admission = answer.headers, self._call.admission
+        organization = self._invocation.keys.other_organization(
+            self._call.key, admission.claimant, headers
+        )
         if organization is not None:
-            await self._keys.learn_organization(self._key, organization)
-            self._limiter.belongs(admission, organization, headers)
-        self._limiter.heard(admission, headers, served=isinstance(answer, Answer))
+            await self._invocation.keys.learn_organization(self._call.key, organization)
+            self._invocation.limiter.belongs(admission, organization, headers)
+        self._invocation.limiter.heard(admission, headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
-            self._limiter.works(admission, model_circuit(self._heartbeat.job.current_model))
-            self._limiter.works(admission, refusals_circuit(self._heartbeat.job.tenant))
+            self._invocation.limiter.works(admission, model_circuit(self._call.job.current_model))
+            self._invocation.limiter.works(admission, refusals_circuit(self._call.job.tenant))
         if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
-            self._limiter.works(admission, endpoint_circuit(self._key))
+            self._invocation.limiter.works(admission, endpoint_circuit(self._call.key))
 
     async def _apply(self, verdict: Verdict, failure: Failure, headers: Headers) -> None:
-        """Use what a failure says about the group, the model or the key."""
+        """Apply a failure to the group, the model or the key."""
         match verdict.effect:
             case Effect.NONE:
                 self._events.count("UpstreamErrors")
             case Effect.ENDPOINT_FAILED:
                 self._events.count("UpstreamErrors")
-                self._limiter.failed(self._admission, endpoint_circuit(self._key))
+                self._invocation.limiter.failed(
+                    self._call.admission, endpoint_circuit(self._call.key)
+                )
             case Effect.BLOCK_GROUP | Effect.RAMP_GROUP:
                 self._events.count("RateLimited")
-                self._limiter.throttled(
-                    self._admission,
+                self._invocation.limiter.throttled(
+                    self._call.admission,
                     verdict.until or 0,
                     "rate limited",
                     ramp=verdict.effect is Effect.RAMP_GROUP,
@@ -119,20 +111,20 @@ class Outcome:
                 self._park_group(verdict, failure)
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")
-                model = self._heartbeat.job.current_model
-                self._limiter.failed(self._admission, model_circuit(model))
+                model = self._call.job.current_model
+                self._invocation.limiter.failed(self._call.admission, model_circuit(model))
             case Effect.REJECT_KEY:
-                if await self._keys.reject(self._key):
-                    self._limiter.recall(self._admission)
+                if await self._invocation.keys.reject(self._call.key):
+                    self._invocation.limiter.recall(self._call.admission)
             case Effect.REFUSED_TO_KEY:
-                self._keys.refused(self._heartbeat.job, self._key, failure.error)
+                self._invocation.keys.refused(self._call.job, self._call.key, failure.error)
             case _:
                 assert_never(verdict.effect)
 
     def _park_group(self, verdict: Verdict, failure: Failure) -> None:
         reason = verdict.outcome.reason if isinstance(verdict.outcome, Snooze) else ""
-        name = self._admission.claimant.group
-        group = self._limiter.group(name)
+        name = self._call.admission.claimant.group
+        group = self._invocation.limiter.group(name)
         if group is None or group.blocked_until <= self._invocation.now():
             self._events.count("GroupsParked")
             self._events.problem(
@@ -143,22 +135,22 @@ class Outcome:
                 message=failure.message,
                 until=verdict.until,
             )
-        self._limiter.throttled(
-            self._admission, verdict.until or 0, reason, request_id=failure.request_id
+        self._invocation.limiter.throttled(
+            self._call.admission, verdict.until or 0, reason, request_id=failure.request_id
         )
 
     def _is_alike(self, failure: Failure) -> bool:
         """Count a refusal that no row of the table names; return whether several jobs in a row have met one."""
-        job = self._heartbeat.job
-        if self._keys.was_refused(job):
+        job, admission = self._call.job, self._call.admission
+        if self._invocation.keys.was_refused(job):
             # Another key refused it before: it is one job all the same.
             return False
-        breaker = self._limiter.refused(self._admission, refusals_circuit(job.tenant))
-        if breaker.is_open and (self._admission.is_probe or breaker.streak == STREAK):
+        breaker = self._invocation.limiter.refused(admission, refusals_circuit(job.tenant))
+        if breaker.is_open and (admission.is_probe or breaker.streak == STREAK):
             self._events.count("GroupsParked")
             self._events.problem(
                 "unknown refusals in a row",
-                limit_group=self._admission.claimant.group,
+                limit_group=admission.claimant.group,
                 tenant=job.tenant,
                 status=failure.status,
                 message=failure.message,
@@ -166,14 +158,14 @@ class Outcome:
             )
         return breaker.is_open
 
-    # What it means for the job ----------------------------------------------------------------------------------
+    # The job ----------------------------------------------------------------------------------------------------
 
-    async def _answered(self, answer: Answer) -> Ending:
-        usage, job, owner = answer.usage or Usage(), self._heartbeat.job, self._owner
+    async def _answered(self, answer: Answer) -> Consequence:
+        usage, job, owner = answer.usage or Usage(), self._call.job, self._invocation.owner
         if answer.usage is None:
-            self._admission.settle(self._admission.reserved)
+            self._call.admission.settle(self._call.admission.reserved)
         else:
-            self._admission.settle(
+            self._call.admission.settle(
                 Cost(1, usage.limited_input_tokens, usage.output_tokens),
                 answered=True,
                 cached=usage.cache_read_input_tokens > 0,
@@ -184,12 +176,12 @@ class Outcome:
             ("CacheReadTokens", usage.cache_read_input_tokens),
             ("OutputTokens", usage.output_tokens),
         ):
-            self._events.count(metric, tokens, self._entry.metric_group)
+            self._events.count(metric, tokens, self._call.metric_group)
         may_try_again = job.attempts_used < self._invocation.rules.policy.max_attempts
         if answer.stop_reason == "refusal" and job.has_fallback and may_try_again:
             error = JobError("refusal", f"{job.current_model} refused to answer")
-            row = self._entry.row("refusal", usage, cost, answer.request_id)
-            return await self._write(
+            row = self._row("refusal", usage, cost, answer.request_id)
+            return (
                 lambda job, now: life.retry(
                     job,
                     owner,
@@ -203,12 +195,12 @@ class Outcome:
                 Again,
                 row,
             )
-        row = self._entry.row("succeeded", usage, cost, answer.request_id)
+        row = self._row("succeeded", usage, cost, answer.request_id)
         try:
             result = await self._store(answer.message, row)
         except NotStorable as error:
-            return await self._write(partial(self._lost, error, answer.usage, cost), _done, row)
-        return await self._write(
+            return partial(self._unstored, error, answer.usage, cost), _done, row
+        return (
             lambda job, now: life.succeed(
                 job,
                 owner,
@@ -222,29 +214,30 @@ class Outcome:
             row,
         )
 
-    def _lost(
+    def _unstored(
         self, error: NotStorable, usage: Usage | None, cost: int | None, job: Job, now: int
     ) -> Job:
         """Return the job ended without what no store takes: a repeat would be billed and fail again."""
-        reason = JobError("result_not_storable", str(error))
-        return life.give_up(job, self._owner, now, error=reason, usage=usage, cost_micro_usd=cost)
+        owner, reason = self._invocation.owner, JobError("result_not_storable", str(error))
+        return life.give_up(job, owner, now, error=reason, usage=usage, cost_micro_usd=cost)
 
-    async def _stopped(self) -> Ending:
-        """End a call that was stopped from outside. It may have been billed, and the ledger says so."""
-        self._admission.settle(self._admission.reserved)
-        row = self._entry.row(
-            "canceled", Usage(), None, None, certain=False, note="stopped during call"
-        )
-        if not self._heartbeat.is_canceled:
-            self._ledger.account(row)
-            self._events.problem("lease lost during a call", job_id=self._heartbeat.job.job_id)
-            return self._invocation.in_queue(waits.LEASE_MS)
-        return await self._write(
-            lambda job, now: life.cancel_running(job, self._owner, now), _done, row
-        )
+    def _canceled(self) -> Consequence:
+        owner = self._invocation.owner
+        return lambda job, now: life.cancel_running(job, owner, now), _done, self._stopped()
 
-    async def _failed(self, failure: Failure, headers: Headers) -> Ending:
-        job = self._heartbeat.job
+    def _lost(self) -> Ending:
+        """Leave the job to the worker that has its lease, or to the next one."""
+        self._invocation.ledger.account(self._stopped())
+        self._events.problem("lease lost during a call", job_id=self._call.job.job_id)
+        return self._invocation.in_queue(waits.LEASE_MS)
+
+    def _stopped(self) -> LedgerRow:
+        """Return the row of a call that was stopped by its caller: it may have been billed."""
+        self._call.admission.settle(self._call.admission.reserved)
+        return self._row("canceled", Usage(), None, None, certain=False, note="stopped during call")
+
+    async def _failed(self, failure: Failure, headers: Headers) -> Consequence:
+        job = self._call.job
         verdict = judge(
             failure,
             now=self._invocation.now(),
@@ -256,13 +249,13 @@ class Outcome:
         )
         if not verdict.is_known and self._is_alike(failure):
             verdict = refused_alike(self._invocation.rules.policy)
-        self._admission.settle(self._used(failure))
+        self._call.admission.settle(self._used(failure))
         await self._apply(verdict, failure, headers)
         cost = self._cost(failure.usage, None) if failure.usage else None
         row = None
         if failure.usage or failure.may_be_billed:
             certain = failure.usage is not None and not failure.may_be_billed
-            row = self._entry.row(
+            row = self._row(
                 failure.type,
                 failure.usage or Usage(),
                 cost,
@@ -273,22 +266,19 @@ class Outcome:
         self._events.note(
             "call failed",
             job_id=job.job_id,
-            limit_group=self._admission.claimant.group,
-            key_id=self._key.id,
+            limit_group=self._call.admission.claimant.group,
+            key_id=self._call.key.id,
             status=failure.status,
             error_type=failure.type,
             error_code=failure.error_code,
             request_id=failure.request_id,
             outcome=type(verdict.outcome).__name__.lower(),
         )
-        change, then = self._consequence(verdict, failure, cost)
-        return await self._write(change, then, row)
+        return *self._change(verdict, failure, cost), row
 
-    def _consequence(
-        self, verdict: Verdict, failure: Failure, cost: int | None
-    ) -> tuple[Change, Then]:
+    def _change(self, verdict: Verdict, failure: Failure, cost: int | None) -> tuple[Change, Then]:
         """Return how the record changes after a failure, and what the job does then."""
-        owner = self._owner
+        owner = self._invocation.owner
         match verdict.outcome:
             case Snooze(after_ms=after, reason=reason):
                 then: Then = Again if verdict.effect in AT_ONCE else self._after(after)
@@ -336,64 +326,101 @@ class Outcome:
         """Return what a failed call took from the buckets: nothing if it was rejected, the estimate if unknown."""
         if failure.usage is not None:
             return Cost(1, failure.usage.limited_input_tokens, failure.usage.output_tokens)
-        return self._admission.reserved if failure.may_be_billed else None
+        return self._call.admission.reserved if failure.may_be_billed else None
 
     def _cost(self, usage: Usage | None, bill: Bill | None) -> int | None:
-        cost = self._entry.cost(usage, bill)
+        """Return the cost of the call; None if unknown. Without a bill all usage is the model's that was asked."""
+        model, day = self._call.claimed.current_model, utc_day(self._invocation.now())
+        bill = bill or (None if usage is None else Bill(None, (Charge(None, usage),)))
+        cost = self._invocation.rules.prices.bill_micro_usd(model, bill, day)
         if cost is None:
             self._unknown_costs = 1
             self._events.count("UnknownCosts")
             self._events.problem(
                 "upstream reports no usage" if usage is None else "model has no price",
-                model=self._heartbeat.job.current_model,
+                model=model,
                 served_by=bill.served_by if bill else None,
             )
         else:
             self._events.count("SpendUsd", cost / 1_000_000)
         return cost
 
+    def _row(  # noqa: PLR0913 - the facts of one call
+        self,
+        outcome: str,
+        usage: Usage,
+        cost: int | None,
+        request_id: str | None,
+        *,
+        certain: bool = True,
+        note: str | None = None,
+    ) -> LedgerRow:
+        """Return the call's row in the ledger."""
+        job = self._call.claimed
+        return LedgerRow(
+            tenant=job.tenant,
+            day=utc_day(self._invocation.now()),
+            # The version at the claim is unique to this call: the numbers of snoozed attempts repeat.
+            call_id=f"{job.job_id}#{job.version}",
+            job_id=job.job_id,
+            model=job.current_model,
+            lane=job.lane,
+            organization=self._call.admission.claimant.organization,
+            key_id=self._call.key.id,
+            request_id=request_id,
+            outcome=outcome,
+            # What is not certain is not known to have been billed.
+            spend=Spend.of_call(usage, cost if certain else cost or 0),
+            certain=certain,
+            note=note,
+        )
+
     # Writing ----------------------------------------------------------------------------------------------------
 
     async def _store(self, message: str, row: LedgerRow) -> life.Result:
-        # A name for this call alone: a late answer must not replace that of another call.
-        name = self._entry.answer_name
+        # A unique name: a late answer must not replace that of another call.
+        name = f"{self._call.claimed.job_id}-{self._call.claimed.version}"
         while True:
             try:
                 return await self._tools.blocking(self._tools.results.put, name, message)
             except StoreBusy:
                 await self._pause(row)
             try:
-                # Without its lease the job would be run again meanwhile.
-                await self._heartbeat.renew_if_due()
+                # Without its lease the job would be run again in the meantime.
+                await self._call.renew_if_due()
             except (StoreBusy, LeaseLost):
-                # The write of the outcome finds out what that means.
+                # The write of the outcome handles this.
                 continue
 
-    async def _write(self, change: Change, then: Then, row: LedgerRow | None = None) -> Ending:
-        """Write the job's new state, then its ledger row; `then` says how it goes on unless it has ended."""
+    async def _write(self, change: Change, then: Then, row: LedgerRow | None) -> Ending:
+        """Write the job's new state, then its ledger row; `then` says how it continues unless it has ended."""
         if row is not None and not row.certain:
-            # What may be billed and is repeated must be in the ledger even if this worker dies right after.
-            await self._ledger.record_now([row], news=[row])
+            # A call that may be billed and is repeated must be in the ledger even if this worker dies now.
+            await self._invocation.ledger.record_now([row], news=[row])
             row = None
+        note = None
+        ending: Ending = DONE
         try:
             written = await self._changed(change, row)
         except LeaseLost:
-            self._events.problem("lease lost", job_id=self._heartbeat.job.job_id)
-            self._account(row, "lease lost")
-            return self._invocation.in_queue(waits.LEASE_MS)
-        self._account(row, None if written else "job record gone")
-        if written is not None and not written.state.is_final:
-            return then(written)
-        if written is not None:
-            report_end(self._events, written)
-        return DONE
+            self._events.problem("lease lost", job_id=self._call.job.job_id)
+            note, ending = "lease lost", self._invocation.in_queue(waits.LEASE_MS)
+        else:
+            if written is None:
+                note = "job record missing"
+            elif written.state.is_final:
+                report_end(self._events, written)
+            else:
+                ending = then(written)
+        self._account(row, note)
+        return ending
 
     async def _changed(self, change: Change, row: LedgerRow | None) -> Job | None:
         """Write a change of the job; None when its record was deleted. Raises LeaseLost, or StoreBusy at the end."""
         tried: list[Job] = []
         conflicts = 0
         while conflicts < MOST_TRIES:
-            job, now = self._heartbeat.job, self._invocation.now()
+            job, now = self._call.job, self._invocation.now()
             wanted = change(job, now)
             wanted = replace(wanted, unknown_costs=wanted.unknown_costs + self._unknown_costs)
             if wanted.state is State.QUEUED and wanted.cancel_requested:
@@ -408,7 +435,7 @@ class Outcome:
                 if tried[1:]:
                     raise
                 cost = wanted.cost_micro_usd - job.cost_micro_usd
-                change = partial(self._lost, error, wanted.usage, cost)
+                change = partial(self._unstored, error, wanted.usage, cost)
                 continue
             except StoreBusy:
                 await self._pause(row)
@@ -417,16 +444,16 @@ class Outcome:
             if stored is None or stored in tried:
                 return stored
             # A cancel may have set its flag meanwhile; the call's outcome is still valid.
-            self._heartbeat.job = stored
+            self._call.job = stored
             conflicts += 1
         self._account(row, "outcome not stored")
         what = f"the job record, changed concurrently {MOST_TRIES} times,"
         raise StoreBusy(what)
 
     async def _pause(self, row: LedgerRow | None) -> None:
-        """Wait a moment for a busy store; raises StoreBusy when the invocation has no time left.
+        """Wait a moment for a busy store; raises StoreBusy if the invocation has no time left.
 
-        The call will be repeated then, so the ledger must have this one.
+        The call will then be repeated, so the ledger must contain this one.
         """
         if self._invocation.left() <= 0:
             self._account(row, "outcome not stored")
@@ -435,9 +462,9 @@ class Outcome:
         await self._tools.clock.sleep(waits.REWRITE_MS)
 
     def _account(self, row: LedgerRow | None, note: str | None = None) -> None:
-        """Have the call's row written; `note` says why the job's record does not show the call."""
+        """Add the call's row to the ledger; `note` says why the job's record does not show the call."""
         if row is not None:
-            self._ledger.account(replace(row, note=note or row.note))
+            self._invocation.ledger.account(replace(row, note=note or row.note))
 
 
 def _done(job: Job) -> Ending:

@@ -1,9 +1,9 @@
-"""Jobs of the jobs queue: the batch an invocation was given, and what it receives itself while its calls run."""
+"""Jobs of the jobs queue: the messages of the invocation, and those it receives itself while its calls run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
@@ -15,27 +15,27 @@ from sluice.worker.worker import Worker
 T = TypeVar("T")
 
 SLOTS: Final = 120
-"""Maximum jobs a worker holds, more than the mapping's batch brings."""
+"""Maximum jobs a worker holds; more than the mapping delivers at once."""
 
 WAITING: Final = 30
-"""A worker receives more messages while fewer jobs than this wait for their start."""
+"""A worker receives more messages while fewer than this many jobs wait for their start."""
 
 MOST_WAITING: Final = 80
 AHEAD_MS: Final = 15_000
-"""Where the limits let more than WAITING jobs start in this time, a worker holds as many, up to MOST_WAITING.
+"""If the limits permit more than WAITING starts in this time, a worker holds that many jobs, up to MOST_WAITING.
 
-So the last jobs of a queue are all held while there is still time to start the long ones among them. At slow rates
-they would only be in the way of other tenants' jobs, which a fair queue would deliver first.
+The last jobs of a queue are then all held while there is still time to start the long ones among them. At slow rates
+they would only delay other tenants' jobs, which a fair queue would deliver first.
 """
 
 RECEIVE_AT_ONCE: Final = 10
-"""SQS delivers no more at once."""
+"""Maximum that SQS delivers at once."""
 
 REFILL_MS: Final = 300_000
-"""How long an invocation receives messages: then the mapping, and so the governor, decides again."""
+"""How long an invocation receives messages; after that the mapping, and so the governor, decides again."""
 
 REFILL_PAUSE_MS: Final = 1_000
-"""Pause after the queue gave less than asked for."""
+"""Pause after the queue delivered less than requested."""
 
 assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 
@@ -49,7 +49,7 @@ class RunJobs:
         self.worker = worker
 
     async def __call__(self, messages: Sequence[Received], stop_at: int, owner: str) -> list[str]:
-        """Run a batch; return the ids of its messages that are not done.
+        """Run the messages of the invocation; return the ids of those that are not done.
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
@@ -75,19 +75,19 @@ class QueueSource:
         self._events = worker.tools.events
         self._limiter = worker.limiter
         self._batch = messages
-        """What Lambda has given, until it is taken."""
+        """Messages from Lambda that are not taken yet."""
         self.not_done = {message.message_id for message in messages}
-        """Those of them that Lambda must not delete."""
+        """Messages from Lambda that it must not delete."""
         self._batched = set(self.not_done)
-        """Those of them that are held: Lambda deletes them, by the receipts it has, unless they were given back."""
+        """Messages from Lambda that are held: Lambda deletes them, by its receipts, unless they were returned."""
         now = self._tools.clock.now()
         self._linger_until = now + worker.rules.waits.linger_ms
         self._refills_end = min(now + REFILL_MS, (now + stop_at) // 2)
         self._refill_at = now
         self._scout_at = now + waits.SCOUT_MS
         self._held: dict[str, Received] = {}
-        """Messages that are this worker's until it is done with them, with the receipt of their last delivery."""
-        self._hidden_at: int | None = None
+        """Messages that this worker holds until they are done, with the receipt of their last delivery."""
+        self._hide_at = now
         self._jobs: dict[str, list[Received]] = {}
         """Held jobs, each with further messages that name it."""
         self._strangers: list[tuple[Received, str]] = []
@@ -99,22 +99,19 @@ class QueueSource:
     # Taking -----------------------------------------------------------------------------------------------------
 
     async def take(self, held: Held) -> Sequence[Taken]:
-        """Return the batch; then wait for a time to receive more, until the held jobs have ended."""
+        """Return the messages of the invocation; then receive more, until the held jobs have ended."""
         batch, self._batch = self._batch, ()
-        if taken := await self._jobs_of(batch):
-            return taken
-        while held.count:
+        taken = await self._jobs_of(batch)
+        while not taken and held.count:
             await held.change(self._next_receive(held))
             at = self._next_receive(held)
             if at is not None and at <= self._tools.clock.now():
                 with held.taking():
                     taken = await self._receive(held)
-                if taken:
-                    return taken
-        return ()
+        return taken
 
     def _next_receive(self, held: Held) -> int | None:
-        """Return when to receive more messages; None while there is no room, or no use."""
+        """Return when to receive more messages; None while there is no free slot, or they could not start."""
         end = self._refills_end
         if held.suspects.refill_until is not None:
             end = min(end, held.suspects.refill_until)
@@ -122,11 +119,11 @@ class QueueSource:
             return None
         if not self._has_enough(held):
             return self._refill_at
-        # One more than the slots, for a job that need not wait for the limits of the others.
+        # One more than the slots, for a job that need not wait for the limits of the other jobs.
         return max(self._refill_at, self._scout_at) if held.count <= SLOTS else None
 
     def _has_enough(self, held: Held) -> bool:
-        """Tell whether more jobs would only wait here instead of in the queue."""
+        """Return whether more jobs would only wait here instead of in the queue."""
         if held.count + RECEIVE_AT_ONCE > SLOTS:
             return True
         if held.waiting < WAITING:
@@ -137,14 +134,14 @@ class QueueSource:
         is_scout = self._has_enough(held)
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = self._tools.clock.now() + waits.SCOUT_MS
+        messages: Sequence[Received] = ()
         try:
             messages = await self._tools.blocking(self._inbox.receive, most, waits.LEASE_MS)
         except StoreBusy as busy:
             self._events.problem("store busy", what=busy.what)
-            self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
-            return ()
-        if not messages:
-            self._limiter.drained()
+        else:
+            if not messages:
+                self._limiter.drained()
         if len(messages) < most:
             self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
         return await self._jobs_of(messages, is_scout=is_scout)
@@ -153,10 +150,16 @@ class QueueSource:
         self, messages: Sequence[Received], *, is_scout: bool = False
     ) -> Sequence[Taken]:
         """Return the jobs that messages name and that are not held, with their records."""
-        new = [(job_id, each) for each in messages if (job_id := self._new_job(each)) is not None]
-        jobs = await self._read([job_id for job_id, _ in new]) if new else {}
+        new = {job_id: each for each in messages if (job_id := self._new_job(each)) is not None}
+        jobs: Mapping[str, Job] | None = {}
+        try:
+            if new:
+                jobs = await self._tools.blocking(self._records.get_many, list(new))
+        except Exception as error:  # noqa: BLE001 - the worker reads each job by itself
+            self._events.problem("batch not readable", reason=str(error))
+            jobs = None
         taken = []
-        for job_id, message in new:
+        for job_id, message in new.items():
             if jobs is not None and job_id not in jobs:
                 del self._jobs[job_id]
                 self._strangers.append((message, "no such job"))
@@ -169,8 +172,8 @@ class QueueSource:
     def _new_job(self, message: Received) -> str | None:
         """Hold a message from now on; return the job to run for it, None if there is none.
 
-        A job runs once at a time: nothing would keep apart two messages of it under one owner's name. A message that
-        was delivered again while its job runs here is still the same one, with a new receipt.
+        A job runs once at a time, because two runs under the same owner could not be distinguished. A message that is
+        delivered again while its job runs here replaces the old one, with a new receipt.
         """
         is_new = message.message_id not in self._held
         self._held[message.message_id] = message
@@ -185,20 +188,10 @@ class QueueSource:
         self._jobs[message.job_id] = []
         return message.job_id
 
-    async def _read(self, job_ids: Sequence[str]) -> Mapping[str, Job] | None:
-        """Read the records together; None on failure: the worker reads them one by one."""
-        try:
-            return await self._tools.blocking(self._records.get_many, job_ids)
-        except StoreBusy as error:
-            self._events.problem("batch not readable", reason=str(error))
-        except Exception:  # noqa: BLE001 - each job is read again on its own
-            self._events.problem("batch not readable")
-        return None
-
-    # Letting go -------------------------------------------------------------------------------------------------
+    # Acknowledge and return -------------------------------------------------------------------------------------
 
     def done(self, message: Received) -> None:
-        """Let a message go, and others that name the same job."""
+        """Acknowledge a message, and others that name the same job."""
         self._delete(message)
         self._delete_others(message)
 
@@ -227,29 +220,29 @@ class QueueSource:
         """Keep messages hidden; reject messages that name no job; return or delete messages."""
         await self._keep_hidden()
         await self._handle_strangers()
+        await self._write("put back", self._put_back, self._to_put_back, last=last)
+        await self._write("deleted", self._inbox.delete, self._to_delete, last=last)
+        return not self._to_put_back and not self._to_delete
+
+    def _put_back(self, messages: Sequence[tuple[Received, int]]) -> None:
         now = self._tools.clock.now()
-        delays = [(message, max(0, at - now)) for message, at in self._to_put_back]
-        inbox, back, delete = self._inbox, self._to_put_back, self._to_delete
-        await self._write("put back", inbox.put_back, delays, back, last=last)
-        await self._write("deleted", inbox.delete, tuple(delete), delete, last=last)
-        return not back and not delete
+        self._inbox.put_back([(message, max(0, until - now)) for message, until in messages])
 
     async def _keep_hidden(self) -> None:
-        """Hide the messages for the length of a lease, again and again: if this worker dies, they are soon visible.
+        """Hide the messages for the length of a lease, repeatedly: if this worker dies, they soon become visible.
 
         Otherwise they would stay hidden for the queue's own visibility timeout, six times the longest invocation.
         """
         now = self._tools.clock.now()
-        if self._hidden_at is not None and now - self._hidden_at < waits.RENEW_MS:
-            return
-        held = list(self._held.values())
-        try:
-            if held:
-                await self._tools.blocking(self._inbox.keep_hidden, held, waits.LEASE_MS)
-        except Exception:  # noqa: BLE001 - tried again in the next round
-            self._events.problem("messages not kept hidden", messages=len(held))
-        else:
-            self._hidden_at = now
+        if now >= self._hide_at:
+            held = list(self._held.values())
+            try:
+                if held:
+                    await self._tools.blocking(self._inbox.keep_hidden, held, waits.LEASE_MS)
+            except Exception:  # noqa: BLE001 - tried again in the next round
+                self._events.problem("messages not kept hidden", messages=len(held))
+            else:
+                self._hide_at = now + waits.RENEW_MS
 
     async def _handle_strangers(self) -> None:
         strangers, self._strangers = self._strangers, []
@@ -269,23 +262,17 @@ class QueueSource:
                 self.done(message)
 
     async def _write(
-        self,
-        what: str,
-        call: Callable[[Sequence[T]], None],
-        wanted: Sequence[T],
-        gathered: list[Any],
-        *,
-        last: bool,
+        self, what: str, call: Callable[[Sequence[T]], None], gathered: list[T], *, last: bool
     ) -> None:
+        """Write the collected changes; after a failure they are kept for the next round."""
         some = list(gathered)
         gathered.clear()
-        if not some:
-            return
         try:
-            await self._tools.blocking(call, wanted)
+            if some:
+                await self._tools.blocking(call, some)
         except Exception:  # noqa: BLE001 - tried again in the next round
             if last:
-                # Not lost: they are visible again when the queue's own visibility timeout ends.
+                # Not lost: they become visible when the queue's own visibility timeout ends.
                 self._events.problem(f"messages not {what}", messages=len(some))
             else:
                 gathered[:0] = some

@@ -29,11 +29,11 @@ HELD_BYTES: Final = 32 * 1024 * 1024
 
 TOKEN_BYTES: Final = 4
 MOST_EXPECTED_BYTES: Final = 1024 * 1024
-"""An answer is expected to have four bytes per token of `max_tokens`, up to this size."""
+"""The expected size of an answer is four bytes per token of `max_tokens`, up to this."""
 
 SAVE_BYTES: Final = 8 * 1024 * 1024
 SAVE_MS: Final = 2_000
-"""Ended rows are saved at the latest when their records have so many bytes, or the first of them is so old."""
+"""Ended rows are saved at the latest when their records have this many bytes, or the first of them is this old."""
 
 AGAIN: Final = "the worker before died: an earlier call of this row may have been billed"
 
@@ -54,7 +54,7 @@ class Ended:
 
 @dataclass(slots=True)
 class Seat:
-    """A row while its window is run."""
+    """A row during the run of its window."""
 
     line: Line
     job: Job
@@ -67,7 +67,7 @@ class Seat:
 
     @property
     def expected_bytes(self) -> int:
-        """About how large the answer may be."""
+        """The expected size of the answer."""
         return min(MOST_EXPECTED_BYTES, self.job.max_tokens * TOKEN_BYTES)
 
     @property
@@ -77,7 +77,7 @@ class Seat:
 
 
 class WindowRows:
-    """The rows of one window: a worker's job records and answers, and what has ended and is not saved."""
+    """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -87,17 +87,22 @@ class WindowRows:
         self._unsaved_bytes = 0
         self._oldest_unsaved = 0
         self._held_bytes = 0
-        self._is_closed = False
+        self.is_closed = False
+        """Another worker has the range."""
         self._again: set[str] = set()
         self._starting: Callable[[Sequence[str]], None] = _nothing
         self._options = Options()
 
-    def open(self, seats: Iterable[Seat], options: Options, *, again: bool = False) -> None:
+    def begin(self, options: Options) -> None:
+        """Accept writes for the rows of another claim of a range."""
+        self._options = options
+        self.is_closed = False
+        self.open(())
+
+    def open(self, seats: Iterable[Seat], *, again: bool = False) -> None:
         """Replace the rows by those of another window; `again`: a worker died with them."""
         self._seats = {seat.job.job_id: seat for seat in seats}
         self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
-        self._is_closed = False
-        self._options = options
         self._starting = _nothing
         for seat in self._seats.values():
             if seat.ended is not None:
@@ -105,18 +110,13 @@ class WindowRows:
         self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
 
     def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
-        """Have `starting` called, in a thread, with the ids of rows before their requests are made."""
+        """Call `starting`, in a thread, with the ids of rows before their requests are made."""
         self._starting = starting
 
     def close(self) -> None:
         """Refuse all writes from now on: another worker has the range."""
         with self._lock:
-            self._is_closed = True
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether another worker has the range."""
-        return self._is_closed
+            self.is_closed = True
 
     def seats(self) -> list[Seat]:
         """Return all rows, in the order of their lines."""
@@ -131,7 +131,7 @@ class WindowRows:
         return self._seats[job_id]
 
     def cancel(self) -> int:
-        """Cancel all rows, those that wait at once, those in flight by a flag; return how many ended."""
+        """Cancel all rows: waiting ones at once, those in flight by a flag; return how many ended."""
         with self._lock:
             now = self._clock.now()
             waiting = self.unfinished()
@@ -140,7 +140,7 @@ class WindowRows:
             return sum(seat.ended is not None for seat in waiting)
 
     def lost_rows(self, offsets: Collection[int]) -> list[LedgerRow]:
-        """Return ledger rows for the calls of rows that are to be given up; the same ones each time."""
+        """Return ledger rows for the calls of rows that will be ended; the same ones each time."""
         now = self._clock.now()
         note = "workers died during calls of this row"
         jobs = [seat.job for seat in self.unfinished() if seat.line.offset in offsets]
@@ -148,7 +148,7 @@ class WindowRows:
         return [lost_row(job, now, job.current_model, "lost", note) for job in jobs]
 
     def give_up(self, offsets: Collection[int], error: JobError) -> list[Job]:
-        """End rows that nobody runs as errored, and return their jobs."""
+        """End waiting rows as errored, and return their jobs."""
         with self._lock:
             now = self._clock.now()
             seats = [seat for seat in self.unfinished() if seat.line.offset in offsets]
@@ -156,17 +156,17 @@ class WindowRows:
                 self._set(seat, life.finish_waiting(seat.job, State.ERRORED, now, error))
             return [seat.job for seat in seats]
 
-    # A worker's job records and answers -------------------------------------------------------------------------
+    # A worker's job records, requests and answers ---------------------------------------------------------------
 
     def get(self, job_id: str) -> Job | None:
         """Return the row's job; None when another worker has the range."""
         with self._lock:
-            return None if self._is_closed else self._seats[job_id].job
+            return None if self.is_closed else self._seats[job_id].job
 
     def replace(self, job: Job, expected_version: int) -> None:
         """Write the job; raises Stale."""
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 raise Stale(None)
             seat = self._seats[job.job_id]
             if seat.job.version != expected_version:
@@ -174,15 +174,15 @@ class WindowRows:
             self._set(seat, job)
 
     def put(self, name: str, message: str) -> Result:
-        """Keep the answer until its row has ended. A range has one owner: the last call's answer is the row's."""
+        """Keep the answer until its row has ended. The last answer counts: a range has one owner."""
         job_id, _, _ = name.rpartition("-")
         self._seats[job_id].message = message
         return Result()
 
-    def params(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        """Return the requests of rows that are about to start, made from their lines."""
+    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
+        """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""
         self._starting(job_ids)
-        if self._is_closed:
+        if self.is_closed:
             return {}
         found = {}
         for job_id in job_ids:
@@ -203,10 +203,10 @@ class WindowRows:
         self._again -= {row.job_id for row in rows}
         return noted
 
-    # What has ended and is not saved ---------------------------------------------------------------------------
+    # Ended rows that are not saved -----------------------------------------------------------------------------
 
     def worth_saving(self, most: int) -> bool:
-        """Tell whether `most` rows or a lot of bytes are unsaved, or one of them for a while."""
+        """Return whether `most` rows or many bytes are unsaved, or one of them for a while."""
         with self._lock:
             gathered = len(self._unsaved)
             old = self._clock.now() - self._oldest_unsaved >= SAVE_MS
@@ -214,7 +214,7 @@ class WindowRows:
             return is_much or (gathered > 0 and old)
 
     def take_unsaved(self) -> list[Seat]:
-        """Return what is to be saved next; it must be returned by `saved` or `not_saved`."""
+        """Return the records to save next; the caller must call `saved` or `not_saved`."""
         with self._lock:
             taken = size = 0
             for seat in self._unsaved:
@@ -233,7 +233,7 @@ class WindowRows:
             self._unsaved_bytes += sum(_record(seat).size for seat in seats)
 
     def saved(self, seats: Sequence[Seat], chunk: str) -> None:
-        """Note that rows were saved, one after the other, in a chunk."""
+        """Note that rows were saved, in order, in a chunk."""
         first = 0
         for seat in seats:
             record = _record(seat)
@@ -258,7 +258,7 @@ class WindowRows:
         record = job_record(line.number, line.offset, job, seat.message, self._other_lane(job))
         text = record.encoded()
         seat.ended = Ended(line.number, len(text), text)
-        # The memory of a row that has ended is free again.
+        # The memory of an ended row is free again.
         seat.message, seat.line = None, replace(line, text=b"")
         if not self._unsaved:
             self._oldest_unsaved = self._clock.now()
@@ -271,17 +271,6 @@ class WindowRows:
         if job.usage is None or not job.attempts:
             return 0
         return half_price(job.usage, job.attempts[-1].cost_micro_usd or 0)
-
-
-class RowRequests:
-    """The requests of rows, made from their lines anew when they are sent: parsed, they are large."""
-
-    def __init__(self, rows: WindowRows) -> None:
-        self._rows = rows
-
-    def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
-        """Return the requests."""
-        return self._rows.params(job_ids)
 
 
 class RowBooks:

@@ -1,8 +1,8 @@
 """The rows of one window of a range as a source: which of them may run now.
 
-Few enough rows run at once that their answers fit into memory, and that little is repeated if the worker dies. After
-lost workers even fewer do, in the end one: if the size of the rows kills the workers, they fit, and if it is one of
-them, it is found. Rows that lost a worker while they ran alone come last, and alone again.
+The number of rows that run at once is limited, so that their answers fit into memory and few calls are repeated if the
+worker dies. After lost workers even fewer run, in the end one: then the rows fit if their size kills the workers, and
+if one row kills them, it is found. Rows that lost a worker while they ran alone run last, and alone again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sluice.worker.range_rows import Seat, WindowRows
 from sluice.worker.source import Held, Taken
 
 LOOK_MS: Final = 1_000
-"""Pause between two looks whether any range waits behind the rows in hand."""
+"""Pause between two checks whether a range waits behind the rows in memory."""
 
 assert LOOK_MS < DRAINED_MS
 
@@ -30,11 +30,11 @@ ANSWERS_BYTES: Final = 24 * 1024 * 1024
 """Maximum expected size of the answers of all rows started and not yet saved; one row may always start."""
 
 SAVE_ROWS: Final = 25
-"""Ended rows are saved at the latest when there are so many."""
+"""Ended rows are saved at the latest when there are this many."""
 
 
 class RangeSource:
-    """The rows of one window, for one run of a worker."""
+    """The source with the rows of one window, for one run of a worker."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - a window, its time, and what its range does for it
         self,
@@ -53,25 +53,25 @@ class RangeSource:
         self._note_running = note_running
         self._note_drained = note_drained
         """Called while rows wait and no other row of the range waits behind them."""
-        self._look_at = 0
+        self._check_at = 0
         self._lock = threading.Lock()
         self._held: Held | None = None
         self._losses = state.losses
         self._suspects = self._ids(state.suspects) if state.suspects else None
-        """Rows that the search for a killer has to run. None: all of the window."""
+        """Rows that the search for a killer must run. None: all of the window."""
         self._suspects_waiting: set[str] = set()
-        """Those of them that wait for longer than this invocation: the search goes on without them, and is not over."""
+        """Those of them that wait longer than this invocation; until they run, the search is not finished."""
         self._apart = self._ids(state.blamed)
         """Rows that run alone."""
         self._ready = self._in_order()
         self._resting: list[Seat] = []
         self._running: dict[str, Seat] = {}
-        """Rows in flight, and those that have ended and are not saved."""
+        """Rows in flight, and ended rows that are not saved."""
         self._expected_bytes = 0
         self._is_apart = False
         """A row runs alone."""
         self._noted: set[str] = set()
-        """Rows whose requests may be in memory, or their answers, unsaved."""
+        """Rows whose requests or unsaved answers may be in memory."""
         rows.watch_starts(self._starting)
 
     @property
@@ -81,7 +81,7 @@ class RangeSource:
 
     @property
     def save_at(self) -> int:
-        """The number of unsaved rows that must be saved: no row is to wait for the place of one that has ended."""
+        """The number of unsaved rows at which they must be saved, so that no row waits for the slot of an ended one."""
         return min(SAVE_ROWS, 1 if self._is_apart else self._at_once())
 
     # The worker's source ----------------------------------------------------------------------------------------
@@ -98,23 +98,23 @@ class RangeSource:
             await held.change(await self._looked(held, due_at))
 
     async def _looked(self, held: Held, due_at: int | None) -> int | None:
-        """Look whether a range waits behind the rows in hand, if it is time to; return when to go on at the latest."""
+        """Check whether a range waits behind these rows, if it is time; return when to continue at the latest."""
         if self._ready or not held.waiting:
             return due_at
         now = self._clock.now()
-        if now >= self._look_at:
-            self._look_at = now + LOOK_MS
+        if now >= self._check_at:
+            self._check_at = now + LOOK_MS
             await self._note_drained()
-        return self._look_at if due_at is None else min(due_at, self._look_at)
+        return self._check_at if due_at is None else min(due_at, self._check_at)
 
     def done(self, message: Received) -> None:
-        """Keep the place of a row that has ended until it is saved."""
+        """Keep the slot of an ended row until it is saved."""
         seat = self._rows.seat(message.message_id)
         if seat.ended is None or seat.ended.chunk is not None:
             self._leave(seat)
 
     def give_back(self, message: Received, until: int) -> None:
-        """Let a row rest in the invocation, or leave it for a later one."""
+        """Keep a row waiting in the invocation, or leave it to a later one."""
         seat = self._rows.seat(message.message_id)
         seat.due_at = until
         seat.receive_count += 1
@@ -142,13 +142,13 @@ class RangeSource:
     # The range --------------------------------------------------------------------------------------------------
 
     def saved(self, seats: Sequence[Seat]) -> None:
-        """Free the places of rows that were saved."""
+        """Free the slots of saved rows."""
         for seat in seats:
             self._clear(seat.job.job_id)
             self._leave(seat)
 
     def running(self) -> tuple[int, ...]:
-        """Return the byte offsets of the rows that were noted and are neither saved nor back from their calls."""
+        """Return the byte offsets of the noted rows that are not saved and whose calls have not ended."""
         with self._lock:
             seats = [self._rows.seat(job_id) for job_id in self._noted]
         return tuple(
@@ -158,7 +158,7 @@ class RangeSource:
         )
 
     def wake(self) -> None:
-        """Have `take` see that another worker has the range."""
+        """Report to `take` that another worker has the range."""
         if self._held is not None:
             self._held.changed.set()
 
@@ -182,12 +182,14 @@ class RangeSource:
         )
 
     def _next_rows(self) -> list[Seat]:
-        """Return the rows that may run now, and take the room they need."""
+        """Return the rows that may run now, and reserve their slots and memory."""
         if self._rows.is_closed:
             self._ready.clear()
             self._resting.clear()
         now = self._clock.now()
-        due = sorted((seat for seat in self._resting if seat.due_at <= now), key=_due_at)
+        due = sorted(
+            (seat for seat in self._resting if seat.due_at <= now), key=lambda seat: seat.due_at
+        )
         self._resting = [seat for seat in self._resting if seat.due_at > now]
         for seat in due:
             self._line_up(seat)
@@ -228,7 +230,7 @@ class RangeSource:
         return bool(self._ready and self._running)
 
     def _leave(self, seat: Seat) -> None:
-        """Free the place of a row."""
+        """Free the slot of a row."""
         with self._lock:
             self._noted.discard(seat.job.job_id)
         if self._running.pop(seat.job.job_id, None) is None:
@@ -240,7 +242,7 @@ class RangeSource:
     # The search for rows that kill their workers ---------------------------------------------------------------
 
     def _starting(self, job_ids: Sequence[str]) -> None:
-        """Have rows noted as running, before anything is made of them, if that may be what kills the worker."""
+        """Note rows as running before their requests are made, if these may kill the worker."""
         if not (self._is_apart or self._losses):
             return
         with self._lock:
@@ -248,17 +250,13 @@ class RangeSource:
         self._note_running()
 
     def _clear(self, job_id: str) -> None:
-        """Take a row that has ended out of the search; it is over with the last one."""
+        """Remove an ended row from the search, which ends with the last one."""
         if self._suspects is None:
             return
         self._suspects.discard(job_id)
         self._suspects_waiting.discard(job_id)
         if not self._suspects and not self._suspects_waiting:
             self._losses = 0
-
-
-def _due_at(seat: Seat) -> int:
-    return seat.due_at
 
 
 def _taken(seat: Seat) -> Taken:

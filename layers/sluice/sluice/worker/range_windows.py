@@ -23,26 +23,26 @@ from sluice.worker.range_rows import Ended, Seat
 
 WINDOW_ROWS: Final = 512
 WINDOW_BYTES: Final = 8 * 1024 * 1024
-"""A window has so many rows and so many bytes of lines at most; one line always fits. A range as planned, of about a
-hundred lines, is one window."""
+"""Maximum rows and bytes of lines of a window; one line always fits. A range as planned, of about a hundred lines, is
+one window."""
 
 WINDOW_BAD_BYTES: Final = 4 * 1024 * 1024
-"""Of records about lines that cannot become rows: there may be millions of those in a range."""
+"""Maximum bytes of records of bad rows: a range may have millions of them."""
 
 REMEMBERED_IDS: Final = 100_000
-"""A custom_id that an earlier row of the range has is found at once for so many rows. One beyond them is found when the
-results are put together, as one of another range is."""
+"""For this many rows of a range, a repeated custom_id is found at once. Others are found when the results are joined,
+like those of another range."""
 
 PIECE_BYTES: Final = 1024 * 1024
-"""Read of the object at once."""
+"""Bytes of the object read at once."""
 
 _RECORD_BYTES: Final = 200
-"""About what a record takes in memory beside its body."""
+"""Approximate memory of a record besides its body."""
 
 
 @dataclass(slots=True)
 class Saved:
-    """What earlier workers saved of rows whose windows have not ended."""
+    """Saved results of rows whose windows have not ended, from earlier workers."""
 
     records: dict[int, Ended] = field(default_factory=dict)
     """By the byte offset of their lines."""
@@ -51,17 +51,17 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Rows of a range that are in memory at once, and what is wrong with the lines between them."""
+    """Rows of a range that are in memory at once, and the errors of the lines between them."""
 
     seats: Sequence[Seat]
     bad: Sequence[Record]
     end_at: int
     """The byte offset at which the next window begins."""
     lines: int
-    """Lines of the range up to its end."""
+    """Number of lines of the range up to its end."""
     is_last: bool
     others: Sequence[Ended] = ()
-    """Records of rows whose lines cannot be read any more."""
+    """Records of rows whose lines can no longer be read."""
 
 
 class Windows:
@@ -105,7 +105,7 @@ class Windows:
             found = self._read(line)
             self._count = line.number + 1
             if line.offset < self._state.resume_at:
-                # Of a window that has ended: only its custom_id is of interest still.
+                # Of an ended window: only its custom_id is still needed.
                 continue
             if isinstance(found, Seat):
                 seats.append(found)
@@ -115,7 +115,7 @@ class Windows:
                 bad_bytes += sum(len(record.body) + _RECORD_BYTES for record in found)
 
     def unreadable(self, problem: str) -> Window:
-        """Return what is left to say when the object cannot be read any more: no saved answer is lost."""
+        """Return the rest of the range if the object can no longer be read: no saved answer is lost."""
         others = self._saved.records.values()
         count = max([self._state.resume_line, *(each.line + 1 for each in others)])
         error = error_line(self._start, problem)
@@ -144,7 +144,7 @@ class Windows:
         return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
 
     def _pieces(self) -> Iterator[bytes]:
-        """Read from the byte before the range to its end, and on as long as somebody asks."""
+        """Read from the byte before the range to its end, and further on demand."""
         at = max(self._plan.first, self._start - 1)
         beyond = SAMPLE_BYTES
         while at < self._plan.size:

@@ -12,32 +12,36 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Final, TypeVar
+from typing import Final, ParamSpec
 
 from sluice.domain import waits
 from sluice.domain.batches import Batch, Phase, Tally, claim_range, killers
-from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.rows import Row
 from sluice.notices.report import report_end
-from sluice.ports.batches import BatchesQueue, BatchStore, Objects
-from sluice.ports.jobs import Received, Returns
+from sluice.ports.jobs import Received
 from sluice.ports.swap import swap
-from sluice.ports.world import Blocking, Clock, Events
-from sluice.worker.range_chunks import RangeChunks, Sums, stored_tally
-from sluice.worker.range_lease import HIDE_MS, KEEP_MS, LEASE_MS, RangeLease
+from sluice.worker.range_claim import (
+    HIDE_MS,
+    KEEP_MS,
+    LEASE_MS,
+    ClaimedRange,
+    RangeTools,
+    Sums,
+    stored_tally,
+)
 from sluice.worker.range_rows import Ended, Seat, WindowRows
 from sluice.worker.range_source import RangeSource
 from sluice.worker.range_windows import Window, Windows
+from sluice.worker.timeouts import wait_at_most
 from sluice.worker.worker import Worker
 
-T = TypeVar("T")
+P = ParamSpec("P")
 
 NOT_READ_MS: Final = 15_000
-"""A range that could not be read from a busy store is tried again after this time."""
+"""A range that could not be read from a busy store is retried after this time."""
 
 PROGRESS_MS: Final = 3_000
 """How often the progress of a running range is stored."""
@@ -51,28 +55,11 @@ LAST_MS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class RangePointer:
-    """What a message of the ranges queue names; None where it names nothing of ours."""
+    """What a message of the ranges queue names; None for a foreign message."""
 
     message: Received
     batch_id: str | None
     number: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class RangeTools:
-    """The ports of a range, beside those of its rows."""
-
-    batches: BatchStore
-    objects: Objects
-    queue: BatchesQueue
-    backlog: Callable[[], Backlog]
-    """Of the ranges queue."""
-    returns: Returns
-    text_of_job: Callable[[Job], str]
-    job_of_text: Callable[[str], Job]
-    clock: Clock
-    blocking: Blocking
-    events: Events
 
 
 class RunRange:
@@ -85,7 +72,7 @@ class RunRange:
         self.rows = rows
 
     async def __call__(self, pointer: RangePointer, stop_at: int, owner: str) -> bool:
-        """Run a range as far as it gets; return whether its message is done.
+        """Run a range as far as possible; return whether its message is done.
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
@@ -116,13 +103,12 @@ class RunRange:
             self.tools.events.problem(
                 "range taken over", batch_id=batch.batch_id, range=number, losses=claimed.losses
             )
-        lease = RangeLease(
-            batch, claimed, owner, self.tools.batches, self.tools.clock, self.tools.blocking
-        )
-        return await _Run(self, lease, pointer, owner, stop_at - LAST_MS).go(again=was_lost)
+        taken = ClaimedRange(self.tools, batch, claimed, owner)
+        run = _Run(self, taken, batch, pointer, owner, stop_at - LAST_MS)
+        return await run.go(again=was_lost)
 
     async def _named(self, pointer: RangePointer) -> tuple[Batch, int] | str:
-        """Return the range that a message names, or why it names none."""
+        """Return the range that a message names, or the reason if it names none."""
         number = pointer.number
         if pointer.batch_id is None or number is None:
             return "not a message of Sluice's"
@@ -140,7 +126,7 @@ class RunRange:
         )
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
-        """Count the range as done; the one that completes its section has the results joined."""
+        """Count the range as done; the last one of a section causes the results to be joined."""
         assert batch.plan is not None
         if tally is None:
             key = batch.part_key(number)
@@ -153,41 +139,31 @@ class RunRange:
             await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section)
 
 
-class _NotRead(Exception):
-    """The store was busy while a range was read; nothing that is in memory would be lost."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
-
-
 class _Run:
-    """One invocation's time with one range."""
+    """One invocation with one range."""
 
-    def __init__(
-        self, runner: RunRange, lease: RangeLease, pointer: RangePointer, owner: str, stop_at: int
+    def __init__(  # noqa: PLR0913, PLR0917 - a range, its message, and the time for it
+        self,
+        runner: RunRange,
+        taken: ClaimedRange,
+        batch: Batch,
+        pointer: RangePointer,
+        owner: str,
+        stop_at: int,
     ) -> None:
         self._runner = runner
         self._tools = runner.tools
         self._rows = runner.rows
-        self._lease = lease
-        self._batch = lease.batch
+        self._range = taken
+        self._batch = batch
         self._pointer = pointer
         self._owner = owner
         self._stop_at = stop_at
-        self._chunks = RangeChunks(
-            self._tools.objects,
-            lease.batch,
-            lease.state,
-            self._tools.text_of_job,
-            self._tools.job_of_text,
-        )
         self._source: RangeSource | None = None
         """The rows of this window."""
         self._rows_run = False
         self._kept_at = self._tools.clock.now()
         self._saving = asyncio.Lock()
-        self._is_lost = False
         self._progress = Sums()
         """Of the rows saved in this invocation."""
         self._has_news = False
@@ -196,65 +172,63 @@ class _Run:
         """Of the whole range, once its part is stored."""
 
     async def go(self, *, again: bool) -> bool:
-        """Run what is left of the range; `again`: a worker died with it."""
-        self._rows.open((), self._batch.options)
+        """Run the rest of the range; `again`: a worker died with it."""
+        self._rows.begin(self._batch.options)
         async with self._keeping():
             try:
                 return await self._run(again=again)
-            except _NotRead as error:
+            except StoreBusy as error:
                 self._tools.events.problem("range not read", what=error.what)
                 return await self._written_down(self._give_back)
 
     async def _run(self, *, again: bool) -> bool:
         """Run window after window."""
-        saved = await self._read(partial(self._chunks.restored, self._lease.state))
-        windows = Windows(self._tools.objects, self._batch, self._lease.state, saved, self._job_of)
+        saved = await self._tools.blocking(self._range.restored)
+        windows = Windows(self._tools.objects, self._batch, self._range.state, saved, self._job_of)
         run_rows = 0
         is_first = True
         while True:
             try:
-                window = await self._read(windows.next)
+                window = await self._tools.blocking(windows.next)
             except InputMissing as error:
                 window = windows.unreadable(str(error))
             run_rows += await self._run_window(window, again=again and is_first, is_first=is_first)
             waiting = self._rows.unfinished()
             if waiting:
-                done = await self._written_down(partial(self._release, waiting))
+                done = await self._written_down(self._release, waiting)
                 break
             if window.is_last:
-                done = await self._written_down(partial(self._finish, window))
+                done = await self._written_down(self._finish, window)
                 break
-            if not await self._written_down(partial(self._end_window, window)):
+            if not await self._written_down(self._end_window, window):
                 return False
             self._source = None
-            self._rows.open((), self._batch.options)
+            self._rows.open(())
             if self._tools.clock.now() >= self._stop_at:
-                done = await self._written_down(partial(self._release, waiting))
+                done = await self._written_down(self._release, waiting)
                 break
             is_first = False
         self._tools.events.note(
             "range run",
             batch_id=self._batch.batch_id,
-            range=self._lease.state.number,
+            range=self._range.state.number,
             tenant=self._batch.tenant,
             rows=run_rows,
             left=len(waiting),
-            claims=self._lease.state.claims,
+            claims=self._range.state.claims,
         )
         return done
 
     async def _run_window(self, window: Window, *, again: bool, is_first: bool) -> int:
-        """Run the rows of a window as far as they get; return how many there were to run."""
-        state, rows = self._lease.state, self._rows
-        rows.open(window.seats, self._batch.options, again=again)
-        if self._is_lost:
-            rows.close()
+        """Run the rows of a window as far as possible; return how many there were to run."""
+        state, rows = self._range.state, self._rows
+        rows.open(window.seats, again=again)
         if state.claims == 1 or not is_first:
             self._tools.events.count("JobsAccepted", len(window.seats))
         await self._give_up_killers()
         if self._batch.cancel_initiated_at is not None:
             self._cancel()
-        if self._is_lost or not rows.unfinished():
+        if rows.is_closed or not rows.unfinished():
             return 0
         self._source = source = RangeSource(
             rows,
@@ -273,24 +247,18 @@ class _Run:
         return count
 
     async def _give_up_killers(self) -> None:
-        """End rows that no worker survives."""
-        guilty = killers(self._lease.state)
+        """End rows that have killed too many workers."""
+        guilty = killers(self._range.state)
         if not guilty:
             return
         # In a batch's results the type of an error is one of Anthropic's: the message names ours.
         reason = f"{MOST_LOST_ALONE} workers died while each ran nothing but this row"
         error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
-        # Before they end: no later call of theirs will say that these may be billed.
+        # Before they end, because no later call of theirs will note that these may be billed.
         rows = self._rows.lost_rows(guilty)
-        await self._read(partial(self._runner.worker.tools.ledger.record, rows))
+        await self._tools.blocking(self._runner.worker.tools.ledger.record, rows)
         for job in self._rows.give_up(guilty, error):
             report_end(self._tools.events, job)
-
-    async def _read(self, read: Callable[[], T]) -> T:
-        try:
-            return await self._tools.blocking(read)
-        except StoreBusy as error:
-            raise _NotRead(error.what) from error
 
     def _job_of(self, job_id: str, row: Row) -> Job:
         batch, options = self._batch, self._batch.options
@@ -315,50 +283,46 @@ class _Run:
 
     @asynccontextmanager
     async def _keeping(self) -> AsyncIterator[None]:
-        """Save what has ended, keep the lease and the message, and see a cancel, until the block is left."""
+        """Save ended rows, keep the lease and the message, and check for a cancel, until the block is left."""
         over = asyncio.Event()
         keeper = asyncio.create_task(self._keep(over), name="keeper")
         try:
             yield
         finally:
-            # Never in the middle of a write: it would not be known whether it was done.
+            # Not during a write: it would be unknown whether it was done.
             over.set()
             await keeper
 
     async def _keep(self, over: asyncio.Event) -> None:
-        done = asyncio.ensure_future(over.wait())
-        while not self._is_lost:
-            tick = asyncio.ensure_future(self._tools.clock.sleep(TICK_MS))
-            await asyncio.wait({tick, done}, return_when=asyncio.FIRST_COMPLETED)
-            if done.done():
-                tick.cancel()
+        while not self._rows.is_closed:
+            await wait_at_most(over, self._tools.clock, TICK_MS)
+            if over.is_set():
                 return
             try:
                 await self._round()
             except StoreBusy as error:
                 self._tools.events.problem("range not saved", what=error.what)
-                if self._tools.clock.now() >= self._lease.state.lease_until:
+                if self._tools.clock.now() >= self._range.state.lease_until:
                     self._lose()
             except LeaseLost:
                 self._lose()
         if self._source is not None:
             self._source.wake()
-        done.cancel()
 
     async def _round(self) -> None:
         source = self._source
         if source is not None and self._rows.worth_saving(source.save_at):
             await self._save()
         await self._report_progress()
-        if set(self._lease.state.running) - set(self._running()):
-            # Back from their calls alive: they are not to be blamed for what comes now.
-            await self._lease.change(self._lease.as_running(self._running))
+        if set(self._range.state.running) - set(self._running()):
+            # Their calls have ended: they are not the cause of a later death of the worker.
+            await self._tools.blocking(self._range.note_running, self._running)
         if self._tools.clock.now() - self._kept_at >= KEEP_MS:
             await self._look_around()
 
     async def _report_progress(self) -> None:
-        """Store what the rows saved so far come to, every few seconds."""
-        now, state, plan = self._tools.clock.now(), self._lease.state, self._batch.plan
+        """Store the sums of the saved rows, every few seconds."""
+        now, state, plan = self._tools.clock.now(), self._range.state, self._batch.plan
         if plan is None or not self._has_news or now - self._reported_at < PROGRESS_MS:
             return
         group = f"section#{plan.section_of(state.number):06d}"
@@ -369,9 +333,9 @@ class _Run:
         self._reported_at, self._has_news = now, False
 
     async def _look_around(self) -> None:
-        """Renew the lease, hide the message, and see whether the batch was canceled."""
+        """Renew the lease, hide the message, and check whether the batch was canceled."""
         now = self._tools.clock.now()
-        await self._lease.keep()
+        await self._tools.blocking(self._range.keep)
         await self._runner.back(self._pointer, HIDE_MS)
         self._kept_at = now
         if self._batch.cancel_initiated_at is None:
@@ -388,18 +352,16 @@ class _Run:
 
     def _lose(self) -> None:
         self._tools.events.problem(
-            "range lost", batch_id=self._batch.batch_id, range=self._lease.state.number
+            "range lost", batch_id=self._batch.batch_id, range=self._range.state.number
         )
-        self._is_lost = True
         self._rows.close()
 
     async def _save(self) -> None:
-        """Save what has ended, one chunk after the other, until nothing is left to save."""
+        """Save ended rows, one chunk after another, until none is left."""
         async with self._saving:
             while seats := self._rows.take_unsaved():
                 try:
-                    name = await self._tools.blocking(self._chunks.save, seats)
-                    await self._lease.save_chunk(name, {seat.line.offset for seat in seats})
+                    name = await self._tools.blocking(self._range.save, seats)
                 except BaseException:
                     self._rows.not_saved(seats)
                     raise
@@ -415,16 +377,16 @@ class _Run:
         return self._source.running() if self._source is not None else ()
 
     def _note_running(self) -> None:
-        """Record which rows are in flight, in a thread; they are not called when another worker has the range."""
-        if self._is_lost:
+        """Record which rows are in flight, in a thread; they are not called if another worker has the range."""
+        if self._rows.is_closed:
             return
         try:
-            self._lease.change_now(self._lease.as_running(self._running))
+            self._range.note_running(self._running)
         except LeaseLost:
             self._lose()
 
     async def _note_drained(self) -> None:
-        """Have the limiter know when the rows in hand are the last: they may start together."""
+        """Report to the limiter when the rows in memory are the last ones: they may start together."""
         try:
             backlog = await self._tools.blocking(self._tools.backlog)
         except StoreBusy:
@@ -434,14 +396,16 @@ class _Run:
 
     # Ending -----------------------------------------------------------------------------------------------------
 
-    async def _written_down(self, write: Callable[[], Awaitable[bool]]) -> bool:
-        """Write how the invocation ended, as often as it takes; False when another worker has the range.
+    async def _written_down(
+        self, write: Callable[P, Awaitable[bool]], *args: P.args, **kwargs: P.kwargs
+    ) -> bool:
+        """Write how the invocation ended, with retries; False if another worker has the range.
 
-        A store that is busy to the end leaves the range to the next worker, as if this one had died.
+        If the store is busy to the end, the range is left to the next worker, as if this one had died.
         """
-        while not self._is_lost:
+        while not self._rows.is_closed:
             try:
-                return await write()
+                return await write(*args, **kwargs)
             except LeaseLost:
                 self._lose()
             except StoreBusy as error:
@@ -452,57 +416,45 @@ class _Run:
         return False
 
     async def _end_window(self, window: Window) -> bool:
-        """Store a window that has ended as one chunk, in the place of those it was saved in."""
+        """Store an ended window as one chunk, which replaces those it was saved in."""
         await self._save()
-        name = await self._tools.blocking(self._chunks.write_window, window, self._ended())
-        others = self._chunks.of_later_rows(self._lease.state, window.end_at)
-        await self._lease.end_window(name, others, window.end_at, window.lines)
+        await self._tools.blocking(self._range.end_window, window, self._ended())
         return True
 
     async def _finish(self, window: Window) -> bool:
         """Store the range's part, and count the range as done."""
         await self._save()
-        state = self._lease.state
-        if not state.done:
-            write = self._chunks.write_part
-            tally = await self._tools.blocking(write, state, window, self._ended())
-            await self._lease.finish()
-            self._tally = tally
-        await self._runner.report(self._batch, state.number, self._tally)
+        if not self._range.state.done:
+            finish = self._range.finish
+            self._tally = await self._tools.blocking(finish, window, self._ended())
+        await self._runner.report(self._batch, self._range.state.number, self._tally)
         return True
 
     async def _give_back(self) -> bool:
-        """Give the range back as it is: a busy store is not the death of a worker, nor the fault of a row."""
-        await self._lease.release(self._lease.state.chunks)
+        """Return the range unchanged: a busy store counts neither as a lost worker nor as the fault of a row."""
+        await self._save()
+        await self._tools.blocking(self._range.release, self._range.state.chunks)
         await self._runner.back(self._pointer, NOT_READ_MS)
         return False
 
     async def _release(self, waiting: Sequence[Seat]) -> bool:
-        """Give the range back to its queue, or out of it when all its rows wait for long."""
+        """Return the range to its queue, or park it if all its rows wait for long."""
         now = self._tools.clock.now()
         first = min(waiting, key=lambda seat: seat.may_go_on_at, default=None)
         delay = max(0, first.may_go_on_at - now) if first else 0
         not_before = waits.parked_until(now, delay)
-        if self._lease.state.owner is not None:
+        if self._range.state.owner is not None:
             await self._save()
-            chunks = await self._saved_whole(waiting)
+            jobs = [seat for seat in waiting if _has_history(seat.job)]
+            end_at = max((seat.line.offset + 1 for seat in self._rows.seats()), default=0)
+            save = self._range.saved_whole
+            chunks = await self._tools.blocking(save, self._ended(), jobs, end_at)
             model = first.job.current_model if first and not_before is not None else None
-            await self._lease.release(chunks, not_before, model)
+            await self._tools.blocking(self._range.release, chunks, not_before, model)
         if not_before is not None:
             return True
         await self._runner.back(self._pointer, delay)
         return False
-
-    async def _saved_whole(self, waiting: Sequence[Seat]) -> tuple[str, ...]:
-        """Save all that is known of the window in one chunk, so that the next worker has little to read."""
-        state, ended = self._lease.state, self._ended()
-        jobs = [seat for seat in waiting if _has_history(seat.job)]
-        end_at = max((seat.line.offset + 1 for seat in self._rows.seats()), default=0)
-        later = self._chunks.of_later_rows(state, end_at)
-        kept = (*state.chunks[: state.windows], *later)
-        if not ended and not jobs:
-            return kept
-        return (*kept, await self._tools.blocking(self._chunks.save_whole, ended, jobs))
 
     def _ended(self) -> list[Ended]:
         return [seat.ended for seat in self._rows.seats() if seat.ended]

@@ -1,4 +1,4 @@
-"""Where a worker's jobs come from, and what a source may know about its worker."""
+"""The source of a worker's jobs, and what a source may know about its worker."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ class Taken:
     job: Job | None
     """None: it could not be read; the worker reads it on its own."""
     is_scout: bool = False
-    """Taken to find out whether the queue has a job that can start at once; if it cannot, it goes back soon."""
+    """Taken to find out whether the queue has a job that can start at once; if it cannot, it is returned soon."""
     linger_until: int = 0
-    """A job that cannot start soon does not go back before this time (epoch milliseconds)."""
+    """A job that cannot start soon is not returned before this time (epoch milliseconds)."""
 
 
 class Source(Protocol):
     """A queue of jobs, or a range of rows."""
 
     async def take(self, held: Held) -> Sequence[Taken]:
-        """Wait for the next jobs worth taking; nothing when no job is held and none is to come."""
+        """Wait for the next jobs to run; empty if no job is held and no more will come."""
         ...
 
     def done(self, message: Received) -> None:
-        """Note that there is nothing more to do for a message."""
+        """Note that a message is done."""
         ...
 
     def give_back(self, message: Received, until: int) -> None:
-        """Let the message's job go on at a time (epoch milliseconds)."""
+        """Note that the message's job continues at a time (epoch milliseconds)."""
         ...
 
     async def keep(self, *, last: bool = False) -> bool:
-        """Keep the held messages hidden, and write what was noted; return whether all of it is written.
+        """Keep the held messages hidden, and write the noted changes; return whether all are written.
 
-        `last`: what cannot be written now is reported and dropped.
+        `last`: changes that cannot be written now are logged and dropped.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""Jobs that may be what kills workers, kept apart from the other jobs of this worker.
+"""Jobs that may kill workers, kept apart from the other jobs of this worker.
 
 A job that has lost several workers is a suspect, and so is everything that was in flight beside it. Suspects wait until
-the worker holds nothing else. Then a few run side by side, and those that lost a worker even so run alone: who
-dies with its worker then is guilty, and nobody else's job is called in vain. See
+the worker holds nothing else. Then a few run concurrently, and those that lose a worker even so run alone: a job whose
+worker dies then is the cause, and no other job's call is wasted. See
 docs/decisions/0026-suspects-run-apart.md.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 REFILL_MS: Final = 30_000
-"""How long a worker goes on taking other messages while it holds a suspect."""
+"""How long a worker continues to take other messages while it holds a suspect."""
 
 
 @dataclass(eq=False, slots=True)
@@ -63,7 +63,7 @@ class Suspects:
             self.look()
 
     def look(self) -> None:
-        """Let suspects run that may: in the order they came."""
+        """Start the suspects that may run, in order of arrival."""
         while self._waiting and self._held() == len(self._waiting) + len(self._running):
             first = self._waiting[0]
             if len(self._running) + 1 > min(each.most for each in (first, *self._running)):

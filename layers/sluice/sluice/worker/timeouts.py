@@ -8,7 +8,7 @@ from sluice.ports.world import Clock
 
 
 async def wait_at_most(event: asyncio.Event, clock: Clock, milliseconds: int) -> None:
-    """Wait for the event, for so many milliseconds at most."""
+    """Wait for the event, at most this many milliseconds."""
     if milliseconds <= 0 or event.is_set():
         return
     sleeping = asyncio.ensure_future(clock.sleep(milliseconds))

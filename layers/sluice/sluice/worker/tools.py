@@ -1,4 +1,4 @@
-"""What a worker needs of the world, and what is configured for this deployment."""
+"""The ports of a worker, and the settings of this deployment."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The worker: take jobs from a source, run them side by side, each at the time the limiter gives it, give them back.
 
-A message is either done or goes on at a time; nothing else happens to it.
+A message is either done or continues at a time; nothing else happens to it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.waits import Place
 from sluice.worker.attempt import Attempt
-from sluice.worker.endings import Again, Done, Ending, Wait
-from sluice.worker.invocation import Invocation
+from sluice.worker.invocation import Again, Done, Ending, Invocation, RequestReader, Wait
 from sluice.worker.keys import KeyChoice
 from sluice.worker.ledger import Ledger
 from sluice.worker.limiter import Limiter
 from sluice.worker.memory import BUDGET, Budget, Memory
-from sluice.worker.requests import RequestReader
 from sluice.worker.source import Held, Source, Taken
 from sluice.worker.tools import Rules, Tools
 
@@ -29,11 +27,11 @@ KEEP_MS: Final = 3_000
 """Pause between two rounds of housekeeping."""
 
 LAST_ROUNDS: Final = 3
-"""Tries, at the end of an invocation, to write what a busy store has not taken."""
+"""Tries, at the end of an invocation, to write what a busy store has not accepted."""
 
 
 class Worker:
-    """Runs one invocation after the other on one event loop, and keeps what it learned of limits between them."""
+    """Runs invocations one after another on one event loop, and keeps what it has learned about limits."""
 
     def __init__(self, tools: Tools, rules: Rules, budget: Budget = BUDGET) -> None:
         self.tools = tools
@@ -99,7 +97,7 @@ class _Run:
     # Jobs -------------------------------------------------------------------------------------------------------
 
     async def _job(self, taken: Taken) -> None:
-        """Run a job as far as it gets in this invocation, then let its message go or give it back."""
+        """Run a job as far as possible in this invocation, then acknowledge or return its message."""
         job = taken.job
         while True:
             ending = await self._attempt(taken, job)
@@ -110,11 +108,11 @@ class _Run:
                     await self._tools.clock.sleep(ending.until - self._invocation.now())
                     job = ending.job
                 case Done() | Wait():
-                    return self._let_go(taken, ending)
+                    return self._release(taken, ending)
                 case _:
                     assert_never(ending)
 
-    def _let_go(self, taken: Taken, ending: Done | Wait) -> None:
+    def _release(self, taken: Taken, ending: Done | Wait) -> None:
         if isinstance(ending, Wait) and ending.where is Place.QUEUE:
             self._given_back += 1
             self._source.give_back(taken.message, ending.until)
@@ -123,7 +121,7 @@ class _Run:
             self._source.done(taken.message)
 
     async def _attempt(self, taken: Taken, job: Job | None) -> Ending:
-        """Make one attempt; whatever goes wrong, the job goes on later."""
+        """Make one attempt; after any error the job continues later."""
         spread = self._invocation.spread
         try:
             job = job or await self._tools.blocking(self._tools.jobs.get, taken.job_id)
@@ -135,7 +133,7 @@ class _Run:
         except StoreBusy as error:
             self._events.problem("store busy", job_id=taken.job_id, what=error.what)
             delay = waits.STORE_BUSY_MS + spread(waits.STORE_BUSY_MS)
-        except Exception:  # noqa: BLE001 - the job goes on later, whatever it was
+        except Exception:  # noqa: BLE001 - after any error the job continues later
             self._events.problem("worker failed on a job", job_id=taken.job_id)
             delay = waits.FAULT_MS + spread(waits.FAULT_MS)
         return self._invocation.in_queue(waits.grown(delay, taken.message.receive_count))
@@ -144,12 +142,12 @@ class _Run:
 
     @asynccontextmanager
     async def _housekeeping(self) -> AsyncIterator[None]:
-        """Write what is gathered every few seconds, and to the end on leaving."""
+        """Write collected changes every few seconds, and all of them on leaving."""
         keeping = asyncio.create_task(self._keep(), name="housekeeping")
         try:
             yield
         finally:
-            # Never in the middle of a write: what it is writing would be lost.
+            # Not during a write: its changes would be lost.
             async with self._writing:
                 keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
@@ -164,13 +162,13 @@ class _Run:
             await self._tools.clock.sleep(KEEP_MS)
 
     async def _round(self, *, last: bool = False) -> bool:
-        """Write what is gathered, ledger rows before their messages go; return whether nothing is left."""
+        """Write collected changes, ledger rows before their messages are deleted; return whether none is left."""
         async with self._writing:
             is_written = True
             for chore in (self._invocation.ledger.keep, self._source.keep):
                 try:
                     is_written &= await chore(last=last)
-                except Exception:  # noqa: BLE001 - what comes later is still to be written
+                except Exception:  # noqa: BLE001 - the other changes must still be written
                     self._events.problem("housekeeping failed")
                     is_written = False
             return is_written
