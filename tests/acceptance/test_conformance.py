@@ -125,7 +125,7 @@ OWN_WORDS: Final = {
     "requests.1": "requests.1: duplicate custom_id 'a'; first used by item 0",
     "x": "requests: Field required",
 }
-"""Where Sluice uses pydantic's words, or names the wrong item, and Claude (as simulated) has its own sentence."""
+"""Where Sluice uses pydantic's words, or names the earlier item, and Claude (as simulated) has its own sentence."""
 
 
 def reason(message: str) -> str:
