@@ -44,6 +44,7 @@ OTHERWISE_NAMED: Final = {
     # https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/ql-iam.html
     "dynamodb:BatchExecuteStatement INSERT": "dynamodb:PartiQLInsert",
     # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
+    "s3:DeleteObjects": "s3:DeleteObject",
     "s3:HeadObject": "s3:GetObject",
     "s3:ListObjectsV2": "s3:ListBucket",
     # https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html#mpuAndPermissions

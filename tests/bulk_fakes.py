@@ -233,6 +233,11 @@ class MemoryObjects(Fragile):
         for start in range(0, len(body), 1_000):
             yield body[start : start + 1_000]
 
+    def delete(self, keys: Sequence[str]) -> None:
+        self._do("delete", str(len(keys)))
+        for key in keys:
+            self.stored.pop(key, None)
+
     def listing(self, prefix: str) -> Iterator[Stored]:
         self._do("listing", prefix)
         for key, body in sorted(self.stored.items()):
@@ -268,8 +273,11 @@ class MemoryLinks(Fragile):
         self.going[upload_id] = {}
         return upload_id
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        return {part: f"https://bucket.example/{key}?{upload_id}&{part}" for part in parts}
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        return {
+            part: f"https://bucket.example/{key}?{upload_id}&{part}&{size}"
+            for part, size in sizes.items()
+        }
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:
         parts = self.going.pop(upload_id, None)
@@ -284,8 +292,9 @@ class MemoryLinks(Fragile):
         self.going.pop(upload_id, None)
 
     def send(self, upload_id: str, part: int, body: bytes) -> str:
-        """PUT a part to its link; return its ETag."""
-        self.going[upload_id][part] = body
+        """PUT a part to its link; return its ETag. S3's own id is the last part of the upload's."""
+        (own_id,) = (each for each in self.going if upload_id.endswith(f"-{each}"))
+        self.going[own_id][part] = body
         return _etag(body)
 
 

@@ -57,7 +57,6 @@ class FakeGateway:
                 "model_group": "claude-haiku-5-5",
                 "limits": {"requests": 600, "input_tokens": 100_000, "output_tokens": None},
                 "learned": True,
-                "level": {},
                 "blocked_until": None,
                 "blocked_reason": None,
                 "rate_factor": 1.0,

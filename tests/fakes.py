@@ -27,7 +27,7 @@ from sluice.domain.errors import (
     Stale,
     StoreBusy,
 )
-from sluice.domain.jobs import DueFor, Job, Result, State, due
+from sluice.domain.jobs import DueFor, Job, Result, State, due, due_after_send
 from sluice.domain.keys import KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group, observe
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
@@ -300,7 +300,8 @@ class MemoryJobs(Fragile):
     def watch(self, due: Due, until: int) -> None:
         self._do("watch", due.job_id)
         if self.due_jobs.get(due.job_id, (None, None))[1] == due:
-            self.due_jobs[due.job_id] = DueFor.CHECK, replace(due, due_at=until)
+            why, at = due_after_send(due.deadline, until)
+            self.due_jobs[due.job_id] = why, replace(due, due_at=at)
 
     def delete(self, job_id: str) -> None:
         """As DynamoDB's TTL does."""
@@ -345,9 +346,13 @@ class MemoryParams(Fragile):
     def __init__(self, journal: list[str] | None = None) -> None:
         super().__init__(journal)
         self.stored: dict[str, Params] = {}
+        self.leftovers: set[str] = set()
+        """Requests that were stored more than a day ago."""
 
-    def add(self, params: Params) -> None:
+    def add(self, params: Params, *, over_leftover: bool = False) -> None:
         self._do("add", params.job_id)
+        if over_leftover and params.job_id in self.leftovers:
+            self.stored[params.job_id] = params
         earlier = self.stored.setdefault(params.job_id, params)
         if earlier.request_hash != params.request_hash:
             raise Conflict(f"another request is stored for job {params.job_id}")

@@ -149,24 +149,20 @@ def usage_table(usage: Json) -> Table:
 
 
 def limits_table(groups: list[Json]) -> Table:
-    """Return a row per limit group: remaining capacity, limits per minute, and current blocks."""
+    """Return a row per limit group: limits per minute, and current blocks."""
     table = Table("limit group", box=None)
-    for title in ("requests", "input tokens", "output tokens", "output/call"):
+    for title in ("requests", "input tokens", "output tokens"):
         table.add_column(title, justify="right")
     for title in ("source", "rate", "blocked"):
         table.add_column(title)
     for group in terminal.safe(groups):
-        limits, levels = group.get("limits") or {}, group.get("level") or {}
-        estimate = (group.get("estimates") or {}).get("output_tokens")
+        limits = group.get("limits") or {}
         table.add_row(
             group["group"],
             *(
-                "-"
-                if limits.get(name) is None
-                else f"{levels.get(name, limits[name]):,} of {limits[name]:,}"
+                "-" if limits.get(name) is None else f"{limits[name]:,}"
                 for name in ("requests", "input_tokens", "output_tokens")
             ),
-            "-" if estimate is None else f"~{estimate:,}",
             "learned" if group.get("learned") else "default",
             f"{group.get('rate_factor', 1.0):.0%}",
             Text("\n".join(_waits(group)), style="yellow"),
@@ -178,17 +174,11 @@ def _waits(group: Json) -> list[str]:
     """Return a line for each block on a limit group: until when, why, and the source."""
     lines = []
     if group.get("blocked_until"):
-        why = [group.get("blocked_reason"), group.get("blocked_by")]
-        facts = ", ".join(each for each in why if each)
-        lines.append(
-            f"group until {moment(group['blocked_until'])}" + (f" ({facts})" if facts else "")
-        )
+        why = group.get("blocked_reason")
+        lines.append(f"group until {moment(group['blocked_until'])}" + (f" ({why})" if why else ""))
     lines += [
         f"{each['what']} until {moment(each['until'])}" for each in group.get("set_aside") or ()
     ]
-    day = group.get("tokens_per_day")
-    if day and day["level"] <= 0:
-        lines.append(f"{day['limit']:,} tokens per day exhausted")
     return lines
 
 

@@ -593,7 +593,7 @@ def put(url: str, body: bytes) -> str:
 def test_parts_are_uploaded_by_presigned_urls_and_become_an_object(cloud: Aws, name: str) -> None:
     links = s3.Links(cloud.s3, BUCKET, 60)
     upload = links.begin(name)
-    where = links.links(name, upload, range(1, 3))
+    where = links.links(name, upload, {1: 5 * MIB, 2: 3})
     etags = {1: put(where[1], b"x" * 5 * MIB), 2: put(where[2], b"end")}
 
     links.complete(name, upload, etags)
@@ -630,9 +630,21 @@ def test_an_upload_that_is_missing_is_done_when_its_object_is_there(name: str) -
         stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
 
         links.complete(name, "upload", {1: "x"})
-        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: missing"):
+        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: gone"):
             links.complete(name, "upload", {1: "x"})
         links.abort(name, "upload")
+
+
+def test_objects_are_deleted_together_also_those_that_are_not_there(cloud: Aws, name: str) -> None:
+    store = s3.Objects(cloud.s3, BUCKET)
+    keys = [f"{name}/{number}" for number in range(5)]
+    for key in keys:
+        store.put(key, b"x")
+
+    store.delete([*keys[:3], f"{name}/none"])
+    store.delete([*keys[:3], f"{name}/none"])
+
+    assert keys[3:] == [each.key for each in store.listing(name)]
 
 
 def test_results_are_read_by_a_link(cloud: Aws, name: str) -> None:

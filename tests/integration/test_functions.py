@@ -471,6 +471,31 @@ def test_without_a_key_nobody_learns_which_routes_there_are(gateway: Gateway) ->
     assert 404 == gateway.call("GET", "/nothing").status
 
 
+@pytest.mark.parametrize(
+    ("deadline", "status"),
+    [
+        ("0001-01-01T00:00:00Z", 400),
+        ("0001-01-01T00:00:00-14:00", 400),
+        ("1969-12-31T23:59:59.9999Z", 400),
+        ("2001-01-01T00:00:00Z", 400),
+        ("9999-12-31T23:59:59.999999Z", 202),
+        ("9999-12-31T23:59:59.999999+00:01", 202),
+    ],
+)
+def test_no_deadline_makes_a_list_unreadable(gateway: Gateway, deadline: str, status: int) -> None:
+    assert status == gateway.call("POST", "/jobs", a_job(deadline=deadline)).status
+    jobs = [a_job(custom_id=f"row-{n}", deadline=deadline) for n in range(101)]
+    listed = gateway.call("POST", "/jobs", {"jobs": jobs})
+    assert listed.status in {status, 202}
+    assert (
+        202 == gateway.call("POST", "/jobs", {"jobs": [a_job(), a_job(deadline=deadline)]}).status
+    )
+
+    assert 200 == gateway.call("GET", "/jobs").status
+    for listed_job in gateway.call("GET", "/jobs").body["data"]:
+        assert gateway.job(listed_job["id"])["id"] == listed_job["id"]
+
+
 def test_one_tenants_flood_is_not_anothers(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,36 @@ def test_a_file_that_is_missing_when_its_rows_are_to_run(stack: Stack) -> None:
     assert 0 == shown["rows"]["succeeded"], shown
 
 
+def test_a_deleted_batch_leaves_no_object(stack: Stack) -> None:
+    row = {
+        "custom_id": "one",
+        "params": {
+            "model": "claude-haiku-5-5",
+            "max_tokens": 5,
+            "messages": [{"role": "user", "content": "Hello"}],
+        },
+    }
+    made = stack.http.post("/v1/messages/batches", json={"requests": [row]}).json()
+    batch_id = made["id"]
+    within(
+        lambda: (
+            stack.http.get(f"/v1/messages/batches/{batch_id}").json()["processing_status"]
+            == "ended"
+        )
+    )
+    bucket, s3 = stack.ready.resources["DataBucket"], stack.ready.client("s3")
+
+    def keys() -> list[str]:
+        found = s3.list_objects_v2(Bucket=bucket).get("Contents", [])
+        return [each["Key"] for each in found if batch_id in each["Key"]]
+
+    assert {"batches", "out"} == {key.split("/")[0] for key in keys()}
+    answer = stack.http.delete(f"/v1/messages/batches/{batch_id}")
+
+    assert answer.is_success, answer.text
+    assert [] == keys()
+
+
 def test_an_aborted_upload_is_deleted(stack: Stack) -> None:
     name = "given-up.jsonl"
     started = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()
@@ -200,6 +230,21 @@ def test_an_aborted_upload_is_deleted(stack: Stack) -> None:
     answer = stack.http.delete("/uploads", params={"id": started["id"], "name": name})
 
     assert answer.is_success, answer.text
+
+
+def test_a_part_has_exactly_the_declared_size(stack: Stack) -> None:
+    """The length is signed, so that a tenant cannot store more than it declared."""
+    name = "measured.jsonl"
+    begun = stack.http.post("/uploads", json={"name": name, "bytes": 1_000}).json()
+    (link,) = begun["links"]
+
+    def put(body: bytes | Iterator[bytes]) -> int:
+        return httpx.put(link["url"], content=body).status_code
+
+    assert [403, 403, 403] == [put(b"x" * size) for size in (999, 1_001, 5_000_000)]
+    assert 403 == put(iter([b"x" * 1_000])), "without a length"
+    assert 200 == put(b"x" * 1_000)
+    stack.http.delete("/uploads", params={"id": begun["id"], "name": name})
 
 
 @pytest.mark.parametrize("queue", ["RangesQueue", "WebhooksQueue"])

@@ -297,6 +297,33 @@ def test_a_request_is_kept_as_long_as_its_job_may_wait(
     assert str(NOON // 1000 + days * DAY_SECONDS) == item["expires_at"]["N"]
 
 
+def test_a_name_used_again_does_not_find_a_request_about_to_expire(cloud: Aws, name: str) -> None:
+    """Its job expired after 30 days, and the request has 15 days left; the new job may wait longer."""
+    clock = FrozenClock(NOON)
+    params = dynamo.DynamoParams(cloud.dynamodb, "ParamsTable", data_bucket(cloud), clock, 30)
+    key = {"job_id": {"S": name}}
+
+    def expires_in_days() -> int:
+        item = cloud.dynamodb.get_item(TableName="ParamsTable", Key=key)["Item"]
+        return (int(item["expires_at"]["N"]) - clock.at // 1000) // DAY_SECONDS
+
+    params.add(Params(name, b"{}", "hash-1"))
+    clock.at += 31 * DAY_SECONDS * 1000
+    assert 14 == expires_in_days()
+
+    params.add(Params(name, b"{}", "hash-1"))
+
+    assert 45 == expires_in_days()
+    clock.at += 31 * DAY_SECONDS * 1000
+    with pytest.raises(Conflict):
+        params.add(Params(name, b"[]", "hash-2"))
+    params.add(Params(name, b"[]", "hash-2"), over_leftover=True)
+    assert 45 == expires_in_days()
+    with pytest.raises(Conflict):
+        params.add(Params(name, b"{}", "hash-1"), over_leftover=True)
+    assert {name: Params(name, b"[]", "hash-2")} == params.get_many([name])
+
+
 def test_a_job_that_was_never_added_does_not_exist(jobs: JobStore) -> None:
     assert jobs.get("job_none") is None
     assert {} == jobs.get_many(["job_none"])

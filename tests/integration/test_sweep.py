@@ -188,7 +188,7 @@ def test_a_job_that_was_taken_and_not_watched_is_due_again(jobs: Store) -> None:
 
 
 def test_a_watched_job_is_not_due_for_its_call_any_more_and_else_as_it_was(jobs: Store) -> None:
-    job = parked("job_1", deadline=NOON + MINUTE)
+    job = parked("job_1", deadline=LATER + 2)
     add(jobs, job)
     taken = jobs.postpone(the_one_due(jobs), LATER)
     assert taken is not None
@@ -200,6 +200,18 @@ def test_a_watched_job_is_not_due_for_its_call_any_more_and_else_as_it_was(jobs:
     assert ["job_1"] == due_ids(jobs, LATER + 1, why=DueFor.CHECK)
     assert job == jobs.get("job_1")
     jobs.replace(claim(job, "worker", NOON, LATER), job.version)  # no version was used up
+
+
+def test_a_watched_job_is_due_at_its_deadline_if_that_is_first(jobs: Store) -> None:
+    add(jobs, parked("job_1", deadline=LATER + 1))
+    taken = jobs.postpone(the_one_due(jobs), LATER)
+    assert taken is not None
+
+    jobs.watch(taken, LATER + 2)
+
+    assert [] == due_ids(jobs, LATER)
+    assert ["job_1"] == due_ids(jobs, LATER + 1)
+    assert [] == due_ids(jobs, LATER + 2, why=DueFor.CHECK)
 
 
 def test_a_job_that_went_on_can_be_neither_taken_nor_watched(jobs: Store) -> None:

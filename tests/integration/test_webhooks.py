@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -27,9 +30,12 @@ from sluice.adapters.secrets import POOL_AGE_MS, WebhookSecrets
 from sluice.adapters.web import HttpWeb
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Result, State
+from sluice.domain.webhooks import read_networks
+from sluice.notices.deliver import Deliver
+from sluice.ports.jobs import Received
 from sluice.ports.world import Reply
 from sluice.wiring import job_ends
-from tests.fakes import NOON, FrozenClock, a_job
+from tests.fakes import NOON, FrozenClock, MemoryQueue, RecordingEvents, a_job
 from tests.moto_aws import Aws, in_memory
 
 LOOPBACK = "127.0.0.1"
@@ -198,6 +204,81 @@ def test_a_name_leads_to_addresses_or_nowhere() -> None:
 def cloud() -> Iterator[Aws]:
     with in_memory() as running:
         yield running
+
+
+def test_names_that_hang_do_not_delay_other_lookups_or_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More names than asyncio has threads for; a process waits for those threads at its end."""
+    hanging = threading.Event()
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *arguments: Any, **more: Any) -> Any:
+        if host.startswith("hang"):
+            hanging.wait(30)
+        return real(LOOPBACK, *arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(web, "LOOKUP_SECONDS", 1.0)
+    sender = HttpWeb()
+    began = time.monotonic()
+    took: dict[str, float] = {}
+
+    async def looked_up(host: str) -> Any:
+        found = await sender.addresses(host, 443)
+        took[host] = time.monotonic() - began
+        return found
+
+    async def all_at_once() -> list[Any]:
+        names = [f"hang-{n}.example" for n in range(60)]
+        return await asyncio.gather(*map(looked_up, [*names, "healthy.example"]))
+
+    found = asyncio.run(all_at_once())
+    whole = time.monotonic() - began
+    hanging.set()
+
+    assert [()] * 60 + [[LOOPBACK]] == found
+    assert took["healthy.example"] < 0.9
+    assert whole < 3
+
+
+def test_a_tenants_hanging_names_do_not_delay_anothers_webhook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hanging = threading.Event()
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *arguments: Any, **more: Any) -> Any:
+        if host != "quiet.example":
+            hanging.wait(30)
+        return real(LOOPBACK, *arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(web, "LOOKUP_SECONDS", 2.0)
+    clock = FrozenClock(NOON)
+    queue = MemoryQueue(clock.now)
+    networks = read_networks("127.0.0.0/8")
+    deliver = Deliver(HttpWeb(), lambda: ("a secret",), queue, networks, clock, RecordingEvents())
+
+    with receiving() as receiver:
+        began = time.monotonic()
+
+        def message(number: int, url: str) -> Received:
+            body = {"v": 1, "webhook": f"w-{number}", "tenant": "acme", "url": url, "body": "{}"}
+            return Received(f"m-{number}", "r", json.dumps(body), None, sent_at=NOON)
+
+        hostile = [message(n, f"http://hostile-{n}.example/") for n in range(9)]
+        quiet = message(9, f"http://quiet.example:{receiver.port}/")
+        with ThreadPoolExecutor(1) as threads:
+            delivered = threads.submit(asyncio.run, deliver([*hostile, quiet]))
+            while not receiver.got and time.monotonic() < began + 10:
+                time.sleep(0.01)
+            waited = time.monotonic() - began
+            again = delivered.result()
+        hanging.set()
+
+    assert waited < 1.5
+    assert [each.message_id for each in hostile] == again
 
 
 def test_a_secret_that_was_changed_signs_together_with_the_one_before(cloud: Aws) -> None:

@@ -257,4 +257,30 @@ def test_groups_that_moved_are_not_shown(office: Office) -> None:
     here, missing = new_group("org", "a", NOON), moved(new_group("key:main", "a", NOON), "org")
     office.limits.stored = {here.id: here, missing.id: missing}
 
-    assert [here] == office.account().groups()
+    assert [here] == office.account().groups({}, {"a"})
+
+
+def test_only_the_groups_of_a_tenants_own_models_are_shown(office: Office) -> None:
+    groups = [
+        new_group("org", name, NOON) for name in ("haiku", "claude-b", "claude-secret", "new")
+    ]
+    office.limits.stored = {group.id: group for group in groups}
+    office.limits.learned = {"claude-c": "new"}
+    office.keep(
+        a_job("job_1", model="claude-a"),
+        a_job("job_2", model="claude-secret", tenant="other"),
+        a_job("job_3", model="claude-c"),
+    )
+    day = date(2026, 11, 1)
+    office.ledger.add_up({("acme", day, "claude-b", "live"): Spend(calls=1)})
+    office.ledger.add_up({("other", day, "claude-secret", "live"): Spend(calls=1)})
+    long_ago = date(2026, 10, 1)
+    office.ledger.add_up({("acme", long_ago, "claude-secret", "live"): Spend(calls=1)})
+
+    account = office.account()
+    models = account.models()
+
+    assert {"claude-a", "claude-b", "claude-c"} == models
+    known = {"claude-a": "haiku"}
+    assert ["claude-b", "haiku", "new"] == [g.model_group for g in account.groups(known, models)]
+    assert [] == office.account("third").groups(known, office.account("third").models())

@@ -188,7 +188,6 @@ LIMIT = {
     "group": HOSTILE,
     "blocked_until": HOSTILE,
     "blocked_reason": HOSTILE,
-    "blocked_by": HOSTILE,
     "set_aside": [{"what": HOSTILE, "until": HOSTILE}],
 }
 USAGE = {"group_by": [HOSTILE], "data": [{HOSTILE: HOSTILE}], "total": {}}

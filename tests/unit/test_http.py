@@ -1,11 +1,13 @@
 """What requests must look like, and how jobs, usage and limits are shown."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from sluice.api import requests, views
+from sluice.domain.breakers import Breaker
 from sluice.domain.errors import InvalidRequest, RequestTooLarge, Unauthenticated
 from sluice.domain.jobs import JobError, Result, State, claim, give_up, snooze, succeed
 from sluice.domain.limits import Observation, Seen, block, new_group, observe
@@ -374,7 +376,7 @@ def test_a_limit_group_shows_what_it_believes() -> None:
     )
     group = observe(new_group("org", "a", NOON), seen, NOON)
 
-    view = views.group_view(group, NOON)
+    view = views.group_view(group, (), NOON)
 
     assert ("org/a", "org", "a", True) == (
         view["group"],
@@ -383,7 +385,7 @@ def test_a_limit_group_shows_what_it_believes() -> None:
         view["learned"],
     )
     assert {"requests": 600, "input_tokens": 60_000, "output_tokens": 12_000} == view["limits"]
-    assert 0 < view["level"]["requests"] <= 100
+    assert not {"level", "estimates", "blocked_by"} & view.keys(), "the load of all tenants"
     assert (1.0, None, None) == (
         view["rate_factor"],
         view["blocked_until"],
@@ -392,13 +394,13 @@ def test_a_limit_group_shows_what_it_believes() -> None:
 
 
 def test_the_limits_of_an_unused_group_are_not_learned() -> None:
-    assert not views.group_view(new_group("org", "a", NOON), NOON)["learned"]
+    assert not views.group_view(new_group("org", "a", NOON), (), NOON)["learned"]
 
 
 def test_a_block_is_shown_while_it_lasts() -> None:
     group = block(new_group("org", "a", NOON), NOON + SECOND, "rate limited", NOON)
 
-    during, after = views.group_view(group, NOON), views.group_view(group, NOON + SECOND)
+    during, after = views.group_view(group, (), NOON), views.group_view(group, (), NOON + SECOND)
 
     until = datetime.fromtimestamp(NOON / 1000 + 1, UTC).isoformat(timespec="milliseconds")
     assert (until.replace("+00:00", "Z"), "rate limited") == (
@@ -407,6 +409,19 @@ def test_a_block_is_shown_while_it_lasts() -> None:
     )
     assert during["rate_factor"] < 1.0
     assert (None, None) == (after["blocked_until"], after["blocked_reason"])
+
+
+def test_a_group_shows_neither_the_models_of_others_nor_an_endpoint() -> None:
+    circuits = {
+        "model claude-a": Breaker(5, NOON + SECOND),
+        "model claude-secret": Breaker(5, NOON + SECOND),
+        "endpoint https://relay.example": Breaker(5, NOON + SECOND),
+    }
+    group = replace(new_group("org", "a", NOON), circuits=circuits)
+
+    view = views.group_view(group, {"claude-a"}, NOON)
+
+    assert ["endpoint", "model claude-a"] == [each["what"] for each in view["set_aside"]]
 
 
 def test_every_state_has_a_word() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sluice.bulk import assemble
 from sluice.bulk import plan as plans
-from sluice.bulk.plan import FILE_MS
 from sluice.domain.batches import (
+    LONGEST_MS,
     SAMPLES,
     Phase,
     cancel_batch,
@@ -66,7 +66,7 @@ def test_a_file_is_a_batch_of_its_tenant_by_its_name(make: Make) -> None:
 
     batch = bulk.batch
     assert ("acme", "2026/january", "file") == (batch.tenant, batch.name, batch.source)
-    assert NOON + FILE_MS == batch.expires_at
+    assert NOON + LONGEST_MS == batch.expires_at
     assert Phase.RUNNING == batch.phase
     assert 1 == len(bulk.queues.ranges)
 

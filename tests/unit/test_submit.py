@@ -320,6 +320,28 @@ def test_a_conflict_is_found_even_when_the_first_request_has_expired(intake: Int
     assert job == intake.jobs.stored[job.job_id]
 
 
+def test_the_name_of_a_deleted_job_is_free_though_its_request_is_still_stored(
+    intake: Intake,
+) -> None:
+    job = intake.one(ask("a", custom_id="row-1"))
+    intake.jobs.delete(job.job_id)
+    intake.params.leftovers.add(job.job_id)
+
+    again = intake.one(ask("b", custom_id="row-1"))
+
+    assert job.job_id == again.job_id
+    assert again.request_hash == intake.params.stored[again.job_id].request_hash
+
+
+def test_a_request_of_a_submit_in_progress_is_not_replaced(intake: Intake) -> None:
+    """Its job is stored in a moment, and must find its own request."""
+    job = intake.one(ask("a", custom_id="row-1"))
+    intake.jobs.delete(job.job_id)
+
+    assert isinstance(rejected(intake(ask("b", custom_id="row-1"))[0]), Conflict)
+    assert job.request_hash == intake.params.stored[job.job_id].request_hash
+
+
 def test_other_headers_make_another_request(intake: Intake) -> None:
     intake.one(ask(custom_id="row-1"))
 
@@ -729,9 +751,9 @@ def test_jobs_not_stored_in_time_are_rejected_and_the_others_are_sent() -> None:
         def add_new(self, params: Sequence[Params]) -> set[str]:  # noqa: ARG002 - large requests
             return set()
 
-        def add(self, params: Params) -> None:
+        def add(self, params: Params, *, over_leftover: bool = False) -> None:
             with one_at_a_time:
-                super().add(params)
+                super().add(params, over_leftover=over_leftover)
                 scene.clock.at += START_WITHIN_MS // 10
 
     scene = Intake(params=Slow())

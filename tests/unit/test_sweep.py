@@ -428,3 +428,39 @@ def test_a_call_in_flight_may_end_after_the_deadline_and_a_dead_workers_job_expi
     scene.clock.at = NOON + MINUTE
 
     assert Swept(due=1, expired=1) == scene.sweep()
+
+
+def test_a_deadline_is_seen_after_a_parked_job_was_sent_however_long_the_queue() -> None:
+    job = parked(minutes=20, deadline=NOON + 40 * MINUTE)
+    quick = known_group("org", "a")
+    scene = Scene(job, groups=(replace(quick, requests=replace(quick.requests, limit=60)),))
+    for number in range(5_000):
+        scene.queue.post(job_id=f"other-{number}")
+
+    ended = None
+    for minute in range(8 * 60):
+        scene.clock.at = NOON + minute * MINUTE
+        scene.sweep(scene.clock.at + 50 * SECOND)
+        if scene.jobs.stored["job_1"].state.is_final:
+            ended = minute
+            break
+
+    assert 40 == ended
+    assert State.EXPIRED == scene.jobs.stored["job_1"].state
+    assert 5_001 == scene.queue.backlog().visible, "it was sent, and nobody received it"
+
+
+def test_a_deadline_is_seen_after_a_rescued_job_was_sent() -> None:
+    scene = Scene(a_job(deadline=NOON + 3 * 60 * MINUTE), groups=(known_group("org", "a"),))
+    ended = None
+    for minute in range(8 * 60):
+        scene.clock.at = NOON + minute * MINUTE
+        if minute == 100:
+            for number in range(5_000):
+                scene.queue.post(job_id=f"other-{number}")
+        scene.sweep(scene.clock.at + 50 * SECOND)
+        if scene.jobs.stored["job_1"].state.is_final:
+            ended = minute
+            break
+
+    assert 180 == ended

@@ -26,7 +26,7 @@ def links(bulk: Bulk) -> MemoryLinks:
 
 @pytest.fixture
 def door(bulk: Bulk, links: MemoryLinks) -> Uploads:
-    return Uploads("acme", bulk.objects, links, bulk.planner)
+    return Uploads("acme", bulk.objects, links, bulk.planner, lambda: "a secret")
 
 
 def test_a_file_in_parts_becomes_a_batch(
@@ -102,8 +102,9 @@ def test_an_invalid_upload_is_rejected_before_it_starts(door: Uploads, links: Me
     assert {} == links.going
     with pytest.raises(InvalidRequest, match="parts: List should have at least 1 item"):
         door.complete("x.jsonl", "upload-1", {})
+    started = door.start("x.jsonl", 10, {})
     with pytest.raises(InvalidRequest, match="InvalidPart"):
-        door.complete("x.jsonl", "upload-1", {1: "etag"})
+        door.complete("x.jsonl", started.upload_id, {1: "etag"})
 
 
 def test_an_aborted_upload_is_forgotten(door: Uploads, links: MemoryLinks) -> None:
@@ -113,3 +114,46 @@ def test_an_aborted_upload_is_forgotten(door: Uploads, links: MemoryLinks) -> No
     door.abort("x.jsonl", started.upload_id)
 
     assert {} == links.going
+
+
+def test_every_link_is_for_as_many_bytes_as_were_declared(door: Uploads) -> None:
+    part = uploads.PART_BYTES
+    started = door.start("reviews.jsonl", 150 * part + 5, {})
+
+    first = started.links
+    rest = door.links("reviews.jsonl", started.upload_id, 101, 151)
+
+    sizes = [int(url.rpartition("&")[2]) for url in (*first.values(), *rest.values())]
+    assert [part] * 150 + [5] == sizes
+    with pytest.raises(InvalidRequest, match=r"parts from 1 to 151 \(got 151 to 152\)"):
+        door.links("reviews.jsonl", started.upload_id, 151, 152)
+
+
+@pytest.mark.parametrize("parts", [{1: "a"}, {1: "a", 2: "b", 3: "c"}, {2: "b", 3: "c"}])
+def test_an_upload_has_all_its_parts_and_no_others(door: Uploads, parts: dict[int, str]) -> None:
+    started = door.start("reviews.jsonl", uploads.PART_BYTES + 1, {})
+
+    with pytest.raises(InvalidRequest, match="parts: must be the parts from 1 to 2"):
+        door.complete("reviews.jsonl", started.upload_id, parts)
+
+
+def test_an_id_that_was_changed_or_belongs_to_another_is_refused(
+    door: Uploads, bulk: Bulk, links: MemoryLinks
+) -> None:
+    started = door.start("reviews.jsonl", 10, {})
+    other = Uploads("other", bulk.objects, links, bulk.planner, lambda: "a secret")
+    size, signature, own_id = started.upload_id.split("-", 2)
+    larger = f"10000000000-{signature}-{own_id}"
+
+    wrong = [own_id, f"{size}-{own_id}", f"-{signature}-{own_id}", f"{size}--{own_id}", larger]
+    wrong += [f"{size}-{signature}-upload-2", "٣-x-y", "9" * 5_000, "\ud800-\ud800-\ud800", ""]
+    for upload_id in wrong:
+        with pytest.raises(InvalidRequest, match="id: is not the id of an upload"):
+            door.links("reviews.jsonl", upload_id, 1, 1)
+    for tenant, name in ((door, "another.jsonl"), (other, "reviews.jsonl")):
+        with pytest.raises(InvalidRequest, match="id: is not the id of an upload"):
+            tenant.links(name, started.upload_id, 1, 1)
+        with pytest.raises(InvalidRequest, match="id: is not the id of an upload"):
+            tenant.complete(name, started.upload_id, {1: "etag"})
+        with pytest.raises(InvalidRequest, match="id: is not the id of an upload"):
+            tenant.abort(name, started.upload_id)

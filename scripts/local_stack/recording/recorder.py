@@ -87,6 +87,10 @@ def _of_tables(operation: str, parameters: Mapping[str, Any]) -> Asked:
 
 def _of_objects(operation: str, parameters: Mapping[str, Any]) -> Asked:
     bucket = parameters["Bucket"]
+    if operation == "DeleteObjects":
+        for each in parameters["Delete"]["Objects"]:
+            yield f"s3:{operation}", f"{bucket}/{_top(each['Key'])}"
+        return
     key = parameters.get("Key", parameters.get("Prefix"))
     yield f"s3:{operation}", bucket if key is None else f"{bucket}/{_top(key)}"
     if source := parameters.get("CopySource"):

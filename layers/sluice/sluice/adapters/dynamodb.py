@@ -16,7 +16,7 @@ from sluice.adapters.tables import Table, marked
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id, matches
 from sluice.domain.errors import Conflict, InvalidRequest, StoreBusy
-from sluice.domain.jobs import DueFor, Job, State
+from sluice.domain.jobs import DueFor, Job, State, due_after_send
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
@@ -165,9 +165,10 @@ class DynamoJobs:
         return replace(due, due_at=until) if is_first else None
 
     def watch(self, due: Due, until: int) -> None:
-        """Make a sent job due for a check at `until`, in case its message is lost, unless it was written since."""
-        shard = job_records.due_shard(DueFor.CHECK, job_records.due_part(due.job_id))
-        values: Item = {":until": {"N": str(until)}, ":shard": {"S": shard}}
+        """Make a sent job due again at `until`, or at its deadline if that is first, unless it was written since."""
+        why, at = due_after_send(due.deadline, until)
+        shard = job_records.due_shard(why, job_records.due_part(due.job_id))
+        values: Item = {":until": {"N": str(at)}, ":shard": {"S": shard}}
         self._update_if_due(due, "SET due_at = :until, due_shard = :shard", values)
 
     def _update_if_due(self, due: Due, change: str, values: Item) -> bool:
@@ -201,8 +202,12 @@ class DynamoParams:
         self._clock = clock
         self._retention_days = retention_days
 
-    def add(self, params: Params) -> None:
-        """Store the request; raises Conflict if a different one is stored under its id."""
+    def add(self, params: Params, *, over_leftover: bool = False) -> None:
+        """Store the request; raises Conflict if a different one is stored under its id.
+
+        One that was stored more than a day ago is stored anew, with a later expiry. With `over_leftover` it may be a
+        different one: no submit that is in progress can have stored it.
+        """
         body = _packed(params)
         days = job_records.waiting_days(self._retention_days)
         item = self._item(params, body if len(body) <= INLINE_BYTES else None)
@@ -212,7 +217,17 @@ class DynamoParams:
             key = f"{prefix}/{params.job_id}-{params.request_hash[:16]}.json.gz"
             self._objects.put(key, body)
             item["object_key"] = {"S": key}
-        current = self._table.put_if(item, "attribute_not_exists(job_id)")
+        fresh_until = int(item["expires_at"]["N"]) - job_records.DAY_SECONDS
+        values: Item = {":fresh": {"N": str(fresh_until)}}
+        renewed = "expires_at < :fresh"
+        if not over_leftover:
+            renewed += " AND request_hash = :hash"
+            values[":hash"] = {"S": params.request_hash}
+        current = self._table.put_if(
+            item,
+            f"attribute_not_exists(job_id) OR ({renewed})",
+            ExpressionAttributeValues=values,
+        )
         if current and current["request_hash"]["S"] != params.request_hash:
             raise Conflict(f"a different request is stored for job {params.job_id}")
 

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
 from sluice.domain.batches import Copied, Streamed, parts
-from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound
+from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound, StoreBusy
 from sluice.domain.jobs import Result
 from sluice.ports.batches import Stored
 from sluice.ports.jobs import Received
@@ -112,6 +112,17 @@ class Objects:
             if len(piece) < PIECE_BYTES:
                 return
 
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete up to 1,000 objects, also those that do not exist; raises StoreBusy."""
+        answer = aws.patiently(
+            WHAT,
+            self._client.delete_objects,
+            Bucket=self._bucket,
+            Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
+        )
+        if answer.get("Errors"):
+            raise StoreBusy(WHAT)
+
     def listing(self, prefix: str) -> Iterator[Stored]:
         """Yield the objects whose keys have this prefix, in order of keys."""
         more: Any = {}
@@ -199,14 +210,19 @@ class Links:
         )
         return answer["UploadId"]
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        """Return the presigned PUT URL of each part, by number."""
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        """Return the presigned PUT URL of each part, by number.
+
+        The header `content-length` is signed, so S3 accepts no other number of bytes.
+        """
         where = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id}
         return {
             part: self._client.generate_presigned_url(
-                "upload_part", Params={**where, "PartNumber": part}, ExpiresIn=self._seconds
+                "upload_part",
+                Params={**where, "PartNumber": part, "ContentLength": size},
+                ExpiresIn=self._seconds,
             )
-            for part in parts
+            for part, size in sizes.items()
         }
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 import httpx2
 
@@ -15,6 +17,8 @@ from sluice.ports.world import Reply
 SECONDS: Final = 15.0
 """Timeout of a delivery: the receiver should respond first and process afterwards (Standard Webhooks)."""
 
+LOOKUP_SECONDS: Final = 5.0
+"""Timeout of a DNS lookup. An invocation waits for its slowest one, so a name that hangs must not take longer."""
 
 MOST_DIGITS: Final = 6
 """Maximum digits of a `retry-after`."""
@@ -29,10 +33,9 @@ class HttpWeb:
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
         """Return the addresses of a host name; empty if it has none, or if the lookup fails or times out."""
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(SECONDS):
-                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            async with asyncio.timeout(LOOKUP_SECONDS):
+                found = await _looked_up(host, port)
         except (OSError, TimeoutError, UnicodeError):
             return ()
         return [str(sockaddr[0]) for *_, sockaddr in found]
@@ -61,6 +64,38 @@ class HttpWeb:
             return Reply(problem=f"no answer within {SECONDS:.0f} s")
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             return Reply(problem=type(error).__name__)
+
+
+async def _looked_up(host: str, port: int) -> Sequence[Any]:
+    """Look a name up in a thread of its own.
+
+    asyncio has few threads, and a process waits for them when its event loop ends: names that hang would delay all
+    other lookups, and the end of the invocation. Here nothing waits for a lookup that has timed out. Such threads are
+    few: an invocation starts up to ten and then lasts for `LOOKUP_SECONDS`, and the resolver gives up soon after.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Sequence[Any]] = loop.create_future()
+
+    def settle(addresses: Sequence[Any], error: Exception | None) -> None:
+        if found.done():
+            return
+        if error is not None:
+            found.set_exception(error)
+        else:
+            found.set_result(addresses)
+
+    def look_up() -> None:
+        addresses: Sequence[Any] = ()
+        problem: Exception | None = None
+        try:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            problem = error
+        with suppress(RuntimeError):  # the loop has ended: the lookup timed out long ago
+            loop.call_soon_threadsafe(settle, addresses, problem)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    return await found
 
 
 def _seconds(text: str | None) -> int | None:

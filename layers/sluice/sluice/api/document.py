@@ -221,19 +221,10 @@ class PerDimension(Shape):
     output_tokens: int
 
 
-class Estimates(Shape):
-    """Estimates used to reserve capacity for the next call."""
-
-    output_tokens: int
-    chars_per_token: float
-    call_seconds: float
-
-
 class DayLimit(Shape):
     """A daily limit on input plus output tokens."""
 
     limit: int
-    level: int
 
 
 class OpenBreaker(Shape):
@@ -253,25 +244,17 @@ class LimitGroup(Shape):
     learned: Annotated[
         bool, Field(description="False until the first response reports the limits.")
     ]
-    level: Annotated[
-        PerDimension,
-        Field(description="Remaining capacity; negative if it is reserved for later starts."),
-    ]
-    estimates: Estimates
     tokens_per_day: DayLimit | None
     rate_factor: Annotated[
         float, Field(description="Fraction of the limits that Sluice uses; reduced after 429s.")
     ]
     blocked_until: Time | None
     blocked_reason: str | None
-    blocked_by: Annotated[
-        str | None, Field(description="The upstream key and the request ID of the rejected call.")
-    ]
     set_aside: list[OpenBreaker]
 
 
 class Limits(Shape):
-    """All limit groups in use."""
+    """The limit groups of the models that this tenant uses."""
 
     data: list[LimitGroup]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sluice.domain import batches as life_of_batches
 from sluice.domain.batches import Phase, Tally
 from sluice.domain.jobs import Attempt, Job
-from sluice.domain.limits import DIMENSIONS, FULL_RATE, SCALE, Group, advanced
-from sluice.domain.pricing import Spend, usd
+from sluice.domain.limits import DIMENSIONS, FULL_RATE, Group, advanced
+from sluice.domain.pricing import Spend, base_model, usd
 from sluice.domain.times import rfc3339
 from sluice.intake.accounts import UsageRow
 from sluice.intake.batches import ARCHIVED_MS, is_archived, status
@@ -192,8 +192,20 @@ def usage_view(first: str, last: str, group_by: Sequence[str], rows: Sequence[Us
     }
 
 
-def group_view(group: Group, now: int) -> dict[str, Any]:
-    """Show a limit group: its assumed limits, the remaining capacity, and what blocks it."""
+def _shown_circuit(name: str, own_models: Collection[str]) -> str | None:
+    """Return what to show of a circuit: not the models of others, and not the address of an endpoint."""
+    kind, _, rest = name.partition(" ")
+    if kind == "model":
+        return name if base_model(rest) in own_models else None
+    return kind
+
+
+def group_view(group: Group, own_models: Collection[str], now: int) -> dict[str, Any]:
+    """Show a limit group to a tenant that uses it: its limits, and what its jobs wait for.
+
+    Neither what is left of the limits, nor how large calls are, nor whose call was refused: that is the load of all
+    tenants.
+    """
     current = advanced(group, now)
     blocked = current.blocked_until > now
     return {
@@ -202,21 +214,13 @@ def group_view(group: Group, now: int) -> dict[str, Any]:
         "model_group": group.model_group,
         "limits": {name: group.bucket(name).limit for name in DIMENSIONS},
         "learned": all(group.bucket(name).learned for name in DIMENSIONS),
-        "level": {name: current.bucket(name).level // SCALE for name in DIMENSIONS},
-        "estimates": {
-            "output_tokens": group.output_estimate,
-            "chars_per_token": group.chars_per_1000_tokens / 1000,
-            "call_seconds": group.call_ms / 1000,
-        },
-        "tokens_per_day": current.day
-        and {"limit": current.day.limit, "level": current.day.level // current.day.scale},
+        "tokens_per_day": current.day and {"limit": current.day.limit},
         "rate_factor": current.rate_factor / FULL_RATE,
         "blocked_until": time(current.blocked_until) if blocked else None,
         "blocked_reason": current.blocked_reason if blocked else None,
-        "blocked_by": current.blocked_by if blocked else None,
         "set_aside": [
-            {"what": name, "until": time(max(now, breaker.open_until))}
+            {"what": what, "until": time(max(now, breaker.open_until))}
             for name, breaker in sorted(current.circuits.items())
-            if breaker.is_open
+            if breaker.is_open and (what := _shown_circuit(name, own_models))
         ],
     }

@@ -13,6 +13,7 @@ from typing import Any, Final
 from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
 from sluice.domain.batches import (
     BOM,
+    LONGEST_MS,
     MOST_LINE_BYTES,
     SAMPLE_BYTES,
     WATCH_MS,
@@ -43,9 +44,6 @@ from sluice.intake.requests import decode, read_options, unread
 from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
-
-FILE_MS: Final = 13 * 86_400_000
-"""Maximum wait of the rows of a file, unless its deadline is earlier: less than the 14 days of a message."""
 
 OPTIONS_ENDING: Final = ".options.json"
 METADATA_PREFIX: Final = "sluice-"
@@ -91,7 +89,10 @@ class PlanBatch:
         networks: Sequence[Network],
         clock: Clock,
         events: Events,
+        longest_ms: int = LONGEST_MS,
     ) -> None:
+        """`longest_ms` is how long rows may wait."""
+        self._longest_ms = longest_ms
         self._batches = batches
         self._objects = objects
         self._queue = queue
@@ -234,7 +235,7 @@ class PlanBatch:
 
     def _batch(self, file: _File, options: Options) -> Batch:
         now = self._clock.now()
-        latest = now + FILE_MS
+        latest = now + self._longest_ms
         return Batch(
             batch_id=file_batch_id(file.tenant, file.stored.key, file.stored.etag, options.run),
             tenant=file.tenant,

@@ -248,6 +248,20 @@ class Batch:
         return f"batches/{self.batch_id}/sections/{section:06d}.{kind}"
 
 
+DAY_MS: Final = 86_400_000
+
+LONGEST_MS: Final = 13 * DAY_MS
+"""A batch may wait for so long, but no longer than its messages are kept."""
+
+JOIN_MS: Final = 2 * 60 * 60_000
+"""Time after the last row may start, in which the batch ends."""
+
+
+def longest_wait_ms(retention_days: int) -> int:
+    """Return how long the rows of a batch may wait: its objects are needed until it ends."""
+    return min(LONGEST_MS, retention_days * DAY_MS - JOIN_MS)
+
+
 NOTIFY_MS: Final = 2 * 60_000
 """If the notification of completion was not confirmed after this time, it is sent again."""
 
@@ -376,7 +390,7 @@ def mark_notified(batch: Batch) -> Batch:
 
 
 def delete_batch(batch: Batch) -> Batch:
-    """Delete an ended batch for its tenant; its objects expire with their retention."""
+    """Mark an ended batch as deleted; its objects are deleted before."""
     return batch if batch.deleted else _changed(batch, deleted=True)
 
 

@@ -408,6 +408,16 @@ def due(job: Job) -> tuple[DueFor, int] | None:
     return why, at
 
 
+def due_after_send(deadline: int | None, check_at: int) -> tuple[DueFor, int]:
+    """Return why and when the sweep must check a job whose message it has just sent.
+
+    At its deadline, if that is first: then it expires whether a worker has received the message or not.
+    """
+    if deadline is not None and deadline <= check_at:
+        return DueFor.CALL, deadline
+    return DueFor.CHECK, check_at
+
+
 def derived_job_id(tenant: str, scope: str, name: str) -> str:
     """Return an id that is the same for a repeat of the same submit.
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 
 from sluice.domain.errors import InvalidRequest, JobNotFound
 from sluice.domain.jobs import Job, State, request_cancel
-from sluice.domain.limits import Group
-from sluice.domain.pricing import Spend
+from sluice.domain.limits import Group, model_group
+from sluice.domain.pricing import Spend, base_model
 from sluice.ports.jobs import JobStore, Ledger, Page, ResultStore
 from sluice.ports.limits import LimitStore
 from sluice.ports.swap import Deleted, Kept, Written, change
 from sluice.ports.world import Clock, Events
 
 LONGEST_REPORT_DAYS = 366
+
+USED_DAYS = 30
+"""A model that a tenant was billed for within these days is one of its own."""
+USED_JOBS = 100
+"""Newest jobs whose models are a tenant's own before they were called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,20 @@ class Account:
             for key, spend in sorted(sums.items())
         ]
 
-    def groups(self) -> Sequence[Group]:
-        """Return the state of all limit groups in use."""
-        return [group for group in self._limits.groups() if group.moved_to is None]
+    def models(self) -> set[str]:
+        """Return the models this tenant uses: those of its newest jobs, and those it was billed for lately."""
+        today = datetime.fromtimestamp(self._clock.now() / 1000, UTC).date()
+        first = today - timedelta(days=USED_DAYS)
+        billed = {model for _, model, _, _ in self._ledger.spent(self._tenant, first, today)}
+        newest = self._jobs.listing(self._tenant, None, USED_JOBS, None).jobs
+        return {base_model(model) for model in billed | {job.model for job in newest}}
+
+    def groups(self, known: Mapping[str, str], models: Collection[str]) -> Sequence[Group]:
+        """Return the limit groups of these models. `known` are the deployed model groups, by model."""
+        groups = {**known, **self._limits.learned_groups()}
+        own = {model_group(model, groups) for model in models}
+        return [
+            group
+            for group in self._limits.groups()
+            if group.moved_to is None and group.model_group in own
+        ]

@@ -9,9 +9,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from typing import Final
 
 from sluice.domain.batches import (
+    DAY_MS,
+    LONGEST_MS,
     Batch,
     Options,
     Phase,
@@ -31,13 +34,8 @@ from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects, R
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
 
-DAY_MS: Final = 86_400_000
-
 EXPIRES_MS: Final = DAY_MS
 """Anthropic's batches expire after 24 hours."""
-
-LONGEST_MS: Final = 13 * DAY_MS
-"""With its own deadline a batch may wait longer, but not longer than SQS keeps its messages."""
 
 ARCHIVED_MS: Final = 29 * DAY_MS
 """Results can be fetched for this long after the creation, as at Anthropic."""
@@ -55,6 +53,12 @@ MOST_INLINE_BYTES: Final = 4_300_000
 """Maximum results in one response: Lambda returns 6 MB, in base64."""
 
 LINK_SECONDS: Final = 900
+
+ERASE_MS: Final = 15_000
+"""Time for deletions in one request, of the function's 28 s."""
+
+ERASED_AT_ONCE: Final = 1_000
+"""S3's limit of DeleteObjects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,10 @@ class Batches:
         clock: Clock,
         random_bytes: RandomBytes,
         events: Events,
+        longest_ms: int = LONGEST_MS,
     ) -> None:
+        """`longest_ms` is how long rows may wait, with a deadline of their own."""
+        self._longest_ms = longest_ms
         self._tenant = tenant
         self._batches = batches
         self._objects = objects
@@ -128,7 +135,7 @@ class Batches:
             name=batch_id,
             source=asked.source,
             created_at=now,
-            expires_at=min(deadline or now + EXPIRES_MS, now + LONGEST_MS),
+            expires_at=min(deadline or now + EXPIRES_MS, now + self._longest_ms),
             input_key=key,
             input_etag=etag,
             options=asked.options,
@@ -228,7 +235,28 @@ class Batches:
             raise InvalidRequest(
                 f"Message batch {batch_id} is {status(batch)}; it can be deleted once it has ended."
             )
+        self._erase(batch)
         self._changed(batch, delete_batch)
+
+    def _erase(self, batch: Batch) -> None:
+        """Delete all objects with rows or answers of the batch; raises StoreBusy if there are too many for one request.
+
+        Nothing is marked before the last object is deleted, so that a repeated request continues.
+        """
+        stop_at = self._clock.now() + ERASE_MS
+        if self._owns_results(batch):
+            self._objects.delete([batch.results_key, batch.errors_key, batch.summary_key])
+        found = self._objects.listing(f"batches/{batch.batch_id}/")
+        while some := [each.key for each in islice(found, ERASED_AT_ONCE)]:
+            if self._clock.now() >= stop_at:
+                what = "the deletion of the batch's objects"
+                raise StoreBusy(what)
+            self._objects.delete(some)
+
+    def _owns_results(self, batch: Batch) -> bool:
+        """Return whether the results under `out/` are those of this batch and not of a later file of the same name."""
+        stored = self._objects.get(batch.summary_key)
+        return stored is not None and json.loads(stored).get("batch_id") == batch.batch_id
 
     def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
         result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from json.decoder import JSONDecoder
 from math import isinf
 from typing import Annotated, Any, Final, Literal, NoReturn
@@ -50,6 +50,8 @@ NOT_UNICODE: Final = (
 TOO_MANY_DIGITS: Final = "has a number with too many digits"
 UNREADABLE: Final = frozenset({TOO_DEEP, NOT_UNICODE, TOO_MANY_DIGITS})
 """Why JSON cannot be read, other than by a syntax error."""
+EARLIEST: Final = datetime(2000, 1, 1, tzinfo=UTC)
+TOO_EARLY: Final = "must not be before the year 2000"
 A_TIME: Final = "must be an RFC 3339 string with a time zone, such as 2026-12-24T18:00:00Z"
 
 
@@ -60,15 +62,18 @@ def _rfc3339(value: object, parse: ValidatorFunctionWrapHandler) -> datetime | N
     """Accept text with a time zone only: a number or a local time is ambiguous."""
     if value is None:
         return None
+    if not isinstance(value, str):
+        raise ValueError(A_TIME)  # noqa: TRY004 - pydantic reports only this kind
     try:
-        if isinstance(value, str):
-            datetime.fromisoformat(value)
-            time: datetime = parse(value)
-            # In UTC the year may be 0 or 10,000, which could be stored and never be shown.
-            return time.astimezone(UTC)
+        datetime.fromisoformat(value)
+        time: datetime = parse(value)
+        # In UTC the year may be 0 or 10,000, which could be stored and never be shown.
+        time = time.astimezone(UTC)
     except (ValueError, OverflowError):
-        pass
-    raise ValueError(A_TIME)
+        raise ValueError(A_TIME) from None
+    if time < EARLIEST:
+        raise ValueError(TOO_EARLY)
+    return time
 
 
 def _public(url: str, info: ValidationInfo) -> str:
@@ -332,8 +337,11 @@ def read_webhook(url: str | None, networks: Sequence[Network] = ()) -> str | Non
 
 
 def milliseconds(time: datetime | None) -> int | None:
-    """Return epoch milliseconds."""
-    return None if time is None else int(time.timestamp() * 1000)
+    """Return epoch milliseconds, rounded down: as a float the last instant of the year 9999 is in the year 10,000."""
+    return None if time is None else (time - _EPOCH) // timedelta(milliseconds=1)
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 # Items of a batch ----------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ class Submit:
     def _added(self, job: Job, body: bytes) -> Outcome:
         """Store the params, then the job, so that every stored job has its params."""
         try:
-            self._params.add(Params(job.job_id, body, job.request_hash))
+            self._store_params(Params(job.job_id, body, job.request_hash))
             stored = insert(self._jobs.add, job)
         except Conflict:
             return Rejected(_conflict(job))
@@ -325,6 +325,18 @@ class Submit:
         if stored is None or stored.request_hash != job.request_hash:
             return Rejected(_conflict(job))
         return Accepted(stored, is_repeat=stored is not job)
+
+    def _store_params(self, params: Params) -> None:
+        """Store a request; raises Conflict if its id belongs to a job with a different one.
+
+        A request may be kept longer than its job: the name of a deleted job is free.
+        """
+        try:
+            self._params.add(params)
+        except Conflict:
+            if self._jobs.get(params.job_id) is not None:
+                raise
+            self._params.add(params, over_leftover=True)
 
     def _sent_before(self, draft: _Draft) -> Job | None:
         """Return the job that an earlier try of the same request created."""

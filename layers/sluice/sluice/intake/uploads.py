@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,11 +37,43 @@ class Upload:
     links: Mapping[int, str]
 
 
-class Uploads:
-    """One tenant's uploads."""
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The parts of an upload, all of one size but the last."""
 
-    def __init__(self, tenant: str, objects: Objects, links: PartLinks, planner: PlanBatch) -> None:
+    size: int
+
+    @property
+    def part_bytes(self) -> int:
+        return max(PART_BYTES, -(-self.size // MOST_PARTS))
+
+    @property
+    def number(self) -> int:
+        return -(-self.size // self.part_bytes)
+
+    def sizes(self, first: int, last: int) -> dict[int, int]:
+        """Return the bytes of each part."""
+        most = self.part_bytes
+        return {part: min(most, self.size - (part - 1) * most) for part in range(first, last + 1)}
+
+
+class Uploads:
+    """One tenant's uploads.
+
+    The id of an upload has its declared size and a signature, so that the size of every part can be signed into its URL
+    without a record of the upload.
+    """
+
+    def __init__(
+        self,
+        tenant: str,
+        objects: Objects,
+        links: PartLinks,
+        planner: PlanBatch,
+        secret: Callable[[], str],
+    ) -> None:
         self._tenant = tenant
+        self._secret = secret
         self._objects = objects
         self._links = links
         self._planner = planner
@@ -51,36 +84,62 @@ class Uploads:
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
         self._planner.read_options(options)
-        part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
-        parts = -(-size // part_bytes)
+        parts = _Parts(size)
         # Always written, so that options of an earlier file of this name do not apply.
         self._objects.put(
             f"in/{self._tenant}/{stem_of(name)}.options.json", json.dumps(options).encode()
         )
         upload_id = self._links.begin(key)
-        first = self._links.links(key, upload_id, range(1, min(parts, LINKS_AT_ONCE) + 1))
-        return Upload(upload_id, name, part_bytes, parts, first)
+        sizes = parts.sizes(1, min(parts.number, LINKS_AT_ONCE))
+        first = self._links.links(key, upload_id, sizes)
+        signed = f"{size}-{self._signature(key, size, upload_id)}-{upload_id}"
+        return Upload(signed, name, parts.part_bytes, parts.number, first)
 
     def links(self, name: str, upload_id: str, first: int, last: int) -> Mapping[int, str]:
         """Return the presigned URLs of up to a hundred parts."""
-        if not 1 <= first <= last <= MOST_PARTS or last - first >= LINKS_AT_ONCE:
+        key = self._key(name)
+        parts, own_id = self._opened(key, upload_id)
+        if not 1 <= first <= last <= parts.number or last - first >= LINKS_AT_ONCE:
             raise InvalidRequest(
-                f"first, last: must be a range of up to {LINKS_AT_ONCE} parts from 1 to {MOST_PARTS:,} "
+                f"first, last: must be a range of up to {LINKS_AT_ONCE} parts from 1 to {parts.number:,} "
                 f"(got {first} to {last})"
             )
-        return self._links.links(self._key(name), upload_id, range(first, last + 1))
+        return self._links.links(key, own_id, parts.sizes(first, last))
 
     def complete(self, name: str, upload_id: str, etags: Mapping[int, str]) -> Batch:
         """Complete the upload, and return the batch of the file."""
         key = self._key(name)
         if not etags:
             raise InvalidRequest("parts: List should have at least 1 item")
-        self._links.complete(key, upload_id, etags)
+        parts, own_id = self._opened(key, upload_id)
+        if sorted(etags) != list(range(1, parts.number + 1)):
+            raise InvalidRequest(
+                f"parts: must be the parts from 1 to {parts.number:,} (got {len(etags):,})"
+            )
+        self._links.complete(key, own_id, etags)
         return self._planner.register(key)
 
     def abort(self, name: str, upload_id: str) -> None:
         """Discard an upload and its parts."""
-        self._links.abort(self._key(name), upload_id)
+        key = self._key(name)
+        _, own_id = self._opened(key, upload_id)
+        self._links.abort(key, own_id)
+
+    def _opened(self, key: str, upload_id: str) -> tuple[_Parts, str]:
+        """Return the parts of an upload and S3's own id; raises InvalidRequest for an id that was not given out."""
+        size, _, rest = upload_id.partition("-")
+        signature, _, own_id = rest.partition("-")
+        if size.isascii() and size.isdecimal() and len(size) <= len(str(MOST_BYTES)):
+            expected = self._signature(key, int(size), own_id)
+            if hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
+                return _Parts(int(size)), own_id
+        raise InvalidRequest("id: is not the id of an upload of this name; start the upload again")
+
+    def _signature(self, key: str, size: int, upload_id: str) -> str:
+        said = f"upload\x00{key}\x00{size}\x00{upload_id}"
+        return hmac.digest(self._secret().encode(), said.encode(errors="replace"), "sha256").hex()[
+            :32
+        ]
 
     def _key(self, name: str) -> str:
         if len(name) > _MOST_NAME or not _NAME.fullmatch(name) or not is_known(name):

@@ -167,6 +167,10 @@ class Objects(Protocol):
         """Yield an object piece by piece; raises InputMissing."""
         ...
 
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete up to 1,000 objects, also those that do not exist; raises StoreBusy."""
+        ...
+
     def listing(self, prefix: str) -> Iterator[Stored]:
         """Yield the objects whose keys have this prefix, in order of keys."""
         ...
@@ -191,8 +195,8 @@ class PartLinks(Protocol):
         """Start an upload; return its id."""
         ...
 
-    def links(self, key: str, upload_id: str, parts: Sequence[int]) -> Mapping[int, str]:
-        """Return the presigned PUT URL of each part, by number."""
+    def links(self, key: str, upload_id: str, sizes: Mapping[int, int]) -> Mapping[int, str]:
+        """Return the presigned PUT URL of each part, by number; S3 accepts exactly the given number of bytes."""
         ...
 
     def complete(self, key: str, upload_id: str, etags: Mapping[int, str]) -> None:

@@ -82,7 +82,10 @@ class DueJobs(Protocol):
         ...
 
     def watch(self, due: Due, until: int) -> None:
-        """Make a sent job due for a check at `until`, in case its message is lost, unless it was written since."""
+        """Make a sent job due again (`due_after_send`), unless it was written since.
+
+        At `until`, in case its message is lost, or at its deadline if that is first.
+        """
         ...
 
 
@@ -106,8 +109,12 @@ class Requests(Protocol):
 class ParamsStore(Requests, Protocol):
     """The requests, each written once."""
 
-    def add(self, params: Params) -> None:
-        """Store the request; raises Conflict if a different one is stored under its id."""
+    def add(self, params: Params, *, over_leftover: bool = False) -> None:
+        """Store the request; raises Conflict if a different one is stored under its id.
+
+        One that was stored more than a day ago is stored anew, so that it does not expire before its job. With
+        `over_leftover` it may be a different one: the caller knows that its job was deleted.
+        """
         ...
 
     def add_new(self, params: Sequence[Params]) -> set[str]:

@@ -99,14 +99,6 @@ class SigningSecrets(Protocol):
         ...
 
 
-class ClientKeys(Protocol):
-    """The client keys."""
-
-    def tenant(self, key: str) -> str | None:
-        """Return the tenant a client key belongs to, None for an unknown or disabled key. At most 60 s old."""
-        ...
-
-
 class Events(Protocol):
     """Metrics, and one log line per change of state."""
 

@@ -76,7 +76,8 @@ def batch_links(batch_id: Annotated[str, Path(max_length=requests.MOST_ID)]) -> 
     "/uploads",
     summary="Start an upload",
     description="Starts a multipart upload of a file of any size; requires no AWS credentials. PUT each part to its "
-    "presigned URL, without the client key, and keep the ETag of each response.",
+    "presigned URL, with exactly `part_bytes` bytes (the last part: the rest) and without the client key, "
+    "and keep the ETag of each response.",
     tags=["uploads"],
     security=document.CLIENT_KEY,
     responses=document.responses(

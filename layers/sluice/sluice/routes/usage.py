@@ -65,7 +65,7 @@ def show_usage(
 @router.get(
     "/limits",
     summary="Show rate limits",
-    description="Returns each limit group with its limits, remaining capacity and current blocks.",
+    description="Returns the limit groups of the models you use, with their limits and current blocks.",
     tags=["limits"],
     security=document.CLIENT_KEY,
     responses=document.responses(200, "The limit groups.", document.Limits, 400, 401, 503),
@@ -73,8 +73,10 @@ def show_usage(
 )
 def show_limits() -> dict[str, Any]:
     """Show the limit groups."""
-    now = shared.CLOCK.now()
-    return {"data": [views.group_view(group, now) for group in account(router).groups()]}
+    now, own = shared.CLOCK.now(), account(router)
+    models = own.models()
+    groups = own.groups(shared.model_groups(), models)
+    return {"data": [views.group_view(group, models, now) for group in groups]}
 
 
 @router.get(

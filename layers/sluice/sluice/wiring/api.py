@@ -8,6 +8,7 @@ from functools import cache
 from sluice.adapters.dynamodb import DynamoClientKeys
 from sluice.adapters.s3 import Links
 from sluice.adapters.secrets import SecretText
+from sluice.domain.batches import longest_wait_ms
 from sluice.intake.accounts import Account
 from sluice.intake.admission import Admission
 from sluice.intake.batches import Batches
@@ -21,10 +22,15 @@ from sluice.wiring.stores import jobs, ledger, limits, objects, params, queue, r
 
 
 @cache
+def pepper() -> SecretText:
+    """Return the pepper: it hashes client keys and signs the ids of uploads."""
+    return SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
+
+
+@cache
 def client_keys() -> DynamoClientKeys:
     """Return the client keys."""
-    pepper = SecretText(secrets_manager(), settings().pepper_secret, CLOCK)
-    return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper, CLOCK)
+    return DynamoClientKeys(dynamodb(), settings().client_keys_table, pepper(), CLOCK)
 
 
 @cache
@@ -53,7 +59,7 @@ def account(tenant: str) -> Account:
 def uploads_of(tenant: str) -> Uploads:
     """Return one tenant's uploads."""
     links = Links(s3(), settings().data_bucket, LINK_SECONDS)
-    return Uploads(tenant, objects(), links, plan_batch())
+    return Uploads(tenant, objects(), links, plan_batch(), pepper())
 
 
 def batches_of(tenant: str) -> Batches:
@@ -67,4 +73,5 @@ def batches_of(tenant: str) -> Batches:
         CLOCK,
         os.urandom,
         telemetry(),
+        longest_wait_ms(settings().retention_days),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sluice.adapters.sqs import Hidden
 from sluice.bulk.assemble import Assemble
 from sluice.bulk.plan import PlanBatch
+from sluice.domain.batches import longest_wait_ms
 from sluice.wiring.batch_stores import batches, ranges_queue
 from sluice.wiring.notices import notices
 from sluice.wiring.shared import CLOCK, settings, sqs, telemetry
@@ -39,4 +40,5 @@ def plan_batch() -> PlanBatch:
         settings().webhook_networks,
         CLOCK,
         telemetry(),
+        longest_wait_ms(settings().retention_days),
     )
