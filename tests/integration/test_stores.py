@@ -1230,7 +1230,7 @@ def test_rows_a_batch_left_over_indefinitely_are_busy_and_not_forgotten(client: 
     "code", ["ValidationException", "SerializationException", "EntityTooLarge"]
 )
 def test_a_record_that_aws_refuses_is_not_taken_for_a_busy_store(client: Any, code: str) -> None:
-    """It would be tried again for as long as the job's worker has time, and then by the next one."""
+    """It would be tried again until the invocation ends, and then by the next worker."""
     with Stubber(client) as stub:
         stub.add_client_error("put_item", code, "too large" * 200, http_status_code=400)
 

@@ -1,4 +1,4 @@
-"""Whatever an upstream sends, what comes of it can be stored, shown and logged, and is classified the same each way."""
+"""Whatever an upstream sends, the outcome can be stored, shown and logged, and is classified the same each way."""
 
 from __future__ import annotations
 

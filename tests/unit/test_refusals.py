@@ -180,7 +180,7 @@ def test_a_refusal_that_several_jobs_met_uses_no_attempt() -> None:
     assert outcome.after_ms >= 30 * SECOND
 
 
-def test_a_parked_group_waits_at_least_as_long_as_upstream_says() -> None:
+def test_a_blocked_group_waits_at_least_as_long_as_upstream_says() -> None:
     hour = 3_600 * SECOND
     parked = verdict(Failure("billing_error", "no", 402, retry_after_ms=hour))
 

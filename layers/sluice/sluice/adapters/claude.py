@@ -220,7 +220,7 @@ def _out_of_time(request: CallRequest, partial: Partial) -> Refused:
         request_id=partial.request_id,
         usage=partial.message.usage(),
         may_be_billed=True,
-        # Silence is no sign of a long answer: only what has begun is known to need more time than there is.
+        # Silence is no sign of a long answer: only an answer that has started is known to need more time than there is.
         had_full_window=request.full_window and partial.message.document is not None,
     )
     return Refused(failure, partial.headers)

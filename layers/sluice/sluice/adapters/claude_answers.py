@@ -155,7 +155,7 @@ def message_of(message: Any, text: str | None, partial: Partial) -> Answer | Ref
 
 
 def _is_message(document: object) -> bool:
-    """Tell whether a document is a Message, with or without its usage."""
+    """Return whether a document is a Message, with or without its usage."""
     if not isinstance(document, dict):
         return False
     blocks = document.get("content")
@@ -167,7 +167,7 @@ def _is_message(document: object) -> bool:
 
 
 def is_error(document: object) -> bool:
-    """Tell whether the body of a 200, or an event of a stream, is an error: the status was sent before it."""
+    """Return whether the body of a 200, or an event of a stream, is an error: the status was sent before it."""
     return (
         isinstance(document, dict)
         and "content" not in document
@@ -209,7 +209,7 @@ def refusal_of(
     try:
         document: object = json.loads(text)
     except (ValueError, RecursionError):
-        document = _mended(text) if len(body) >= MOST_ERROR_BYTES else None
+        document = _completed(text) if len(body) >= MOST_ERROR_BYTES else None
     if document is None:
         document = _shown(text)
     return refusal(document, status, partial, headers, now)
@@ -267,7 +267,7 @@ def _shown(text: str) -> str:
     return _SPACE.sub(" ", _TAG.sub(" ", text) if text.lstrip().startswith("<") else text)
 
 
-def _mended(text: str) -> object:
+def _completed(text: str) -> object:
     """Return the document of a JSON body of which only the beginning was read; None if it cannot be completed."""
     closing: list[str] = []
     is_open_string = False

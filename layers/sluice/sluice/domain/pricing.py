@@ -130,7 +130,7 @@ def _object(value: object) -> Mapping[str, Any]:
 
 
 def _has_counts(usage: object) -> bool:
-    """Tell whether a usage object has the two counts that are always there (Anthropic, Messages)."""
+    """Return whether a usage object has the two counts that are always there (Anthropic, Messages)."""
     said = _object(usage)
     return all(
         type(said.get(name)) is int and 0 <= said[name] <= MOST_COUNT
@@ -207,7 +207,7 @@ _SAMPLED: Final = frozenset({"message", "fallback_message"})
 
 
 def _is_declined(step: Mapping[str, Any], later: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether an iteration is the try of a model that declined before any output, which is not billed."""
+    """Return whether an iteration is the try of a model that declined before any output, which is not billed."""
     return (
         step.get("type") == "message"
         and step.get("output_tokens") == 0

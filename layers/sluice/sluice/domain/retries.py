@@ -46,9 +46,9 @@ class Failure:
     may_be_billed: bool = False
     """The request was sent before the connection was lost or timed out."""
     had_full_window: bool = False
-    """For `output_timeout`: an answer had begun, and had the time of a whole invocation."""
+    """For `output_timeout`: an answer had started, and had the time of a whole invocation."""
     should_retry: bool | None = None
-    """The header `x-should-retry`, which SDKs obey before they look at the status; None: not sent."""
+    """The header `x-should-retry`, which SDKs obey before the status; None: not sent."""
 
     @property
     def is_from_working_endpoint(self) -> bool:

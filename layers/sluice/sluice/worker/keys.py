@@ -118,7 +118,7 @@ class KeyChoice:
         )
 
     def was_refused(self, job: Job) -> bool:
-        """Tell whether a key may not make this job's request."""
+        """Return whether a key may not make this job's request."""
         return job.job_id in self._refusals
 
     async def learn_organization(self, key: UpstreamKey, organization: str) -> None:

@@ -14,11 +14,11 @@ from sluice.domain.limits import (
     Cost,
     Group,
     advanced,
-    is_set_aside,
     next_start,
     reserve,
     start_on,
     usual_gap,
+    waits_for_breaker,
 )
 from sluice.domain.waits import Waits
 from sluice.ports.world import Clock, Events, Jitter
@@ -160,7 +160,7 @@ class Planner:
                 draft.group, _ = reserve(draft.group, [cost], now, start - now, self._waits)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
-            if not is_set_aside(draft.group, cost, now):
+            if not waits_for_breaker(draft.group, cost, now):
                 # What only waits for its own circuit breaker is in nobody's way.
                 draft.leave_waiting(start)
             # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
