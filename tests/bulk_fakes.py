@@ -467,7 +467,7 @@ class Bulk:
     def runner(self) -> RunRange:
         """Return the ranges function as a fresh environment has it."""
         clock = VirtualClock(self.time)
-        rows = WindowRows(self.gateway.rules.prices, clock)
+        rows = WindowRows(clock)
         tools = Tools(
             jobs=rows,
             params=WatchedRequests(rows, lambda body: self.request_seen(body)),  # noqa: PLW0108

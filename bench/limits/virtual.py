@@ -30,7 +30,7 @@ from scripts.claude_simulator.engine import Call, Engine
 from scripts.claude_simulator.faults import Failure as SimulatedFailure
 from scripts.claude_simulator.faults import Place
 from sluice.adapters import job_records
-from sluice.adapters.claude import limit_headers
+from sluice.adapters.claude_answers import limit_headers
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Options, Phase
@@ -425,7 +425,7 @@ class BatchesPlay(Play):
             self.planner.plan(batch_id)
 
     def _new_worker(self) -> Worker:
-        rows = WindowRows(prices(), VirtualClock(self.time))
+        rows = WindowRows(VirtualClock(self.time))
         worker = self._worker_of(rows, rows, rows, RowBooks(self.ledger, rows))
         self.rows[worker] = rows
         return worker

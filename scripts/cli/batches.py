@@ -239,11 +239,11 @@ def _wait_for_end(gateway: "Gateway", batch_id: str) -> "Json":
 
 def _report_end(batch: "Json") -> bool:
     """Report how the batch ended; return whether every row succeeded."""
-    from scripts.cli.progress import dollars
+    from scripts.cli.progress import cost_of
 
     rows = batch["rows"]
     failed = rows["errored"] + rows["canceled"] + rows["expired"]
-    cost = dollars(batch["cost_micro_usd"])
+    cost = cost_of(batch)
     terminal.say(f"{rows['succeeded']:,} succeeded, {failed:,} failed, {cost}")
     if batch["problem"]:
         terminal.say(f"error: {batch['problem']}")

@@ -40,6 +40,13 @@ class Snapshot:
     per_minute: float | None
     limit_per_minute: int | None
     eta_seconds: float | None
+    unknown_costs: int = 0
+    """Calls whose cost is unknown and not in `cost_micro_usd`."""
+
+    @property
+    def cost(self) -> str:
+        """The cost so far, as text."""
+        return cost_text(self.cost_micro_usd, self.unknown_costs)
 
     @property
     def done(self) -> int:
@@ -60,7 +67,7 @@ class Snapshot:
             parts.append(f"limit {self.limit_per_minute:,} requests/min")
         if self.eta_seconds is not None:
             parts.append(f"ETA {span(self.eta_seconds)}")
-        parts.append(dollars(self.cost_micro_usd))
+        parts.append(self.cost)
         return " · ".join(parts)
 
 
@@ -75,7 +82,8 @@ def batch_snapshot(batch: Json, now: datetime) -> Snapshot:
         failed=failed,
         running=0,
         waiting=max(0, rows["expected"] - rows["done"]),
-        cost_micro_usd=batch["cost_micro_usd"],
+        cost_micro_usd=batch.get("known_cost_micro_usd") or batch["cost_micro_usd"] or 0,
+        unknown_costs=batch.get("unknown_costs", 0),
         per_minute=None,
         limit_per_minute=None,
         eta_seconds=(
@@ -98,6 +106,7 @@ class Tally:
         self._turn = deque(self._states)
         self._counts = Counter(self._states.values())
         self._cost_micro_usd = 0
+        self._unknown_costs = 0
         self._started_at = started_at
         self._finishes: deque[tuple[float, int]] = deque()
         self._limits: list[Json] = []
@@ -140,7 +149,9 @@ class Tally:
             self._states[job["id"]] = state
             if state in FINAL_STATES:
                 del self._states[job["id"]]
-                self._cost_micro_usd += job.get("cost_micro_usd") or 0
+                cost = job.get("known_cost_micro_usd", job.get("cost_micro_usd"))
+                self._cost_micro_usd += cost or 0
+                self._unknown_costs += job.get("unknown_costs") or 0
                 finished.append(job)
         # A job that was canceled before it started made no request.
         called = sum(job["state"] in {"succeeded", "errored"} for job in finished)
@@ -174,6 +185,7 @@ class Tally:
             per_minute=per_minute,
             limit_per_minute=self._limit_per_minute(),
             eta_seconds=eta,
+            unknown_costs=self._unknown_costs,
         )
 
     def _limit_per_minute(self) -> int | None:
@@ -301,6 +313,27 @@ def span(seconds: float) -> str:
     if whole < 3600:  # noqa: PLR2004
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def cost_of(facts: Json) -> str:
+    """Return the cost of a job, batch or report; in words where it is unknown, never as a number too low."""
+    micro_usd, unknown = facts.get("cost_micro_usd"), facts.get("unknown_costs") or 0
+    if micro_usd is not None:
+        return dollars(micro_usd)
+    if not unknown:
+        return "-"
+    known = facts.get("known_cost_micro_usd") or 0
+    return cost_text(known, unknown)
+
+
+def cost_text(known_micro_usd: int, unknown_costs: int) -> str:
+    """Return a cost of which some calls' part is unknown."""
+    if not unknown_costs:
+        return dollars(known_micro_usd)
+    if not known_micro_usd:
+        return "unknown"
+    calls = "1 call" if unknown_costs == 1 else f"{unknown_costs:,} calls"
+    return f"{dollars(known_micro_usd)} + {calls} of unknown cost"
 
 
 def dollars(micro_usd: int) -> str:

@@ -12,7 +12,7 @@ from typing import TextIO
 from scripts.cli import files, terminal
 from scripts.cli.client import Gateway, Json
 from scripts.cli.errors import CommandFailed
-from scripts.cli.progress import Display, PlainLines, dollars, span, wait_for
+from scripts.cli.progress import Display, PlainLines, span, wait_for
 from scripts.cli.results import fetch, line_of
 from scripts.cli.submission import Outcome, read_jobs, send
 from sluice.domain import limits
@@ -153,8 +153,7 @@ def wait_and_show(
         finally:
             gateway.on_wait = terminal.say
     took = span(time.monotonic() - started)
-    cost = dollars(last.cost_micro_usd)
-    terminal.say(f"{last.succeeded:,} succeeded, {last.failed:,} failed in {took}, {cost}")
+    terminal.say(f"{last.succeeded:,} succeeded, {last.failed:,} failed in {took}, {last.cost}")
     return not last.failed
 
 

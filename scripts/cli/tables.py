@@ -9,7 +9,7 @@ from rich.text import Text
 
 from scripts.cli import terminal
 from scripts.cli.client import FINAL_STATES, Json
-from scripts.cli.progress import dollars
+from scripts.cli.progress import cost_of, dollars
 
 STATE_STYLES = {
     "succeeded": "green",
@@ -60,8 +60,8 @@ def _facts_table(job: Json) -> Table:
     redriven = f", redriven {len(job['redrives'])} times" if job.get("redrives") else ""
     facts["attempts"] = f"{job['attempts_used']} used, {job['snoozes']} snoozes{redriven}"
     facts["usage"] = _usage_text(job.get("usage") or {})
-    if job.get("cost_micro_usd") is not None:
-        facts["cost"] = dollars(job["cost_micro_usd"])
+    cost = cost_of(job)
+    facts["cost"] = None if cost == "-" else cost
     for name, fact in facts.items():
         if fact:
             table.add_row(name, Text(fact))
@@ -101,7 +101,6 @@ def jobs_table(jobs: list[Json]) -> Table:
     table.add_column("attempts", justify="right")
     table.add_column("cost", justify="right")
     for job in terminal.safe(jobs):
-        cost = job.get("cost_micro_usd")
         table.add_row(
             job["id"],
             job.get("custom_id") or "-",
@@ -110,7 +109,7 @@ def jobs_table(jobs: list[Json]) -> Table:
             moment(job["created_at"]),
             moment(job["finished_at"]) if job.get("finished_at") else "-",
             str(job.get("attempts_used", 0)),
-            "-" if cost is None else dollars(cost),
+            cost_of(job),
         )
     return table
 
@@ -134,7 +133,7 @@ def usage_table(usage: Json) -> Table:
         table.add_row(
             *(str(row.get(name) or "-") for name in groups),
             *(f"{row.get(name) or 0:,}" for name, _ in numbers),
-            dollars(row.get("cost_micro_usd") or 0),
+            cost_of(row),
         )
     total = usage["total"]
     if usage["data"]:
@@ -142,7 +141,7 @@ def usage_table(usage: Json) -> Table:
     table.add_row(
         *(("total", *("" for _ in groups[1:])) if groups else ()),
         *(f"{total.get(name) or 0:,}" for name, _ in numbers),
-        dollars(total.get("cost_micro_usd") or 0),
+        cost_of(total),
         style="bold",
     )
     return table
@@ -238,7 +237,7 @@ def batches_table(batches: list[Json]) -> Table:
             f"{rows['done']:,} of {about}{rows['expected']:,}",
             f"{failed:,}",
             moment(batch["created_at"]),
-            dollars(batch["cost_micro_usd"]),
+            cost_of(batch),
         )
     return table
 
@@ -262,7 +261,7 @@ def batch_panel(batch: Json) -> Panel:
         "rows": f"{rows['done']:,} of {about}{rows['expected']:,}",
         "row states": counts,
         "tokens": f"{batch['input_tokens']:,} input, {batch['output_tokens']:,} output",
-        "cost": dollars(batch["cost_micro_usd"]),
+        "cost": cost_of(batch),
         "problem": batch["problem"],
     }
     for name in ("created_at", "estimated_end_at", "ended_at", "expires_at"):

@@ -630,7 +630,7 @@ def test_an_upload_that_is_missing_is_done_when_its_object_is_there(name: str) -
         stub.add_client_error("abort_multipart_upload", "NoSuchUpload")
 
         links.complete(name, "upload", {1: "x"})
-        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: gone"):
+        with pytest.raises(InvalidRequest, match="parts: S3 returned NoSuchUpload: missing"):
             links.complete(name, "upload", {1: "x"})
         links.abort(name, "upload")
 

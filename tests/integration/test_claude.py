@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scripts.claude_simulator import Running, read, running
-from sluice.adapters.claude import STREAM_FROM_TOKENS, SdkClaude, limit_headers
+from sluice.adapters.claude import STREAM_FROM_TOKENS, SdkClaude, arguments
+from sluice.adapters.claude_answers import limit_headers
 from sluice.adapters.claude_bodies import addressed
 from sluice.adapters.system import SystemClock
 from sluice.domain.keys import UpstreamKey
@@ -157,6 +158,7 @@ async def test_early_headers_are_reported_before_the_answer(sdk: SdkClaude) -> N
     assert answer.message == late
     assert "org-two" == early.organization
     assert (60, 59) == (early.seen["requests"].limit, early.seen["requests"].remaining)
+    assert answer.usage is not None
     assert 150 == answer.usage.output_tokens
 
 
@@ -305,7 +307,9 @@ async def test_a_connection_that_was_never_made_is_not_billed(
 
 
 async def test_a_call_that_outlasts_its_window_is_ended(claude: Running, sdk: SdkClaude) -> None:
-    asked = request(claude.url, params("slow=30"), window_ms=200)
+    asked = request(
+        claude.url, params("tokens=6000,tps=100", max_tokens=8192), streamed=True, window_ms=700
+    )
 
     outcome = refused(await sdk.send(replace(asked, full_window=True)))
 
@@ -313,7 +317,40 @@ async def test_a_call_that_outlasts_its_window_is_ended(claude: Running, sdk: Sd
     assert ("output_timeout", None) == (failure.type, failure.status)
     assert failure.may_be_billed
     assert failure.had_full_window
+
+
+@WAYS
+async def test_silence_is_no_long_answer(sdk: SdkClaude, *, streamed: bool) -> None:
+    """A connection that died without a word gets another attempt, even after a whole window."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    asked = request(url, params(), streamed=streamed, window_ms=200)
+
+    failure = refused(await sdk.send(replace(asked, full_window=True))).failure
+    server.close()
+
+    assert ("output_timeout", None, True) == (failure.type, failure.status, failure.may_be_billed)
+    assert not failure.had_full_window
     assert failure.usage is None
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "streamed", "seconds"),
+    [(10, False, 120.7), (3_000, False, 320), (8_191, False, 666), (64_000, True, 120)],
+)
+def test_how_long_a_connection_may_be_silent(
+    max_tokens: int, seconds: float, *, streamed: bool
+) -> None:
+    asked = replace(request("http://127.0.0.1:1", params()), max_tokens=max_tokens)
+
+    timeout = arguments(replace(asked, window_ms=840_000), stream=streamed)["timeout"]
+
+    assert seconds == pytest.approx(timeout.read, abs=0.1)
 
 
 async def test_what_a_stream_produced_before_its_window_ended_is_counted(
@@ -557,10 +594,11 @@ async def test_a_stream_that_stops_early_is_no_answer(sdk: SdkClaude, length: in
     [
         (502, b"<html>Bad Gateway</html>", "api_error"),
         (503, b"", "api_error"),
-        (429, b'{"error": "slow down"}', "api_error"),
+        (429, b'{"error": "slow down"}', "rate_limit_error"),
         (400, b'{"error": {"type": "invalid_request_error", "details": "none"}}',
          "invalid_request_error"),
-        (500, b'{"error": {"type": 5, "message": {"a": 1}, "details": {"error_code": 5}}}', "5"),
+        (500, b'{"error": {"type": 5, "message": {"a": 1}, "details": {"error_code": 5}}}',
+         "api_error"),
     ],
 )  # fmt: skip
 async def test_a_relays_own_errors_are_errors_too(

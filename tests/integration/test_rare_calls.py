@@ -235,8 +235,8 @@ def test_an_aborted_upload_is_deleted(stack: Stack) -> None:
 def test_a_part_has_exactly_the_declared_size(stack: Stack) -> None:
     """The length is signed, so that a tenant cannot store more than it declared."""
     name = "measured.jsonl"
-    begun = stack.http.post("/uploads", json={"name": name, "bytes": 1_000}).json()
-    (link,) = begun["links"]
+    started = stack.http.post("/uploads", json={"name": name, "bytes": 1_000}).json()
+    (link,) = started["links"]
 
     def put(body: bytes | Iterator[bytes]) -> int:
         return httpx.put(link["url"], content=body).status_code
@@ -244,7 +244,7 @@ def test_a_part_has_exactly_the_declared_size(stack: Stack) -> None:
     assert [403, 403, 403] == [put(b"x" * size) for size in (999, 1_001, 5_000_000)]
     assert 403 == put(iter([b"x" * 1_000])), "without a length"
     assert 200 == put(b"x" * 1_000)
-    stack.http.delete("/uploads", params={"id": begun["id"], "name": name})
+    stack.http.delete("/uploads", params={"id": started["id"], "name": name})
 
 
 @pytest.mark.parametrize("queue", ["RangesQueue", "WebhooksQueue"])

@@ -28,9 +28,17 @@ from hypothesis import strategies as st
 from sluice.adapters import aws, job_records
 from sluice.adapters import dynamodb as dynamo
 from sluice.adapters import s3 as objects
+from sluice.api.views import job_summary
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id
-from sluice.domain.errors import Conflict, InvalidRequest, JobNotFound, Stale, StoreBusy
+from sluice.domain.errors import (
+    Conflict,
+    InvalidRequest,
+    JobNotFound,
+    NotStorable,
+    Stale,
+    StoreBusy,
+)
 from sluice.domain.jobs import (
     Attempt,
     AttemptOutcome,
@@ -187,6 +195,7 @@ JOBS = st.builds(
     full_window=st.booleans(),
     usage=maybe(USAGES),
     cost_micro_usd=COUNT,
+    unknown_costs=COUNT,
     result=maybe(
         st.builds(Result, inline=st.binary(min_size=1, max_size=50))
         | st.builds(Result, object_key=WORD)
@@ -1212,3 +1221,46 @@ def test_rows_a_batch_left_over_indefinitely_are_busy_and_not_forgotten(client: 
             dynamo.DynamoLedger(client, "T", "S").record([a_row("a")])
 
         stub.assert_no_pending_responses()
+
+
+# What no store takes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code", ["ValidationException", "SerializationException", "EntityTooLarge"]
+)
+def test_a_record_that_aws_refuses_is_not_taken_for_a_busy_store(client: Any, code: str) -> None:
+    """It would be tried again until the invocation ends, and then by the next worker."""
+    with Stubber(client) as stub:
+        stub.add_client_error("put_item", code, "too large" * 200, http_status_code=400)
+
+        with pytest.raises(NotStorable, match="the jobs table cannot take the record") as refused:
+            dynamo.DynamoJobs(client, "T", 30).replace(a_job(), 1)
+
+        stub.assert_no_pending_responses()
+    assert len(str(refused.value)) < 1_000
+
+
+def test_a_job_above_the_size_of_an_item_cannot_be_stored(cloud: Aws, name: str) -> None:
+    jobs = dynamo.DynamoJobs(cloud.dynamodb, "JobsTable", 30)
+
+    with pytest.raises(NotStorable):
+        jobs.add(a_job(name, metadata={"large": "x" * 450_000}))
+
+
+def test_an_answer_that_is_no_unicode_cannot_be_stored(cloud: Aws) -> None:
+    with pytest.raises(NotStorable, match="Unicode"):
+        objects.Results(data_bucket(cloud)).put("job_1-1", "half an emoji: \ud83d")
+
+
+def test_an_unknown_cost_is_unknown_in_listings_too(cloud: Aws, name: str) -> None:
+    """The index of listings has no record, only a few attributes."""
+    jobs = dynamo.DynamoJobs(cloud.dynamodb, "JobsTable", 30)
+    job = a_job(name, tenant=name, cost_micro_usd=7, unknown_costs=2)
+    jobs.add(job)
+
+    (listed,) = jobs.listing(name, None, 10, None).jobs
+
+    assert job == jobs.get(name)
+    assert listed.unknown_costs
+    assert job_summary(listed)["cost_micro_usd"] is None

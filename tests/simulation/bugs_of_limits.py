@@ -99,12 +99,12 @@ async def _not_rejected(self: KeyChoice, key: UpstreamKey) -> bool:
 
 @contextmanager
 def _priced(change: Callable[[str, Usage], tuple[str, Usage]]) -> Iterator[None]:
-    good = PriceList.cost_micro_usd
+    good = PriceList._exact  # noqa: SLF001 - what a bug may do
 
-    def cost(self: PriceList, model: str, usage: Usage, *args: Any, **facts: Any) -> int | None:
+    def exact(self: PriceList, model: str, usage: Usage, *args: Any, **facts: Any) -> Any:
         return good(self, *change(model, usage), *args, **facts)
 
-    with instead(PriceList, "cost_micro_usd", cost):
+    with instead(PriceList, "_exact", exact):
         yield
 
 
@@ -121,12 +121,12 @@ def _writes_for_minutes(model: str, usage: Usage) -> tuple[str, Usage]:
 def _price_the_model_asked() -> Iterator[None]:
     good = Outcome._cost  # noqa: SLF001 - what a bug may do
 
-    def cost(self: Outcome, usage: Usage) -> int | None:
+    def cost(self: Outcome, *facts: Any) -> int | None:
         call = self._call
         claimed = call.claimed
         call.claimed = replace(claimed, fallbacks_used=0)
         try:
-            return good(self, usage)
+            return good(self, *facts)
         finally:
             call.claimed = claimed
 

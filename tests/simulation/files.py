@@ -179,7 +179,7 @@ class RangeEnvironment:
     def __init__(self, world: World, files: Files) -> None:
         self.machine = machine = world.machine("ranges", Party.WORKER)
         self.line = world.line(machine)
-        rows = WindowRows(world.rules.prices, machine)
+        rows = WindowRows(machine)
         tools = Tools(
             jobs=rows,
             params=rows,

@@ -24,7 +24,6 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
 
 
 KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
-    "nobody waits because of an overloaded model of the same limits": ("K4", (7, 231)),
     "nobody waits because of a spent workspace": ("K4", (39, 263)),
     "nobody waits because of a throttled workspace": ("K4", (55, 279)),
     "nobody waits because of a blocked file": ("K4", (199, 423)),

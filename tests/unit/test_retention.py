@@ -162,7 +162,7 @@ def test_no_tenant_deletes_anothers_batch(bulk: Bulk) -> None:
 def test_more_objects_than_fit_into_a_request_are_deleted_by_the_next_ones(
     bulk: Bulk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch is gone only when its last object is."""
+    """The batch is deleted only when its last object is."""
     batch_id = ran(bulk, "in/acme/reviews.jsonl", jsonl(a_row(1)))
     for number in range(25):
         bulk.objects.put(f"batches/{batch_id}/chunks/00000000/{number}", b"answers")

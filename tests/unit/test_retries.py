@@ -74,12 +74,12 @@ KINDS: list[tuple[str, Failure, type[Outcome], Effect]] = [
     ("unauthenticated", failed(401, "authentication_error"), Snooze, Effect.REJECT_KEY),
     ("forbidden", failed(403, "permission_error"), Snooze, Effect.REFUSED_TO_KEY),
     # Money: the group is blocked until a person acts.
-    ("billing", failed(402, "billing_error"), Snooze, Effect.SPEND_LIMIT),
-    ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.SPEND_LIMIT),
-    ("spend cap", failed(429, code="enforced_spend_limit_reached"), Snooze, Effect.SPEND_LIMIT),
-    ("contract cap", failed(429, code="contract_spend_limit_reached"), Snooze, Effect.SPEND_LIMIT),
-    ("own spend limit", failed(400, message=OWN_LIMIT), Snooze, Effect.SPEND_LIMIT),
-    ("workspace limit", failed(400, message=WORKSPACE_LIMIT), Snooze, Effect.SPEND_LIMIT),
+    ("billing", failed(402, "billing_error"), Snooze, Effect.PARK_GROUP),
+    ("on hold", failed(403, code="organization_on_hold"), Snooze, Effect.PARK_GROUP),
+    ("spend cap", failed(429, code="enforced_spend_limit_reached"), Snooze, Effect.PARK_GROUP),
+    ("contract cap", failed(429, code="contract_spend_limit_reached"), Snooze, Effect.PARK_GROUP),
+    ("own spend limit", failed(400, message=OWN_LIMIT), Snooze, Effect.PARK_GROUP),
+    ("workspace limit", failed(400, message=WORKSPACE_LIMIT), Snooze, Effect.PARK_GROUP),
     # Throttled: the whole group waits.
     ("rate limited", failed(429, "rate_limit_error", after_ms=7_000), Snooze, Effect.BLOCK_GROUP),
     ("429 without a time", failed(429, "rate_limit_error"), Snooze, Effect.BLOCK_GROUP),

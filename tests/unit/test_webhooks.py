@@ -436,6 +436,8 @@ def test_the_end_of_a_job_is_published_without_its_request_or_answer() -> None:
         "usage": Usage(input_tokens=3, output_tokens=4).as_dict(),
         "cost_micro_usd": 1_250_000,
         "cost_usd": "1.250000",
+        "known_cost_micro_usd": 1_250_000,
+        "unknown_costs": 0,
         "created_at": "2026-11-20T12:00:00.000000Z",
         "started_at": None,
         "finished_at": "2026-11-20T12:00:05.000000Z",

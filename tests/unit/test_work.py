@@ -26,7 +26,7 @@ from sluice.domain.jobs import (
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Cost, Seen, block
 from sluice.domain.pricing import Spend, Usage
-from sluice.domain.retries import RetryPolicy, next_month
+from sluice.domain.retries import INTERNAL, RetryPolicy, next_month
 from sluice.domain.waits import (
     LEASE_MS,
     LONGEST_DELAY_MS,
@@ -1097,11 +1097,14 @@ def test_a_poison_message_takes_no_other_with_it(make: Make) -> None:
         ZeroDivisionError("armchair") if b"job_1" in request.body.data else None
     )
 
-    assert ["message-1"] == gateway.once()
+    gateway.drain()
 
     assert State.SUCCEEDED == gateway.job("job_2").state
-    assert ["worker failed on a job"] == gateway.events.problem_names
-    assert State.RUNNING == gateway.job("job_1").state
+    assert {"call failed in the gateway"} == set(gateway.events.problem_names)
+    poisoned = gateway.job("job_1")
+    assert (State.ERRORED, RetryPolicy().max_attempts) == (poisoned.state, poisoned.attempts_used)
+    assert poisoned.error is not None
+    assert INTERNAL == poisoned.error.type
 
 
 def test_a_job_twice_in_one_batch_is_called_once(make: Make) -> None:

@@ -26,7 +26,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -79,6 +79,20 @@ _TRANSIENT = frozenset(
     }
 )
 
+
+_UNSTORABLE = frozenset(
+    {
+        "EntityTooLarge",
+        "InvalidMessageContents",
+        "MaxMessageLengthExceeded",
+        "RequestEntityTooLargeException",
+        "SerializationException",
+        "ValidationException",
+    }
+)
+"""AWS refuses the content of a write: too large, nested too deeply, or not encodable. It would refuse it again."""
+
+MOST_REASON = 500
 
 REFUSED: Counter[str] = Counter()
 """Unreported calls that AWS refused for lack of a permission: their number by operation and resource."""
@@ -150,7 +164,10 @@ def take_refused() -> dict[str, int]:
 
 
 def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
-    """Call AWS; retry transient errors up to three times within about a second, then raise StoreBusy(what)."""
+    """Call AWS; retry transient errors up to three times within about a second, then raise StoreBusy(what).
+
+    Raises NotStorable for what AWS will never take, so that it is not mistaken for a busy store.
+    """
     doubtful = False
 
     def is_retried(error: BaseException) -> bool:
@@ -169,7 +186,12 @@ def patiently(what: str, call: Callable[..., T], /, **arguments: Any) -> T:
     )
     try:
         return attempts(call, **arguments)
+    except UnicodeError as error:
+        raise NotStorable(what, "it has text that is not valid Unicode") from error
     except (ClientError, BotoCoreError) as error:
+        if isinstance(error, ClientError) and code(error) in _UNSTORABLE:
+            said = error.response["Error"].get("Message", "")
+            raise NotStorable(what, f"{code(error)}: {said[:MOST_REASON]}") from error
         if is_transient(error):
             raise StoreBusy(what, may_be_done=doubtful) from error
         if isinstance(error, ClientError) and code(error) in _NOT_PERMITTED:

@@ -6,18 +6,27 @@ The request is sent as received from the caller, and the answer is stored as rec
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 import anthropic
 import httpx2
 from anthropic import AsyncAnthropic, AsyncStream, DefaultAsyncHttpxClient, Omit
 
+from sluice.adapters.claude_answers import (
+    Partial,
+    answer_of,
+    broken_off,
+    connection_lost,
+    is_error,
+    message_of,
+    not_a_message,
+    refusal,
+    refusal_of,
+    too_large,
+)
 from sluice.adapters.claude_bodies import (
     EXCHANGE,
     AnswerTooLarge,
@@ -26,11 +35,9 @@ from sluice.adapters.claude_bodies import (
     on_response,
     parsed,
 )
-from sluice.adapters.claude_events import Growing
-from sluice.domain.limits import DIMENSIONS, Dimension, Seen
-from sluice.domain.pricing import Usage
-from sluice.domain.retries import ANSWER_TOO_LARGE, UNSENDABLE, Failure
-from sluice.ports.claude import NO_HEADERS, Answer, CallRequest, Headers, Refused
+from sluice.adapters.claude_events import UNFIT
+from sluice.domain.retries import UNSENDABLE, Failure
+from sluice.ports.claude import NO_HEADERS, Answer, CallRequest, Refused
 from sluice.ports.world import Clock
 from sluice.worker.memory import BUDGET
 
@@ -46,38 +53,12 @@ IDLE_SECONDS: Final = 30.0
 SILENCE_SECONDS: Final = 120.0
 """A stream without any event for this long, not even a ping, is dead."""
 
-_STATUS_OF_TYPE: Final = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
-"""The status of an error inside a stream, which follows a 200, by its type."""
-
-_HEADER_OF: Final[Mapping[Dimension, str]] = {
-    "requests": "requests",
-    "input_tokens": "input-tokens",
-    "output_tokens": "output-tokens",
-}
-
+SLOWEST_TOKENS_PER_SECOND: Final = 15
+"""No answer is slower. One that is not streamed is silent until its end: after `SILENCE_SECONDS` and the time that
+`max_tokens` take at this pace, its connection is dead."""
 
 _HEADER_VALUE: Final = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 """Printable ASCII without spaces at its ends, which every HTTP library accepts."""
-
-_NEVER_SENT: Final = (
-    httpx2.ConnectError,
-    httpx2.ConnectTimeout,
-    httpx2.PoolTimeout,
-    httpx2.UnsupportedProtocol,
-    httpx2.LocalProtocolError,
-    httpx2.InvalidURL,
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -102,10 +83,10 @@ class SdkClaude:
         if problem is None:
             return await self._sent(request)
         request.body.release()
-        return Refused(Failure(UNSENDABLE, problem), NO_HEADERS)
+        return Refused(problem, NO_HEADERS)
 
     async def _sent(self, request: CallRequest) -> Answer | Refused:
-        partial = _Partial(Growing())
+        partial = Partial()
         client: _Client | None = None
         try:
             client = self._client(request.key.base_url)
@@ -115,29 +96,16 @@ class SdkClaude:
                     return await self._stream(client.sdk, request, partial)
                 return await self._ask(client.sdk, request, partial)
         except anthropic.APIStatusError as error:
-            return self._refused(error, partial)
+            said = error.response
+            return refusal_of(
+                error.status_code, said.headers, said.content, partial, self._clock.now()
+            )
         except (anthropic.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-            return Refused(_connection_lost(error, partial), partial.headers)
+            return connection_lost(error, partial)
         except AnswerTooLarge:
-            failure = Failure(
-                ANSWER_TOO_LARGE,
-                f"the answer is too large: more than {BUDGET.most_answer:,} bytes, or too many parts",
-                request_id=partial.request_id,
-                usage=partial.message.usage(),
-                may_be_billed=True,
-            )
-            return Refused(failure, partial.headers)
+            return too_large(partial)
         except TimeoutError:
-            failure = Failure(
-                "output_timeout",
-                f"the answer did not end within {request.window_ms // 1000} s; "
-                "lower max_tokens, or ask for less at once",
-                request_id=partial.request_id,
-                usage=partial.message.usage(),
-                may_be_billed=True,
-                had_full_window=request.full_window,
-            )
-            return Refused(failure, partial.headers)
+            return _out_of_time(request, partial)
         finally:
             EXCHANGE.set(None)
             request.body.release()
@@ -145,17 +113,11 @@ class SdkClaude:
                 client.calls -= 1
 
     @staticmethod
-    async def _counted(request: CallRequest, partial: _Partial) -> None:
+    async def _counted(request: CallRequest, partial: Partial) -> None:
         """Wait for memory for the Message so far; raises AnswerTooLarge."""
         if partial.message.size > BUDGET.most_answer:
             raise AnswerTooLarge
         await request.room(partial.message.size)
-
-    def _refused(self, error: anthropic.APIStatusError, partial: _Partial) -> Refused:
-        headers = error.response.headers
-        partial.headers = limit_headers(headers, self._clock.now())
-        partial.request_id = headers.get("request-id")
-        return _said(error.body, error.status_code, partial, headers.get("retry-after"))
 
     async def close(self) -> None:
         """Close the connections; workers never do, because Lambda ends their environments."""
@@ -187,76 +149,85 @@ class SdkClaude:
         clients.append(_Client(sdk))
         return clients[-1]
 
-    @staticmethod
-    def _arguments(request: CallRequest, *, stream: bool) -> dict[str, Any]:
-        headers: dict[str, str | Omit] = {
-            "X-Api-Key": request.key.api_key,
-            "Authorization": Omit(),
-            "anthropic-version": request.anthropic_version,
-        }
-        if request.anthropic_beta:
-            headers["anthropic-beta"] = request.anthropic_beta
-        seconds = request.window_ms / 1000
-        read = min(SILENCE_SECONDS, seconds) if stream else seconds
-        EXCHANGE.set(Exchange(request, stream=stream))
-        # `on_request` replaces the body of the SDK with that of the request.
-        return {
-            "model": request.model,
-            "max_tokens": request.max_tokens,
-            "messages": [],
-            "extra_headers": headers,
-            "timeout": httpx2.Timeout(seconds, connect=5.0, read=read),
-        }
-
     async def _ask(
-        self, client: AsyncAnthropic, request: CallRequest, partial: _Partial
+        self, client: AsyncAnthropic, request: CallRequest, partial: Partial
     ) -> Answer | Refused:
-        call = client.messages.with_streaming_response.create(
-            **self._arguments(request, stream=False)
-        )
+        call = client.messages.with_streaming_response.create(**arguments(request, stream=False))
         async with call as response:
-            partial.headers = limit_headers(response.headers, self._clock.now())
-            partial.request_id = response.headers.get("request-id")
-            text = await response.text()
-        try:
-            message = parsed(text)
-        except (ValueError, RecursionError):
-            return _not_a_message(partial)
-        return _answer(message, text, partial)
+            partial.take_headers(response.headers, self._clock.now())
+            body = await response.read()
+        return answer_of(body, partial)
 
     async def _stream(
-        self, client: AsyncAnthropic, request: CallRequest, partial: _Partial
+        self, client: AsyncAnthropic, request: CallRequest, partial: Partial
     ) -> Answer | Refused:
         """Read the raw events, because the SDK's accumulated Message drops unknown fields."""
         call = client.messages.with_streaming_response.create(
-            **self._arguments(request, stream=True), stream=True
+            **arguments(request, stream=True), stream=True
         )
         async with call as response:
-            partial.headers = limit_headers(response.headers, self._clock.now())
-            partial.request_id = response.headers.get("request-id")
+            partial.take_headers(response.headers, self._clock.now())
             request.on_headers(partial.headers)
+            if "json" in response.headers.get("content-type", ""):
+                # A relay that does not stream, or an error after a 200.
+                return answer_of(await response.read(), partial)
             async for event in AsyncStream.raw_events(response.http_response):
                 try:
-                    document: Any = parsed(event.data) if event.data else {}
-                    if document.get("type") == "error":
-                        return _said(document, 200, partial)
+                    document, _ = parsed(event.data) if event.data else ({}, True)
+                    if is_error(document):
+                        return refusal(document, 200, partial, {})
                     partial.message.take(document, len(event.data))
-                    await self._counted(request, partial)
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    return _not_a_message(partial)
+                except UNFIT:
+                    return not_a_message(partial)
+                await self._counted(request, partial)
         message = partial.message.document
         if message is None or message.get("stop_reason") is None:
-            failure = Failure(
-                "connection_error", "the stream ended before the answer did",
-                request_id=partial.request_id, usage=partial.message.usage(), may_be_billed=True,
-            )  # fmt: skip
-            return Refused(failure, partial.headers)
-        # As ASCII: a surrogate pair that was split between events is valid again only in JSON escapes.
-        return _answer(message, json.dumps(message, separators=(",", ":")), partial)
+            return broken_off(partial)
+        return message_of(message, None, partial)
 
 
-def _unsendable(request: CallRequest) -> str | None:
-    """Return why the job's own headers cannot be written to the wire, or None.
+def arguments(request: CallRequest, *, stream: bool) -> dict[str, Any]:
+    """Return what the SDK is called with."""
+    headers: dict[str, str | Omit] = {
+        "X-Api-Key": request.key.api_key,
+        "Authorization": Omit(),
+        "anthropic-version": request.anthropic_version,
+    }
+    if request.anthropic_beta:
+        headers["anthropic-beta"] = request.anthropic_beta
+    seconds = request.window_ms / 1000
+    silence = SILENCE_SECONDS
+    if not stream:
+        silence += request.max_tokens / SLOWEST_TOKENS_PER_SECOND
+    read = min(silence, seconds)
+    EXCHANGE.set(Exchange(request, stream=stream))
+    # `on_request` replaces the body of the SDK with that of the request.
+    return {
+        "model": request.model,
+        "max_tokens": request.max_tokens,
+        "messages": [],
+        "extra_headers": headers,
+        "timeout": httpx2.Timeout(seconds, connect=5.0, read=read),
+    }
+
+
+def _out_of_time(request: CallRequest, partial: Partial) -> Refused:
+    """Return the failure of a call that did not end within its window."""
+    failure = Failure(
+        "output_timeout",
+        f"the answer did not end within {request.window_ms // 1000} s; "
+        "lower max_tokens, or ask for less at once",
+        request_id=partial.request_id,
+        usage=partial.message.usage(),
+        may_be_billed=True,
+        # Silence is no sign of a long answer: only an answer that has started is known to need more time than there is.
+        had_full_window=request.full_window and partial.message.document is not None,
+    )
+    return Refused(failure, partial.headers)
+
+
+def _unsendable(request: CallRequest) -> Failure | None:
+    """Return the failure of a call whose headers cannot be written to the wire, or None.
 
     They are validated when a job is accepted. One that passed all the same must not look like a broken endpoint.
     """
@@ -266,114 +237,9 @@ def _unsendable(request: CallRequest) -> str | None:
     }
     for name, value in headers.items():
         if value and not _HEADER_VALUE.fullmatch(value):
-            return f"{name}: the value cannot be sent as an HTTP header"
+            return Failure(UNSENDABLE, f"{name}: the value cannot be sent as an HTTP header")
+    if not _HEADER_VALUE.fullmatch(request.key.api_key):
+        # As upstream would answer: the key is unusable, not the endpoint.
+        reason = f"the upstream key {request.key.id} cannot be sent as an HTTP header"
+        return Failure("authentication_error", reason, status=401)
     return None
-
-
-@dataclass(slots=True)
-class _Partial:
-    """What is known of a call before it ends."""
-
-    message: Growing
-    headers: Headers = NO_HEADERS
-    request_id: str | None = None
-
-
-def _answer(message: Any, text: str, partial: _Partial) -> Answer | Refused:
-    try:
-        usage = Usage.from_message(message["usage"])
-        is_message = isinstance(message["content"], list)
-    except (LookupError, TypeError, AttributeError):
-        is_message = False
-    if not is_message:
-        return _not_a_message(partial)
-    return Answer(text, usage, message.get("stop_reason"), partial.request_id, partial.headers)
-
-
-def _not_a_message(partial: _Partial) -> Refused:
-    failure = Failure(
-        "api_error", "upstream answered 200 with a body that is not a Message",
-        status=502, request_id=partial.request_id, usage=partial.message.usage(),
-        may_be_billed=True,
-    )  # fmt: skip
-    return Refused(failure, partial.headers)
-
-
-def _said(document: object, status: int, partial: _Partial, waits: str | None = None) -> Refused:
-    """Read an error document; inside a stream it follows a 200. `waits` is the text of `retry-after`."""
-    body: Any = document if isinstance(document, dict) else {}
-    inner: Any = body.get("error") if isinstance(body.get("error"), dict) else {}
-    kind = str(inner.get("type") or "api_error")
-    details: Any = inner.get("details") if isinstance(inner.get("details"), dict) else {}
-    if status < 400:  # noqa: PLR2004 - HTTP
-        status = _STATUS_OF_TYPE.get(kind, 500)
-    code = details.get("error_code")
-    failure = Failure(
-        type=kind,
-        message=str(inner.get("message") or f"upstream answered {status}"),
-        status=status,
-        error_code=code if isinstance(code, str) else None,
-        retry_after_ms=_retry_after_ms(waits),
-        request_id=partial.request_id or body.get("request_id"),
-        usage=partial.message.usage(),
-        may_be_billed=partial.message.document is not None,
-    )
-    return Refused(failure, partial.headers)
-
-
-def _connection_lost(error: Exception, partial: _Partial) -> Failure:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, httpx2.HTTPError | httpx2.InvalidURL):
-        cause = cause.__cause__
-    # Without a connection nothing was sent; otherwise the call may have been answered.
-    never_sent = isinstance(cause, _NEVER_SENT)
-    name = type(cause).__name__ if cause is not None else type(error).__name__
-    return Failure(
-        "connection_error",
-        f"the connection to upstream failed ({name})",
-        request_id=partial.request_id,
-        usage=partial.message.usage(),
-        may_be_billed=not never_sent,
-    )
-
-
-def limit_headers(headers: Mapping[str, str], now: int) -> Headers:
-    """Return the organization and the limits in a response's headers (Anthropic, response headers).
-
-    `now` is in epoch milliseconds; reset times in the past, or more than a day ahead, are ignored.
-    """
-    seen: dict[Dimension, Seen] = {}
-    for dimension in DIMENSIONS:
-        prefix = f"anthropic-ratelimit-{_HEADER_OF[dimension]}"
-        limit = _whole(headers.get(f"{prefix}-limit"))
-        remaining = _whole(headers.get(f"{prefix}-remaining"))
-        if limit is not None and remaining is not None:
-            seen[dimension] = Seen(
-                limit, remaining, _full_in_ms(headers.get(f"{prefix}-reset"), now)
-            )
-    return Headers(headers.get("anthropic-organization-id"), seen)
-
-
-def _whole(text: str | None) -> int | None:
-    try:
-        return int(text) if text is not None else None
-    except ValueError:
-        return None
-
-
-def _full_in_ms(reset: str | None, now: int) -> int | None:
-    try:
-        at = datetime.fromisoformat(reset or "")
-    except ValueError:
-        return None
-    full_in = int(at.timestamp() * 1000) - now if at.tzinfo else -1
-    return full_in if 0 <= full_in < 86_400_000 else None  # noqa: PLR2004 - a day
-
-
-def _retry_after_ms(text: str | None) -> int | None:
-    """Return `retry-after` (seconds) in milliseconds; anything else that a proxy may send is ignored."""
-    try:
-        seconds = float(text or "")
-    except ValueError:
-        return None
-    return int(seconds * 1000) if 0 < seconds < 40 * 86_400 else None

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zlib
+from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from math import isinf
+from typing import Any, Final, NoReturn
 
 import httpx2
 
@@ -27,6 +30,9 @@ MOST_ERROR_BYTES: Final = 64 * 1024
 
 MOST_PARSED_BYTES: Final = 96 * 1024 * 1024
 """Larger answers are not parsed. Parsed JSON takes up to twenty times its bytes, as for a list of empty lists."""
+
+MOST_LEVELS: Final = 200
+"""Levels of objects and lists in an answer. A Message has about ten, and readers of JSON fail at 1,000."""
 
 NODE_BYTES: Final = 80
 """Memory of an element of a list or a member of an object, besides its text."""
@@ -129,13 +135,16 @@ class _Download(httpx2.AsyncByteStream):
                 zlib.MAX_WBITS | 32 if "gzip" in packed else zlib.MAX_WBITS
             )
         self._exchange = exchange
+        self._utf8 = getincrementaldecoder("utf-8")("replace")
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for packed in self._inner:
             async for piece in self._unpacked(packed):
                 allowed = await self._exchange.allowed(piece)
-                if allowed:
-                    yield allowed
+                # The SDK decodes events strictly: one bad byte would lose an answer that is paid.
+                valid = self._utf8.decode(allowed).encode()
+                if valid:
+                    yield valid
                 if len(allowed) < len(piece):
                     return
 
@@ -183,7 +192,10 @@ class Exchange:
     def receive(self, response: httpx2.Response) -> None:
         """Limit the body of an HTTP response."""
         self._is_error = response.is_error
+        self._is_streamed &= "json" not in response.headers.get("content-type", "")
         packed = response.headers.pop("content-encoding", "identity").strip().lower()
+        # JSON is UTF-8, whatever a relay names as charset.
+        response.encoding = "utf-8"
         response.stream = _Download(response.stream, packed, self)  # type: ignore[arg-type]
 
     async def allowed(self, piece: bytes) -> bytes:
@@ -226,9 +238,62 @@ async def on_response(response: httpx2.Response) -> None:
         exchange.receive(response)
 
 
-def parsed(text: str) -> object:
-    """Parse JSON; raises ValueError, and AnswerTooLarge if the result would take too much memory."""
-    nodes = sum(text.count(mark) for mark in ",[{")
+class _OutOfRange(ValueError):
+    """A number that JSON does not have, or that no double holds."""
+
+
+def _out_of_range(text: str) -> NoReturn:
+    raise _OutOfRange(text)
+
+
+def _in_range(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise _OutOfRange(text)
+    return number
+
+
+def _clamped(text: str) -> float:
+    return min(max(float(text), -sys.float_info.max), sys.float_info.max)
+
+
+def _constant_clamped(name: str) -> float | None:
+    return None if name == "NaN" else _clamped(name)
+
+
+_EXACT: Final = json.JSONDecoder(parse_constant=_out_of_range, parse_float=_in_range)
+_CLAMPING: Final = json.JSONDecoder(parse_constant=_constant_clamped, parse_float=_clamped)
+
+
+def parsed(text: str) -> tuple[Any, bool]:
+    """Parse JSON; return the document, and whether all of its numbers could be read as they are.
+
+    Numbers beyond the range of a double become the nearest one, so that an answer that is paid can be written again as
+    JSON. Raises ValueError, and AnswerTooLarge for what takes too much memory or is nested too deeply.
+    """
+    brackets = text.count("[") + text.count("{")
+    nodes = text.count(",") + brackets
     if 4 * len(text) + NODE_BYTES * nodes > MOST_PARSED_BYTES:
         raise AnswerTooLarge
-    return json.loads(text)
+    try:
+        try:
+            document, is_exact = _EXACT.decode(text), True
+        except _OutOfRange:
+            document, is_exact = _CLAMPING.decode(text), False
+    except RecursionError as error:
+        raise AnswerTooLarge from error
+    if brackets > MOST_LEVELS and _is_too_deep(document):
+        raise AnswerTooLarge
+    return document, is_exact
+
+
+def _is_too_deep(document: object) -> bool:
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)

@@ -5,13 +5,17 @@ It depends on the structure of events, not on their names: unknown kinds of bloc
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from typing import Any, Final
 
+from sluice.adapters.claude_bodies import parsed
 from sluice.domain.pricing import Usage
 
 CHARS_PER_TOKEN: Final = 3
 """For an output that broke off before its usage arrived."""
+
+UNFIT: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What reading an event raises that does not fit."""
 
 _NOT_OF_THE_MESSAGE: Final = frozenset({"type", "delta", "usage"})
 
@@ -28,7 +32,7 @@ class Growing:
         self._chars = 0
 
     def take(self, event: dict[str, Any], size: int) -> None:
-        """Add one event of `size` bytes; raises LookupError, TypeError or AttributeError if it is invalid."""
+        """Add one event of `size` bytes; raises one of UNFIT if it is invalid."""
         match event.get("type"):
             case "content_block_delta":
                 # Most of the bytes of a delta are not text.
@@ -55,12 +59,10 @@ class Growing:
         """Return the usage so far, with output tokens estimated from the length; None before `message_start`."""
         if self.document is None:
             return None
-        used = self.document.get("usage")
-        counts = dict(used) if isinstance(used, dict) else {}
-        counts["output_tokens"] = max(
-            int(counts.get("output_tokens") or 0), self._chars // CHARS_PER_TOKEN
+        usage = Usage.from_message(self.document.get("usage"))
+        return replace(
+            usage, output_tokens=max(usage.output_tokens, self._chars // CHARS_PER_TOKEN)
         )
-        return Usage.from_message(counts)
 
     @property
     def _message(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Growing:
         text = self._inputs.pop(index, "")
         if text:
             try:
-                block_input = json.loads(text)
+                block_input, _ = parsed(text)
             except ValueError:
                 # A tool input cut off at max_tokens, in the form in which Anthropic expects it in a later request.
                 block_input = {"INVALID_JSON": text}
@@ -103,4 +105,5 @@ class Growing:
         used = {
             name: count for name, count in (event.get("usage") or {}).items() if count is not None
         }
-        message["usage"] = {**(message.get("usage") or {}), **used}
+        if used or message.get("usage") is not None:
+            message["usage"] = {**(message.get("usage") or {}), **used}

@@ -483,7 +483,10 @@ def _ledger_item(row: LedgerRow) -> Item:
         "note": row.note,
     }
     item: Item = {name: {"S": text} for name, text in texts.items() if text}
-    item |= {name: {"N": str(number)} for name, number in row.spend.as_dict().items()}
+    numbers = row.spend.as_dict()
+    if not row.spend.unknown_costs:
+        del numbers["unknown_costs"]
+    item |= {name: {"N": str(number)} for name, number in numbers.items()}
     item["certain"] = {"BOOL": row.certain}
     day_start = (row.day - date(1970, 1, 1)).days * job_records.DAY_SECONDS
     item["expires_at"] = {"N": str(day_start + LEDGER_DAYS * job_records.DAY_SECONDS)}

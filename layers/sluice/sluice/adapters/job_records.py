@@ -76,7 +76,9 @@ def encode(job: Job, retention_days: int) -> Item:
             item[name] = {"S": str(text)}
     for name in _FLAT_NUMBERS:
         number = getattr(job, name)
-        if number is not None:
+        # The index of listings has the flat attributes only: without a cost there, it is unknown.
+        is_unknown = name == "cost_micro_usd" and job.unknown_costs
+        if number is not None and not is_unknown:
             item[name] = {"N": str(number)}
     next_check = due(job)
     if next_check is not None:
@@ -121,6 +123,9 @@ def decode(item: Item) -> Job:
     flat: dict[str, Any] = {name: item[name]["S"] for name in _FLAT_TEXT if name in item}
     flat |= {name: int(item[name]["N"]) for name in _FLAT_NUMBERS if name in item}
     flat["state"] = State(flat["state"])
+    if "cost_micro_usd" not in flat:
+        flat["cost_micro_usd"] = record.get("known_cost_micro_usd", 0)
+        flat["unknown_costs"] = record.get("unknown_costs", 1)
     result = None
     if "result" in item or "result_key" in item:
         inline = item.get("result", {}).get("B")
@@ -185,6 +190,8 @@ def _record(job: Job) -> str:
         if value in (default, {}):
             continue
         rest[name] = _plain(value)
+    if job.unknown_costs:
+        rest["known_cost_micro_usd"] = job.cost_micro_usd
     return json.dumps(rest, separators=(",", ":"), ensure_ascii=False)
 
 

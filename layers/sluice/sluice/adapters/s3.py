@@ -13,7 +13,13 @@ from botocore.exceptions import ClientError
 from sluice.adapters import aws
 from sluice.adapters.job_records import made
 from sluice.domain.batches import Copied, Streamed, parts
-from sluice.domain.errors import InputMissing, InvalidRequest, JobNotFound, StoreBusy
+from sluice.domain.errors import (
+    InputMissing,
+    InvalidRequest,
+    JobNotFound,
+    NotStorable,
+    StoreBusy,
+)
 from sluice.domain.jobs import Result
 from sluice.ports.batches import Stored
 from sluice.ports.jobs import Received
@@ -332,7 +338,11 @@ class Results:
 
     def put(self, name: str, message: str) -> Result:
         """Store a Message durably, unless it is small enough for the job record."""
-        body = gzip.compress(message.encode(), compresslevel=6, mtime=0)
+        try:
+            text = message.encode()
+        except UnicodeEncodeError as error:
+            raise NotStorable(WHAT, "it has text that is not valid Unicode") from error
+        body = gzip.compress(text, compresslevel=6, mtime=0)
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
         key = f"results/{name}.json.gz"

@@ -19,6 +19,14 @@ Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Day = Annotated[str, Field(json_schema_extra={"format": "date"})]
 MicroUsd = Annotated[int, Field(description="Millionths of a US dollar.")]
 Usd = Annotated[str, Field(description="US dollars with six decimals.", examples=["0.001234"])]
+KnownCost = Annotated[int, Field(description="The cost of all calls whose cost is known.")]
+UnknownCosts = Annotated[
+    int,
+    Field(
+        description="Billed calls whose cost is unknown: the model has no price, or upstream reported no usage. "
+        "Unless 0, cost_micro_usd and cost_usd are null."
+    ),
+]
 
 
 class Shape(BaseModel):
@@ -128,8 +136,10 @@ class JobSummary(Shape):
     finished_at: Time | None
     attempts_used: int
     snoozes: int
-    cost_micro_usd: MicroUsd
-    cost_usd: Usd
+    cost_micro_usd: MicroUsd | None
+    cost_usd: Usd | None
+    known_cost_micro_usd: KnownCost
+    unknown_costs: UnknownCosts
 
 
 class Job(JobSummary):
@@ -191,8 +201,10 @@ class Sums(Shape):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
-    cost_micro_usd: MicroUsd
-    cost_usd: Usd
+    cost_micro_usd: MicroUsd | None
+    cost_usd: Usd | None
+    known_cost_micro_usd: KnownCost
+    unknown_costs: UnknownCosts
 
 
 class UsageGroup(Sums):
@@ -315,8 +327,10 @@ class Batch(Shape):
     calls: int
     input_tokens: int
     output_tokens: int
-    cost_micro_usd: MicroUsd
-    cost_usd: Usd
+    cost_micro_usd: MicroUsd | None
+    cost_usd: Usd | None
+    known_cost_micro_usd: KnownCost
+    unknown_costs: UnknownCosts
     created_at: Time
     expires_at: Time
     ended_at: Time | None

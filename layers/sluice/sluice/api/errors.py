@@ -13,6 +13,7 @@ HTTP_OF: Final[dict[type[errors.SluiceError], tuple[int, str]]] = {
     errors.BatchNotFound: (404, "not_found_error"),
     errors.Conflict: (409, "conflict_error"),
     errors.RequestTooLarge: (413, "request_too_large"),
+    errors.NotStorable: (400, "invalid_request_error"),
     errors.Throttled: (429, "rate_limit_error"),
     errors.StoreBusy: (503, "overloaded_error"),
     errors.Unexpected: (500, "api_error"),

@@ -11,7 +11,7 @@ from sluice.domain import batches as life_of_batches
 from sluice.domain.batches import Phase, Tally
 from sluice.domain.jobs import Attempt, Job
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, Group, advanced
-from sluice.domain.pricing import Spend, base_model, usd
+from sluice.domain.pricing import Spend, base_model, cost_facts
 from sluice.domain.times import rfc3339
 from sluice.intake.accounts import UsageRow
 from sluice.intake.batches import ARCHIVED_MS, is_archived, status
@@ -38,8 +38,7 @@ def job_summary(job: Job) -> dict[str, Any]:
         "finished_at": time(job.finished_at),
         "attempts_used": job.attempts_used,
         "snoozes": job.snoozes,
-        "cost_micro_usd": job.cost_micro_usd,
-        "cost_usd": usd(job.cost_micro_usd),
+        **cost_facts(job.cost_micro_usd, job.unknown_costs),
     }
 
 
@@ -121,8 +120,7 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "calls": so_far.calls,
         "input_tokens": so_far.input_tokens,
         "output_tokens": so_far.output_tokens,
-        "cost_micro_usd": so_far.cost_micro_usd,
-        "cost_usd": usd(so_far.cost_micro_usd),
+        **cost_facts(so_far.cost_micro_usd, so_far.unknown_costs),
         "created_at": time(batch.created_at),
         "expires_at": time(batch.expires_at),
         "ended_at": time(batch.ended_at),
@@ -177,7 +175,7 @@ def joined_text(message: Mapping[str, Any]) -> str:
 
 def spend_view(spend: Spend) -> dict[str, Any]:
     """Show sums of calls."""
-    return {**spend.as_dict(), "cost_usd": usd(spend.cost_micro_usd)}
+    return {**spend.as_dict(), **cost_facts(spend.cost_micro_usd, spend.unknown_costs)}
 
 
 def usage_view(first: str, last: str, group_by: Sequence[str], rows: Sequence[UsageRow]) -> Any:

@@ -25,7 +25,7 @@ from sluice.domain.batches import (
     fail_batch,
     mark_notified,
 )
-from sluice.domain.pricing import usd
+from sluice.domain.pricing import cost_facts, usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.domain.times import rfc3339
 from sluice.ports.batches import BatchesQueue, BatchStore, Objects
@@ -369,9 +369,8 @@ def summary(batch: Batch) -> dict[str, Any]:
         "calls": tally.calls,
         "tokens": tokens,
         "lane": "live",
-        "cost_micro_usd": tally.cost_micro_usd,
-        "cost_usd": usd(tally.cost_micro_usd),
-        "cost_on_batch_lane_usd": usd(tally.other_lane_micro_usd),
+        **cost_facts(tally.cost_micro_usd, tally.unknown_costs),
+        "cost_on_batch_lane_usd": None if tally.unknown_costs else usd(tally.other_lane_micro_usd),
         "created_at": rfc3339(batch.created_at),
         "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),
         "ended_at": rfc3339(batch.ended_at),

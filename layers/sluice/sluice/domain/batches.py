@@ -105,6 +105,8 @@ class Tally:
     cost_micro_usd: int = 0
     other_lane_micro_usd: int = 0
     """What the same tokens cost on the other lane."""
+    unknown_costs: int = 0
+    """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Tally:

@@ -11,6 +11,7 @@
     ├── RequestTooLarge      the body exceeds the size limit
     ├── Throttled            the client key sends too many requests; retry later
     ├── StoreBusy            a store or queue did not accept the write; retry later
+    ├── NotStorable          a record that cannot be written, however often it is tried
     ├── Unexpected           an unexpected exception; the log has the traceback
     ├── Stale                optimistic lock failure: the record changed (carries its current value)
     ├── IllegalTransition    a change of state that the state machine does not allow
@@ -102,6 +103,15 @@ class StoreBusy(SluiceError):
         self.what = what
         self.retry_after_seconds = retry_after_seconds
         self.may_be_done = may_be_done
+
+
+class NotStorable(SluiceError):
+    """A store cannot take a record: it is too large or not encodable. Writing it again would fail again."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what} cannot take the record: {reason}")
+        self.what = what
+        self.reason = reason
 
 
 class Unexpected(SluiceError):

@@ -303,6 +303,8 @@ class Job:
     """The next call needs the time of a whole invocation, because an earlier call timed out with less."""
     usage: Usage | None = None
     cost_micro_usd: int = 0
+    unknown_costs: int = 0
+    """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
     result: Result | None = None
     error: JobError | None = None
     redrives: tuple[Redrive, ...] = ()
@@ -546,7 +548,7 @@ def succeed(  # noqa: PLR0913 - the facts of one answer
     now: int,
     *,
     result: Result,
-    usage: Usage,
+    usage: Usage | None,
     cost_micro_usd: int | None,
     request_id: str | None,
 ) -> Job:

@@ -414,6 +414,12 @@ def next_start(group: Group, cost: Cost, now: int) -> int:
     return start_on(advanced(group, now), cost, now)
 
 
+def waits_for_breaker(group: Group, cost: Cost, now: int) -> bool:
+    """Return whether a call waits for a circuit breaker: of its model, its endpoint, or its tenant's refusals."""
+    breakers = (group.circuits.get(name) for name in cost.circuits)
+    return any(breaker is not None and breaker.open_until > now for breaker in breakers)
+
+
 def usual_gap(group: Group) -> int:
     """Return the milliseconds between two starts of average calls at the full rate of the group."""
     return max(

@@ -7,13 +7,14 @@ micro-dollars, rounded half up once per call. The price rows in `data/prices.jso
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Any
+from typing import Any, Final
 
 _DATED = re.compile(r"-20\d{6}$")
+_ADDED = re.compile(r"-v\d+(?::\d+)?$")
 
 US_ONLY = Decimal("1.1")
 """Multiplier for `inference_geo: us`. Source: Anthropic's pricing page."""
@@ -31,6 +32,12 @@ WEB_SEARCH_MICRO_USD = Decimal(10_000)
 def base_model(model: str) -> str:
     """Return the model id without its release date: `claude-haiku-4-5-20251001` is `claude-haiku-4-5`."""
     return _DATED.sub("", model)
+
+
+def _listed(model: str) -> str:
+    """Return a model id as the price list has it, without what Bedrock, Vertex AI and relays add to it."""
+    plain = _ADDED.sub("", model).replace("@", "-")
+    return base_model(plain[max(0, plain.find("claude-")) :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,37 +62,37 @@ class Usage:
         return self.input_tokens + self.cache_creation_input_tokens + self.cache_read_input_tokens
 
     @property
+    def is_billed(self) -> bool:
+        """Whether anything was used that has a price."""
+        return any(getattr(self, name) for name in _COUNTS)
+
+    @property
     def limited_input_tokens(self) -> int:
         """Input that counts against ITPM: cache reads are free (Anthropic, rate limits)."""
         return self.input_tokens + self.cache_creation_input_tokens
 
     @classmethod
-    def from_message(cls, usage: Mapping[str, Any]) -> Usage:
-        """Read the `usage` object of a Message; missing and null counts are 0.
-
-        Tokens of beta `compaction` iterations are not in the top-level sums and are added.
-        """
-        creation = usage.get("cache_creation") or {}
-        tools = usage.get("server_tool_use") or {}
-        extra = [
-            step
-            for step in usage.get("iterations") or []
-            if isinstance(step, Mapping) and step.get("type") == "compaction"
-        ]
-
-        def count(name: str) -> int:
-            return _int(usage.get(name)) + sum(_int(step.get(name)) for step in extra)
-
+    def from_message(cls, usage: object) -> Usage:
+        """Read the `usage` object of a Message, or one of its iterations; what is no count is 0."""
+        said = _object(usage)
+        written = _int(said.get("cache_creation_input_tokens"))
+        written_1h = _int(_object(said.get("cache_creation")).get("ephemeral_1h_input_tokens"))
         return cls(
-            input_tokens=count("input_tokens"),
-            cache_creation_input_tokens=count("cache_creation_input_tokens"),
-            cache_creation_1h_input_tokens=_int(creation.get("ephemeral_1h_input_tokens")),
-            cache_read_input_tokens=count("cache_read_input_tokens"),
-            output_tokens=count("output_tokens"),
-            web_search_requests=_int(tools.get("web_search_requests")),
-            fast=usage.get("speed") == "fast",
-            us_only=usage.get("inference_geo") == "us",
+            input_tokens=_int(said.get("input_tokens")),
+            cache_creation_input_tokens=written,
+            cache_creation_1h_input_tokens=min(written_1h, written),
+            cache_read_input_tokens=_int(said.get("cache_read_input_tokens")),
+            output_tokens=_int(said.get("output_tokens")),
+            web_search_requests=_int(
+                _object(said.get("server_tool_use")).get("web_search_requests")
+            ),
+            fast=said.get("speed") == "fast",
+            us_only=said.get("inference_geo") == "us",
         )
+
+    def __add__(self, other: Usage) -> Usage:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        return replace(self, **sums)
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts under Anthropic's names, zeros included only for the four main kinds."""
@@ -100,8 +107,133 @@ class Usage:
         return counts
 
 
+_COUNTS: Final = (
+    "input_tokens",
+    "cache_creation_input_tokens",
+    "cache_creation_1h_input_tokens",
+    "cache_read_input_tokens",
+    "output_tokens",
+    "web_search_requests",
+)
+
+MOST_COUNT: Final = 10**9
+"""A larger count is no count: what a call uses is bounded by its context of about a million tokens."""
+
+
 def _int(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_count and 0 < value <= MOST_COUNT else 0  # type: ignore[operator,return-value]
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _has_counts(usage: object) -> bool:
+    """Return whether a usage object has the two counts that are always there (Anthropic, Messages)."""
+    said = _object(usage)
+    return all(
+        type(said.get(name)) is int and 0 <= said[name] <= MOST_COUNT
+        for name in ("input_tokens", "output_tokens")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What one model was used for in a call."""
+
+    model: str | None
+    """As upstream names it; None: the model that served the call."""
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What one call is billed for: its iterations, each at the price of the model that ran it.
+
+    A server-side fallback, an advisor and a compaction are iterations of their own. With `message` iterations the
+    list is complete; without, it has what the top-level counts leave out (Anthropic: refusals and fallback, advisor
+    tool, compaction).
+    """
+
+    served_by: str | None
+    """The model that upstream names in the Message."""
+    charges: tuple[Charge, ...]
+    is_legible: bool = True
+    """Whether all iterations could be read. Otherwise the cost is unknown."""
+
+    @property
+    def usage(self) -> Usage:
+        """The sum over all models."""
+        first, *others = (charge.usage for charge in self.charges or (Charge(None, Usage()),))
+        return sum(others, first)
+
+    @classmethod
+    def of_message(cls, message: Mapping[str, Any]) -> Bill | None:
+        """Read what a Message says of its usage; None if it does not say."""
+        said = message.get("usage")
+        if not _has_counts(said):
+            return None
+        named = message.get("model")
+        served_by = named if isinstance(named, str) else None
+        top = Usage.from_message(said)
+        listed = _object(said).get("iterations") or []
+        steps = [step for step in listed if _has_counts(step)] if isinstance(listed, list) else []
+        billed = [step for at, step in enumerate(steps) if not _is_declined(step, steps[at + 1 :])]
+        is_complete = any(step.get("type") in _SAMPLED for step in steps)
+        charges = [] if is_complete else [Charge(None, top)]
+        charges += [
+            Charge(
+                model if isinstance(model := step.get("model"), str) else None,
+                replace(
+                    Usage.from_message(step),
+                    fast=top.fast and step.get("type") != "advisor_message",
+                    us_only=top.us_only,
+                ),
+            )
+            for step in billed
+        ]
+        if is_complete:
+            charges = _with_hours(charges, billed, top)
+            charges.append(Charge(None, Usage(web_search_requests=top.web_search_requests)))
+        return cls(
+            served_by,
+            tuple(charge for charge in charges if charge.usage.is_billed),
+            isinstance(listed, list) and len(steps) == len(listed),
+        )
+
+
+_SAMPLED: Final = frozenset({"message", "fallback_message"})
+
+
+def _is_declined(step: Mapping[str, Any], later: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether an iteration is the try of a model that declined before any output, which is not billed."""
+    return (
+        step.get("type") == "message"
+        and step.get("output_tokens") == 0
+        and any(each.get("type") == "fallback_message" for each in later)
+    )
+
+
+def _with_hours(
+    charges: Sequence[Charge], steps: Sequence[Mapping[str, Any]], top: Usage
+) -> list[Charge]:
+    """Apply the top-level split of cache writes to the sampled iterations that have none of their own."""
+    sampled = [step.get("type") in _SAMPLED for step in steps]
+    left = top.cache_creation_1h_input_tokens - sum(
+        charge.usage.cache_creation_1h_input_tokens
+        for charge, is_sampled in zip(charges, sampled, strict=True)
+        if is_sampled
+    )
+    split = []
+    for charge, step, is_sampled in zip(charges, steps, sampled, strict=True):
+        usage = charge.usage
+        if is_sampled and not isinstance(step.get("cache_creation"), Mapping) and left > 0:
+            hours = min(left, usage.cache_creation_input_tokens)
+            left -= hours
+            usage = replace(usage, cache_creation_1h_input_tokens=hours)
+        split.append(replace(charge, usage=usage))
+    return split
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +286,7 @@ class PriceList:
 
     def price(self, model: str, day: date, prompt_tokens: int = 0) -> Price | None:
         """Return the row for `model` on `day`: the latest, and of its prompt sizes the highest that applies."""
-        name = base_model(model)
+        name = _listed(model)
         candidates = [
             price
             for price in self.prices
@@ -167,7 +299,28 @@ class PriceList:
     def cost_micro_usd(
         self, model: str, usage: Usage, day: date, *, batch: bool = False
     ) -> int | None:
-        """Return what the call cost in micro-dollars, or None if the model has no price."""
+        """Return what usage of one model costs in micro-dollars, or None if it has no price."""
+        return self.bill_micro_usd(model, Bill(None, (Charge(None, usage),)), day, batch=batch)
+
+    def bill_micro_usd(
+        self, asked: str, bill: Bill | None, day: date, *, batch: bool = False
+    ) -> int | None:
+        """Return what a call costs in micro-dollars; None if its usage, or the price of one of its models, is unknown.
+
+        `asked` is the model of the request, for a Message that does not name the one that served it.
+        """
+        if bill is None or not bill.is_legible:
+            return None
+        costs = [
+            self._exact(charge.model or bill.served_by or asked, charge.usage, day, batch=batch)
+            for charge in bill.charges
+        ]
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs):
+            return None
+        return int(sum(known, Decimal()).to_integral_value(ROUND_HALF_UP))
+
+    def _exact(self, model: str, usage: Usage, day: date, *, batch: bool) -> Decimal | None:
         price = self.price(model, day, usage.prompt_tokens)
         if price is None:
             return None
@@ -185,8 +338,13 @@ class PriceList:
             tokens *= FAST
         if batch:
             tokens *= BATCH
-        total = tokens + usage.web_search_requests * WEB_SEARCH_MICRO_USD
-        return int(total.to_integral_value(ROUND_HALF_UP))
+        return tokens + usage.web_search_requests * WEB_SEARCH_MICRO_USD
+
+
+def half_price(usage: Usage, cost_micro_usd: int) -> int:
+    """Return what a call of this cost would cost in a batch: tokens are half price there, tools are not."""
+    tools = usage.web_search_requests * int(WEB_SEARCH_MICRO_USD)
+    return -(-max(0, cost_micro_usd - tools) // 2) + min(tools, cost_micro_usd)
 
 
 def utc_day(at: int) -> date:
@@ -199,6 +357,17 @@ def usd(micro_usd: int) -> str:
     return f"{Decimal(micro_usd) / 1_000_000:.6f}"
 
 
+def cost_facts(micro_usd: int, unknown_costs: int) -> dict[str, int | str | None]:
+    """Return a cost as every door shows it: null, not a number too low, when the cost of a call is unknown."""
+    is_known = not unknown_costs
+    return {
+        "cost_micro_usd": micro_usd if is_known else None,
+        "cost_usd": usd(micro_usd) if is_known else None,
+        "known_cost_micro_usd": micro_usd,
+        "unknown_costs": unknown_costs,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Spend:
     """Sums over calls. Addition is exact, in any order."""
@@ -209,17 +378,20 @@ class Spend:
     cache_read_input_tokens: int = 0
     output_tokens: int = 0
     cost_micro_usd: int = 0
+    unknown_costs: int = 0
+    """Calls that were billed, but whose cost is unknown: no price, or upstream reported no usage."""
 
     @classmethod
-    def of_call(cls, usage: Usage, cost_micro_usd: int) -> Spend:
-        """Return the sums of one call."""
+    def of_call(cls, usage: Usage, cost_micro_usd: int | None) -> Spend:
+        """Return the sums of one call; None: its cost is unknown."""
         return cls(
             calls=1,
             input_tokens=usage.input_tokens,
             cache_creation_input_tokens=usage.cache_creation_input_tokens,
             cache_read_input_tokens=usage.cache_read_input_tokens,
             output_tokens=usage.output_tokens,
-            cost_micro_usd=cost_micro_usd,
+            cost_micro_usd=cost_micro_usd or 0,
+            unknown_costs=int(cost_micro_usd is None),
         )
 
     def __add__(self, other: Spend) -> Spend:

@@ -1,6 +1,6 @@
 """The verdict on a failed call: retry, snooze or give up, and the effect on its key, model or limit group.
 
-Sources: Anthropic's pages on errors and rate limits (API version 2026-10-21) and the error classes of its Python SDK.
+`refusals` says what each failure means; this module says what that means for a job that has made so many attempts.
 """
 
 from __future__ import annotations
@@ -8,10 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Final
+from typing import Final, assert_never
 
 from sluice.domain.jobs import JobError
 from sluice.domain.pricing import Usage
+from sluice.domain.refusals import (
+    OVERLOADED,
+    RAMP,
+    TABLE,
+    Consequence,
+    Refusal,
+    Scope,
+    is_monthly,
+)
 from sluice.domain.waits import USUAL
 
 SECOND: Final = 1000
@@ -37,7 +46,9 @@ class Failure:
     may_be_billed: bool = False
     """The request was sent before the connection was lost or timed out."""
     had_full_window: bool = False
-    """For `output_timeout`: the call had the time of a whole invocation."""
+    """For `output_timeout`: an answer had started, and had the time of a whole invocation."""
+    should_retry: bool | None = None
+    """The header `x-should-retry`, which SDKs obey before the status; None: not sent."""
 
     @property
     def is_from_working_endpoint(self) -> bool:
@@ -60,6 +71,10 @@ UNSENDABLE: Final = "request_not_sendable"
 """The type of a failure: the request cannot be written to the wire. Nothing was sent, and nothing ever will be."""
 
 
+INTERNAL: Final = "internal_error"
+"""The type of a failure in the gateway itself during a call: neither upstream's fault nor that of the worker."""
+
+
 class Effect(StrEnum):
     """The effect of a failure beyond its own job."""
 
@@ -68,8 +83,8 @@ class Effect(StrEnum):
     """No calls in this limit group until the time that upstream named."""
     RAMP_GROUP = "ramp_group"
     """As BLOCK_GROUP, but usage grew too fast: a slow start follows."""
-    SPEND_LIMIT = "spend_limit"
-    """A spend limit: the group is blocked until it resets or is raised."""
+    PARK_GROUP = "park_group"
+    """Money or the account itself: the group is blocked, with an alarm, until the time given; then one call tries."""
     REJECT_KEY = "reject_key"
     """The key is rejected: unused until the secret changes."""
     REFUSED_TO_KEY = "refused_to_key"
@@ -119,6 +134,8 @@ class Verdict:
     effect: Effect = Effect.NONE
     until: int | None = None
     """End of a temporary effect (epoch milliseconds)."""
+    is_known: bool = True
+    """False: a guess from the status alone; several in a row are taken for trouble of the account."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,23 +158,35 @@ class RetryPolicy:
     key_wait_ms: int = 5 * SECOND
     spend_recheck_ms: int = 15 * MINUTE
     """Wait of a job after a spend limit was reached, before it is tried again."""
+    alike_wait_ms: int = MINUTE
+    """Wait of a job that was refused like several before it."""
     floor_ms: int = 500
 
 
-_SPEND_CODES: Final = frozenset({"enforced_spend_limit_reached", "contract_spend_limit_reached"})
-_OWN_SPEND_LIMIT: Final = (
-    "You have reached your specified API usage limits",
-    "You have reached your specified workspace API usage limits",
-)
-"""An organization's own spend limit is a 400 that differs only in its message (Anthropic, rate limits)."""
-
-_TRANSIENT: Final = frozenset({408, 409, 425})
-_TOO_MANY: Final = 429
 _OVERLOADED: Final = 529
 _SERVER_ERRORS: Final = 500
 
+_NEVER: Final = frozenset({ANSWER_TOO_LARGE, UNSENDABLE})
+"""Failures that a repeat would only bill again, or that were never sent and never will be."""
 
-def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
+
+def meaning(failure: Failure) -> Refusal:
+    """Return the row of the table of refusals that the failure fits."""
+    return next(
+        row
+        for row in TABLE
+        if row.fits(
+            status=failure.status,
+            kind=failure.type,
+            code=failure.error_code,
+            message=failure.message,
+            should_retry=failure.should_retry,
+            named_time=failure.retry_after_ms is not None,
+        )
+    )
+
+
+def judge(  # noqa: PLR0911, PLR0913 - a return per row; the facts
     failure: Failure,
     *,
     now: int,
@@ -168,45 +197,60 @@ def judge(  # noqa: C901, PLR0911, PLR0913 - one return per kind of failure
     policy: RetryPolicy,
 ) -> Verdict:
     """Return the verdict on a failure. `jitter` is uniform in [0, 1)."""
-    status = failure.status
-    if failure.error_code in _SPEND_CODES or _is_own_spend_limit(failure):
-        return _spend_limit(failure, now, policy)
-    if status == 402 or failure.error_code == "organization_on_hold":  # noqa: PLR2004 - HTTP
-        return _spend_limit(failure, now, policy)
-    if status == _TOO_MANY:
-        wait = failure.retry_after_ms or policy.default_retry_after_ms
-        ramp = failure.error_code == "ramp_limit_exceeded"
-        return Verdict(
-            Snooze(wait + int(jitter * policy.throttle_spread_ms), "rate limited"),
-            Effect.RAMP_GROUP if ramp else Effect.BLOCK_GROUP,
-            now + wait,
-        )
-    if status == _OVERLOADED or failure.type == "overloaded_error":
-        if has_fallback:
-            return Verdict(FallBack("overloaded"), Effect.MODEL_OVERLOADED)
-        return Verdict(
-            Snooze(overload_backoff_ms(snoozes, failure, jitter, policy), "overloaded"),
-            Effect.MODEL_OVERLOADED,
-        )
-    if status == 401:  # noqa: PLR2004 - HTTP
-        return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REJECT_KEY)
-    if status == 403:  # noqa: PLR2004 - HTTP
-        return Verdict(Snooze(policy.key_wait_ms, "key rejected"), Effect.REFUSED_TO_KEY)
-    if failure.type in {ANSWER_TOO_LARGE, UNSENDABLE}:
+    if failure.type in _NEVER:
         return Verdict(GiveUp())
+    row = meaning(failure)
+    match row.consequence:
+        case Consequence.PARK if row.scope is Scope.KEY:
+            return Verdict(Snooze(policy.key_wait_ms, row.reason), Effect.REJECT_KEY)
+        case Consequence.PARK:
+            return _parked(failure, row, now, policy)
+        case Consequence.WAIT if row.reason == OVERLOADED:
+            if has_fallback:
+                return Verdict(FallBack(row.reason), Effect.MODEL_OVERLOADED)
+            wait = overload_backoff_ms(snoozes, failure, jitter, policy)
+            return Verdict(Snooze(wait, row.reason), Effect.MODEL_OVERLOADED)
+        case Consequence.WAIT:
+            wait = failure.retry_after_ms or policy.default_retry_after_ms
+            effect = Effect.RAMP_GROUP if row.reason == RAMP else Effect.BLOCK_GROUP
+            spread = int(jitter * policy.throttle_spread_ms)
+            return Verdict(Snooze(wait + spread, "rate limited"), effect, now + wait)
+        case Consequence.END if row.scope is Scope.KEY:
+            snooze = Snooze(policy.key_wait_ms, "key rejected")
+            return Verdict(snooze, Effect.REFUSED_TO_KEY, is_known=row.is_known)
+        case Consequence.END:
+            return Verdict(GiveUp(), is_known=row.is_known)
+        case Consequence.RETRY:
+            return _again(failure, row, attempts_used, jitter, policy)
+        case _:
+            assert_never(row.consequence)
+
+
+def refused_alike(policy: RetryPolicy) -> Verdict:
+    """Return the verdict on an unknown refusal that several jobs in a row have met: it is taken for the account's."""
+    return Verdict(Snooze(policy.alike_wait_ms, "refused like other jobs"))
+
+
+def _parked(failure: Failure, row: Refusal, now: int, policy: RetryPolicy) -> Verdict:
+    # Only the limit of a tier has a known reset date; others are raised by a person at any time.
+    until = now + max(policy.spend_recheck_ms, failure.retry_after_ms or 0)
+    if is_monthly(failure.error_code):
+        until = max(until, next_month(now))
+    return Verdict(Snooze(policy.spend_recheck_ms, row.reason), Effect.PARK_GROUP, until)
+
+
+def _again(
+    failure: Failure, row: Refusal, attempts_used: int, jitter: float, policy: RetryPolicy
+) -> Verdict:
+    """Return the verdict on what may go better next time, as long as attempts remain."""
     timed_out = failure.type == "output_timeout"
-    if timed_out and failure.had_full_window:
-        return Verdict(GiveUp())
-    if status is None or status in _TRANSIENT or status >= _SERVER_ERRORS:
-        # A timeout is due to the length of the answer, not to the endpoint.
-        effect = (
-            Effect.NONE if failure.is_from_working_endpoint or timed_out else Effect.ENDPOINT_FAILED
-        )
-        if attempts_used >= policy.max_attempts:
-            return Verdict(GiveUp(), effect)
-        wait = retry_backoff_ms(attempts_used, failure, jitter, policy)
-        return Verdict(Retry(wait, full_window=timed_out), effect)
-    return Verdict(GiveUp())
+    # A timeout is due to the length of the answer, an internal error to the gateway: neither to the endpoint.
+    is_endpoints = row.scope is Scope.ENDPOINT and not timed_out and failure.type != INTERNAL
+    effect = Effect.ENDPOINT_FAILED if is_endpoints else Effect.NONE
+    if attempts_used >= policy.max_attempts or (timed_out and failure.had_full_window):
+        return Verdict(GiveUp(), effect)
+    wait = retry_backoff_ms(attempts_used, failure, jitter, policy)
+    return Verdict(Retry(wait, full_window=timed_out), effect)
 
 
 def retry_backoff_ms(
@@ -228,17 +272,3 @@ def next_month(now: int) -> int:
     today = datetime.fromtimestamp(now / SECOND, UTC)
     first = (today.replace(day=1) + timedelta(days=32)).replace(day=1)
     return int(first.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()) * SECOND
-
-
-def _spend_limit(failure: Failure, now: int, policy: RetryPolicy) -> Verdict:
-    # Only the limit of a tier has a known reset date; others are raised by a person at any time.
-    until = (
-        next_month(now)
-        if failure.error_code == "enforced_spend_limit_reached"
-        else now + policy.spend_recheck_ms
-    )
-    return Verdict(Snooze(policy.spend_recheck_ms, "spend limit"), Effect.SPEND_LIMIT, until)
-
-
-def _is_own_spend_limit(failure: Failure) -> bool:
-    return failure.status == 400 and failure.message.startswith(_OWN_SPEND_LIMIT)  # noqa: PLR2004

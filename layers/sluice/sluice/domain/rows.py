@@ -260,6 +260,7 @@ def job_record(line: int, offset: int, job: Job, message: str | None, other_lane
         calls=len(job.attempts),
         cost_micro_usd=job.cost_micro_usd,
         other_lane_micro_usd=other_lane,
+        unknown_costs=job.unknown_costs,
         **{job.state.value: 1},
         **{name: usage[name] for name in usage if name != "web_search_requests"},
     )

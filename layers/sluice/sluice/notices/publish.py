@@ -7,7 +7,7 @@ from typing import Final
 
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
-from sluice.domain.pricing import usd
+from sluice.domain.pricing import cost_facts
 from sluice.domain.times import rfc3339
 from sluice.ports.world import Events, Notice, Notices
 
@@ -60,8 +60,7 @@ def _facts(job: Job) -> Mapping[str, object]:
         "error_type": job.error.type if job.error else None,
         "attempts_used": job.attempts_used,
         "usage": job.usage.as_dict() if job.usage else None,
-        "cost_micro_usd": job.cost_micro_usd,
-        "cost_usd": usd(job.cost_micro_usd),
+        **cost_facts(job.cost_micro_usd, job.unknown_costs),
         "created_at": rfc3339(job.created_at),
         "started_at": rfc3339(job.started_at),
         "finished_at": rfc3339(job.finished_at),

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Dimension, Seen
-from sluice.domain.pricing import Usage
+from sluice.domain.pricing import Bill, Usage
 from sluice.domain.retries import Failure
 
 
@@ -84,10 +84,13 @@ class Answer:
     """A Message exactly as received from Claude."""
 
     message: str
-    usage: Usage
+    usage: Usage | None
+    """Of all models together; None if upstream does not say."""
     stop_reason: str | None
     request_id: str | None
     headers: Headers = NO_HEADERS
+    bill: Bill | None = None
+    """The same by model; None: all of it is the model's that was asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ TOTALS: Final = frozenset(
         "JobsCanceled",
         "StartDelaySeconds",
         "SpendUsd",
+        "UnknownCosts",
         "AccessDenied",
         "KeysRejected",
         "OldKeys",

@@ -10,7 +10,7 @@ from sluice.adapters.system import Threads
 from sluice.bulk.assemble import JoinAtOnce
 from sluice.wiring.batch_stores import batches, batches_queue
 from sluice.wiring.batches import assemble
-from sluice.wiring.shared import CLOCK, prices, settings, sqs, telemetry
+from sluice.wiring.shared import CLOCK, settings, sqs, telemetry
 from sluice.wiring.stores import ledger, objects
 from sluice.wiring.workers import new_worker
 from sluice.worker.range_claim import RangeTools
@@ -21,7 +21,7 @@ from sluice.worker.ranges import RunRange
 @cache
 def run_range() -> RunRange:
     """Return the use case behind the ranges queue, with a worker for the rows of a range."""
-    rows = WindowRows(prices(), CLOCK)
+    rows = WindowRows(CLOCK)
     threads = Threads()
     returns = SqsInbox(
         sqs(),

@@ -11,7 +11,7 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import utc_day
-from sluice.domain.retries import Failure
+from sluice.domain.retries import INTERNAL, Failure
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.swap import swap
 from sluice.worker.invocation import Invocation
@@ -50,7 +50,7 @@ class Call:
         try:
             await asyncio.wait({call, watch}, return_when=asyncio.FIRST_COMPLETED)
             stopped = Failure("canceled", "stopped during the call", may_be_billed=True)
-            answer = call.result() if call.done() else Refused(stopped)
+            answer = self._result(call) if call.done() else Refused(stopped)
         finally:
             for task in (call, watch):
                 task.cancel()
@@ -60,6 +60,15 @@ class Call:
         events.count("Calls", 1, group)
         events.count("CallSeconds", (self.invocation.now() - started) / 1000, group)
         return answer
+
+    def _result(self, call: asyncio.Future[Answer | Refused]) -> Answer | Refused:
+        """Return the answer; an error in the gateway is an attempt of this job, not the death of its worker."""
+        try:
+            return call.result()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the claim must be closed
+            self._tools.events.problem("call failed in the gateway", job_id=self.job.job_id)
+            reason = f"the call failed in the gateway ({type(error).__name__})"
+            return Refused(Failure(INTERNAL, reason, may_be_billed=True))
 
     def _request(self, body: Body, grant: Grant) -> CallRequest:
         invocation, job = self.invocation, self.job

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Final
 
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
@@ -77,7 +78,11 @@ class KeyChoice:
             mark = self._marks.get(key.id)
             organization = organization_of(key, mark)
             moved_to = self._limiter.moved.get(group_id(organization, name), organization)
-            circuits = (model_circuit(model), endpoint_circuit(key))
+            circuits = (
+                model_circuit(model),
+                endpoint_circuit(key),
+                refusals_circuit(job.tenant),
+            )
             claimant = claimant_for(moved_to, name, key.id, stated.get(organization), circuits)
             usable.setdefault(claimant.group, []).append((claimant, key))
         return [self._by_weight(self._working(choices)) for choices in usable.values()]
@@ -111,6 +116,10 @@ class KeyChoice:
         self._tools.events.problem(
             "request refused to a key", job_id=job.job_id, key_id=key.id, model=job.current_model
         )
+
+    def was_refused(self, job: Job) -> bool:
+        """Return whether a key may not make this job's request."""
+        return job.job_id in self._refusals
 
     async def learn_organization(self, key: UpstreamKey, organization: str) -> None:
         """Record the organization of a key, for all workers."""
@@ -201,3 +210,11 @@ def model_circuit(model: str) -> str:
 def endpoint_circuit(key: UpstreamKey) -> str:
     """Return the name of an endpoint's breaker."""
     return f"endpoint {key.base_url}"
+
+
+def refusals_circuit(tenant: str) -> str:
+    """Return the name of the breaker for unknown refusals of a tenant's jobs: they must not stop other tenants.
+
+    Not the tenant's name, because limit groups are shown to all tenants.
+    """
+    return f"refusals {sha256(tenant.encode()).hexdigest()[:12]}"

@@ -18,6 +18,7 @@ from sluice.domain.limits import (
     reserve,
     start_on,
     usual_gap,
+    waits_for_breaker,
 )
 from sluice.domain.waits import Waits
 from sluice.ports.world import Clock, Events, Jitter
@@ -159,7 +160,9 @@ class Planner:
                 draft.group, _ = reserve(draft.group, [cost], now, start - now, self._waits)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
-            draft.leave_waiting(start)
+            if not waits_for_breaker(draft.group, cost, now):
+                # What only waits for its own circuit breaker is in nobody's way.
+                draft.leave_waiting(start)
             # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
             is_blocked = draft.group.blocked_until > min(waiter.latest_start, now + BLOCK_MS)
             knows = draft.group.has_answers or now > waiter.latest_start

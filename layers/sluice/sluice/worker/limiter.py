@@ -11,6 +11,7 @@ from functools import partial
 from math import inf
 from typing import Self
 
+from sluice.domain.breakers import Breaker
 from sluice.domain.errors import StoreBusy
 from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
@@ -211,6 +212,12 @@ class Limiter:
             circuit_failed, name=circuit, was_probe=admission.is_probe, waits=self._waits
         )
         self._react(admission, change)
+
+    def refused(self, admission: Admission, circuit: str) -> Breaker:
+        """Count an unknown refusal; return its circuit breaker as it will be with what waits to be written."""
+        self.failed(admission, circuit)
+        books = self._books[admission.claimant.group]
+        return books.foreseen(self._clock.now()).circuits.get(circuit, Breaker())
 
     def works(self, admission: Admission, circuit: str) -> None:
         """Note that a model or an endpoint has answered a call."""

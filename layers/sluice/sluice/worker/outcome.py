@@ -9,17 +9,29 @@ from typing import Final, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain import waits
-from sluice.domain.errors import LeaseLost, StoreBusy
+from sluice.domain.breakers import STREAK
+from sluice.domain.errors import LeaseLost, NotStorable, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.limits import Cost
-from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
-from sluice.domain.retries import Effect, Failure, FallBack, GiveUp, Retry, Snooze, Verdict, judge
+from sluice.domain.pricing import Bill, Charge, LedgerRow, Spend, Usage, utc_day
+from sluice.domain.refusals import SPEND_LIMIT
+from sluice.domain.retries import (
+    Effect,
+    Failure,
+    FallBack,
+    GiveUp,
+    Retry,
+    Snooze,
+    Verdict,
+    judge,
+    refused_alike,
+)
 from sluice.notices.report import report_end
 from sluice.ports.claude import Answer, Headers, Refused
 from sluice.ports.swap import MOST_TRIES, swap
 from sluice.worker.call import Call
 from sluice.worker.invocation import DONE, Again, Ending
-from sluice.worker.keys import endpoint_circuit, model_circuit
+from sluice.worker.keys import endpoint_circuit, model_circuit, refusals_circuit
 
 Change = Callable[[Job, int], Job]
 Then = Callable[[Job], Ending]
@@ -43,6 +55,7 @@ class Outcome:
         self._invocation = call.invocation
         self._tools = call.invocation.tools
         self._events = call.invocation.tools.events
+        self._unknown_costs = 0
 
     async def record(self, answer: Answer | Refused) -> Ending:
         """Apply the response to limits and keys, and write the outcome of the job."""
@@ -70,6 +83,7 @@ class Outcome:
         self._invocation.limiter.heard(admission, headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._invocation.limiter.works(admission, model_circuit(self._call.job.current_model))
+            self._invocation.limiter.works(admission, refusals_circuit(self._call.job.tenant))
         if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
             self._invocation.limiter.works(admission, endpoint_circuit(self._call.key))
 
@@ -93,8 +107,8 @@ class Outcome:
                     headers=headers,
                     request_id=failure.request_id,
                 )
-            case Effect.SPEND_LIMIT:
-                self._spend_limit_reached(verdict, failure)
+            case Effect.PARK_GROUP:
+                self._park_group(verdict, failure)
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")
                 model = self._call.job.current_model
@@ -107,31 +121,56 @@ class Outcome:
             case _:
                 assert_never(verdict.effect)
 
-    def _spend_limit_reached(self, verdict: Verdict, failure: Failure) -> None:
+    def _park_group(self, verdict: Verdict, failure: Failure) -> None:
+        reason = verdict.outcome.reason if isinstance(verdict.outcome, Snooze) else ""
         name = self._call.admission.claimant.group
         group = self._invocation.limiter.group(name)
         if group is None or group.blocked_until <= self._invocation.now():
             self._events.count("GroupsParked")
             self._events.problem(
-                "spend limit reached",
+                "spend limit reached" if reason == SPEND_LIMIT else "account refused by upstream",
                 limit_group=name,
+                reason=reason,
                 error_code=failure.error_code,
+                message=failure.message,
                 until=verdict.until,
             )
         self._invocation.limiter.throttled(
-            self._call.admission, verdict.until or 0, "spend limit", request_id=failure.request_id
+            self._call.admission, verdict.until or 0, reason, request_id=failure.request_id
         )
+
+    def _is_alike(self, failure: Failure) -> bool:
+        """Count a refusal that no row of the table names; return whether several jobs in a row have met one."""
+        job, admission = self._call.job, self._call.admission
+        if self._invocation.keys.was_refused(job):
+            # Another key refused it before: it is one job all the same.
+            return False
+        breaker = self._invocation.limiter.refused(admission, refusals_circuit(job.tenant))
+        if breaker.is_open and (admission.is_probe or breaker.streak == STREAK):
+            self._events.count("GroupsParked")
+            self._events.problem(
+                "unknown refusals in a row",
+                limit_group=admission.claimant.group,
+                tenant=job.tenant,
+                status=failure.status,
+                message=failure.message,
+                request_id=failure.request_id,
+            )
+        return breaker.is_open
 
     # The job ----------------------------------------------------------------------------------------------------
 
     async def _answered(self, answer: Answer) -> Consequence:
-        usage, job, owner = answer.usage, self._call.job, self._invocation.owner
-        self._call.admission.settle(
-            Cost(1, usage.limited_input_tokens, usage.output_tokens),
-            answered=True,
-            cached=usage.cache_read_input_tokens > 0,
-        )
-        cost = self._cost(usage)
+        usage, job, owner = answer.usage or Usage(), self._call.job, self._invocation.owner
+        if answer.usage is None:
+            self._call.admission.settle(self._call.admission.reserved)
+        else:
+            self._call.admission.settle(
+                Cost(1, usage.limited_input_tokens, usage.output_tokens),
+                answered=True,
+                cached=usage.cache_read_input_tokens > 0,
+            )
+        cost = self._cost(answer.usage, answer.bill)
         for metric, tokens in (
             ("InputTokens", usage.limited_input_tokens),
             ("CacheReadTokens", usage.cache_read_input_tokens),
@@ -150,27 +189,37 @@ class Outcome:
                     error=error,
                     outcome=AttemptOutcome.FALLBACK,
                     request_id=answer.request_id,
-                    usage=usage,
+                    usage=answer.usage,
                     cost_micro_usd=cost,
                 ),
                 Again,
                 row,
             )
         row = self._row("succeeded", usage, cost, answer.request_id)
-        result = await self._store(answer.message, row)
+        try:
+            result = await self._store(answer.message, row)
+        except NotStorable as error:
+            return partial(self._unstored, error, answer.usage, cost), _done, row
         return (
             lambda job, now: life.succeed(
                 job,
                 owner,
                 now,
                 result=result,
-                usage=usage,
+                usage=answer.usage,
                 cost_micro_usd=cost,
                 request_id=answer.request_id,
             ),
             _done,
             row,
         )
+
+    def _unstored(
+        self, error: NotStorable, usage: Usage | None, cost: int | None, job: Job, now: int
+    ) -> Job:
+        """Return the job ended without what no store takes: a repeat would be billed and fail again."""
+        owner, reason = self._invocation.owner, JobError("result_not_storable", str(error))
+        return life.give_up(job, owner, now, error=reason, usage=usage, cost_micro_usd=cost)
 
     def _canceled(self) -> Consequence:
         owner = self._invocation.owner
@@ -198,9 +247,11 @@ class Outcome:
             jitter=self._tools.jitter(),
             policy=self._invocation.rules.policy,
         )
+        if not verdict.is_known and self._is_alike(failure):
+            verdict = refused_alike(self._invocation.rules.policy)
         self._call.admission.settle(self._used(failure))
         await self._apply(verdict, failure, headers)
-        cost = self._cost(failure.usage) if failure.usage else None
+        cost = self._cost(failure.usage, None) if failure.usage else None
         row = None
         if failure.usage or failure.may_be_billed:
             certain = failure.usage is not None and not failure.may_be_billed
@@ -277,11 +328,19 @@ class Outcome:
             return Cost(1, failure.usage.limited_input_tokens, failure.usage.output_tokens)
         return self._call.admission.reserved if failure.may_be_billed else None
 
-    def _cost(self, usage: Usage) -> int | None:
+    def _cost(self, usage: Usage | None, bill: Bill | None) -> int | None:
+        """Return the cost of the call; None if unknown. Without a bill all usage is the model's that was asked."""
         model, day = self._call.claimed.current_model, utc_day(self._invocation.now())
-        cost = self._invocation.rules.prices.cost_micro_usd(model, usage, day)
+        bill = bill or (None if usage is None else Bill(None, (Charge(None, usage),)))
+        cost = self._invocation.rules.prices.bill_micro_usd(model, bill, day)
         if cost is None:
-            self._events.problem("model has no price", model=model)
+            self._unknown_costs = 1
+            self._events.count("UnknownCosts")
+            self._events.problem(
+                "upstream reports no usage" if usage is None else "model has no price",
+                model=model,
+                served_by=bill.served_by if bill else None,
+            )
         else:
             self._events.count("SpendUsd", cost / 1_000_000)
         return cost
@@ -310,7 +369,8 @@ class Outcome:
             key_id=self._call.key.id,
             request_id=request_id,
             outcome=outcome,
-            spend=Spend.of_call(usage, cost or 0),
+            # What is not certain is not known to have been billed.
+            spend=Spend.of_call(usage, cost if certain else cost or 0),
             certain=certain,
             note=note,
         )
@@ -362,6 +422,7 @@ class Outcome:
         while conflicts < MOST_TRIES:
             job, now = self._call.job, self._invocation.now()
             wanted = change(job, now)
+            wanted = replace(wanted, unknown_costs=wanted.unknown_costs + self._unknown_costs)
             if wanted.state is State.QUEUED and wanted.cancel_requested:
                 ended = life.finish_waiting(wanted, State.CANCELED, now)
                 wanted = replace(ended, version=wanted.version)
@@ -370,6 +431,12 @@ class Outcome:
                 stored = await self._tools.blocking(
                     swap, self._tools.jobs.replace, wanted, job.version
                 )
+            except NotStorable as error:
+                if tried[1:]:
+                    raise
+                cost = wanted.cost_micro_usd - job.cost_micro_usd
+                change = partial(self._unstored, error, wanted.usage, cost)
+                continue
             except StoreBusy:
                 await self._pause(row)
                 continue

@@ -17,7 +17,7 @@ from sluice.domain.batches import Options
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.params import request_body
-from sluice.domain.pricing import LedgerRow, PriceList, Spend, utc_day
+from sluice.domain.pricing import LedgerRow, Spend, half_price
 from sluice.domain.rows import Line, Row, job_record
 from sluice.intake.requests import read_row
 from sluice.ports.jobs import CallBooks, Params
@@ -79,8 +79,7 @@ class Seat:
 class WindowRows:
     """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
 
-    def __init__(self, prices: PriceList, clock: Clock) -> None:
-        self._prices = prices
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._seats: dict[str, Seat] = {}
@@ -266,12 +265,12 @@ class WindowRows:
         self._unsaved.append(seat)
         self._unsaved_bytes += len(text)
 
-    def _other_lane(self, job: Job) -> int:
-        if job.usage is None:
+    @staticmethod
+    def _other_lane(job: Job) -> int:
+        """Return what the tokens of the row's last call would have cost in a batch: half."""
+        if job.usage is None or not job.attempts:
             return 0
-        day = utc_day(job.finished_at or 0)
-        cost = self._prices.cost_micro_usd(job.current_model, job.usage, day, batch=True)
-        return cost or 0
+        return half_price(job.usage, job.attempts[-1].cost_micro_usd or 0)
 
 
 class RowBooks:
