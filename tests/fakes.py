@@ -601,8 +601,7 @@ class MemoryQueue(Fragile):
         """Receive as the event source mapping does: visible messages, oldest first; then hide them."""
         now = self._now()
         visible = sorted(
-            (each for each in self._messages.values() if each.visible_at <= now),
-            key=lambda each: (each.visible_at, each.sent_at),
+            (each for each in self._messages.values() if each.visible_at <= now), key=self._order
         )[:most]
         self.receives += len(visible)
         for each in visible:
@@ -620,6 +619,10 @@ class MemoryQueue(Fragile):
             )
             for each in visible
         ]
+
+    def _order(self, message: _Message) -> tuple[int, ...]:
+        """Return what the messages that are visible are sorted by."""
+        return message.visible_at, message.sent_at
 
     def next_visible(self) -> int | None:
         """Return when the next hidden or waiting message can be received, None when there is none."""

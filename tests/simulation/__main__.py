@@ -10,6 +10,7 @@ The exit code is 0 when every promise was kept (with --bug: when the bug was fou
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
-from tests.simulation.bugs import BUGS
+from tests.simulation.bugs import BUG_SEEDS, BUGS
 from tests.simulation.playing import first_failure, play, shown
 
 
@@ -29,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, help="play this one and print its history")
     made.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     made.add_argument("--bug", choices=sorted(BUGS), help="with this deliberate bug")
+    made.add_argument(
+        "--record", action="store_true", help="find a story for every bug, and keep it"
+    )
     made.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
     return made
 
@@ -36,11 +40,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play what was asked for; return the exit code."""
     wanted = parser().parse_args(arguments)
-    bug = BUGS[wanted.bug].applied() if wanted.bug else nullcontext()
+    bug = BUGS[wanted.bug].applied() if wanted.bug and not wanted.record else nullcontext()
     if wanted.seed is not None:
         with bug:
             return _one(wanted.seed)
     seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds, wanted.step)
+    if wanted.record:
+        return _record([wanted.bug] if wanted.bug else list(BUGS), seeds)
     if wanted.bug:
         with bug:
             found = first_failure(seeds)
@@ -57,6 +63,25 @@ def _one(seed: int) -> int:
         print(line)
     print(shown(played))
     return 1 if played.violations else 0
+
+
+def _record(names: Sequence[str], seeds: Sequence[int]) -> int:
+    """Keep the first story that notices each bug; one that still does is kept."""
+    known = json.loads(BUG_SEEDS.read_text(encoding="utf-8")) if BUG_SEEDS.exists() else {}
+    missing = []
+    for name in names:
+        with BUGS[name].applied():
+            found = first_failure([known[name]] if name in known else [])
+            found = found or first_failure(seeds)
+        if found is None:
+            missing.append(name)
+            known.pop(name, None)
+        else:
+            known[name] = found.seed
+        print(f"{name}: {shown(found) if found else 'not found'}", flush=True)
+        kept = {each: known[each] for each in BUGS if each in known}
+        BUG_SEEDS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return 1 if missing else 0
 
 
 def _all(seeds: Iterable[int]) -> int:

@@ -6,9 +6,10 @@ To add one: write a function that changes something and puts it back, and enter 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 from sluice.domain import jobs as life
@@ -27,27 +28,14 @@ from sluice.worker.memory import Grant, Memory
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
+from tests.simulation.bugs_of_files import BUGS_OF_FILES
+from tests.simulation.bugs_of_limits import BUGS_OF_LIMITS
+from tests.simulation.deliberate import Bug, instead
 from tests.simulation.upstream import Upstream
 from tests.simulation.world import StoryQueue
 
-
-@dataclass(frozen=True, slots=True)
-class Bug:
-    """One of them: what it does, in words, and how it is applied."""
-
-    what: str
-    applied: Callable[[], AbstractContextManager[None]]
-
-
-@contextmanager
-def _instead(owner: Any, name: str, bad: object) -> Iterator[None]:
-    """Put something else in the place of a function, or a constant, for a while."""
-    good = vars(owner)[name]
-    setattr(owner, name, bad)
-    try:
-        yield
-    finally:
-        setattr(owner, name, good)
+BUG_SEEDS: Final = Path(__file__).with_name("bug_seeds.json")
+"""By bug: the seed of a story that notices it."""
 
 
 @contextmanager
@@ -68,9 +56,9 @@ def _skip_the_claim() -> Iterator[None]:
 
     life_claim = life.claim
     with (
-        _instead(life, "next_step", never_busy),
-        _instead(life, "claim", claimed_by_nobody),
-        _instead(MemoryJobs, "replace", unconditional),
+        instead(life, "next_step", never_busy),
+        instead(life, "claim", claimed_by_nobody),
+        instead(MemoryJobs, "replace", unconditional),
     ):
         yield
 
@@ -89,7 +77,7 @@ def _acknowledge_before_storing() -> Iterator[None]:
                 upstream.world.acknowledge(machine, message)
         return answer
 
-    with _instead(Upstream, "send", acknowledge_and_send):
+    with instead(Upstream, "send", acknowledge_and_send):
         yield
 
 
@@ -101,13 +89,13 @@ def _count_a_snooze() -> Iterator[None]:
         snoozed = snooze(job, owner, now, **facts)
         return replace(snoozed, attempts_used=job.attempts_used, attempts=job.attempts)
 
-    with _instead(life, "snooze", counting):
+    with instead(life, "snooze", counting):
         yield
 
 
 @contextmanager
 def _lease_shorter_than_the_call() -> Iterator[None]:
-    with _instead(waits, "LEASE_MS", 10_000):
+    with instead(waits, "LEASE_MS", 10_000):
         yield
 
 
@@ -120,7 +108,7 @@ def _settle_twice() -> Iterator[None]:
         admission.is_settled = False
         settle(self, admission, used, **facts)
 
-    with _instead(Limiter, "settle", twice):
+    with instead(Limiter, "settle", twice):
         yield
 
 
@@ -132,7 +120,7 @@ def _lose_a_refund() -> Iterator[None]:
         if used is not None:
             settle(self, admission, used, **facts)
 
-    with _instead(Limiter, "settle", forgetful):
+    with instead(Limiter, "settle", forgetful):
         yield
 
 
@@ -141,7 +129,7 @@ def _trust_a_stale_header() -> Iterator[None]:
     def trusting(group: Group, observation: Observation, now: int) -> Group:
         return observe(replace(group, observed_at=0), observation, now)
 
-    with _instead(limit_writer, "observe", trusting):
+    with instead(limit_writer, "observe", trusting):
         yield
 
 
@@ -153,7 +141,7 @@ def _two_sweeps_at_once() -> Iterator[None]:
         store.due_jobs[due.job_id] = why, held
         return held
 
-    with _instead(MemoryJobs, "postpone", postpone):
+    with instead(MemoryJobs, "postpone", postpone):
         yield
 
 
@@ -168,7 +156,7 @@ def _reuse_a_receipt_handle() -> Iterator[None]:
         old = [known.setdefault(message.message_id, message) for message in messages]
         return await run(self, old, stop_at, owner)
 
-    with _instead(RunJobs, "__call__", with_old_receipts):
+    with instead(RunJobs, "__call__", with_old_receipts):
         yield
 
 
@@ -178,7 +166,7 @@ def _forget_what_was_not_sent() -> Iterator[None]:
         del self
         return outcome
 
-    with _instead(Submit, "_parked", forget):
+    with instead(Submit, "_parked", forget):
         yield
 
 
@@ -190,7 +178,7 @@ def _release_the_lease_on_cancel() -> Iterator[None]:
         is_running = job.state is State.RUNNING
         return request_cancel(replace(job, lease=None) if is_running else job, now)
 
-    with _instead(accounts, "request_cancel", at_once):
+    with instead(accounts, "request_cancel", at_once):
         yield
 
 
@@ -202,7 +190,7 @@ def _forget_to_give_memory_back() -> Iterator[None]:
     def leave(grant: Grant, *_: object) -> None:
         grant.memory.forget(grant)
 
-    with _instead(Memory, "forget", keep), _instead(Grant, "__exit__", leave):
+    with instead(Memory, "forget", keep), instead(Grant, "__exit__", leave):
         yield
 
 
@@ -212,7 +200,7 @@ def _read_without_asking() -> Iterator[None]:
         del grant, request_bytes
         return True
 
-    with _instead(Grant, "take_now", at_once):
+    with instead(Grant, "take_now", at_once):
         yield
 
 
@@ -225,7 +213,7 @@ def _hold_requests_to_the_end() -> Iterator[None]:
         kept.extend([body.data] if body._data is not None else [])  # noqa: SLF001 - what a bug may do
         release(body)
 
-    with _instead(Body, "release", and_keep):
+    with instead(Body, "release", and_keep):
         yield
 
 
@@ -234,7 +222,7 @@ def _read_answers_without_room() -> Iterator[None]:
     async def grow(grant: Grant, answer_bytes: int) -> None:
         del grant, answer_bytes
 
-    with _instead(Grant, "grow", grow):
+    with instead(Grant, "grow", grow):
         yield
 
 
@@ -245,7 +233,7 @@ def _charge_neighbors_for_a_loss() -> Iterator[None]:
     def charged(job: Job, now: int) -> Job:
         return replace(without_loss(job, now), attempts_used=job.attempts_used)
 
-    with _instead(life, "without_loss", charged):
+    with instead(life, "without_loss", charged):
         yield
 
 
@@ -256,7 +244,7 @@ def _let_suspects_mingle() -> Iterator[None]:
         del self, most
         yield
 
-    with _instead(Suspects, "turn", at_once):
+    with instead(Suspects, "turn", at_once):
         yield
 
 
@@ -265,7 +253,7 @@ def _never_suspect_a_job() -> Iterator[None]:
     def any_number(job: Job) -> None:
         del job
 
-    with _instead(life, "most_in_flight", any_number):
+    with instead(life, "most_in_flight", any_number):
         yield
 
 
@@ -277,7 +265,7 @@ def _leave_messages_to_the_queue() -> Iterator[None]:
     def keep_hidden(_: MemoryQueue, __: Sequence[Received], ___: int) -> None:
         return
 
-    with _instead(StoryQueue, "keep_hidden", keep_hidden):
+    with instead(StoryQueue, "keep_hidden", keep_hidden):
         yield
 
 
@@ -288,7 +276,7 @@ def _care_for_parked_jobs_only() -> Iterator[None]:
     def parked_only(store: MemoryJobs, why: life.DueFor, now: int, limit: int) -> Sequence[Due]:
         return due(store, why, now, limit) if why is life.DueFor.CALL else []
 
-    with _instead(MemoryJobs, "due", parked_only):
+    with instead(MemoryJobs, "due", parked_only):
         yield
 
 
@@ -297,7 +285,7 @@ def _keep_silent_about_lost_calls() -> Iterator[None]:
     async def silent(*_: object) -> None:
         return
 
-    with _instead(Ledger, "account_for_lost", silent):
+    with instead(Ledger, "account_for_lost", silent):
         yield
 
 
@@ -369,4 +357,6 @@ BUGS: Final[Mapping[str, Bug]] = {
     "keep_silent_about_lost_calls": Bug(
         "a call whose worker died has no ledger row", _keep_silent_about_lost_calls
     ),
+    **BUGS_OF_LIMITS,
+    **BUGS_OF_FILES,
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sluice.domain.jobs import (
+    DEAD_LETTER,
     TRANSITIONS,
     Attempt,
     AttemptOutcome,
@@ -77,6 +78,15 @@ class Check:
     def died(self, world: World, machine: Machine) -> None:
         """A machine died."""
 
+    def called(self, world: World, call: Call) -> None:
+        """A call to Claude begins; what becomes of it is not decided yet."""
+
+    def call_ended(self, world: World, call: Call) -> None:
+        """A call to Claude has ended for its worker."""
+
+    def canceled(self, world: World, job: Job) -> None:
+        """A caller received the response that a job is canceled; `job` as it was before."""
+
     def ended(self, world: World) -> None:
         """The story is over."""
 
@@ -138,7 +148,7 @@ class EveryJobEndsOnce(Check):
                 world.fail(self.name, f"a job of {order.names} is missing")
         ends = Counter(write.after.job_id for write in world.writes if write.after.state.is_final)
         for job_id, count in ends.items():
-            if count > 1:
+            if count > 1 + len(world.jobs.stored[job_id].redrives):
                 world.fail(self.name, f"{world.name_of(job_id)} ended {count} times")
 
 
@@ -219,9 +229,7 @@ class TheLedgerHasEveryCall(Check):
     name = "the ledger has every call"
 
     def ended(self, world: World) -> None:
-        if any(machine.party is Party.WORKER for machine in world.dead):
-            return
-        if any(trouble for each in world.environments for trouble in each.machine.troubles):
+        if world.is_troubled:
             return
         rows: dict[str | None, LedgerRow] = {
             row.request_id: row for row in world.ledger.rows.values()
@@ -251,13 +259,13 @@ class AttemptsCountRealFailures(Check):
 
     def wrote(self, world: World, write: Write) -> None:
         job = write.after
-        innocent = sum(
-            each.outcome is AttemptOutcome.LOST and not each.alone for each in job.attempts
-        )
-        if job.attempts_used != len(job.attempts) - innocent:
+        since = job.redrives[-1].at if job.redrives else 0
+        kept = [each for each in job.attempts if each.at >= since]
+        innocent = sum(each.outcome is AttemptOutcome.LOST and not each.alone for each in kept)
+        if job.attempts_used != len(kept) - innocent:
             world.fail(
                 self.name,
-                f"{job.custom_id}: {job.attempts_used} used, {len(job.attempts)} kept, "
+                f"{job.custom_id}: {job.attempts_used} used, {len(kept)} kept, "
                 f"{innocent} lost beside others",
             )
 
@@ -352,7 +360,8 @@ class ThrottlingCostsNoJob(Check):
         for job in world.jobs.stored.values():
             if job.state is not State.ERRORED or job.error is None:
                 continue
-            if job.error.status in {429, 529, 402} or job.error.type == "dead_letter":
+            is_dead_letter = job.error.type == DEAD_LETTER and job.job_id not in world.dead_lettered
+            if job.error.status in {429, 529, 402} or is_dead_letter:
                 world.fail(self.name, f"{job.custom_id} errored: {job.error.type}")
 
 
@@ -461,9 +470,7 @@ class CapacityIsConserved(Check):
     name = "capacity is conserved"
 
     def ended(self, world: World) -> None:
-        if not world.story.counted or any(machine.party is Party.WORKER for machine in world.dead):
-            return
-        if any(each.machine.troubles for each in world.environments):
+        if not world.story.counted or world.is_troubled:
             return
         end = (
             max([world.time.now(), *(g.requests.at for g in world.limits.stored.values())]) + MINUTE

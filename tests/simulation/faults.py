@@ -1,10 +1,11 @@
 """What can go wrong. A story draws some of these; each strikes until the story's calm, then stops.
 
-To add one: write a class with any of the four hooks and put it into `FAULTS`.
+To add one: write a class with any of the hooks and put it into `FAULTS`.
 
     strike   a concurrent coroutine, for what happens at its own time
     before   at every call to a store, before it is made: raise StoreBusy, kill, or let time pass
     after    the same, when the call is made and its reply is on its way
+    touch    at every verb of the stores of files: raise StoreBusy, or kill
     reply    what a call to Claude shall meet; None leaves it to others
 """
 
@@ -21,7 +22,7 @@ from sluice.domain.limits import settle
 from sluice.domain.retries import Failure
 from sluice.ports.claude import Headers, Refused
 from tests.fakes import MINUTE, SECOND
-from tests.simulation.machines import Killed, Point
+from tests.simulation.machines import Killed, Machine, Point
 from tests.simulation.upstream import REFUSED_MS, Call, Plan
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Fault:
     """How long after the calm its effects may last."""
     lasts = False
     """It goes on replying to calls after the calm."""
+    whose: str | None = None
+    """The tenant it troubles; None: everybody."""
 
     def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
         self.calm_at_ms = calm_at_ms
@@ -61,6 +64,9 @@ class Fault:
 
     async def after(self, point: Point) -> None:
         """Strike at a call that was made."""
+
+    def touch(self, world: World, machine: Machine, store: str, verb: str) -> None:
+        """Strike inside what a machine does with the stores of files, before a verb."""
 
     def reply(self, call: Call) -> Plan | None:  # noqa: ARG002 - a hook
         """Say what a call to Claude meets."""
@@ -296,7 +302,7 @@ class SecretsOutage(Fault):
 # Claude ----------------------------------------------------------------------------------------------------
 
 
-def _refused(  # noqa: PLR0913 - the facts of one failure
+def refused(  # noqa: PLR0913 - the facts of one failure
     call: Call,
     status: int | None,
     kind: str,
@@ -306,6 +312,7 @@ def _refused(  # noqa: PLR0913 - the facts of one failure
     retry_after_ms: int | None = None,
     may_be_billed: bool = False,
 ) -> Refused:
+    """Return a failed call."""
     failure = Failure(
         kind,
         message,
@@ -315,7 +322,7 @@ def _refused(  # noqa: PLR0913 - the facts of one failure
         call.request_id,
         may_be_billed=may_be_billed,
     )
-    return Refused(failure, Headers(call.request.key.organization))
+    return Refused(failure, Headers(call.home.organization))
 
 
 class RateLimited(Fault):
@@ -327,7 +334,7 @@ class RateLimited(Fault):
         code, wait = self.rng.choice(
             ((None, 1_000), (None, 40_000), (None, None), ("ramp_limit_exceeded", 3_000))
         )
-        reply = _refused(call, 429, "rate_limit_error", error_code=code, retry_after_ms=wait)
+        reply = refused(call, 429, "rate_limit_error", error_code=code, retry_after_ms=wait)
         return Plan(reply, REFUSED_MS)
 
 
@@ -344,12 +351,12 @@ class SpendLimit(Fault):
         if not self.is_time(call.machine.world):
             return None
         kinds = (
-            _refused(call, 429, "rate_limit_error", error_code="enforced_spend_limit_reached"),
-            _refused(
+            refused(call, 429, "rate_limit_error", error_code="enforced_spend_limit_reached"),
+            refused(
                 call, 400, "invalid_request_error",
                 "You have reached your specified API usage limits. You will regain access soon.",
             ),
-            _refused(call, 402, "billing_error"),
+            refused(call, 402, "billing_error"),
         )  # fmt: skip
         return Plan(kinds[self.kind], REFUSED_MS)
 
@@ -360,7 +367,7 @@ class OverloadStorm(Fault):
     def reply(self, call: Call) -> Plan | None:
         if not self.is_time(call.machine.world):
             return None
-        return Plan(_refused(call, 529, "overloaded_error"), REFUSED_MS)
+        return Plan(refused(call, 529, "overloaded_error"), REFUSED_MS)
 
 
 class ServerErrors(Fault):
@@ -371,7 +378,7 @@ class ServerErrors(Fault):
             return None
         status = self.rng.choice((500, 502, 504, 408, 409))
         wait = self.rng.choice((None, 2_000))
-        return Plan(_refused(call, status, "api_error", retry_after_ms=wait), 1_000)
+        return Plan(refused(call, status, "api_error", retry_after_ms=wait), 1_000)
 
 
 class BadRequest(Fault):
@@ -380,7 +387,7 @@ class BadRequest(Fault):
     def reply(self, call: Call) -> Plan | None:
         if not self.chance():
             return None
-        return Plan(_refused(call, 400, "invalid_request_error", "no such thing"), REFUSED_MS)
+        return Plan(refused(call, 400, "invalid_request_error", "no such thing"), REFUSED_MS)
 
 
 class ConnectionLost(Fault):
@@ -390,7 +397,7 @@ class ConnectionLost(Fault):
         if not self.chance():
             return None
         billed = self.rng.random() < 0.5
-        reply = _refused(call, None, "connection_lost", may_be_billed=True)
+        reply = refused(call, None, "connection_lost", may_be_billed=True)
         return Plan(reply, self.rng.choice((10, 3_000)), billed=billed)
 
 
@@ -400,7 +407,7 @@ class NoConnection(Fault):
     def reply(self, call: Call) -> Plan | None:
         if not self.chance():
             return None
-        return Plan(_refused(call, None, "connection_failed"), 10)
+        return Plan(refused(call, None, "connection_failed"), 10)
 
 
 class SlowAnswers(Fault):
@@ -468,7 +475,7 @@ class RevokedKey(Fault):
             return None
         if self.status == 401 and not self.is_time(call.machine.world):
             return None
-        return Plan(_refused(call, self.status, "authentication_error"), REFUSED_MS)
+        return Plan(refused(call, self.status, "authentication_error"), REFUSED_MS)
 
     def calm(self, world: World) -> None:
         world.pool.pool = [replace(key, api_key=f"{key.api_key}-new") for key in world.pool.pool]
@@ -538,9 +545,210 @@ class ParkedByHand(Fault):
     def reply(self, call: Call) -> Plan | None:
         if not self.is_time(call.machine.world):
             return None
-        reply = _refused(call, 429, "rate_limit_error", retry_after_ms=20 * MINUTE)
+        reply = refused(call, 429, "rate_limit_error", retry_after_ms=20 * MINUTE)
         return Plan(reply, REFUSED_MS)
 
+
+# Faults of stories with several tenants ---------------------------------------------------------------------
+
+
+class ModelOverloaded(Fault):
+    """529 for one model only, for a while."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.model = rng.choice(("claude-a", "claude-a2", "claude-b"))
+        self.window = (0, calm_at_ms)
+
+    def reply(self, call: Call) -> Plan | None:
+        if call.request.model != self.model:
+            return None
+        return Plan(refused(call, 529, "overloaded_error"), REFUSED_MS)
+
+
+class EndpointDown(Fault):
+    """No connection is made at all, for a while."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if not self.is_time(call.machine.world):
+            return None
+        return Plan(refused(call, None, "connection_failed"), 10)
+
+
+class LongBlocks(Fault):
+    """429 with a time of a minute and more, now and then."""
+
+    def reply(self, call: Call) -> Plan | None:
+        if self.rng.random() > 0.05:
+            return None
+        wait = self.rng.choice((12_000, 60_000, 200_000))
+        return Plan(refused(call, 429, "rate_limit_error", retry_after_ms=wait), REFUSED_MS)
+
+
+class DeadLettered(Fault):
+    """A message was delivered too often."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            self.note(world, f"{world.queue.make_dead_letter(self.rng)} is a dead letter")
+
+
+class Redriven(Fault):
+    """Messages become dead letters, and an operator redrives their jobs."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            self.note(world, f"{world.queue.make_dead_letter(self.rng)} is a dead letter")
+            await self.now_and_then(self.calm_at_ms // 6)
+            self.note(world, "all dead letters are redriven")
+            world.begin(world.redrive())
+
+
+class StrangeCancel(Fault):
+    """A tenant cancels a job that is not its own."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            name = self.rng.choice(sorted(world.names)) if world.names else ""
+            others = sorted(world.tenants - {world.orders[name].tenant}) if name else []
+            if others:
+                self.note(world, f"{others[0]} would cancel {name}")
+                world.begin(world.cancel(name, others[0]))
+
+
+FAULTS_OF_TENANTS: Final[Sequence[type[Fault]]] = (
+    ModelOverloaded,
+    EndpointDown,
+    LongBlocks,
+    DeadLettered,
+    Redriven,
+    StrangeCancel,
+)
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+class FilesThrottled(Fault):
+    """The bucket, the batches table and the ranges queue refuse now and then."""
+
+    def touch(self, world: World, machine: Machine, store: str, verb: str) -> None:
+        if self.rng.random() < self.often / 2:
+            self._busy(world, machine, store, verb)
+
+    def _busy(self, world: World, machine: Machine, store: str, verb: str) -> None:
+        self.struck += 1
+        machine.troubles.append(f"{store}: {verb} is busy")
+        world.record(machine, f"FAULT {store} is busy", verb)
+        raise StoreBusy(store)
+
+
+class FilesOutage(Fault):
+    """One store of files refuses everything for a while, or only one verb."""
+
+    def __init__(self, rng: random.Random, calm_at_ms: int) -> None:
+        super().__init__(rng, calm_at_ms)
+        self.store, self.verbs = rng.choice(
+            (
+                ("the data bucket", {"read"}),
+                ("the data bucket", {"put"}),
+                ("the data bucket", {"read", "put", "head", "get", "listing"}),
+                ("the batches table", {"get", "range_state"}),
+                ("the batches table", {"replace", "replace_range", "mark", "add"}),
+                ("the ranges queue", {"send_ranges", "send_join", "send_plan"}),
+                ("the ranges queue", {"put_back"}),
+            )
+        )
+
+    def touch(self, world: World, machine: Machine, store: str, verb: str) -> None:
+        if store == self.store and verb in self.verbs and self.is_time(world):
+            self.struck += 1
+            machine.troubles.append(f"{store}: {verb} is away")
+            world.record(machine, f"FAULT {store} is away", verb)
+            raise StoreBusy(store)
+
+
+class KilledOverFiles(Fault):
+    """A worker, the planner or the api dies before it uses a store of files."""
+
+    def touch(self, world: World, machine: Machine, store: str, verb: str) -> None:
+        if self.rng.random() < self.often / 10:
+            self.struck += 1
+            world.record(machine, f"FAULT killed before {store}", verb)
+            machine.kill(f"killed before {store}: {verb}")
+            raise Killed(machine.name)
+
+
+class KilledRangeWorker(Fault):
+    """A ranges worker dies in the middle of anything."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            if world.files.busy:
+                self.note(world, "a ranges worker is killed")
+                self.rng.choice(world.files.busy).machine.kill("killed")
+
+
+class RangeSeenTwice(Fault):
+    """A range is delivered again while somebody runs it."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            self.note(world, f"{world.files.queues.show_early(self.rng)} is visible again")
+
+
+class RangeLost(Fault):
+    """The message of a range is lost."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 3)
+            lost = world.files.queues.lose_one(self.rng)
+            if lost is not None:
+                self.note(world, f"range {lost} is lost")
+                world.files.lost.add(lost[0])
+
+
+class RangeDeadLettered(Fault):
+    """The message of a range was delivered too often."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 4)
+            lost = world.files.queues.lose_one(self.rng)
+            if lost is not None:
+                self.note(world, f"range {lost} is a dead letter")
+                world.files.post_again(*lost)
+
+
+class StrangeBatchCancel(Fault):
+    """A tenant cancels a batch that is not its own."""
+
+    async def strike(self, world: World) -> None:
+        while True:
+            await self.now_and_then(self.calm_at_ms // 6)
+            for batch_id, upload in world.files.accepted.items():
+                others = sorted(world.tenants - {upload.tenant})
+                if others and self.rng.random() < 0.5:
+                    self.note(world, f"{others[0]} would cancel {upload.name}")
+                    world.begin(world.files.cancel(batch_id, others[0]))
+                    break
+
+
+FAULTS_OF_FILES: Final[Sequence[type[Fault]]] = (
+    FilesThrottled,
+    FilesOutage,
+    KilledOverFiles,
+    KilledRangeWorker,
+    RangeSeenTwice,
+    RangeLost,
+    RangeDeadLettered,
+    StrangeBatchCancel,
+)
 
 FAULTS: Final[Sequence[type[Fault]]] = (
     KilledAtAStoreCall,

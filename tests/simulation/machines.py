@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -81,7 +82,9 @@ class Machine:
         point = Point(self, getattr(store, "name", "?"), getattr(verb, "__name__", "?"), facts)
         await asyncio.sleep(world.rng.randrange(1, SLOWEST_STEP_MS) / 1000)
         self.check()
-        if world.strikes:
+        # What has no name is no store, but may use some: faults strike there.
+        strikes = hasattr(store, "name")
+        if world.strikes and strikes:
             for fault in world.faults:
                 await fault.before(point)
             self.check()
@@ -97,7 +100,7 @@ class Machine:
             world.record(self, f"{point.store}: {point.verb} -> Stale")
             return answer
         world.record(self, point.store, point.verb, facts)
-        if world.strikes:
+        if world.strikes and strikes:
             for fault in world.faults:
                 await fault.after(point)
         await asyncio.sleep(world.rng.randrange(1, SLOWEST_STEP_MS) / 1000)
@@ -142,7 +145,7 @@ class Machine:
             if isinstance(request, _Done):
                 return cast("T", request.value())
             try:
-                answer: object = await self(request.call, *request.args)
+                answer: object = await self(request.call, *request.args, **request.named)
             except BaseException as error:  # noqa: BLE001 - what the call raised is raised in the thread
                 if isinstance(error, asyncio.CancelledError):
                     error = Killed(self.name)
@@ -181,6 +184,7 @@ def _retrieve_exception(task: asyncio.Task[Any]) -> None:
 class _Request:
     call: Callable[..., Any]
     args: tuple[Any, ...]
+    named: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +225,8 @@ class _Thread:
     def answer(self, result: object, error: BaseException | None) -> None:
         self._answers.put(_Done(result, error))
 
-    def ask(self, call: Callable[..., Any], args: tuple[Any, ...]) -> object:
-        self._requests.put(_Request(call, args))
+    def ask(self, call: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> object:
+        self._requests.put(_Request(call, args, named))
         return self._answers.get().value()
 
 
@@ -235,8 +239,8 @@ class Through:
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         call = getattr(self._store, verb)
 
-        def ask(*args: Any) -> object:
-            return _Thread.current.thread.ask(call, args)
+        def ask(*args: Any, **named: Any) -> object:
+            return _Thread.current.thread.ask(call, args, named)
 
         return ask
 
@@ -252,6 +256,15 @@ class OneByOne:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    @staticmethod
+    def submit(function: Callable[..., T], *args: Any) -> Future[T]:
+        done: Future[T] = Future()
+        try:
+            done.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            done.set_exception(error)
+        return done
 
     @staticmethod
     def map(function: Callable[..., T], *iterables: Any) -> list[T]:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from tests.simulation.checks import CHECKS, Violation
-from tests.simulation.story import story_of
+from tests.simulation.bounds import BOUNDS
+from tests.simulation.checks import CHECKS, Check, Violation
+from tests.simulation.file_checks import FILE_CHECKS
+from tests.simulation.stories import story_of
+from tests.simulation.story import START
+from tests.simulation.troubles import compared
+from tests.simulation.webhooks import EndsAreNotified
 from tests.simulation.world import World
+
+ALL_CHECKS: Final[Sequence[type[Check]]] = (
+    *CHECKS,
+    *BOUNDS,
+    *FILE_CHECKS,
+    EndsAreNotified,
+)
+
+
+KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
+    "nobody waits because of a spent workspace": ("K4", (39, 263)),
+    "nobody waits because of a throttled workspace": ("K4", (55, 279)),
+    "nobody waits because of a blocked file": ("K4", (199, 423)),
+    "files of one name keep their own results": ("K5", (35, 99)),
+    "a batch ends soon after the calm": ("K3", (1227,)),
+    "a batch ends soon after its cancel": ("K3", (651,)),
+    "a batch ends although a message was lost": ("K3", (243, 619)),
+}
+"""Violations that are not fixed yet, by check: the kind of the defect, and seeds of stories that show it.
+
+A test fails when none of them does any more: the entry is removed then.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +45,27 @@ class Played:
     seed: int
     world: World
     violations: Sequence[Violation]
+    known: Sequence[Violation] = ()
+    """Those of `KNOWN`."""
 
 
 def play(seed: int) -> Played:
-    """Play the story of a seed under every check."""
-    world = World(story_of(seed), [check() for check in CHECKS])
-    return Played(seed, world, world.run())
+    """Play the story of a seed under every check; one with an ill tenant also without it."""
+    story = story_of(seed)
+    world = World(story, [check() for check in ALL_CHECKS])
+    found = world.run()
+    if story.ill is not None:
+        alone = World(story.without_the_ill(), [check() for check in ALL_CHECKS])
+        found = [*found, *alone.run()]
+        worse = compared(world, alone)
+        if worse is not None:
+            found.append(Violation(f"nobody waits because of {story.trouble}", worse, START))
+    return Played(
+        seed,
+        world,
+        [each for each in found if each.check not in KNOWN],
+        [each for each in found if each.check in KNOWN],
+    )
 
 
 def first_failure(seeds: Iterable[int]) -> Played | None:

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final
 
+from sluice.domain.batches import LINES_PER_RANGE, RANGES_PER_SECTION
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import DIMENSIONS, SCALE, Dimension, Group, new_group
 from sluice.intake.submit import Submission
 from sluice.worker.memory import BUDGET, Budget
 from tests.fakes import MINUTE, SECOND, upstream_key
+from tests.simulation.accounts import ORGANIZATION, Home
 from tests.simulation.faults import FAULTS, Fault
-from tests.simulation.upstream import ORGANIZATION
 
 START: Final = int(datetime(2026, 11, 30, 21, tzinfo=UTC).timestamp()) * 1000
 """When every story begins: three hours before the end of a day and a month, when spend caps are lifted."""
 
 MODELS: Final = ("claude-a", "claude-b", "claude-c")
+
+TENANT: Final = "acme"
 
 STATED: Final[Mapping[Dimension, int]] = {
     "requests": 600,
@@ -50,6 +53,18 @@ class Order:
     max_tokens: int = 100
     padding: int = 0
     """Characters that make its requests large."""
+    tenant: str = TENANT
+    webhook: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models it may be answered by, in order."""
+        return (self.model, *self.fallback_models)
+
+    @property
+    def deadline_at(self) -> int | None:
+        """Its deadline in epoch milliseconds."""
+        return None if self.deadline_ms is None else START + self.deadline_ms
 
     def submission(self, name: str) -> Submission:
         """Return one of its jobs."""
@@ -60,9 +75,49 @@ class Order:
                 "messages": [{"role": "user", "content": f"{name} {'x' * self.padding}".strip()}],
             },
             custom_id=name,
-            deadline=None if self.deadline_ms is None else START + self.deadline_ms,
+            deadline=self.deadline_at,
             fallback_models=self.fallback_models,
+            webhook=self.webhook,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One file of a tenant, or one create of a Messages batch."""
+
+    at_ms: int
+    name: str
+    tenant: str
+    lines: Sequence[str | bytes]
+    """A name is a row with this prompt and `custom_id`; bytes are a line as it is."""
+    model: str = "claude-a"
+    fallback_models: tuple[str, ...] = ()
+    deadline_ms: int | None = None
+    cancel_after_ms: int | None = None
+    by_api: bool = False
+    webhook: str | None = None
+    max_tokens: int = 100
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models it may be answered by, in order."""
+        return (self.model, *self.fallback_models)
+
+    @property
+    def deadline_at(self) -> int | None:
+        """Its deadline in epoch milliseconds."""
+        return None if self.deadline_ms is None else START + self.deadline_ms
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its rows, each once."""
+        return list(dict.fromkeys(line for line in self.lines if isinstance(line, str)))
+
+    def row(self, name: str) -> dict[str, object]:
+        """Return a row as a line has it."""
+        content = [{"role": "user", "content": name}]
+        params = {"model": self.model, "max_tokens": self.max_tokens, "messages": content}
+        return {"custom_id": name, "params": params}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +147,33 @@ class Story:
     calm_at_ms: int = 5 * MINUTE
     patience_ms: int = 150 * MINUTE
     """How long after the last fault everything may take to come right."""
+    uploads: Sequence[Upload] = ()
+    homes: Mapping[str, Home] = field(default_factory=dict)
+    """By key id, where that is not what the pool states."""
+    most_retrieve_exception: int = 10_000
+    """Due things that one look of a sweep may read."""
+    lines_per_range: int = LINES_PER_RANGE
+    ranges_per_section: int = RANGES_PER_SECTION
+    cached: bool = False
+    """Usage has cached input."""
+    ill: str | None = None
+    """The tenant that is in trouble: the others must not wait because of it."""
+    trouble: str = ""
+    """Its trouble."""
+
+    def without_the_ill(self) -> Story:
+        """Return the same story as the other tenants would have it alone."""
+        return replace(
+            self,
+            orders=[each for each in self.orders if each.tenant != self.ill],
+            uploads=[each for each in self.uploads if each.tenant != self.ill],
+            faults=[each for each in self.faults if each.whose != self.ill],
+            ill=None,
+        )
 
 
-def story_of(seed: int) -> Story:
-    """Return the story of a seed."""
+def of_single_jobs(seed: int) -> Story:
+    """Return a story of one tenant, a few jobs, and any faults."""
     rng = random.Random(f"story {seed}")  # noqa: S311 - chance that can be repeated
     calm_at_ms = rng.choice((1, 2, 4, 8)) * MINUTE
     orders = [_order(rng, number, calm_at_ms) for number in range(rng.randrange(1, 4))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
@@ -13,12 +13,11 @@ from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure
 from sluice.ports.claude import Answer, CallRequest, Headers, Refused
 from tests.fakes import ROOMY
+from tests.simulation.accounts import MODEL_GROUPS, ORGANIZATION, Home
 from tests.simulation.machines import Killed, Machine
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
-
-ORGANIZATION: Final = "org"
 
 ANSWER_PIECES: Final = 5
 SMALL_PIECE: Final = 50
@@ -65,6 +64,13 @@ class Call:
     ended_at: int | None = None
     received: int = 0
     """Bytes of the answer that the worker has taken."""
+    home: Home = Home(ORGANIZATION)  # noqa: RUF009 - frozen
+    """Where its key really belongs."""
+
+    @property
+    def group(self) -> tuple[Home, str]:
+        """Whose limits it draws on."""
+        return self.home, MODEL_GROUPS[self.request.model]
 
     @property
     def request_id(self) -> str:
@@ -123,6 +129,16 @@ class Upstream:
         call = Call(len(self.calls) + 1, name, request, machine, owner, world.time.now())
         self.calls.append(call)
         call.usage = Usage(input_tokens=rng.randrange(5, 50), output_tokens=rng.randrange(1, 100))
+        if world.story.cached:
+            call.usage = replace(
+                call.usage,
+                cache_creation_input_tokens=rng.randrange(200, 400),
+                cache_creation_1h_input_tokens=rng.randrange(200),
+                cache_read_input_tokens=rng.randrange(9_000),
+            )
+        call.home = world.home_of(request.key)
+        for check in world.checks:
+            check.called(world, call)
         call.plan = self._plan(call)
         world.record(
             machine, f"call {call.number} for {name} ({request.model}, key {request.key.id})"
@@ -140,6 +156,8 @@ class Upstream:
             call.ended_at = world.time.now()
             billed = ", billed" if call.billed else ""
             world.record(machine, f"call {call.number} for {name}: {call.fate}{billed}")
+            for check in world.checks:
+                check.call_ended(world, call)
         return answer
 
     def _plan(self, call: Call) -> Plan:
@@ -182,7 +200,7 @@ class Upstream:
                 had_full_window=call.request.full_window,
             )
             return Refused(failure)
-        await asyncio.sleep(plan.latency_ms / 1000)
+        await self._thought_about(call)
         if plan.raises is not None:
             call.fate = "lost"
             raise plan.raises
@@ -216,9 +234,22 @@ class Upstream:
         message = {"content": [{"type": "text", "text": text}], "stop_reason": plan.stop_reason}
         return Answer(json.dumps(message), call.usage, plan.stop_reason, call.request_id, headers)
 
+    async def _thought_about(self, call: Call) -> None:
+        """Wait for the latency; report the headers early if the call asks for it."""
+        latency_ms = call.plan.latency_ms
+        early_ms = latency_ms // 3 if self._has_early_headers(call) else 0
+        if early_ms:
+            await asyncio.sleep(early_ms / 1000)
+            call.request.on_headers(self._headers(call))
+        await asyncio.sleep((latency_ms - early_ms) / 1000)
+
+    def _has_early_headers(self, call: Call) -> bool:
+        plan = call.plan
+        return call.request.early and plan.reply is None and plan.raises is None and not plan.kills
+
     def _bucket(self, call: Call) -> Buckets:
-        organization = call.request.key.organization or ORGANIZATION
-        name = f"{organization}/{call.request.model}"
+        home, group = call.group
+        name = f"{home.organization}/{home.workspace}/{group}"
         if name not in self.buckets:
             self.buckets[name] = Buckets(self.limits, self.world.time.now())
         return self.buckets[name]
@@ -226,7 +257,6 @@ class Upstream:
     def _headers(self, call: Call) -> Headers:
         if self.headers == "none":
             return Headers()
-        organization = call.request.key.organization or ORGANIZATION
         if self.headers == "roomy":
-            return Headers(organization, ROOMY)
-        return Headers(organization, self._bucket(call).seen())
+            return Headers(call.home.organization, ROOMY)
+        return Headers(call.home.organization, self._bucket(call).seen())

@@ -7,14 +7,17 @@ import gc
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
+from sluice.bulk import assemble as assembling
 from sluice.domain.errors import JobNotFound, StoreBusy
-from sluice.domain.jobs import Job, Party
+from sluice.domain.jobs import DueFor, Job, Party
+from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Cost, Group
 from sluice.domain.retries import RetryPolicy
 from sluice.intake import submit as submitting
@@ -22,8 +25,9 @@ from sluice.intake.accounts import Account
 from sluice.intake.submit import Accepted, Outcome, Sender, Submit
 from sluice.ports.claude import Answer, CallRequest, Refused
 from sluice.ports.jobs import Due, Params, Pointer, Received
+from sluice.upkeep import dead_letters as burying
 from sluice.upkeep import sweep as sweeping
-from sluice.upkeep.dead_letters import DeadLetter, TakeDeadLetter
+from sluice.upkeep.dead_letters import DeadLetter, Redriver, TakeDeadLetter
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.sweep import Sweep
 from sluice.worker.limit_books import Admission
@@ -34,8 +38,10 @@ from sluice.worker.worker import Worker
 from tests.fakes import (
     MINUTE,
     SECOND,
+    VISIBILITY_MS,
     AccountLimit,
     MemoryGovernorNotes,
+    MemoryGraveyard,
     MemoryJobs,
     MemoryLedger,
     MemoryLimits,
@@ -50,15 +56,17 @@ from tests.fakes import (
     VirtualTime,
     price_list,
 )
+from tests.simulation.accounts import MODEL_GROUPS, ORGANIZATION, PRICES, Home
 from tests.simulation.checks import Check, Violation
 from tests.simulation.faults import Fault
-from tests.simulation.machines import Machine, OneByOne, Through, task_factory
-from tests.simulation.story import START, Order, Story
+from tests.simulation.files import Files, cut_as
+from tests.simulation.machines import MACHINE, Machine, OneByOne, Through, task_factory
+from tests.simulation.story import START, Order, Story, Upload
 from tests.simulation.upstream import Upstream
+from tests.simulation.webhooks import Outbox
 
 T = TypeVar("T")
 
-TENANT: Final = "acme"
 LAST_MS: Final = 15 * SECOND
 """What a worker keeps of its invocation for writing down what came, as in functions/worker/app.py."""
 
@@ -98,6 +106,9 @@ class StoryJobs(MemoryJobs):
         self.world = world
         self.taken: Counter[tuple[str, int]] = Counter()
         """How often a due time was taken, by job and the time it was due."""
+
+    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
+        return super().due(why, now, min(limit, self.world.story.most_retrieve_exception))
 
     def postpone(self, due: Due, until: int) -> Due | None:
         taken = super().postpone(due, until)
@@ -169,6 +180,7 @@ class StoryQueue(MemoryQueue):
         self.stirred = asyncio.Event()
         self.reply_is_lost = False
         """The next send is done, but its caller hears that nothing was taken."""
+        self._in_flight: Counter[tuple[str, str]] = Counter()
         self.returned: set[str] = set()
         """Receipts that were put back: these messages have a delay of their own."""
         self.late: set[str] = set()
@@ -194,6 +206,23 @@ class StoryQueue(MemoryQueue):
         super().put_back(delays)
         self.returned.update(message.receipt for message, _ in delays)
         self.stirred.set()
+
+    def _order(self, message: Any) -> tuple[int, ...]:
+        """As a fair queue delivers: first of the tenant and model with the fewest messages in flight."""
+        busy = self._in_flight[self._fair_group(message)] if self._in_flight else 0
+        return busy, *super()._order(message)
+
+    def _fair_group(self, message: Any) -> tuple[str, str]:
+        job = self.world.jobs.stored.get(message.job_id or "")
+        return (job.tenant, MODEL_GROUPS[job.current_model]) if job else ("", "")
+
+    def deliver(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
+        if len(self.world.tenants) > 1:
+            now = self._now()
+            self._in_flight = Counter(
+                self._fair_group(each) for each in self._messages.values() if each.visible_at > now
+            )
+        return super().deliver(most, hidden_ms)
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
         self.world.on_receipts(messages)
@@ -243,6 +272,30 @@ class StoryQueue(MemoryQueue):
         self.lost.add(message.job_id or "")
         return message.message_id
 
+    def make_dead_letter(self, rng: random.Random) -> str:
+        """Make a message a dead letter, as a queue does that has delivered it too often."""
+        ours = [each for each in self._messages.values() if each.job_id is not None]
+        if not ours:
+            return "no message"
+        message = rng.choice(ours)
+        del self._messages[message.message_id]
+        job_id = message.job_id or ""
+        job = self.world.jobs.stored.get(job_id)
+        if job is not None:
+            was_alone = (
+                not self.messages_of(job_id)
+                and job.lease is None
+                and job.not_before is None
+                and not job.state.is_final
+            )
+            self.world.dead_lettered[job_id] = (self._now(), was_alone)
+        received = Received(
+            message.message_id, "", message.body, message.job_id, None,
+            message.receive_count, message.sent_at,
+        )  # fmt: skip
+        self.rejected.append((received, None))  # type: ignore[arg-type]
+        return message.message_id
+
     # What a check wants to know.
 
     def hidden_until(self, message: Received) -> int | None:
@@ -258,18 +311,6 @@ class StoryPool(StaticKeyPool):
     """The key pool; as an outage of Secrets Manager is a fault of its own, it has a name like a store."""
 
     name = "the key pool"
-
-
-class DeadLetterStore:
-    """Where dead letters are kept."""
-
-    name = "the graveyard"
-
-    def __init__(self) -> None:
-        self.kept: dict[str, str] = {}
-
-    def keep(self, message: Received, reason: str) -> None:
-        self.kept[message.message_id] = reason
 
 
 class Line:
@@ -307,24 +348,7 @@ class Environment:
             events=world.events,
         )
         self.worker = Worker(tools, world.rules, world.story.budget)
-        self._watch(world, self.worker.limiter)
-
-    def _watch(self, world: World, limiter: Limiter) -> None:
-        """Take down every admission and its settlement."""
-        admit, settle = limiter.admit, limiter.settle
-
-        async def admit_and_record(*args: Any, **named: Any) -> Any:
-            given = await admit(*args, **named)
-            if isinstance(given, Admission):
-                world.reserved.setdefault(id(given), Reserved(given, self.machine))
-            return given
-
-        def settle_and_record(admission: Admission, used: Cost | None, **named: Any) -> None:
-            entry = world.reserved.setdefault(id(admission), Reserved(admission, self.machine))
-            entry.settled.append(used)
-            settle(admission, used, **named)
-
-        vars(limiter).update(admit=admit_and_record, settle=settle_and_record)
+        world.watch(self.worker.limiter, machine)
 
 
 class World:
@@ -355,14 +379,25 @@ class World:
         self.mapping = MemoryMapping(concurrency=story.fleet)
         self.notes = MemoryGovernorNotes()
         self.pool_written = PoolWritten(START - 24 * 60 * MINUTE)
-        self.graveyard = DeadLetterStore()
+        self.graveyard = MemoryGraveyard(self.time.now)
+        self.graveyard.name = "the graveyard"
+        self.outbox = Outbox(self)
+        self.files = Files(self)
         self.events = RecordingEvents()
         self.upstream = Upstream(self, story.headers, story.limits)
         self.rules = Rules(
             policy=RetryPolicy(),
-            prices=price_list(claude_a="10", claude_b="20", claude_c="30"),
-            model_groups={"claude-a": "a", "claude-b": "b", "claude-c": "c"},
+            prices=price_list(**{model: str(price) for model, price in PRICES.items()}),
+            model_groups=MODEL_GROUPS,
         )
+        asked: list[Order | Upload] = [*story.orders, *story.uploads]
+        self.orders = {name: each for each in asked for name in each.names}
+        """By the name of each job and row: who asked for it, and how."""
+        self.tenants = {each.tenant for each in self.orders.values()}
+        self.machines: list[Machine] = []
+        self.worker_machines: list[Machine] = []
+        self.dead_lettered: dict[str, tuple[int, bool]] = {}
+        """By job id: when a fault made its message a dead letter, and whether it had no other."""
 
         self.writes: list[Write] = []
         self.reserved: dict[int, Reserved] = {}
@@ -378,6 +413,33 @@ class World:
         self._machines = 0
         self._running: dict[asyncio.Task[Any], None] = {}
 
+    def watch(self, limiter: Limiter, machine: Machine) -> None:
+        """Take down every admission of a limiter and its settlement."""
+        admit, settle = limiter.admit, limiter.settle
+
+        async def admit_and_record(*args: Any, **named: Any) -> Any:
+            given = await admit(*args, **named)
+            if isinstance(given, Admission):
+                self.reserved.setdefault(id(given), Reserved(given, machine))
+            return given
+
+        def settle_and_record(admission: Admission, used: Cost | None, **named: Any) -> None:
+            entry = self.reserved.setdefault(id(admission), Reserved(admission, machine))
+            entry.settled.append(used)
+            settle(admission, used, **named)
+
+        vars(limiter).update(admit=admit_and_record, settle=settle_and_record)
+
+    def line(self, machine: Machine) -> Line:
+        """Return a worker's way to Claude."""
+        return Line(self.upstream, machine)
+
+    def touch(self, store: str, verb: str) -> None:
+        """Let faults strike at a verb of a store of files; raises StoreBusy, or Killed."""
+        if self.strikes and self.writer is not None:
+            for fault in self.faults:
+                fault.touch(self, self.writer, store, verb)
+
     # The story ---------------------------------------------------------------------------------------------
 
     def run(self) -> list[Violation]:
@@ -385,7 +447,7 @@ class World:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            with _one_by_one():
+            with _one_by_one(), cut_as(self.story):
                 self.time.run(self._play())
         except TimeStandsStill as error:
             self.fail("the story ends", str(error))
@@ -398,7 +460,9 @@ class World:
     async def _play(self) -> None:
         ticks = asyncio.create_task(self._tick())
         lambda_service = asyncio.create_task(self._poll())
+        services = [asyncio.create_task(each) for each in self._services()]
         clients = [asyncio.create_task(self._client(order)) for order in self.story.orders]
+        clients += [asyncio.create_task(self.files.upload(each)) for each in self.story.uploads]
         strikes = [asyncio.create_task(fault.strike(self)) for fault in self.faults]
         try:
             await asyncio.sleep(self.story.calm_at_ms / 1000)
@@ -408,12 +472,20 @@ class World:
             await asyncio.gather(*clients)
             await self._drained()
         finally:
-            for task in (ticks, lambda_service, *clients, *strikes):
+            for task in (ticks, lambda_service, *services, *clients, *strikes):
                 task.cancel()
-            await asyncio.gather(ticks, lambda_service, *clients, *strikes, return_exceptions=True)
+            tasks = (ticks, lambda_service, *services, *clients, *strikes)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._all_ended()
         for check in self.checks:
             check.ended(self)
+
+    def _services(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """Yield what runs beside the jobs, where the story has any of it."""
+        if any(order.webhook is not None for order in self.orders.values()):
+            yield self.outbox.poll()
+        if self.story.uploads:
+            yield self.files.poll()
 
     def _calm(self) -> None:
         """No more faults: from here on everything must come right by itself."""
@@ -429,16 +501,19 @@ class World:
         calm_at = self.time.now()
         while True:
             open_jobs = [job for job in self.jobs.stored.values() if not job.state.is_final]
-            if not open_jobs and not self.busy and self._queue_is_empty():
+            if not open_jobs and not self.busy and self._queue_is_empty() and self._rest_is_done():
                 return
             late = self.time.now() - calm_at
             if late > self.story.patience_ms:
                 for job in open_jobs:
                     self.fail("every job ends", f"{self.name_of(job.job_id)} is still {job.state}")
-                if not open_jobs:
+                if not open_jobs and not self._queue_is_empty():
                     self.fail("the queue empties", f"{self.queue.depth()} messages are left")
                 return
             await asyncio.sleep(1 if late < 10 * MINUTE else 60)
+
+    def _rest_is_done(self) -> bool:
+        return self.outbox.is_empty and self.files.is_done
 
     def _queue_is_empty(self) -> bool:
         return self.queue.next_visible() is None
@@ -451,7 +526,10 @@ class World:
 
     def begin(self, work: Any) -> asyncio.Task[Any]:
         """Run something concurrently; the story does not end before it has ended."""
-        task = asyncio.create_task(work)
+        # It belongs to no machine, also if a machine caused it.
+        nobodys = copy_context()
+        nobodys.run(MACHINE.set, None)
+        task = asyncio.create_task(work, context=nobodys)
         self._running[task] = None
         task.add_done_callback(self._running.pop)
         return task
@@ -545,13 +623,19 @@ class World:
         """Start a machine, with a clock of its own."""
         self._machines += 1
         skew = self.rng.randrange(-self.story.skew_ms, self.story.skew_ms + 1)
-        return Machine(self, f"{kind}-{self._machines}", party, skew)
+        machine = Machine(self, f"{kind}-{self._machines}", party, skew)
+        self.machines.append(machine)
+        if party is Party.WORKER:
+            self.worker_machines.append(machine)
+        return machine
 
-    async def function(self, kind: str, party: Party, body: Callable[[Machine], T]) -> T | None:
+    async def function(
+        self, kind: str, party: Party, body: Callable[[Machine], T], most_ms: int = FUNCTION_MS
+    ) -> T | None:
         """Run a function that blocks on a machine of its own; None when the machine dies."""
         machine = self.machine(kind, party)
         task = machine.spawn(machine.run_blocking(lambda: body(machine)), machine.name)
-        await asyncio.wait({task}, timeout=FUNCTION_MS / 1000)
+        await asyncio.wait({task}, timeout=most_ms / 1000)
         if not task.done():
             machine.kill("the function timed out")
         if not machine.is_alive:
@@ -561,6 +645,9 @@ class World:
             return task.result()
         except StoreBusy as busy:
             self.record(machine, f"failed: {busy}")
+            return None
+        except Exception as error:  # noqa: BLE001 - what it is, is the finding
+            self.fail("a function always has its result", f"{machine.name}: {error!r}")
             return None
 
     # What is not a worker ----------------------------------------------------------------------------------
@@ -586,6 +673,7 @@ class World:
             and self.mapping.stored.enabled
             and self.notes.at is None
             and len(self.queue.rejected) == self.seen_dead_letters
+            and self.files.is_quiet
             and (due is None or due > now)
             and (visible is None or visible > now + TICK_MS)
         )
@@ -616,10 +704,15 @@ class World:
             machine,
             self.events,
         )
+        stop_at = machine.now() + 50 * SECOND
         try:
             governor()
         finally:
-            sweep(machine.now() + 50 * SECOND)
+            try:
+                sweep(stop_at)
+            finally:
+                if self.story.uploads:
+                    self.files.resume(machine)(stop_at)
 
     async def _dead_letter(self, message: Received, reason: str) -> None:
         def take(machine: Machine) -> bool:
@@ -629,13 +722,25 @@ class World:
                 machine,
                 self.events,
             )
-            use_case(DeadLetter(message, reason))
-            return True
+            return use_case(DeadLetter(message, reason))
 
-        taken = None
-        while taken is None:
+        taken: bool | None = False
+        while not taken:
             taken = await self.function("dead-letters", Party.DEAD_LETTERS, take)
             await asyncio.sleep(6)
+
+    async def redrive(self) -> None:
+        """Have an operator make the jobs of all dead letters runnable again."""
+
+        def again(machine: Machine) -> int:
+            redriver = Redriver(
+                Through(self.jobs), Through(self.params), Through(self.limits),
+                Through(self.graveyard), self.rules.prices, self.rules.model_groups, machine,
+            )  # fmt: skip
+            found = redriver.candidates(redriver.letters())
+            return sum(redriver.redrive(each).hindrance is None for each in found)
+
+        await self.function("operator", Party.OPERATOR, again)
 
     async def _client(self, order: Order) -> None:
         """A caller: submits, tries again when nothing was answered, perhaps cancels."""
@@ -664,7 +769,7 @@ class World:
                 self.rng.randbytes,
                 self.events,
             )
-            return use_case([order.submission(name) for name in names], Sender(TENANT))
+            return use_case([order.submission(name) for name in names], Sender(order.tenant))
 
         outcomes = await self.function("api", Party.API, post)
         for name, outcome in zip(names, outcomes or (), strict=False):
@@ -677,14 +782,16 @@ class World:
             else:
                 self.note(f"{name} is refused: {outcome.error}")
 
-    async def cancel(self, name: str) -> None:
-        """Cancel a job, as its caller may at any time."""
+    async def cancel(self, name: str, tenant: str | None = None) -> None:
+        """Cancel a job, as its caller may at any time; another tenant may not."""
         if name not in self.names:
             return
 
-        def ask(machine: Machine) -> None:
+        before = self.jobs.stored[self.names[name]]
+
+        def ask(machine: Machine) -> bool:
             account = Account(
-                TENANT,
+                tenant or before.tenant,
                 Through(self.jobs),
                 Through(self.results),
                 Through(self.limits),
@@ -695,9 +802,16 @@ class World:
             try:
                 account.cancel(self.names[name])
             except JobNotFound:
-                return
+                return False
+            return True
 
-        await self.function("api", Party.API, ask)
+        if not await self.function("api", Party.API, ask):
+            return
+        if tenant not in {None, before.tenant}:
+            self.fail("tenants are apart", f"{tenant} could cancel {name}")
+        else:
+            for check in self.checks:
+                check.canceled(self, before)
 
     # What is taken down ------------------------------------------------------------------------------------
 
@@ -707,6 +821,8 @@ class World:
             self.names[after.custom_id] = after.job_id
         write = Write(self.time.now(), self.writer, before, after)
         self.writes.append(write)
+        if after.state.is_final and after.webhook is not None:
+            self.outbox.ended(after)
         for check in self.checks:
             check.wrote(self, write)
 
@@ -759,6 +875,20 @@ class World:
         """Add a line to the history."""
         self.history.append((self.time.now(), machine.name, what, verb, args))
 
+    @property
+    def is_troubled(self) -> bool:
+        """Whether any worker died, or met a store that was busy."""
+        return any(each.died_at is not None or each.troubles for each in self.worker_machines)
+
+    @property
+    def has_troubled_functions(self) -> bool:
+        """Whether any function died, or met a store that was busy."""
+        return any(each.died_at is not None or each.troubles for each in self.machines)
+
+    def home_of(self, key: UpstreamKey) -> Home:
+        """Return where a key really belongs, whatever the pool says."""
+        return self.story.homes.get(key.id) or Home(key.organization or ORGANIZATION)
+
     def environment_of(self, machine: Machine) -> Environment | None:
         """Return the environment that a worker's machine is."""
         return next((each for each in self.environments if each.machine is machine), None)
@@ -810,13 +940,16 @@ class World:
         return json.dumps(value) if isinstance(value, int | None) else type(value).__name__
 
 
+WITH_THREADS: Final = (submitting, sweeping, burying, assembling)
+
+
 @contextmanager
 def _one_by_one() -> Iterator[None]:
-    before = [vars(module)["ThreadPoolExecutor"] for module in (submitting, sweeping)]
-    for module in (submitting, sweeping):
+    before = [vars(module)["ThreadPoolExecutor"] for module in WITH_THREADS]
+    for module in WITH_THREADS:
         vars(module)["ThreadPoolExecutor"] = OneByOne
     try:
         yield
     finally:
-        for module, executor in zip((submitting, sweeping), before, strict=True):
+        for module, executor in zip(WITH_THREADS, before, strict=True):
             vars(module)["ThreadPoolExecutor"] = executor

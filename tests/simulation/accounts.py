@@ -1,0 +1,50 @@
+"""What a story takes for granted: where keys belong, which models share limits, and what models cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Final
+
+from sluice.domain.pricing import Usage
+
+ORGANIZATION: Final = "org"
+
+MODEL_GROUPS: Final[Mapping[str, str]] = {
+    "claude-a": "a",
+    "claude-a2": "a",
+    "claude-b": "b",
+    "claude-c": "c",
+}
+"""Two models share the limits of one group."""
+
+PRICES: Final[Mapping[str, int]] = {
+    "claude-a": 10,
+    "claude-a2": 15,
+    "claude-b": 20,
+    "claude-c": 30,
+}
+"""Dollars per million output tokens; the others follow from it (see `tests.fakes.price_list`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a key of the pool really belongs."""
+
+    organization: str
+    workspace: str = "default"
+
+
+def cost_of(model: str, usage: Usage) -> int:
+    """Return what a call costs in micro-dollars, by a calculation of its own."""
+    per_token = Decimal(PRICES[model])
+    short = usage.cache_creation_input_tokens - usage.cache_creation_1h_input_tokens
+    exact = per_token * (
+        usage.output_tokens
+        + Decimal(usage.input_tokens) / 10
+        + Decimal(short) / 8
+        + Decimal(usage.cache_creation_1h_input_tokens) / 5
+        + Decimal(usage.cache_read_input_tokens) / 100
+    )
+    return int(exact.quantize(Decimal(1), ROUND_HALF_UP))

@@ -1,0 +1,363 @@
+"""More of what must be true: how soon, how often, with whose key and limits, and at what price.
+
+Most of these bounds hold for workers whose stores work; a story with dead or troubled workers is judged by the others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from sluice.domain.jobs import DEAD_LETTER, Job, State
+from tests.fakes import MINUTE, SECOND
+from tests.simulation.accounts import MODEL_GROUPS, Home, cost_of
+from tests.simulation.checks import Check
+from tests.simulation.machines import Machine
+from tests.simulation.upstream import Call
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World, Write
+
+LATE_START_MS: Final = 2 * SECOND
+"""Between a worker's last check of the deadline and its call."""
+
+CANCEL_MS: Final = 25 * SECOND
+"""A worker looks for a cancel every 15 s; the rest is for its writes."""
+
+EXPIRY_MS: Final = 3 * MINUTE
+"""The sweep runs every minute; it may have to leave a job to the next run, and a run takes some time."""
+
+LEAST_BLOCK_MS: Final = 8 * SECOND
+"""Shorter pauses cannot be distinguished from the duration of a write."""
+
+OWN_MS: Final = 2 * SECOND
+"""A worker that received a 429 makes no more calls after this time."""
+
+OTHERS_MS: Final = 20 * SECOND
+"""Neither do the others, after this time: they have to read it."""
+
+SKEW_MS: Final = 5 * SECOND
+"""What the clocks of two workers may be apart, and more."""
+
+MOST_CALLS_WHILE_BROKEN: Final = 12
+"""In a minute, to a model or an endpoint that has done nothing but fail for a while."""
+
+BROKEN_MS: Final = 30 * SECOND
+"""Since the fifth failure in a row: by then every worker knows."""
+
+DEAD_LETTER_MS: Final = 10 * MINUTE
+
+
+def is_healthy(machine: Machine) -> bool:
+    """Return whether a worker lives and its stores work."""
+    return machine.is_alive and not machine.troubles
+
+
+class KeysAndModelsAreTheTenants(Check):
+    """A call is made with a key its tenant may use, for a model its caller named, within the limits of the key."""
+
+    name = "keys and models are the tenant's"
+
+    def called(self, world: World, call: Call) -> None:
+        order, key = world.orders[call.name], call.request.key
+        if key.tenants is not None and order.tenant not in key.tenants:
+            world.fail(self.name, f"{call.name} of {order.tenant} was called with key {key.id}")
+        if call.request.model not in order.models:
+            world.fail(self.name, f"{call.name} was sent to {call.request.model}")
+        if key.models is not None and call.request.model not in key.models:
+            world.fail(self.name, f"key {key.id} was used for {call.request.model}")
+        if key.organization is None:
+            return
+        wanted = f"{key.organization}/{MODEL_GROUPS[call.request.model]}"
+        if not any(
+            entry.admission.claimant.group == wanted
+            and entry.admission.claimant.key_id == key.id
+            and entry.machine is call.machine
+            and not entry.settled
+            for entry in reversed(world.reserved.values())
+        ):
+            world.fail(self.name, f"call {call.number} has no start time of {wanted}")
+
+
+class RejectedKeysAreNotUsed(Check):
+    """A worker that saw a key rejected does not use it again."""
+
+    name = "rejected keys are not used"
+
+    def __init__(self) -> None:
+        self.rejected: dict[tuple[Machine, str], int] = {}
+
+    def called(self, world: World, call: Call) -> None:
+        since = self.rejected.get((call.machine, call.request.key.api_key))
+        if since is not None and world.time.now() > since + OWN_MS and is_healthy(call.machine):
+            world.fail(self.name, f"call {call.number} with {call.request.key.id}")
+
+    def call_ended(self, world: World, call: Call) -> None:
+        reply = call.plan.reply
+        if call.fate == "refused" and reply is not None and reply.failure.status == 401:
+            self.rejected.setdefault((call.machine, call.request.key.api_key), world.time.now())
+
+
+class BlocksAreKept(Check):
+    """After a 429 with a time nobody calls with these limits before that time."""
+
+    name = "blocks are kept"
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[Home, str], list[tuple[Machine, int, int]]] = defaultdict(list)
+
+    def call_ended(self, world: World, call: Call) -> None:
+        reply = call.plan.reply
+        if call.fate != "refused" or reply is None or reply.failure.status != 429:
+            return
+        wait = reply.failure.retry_after_ms
+        if wait is not None and wait >= LEAST_BLOCK_MS and reply.failure.error_code is None:
+            now = world.time.now()
+            self.blocks[call.group].append((call.machine, now, now + wait))
+
+    def called(self, world: World, call: Call) -> None:
+        now = world.time.now()
+        # Whose limits an unknown key draws on is not known to every worker at once.
+        if not is_healthy(call.machine) or call.request.key.organization is None:
+            return
+        for machine, since, until in self.blocks.get(call.group, ()):
+            own = machine is call.machine
+            first = since + (OWN_MS if own else OTHERS_MS)
+            if is_healthy(machine) and first < now < until - (SECOND if own else SKEW_MS):
+                world.fail(
+                    self.name,
+                    f"call {call.number} for {call.name}, {(until - now) // 1000} s before the end of the block",
+                )
+                return
+
+
+class BrokenModelsAreProbed(Check):
+    """A model that is overloaded, and an endpoint that does not answer, get a few probes and no more."""
+
+    name = "broken models are probed"
+
+    def __init__(self) -> None:
+        self.streak: dict[object, int] = defaultdict(int)
+        self.since: dict[object, int] = {}
+        self.calls: dict[object, list[int]] = defaultdict(list)
+
+    @staticmethod
+    def _circuits(call: Call) -> tuple[tuple[str, str, str], ...]:
+        """Return what may be broken about a call: each limit group finds out for itself."""
+        group = (call.home.organization, MODEL_GROUPS[call.request.model])
+        return (*group, call.request.model), (*group, "the endpoint")
+
+    def call_ended(self, world: World, call: Call) -> None:
+        model, endpoint = self._circuits(call)
+        reply = call.plan.reply
+        if call.fate == "answered":
+            for circuit in (model, endpoint):
+                self.streak[circuit] = 0
+            return
+        if reply is None or call.fate not in {"refused", "lost"}:
+            return
+        status = reply.failure.status
+        if status is None or status >= 500:
+            circuit = model if status == 529 else endpoint
+            self.streak[circuit] += 1
+            if self.streak[circuit] == 5:
+                self.since[circuit] = world.time.now()
+        else:
+            self.streak[endpoint] = 0
+
+    def called(self, world: World, call: Call) -> None:
+        now = world.time.now()
+        for circuit in self._circuits(call):
+            recent = [at for at in self.calls[circuit] if at > now - MINUTE]
+            self.calls[circuit] = [*recent, now]
+            if self.streak[circuit] < 5 or now < self.since[circuit] + BROKEN_MS + MINUTE:
+                continue
+            if len(recent) >= MOST_CALLS_WHILE_BROKEN and not world.is_troubled:
+                self.calls[circuit].clear()
+                world.fail(self.name, f"{len(recent)} calls a minute to {circuit[-1]}")
+
+
+class OverloadFallsBack(Check):
+    """A job whose model was overloaded is called with its next model, if it has one."""
+
+    name = "overload falls back"
+
+    def __init__(self) -> None:
+        self.last: dict[str, Call] = {}
+
+    def called(self, world: World, call: Call) -> None:
+        before = self.last.get(call.name)
+        self.last[call.name] = call
+        if before is None or before.fate != "refused" or not is_healthy(before.machine):
+            return
+        reply, models = before.plan.reply, world.orders[call.name].models
+        is_overload = reply is not None and reply.failure.status == 529
+        if is_overload and before.request.model in models[:-1]:
+            expected = models[models.index(before.request.model) + 1]
+            if call.request.model != expected:
+                world.fail(self.name, f"{call.name} was sent to {call.request.model} again")
+
+
+class DeadlinesAreKept(Check):
+    """No call begins after a deadline, and a job that waits ends soon after it."""
+
+    name = "deadlines are kept"
+
+    def called(self, world: World, call: Call) -> None:
+        deadline = world.orders[call.name].deadline_at
+        if deadline is None or call.machine.troubles:
+            return
+        late = call.machine.now() - deadline
+        if late > LATE_START_MS:
+            world.fail(self.name, f"{call.name} was called {late / 1000:.1f} s after its deadline")
+
+    def ended(self, world: World) -> None:
+        if world.story.faults and (world.is_troubled or world.has_troubled_functions):
+            return
+        for job in world.jobs.stored.values():
+            if job.deadline is None or job.finished_at is None or job.redrives:
+                continue
+            calls = [each for each in world.upstream.calls if each.name == job.custom_id]
+            last = max([job.deadline, job.created_at, *(each.ended_at or 0 for each in calls)])
+            if job.finished_at > last + EXPIRY_MS:
+                late = (job.finished_at - last) // 1000
+                world.fail(self.name, f"{job.custom_id} ended {late} s late, {job.state}")
+
+
+class CancelsTakeEffect(Check):
+    """A job that is canceled ends soon, also in the middle of its call."""
+
+    name = "cancels take effect"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Job]] = []
+
+    def canceled(self, world: World, job: Job) -> None:
+        self.asked.append((world.time.now(), job))
+
+    def ended(self, world: World) -> None:
+        if world.is_troubled:
+            return
+        surprised = {each.name for each in world.upstream.calls if each.plan.raises is not None}
+        for at, before in self.asked:
+            if before.custom_id in surprised:
+                continue
+            job = world.jobs.stored[before.job_id]
+            if before.state.is_final or job.redrives or job.finished_at is None:
+                continue
+            if job.finished_at > at + CANCEL_MS:
+                late = (job.finished_at - at) // 1000
+                world.fail(self.name, f"{job.custom_id} ended {late} s after its cancel")
+
+
+class CostsAddUp(Check):
+    """Attempts, jobs and ledger rows have the prices of an independent calculation, and the jobs' owners."""
+
+    name = "costs add up"
+
+    def ended(self, world: World) -> None:
+        calls = {call.request_id: call for call in world.upstream.calls}
+        for job in world.jobs.stored.values():
+            spent = sum(each.cost_micro_usd or 0 for each in job.attempts)
+            if job.cost_micro_usd != spent:
+                world.fail(self.name, f"{job.custom_id} cost {job.cost_micro_usd}, not {spent}")
+            for attempt in job.attempts:
+                call = calls.get(attempt.request_id or "")
+                if call is None or call.fate != "answered":
+                    continue
+                right = cost_of(call.request.model, call.usage)
+                if (attempt.cost_micro_usd, attempt.usage) != (right, call.usage):
+                    world.fail(self.name, f"{job.custom_id}: {attempt.cost_micro_usd}, not {right}")
+        for row in world.ledger.rows.values():
+            call = calls.get(row.request_id or "")
+            if call is None:
+                continue
+            right = cost_of(call.request.model, call.usage) if call.fate == "answered" else 0
+            found = (row.tenant, row.model, row.key_id, row.spend.cost_micro_usd)
+            wanted = (
+                world.orders[call.name].tenant, call.request.model, call.request.key.id, right,
+            )  # fmt: skip
+            if found != wanted:
+                world.fail(self.name, f"the row of call {call.number} has {found}, not {wanted}")
+
+
+class JobsErrForACauseOfTheirOwn(Check):
+    """A job errors for what Claude said to its own calls, or its own dead letter."""
+
+    name = "jobs err for a cause of their own"
+
+    def ended(self, world: World) -> None:
+        said: dict[str, set[int | None]] = defaultdict(set)
+        for call in world.upstream.calls:
+            if call.plan.reply is not None:
+                said[call.name].add(call.plan.reply.failure.status)
+        for job in world.jobs.stored.values():
+            if job.state is not State.ERRORED or job.error is None:
+                continue
+            status = job.error.status
+            if status == 403 and not _has_key(world, job):
+                continue
+            if status is not None and status not in said[job.custom_id or ""]:
+                world.fail(self.name, f"{job.custom_id}: {job.error}")
+            if job.error.type == DEAD_LETTER and job.job_id not in world.dead_lettered:
+                world.fail(self.name, f"{job.custom_id}: {job.error}")
+
+
+def _has_key(world: World, job: Job) -> bool:
+    return any(
+        (key.tenants is None or job.tenant in key.tenants)
+        and (key.models is None or job.current_model in key.models)
+        for key in world.story.keys
+    )
+
+
+class DeadLettersEndTheirJobs(Check):
+    """A job whose message became a dead letter ends soon, unless it has another one or is to get one."""
+
+    name = "dead letters end their jobs"
+
+    def __init__(self) -> None:
+        self.ends: dict[str, list[int]] = defaultdict(list)
+
+    def wrote(self, world: World, write: Write) -> None:
+        del world
+        if write.after.state.is_final:
+            self.ends[write.after.job_id].append(write.at)
+
+    def ended(self, world: World) -> None:
+        if world.is_troubled or world.has_troubled_functions:
+            return
+        for job_id, (at, was_alone) in world.dead_lettered.items():
+            soon = any(end <= at + DEAD_LETTER_MS for end in self.ends[job_id])
+            if was_alone and not soon:
+                world.fail(self.name, f"{world.name_of(job_id)} went on without a message")
+
+
+class FewAreRefused(Check):
+    """Where upstream's headers say what is left, few calls are refused for being too many."""
+
+    name = "few are refused"
+
+    def ended(self, world: World) -> None:
+        if world.story.headers != "true" or world.story.faults:
+            return
+        answers = sum(call.fate == "answered" for call in world.upstream.calls)
+        refused = sum(call.fate == "refused" for call in world.upstream.calls)
+        if refused > 2 + answers / 20:
+            world.fail(self.name, f"{refused} refusals beside {answers} answers")
+
+
+BOUNDS: Final[Sequence[type[Check]]] = (
+    KeysAndModelsAreTheTenants,
+    RejectedKeysAreNotUsed,
+    BlocksAreKept,
+    BrokenModelsAreProbed,
+    OverloadFallsBack,
+    DeadlinesAreKept,
+    CancelsTakeEffect,
+    CostsAddUp,
+    JobsErrForACauseOfTheirOwn,
+    DeadLettersEndTheirJobs,
+    FewAreRefused,
+)

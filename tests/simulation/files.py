@@ -1,0 +1,505 @@
+"""Files of one story: the bucket, the planner, ranges and joins, and who calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from sluice.adapters import job_records
+from sluice.bulk.assemble import Assemble, JoinAtOnce
+from sluice.bulk.plan import PlanBatch
+from sluice.domain import batches as domain
+from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Tally
+from sluice.domain.errors import BatchNotFound, InvalidRequest, StoreBusy
+from sluice.domain.jobs import Party
+from sluice.domain.times import rfc3339
+from sluice.intake.batches import Batches, Create
+from sluice.ports.batches import DueRange
+from sluice.ports.jobs import Received
+from sluice.upkeep.resume import Resume
+from sluice.worker import ranges
+from sluice.worker.range_claim import RangeTools
+from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.ranges import RangePointer, RunRange
+from sluice.worker.tools import Tools
+from sluice.worker.worker import Worker
+from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryObjects
+from tests.fakes import MINUTE, SECOND, VISIBILITY_MS
+from tests.simulation.machines import Machine, Through
+
+if TYPE_CHECKING:
+    from tests.simulation.story import Upload
+    from tests.simulation.world import World
+
+PLANNER_MS: Final = 15 * MINUTE
+FIRST_RETRY_MS: Final = 4 * SECOND
+LONGEST_RETRY_MS: Final = 15 * MINUTE
+"""The batches function makes a message visible again after this time, doubled each time (see `adapters/sqs.Hidden`)."""
+
+ALIVE_MS: Final = 2 * MINUTE
+"""It keeps a message hidden only so far ahead, so that it is soon visible again when the function dies."""
+
+LAST_MS: Final = 15 * SECOND
+
+
+class StoryBatches(MemoryBatches):
+    """The records of batches and ranges; faults strike at every verb."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.time.now)
+        self.world = world
+        self.done: Counter[tuple[str, int]] = Counter()
+        """How often each range was written as done."""
+
+    def _do(self, verb: str, about: str = "") -> None:
+        self.world.touch(self.name, verb)
+        super()._do(verb, about)
+
+    def _put(self, batch: Batch) -> None:
+        if batch.batch_id not in self.stored:
+            self.world.files.registered(batch)
+        super()._put(batch)
+        if batch.phase is Phase.ENDED and batch.options.webhook is not None:
+            self.world.outbox.wanted[batch.batch_id] = batch.options.webhook
+
+    def due(self, now: int, limit: int) -> Sequence[DueRange]:
+        return super().due(now, min(limit, self.world.story.most_retrieve_exception))
+
+    def replace_range(self, state: RangeState, expected_version: int) -> None:
+        super().replace_range(state, expected_version)
+        if state.done:
+            self.done[state.batch_id, state.number] += 1
+
+    def mark(self, batch_id: str, group: str, member: int, tally: Tally) -> Progress:
+        progress = super().mark(batch_id, group, member, tally)
+        self.world.note(f"{batch_id[:14]}: {group} {member} is done")
+        return progress
+
+
+class StoryObjects(MemoryObjects):
+    """The data bucket; faults strike at every verb."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.joined: Counter[str] = Counter()
+        """How often each section's index was written."""
+
+    def _do(self, verb: str, about: str = "") -> None:
+        self.world.touch(self.name, verb)
+        super()._do(verb, about)
+
+    def put(self, key: str, body: bytes) -> str:
+        etag = super().put(key, body)
+        if key.endswith(".index"):
+            self.joined[key] += 1
+        return etag
+
+
+class StoryBatchQueues(MemoryBatchQueues):
+    """The queues of ranges and of the planner; they wake every worker that waits for messages."""
+
+    name = "the ranges queue"
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.time.now)
+        self.world = world
+        self.stirred = asyncio.Event()
+        self.planner: dict[str, tuple[int, int, Callable[[Machine], bool]]] = {}
+        """By what is to be done: when it is visible, how often it was received, and how it is done."""
+
+    def _do(self, verb: str, about: str = "") -> None:
+        self.world.touch(self.name, verb)
+        super()._do(verb, about)
+
+    def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
+        refused = super().send_ranges(batch, numbers)
+        self.stirred.set()
+        return refused
+
+    def send_plan(self, batch_id: str) -> None:
+        self._do("send_plan", batch_id)
+        self.world.files.post_plan(batch_id)
+
+    def send_join(self, batch_id: str, section: int) -> None:
+        self._do("send_join", f"{batch_id} {section}")
+        self.world.files.post_join(batch_id, section)
+
+    def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
+        super().put_back(delays)
+        self.stirred.set()
+
+    def receive(self) -> RangePointer | None:
+        """Return a visible range, of the tenant with the fewest in flight, as a fair queue does."""
+        now = self._now()
+        tenant_of = {each: batch.tenant for each, batch in self.world.files.batches.stored.items()}
+        flying = Counter(
+            tenant_of.get(batch_id) for _, batch_id, _, at in self.ranges.values() if at > now
+        )
+        visible = sorted(
+            (flying[tenant_of.get(batch_id)], at, name)
+            for name, (_, batch_id, _, at) in self.ranges.items()
+            if at <= now
+        )
+        if not visible:
+            return None
+        name = visible[0][2]
+        message, batch_id, number, _ = self.ranges[name]
+        self.ranges[name] = (message, batch_id, number, now + VISIBILITY_MS)
+        return RangePointer(message, batch_id, number)
+
+    # What a fault can do to messages.
+
+    def show_early(self, rng: random.Random) -> str:
+        """Make a range's message visible: it is delivered twice."""
+        if not self.ranges:
+            return "no range"
+        name = rng.choice(list(self.ranges))
+        message, batch_id, number, _ = self.ranges[name]
+        self.ranges[name] = (message, batch_id, number, self._now())
+        self.stirred.set()
+        return name
+
+    def lose_one(self, rng: random.Random) -> tuple[str, int] | None:
+        """Forget a range's message; return which range it named."""
+        if not self.ranges:
+            return None
+        _, batch_id, number, _ = self.ranges.pop(rng.choice(list(self.ranges)))
+        return batch_id, number
+
+
+class RangeEnvironment:
+    """A ranges worker's machine with the worker on it, kept from invocation to invocation until it dies."""
+
+    def __init__(self, world: World, files: Files) -> None:
+        self.machine = machine = world.machine("ranges", Party.WORKER)
+        self.line = world.line(machine)
+        rows = WindowRows(machine)
+        tools = Tools(
+            jobs=rows,
+            params=rows,
+            results=rows,
+            limits=world.limits,
+            keys=world.pool,
+            claude=self.line,
+            ledger=RowBooks(world.ledger, rows),
+            clock=machine,
+            jitter=world.rng.random,
+            blocking=machine,
+            events=world.events,
+        )
+        range_tools = RangeTools(
+            batches=files.batches,
+            objects=files.objects,
+            queue=JoinAtOnce(lambda: files.assemble(machine), files.queues, world.events),
+            backlog=files.queues.backlog,
+            returns=files.queues,
+            text_of_job=job_records.as_text,
+            job_of_text=job_records.of_text,
+            clock=machine,
+            blocking=machine,
+            events=world.events,
+        )
+        worker = Worker(tools, world.rules, world.story.budget)
+        world.watch(worker.limiter, machine)
+        self.run = RunRange(range_tools, worker, rows)
+
+
+class Files:
+    """The part of Sluice that runs files, in one story."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.batches = StoryBatches(world)
+        self.objects = StoryObjects(world)
+        self.queues = StoryBatchQueues(world)
+        self.environments: list[RangeEnvironment] = []
+        self.busy: list[RangeEnvironment] = []
+        self.accepted: dict[str, Upload] = {}
+        """By batch id: what was uploaded, once it is registered or its create was answered."""
+        self.dropped: dict[str, Upload] = {}
+        """By key: the files in the bucket."""
+        self.canceled: dict[str, int] = {}
+        self.lost: set[str] = set()
+        """Batches of which a fault made a message away."""
+        self._invocations = 0
+        self._posted = 0
+
+    # Callers ------------------------------------------------------------------------------------------------
+
+    async def upload(self, upload: Upload) -> None:
+        """Put a file into the bucket, or create a batch through the API; cancel it later, perhaps."""
+        await asyncio.sleep(upload.at_ms / 1000)
+        if upload.by_api:
+            await self._created(upload)
+        else:
+            self._dropped(upload)
+        if upload.cancel_after_ms is not None:
+            await asyncio.sleep(upload.cancel_after_ms / 1000)
+            for batch_id, each in self.accepted.items():
+                if each is upload:
+                    await self.cancel(batch_id)
+
+    def _dropped(self, upload: Upload) -> None:
+        key = f"in/{upload.tenant}/{upload.name}.jsonl"
+        self.objects.stored[key] = b"".join(
+            (line if isinstance(line, bytes) else json.dumps(upload.row(line)).encode()) + b"\n"
+            for line in upload.lines
+        )
+        options: dict[str, str] = {}
+        if upload.deadline_at is not None:
+            options["deadline"] = rfc3339(upload.deadline_at) or ""
+        if upload.fallback_models:
+            options["fallback-models"] = ",".join(upload.fallback_models)
+        if upload.webhook is not None:
+            options["webhook"] = upload.webhook
+        self.objects.metadata[key] = {f"sluice-{name}": said for name, said in options.items()}
+        self.dropped[key] = upload
+        self._post(f"arrived {key}", lambda machine: _done(self._planner(machine).arrived, key))
+
+    def registered(self, batch: Batch) -> None:
+        """Take down which batch a file became."""
+        if batch.input_key in self.dropped:
+            self.accepted.setdefault(batch.batch_id, self.dropped[batch.input_key])
+
+    async def _created(self, upload: Upload) -> None:
+        items = [upload.row(name) for name in upload.names]
+        options = Options(
+            deadline=upload.deadline_at,
+            fallback_models=upload.fallback_models,
+            webhook=upload.webhook,
+        )
+
+        def create(machine: Machine) -> str | None:
+            try:
+                return self._caller(machine, upload.tenant).create(Create(items, options)).batch_id
+            except InvalidRequest:
+                return None
+
+        batch_id = await self.world.function("api", Party.API, create)
+        if batch_id is not None:
+            self.accepted[batch_id] = upload
+
+    async def cancel(self, batch_id: str, tenant: str | None = None) -> None:
+        """Cancel a batch as a tenant: its own by default."""
+        upload = self.accepted[batch_id]
+
+        def ask(machine: Machine) -> bool:
+            try:
+                self._caller(machine, tenant or upload.tenant).cancel(batch_id)
+            except (BatchNotFound, InvalidRequest):
+                return False
+            return True
+
+        if await self.world.function("api", Party.API, ask):
+            if tenant not in {None, upload.tenant}:
+                self.world.fail("tenants are apart", f"{tenant} could cancel {upload.name}")
+            self.canceled.setdefault(batch_id, self.world.time.now())
+
+    def _caller(self, machine: Machine, tenant: str) -> Batches:
+        return Batches(
+            tenant,
+            Through(self.batches),
+            Through(self.objects),
+            Through(self.queues),
+            Through(self.queues),
+            machine,
+            self.world.rng.randbytes,
+            self.world.events,
+        )
+
+    # The planner --------------------------------------------------------------------------------------------
+
+    def post_plan(self, batch_id: str) -> None:
+        """Send a batch to the planner."""
+        self._post(f"plan {batch_id}", lambda machine: _done(self._planner(machine).plan, batch_id))
+
+    def post_join(self, batch_id: str, section: int) -> None:
+        """Have a section joined."""
+        self._post(
+            f"join {batch_id} {section}",
+            lambda machine: _done(self._assemble(machine).join, batch_id, section),
+        )
+
+    def post_again(self, batch_id: str, number: int) -> None:
+        """Deliver a range's dead letter."""
+        self._post(
+            f"again {batch_id} {number}",
+            lambda machine: _done(self._planner(machine).again, batch_id, number),
+        )
+
+    def _post(self, what: str, do: Callable[[Machine], bool]) -> None:
+        self._posted += 1
+        self.queues.planner[f"{what} ({self._posted})"] = (self.world.time.now(), 0, do)
+        self.queues.stirred.set()
+
+    def assemble(self, machine: Machine) -> Assemble:
+        """Return what joins results inside a ranges worker."""
+        notices = self.world.outbox.notices
+        return Assemble(self.batches, self.objects, notices, machine, self.world.events)
+
+    def _assemble(self, machine: Machine) -> Assemble:
+        return Assemble(
+            Through(self.batches),
+            Through(self.objects),
+            Through(self.world.outbox.notices),
+            machine,
+            self.world.events,
+        )
+
+    def _planner(self, machine: Machine) -> PlanBatch:
+        return PlanBatch(
+            Through(self.batches),
+            Through(self.objects),
+            Through(self.queues),
+            self._assemble(machine),
+            (),
+            machine,
+            self.world.events,
+        )
+
+    async def _plan(self, what: str, received: int, do: Callable[[Machine], bool]) -> None:
+        self.queues.planner[what] = (self.world.time.now() + ALIVE_MS, received + 1, do)
+        done = await self.world.function("batches", Party.OPERATOR, do, PLANNER_MS)
+        if done:
+            self.queues.planner.pop(what, None)
+            return
+        pause = min(LONGEST_RETRY_MS, FIRST_RETRY_MS << min(received, 8))
+        self.queues.planner[what] = (self.world.time.now() + pause, received + 1, do)
+        self.queues.stirred.set()
+
+    # Lambda -------------------------------------------------------------------------------------------------
+
+    async def poll(self) -> None:
+        """Hand visible messages to the planner and to ranges workers."""
+        world = self.world
+        while True:
+            self.queues.stirred.clear()
+            now = world.time.now()
+            for what, (at, received, do) in list(self.queues.planner.items()):
+                if at <= now:
+                    self.queues.planner[what] = (now + ALIVE_MS, received, do)
+                    world.begin(self._plan(what, received, do))
+            if len(self.busy) < world.story.fleet:
+                pointer = self.queues.receive()
+                if pointer is not None:
+                    world.begin(self._invoke(pointer))
+                    await asyncio.sleep(0.1)
+                    continue
+            times = [at for at, *_ in self.queues.planner.values()]
+            if len(self.busy) < world.story.fleet:
+                times += [at for *_, at in self.queues.ranges.values()]
+            pause = max(1, min(times) - world.time.now()) / 1000 if times else None
+            try:
+                await asyncio.wait_for(self.queues.stirred.wait(), pause)
+            except TimeoutError:
+                continue
+
+    async def _invoke(self, pointer: RangePointer) -> None:
+        world = self.world
+        idle = [each for each in self.environments if each not in self.busy]
+        again = bool(idle) and world.rng.random() < 0.8
+        if not again:
+            self.environments.append(RangeEnvironment(world, self))
+        environment = world.rng.choice(idle) if again else self.environments[-1]
+        machine = environment.machine
+        self.busy.append(environment)
+        self._invocations += 1
+        owner = environment.line.owner = f"range-invocation-{self._invocations}"
+        world.record(machine, f"receives range {pointer.number} of {pointer.batch_id} as {owner}")
+        remaining = world.rng.choice(world.story.timeouts_ms)
+        stop_at = machine.now() + remaining - min(LAST_MS, remaining // 4)
+        task = machine.spawn(environment.run(pointer, stop_at, owner), owner)
+        try:
+            await asyncio.wait({task}, timeout=remaining / 1000)
+            if not task.done():
+                machine.kill("the invocation timed out")
+            if machine.is_alive:
+                self._answered(environment, pointer, task)
+        finally:
+            self.busy.remove(environment)
+            if not machine.is_alive:
+                self.environments.remove(environment)
+                await machine.ended()
+            self.queues.stirred.set()
+
+    def _answered(
+        self, environment: RangeEnvironment, pointer: RangePointer, task: asyncio.Task[bool]
+    ) -> None:
+        machine = environment.machine
+        if machine.tasks:
+            names = sorted(each.get_name() for each in machine.tasks)
+            self.world.fail("nothing goes on in a frozen worker", f"{machine.name}: {names}")
+        error = task.exception()
+        if isinstance(error, StoreBusy):
+            # Lambda reports a failed invocation; the message stays hidden.
+            self.world.record(machine, f"failed: {error}")
+        elif error is not None:
+            self.world.fail("a range always has its result", f"{machine.name}: {error!r}")
+        elif task.result():
+            self.queues.delete(pointer.message)
+
+    def resume(self, machine: Machine) -> Resume:
+        """Return the sweep of batches."""
+        return Resume(
+            Through(self.batches),
+            Through(self.batches),
+            Through(self.queues),
+            Through(self.queues),
+            Through(self.world.limits),
+            self.world.rules.model_groups,
+            machine,
+            self.world.events,
+        )
+
+    # The end ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether a scheduled run would find nothing to do."""
+        now = self.world.time.now()
+        return (
+            not self.batches.stored or self.is_done or not MemoryBatches.due(self.batches, now, 1)
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every batch has ended and no message is left."""
+        ended = all(
+            each.phase is Phase.ENDED and each.told for each in self.batches.stored.values()
+        )
+        return ended and not (self.queues.planner or self.queues.ranges or self.busy)
+
+
+def _done(call: Callable[..., None], *args: Any) -> bool:
+    call(*args)
+    return True
+
+
+@contextmanager
+def cut_as(story: Any) -> Iterator[None]:
+    """Cut files into small ranges and sections, as a story wants: large files have many of both."""
+    cut: Mapping[str, int] = {
+        "LINES_PER_RANGE": story.lines_per_range,
+        "RANGES_PER_SECTION": story.ranges_per_section,
+    }
+    # Housekeeping ten times a second would take most of the time of a story.
+    paced = {"TICK_MS": 500} if "TICK_MS" in vars(ranges) else {}
+    before = [(vars(module), name, vars(module)[name]) for module, name in _named(cut, paced)]
+    vars(domain).update(cut)
+    vars(ranges).update(paced)
+    try:
+        yield
+    finally:
+        for names, name, value in before:
+            names[name] = value
+
+
+def _named(cut: Mapping[str, int], paced: Mapping[str, int]) -> Iterator[tuple[Any, str]]:
+    yield from ((domain, name) for name in cut)
+    yield from ((ranges, name) for name in paced)

@@ -1,0 +1,240 @@
+"""The story of each seed. The kinds alternate, so that a few consecutive seeds have all of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Final
+
+from sluice.domain.keys import UpstreamKey
+from tests.fakes import MINUTE, SECOND, upstream_key
+from tests.simulation.accounts import MODEL_GROUPS, Home
+from tests.simulation.faults import (
+    FAULTS_OF_FILES,
+    FAULTS_OF_TENANTS,
+    BadRequest,
+    Canceled,
+    ConnectionLost,
+    Fault,
+    KilledAtAnyMoment,
+    LongBlocks,
+    ModelOverloaded,
+    NoConnection,
+    OtherTraffic,
+    OverloadStorm,
+    ParkedByHand,
+    RateLimited,
+    Refusals,
+    RevokedKey,
+    ServerErrors,
+    SlowAnswers,
+    Throttled,
+    TwoSweeps,
+)
+from tests.simulation.story import STATED, Order, Story, Upload, of_single_jobs
+from tests.simulation.troubles import of_neighbors
+
+TENANTS: Final = ("acme", "birch", "cedar")
+
+ALSO_OF_TENANTS: Final[tuple[type[Fault], ...]] = (
+    BadRequest,
+    Canceled,
+    ConnectionLost,
+    KilledAtAnyMoment,
+    OtherTraffic,
+    RateLimited,
+    Refusals,
+    RevokedKey,
+    ServerErrors,
+    SlowAnswers,
+    Throttled,
+    TwoSweeps,
+)
+"""Those of single jobs that matter to who may do what, and when."""
+
+
+ALSO_OF_FILES: Final[tuple[type[Fault], ...]] = (
+    BadRequest,
+    ConnectionLost,
+    LongBlocks,
+    ModelOverloaded,
+    NoConnection,
+    OverloadStorm,
+    ParkedByHand,
+    RateLimited,
+    Refusals,
+    ServerErrors,
+    SlowAnswers,
+    Throttled,
+    TwoSweeps,
+)
+
+
+def story_of(seed: int) -> Story:
+    """Return the story of a seed."""
+    if seed % 4 == 2:
+        return of_tenants(seed)
+    if seed % 8 == 3:
+        return of_files(seed)
+    if seed % 16 == 7:
+        return of_neighbors(seed)
+    return of_single_jobs(seed)
+
+
+def of_tenants(seed: int) -> Story:
+    """Return a story of several tenants, with keys of their own, organizations and models that share limits."""
+    rng = random.Random(f"tenants {seed}")  # noqa: S311 - chance that can be repeated
+    calm_at_ms = rng.choice((2, 4, 8)) * MINUTE
+    tenants = TENANTS[: rng.choice((2, 2, 3))]
+    orders = [
+        _order(rng, tenants, number, calm_at_ms)
+        for number in range(len(tenants) + rng.randrange(3))
+    ]
+    kinds = rng.sample(FAULTS_OF_TENANTS, rng.choice((0, 1, 1, 2)))
+    kinds += rng.sample(ALSO_OF_TENANTS, rng.choice((0, 0, 1, 2)))
+    if rng.random() < 0.2:
+        # A crowd, for what only a crowd shows.
+        names = [f"crowd-{position}" for position in range(40)]
+        orders[0] = replace(orders[0], names=names, deadline_ms=None, fallback_models=())
+    keys, homes = _keys(rng, tenants)
+    headers = rng.choice(("roomy", "true", "true", "none"))
+    if headers == "none":
+        homes = {}
+        keys = [
+            replace(
+                key,
+                organization=key.organization or "org",
+                limits={str(name): limit for name, limit in STATED.items()},
+            )
+            for key in keys
+        ]
+    return Story(
+        seed=seed,
+        orders=orders,
+        keys=keys,
+        homes=homes,
+        faults=[kind(rng, calm_at_ms) for kind in kinds],
+        headers=headers,
+        limits={
+            "requests": rng.choice((120, 600)),
+            "input_tokens": 60_000,
+            "output_tokens": 30_000,
+        },
+        fleet=rng.choice((2, 3, 5)),
+        batch_size=rng.choice((1, 10, 50)),
+        timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
+        call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
+        skew_ms=rng.choice((0, 500, 2 * SECOND)),
+        most_retrieve_exception=rng.choice((2, 6, 10_000)),
+        cached=rng.random() < 0.5,
+        calm_at_ms=calm_at_ms,
+        patience_ms=9 * 60 * MINUTE,
+    )
+
+
+def of_files(seed: int) -> Story:
+    """Return a story of some files of several tenants, cut into small ranges and sections."""
+    rng = random.Random(f"files {seed}")  # noqa: S311 - chance that can be repeated
+    calm_at_ms = rng.choice((2, 4, 8)) * MINUTE
+    tenants = TENANTS[: rng.choice((1, 2, 2, 3))]
+    uploads = [
+        _upload(rng, tenants[number % len(tenants)], len(tenants), number, calm_at_ms)
+        for number in range(rng.choice((1, 2, 3)))
+    ]
+    if rng.random() < 0.15:
+        # Another file under the name of the first.
+        first = uploads[0]
+        lines = [f"{first.tenant}-again-{position}" for position in range(4)]
+        again = replace(first, at_ms=first.at_ms + 20 * SECOND, lines=lines, by_api=False)
+        uploads.append(replace(again, cancel_after_ms=None, webhook=None))
+    kinds = rng.sample(FAULTS_OF_FILES, rng.choice((0, 0, 1, 1, 2)))
+    kinds += rng.sample(ALSO_OF_FILES, rng.choice((0, 0, 1, 2)))
+    return Story(
+        seed=seed,
+        orders=[],
+        uploads=uploads,
+        keys=[upstream_key("key-0")],
+        faults=[kind(rng, calm_at_ms) for kind in kinds],
+        headers=rng.choice(("roomy", "true")),
+        limits={
+            "requests": rng.choice((120, 600)),
+            "input_tokens": 60_000,
+            "output_tokens": 30_000,
+        },
+        fleet=rng.choice((2, 4, 6)),
+        timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
+        call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
+        skew_ms=rng.choice((0, 500, 2 * SECOND)),
+        most_retrieve_exception=rng.choice((2, 1_000)),
+        lines_per_range=rng.choice((1, 3, 5, 100)),
+        ranges_per_section=rng.choice((1, 2, 100)),
+        calm_at_ms=calm_at_ms,
+        patience_ms=7 * 60 * MINUTE,
+    )
+
+
+BAD_LINES: Final = (
+    b"",
+    b"not JSON",
+    b'{"params": 1}',
+    b'{"params": {}}',
+    b"\xfa\xfe",
+    b"[1]",
+)
+
+
+def _upload(rng: random.Random, tenant: str, tenants: int, number: int, calm_at_ms: int) -> Upload:
+    model, other = rng.sample(sorted(MODEL_GROUPS), 2)
+    count = rng.choice((1, 4, 9, 20))
+    lines: list[str | bytes] = [f"{tenant}-{number}-row-{position}" for position in range(count)]
+    by_api = rng.random() < 0.3
+    if not by_api:
+        for _ in range(rng.choice((0, 0, 1, 3))):
+            lines.insert(rng.randrange(len(lines) + 1), rng.choice(BAD_LINES))
+    return Upload(
+        at_ms=rng.randrange(calm_at_ms // 2),
+        name=f"file-{number // tenants}",
+        tenant=tenant,
+        lines=lines,
+        model=model,
+        fallback_models=(other,) if rng.random() < 0.3 else (),
+        deadline_ms=rng.randrange(calm_at_ms, 3 * calm_at_ms) if rng.random() < 0.2 else None,
+        cancel_after_ms=rng.randrange(calm_at_ms // 2) if rng.random() < 0.2 else None,
+        by_api=by_api,
+        webhook=f"https://{tenant}.example/{number}" if rng.random() < 0.3 else None,
+    )
+
+
+def _order(rng: random.Random, tenants: tuple[str, ...], number: int, calm_at_ms: int) -> Order:
+    tenant = tenants[number % len(tenants)]
+    model, *others = rng.sample(sorted(MODEL_GROUPS), 4)
+    return Order(
+        at_ms=rng.randrange(calm_at_ms // 2),
+        names=[f"{tenant}-{number}-{position}" for position in range(rng.choice((1, 2, 5)))],
+        tenant=tenant,
+        model=model,
+        fallback_models=tuple(others[: rng.choice((0, 0, 1, 2))]),
+        deadline_ms=rng.randrange(calm_at_ms * 2) if rng.random() < 0.25 else None,
+        cancel_after_ms=rng.randrange(calm_at_ms // 2) if rng.random() < 0.25 else None,
+        webhook=f"https://{tenant}.example/{number}" if rng.random() < 0.4 else None,
+    )
+
+
+def _keys(
+    rng: random.Random, tenants: tuple[str, ...]
+) -> tuple[list[UpstreamKey], dict[str, Home]]:
+    """Return a pool: some keys are everybody's, some of one tenant, some for few models; some are not known well."""
+    keys: list[UpstreamKey] = []
+    homes: dict[str, Home] = {}
+    for position in range(rng.choice((1, 2, 3, 4))):
+        name = f"key-{position}"
+        organization = rng.choice(("org", "org", "other"))
+        is_known = rng.random() < 0.7
+        key = upstream_key(name, organization=organization if is_known else None)
+        homes[name] = Home(organization)
+        if rng.random() < 0.4:
+            key = replace(key, tenants=frozenset(rng.sample(tenants, rng.choice((1, 2)))))
+        if rng.random() < 0.2:
+            key = replace(key, models=frozenset(rng.sample(sorted(MODEL_GROUPS), 2)))
+        keys.append(key)
+    return keys, homes
