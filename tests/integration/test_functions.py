@@ -1471,6 +1471,7 @@ def a_little_of_everything(gateway: Gateway) -> None:
         a_job("529x1", model="claude-sonnet-5"),
         a_job("500x1", model="claude-opus-4-8"),
         a_job("spend_cap", model="claude-fable-5"),
+        a_job("tokens=5", model="claude-without-a-price"),
     )
     deadline = shared.CLOCK.now() + 1_000
     (canceled, _) = gateway.submit(a_job(), a_job(deadline=views.time(deadline)))
