@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.adapters import job_records
+from sluice.adapters.batch_records import _RUNNING as RUNNING
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import (
     DynamoClientKeys,
@@ -27,7 +28,7 @@ from sluice.adapters.dynamodb import (
     DynamoParams,
 )
 from sluice.adapters.s3 import DeadLetterObjects, Objects
-from sluice.domain.batches import Batch, Options, Plan, RangeState, Source, Tally
+from sluice.domain.batches import Batch, Options, Plan, Progress, RangeState, Source, Tally
 from sluice.domain.breakers import Breaker
 from sluice.domain.client_keys import key_id, verifier
 from sluice.domain.jobs import (
@@ -303,6 +304,17 @@ def test_unknown_counters_of_a_row_are_ignored(counts: Mapping[str, int]) -> Non
     added = Sums()
     added.add(line)
     assert record.tally == added.tally
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(COUNTS)
+def test_unknown_counters_of_a_running_range_are_ignored(counts: Mapping[str, int]) -> None:
+    table = Table()
+    tally = Tally(lines=7, succeeded=5)
+    noted = {**tally.as_dict(), **counts}
+    table.item = {"part": {"S": "section#1"}, f"{RUNNING}3": {"S": json.dumps(noted)}}
+
+    assert {"section#1": Progress(0, Tally(), tally)} == _batches(table).groups("msgbatch_1", "s")
 
 
 @settings(max_examples=100, deadline=None, database=None)

@@ -276,7 +276,7 @@ def _progress(item: Item) -> Progress:
     done = set(item.get("done", {}).get("NS", ()))
     # A member that another release marked as done may have left its attribute.
     running = [
-        Tally(**json.loads(value["S"]))
+        Tally.of(json.loads(value["S"]))
         for name, value in item.items()
         if name.startswith(_RUNNING) and name.removeprefix(_RUNNING) not in done
     ]
