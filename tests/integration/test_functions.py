@@ -1471,7 +1471,6 @@ def a_little_of_everything(gateway: Gateway) -> None:
         a_job("529x1", model="claude-sonnet-5"),
         a_job("500x1", model="claude-opus-4-8"),
         a_job("spend_cap", model="claude-fable-5"),
-        a_job("tokens=5", model="claude-without-a-price"),
     )
     deadline = shared.CLOCK.now() + 1_000
     (canceled, _) = gateway.submit(a_job(), a_job(deadline=views.time(deadline)))
@@ -1479,6 +1478,8 @@ def a_little_of_everything(gateway: Gateway) -> None:
     while shared.CLOCK.now() <= deadline:
         time.sleep(0.01)
     gateway.cloud.sqs.send_message(QueueUrl=gateway.cloud.jobs_queue, MessageBody=PROMPT)
+    gateway.run_worker()
+    gateway.submit(a_job("tokens=5", model="claude-without-a-price"))
     gateway.run_worker()
     gateway.submit(a_job("401", model="claude-opus-5-5"))
     gateway.run_worker()
