@@ -53,7 +53,9 @@ OTHER_KEY: Final = "sk-ant-test-sentinel-of-other"
 DISABLED_KEY: Final = "sk-ant-test-sentinel-disabled"
 PROMPT: Final = "The sentinel prompt: how high is the water?"
 ANSWER: Final = re.compile(r"Answer [0-9a-f]{12}")
-OF_OTHERS: Final = {"AccessDenied", "OldKeys", "WebhooksDelivered", "WebhooksGivenUp"}
+OF_OTHERS: Final = frozenset(
+    {"AccessDenied", "OldKeys", "UnknownCosts", "WebhooksDelivered", "WebhooksGivenUp"}
+)
 """Emitted by what the story does not call; they have tests of their own."""
 
 ROOMY: Final = {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_000}}

@@ -75,6 +75,7 @@ def test_unknown_refusals_in_a_row_park_the_rest_of_the_file(gateway: Gateway) -
         job.error.message for name in ended if (job := gateway.job(name)).error
     }
     assert "unknown refusals in a row" in gateway.events.problem_names
+    assert "Words nobody" not in repr(gateway.events.problems)  # it may quote the request
     assert 1 <= gateway.events.counted("GroupsParked")
     assert {0} == {gateway.job(name).attempts_used for name in set(names) - set(ended)}
 

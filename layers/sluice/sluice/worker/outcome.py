@@ -132,7 +132,7 @@ class Outcome:
                 limit_group=name,
                 reason=reason,
                 error_code=failure.error_code,
-                message=failure.message,
+                request_id=failure.request_id,
                 until=verdict.until,
             )
         self._invocation.limiter.throttled(
@@ -153,7 +153,8 @@ class Outcome:
                 limit_group=admission.claimant.group,
                 tenant=job.tenant,
                 status=failure.status,
-                message=failure.message,
+                # Not the message, which may quote the request: ended jobs show it to their tenant.
+                job_id=job.job_id,
                 request_id=failure.request_id,
             )
         return breaker.is_open
