@@ -35,6 +35,7 @@ from sluice.adapters.claude import SdkClaude
 from sluice.adapters.sqs import SqsInbox
 from sluice.api import document, views
 from sluice.api.errors import HTTP_OF
+from sluice.domain import waits
 from sluice.domain.client_keys import key_id
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import DueFor, Job, Lease, State, claim, redrive
@@ -1303,6 +1304,18 @@ def test_a_job_that_only_met_429s_has_used_no_attempt(gateway: Gateway) -> None:
     assert [] == job["attempts"]
     (group,) = gateway.call("GET", "/limits").body["data"]
     assert "rate limited" == group["blocked_reason"]
+
+
+def test_a_worker_reads_its_job_again_and_again_during_a_call(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it notices a cancel, and that its lease is lost. Its role must allow the read."""
+    monkeypatch.setattr(waits, "CANCEL_CHECK_MS", 50)
+    (job_id,) = gateway.submit(a_job("slow=1"))
+
+    assert [] == gateway.run_worker()
+
+    assert "succeeded" == gateway.job(job_id)["state"]
 
 
 def test_a_canary_tests_the_wiring_without_a_call(gateway: Gateway, claude: Running) -> None:
