@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from math import isinf
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import httpx2
 
+from sluice.domain.finite_json import FINITE, NotFinite, is_deeper
 from sluice.ports.claude import CallRequest
 from sluice.worker.memory import BUDGET
 
@@ -238,21 +238,6 @@ async def on_response(response: httpx2.Response) -> None:
         exchange.receive(response)
 
 
-class _OutOfRange(ValueError):
-    """A number that JSON does not have, or that no double holds."""
-
-
-def _out_of_range(text: str) -> NoReturn:
-    raise _OutOfRange(text)
-
-
-def _in_range(text: str) -> float:
-    number = float(text)
-    if isinf(number):
-        raise _OutOfRange(text)
-    return number
-
-
 def _clamped(text: str) -> float:
     return min(max(float(text), -sys.float_info.max), sys.float_info.max)
 
@@ -261,7 +246,6 @@ def _constant_clamped(name: str) -> float | None:
     return None if name == "NaN" else _clamped(name)
 
 
-_EXACT: Final = json.JSONDecoder(parse_constant=_out_of_range, parse_float=_in_range)
 _CLAMPING: Final = json.JSONDecoder(parse_constant=_constant_clamped, parse_float=_clamped)
 
 
@@ -277,23 +261,11 @@ def parsed(text: str) -> tuple[Any, bool]:
         raise AnswerTooLarge
     try:
         try:
-            document, is_exact = _EXACT.decode(text), True
-        except _OutOfRange:
+            document, is_exact = FINITE.decode(text), True
+        except NotFinite:
             document, is_exact = _CLAMPING.decode(text), False
     except RecursionError as error:
         raise AnswerTooLarge from error
-    if brackets > MOST_LEVELS and _is_too_deep(document):
+    if brackets > MOST_LEVELS and is_deeper(document, MOST_LEVELS):
         raise AnswerTooLarge
     return document, is_exact
-
-
-def _is_too_deep(document: object) -> bool:
-    level = [document] if isinstance(document, dict | list) else []
-    for _ in range(MOST_LEVELS):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)

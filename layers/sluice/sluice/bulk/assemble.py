@@ -28,7 +28,7 @@ from sluice.domain.batches import (
 from sluice.domain.pricing import cost_facts, usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.domain.times import rfc3339
-from sluice.ports.batches import BatchesQueue, BatchStore, Objects
+from sluice.ports.batches import BatchStore, Joins, Objects
 from sluice.ports.swap import Written, change, swap
 from sluice.ports.world import Clock, Events, Notice, Notices
 
@@ -323,17 +323,11 @@ class JoinAtOnce:
     After any error the batches function joins the section: its queue retries, and has alarms.
     """
 
-    def __init__(
-        self, assemble: Callable[[], Assemble], queue: BatchesQueue, events: Events
-    ) -> None:
+    def __init__(self, assemble: Callable[[], Assemble], queue: Joins, events: Events) -> None:
         """`assemble` is called when the first section is complete."""
         self._assemble = assemble
         self._queue = queue
         self._events = events
-
-    def send_plan(self, batch_id: str) -> None:
-        """Have a batch planned by the batches function."""
-        self._queue.send_plan(batch_id)
 
     def send_join(self, batch_id: str, section: int) -> None:
         """Join a section, or send it to the batches function; raises StoreBusy."""

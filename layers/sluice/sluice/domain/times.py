@@ -22,14 +22,3 @@ def rfc3339(milliseconds: int | None) -> str | None:
         return None
     when = _EPOCH + timedelta(milliseconds=min(max(milliseconds, EARLIEST_MS), LATEST_MS))
     return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def parse_rfc3339(value: object) -> int | None:
-    """Return epoch milliseconds; None for anything but RFC 3339 text with a time zone."""
-    if not isinstance(value, str):
-        return None
-    try:
-        when = datetime.fromisoformat(value)
-    except ValueError:
-        return None
-    return None if when.tzinfo is None else int(when.timestamp() * 1000)

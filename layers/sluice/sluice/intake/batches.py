@@ -30,7 +30,7 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
 from sluice.intake.requests import BatchRequest, ListedJob, read_items
-from sluice.ports.batches import BatchesQueue, BatchPage, BatchStore, Objects, RangesQueue
+from sluice.ports.batches import BatchPage, BatchStore, Objects, Plans, RangesQueue
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
 
@@ -97,7 +97,7 @@ class Batches:
         tenant: str,
         batches: BatchStore,
         objects: Objects,
-        queue: BatchesQueue,
+        queue: Plans,
         ranges: RangesQueue,
         clock: Clock,
         random_bytes: RandomBytes,

@@ -10,9 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from json.decoder import JSONDecoder
-from math import isinf
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +28,7 @@ from pydantic import (
 
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
 from sluice.domain.errors import InvalidRequest
+from sluice.domain.finite_json import FINITE, is_deeper
 from sluice.domain.forms import PROBLEM
 from sluice.domain.rows import BadRow, Line, Row
 from sluice.domain.webhooks import Network, check_url
@@ -201,22 +200,6 @@ class FileOptions(BaseModel):
 # JSON ----------------------------------------------------------------------------------------------------------
 
 
-class _NotFinite(ValueError):
-    """A number that Python reads as NaN or infinite."""
-
-
-def _constant(name: str) -> NoReturn:
-    raise _NotFinite(name)
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if isinf(number):
-        raise _NotFinite(digits)
-    return number
-
-
-_STRICT: Final = JSONDecoder(parse_constant=_constant, parse_float=_finite)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """In UTF-8, half a surrogate pair can occur only as an escape."""
 
@@ -248,7 +231,7 @@ def unread(error: ValueError) -> str:
 
 def unsendable(item: object) -> str | None:
     """Return why an object cannot be sent as JSON in UTF-8, or None."""
-    if _is_too_deep(item):
+    if is_deeper(item, DEEPEST):
         return TOO_DEEP
     try:
         json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
@@ -257,19 +240,6 @@ def unsendable(item: object) -> str | None:
     except ValueError:
         return NOT_FINITE
     return None
-
-
-def _is_too_deep(item: object) -> bool:
-    """Return whether there are more levels than DEEPEST. Works level by level, so that no depth exceeds the stack."""
-    level = [item] if isinstance(item, dict | list) else []
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
 
 
 def _is_unicode(text: str) -> bool:
@@ -409,7 +379,7 @@ def _parsed(text: bytes) -> tuple[Any, str | None]:
     except UnicodeDecodeError:
         words, suspect = text.decode(errors="surrogateescape"), True
     try:
-        item = _STRICT.decode(words)
+        item = FINITE.decode(words)
     except (ValueError, RecursionError):
         item, suspect = decode(words), True
     problem = unsendable(item) if suspect else None

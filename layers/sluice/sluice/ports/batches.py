@@ -101,16 +101,20 @@ class RangesQueue(Protocol):
         ...
 
 
-class BatchesQueue(Protocol):
-    """Sends messages to the batches queue.
+class Plans(Protocol):
+    """Where batches are sent to be planned: the batches queue.
 
-    The function that this queue invokes must not use it: Lambda stops a function that sends to its own queue
-    (recursive loop detection), and its role does not permit it.
+    The function that this queue invokes must not use it, nor the one below: Lambda stops a function that sends to its
+    own queue (recursive loop detection), and its role does not permit it.
     """
 
     def send_plan(self, batch_id: str) -> None:
         """Have a batch planned; raises StoreBusy."""
         ...
+
+
+class Joins(Protocol):
+    """Where sections are sent to be joined: the batches queue, or a section of a small batch at once."""
 
     def send_join(self, batch_id: str, section: int) -> None:
         """Have the results of a section joined; raises StoreBusy."""

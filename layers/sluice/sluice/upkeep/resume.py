@@ -13,7 +13,7 @@ from typing import Final
 from sluice.domain.batches import LINES_PER_RANGE, WATCH_MS
 from sluice.domain.capacity import startable
 from sluice.domain.limits import Group, model_group
-from sluice.ports.batches import BatchesQueue, BatchStore, DueRange, RangesQueue, WaitingRanges
+from sluice.ports.batches import BatchStore, DueRange, Plans, RangesQueue, WaitingRanges
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Clock, Events
 from sluice.upkeep.schedule import RUN_MS, UNSENT_MS
@@ -39,7 +39,7 @@ class Resume:
         batches: BatchStore,
         waiting: WaitingRanges,
         ranges: RangesQueue,
-        plans: BatchesQueue,
+        plans: Plans,
         limits: LimitStore,
         model_groups: Mapping[str, str],
         clock: Clock,

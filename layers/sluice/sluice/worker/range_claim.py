@@ -25,7 +25,7 @@ from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, LeaseLost
 from sluice.domain.jobs import Job
 from sluice.domain.rows import Encoded, Record, split
-from sluice.ports.batches import BatchesQueue, BatchStore, Objects
+from sluice.ports.batches import BatchStore, Joins, Objects
 from sluice.ports.jobs import Returns
 from sluice.ports.swap import swap
 from sluice.ports.world import Blocking, Clock, Events
@@ -48,7 +48,7 @@ class RangeTools:
 
     batches: BatchStore
     objects: Objects
-    queue: BatchesQueue
+    queue: Joins
     backlog: Callable[[], Backlog]
     """Of the ranges queue."""
     returns: Returns
