@@ -1,5 +1,6 @@
-"""Where a job waits, and for how long: the one rule that picks the place, and the durations of leases and of waits
-for upstream. The backoff of a retry is in `retries.RetryPolicy`.
+"""Where a job waits, and for how long: the one rule that picks the place, and the durations of leases and backoffs.
+
+The backoff of a retry is in `retries.RetryPolicy`.
 
 All durations are milliseconds.
 """
