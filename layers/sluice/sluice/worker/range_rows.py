@@ -35,7 +35,7 @@ SAVE_BYTES: Final = 8 * 1024 * 1024
 SAVE_MS: Final = 2_000
 """Ended rows are saved at the latest when their records have this many bytes, or the first of them is this old."""
 
-AGAIN: Final = "the worker before died: an earlier call of this row may have been billed"
+AGAIN: Final = "the answer of an earlier call of this row, which may have been billed, was lost"
 
 
 @dataclass(slots=True)
@@ -75,6 +75,16 @@ class Seat:
         """When its next attempt may start."""
         return max(self.due_at, self.job.not_before or 0)
 
+    @property
+    def is_over_first(self) -> bool:
+        """Return whether its deadline comes before that."""
+        return self.job.deadline is not None and self.job.deadline < self.may_go_on_at
+
+    @property
+    def wakes_at(self) -> int:
+        """When something can be done for it: its next attempt, or its end at its deadline."""
+        return min(self.may_go_on_at, self.job.deadline or self.may_go_on_at)
+
 
 class WindowRows:
     """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
@@ -100,7 +110,7 @@ class WindowRows:
         self.open(())
 
     def open(self, seats: Iterable[Seat], *, again: bool = False) -> None:
-        """Replace the rows by those of another window; `again`: a worker died with them."""
+        """Replace the rows by those of another window; `again`: answers of theirs were lost."""
         self._seats = {seat.job.job_id: seat for seat in seats}
         self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
         self._starting = _nothing
@@ -108,6 +118,11 @@ class WindowRows:
             if seat.ended is not None:
                 self._hold(seat.ended)
         self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
+
+    @property
+    def are_saved(self) -> bool:
+        """Whether all ended rows are saved."""
+        return all(seat.ended is None or seat.ended.chunk for seat in self._seats.values())
 
     def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
         """Call `starting`, in a thread, with the ids of rows before their requests are made."""
