@@ -207,7 +207,7 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
     ),
     "look_for_no_lost_range": Bug(
         "ranges whose messages were lost are not sent again",
-        in_place_of(plan, "lost_ranges", lambda *_, is_queue_empty: []),
+        in_place_of(plan, "lost_ranges", lambda *_, **__: []),
     ),
     "let_parked_ranges_sleep": Bug(
         "parked ranges of a canceled or expired batch wait for limits",
@@ -215,7 +215,7 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
     ),
     "plan_nothing_that_is_late": Bug(
         "a file that is planned after its deadline ends without results",
-        in_place_of(plan, "PLANNING_MS", -DAY_MS),
+        in_place_of(plan, "PLANNING_MS", -domain.DAY_MS),
     ),
     "take_busy_for_missing": Bug(
         "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sluice.domain.batches import LATE_MS, Batch, Phase, cancel_batch
 from sluice.domain.errors import StoreBusy
 from sluice.ports.claude import CallRequest
 from sluice.upkeep.resume import Resume
+from sluice.worker import range_rows, range_windows
 from sluice.worker.range_claim import HIDE_MS, LEASE_MS
 from sluice.worker.range_rows import AGAIN
 from tests.bulk_fakes import Bulk, MemoryBatches, a_row, jsonl, number_in
@@ -509,3 +511,53 @@ def test_a_row_that_is_nested_deeply_is_the_only_one_to_err(make: Make, levels: 
         row["custom_id"] for row in bulk.results() if row["result"]["type"] == "succeeded"
     ]
     assert [2] == [error["line"] for error in bulk.errors()]
+
+
+class Surprise(Exception):
+    """What no rule expects."""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(range_windows, "read_row"), (range_rows, "read_row"), (range_rows, "job_record")],
+)
+def test_any_exception_of_a_row_is_its_result(
+    make: Make, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """When it is read, when its request is made, and when its result is written."""
+    good = vars(module)[name]
+    once = [True]
+
+    def bad(*facts: Any) -> Any:
+        is_second = any(getattr(each, "custom_id", "") == "row-1" for each in facts) or any(
+            b"Say 1" in getattr(each, "text", b"") for each in facts
+        )
+        if is_second and once:
+            once.clear()
+            raise Surprise
+        return good(*facts)
+
+    monkeypatch.setattr(module, name, bad)
+    bulk = make()
+    bulk.upload(of(3))
+
+    bulk.drain()
+
+    found = {row["custom_id"]: row["result"]["type"] for row in bulk.results()}
+    wrong = found.pop("row-1", None) or bulk.errors()[0]["error"]["type"]
+    assert wrong in {"errored", "invalid_request_error"}
+    assert {"row-0": "succeeded", "row-2": "succeeded"} == found
+    assert bulk.time.now() < NOON + MINUTE
+    assert 3 == bulk.summary()["counts"]["lines"]
+
+
+@pytest.mark.parametrize("most", [10**15, 10**40])
+def test_a_row_that_asks_for_any_number_of_tokens_hurts_no_other(make: Make, most: int) -> None:
+    bulk = make()
+    bulk.gateway.know(known_group("org", "a"))
+    bulk.upload(jsonl(a_row(0), a_row(1, max_tokens=most), a_row(2)))
+
+    bulk.time.run(minute_by_minute(bulk))
+
+    assert {"succeeded": 3} == kinds(bulk)
+    assert (bulk.batch.ended_at or 0) < NOON + 20 * MINUTE

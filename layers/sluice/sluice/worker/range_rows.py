@@ -202,9 +202,14 @@ class WindowRows:
         found = {}
         for job_id in job_ids:
             seat = self._seats[job_id]
-            row = read_row(seat.line, self._options)
-            if isinstance(row, Row):
-                found[job_id] = Params(job_id, request_body(row.params), seat.job.request_hash)
+            try:
+                row = read_row(seat.line, self._options)
+                if isinstance(row, Row):
+                    body = request_body(row.params)
+                    found[job_id] = Params(job_id, body, seat.job.request_hash)
+            except Exception as error:  # noqa: BLE001 - it is the error of this row alone
+                said = f"the request cannot be made: {type(error).__name__}"
+                self.give_up({seat.line.offset}, JobError("invalid_request_error", said))
         return found
 
     def noted(self, rows: Sequence[LedgerRow]) -> list[LedgerRow]:
@@ -269,9 +274,7 @@ class WindowRows:
         seat.job = job
         if not job.state.is_final:
             return
-        line = seat.line
-        record = job_record(line.number, line.offset, job, seat.message, self._other_lane(job))
-        text = record.encoded()
+        line, text = seat.line, self._encoded(seat)
         seat.ended = Ended(line.number, len(text), text)
         # The memory of an ended row is free again.
         seat.message, seat.line = None, replace(line, text=b"")
@@ -279,6 +282,18 @@ class WindowRows:
             self._oldest_unsaved = self._clock.now()
         self._unsaved.append(seat)
         self._unsaved_bytes += len(text)
+
+    def _encoded(self, seat: Seat) -> bytes:
+        """Return the record of a row that has ended; a result that cannot be written is an error of this row alone."""
+        line, other_lane = seat.line, self._other_lane(seat.job)
+        try:
+            record = job_record(line.number, line.offset, seat.job, seat.message, other_lane)
+            return record.encoded()
+        except Exception as error:  # noqa: BLE001 - the other rows must be saved
+            said = f"the result cannot be written: {type(error).__name__}"
+            reason = JobError("result_not_storable", said)
+            seat.job = replace(seat.job, state=State.ERRORED, error=reason)
+            return job_record(line.number, line.offset, seat.job, None, other_lane).encoded()
 
     @staticmethod
     def _other_lane(job: Job) -> int:

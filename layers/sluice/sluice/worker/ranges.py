@@ -216,7 +216,14 @@ class _Run:
         if self._range.state.dropped:
             await self._tools.blocking(self._range.probe)
         saved = await self._tools.blocking(self._range.restored)
-        windows = Windows(self._tools.objects, self._batch, self._range.state, saved, self._job_of)
+        windows = Windows(
+            self._tools.objects,
+            self._batch,
+            self._range.state,
+            saved,
+            self._job_of,
+            self._tools.events,
+        )
         run_rows = 0
         is_first = True
         while True:
