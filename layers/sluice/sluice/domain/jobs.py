@@ -16,6 +16,9 @@ from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 from sluice.domain.waits import LEASE_MS
 
+NOT_STORED: Final = "the answer could not be stored"
+"""Why a job waits whose answer no store took to the end of its invocation: it uses no attempt."""
+
 WATCH_MS: Final = 30 * 60_000
 """If a job is not written for this long, its message may be lost: the sweep checks it."""
 
