@@ -16,15 +16,21 @@ from sluice.domain.batches import (
     LONGEST_MS,
     MOST_KEY_BYTES,
     MOST_LINE_BYTES,
+    PLANNING_MS,
     SAMPLE_BYTES,
     WATCH_MS,
     Batch,
     Options,
     Phase,
     Plan,
+    RangeState,
     Source,
     file_batch_id,
-    is_overdue,
+    is_held,
+    is_over,
+    late_ms,
+    lost_ranges,
+    mark_sent,
     older_file_batch_id,
     plan_batch,
     planned,
@@ -36,6 +42,7 @@ from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
+    MOST_ROWS_BYTES,
     BadForm,
     csv_rows,
     document_row,
@@ -55,6 +62,9 @@ SEND_ROUNDS: Final = 5
 
 MOST_COPIED_BYTES: Final = 200 * 1024**3
 """S3 copies so much within minutes. A larger file is read where it is, and must not be replaced while it runs."""
+
+CONVERT_MS: Final = 10 * 60_000
+"""Maximum time to make the rows of a file that is not plain JSONL: another invocation would start from nothing."""
 
 JOIN_MS: Final = 5 * 60_000
 """After this time no further section is joined in this check of a batch; ten minutes remain for the last one."""
@@ -207,30 +217,61 @@ class PlanBatch:
             self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
             self._check(batch, batch.plan)
-        elif batch.plan is None and self._clock.now() >= batch.expires_at:
+        elif batch.plan is None and self._clock.now() >= batch.expires_at + PLANNING_MS:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
         else:
-            # Once planned, its ranges may be running; rows that have not started end `expired`.
+            # Also if it is over: each of its rows must have a result.
             self._plan(batch)
 
     def _check(self, batch: Batch, plan: Plan) -> None:
-        """Join sections whose ranges are done. Once the rows should have expired, send the other ranges again."""
+        """Send ranges again that would never or too late be run, and join sections whose ranges are done."""
         groups = self._batches.groups(batch.batch_id, SECTIONS_PREFIX)
         complete: list[int] = []
-        lost: list[int] = []
+        missing: dict[int, Sequence[int]] = {}
         for section in range(plan.sections):
-            members = plan.members(section)
             found = groups.get(f"section#{section:06d}")
-            if found is None or found.members < len(members):
-                lost.extend(members)
-            else:
+            done = found.done if found else ()
+            missing[section] = [each for each in plan.members(section) if each not in done]
+            if not missing[section]:
                 complete.append(section)
+        self._send_again(batch, plan, missing)
         joined = groups[SECTIONS].members if SECTIONS in groups else 0
         if joined < len(complete) or len(complete) == plan.sections:
             self._join(batch, complete)
-        if lost and is_overdue(batch, self._clock.now()):
-            self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
-            self._send(batch, lost)
+
+    def _send_again(self, batch: Batch, plan: Plan, missing: Mapping[int, Sequence[int]]) -> None:
+        """Send ranges whose messages are probably lost, and wake those that wait although their batch is over."""
+        now = self._clock.now()
+        asleep: list[int] = []
+        late: dict[int, int] = {}
+        for section, numbers in missing.items():
+            if not numbers:
+                continue
+            seen = self._batches.seen_ranges(batch.batch_id, plan.members(section))
+            for number in numbers:
+                known = seen.get(number)
+                state = known.state if known else RangeState(batch.batch_id, number, batch.tenant)
+                if (known and known.is_parked) or state.expected_at > now:
+                    asleep.append(number)
+                elif not is_held(state, now):
+                    late[number] = late_ms(batch, state, now)
+        lost = lost_ranges(batch, late, is_queue_empty=False) or (
+            lost_ranges(batch, late, is_queue_empty=True) if late and self._is_empty() else []
+        )
+        if lost:
+            self._events.problem("ranges lost", batch_id=batch.batch_id, ranges=len(lost))
+        wanted = [*lost, *(asleep if is_over(batch, now) else ())]
+        if wanted:
+            self._send(batch, wanted)
+            self._changed(batch, lambda current: mark_sent(current, now))
+
+    def _is_empty(self) -> bool:
+        """Return whether no message waits in the ranges queue."""
+        try:
+            return not self._queue.backlog().visible
+        except StoreBusy as busy:
+            self._events.problem("store busy", what=busy.what)
+            return False
 
     def _join(self, batch: Batch, sections: Sequence[int]) -> None:
         """Join sections in this invocation, because this function must not send to the queue that invokes it.
@@ -348,8 +389,17 @@ class PlanBatch:
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
         """Stream the rows of a file to an object; return its ETag."""
         rows = self._objects.writer(batch.rows_key)
+        written, latest = 0, self._clock.now() + CONVERT_MS
         try:
             for piece in self._rows_of(batch, sample):
+                written += len(piece)
+                if written > MOST_ROWS_BYTES:
+                    raise BadForm(f"the rows made from the file exceed {MOST_ROWS_BYTES:,} bytes")
+                if self._clock.now() > latest:
+                    raise BadForm(
+                        f"the file could not be converted to rows within {CONVERT_MS // 60_000} minutes; "
+                        "split it, or upload it as plain JSONL, which is not converted"
+                    )
                 rows.write(piece)
             rows.close()
         finally:

@@ -42,21 +42,23 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class PartSizes:
     """The parts of an upload, all of one size but the last."""
 
     size: int
 
     @property
     def part_bytes(self) -> int:
+        """Bytes of every part but the last."""
         return max(PART_BYTES, -(-self.size // MOST_PARTS))
 
     @property
     def number(self) -> int:
+        """The number of parts."""
         return -(-self.size // self.part_bytes)
 
     def sizes(self, first: int, last: int) -> dict[int, int]:
-        """Return the bytes of each part."""
+        """Return the bytes of some parts, by number."""
         most = self.part_bytes
         return {part: min(most, self.size - (part - 1) * most) for part in range(first, last + 1)}
 
@@ -93,7 +95,7 @@ class Uploads:
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
         self._planner.read_options(options)
-        parts = _Parts(size)
+        parts = PartSizes(size)
         if options:
             self._objects.put(f"{stem_of(key)}{OPTIONS_ENDING}", json.dumps(options).encode())
         upload_id = self._links.begin(key)
@@ -129,7 +131,7 @@ class Uploads:
         key, _, own_id = self._opened(name, upload_id)
         self._links.abort(key, own_id)
 
-    def _opened(self, name: str, upload_id: str) -> tuple[str, _Parts, str]:
+    def _opened(self, name: str, upload_id: str) -> tuple[str, PartSizes, str]:
         """Return key, parts and S3's own id of an upload; raises InvalidRequest for an id that was not given out."""
         match = _ID.fullmatch(upload_id)
         key = self._key(name, match["token"] if match else "")
@@ -137,7 +139,7 @@ class Uploads:
             size, own_id = int(match["size"]), match["own"]
             expected = self._signature(key, size, own_id)
             if hmac.compare_digest(expected, match["signature"]):
-                return key, _Parts(size), own_id
+                return key, PartSizes(size), own_id
         raise InvalidRequest("id: is not the id of an upload of this name; start the upload again")
 
     def _signature(self, key: str, size: int, upload_id: str) -> str:
