@@ -335,6 +335,27 @@ def test_a_broken_gzip_file_says_so(make: Make) -> None:
     assert "the gzip file is truncated; upload it again" == bulk.batch.problem
 
 
+@pytest.mark.parametrize(
+    ("bound", "value", "message"),
+    [
+        ("CONVERT_MS", -1, "could not be converted to rows within"),
+        ("MOST_ROWS_BYTES", 1_000, "the rows made from the file exceed 1,000 bytes"),
+    ],
+)
+def test_a_conversion_that_takes_too_long_ends_its_batch_and_leaves_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, bound: str, value: int, message: str
+) -> None:
+    """Another invocation would start from nothing, and hold up the files of all tenants once more."""
+    monkeypatch.setattr(f"sluice.bulk.plan.{bound}", value)
+    bulk = make()
+
+    bulk.upload(gzip.compress(jsonl(*(a_row(number) for number in range(100)))), "first.jsonl.gz")
+
+    assert message in (bulk.batch.problem or "")
+    assert Phase.ENDED == bulk.batch.phase
+    assert bulk.batch.rows_key not in bulk.objects.stored
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_csv_file_runs_under_its_prompt(make: Make, *, packed: bool) -> None:
     bulk = make()

@@ -39,6 +39,7 @@ from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
+    MOST_ROWS_BYTES,
     BadForm,
     csv_rows,
     document_row,
@@ -55,6 +56,9 @@ OPTIONS_ENDING: Final = ".options.json"
 METADATA_PREFIX: Final = "sluice-"
 MOST_OPTIONS_BYTES: Final = 256 * 1024
 SEND_ROUNDS: Final = 5
+
+CONVERT_MS: Final = 10 * 60_000
+"""Maximum time to make the rows of a file that is not plain JSONL: another invocation would start from nothing."""
 
 JOIN_MS: Final = 5 * 60_000
 """After this time no further section is joined in this check of a batch; ten minutes remain for the last one."""
@@ -337,8 +341,17 @@ class PlanBatch:
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
         """Stream the rows of a file to an object; return its ETag."""
         rows = self._objects.writer(batch.rows_key)
+        written, latest = 0, self._clock.now() + CONVERT_MS
         try:
             for piece in self._rows_of(batch, sample):
+                written += len(piece)
+                if written > MOST_ROWS_BYTES:
+                    raise BadForm(f"the rows made from the file exceed {MOST_ROWS_BYTES:,} bytes")
+                if self._clock.now() > latest:
+                    raise BadForm(
+                        f"the file could not be converted to rows within {CONVERT_MS // 60_000} minutes; "
+                        "split it, or upload it as plain JSONL, which is not converted"
+                    )
                 rows.write(piece)
             rows.close()
         finally:

@@ -38,21 +38,23 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class PartSizes:
     """The parts of an upload, all of one size but the last."""
 
     size: int
 
     @property
     def part_bytes(self) -> int:
+        """Bytes of every part but the last."""
         return max(PART_BYTES, -(-self.size // MOST_PARTS))
 
     @property
     def number(self) -> int:
+        """The number of parts."""
         return -(-self.size // self.part_bytes)
 
     def sizes(self, first: int, last: int) -> dict[int, int]:
-        """Return the bytes of each part."""
+        """Return the bytes of some parts, by number."""
         most = self.part_bytes
         return {part: min(most, self.size - (part - 1) * most) for part in range(first, last + 1)}
 
@@ -84,7 +86,7 @@ class Uploads:
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
         self._planner.read_options(options)
-        parts = _Parts(size)
+        parts = PartSizes(size)
         # Always written, so that options of an earlier file of this name do not apply.
         self._objects.put(
             f"in/{self._tenant}/{stem_of(name)}.options.json", json.dumps(options).encode()
@@ -125,14 +127,14 @@ class Uploads:
         _, own_id = self._opened(key, upload_id)
         self._links.abort(key, own_id)
 
-    def _opened(self, key: str, upload_id: str) -> tuple[_Parts, str]:
+    def _opened(self, key: str, upload_id: str) -> tuple[PartSizes, str]:
         """Return the parts of an upload and S3's own id; raises InvalidRequest for an id that was not given out."""
         size, _, rest = upload_id.partition("-")
         signature, _, own_id = rest.partition("-")
         if size.isascii() and size.isdecimal() and len(size) <= len(str(MOST_BYTES)):
             expected = self._signature(key, int(size), own_id)
             if hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
-                return _Parts(int(size)), own_id
+                return PartSizes(int(size)), own_id
         raise InvalidRequest("id: is not the id of an upload of this name; start the upload again")
 
     def _signature(self, key: str, size: int, upload_id: str) -> str:
