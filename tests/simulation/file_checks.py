@@ -105,7 +105,9 @@ class BatchesEndSoon(Check):
             lost = LOST_MS if batch.batch_id in world.files.lost else 0
             canceled_at = world.files.canceled.get(batch.batch_id)
             if canceled_at is not None:
-                self._by(world, batch, "its cancel", max(last, canceled_at) + CANCEL_MS + lost, ended_at)
+                self._by(
+                    world, batch, "its cancel", max(last, canceled_at) + CANCEL_MS + lost, ended_at
+                )
             if upload.deadline_at is not None:
                 latest = max(last, upload.deadline_at) + EXPIRY_MS + lost
                 self._by(world, batch, "its deadline", latest, ended_at)
