@@ -235,10 +235,6 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "parked ranges of a canceled or expired batch wait for limits",
         in_place_of(plan, "is_over", lambda *_: False),
     ),
-    "plan_nothing_that_is_late": Bug(
-        "a file that is planned after its deadline ends without results",
-        in_place_of(plan, "PLANNING_MS", -domain.DAY_MS),
-    ),
     "take_busy_for_missing": Bug(
         "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing
     ),

@@ -26,6 +26,9 @@ CANCEL_MS: Final = 10 * MINUTE
 NOTICED_MS: Final = MINUTE
 """A ranges worker looks for a cancel when it renews its lease."""
 
+LOST_MS: Final = 20 * MINUTE
+"""A batch of which a message was lost is looked after at the next check only."""
+
 EXPIRY_MS: Final = 30 * MINUTE
 """A batch ends so long after its deadline and its last call."""
 
@@ -93,11 +96,14 @@ class BatchesEndSoon(Check):
                 self._by(world, batch, "the calm", max(last, calm_at) + SOON_MS, ended_at)
             if world.has_troubled_functions:
                 continue
+            lost = LOST_MS if batch.batch_id in world.files.lost else 0
             canceled_at = world.files.canceled.get(batch.batch_id)
             if canceled_at is not None:
-                self._by(world, batch, "its cancel", max(last, canceled_at) + CANCEL_MS, ended_at)
+                self._by(
+                    world, batch, "its cancel", max(last, canceled_at) + CANCEL_MS + lost, ended_at
+                )
             if upload.deadline_at is not None:
-                latest = max(last, upload.deadline_at) + EXPIRY_MS
+                latest = max(last, upload.deadline_at) + EXPIRY_MS + lost
                 self._by(world, batch, "its deadline", latest, ended_at)
 
     @staticmethod

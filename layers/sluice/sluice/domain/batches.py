@@ -309,8 +309,9 @@ WATCH_MS: Final = 20 * 60_000
 
 assert NOTIFY_MS < WATCH_MS, "a missing notification is noticed before a lost message"
 
-LATE_MS: Final = 5 * 60_000
-"""A message of a range that is overdue for so long is lost if no message waits in the queue."""
+LATE_MS: Final = 90_000
+"""A message of a range that is overdue for so long is lost if no message waits in the queue: a worker that meets a busy
+store hides it for less."""
 
 QUIET_MS: Final = 6 * 60 * 60_000
 """While messages wait in the queue, a range's message is assumed to be among them for this time."""
@@ -318,7 +319,7 @@ QUIET_MS: Final = 6 * 60 * 60_000
 FEW_LATE: Final = 20
 """So few ranges of a batch are sent again even then: an extra message costs a receive, and a lost one the batch."""
 
-assert LATE_MS < WATCH_MS < QUIET_MS
+assert LATE_MS < NOTIFY_MS < WATCH_MS < QUIET_MS
 
 PLANNING_MS: Final = 60 * 60_000
 """A file that could not be planned so long after its rows expired ends without results."""
