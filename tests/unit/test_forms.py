@@ -181,10 +181,18 @@ def test_a_large_file_may_have_long_prompts(monkeypatch: pytest.MonkeyPatch) -> 
         (b"\n \r\n", PROMPT, "the file is empty"),
         (b"other\nx\n", PROMPT, "the prompt uses unknown column 'text'; the columns are other"),
         (b"a;b,c;d\n", PROMPT, "unknown column 'text'; the columns are a, b,c, d"),
-        (b"text,score,text\na,1,b\n", PROMPT, "the header has 2 columns 'text'; rename all but one"),
+        (
+            b"text,score,text\na,1,b\n",
+            PROMPT,
+            "the header has 2 columns 'text'; rename all but one",
+        ),
         (b"text, id ,id\na,1,b\n", PROMPT, "the header has 2 columns 'id'; rename all but one"),
         (b'\n"te"xt\nx\n', PROMPT, "the header in line 2 is not valid CSV: field 1 continues"),
-        (b"text,\xfc\nx\n", PROMPT, "the header in line 1 is not valid UTF-8; save the file as UTF-8"),
+        (
+            b"text,\xfc\nx\n",
+            PROMPT,
+            "the header in line 1 is not valid UTF-8; save the file as UTF-8",
+        ),
     ],
 )
 def test_the_error_of_a_csv_file_that_cannot_become_rows_says_why(
@@ -195,7 +203,9 @@ def test_the_error_of_a_csv_file_that_cannot_become_rows_says_why(
 
 
 def test_an_error_has_the_id_and_the_line_of_the_file() -> None:
-    body = b"custom_id,text\nu-1,one\n\nu-2,two,extra\n" + b'u-3,"a\nb",c\nu-4,"four"\nu-5\n\xff,x\n'
+    body = (
+        b"custom_id,text\nu-1,one\n\nu-2,two,extra\n" + b'u-3,"a\nb",c\nu-4,"four"\nu-5\n\xff,x\n'
+    )
 
     found = numbered_rows(body)
 

@@ -1,9 +1,9 @@
 """Reading CSV: records with their line numbers, whatever is wrong with some of them.
 
-The rules are those of RFC 4180: a field that begins with a quote ends with one, and a quote inside it is doubled. A line
-ends with CR, LF or both. A record that breaks the rules is a value, not an exception, and costs no other record: reading
-continues with the line after the one in which it begins. Python's `csv` module gives up the whole file, counts records
-instead of lines, and does not read a line that ends with CR.
+The rules are those of RFC 4180: a field that begins with a quote ends with one, and a quote inside it is doubled. A
+line ends with CR, LF or both. A record that breaks the rules is a value, not an exception, and costs no other record:
+reading continues with the line after the one in which it begins. Python's `csv` module gives up the whole file, counts
+records instead of lines, and does not read a line that ends with CR.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ class _Quoted:
                 value, at = held[at + 1 : close].replace('""', QUOTE), close + 1
                 end = self._ends.match(held, at)
                 if end is None and at < len(held):
-                    return self._broken("continues after its closing quote; double the quotes inside it")
+                    return self._broken(
+                        "continues after its closing quote; double the quotes inside it"
+                    )
             else:
                 end = self._ends.search(held, at)
                 value = held[at : end.start() if end else len(held)]

@@ -104,8 +104,8 @@ def _first_piece(held: bytearray) -> bytes:
 def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
     """Yield a JSONL line for each record of a CSV file; the first record names the columns.
 
-    The ids are those of a column `custom_id`, else `row-1`, `row-2` ... In the prompt, `{column}` is a field. Blank lines
-    between the rows give each the number of its line in the file.
+    The ids are those of a column `custom_id`, else `row-1`, `row-2` ... In the prompt, `{column}` is a field. Blank
+    lines between the rows give each the number of its line in the file.
     """
     template = options.prompt
     if template is None:
