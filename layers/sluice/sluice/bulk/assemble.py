@@ -392,6 +392,7 @@ def summary(batch: Batch) -> dict[str, Any]:
             "duplicates": batch.duplicates,
         },
         "problem": batch.problem,
+        "unsupported": list(batch.unsupported),
         "calls": tally.calls,
         "tokens": tokens,
         "lane": "live",
