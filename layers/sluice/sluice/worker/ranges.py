@@ -222,6 +222,7 @@ class _Run:
             self._range.state,
             saved,
             self._job_of,
+            self._range.note_reading,
             self._tools.events,
         )
         run_rows = 0
