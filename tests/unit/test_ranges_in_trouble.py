@@ -124,7 +124,7 @@ def test_one_busy_reply_hides_a_range_for_seconds(make: Make, verb: str) -> None
     due = bulk.queues.next_visible()
     assert due is not None
     assert due <= bulk.time.now() + LEASE_MS
-    assert ["range not begun"] == bulk.events.problem_names
+    assert ["range not started"] == bulk.events.problem_names
 
 
 def test_a_message_is_hidden_for_less_than_a_minute_before_anything_is_read(make: Make) -> None:

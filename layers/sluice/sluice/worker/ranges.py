@@ -88,7 +88,7 @@ class RunRange:
         try:
             return await self._claimed(pointer, stop_at, owner)
         except StoreBusy as error:
-            self.tools.events.problem("range not begun", what=error.what)
+            self.tools.events.problem("range not started", what=error.what)
         except Exception:  # noqa: BLE001 - whatever it was, the range continues later
             self.tools.events.problem("range failed", batch_id=pointer.batch_id)
         await self.hide(pointer, not_read_ms(pointer))
