@@ -15,6 +15,7 @@ from sluice.domain.batches import (
     BOM,
     LONGEST_MS,
     MOST_LINE_BYTES,
+    MOST_ROWS,
     SAMPLE_BYTES,
     WATCH_MS,
     Batch,
@@ -168,22 +169,26 @@ class PlanBatch:
             if ending_of(each.key) in DOCUMENT_TYPES:
                 yield each
 
-    def plan(self, batch_id: str) -> None:
-        """Plan a recorded batch, or do what it still needs: join sections, and send lost messages again."""
+    def plan(self, batch_id: str) -> bool:
+        """Plan a recorded batch, or do what it still needs: join sections, and send lost messages again.
+
+        False: no time is left for all of it, and the same call continues.
+        """
         batch = self._batches.get(batch_id)
         if batch is None:
-            return
+            return True
         if batch.phase is Phase.ENDED:
             self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
-            self._check(batch, batch.plan)
+            return self._check(batch, batch.plan)
         elif batch.plan is None and self._clock.now() >= batch.expires_at:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
         else:
             # Once planned, its ranges may be running; rows that have not started end `expired`.
             self._plan(batch)
+        return True
 
-    def _check(self, batch: Batch, plan: Plan) -> None:
+    def _check(self, batch: Batch, plan: Plan) -> bool:
         """Join sections whose ranges are done. Once the rows should have expired, send the other ranges again."""
         groups = self._batches.groups(batch.batch_id, SECTIONS_PREFIX)
         complete: list[int] = []
@@ -196,23 +201,27 @@ class PlanBatch:
             else:
                 complete.append(section)
         joined = groups[SECTIONS].members if SECTIONS in groups else 0
+        is_done = True
         if joined < len(complete) or len(complete) == plan.sections:
-            self._join(batch, complete)
+            is_done = self._join(batch, complete)
         if lost and is_overdue(batch, self._clock.now()):
             self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
             self._send(batch, lost)
+        return is_done
 
-    def _join(self, batch: Batch, sections: Sequence[int]) -> None:
+    def _join(self, batch: Batch, sections: Sequence[int]) -> bool:
         """Join sections in this invocation, because this function must not send to the queue that invokes it.
 
-        A section that is already joined costs two reads. The next check joins those for which no time is left.
+        A section that is already joined costs two reads. False: no time is left for some, or for the rest of the end.
         """
         latest = self._clock.now() + JOIN_MS
         for section in sections:
             if self._clock.now() > latest:
                 self._events.note("sections left to the next check", batch_id=batch.batch_id)
-                return
-            self._assemble.join(batch.batch_id, section)
+                return False
+            if not self._assemble.join(batch.batch_id, section, latest):
+                return False
+        return True
 
     def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
         for _ in range(SEND_ROUNDS):
@@ -284,7 +293,7 @@ class PlanBatch:
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
         plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
-        problem = _unreadable(sample)
+        problem = _unreadable(sample) or _too_long(plan)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
@@ -409,6 +418,13 @@ def _is_folder(key: str) -> bool:
 def _has_no_lines(key: str, sample: bytes) -> bool:
     """Return whether the file must be converted to JSONL first: gzip, CSV and folders have no lines to divide at."""
     return _is_folder(key) or key.lower().endswith((".gz", ".csv")) or sample.startswith(_GZIP)
+
+
+def _too_long(plan: Plan) -> str | None:
+    """Return what is wrong with a file of more rows than the end of a batch can compare."""
+    if plan.estimated_rows <= MOST_ROWS:
+        return None
+    return f"the file has about {plan.estimated_rows:,} rows; the maximum is {MOST_ROWS:,}. Split it into several files"
 
 
 def _unreadable(sample: bytes) -> str | None:
