@@ -17,7 +17,7 @@ from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
-from sluice.ports.batches import BatchPage, DueRange, Stored
+from sluice.ports.batches import BatchPage, DueRange, SeenRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
@@ -86,6 +86,14 @@ class MemoryBatches(Fragile):
         self._do("range_state", str(number))
         fresh = RangeState(batch.batch_id, number, batch.tenant)
         return self.ranges.get((batch.batch_id, number), fresh)
+
+    def seen_ranges(self, batch_id: str, numbers: range) -> Mapping[int, SeenRange]:
+        self._do("seen_ranges", batch_id)
+        return {
+            number: SeenRange(state, self._due_at(batch_id, number, state.not_before) is not None)
+            for number in numbers
+            if (state := self.ranges.get((batch_id, number))) is not None
+        }
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         self._do("replace_range", str(state.number))
@@ -167,7 +175,7 @@ def _created(batch: Batch) -> tuple[int, str]:
 
 
 def _progress(done: Mapping[int, Tally], running: Mapping[int, Tally]) -> Progress:
-    return Progress(len(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
+    return Progress(frozenset(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
 
 
 class MemoryWriter:

@@ -44,5 +44,5 @@ def _do(each: BatchMessage) -> bool:
     elif each.range is not None:
         wiring.plan_batch().again(each.batch_id, each.range)
     else:
-        return wiring.plan_batch().plan(each.batch_id)
+        wiring.plan_batch().plan(each.batch_id)
     return True

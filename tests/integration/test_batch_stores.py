@@ -180,11 +180,11 @@ def test_a_member_counts_once_however_often_it_is_marked(batches: Both) -> None:
     batches.mark("msgbatch_m", "section#000001", 100, one)
     batches.mark("msgbatch_m", "sections", 0, Tally())
 
-    assert Progress(1, one) == again
-    assert Progress(2, one + two) == both
+    assert Progress(frozenset({3}), one) == again
+    assert Progress(frozenset({3, 30}), one + two) == both
     assert {
-        "section#000000": Progress(2, one + two),
-        "section#000001": Progress(1, one),
+        "section#000000": Progress(frozenset({3, 30}), one + two),
+        "section#000001": Progress(frozenset({100}), one),
     } == batches.groups("msgbatch_m", "section#")
     assert {} == batches.groups("msgbatch_none", "section#")
 
@@ -200,9 +200,9 @@ def test_what_a_running_member_has_so_far_counts_until_it_is_done(batches: Both)
     done = batches.mark("msgbatch_r", group, 3, whole)
     batches.note_running("msgbatch_r", group, 3, late)
 
-    assert {group: Progress(0, Tally(), late + other)} == running
-    assert Progress(1, whole, other) == done
-    assert {group: Progress(1, whole, other)} == batches.groups("msgbatch_r", group)
+    assert {group: Progress(frozenset(), Tally(), late + other)} == running
+    assert Progress(frozenset({3}), whole, other) == done
+    assert {group: Progress(frozenset({3}), whole, other)} == batches.groups("msgbatch_r", group)
 
 
 def test_a_repeated_create_finds_the_first_ones_batch(batches: Both) -> None:
@@ -235,6 +235,22 @@ def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -
     batches.remove(replace(first, due_at=NOON + 50))
     assert [second] == list(batches.due(NOON + 100, 100))
     assert waiting == batches.range_state(a_batch(batch_id="msgbatch_r"), 7)
+
+
+def test_ranges_that_were_claimed_are_seen_and_whether_they_are_parked(batches: Both) -> None:
+    claimed = claim_range(RangeState("msgbatch_s", 7, "acme"), "one", NOON, NOON + 1)
+    parked = release_range(
+        replace(claimed, number=8), "one", chunks=(), not_before=NOON + 10, model="claude-a"
+    )
+    for state in (claimed, parked, replace(parked, number=9), replace(claimed, number=10)):
+        batches.replace_range(state, 0)
+    batches.remove(DueRange("msgbatch_s", 9, "acme", NOON + 10, "claude-a"))
+
+    seen = batches.seen_ranges("msgbatch_s", range(5, 10))
+
+    assert {7: False, 8: True, 9: False} == {each: seen[each].is_parked for each in seen}
+    assert parked == seen[8].state
+    assert {} == batches.seen_ranges("msgbatch_t", range(5, 10))
 
 
 # Objects -------------------------------------------------------------------------------------------------------
@@ -364,6 +380,7 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
     read = batch_messages(records)
     assert list(range(25)) == sorted(each.range for each in read if each.range is not None)
     assert {batch.batch_id} == {each.batch_id for each in read}
+    assert 25 == queue.backlog().total
 
 
 def test_what_is_to_be_done_with_a_batch_is_read_as_it_was_sent(cloud: Aws) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+from sluice.bulk import plan
 from sluice.bulk.assemble import Assemble
 from sluice.domain import batches as domain
 from sluice.domain.batches import Batch, Plan, RangeState
@@ -203,6 +204,18 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
     "never_check_a_batch": Bug(
         "batches whose messages were lost are not planned",
         in_place_of(Resume, "_check", lambda *_: False),
+    ),
+    "look_for_no_lost_range": Bug(
+        "ranges whose messages were lost are not sent again",
+        in_place_of(plan, "lost_ranges", lambda *_, **__: []),
+    ),
+    "let_parked_ranges_sleep": Bug(
+        "parked ranges of a canceled or expired batch wait for limits",
+        in_place_of(plan, "is_over", lambda *_: False),
+    ),
+    "plan_nothing_that_is_late": Bug(
+        "a file that is planned after its deadline ends without results",
+        in_place_of(plan, "PLANNING_MS", -domain.DAY_MS),
     ),
     "take_busy_for_missing": Bug(
         "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing

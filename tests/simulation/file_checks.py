@@ -77,9 +77,7 @@ class EveryBatchEnds(Check):
                 world.fail(self.name, f"{key} became no batch")
         for batch in files.batches.stored.values():
             if batch.phase is not Phase.ENDED or not batch.told:
-                lost = batch.batch_id in files.lost
-                check = "a batch ends although a message was lost" if lost else self.name
-                world.fail(check, f"{batch.name} is {batch.phase}, notified: {batch.told}")
+                world.fail(self.name, f"{batch.name} is {batch.phase}, notified: {batch.told}")
 
 
 class BatchesEndSoon(Check):
@@ -97,9 +95,9 @@ class BatchesEndSoon(Check):
                 [batch.created_at]
                 + [each.ended_at or 0 for name in upload.names for each in calls[name]]
             )
-            if not long and batch.batch_id not in world.files.lost:
+            if not long:
                 self._by(world, batch, "the calm", max(last, calm_at) + SOON_MS, ended_at)
-            if world.has_troubled_functions or batch.batch_id in world.files.lost:
+            if world.has_troubled_functions:
                 continue
             canceled_at = world.files.canceled.get(batch.batch_id)
             if canceled_at is not None:

@@ -20,7 +20,7 @@ from sluice.domain.batches import (
     Source,
     Tally,
 )
-from sluice.ports.batches import BatchPage, DueRange
+from sluice.ports.batches import BatchPage, DueRange, SeenRange
 from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
@@ -84,6 +84,20 @@ class DynamoBatches:
         """Return the state of a range; its version is 0 if it was never claimed."""
         item = self._get(batch.batch_id, _range_part(number))
         return _range(item) if item else RangeState(batch.batch_id, number, batch.tenant)
+
+    def seen_ranges(self, batch_id: str, numbers: range) -> Mapping[int, SeenRange]:
+        """Return those of consecutive ranges that were ever claimed."""
+        items = self._table.query_all(
+            KeyConditionExpression="batch_id = :batch AND part BETWEEN :first AND :last",
+            ExpressionAttributeValues={
+                ":batch": {"S": batch_id},
+                ":first": {"S": _range_part(numbers[0])},
+                ":last": {"S": _range_part(numbers[-1])},
+            },
+            ConsistentRead=True,
+        )
+        found = [SeenRange(_range(item), "due_at" in item) for item in items]
+        return {each.state.number: each for each in found}
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         """Write the state if its stored version is the expected one (0: not stored); otherwise raises Stale."""
@@ -280,4 +294,4 @@ def _progress(item: Item) -> Progress:
         for name, value in item.items()
         if name.startswith(_RUNNING) and name.removeprefix(_RUNNING) not in done
     ]
-    return Progress(len(done), Tally(**numbers), sum(running, Tally()))
+    return Progress(frozenset(map(int, done)), Tally(**numbers), sum(running, Tally()))

@@ -44,6 +44,10 @@ INLINE_BYTES: Final = 8_000
 """Compressed answers up to this size are stored in the job record: an S3 PUT costs as much as 8 KB of writes."""
 
 
+MOST_INLINE_BYTES: Final = 256_000
+"""While the bucket is busy, compressed answers up to this size are stored there too: an item has at most 400 KB."""
+
+
 class Objects:
     """Objects of the data bucket."""
 
@@ -346,8 +350,18 @@ class Results:
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
         key = f"results/{name}.json.gz"
-        self._objects.put(key, body)
+        try:
+            self._objects.put(key, body)
+        except StoreBusy:
+            if len(body) > MOST_INLINE_BYTES:
+                raise
+            # Dearer than an object, but not lost if the bucket stays busy.
+            return Result(inline=body)
         return Result(object_key=key)
+
+    def probe(self) -> None:
+        """Raise StoreBusy if no large answer could be stored now."""
+        self._objects.put("results/probe", b"")
 
     def get(self, result: Result) -> str:
         """Return the Message; raises JobNotFound if its object has expired."""

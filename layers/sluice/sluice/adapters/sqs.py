@@ -144,6 +144,10 @@ class SqsRangesQueue:
             unsent = threads.map(lambda each: self._unsent(batch, each), some)
             return [int(number) for each in unsent for number in each]
 
+    def backlog(self) -> Backlog:
+        """Return the approximate numbers of visible, delayed and in-flight messages."""
+        return depth_of(self._client, self._url, "the ranges queue")
+
     def _unsent(self, batch: Batch, numbers: Sequence[int]) -> list[str]:
         entries = [
             {
@@ -173,18 +177,20 @@ class SqsBatchesQueue:
 
     def send_plan(self, batch_id: str) -> None:
         """Have a batch planned; raises StoreBusy."""
-        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id})
+        self._send(batch_id, {})
 
     def send_join(self, batch_id: str, section: int) -> None:
         """Have the results of a section joined; raises StoreBusy."""
-        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id, "join": section})
+        self._send(batch_id, {"join": section})
 
-    def _send(self, body: object) -> None:
+    def _send(self, batch_id: str, what: Mapping[str, int]) -> None:
+        """Send a message; a batch with thousands of sections does not delay the files and sections of others."""
         aws.patiently(
             "the batches queue",
             self._client.send_message,
             QueueUrl=self._url,
-            MessageBody=json.dumps(body),
+            MessageBody=json.dumps({"v": SCHEMA_VERSION, "batch_id": batch_id, **what}),
+            MessageGroupId=batch_id,
         )
 
 

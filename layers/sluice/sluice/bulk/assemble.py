@@ -30,8 +30,8 @@ from sluice.ports.batches import BatchStore, Joins, Objects
 from sluice.ports.swap import Written, change, swap
 from sluice.ports.world import Clock, Events, Notice, Notices
 
-END_MS: Final = 8 * 60_000
-"""After this time no further step of the end of a batch starts; seven minutes remain for the last one."""
+END_MS: Final = 2 * 60_000
+"""After this time no further step of the end of a batch starts. Other batches get their turn; then it continues."""
 
 MOST_PACKED_BYTES: Final = 32 * 1024 * 1024
 """Results up to this size are also stored gzipped, for the API."""

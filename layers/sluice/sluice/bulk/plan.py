@@ -16,15 +16,21 @@ from sluice.domain.batches import (
     LONGEST_MS,
     MOST_LINE_BYTES,
     MOST_ROWS,
+    PLANNING_MS,
     SAMPLE_BYTES,
     WATCH_MS,
     Batch,
     Options,
     Phase,
     Plan,
+    RangeState,
     Source,
     file_batch_id,
-    is_overdue,
+    is_held,
+    is_over,
+    late_ms,
+    lost_ranges,
+    mark_sent,
     plan_batch,
     planned,
     sample_places,
@@ -169,59 +175,84 @@ class PlanBatch:
             if ending_of(each.key) in DOCUMENT_TYPES:
                 yield each
 
-    def plan(self, batch_id: str) -> bool:
-        """Plan a recorded batch, or do what it still needs: join sections, and send lost messages again.
-
-        False: no time is left for all of it, and the same call continues.
-        """
+    def plan(self, batch_id: str) -> None:
+        """Plan a recorded batch, or do what it still needs: join sections, and send lost messages again."""
         batch = self._batches.get(batch_id)
         if batch is None:
-            return True
+            return
         if batch.phase is Phase.ENDED:
             self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
-            return self._check(batch, batch.plan)
-        elif batch.plan is None and self._clock.now() >= batch.expires_at:
+            self._check(batch, batch.plan)
+        elif batch.plan is None and self._clock.now() >= batch.expires_at + PLANNING_MS:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
         else:
-            # Once planned, its ranges may be running; rows that have not started end `expired`.
+            # Also if it is over: each of its rows must have a result.
             self._plan(batch)
-        return True
 
-    def _check(self, batch: Batch, plan: Plan) -> bool:
-        """Join sections whose ranges are done. Once the rows should have expired, send the other ranges again."""
+    def _check(self, batch: Batch, plan: Plan) -> None:
+        """Send ranges again that would never or too late be run, and join sections whose ranges are done."""
         groups = self._batches.groups(batch.batch_id, SECTIONS_PREFIX)
         complete: list[int] = []
-        lost: list[int] = []
+        missing: dict[int, Sequence[int]] = {}
         for section in range(plan.sections):
-            members = plan.members(section)
             found = groups.get(f"section#{section:06d}")
-            if found is None or found.members < len(members):
-                lost.extend(members)
-            else:
+            done = found.done if found else ()
+            missing[section] = [each for each in plan.members(section) if each not in done]
+            if not missing[section]:
                 complete.append(section)
+        self._send_again(batch, plan, missing)
         joined = groups[SECTIONS].members if SECTIONS in groups else 0
-        is_done = True
         if joined < len(complete) or len(complete) == plan.sections:
-            is_done = self._join(batch, complete)
-        if lost and is_overdue(batch, self._clock.now()):
-            self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
-            self._send(batch, lost)
-        return is_done
+            self._join(batch, complete)
 
-    def _join(self, batch: Batch, sections: Sequence[int]) -> bool:
+    def _send_again(self, batch: Batch, plan: Plan, missing: Mapping[int, Sequence[int]]) -> None:
+        """Send ranges whose messages are probably lost, and wake those that wait although their batch is over."""
+        now = self._clock.now()
+        asleep: list[int] = []
+        late: dict[int, int] = {}
+        for section, numbers in missing.items():
+            if not numbers:
+                continue
+            seen = self._batches.seen_ranges(batch.batch_id, plan.members(section))
+            for number in numbers:
+                known = seen.get(number)
+                state = known.state if known else RangeState(batch.batch_id, number, batch.tenant)
+                if (known and known.is_parked) or state.expected_at > now:
+                    asleep.append(number)
+                elif not is_held(state, now):
+                    late[number] = late_ms(batch, state, now)
+        lost = lost_ranges(batch, late, is_queue_empty=False) or (
+            lost_ranges(batch, late, is_queue_empty=True) if late and self._is_empty() else []
+        )
+        if lost:
+            self._events.problem("ranges lost", batch_id=batch.batch_id, ranges=len(lost))
+        wanted = [*lost, *(asleep if is_over(batch, now) else ())]
+        if wanted:
+            self._send(batch, wanted)
+            self._changed(batch, lambda current: mark_sent(current, now))
+
+    def _is_empty(self) -> bool:
+        """Return whether no message waits in the ranges queue."""
+        try:
+            return not self._queue.backlog().visible
+        except StoreBusy as busy:
+            self._events.problem("store busy", what=busy.what)
+            return False
+
+    def _join(self, batch: Batch, sections: Sequence[int]) -> None:
         """Join sections in this invocation, because this function must not send to the queue that invokes it.
 
-        A section that is already joined costs two reads. False: no time is left for some, or for the rest of the end.
+        A section that is already joined costs two reads. What is left, the next check does, or the message of the last
+        section, which is repeated until the batch has ended.
         """
         latest = self._clock.now() + JOIN_MS
         for section in sections:
-            if self._clock.now() > latest:
+            if self._clock.now() > latest or not self._assemble.join(
+                batch.batch_id, section, latest
+            ):
                 self._events.note("sections left to the next check", batch_id=batch.batch_id)
-                return False
-            if not self._assemble.join(batch.batch_id, section, latest):
-                return False
-        return True
+                return
 
     def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
         for _ in range(SEND_ROUNDS):
@@ -424,7 +455,8 @@ def _too_long(plan: Plan) -> str | None:
     """Return what is wrong with a file of more rows than the end of a batch can compare."""
     if plan.estimated_rows <= MOST_ROWS:
         return None
-    return f"the file has about {plan.estimated_rows:,} rows; the maximum is {MOST_ROWS:,}. Split it into several files"
+    rows = f"{plan.estimated_rows:,} rows; the maximum is {MOST_ROWS:,}"
+    return f"the file has about {rows}. Split it into several files"
 
 
 def _unreadable(sample: bytes) -> str | None:

@@ -167,9 +167,7 @@ class Sections:
         found = self._heads(batch, sections, "counts")
         return {each for each in sections if found[each] is None}
 
-    def finish(
-        self, batch: Batch, plan: Plan, section: int, repeated: Places, base: int
-    ) -> None:
+    def finish(self, batch: Batch, plan: Plan, section: int, repeated: Places, base: int) -> None:
         """Make errors of repeated results, and count the lines of errors from the start of the file: `base`."""
         if repeated:
             self._write(batch, plan, section, repeated, Index())

@@ -193,6 +193,8 @@ class Batch:
     plan: Plan | None = None
     due_at: int | None = None
     """When the sweep must check the batch."""
+    sent_at: int = 0
+    """When messages of its ranges were last sent; 0 in records of older releases."""
     cancel_initiated_at: int | None = None
     ended_at: int | None = None
     tally: Tally = field(default_factory=Tally)
@@ -275,6 +277,22 @@ WATCH_MS: Final = 20 * 60_000
 
 assert NOTIFY_MS < WATCH_MS, "a missing notification is noticed before a lost message"
 
+LATE_MS: Final = 5 * 60_000
+"""A message of a range that is overdue for so long is lost if no message waits in the queue."""
+
+QUIET_MS: Final = 6 * 60 * 60_000
+"""While messages wait in the queue, a range's message is assumed to be among them for this time."""
+
+FEW_LATE: Final = 20
+"""So few ranges of a batch are sent again even then: an extra message costs a receive, and a lost one the batch."""
+
+assert LATE_MS < WATCH_MS < QUIET_MS
+
+PLANNING_MS: Final = 60 * 60_000
+"""A file that could not be planned so long after its rows expired ends without results."""
+
+assert PLANNING_MS < JOIN_MS
+
 
 def file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> str:
     """Return an id that is the same for a repeated event and for the same file uploaded again."""
@@ -355,19 +373,27 @@ def start_batch(batch: Batch, now: int) -> Batch:
     """Record that all ranges were sent. Fast ranges may already have ended the batch, which then stays as it is."""
     if batch.phase is not Phase.PLANNING:
         return batch
-    return _changed(batch, phase=Phase.RUNNING, due_at=now + WATCH_MS)
+    return _changed(batch, phase=Phase.RUNNING, due_at=now + WATCH_MS, sent_at=now)
 
 
-def is_overdue(batch: Batch, now: int) -> bool:
-    """Return whether a batch should have ended: its rows have expired, so some of its messages must be lost."""
-    return now >= batch.expires_at + WATCH_MS
+def mark_sent(batch: Batch, now: int) -> Batch:
+    """Record that messages of its ranges were sent again. A batch that has ended stays as it is."""
+    return batch if batch.phase is Phase.ENDED else _changed(batch, sent_at=now)
+
+
+def is_over(batch: Batch, now: int) -> bool:
+    """Return whether no row of a batch may start: it was canceled, or has expired."""
+    return batch.cancel_initiated_at is not None or now >= batch.expires_at
 
 
 def cancel_batch(batch: Batch, now: int) -> Batch:
-    """Cancel: waiting rows end, calls in flight are stopped. A batch that has ended stays as it is."""
+    """Cancel: waiting rows end, calls in flight are stopped. A batch that has ended stays as it is.
+
+    The batch is checked soon, which wakes its parked ranges.
+    """
     if batch.phase is Phase.ENDED or batch.cancel_initiated_at is not None:
         return batch
-    return _changed(batch, cancel_initiated_at=now)
+    return _changed(batch, cancel_initiated_at=now, due_at=now + NOTIFY_MS)
 
 
 def end_batch(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: int) -> Batch:
@@ -441,11 +467,15 @@ class RangeState:
     any row of the window may be the killer."""
     blamed: tuple[int, ...] = ()
     """One entry per worker that was lost while it ran only this row."""
+    expected_at: int = 0
+    """While no worker has the range: when its message is visible again. 0: it was not released since it was sent."""
+    dropped: bool = False
+    """The bucket refused answers to the end of an invocation: nothing is called before it takes writes again."""
 
 
 def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> RangeState:
     """Take the lease; raises RangeBusy while another worker holds it. An expired lease means that its worker died."""
-    if state.owner is not None and state.lease_until > now:
+    if is_held(state, now):
         raise RangeBusy(state.batch_id, state.number, state.lease_until)
     known = state if state.owner is None else _after_loss(state)
     return _moved(
@@ -507,6 +537,7 @@ def save_chunk(
         _without(state, rows),
         lease_until=lease_until,
         chunks=(*state.chunks, chunk),
+        dropped=False,
         running=tuple(row for row in state.running if row not in rows),
         blamed=tuple(row for row in state.blamed if row not in rows),
     )
@@ -538,13 +569,15 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
     )
 
 
-def release_range(
+def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to know
     state: RangeState,
     owner: str,
     *,
     chunks: Sequence[str],
+    expected_at: int = 0,
     not_before: int | None = None,
     model: str | None = None,
+    dropped: bool = False,
 ) -> RangeState:
     """Release the lease of an unfinished range, of which `chunks` hold what has ended. Suspects are kept."""
     _owned(state, owner)
@@ -554,8 +587,10 @@ def release_range(
         lease_until=0,
         chunks=tuple(chunks),
         running=(),
+        expected_at=expected_at,
         not_before=not_before,
         model=model,
+        dropped=dropped,
     )
 
 
@@ -576,6 +611,29 @@ def finish_range(state: RangeState, owner: str) -> RangeState:
     )
 
 
+def is_held(state: RangeState, now: int) -> bool:
+    """Return whether a worker has the lease."""
+    return state.owner is not None and state.lease_until > now
+
+
+def late_ms(batch: Batch, state: RangeState, now: int) -> int:
+    """Return for how long the message of an unfinished range is overdue."""
+    expected_at = max(batch.created_at, batch.sent_at, state.lease_until, state.expected_at)
+    return max(0, now - expected_at)
+
+
+def lost_ranges(batch: Batch, late: Mapping[int, int], *, is_queue_empty: bool) -> list[int]:
+    """Return the ranges whose messages are probably lost, of those that are late by so many milliseconds.
+
+    In a long queue a few are sent again at once, then after twice the time; many only after hours.
+    """
+    patience = LATE_MS
+    if not is_queue_empty:
+        few = sum(ms >= LATE_MS for ms in late.values()) <= FEW_LATE
+        patience = max(LATE_MS if few else QUIET_MS, batch.sent_at - batch.created_at)
+    return [number for number, ms in late.items() if ms >= patience]
+
+
 def _owned(state: RangeState, owner: str) -> None:
     if state.owner != owner:
         raise LeaseLost(f"range {state.number} of {state.batch_id}")
@@ -593,12 +651,17 @@ MOST_COPY_BYTES: Final = 4 * 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How many members of a group (ranges of a section, sections of a batch) are done, and their sums."""
+    """Which members of a group (ranges of a section, sections of a batch) are done, and their sums."""
 
-    members: int
+    done: frozenset[int]
     tally: Tally
     running: Tally = field(default_factory=Tally)
     """Sums of the members that are not done, as last noted: for progress alone."""
+
+    @property
+    def members(self) -> int:
+        """How many are done."""
+        return len(self.done)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ SHORT_TEXT: Final = 200
 """Attempts and redrives kept in a record, how many of the newest have their whole error texts, and the characters of
 the others: an item of DynamoDB holds 400 KB, however often its job is redriven. The ledger has every call."""
 
+NOT_STORED: Final = "the answer could not be stored"
+"""Why a job waits whose answer no store took to the end of its invocation: it uses no attempt."""
+
 WATCH_MS: Final = 30 * 60_000
 """If a job is not written for this long, its message may be lost: the sweep checks it."""
 

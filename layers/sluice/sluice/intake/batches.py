@@ -219,14 +219,16 @@ class Batches:
     # Ending ----------------------------------------------------------------------------------------------------
 
     def cancel(self, batch_id: str) -> Batch:
-        """Cancel a batch; canceling again changes nothing."""
+        """Cancel a batch, and have its parked ranges woken; canceling again changes nothing."""
 
         def canceled(batch: Batch) -> Batch:
             if batch.phase is Phase.ENDED:
                 raise InvalidRequest(f"Message batch {batch_id} has ended and cannot be canceled.")
             return cancel_batch(batch, self._clock.now())
 
-        return self._changed(self.get(batch_id), canceled)
+        batch = self._changed(self.get(batch_id), canceled)
+        self._have_planned(batch_id)
+        return batch
 
     def delete(self, batch_id: str) -> None:
         """Delete an ended batch."""

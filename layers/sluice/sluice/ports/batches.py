@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sluice.domain.batches import Batch, Progress, RangeState, Tally
+from sluice.domain.capacity import Backlog
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,10 @@ class BatchStore(Protocol):
         """Return the state of a range; its version is 0 if it was never claimed."""
         ...
 
+    def seen_ranges(self, batch_id: str, numbers: range) -> Mapping[int, SeenRange]:
+        """Return those of consecutive ranges that were ever claimed."""
+        ...
+
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         """Write the state if its stored version is the expected one (0: not stored); otherwise raises Stale."""
         ...
@@ -64,6 +69,15 @@ class BatchStore(Protocol):
         `fresh`: always record `batch_id`, because the request is not a resend.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRange:
+    """A range that was claimed, as the planner sees it."""
+
+    state: RangeState
+    is_parked: bool
+    """The sweep will send it."""
 
 
 class WaitingRanges(Protocol):
@@ -98,6 +112,10 @@ class RangesQueue(Protocol):
 
     def send_ranges(self, batch: Batch, numbers: Sequence[int]) -> list[int]:
         """Send a pointer to each range; return the numbers that were not accepted."""
+        ...
+
+    def backlog(self) -> Backlog:
+        """Return the approximate numbers of messages; raises StoreBusy."""
         ...
 
 
