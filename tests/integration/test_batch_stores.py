@@ -39,7 +39,7 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
-from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
+from sluice.ports.batches import BatchStore, DueRange, Objects, Stored, WaitingRanges
 from sluice.ports.jobs import Received
 from sluice.ports.messages import batch_messages
 from sluice.ports.world import Notice
@@ -215,6 +215,18 @@ def test_a_repeated_create_finds_the_first_ones_batch(batches: Both) -> None:
     assert "g" == batches.name_create("other", "body", "g", NOON - 10, fresh=False)
 
 
+def test_the_latest_batch_of_a_name_is_the_one_accepted_last(batches: Both) -> None:
+    one, two, three = (a_batch(number) for number in (1, 2, 3))
+    at_once = a_batch(30, created_at=three.created_at)
+
+    found = [batches.latest_of_name(each) for each in (two, one, two, three, at_once, three)]
+
+    wanted = [two, two, two, three, at_once, at_once]
+    assert [each.batch_id for each in wanted] == found
+    for other in (a_batch(1, name="other"), a_batch(1, tenant="other")):
+        assert other.batch_id == batches.latest_of_name(other)
+
+
 def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -> None:
     batches.add(a_batch(1, due_at=NOON + 20))
     batches.add(a_batch(2, due_at=NOON + 900))
@@ -337,6 +349,80 @@ def test_large_objects_are_copied_and_never_read(cloud: Aws, name: str) -> None:
     store.assemble(name, {n: f"{name}/{n}" for n in range(3)}, dict.fromkeys(range(3), 6 * MIB))
 
     assert [] == read
+
+
+def stored(objects: Objects, key: str) -> Stored:
+    found = objects.head(key)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("size", [0, 10, 6 * MIB])
+def test_a_copy_is_of_what_was_there_when_it_was_looked_up(
+    objects: Objects, name: str, size: int
+) -> None:
+    objects.put(f"{name}/a ü%20+b", b"x" * size)
+    source = stored(objects, f"{name}/a ü%20+b")
+
+    etag = objects.copy(source, f"{name}/copy")
+
+    copy = stored(objects, f"{name}/copy")
+    assert (etag, size, "") == (copy.etag, copy.size, copy.rank)
+    objects.put(source.key, b"y" * (size + 1))
+    if size:
+        with pytest.raises(InputMissing):
+            objects.copy(source, f"{name}/copy")
+    assert copy == stored(objects, f"{name}/copy")
+
+
+@pytest.mark.parametrize("size", [10, 6 * MIB])
+def test_a_copy_of_a_greater_rank_stays(objects: Objects, name: str, size: int) -> None:
+    sources = {}
+    for rank in "123":
+        objects.put(f"{name}/{rank}", rank.encode() * size)
+        sources[rank] = stored(objects, f"{name}/{rank}")
+    objects.put(f"{name}/latest", b"of an older release")
+
+    copied = [objects.copy_latest(sources[each], f"{name}/latest", each) for each in "2132"]
+
+    assert [True, False, True, False] == copied
+    assert b"3" * size == objects.get(f"{name}/latest")
+    assert objects.copy_latest(sources["3"], f"{name}/latest", "3")
+
+
+@pytest.mark.parametrize("size", [10, 6 * MIB])
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_of_two_writers_at_once_the_greater_rank_wins(
+    cloud: Aws, name: str, size: int, *, was_there: bool, deleted: bool
+) -> None:
+    """Another writer writes between our look and our write; and deletes what it wrote, in some cases."""
+    store = s3.Objects(cloud.s3, BUCKET)
+    for rank in "012":
+        store.put(f"{name}/{rank}", rank.encode() * size)
+    sources = {rank: stored(store, f"{name}/{rank}") for rank in "012"}
+    if was_there:
+        store.copy_latest(sources["0"], f"{name}/latest", "0")
+    waiting = [True]
+
+    def between(params: Any, **_: Any) -> None:
+        is_ours = {"If-Match", "If-None-Match"} & set(params["headers"])
+        if is_ours and waiting:
+            waiting.clear()
+            store.copy_latest(sources["2"], f"{name}/latest", "2")
+            if deleted:
+                store.delete([f"{name}/latest"])
+
+    operation = "PutObject" if size < MIB else "CompleteMultipartUpload"
+    cloud.s3.meta.events.register(f"before-call.s3.{operation}", between)
+    try:
+        was_copied = store.copy_latest(sources["1"], f"{name}/latest", "1")
+    finally:
+        cloud.s3.meta.events.unregister(f"before-call.s3.{operation}", between)
+
+    assert deleted == was_copied
+    assert (b"1" if deleted else b"2") * size == store.get(f"{name}/latest")
+    assert [] == cloud.s3.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
 
 
 def test_objects_are_listed_by_the_beginning_of_their_keys(objects: Objects, name: str) -> None:

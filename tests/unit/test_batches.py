@@ -1,5 +1,6 @@
 """A batch's arithmetic: every byte belongs to one range, every line to one of them, every part is large enough."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -45,17 +46,21 @@ from sluice.domain.batches import (
     lost_ranges,
     mark_notified,
     mark_sent,
+    moved_by_id,
     named_batch_id,
     note_running,
+    older_file_batch_id,
     parts,
     plan_batch,
     planned,
+    prefix_of_upload,
     random_batch_id,
     release_range,
     row_job_id,
     sample_places,
     save_chunk,
     start_batch,
+    upload_prefix,
 )
 from sluice.domain.errors import LeaseLost, RangeBusy
 from sluice.domain.rows import lines
@@ -303,21 +308,46 @@ def test_a_batch_that_cannot_be_run_says_why() -> None:
 
 
 def test_ids_are_those_of_a_repeat() -> None:
-    first = file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
+    first = file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(), None)
 
-    assert first == file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
-    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", "again")
+    assert first == file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(), None)
+    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(run="again"), None)
+    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(), "bad options")
+    assert first != older_file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
     assert first != named_batch_id("acme", "in/acme/x.jsonl")
     assert "msgbatch_" + "01" * 16 == random_batch_id(b"\x01" * 16)
     assert row_job_id(first, 0) != row_job_id(first, 1)
 
 
-def test_everything_of_a_batch_lies_under_its_own_name() -> None:
-    batch = a_batch(name="2026/january")
+def test_ids_of_an_older_release_are_known() -> None:
+    """As releases before those with options in the id computed it."""
+    text = "file\x00acme\x00in/acme/x.jsonl\x00etag\x00again"
 
-    assert "out/acme/2026/january/results.jsonl" == batch.results_key
-    assert "out/acme/2026/january/errors.jsonl" == batch.errors_key
-    assert "out/acme/2026/january/summary.json" == batch.summary_key
+    assert f"msgbatch_{hashlib.sha256(text.encode()).hexdigest()[:32]}" == older_file_batch_id(
+        "acme", "in/acme/x.jsonl", "etag", "again"
+    )
+
+
+def test_an_upload_has_a_place_of_its_own() -> None:
+    prefix = upload_prefix("acme", "00ff")
+
+    assert prefix == prefix_of_upload(f"{prefix}2026/january.jsonl")
+    for other in ("in/acme/.uploads/x.jsonl", "in/acme/a/.uploads/00ff/x.jsonl", "batches/x"):
+        assert prefix_of_upload(other) is None
+
+
+def test_everything_of_a_batch_is_stored_under_its_id() -> None:
+    batch = a_batch(name="2026/january", source=Source.FILE)
+    ended = end_batch(batch, NOON, Tally(), 0, 0)
+    of_an_older_release = replace(ended, by_id=False)
+
+    assert "batches/msgbatch_1/" == batch.folder == ended.folder
+    assert "batches/msgbatch_1/results.jsonl" == ended.results_key
+    assert "batches/msgbatch_1/errors.jsonl" == ended.errors_key
+    assert "batches/msgbatch_1/summary.json" == ended.summary_key
+    assert "out/acme/2026/january/" == batch.named_folder == of_an_older_release.folder
+    assert ended.folder == moved_by_id(of_an_older_release).folder
+    assert moved_by_id(ended) is ended
     assert {
         "batches/msgbatch_1/results.jsonl.gz",
         "batches/msgbatch_1/parts/00000007",
@@ -329,6 +359,23 @@ def test_everything_of_a_batch_lies_under_its_own_name() -> None:
         batch.chunk_key(7, "1-2"),
         batch.section_key(3, "index"),
     }
+
+
+def test_the_results_of_files_are_copied_unless_s3_could_not_name_the_copies() -> None:
+    room = 1_024 - len("out/acme//results.jsonl")
+    names = ("x" * room, "x" * (room + 1), "ü" * (room // 2), "ü" * (room // 2 + 1))
+
+    assert [True, False, True, False] == [
+        a_batch(name=name, source=Source.FILE).has_copy for name in names
+    ]
+    assert not a_batch(source=Source.JOBS).has_copy
+
+
+def test_a_later_batch_has_a_greater_rank() -> None:
+    first = a_batch()
+
+    assert first.rank < replace(first, batch_id="msgbatch_2").rank
+    assert first.rank < replace(first, batch_id="msgbatch_0", created_at=first.created_at + 1).rank
 
 
 def test_sums_are_exact_and_say_no_zeros() -> None:

@@ -23,7 +23,7 @@ from sluice.domain.batches import (
     cancel_batch,
     delete_batch,
     end_batch,
-    file_batch_id,
+    older_file_batch_id,
     planned,
 )
 from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
@@ -81,11 +81,9 @@ def test_the_object_itself_is_not_read_beyond_a_few_samples(make: Make) -> None:
     reads = [line for line in bulk.gateway.journal if line.startswith("the data bucket: read")]
     size = len(bulk.objects.stored["in/acme/first.jsonl"])
     assert [
-        f"the data bucket: read in/acme/first.jsonl {at} 65536" for at in (0, size - 65_536)
-    ] == [
-        reads[0],
-        reads[-1],
-    ]
+        "the data bucket: read in/acme/first.jsonl 0 65536",
+        f"the data bucket: read {bulk.batch.rows_key} {size - 65_536} 65536",
+    ] == [reads[0], reads[-1]]
     assert SAMPLES == len(reads)
     assert 290 <= len(bulk.queues.ranges) <= 310
 
@@ -147,8 +145,8 @@ def test_the_same_content_runs_again_when_asked(make: Make) -> None:
     assert 2 == len(bulk.claude.calls)
 
 
-def test_a_folder_is_known_by_the_digest_of_its_list_of_documents(make: Make) -> None:
-    """As earlier versions computed it: a folder they have run is not run again."""
+def test_what_an_older_release_has_run_is_not_run_again(make: Make) -> None:
+    """Its ids had no options. A folder is known by the digest of its list of documents."""
     bulk = make()
     folder = "in/acme/docs/"
     for name in ("a.txt", "\u00e4.md"):
@@ -162,8 +160,14 @@ def test_a_folder_is_known_by_the_digest_of_its_list_of_documents(make: Make) ->
     own = etags.pop(f"{folder}options.json")
     text = json.dumps([own, *([key, etag] for key, etag in etags.items())])
     etag = hashlib.sha256(text.encode()).hexdigest()
-    known_as = file_batch_id("acme", f"{folder}options.json", etag, None)
-    assert known_as == bulk.batch.batch_id
+    older_id = older_file_batch_id("acme", f"{folder}options.json", etag, None)
+    older = replace(bulk.batches.stored.popitem()[1], batch_id=older_id)
+    bulk.batches.add(older)
+
+    bulk.planner.arrived(f"{folder}options.json")
+    assert older == bulk.batch
+    bulk.upload(options.replace(b"?", b"!"), "docs/options.json")
+    assert 2 == len(bulk.batches.stored)
 
 
 def test_other_content_under_the_same_name_is_another_batch(make: Make) -> None:

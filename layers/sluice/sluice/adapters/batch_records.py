@@ -67,7 +67,7 @@ class DynamoBatches:
         condition, values = "tenant = :tenant", {":tenant": {"S": tenant}}
         if after or before:
             condition += f" AND created_key {'<' if after else '>'} :from"
-            values[":from"] = {"S": _created_key(after or before)}  # type: ignore[arg-type]
+            values[":from"] = {"S": (after or before).rank}  # type: ignore[union-attr]
         answer = self._table.query(
             IndexName="by_tenant",
             KeyConditionExpression=condition,
@@ -156,6 +156,24 @@ class DynamoBatches:
         )
         return {item["part"]["S"]: _progress(item) for item in items}
 
+    def latest_of_name(self, batch: Batch) -> str:
+        """Record the batch as the latest of its tenant and name, unless a later one is; return the latest one's id."""
+        digest = sha256(f"{batch.tenant}\x00{batch.name}".encode()).hexdigest()
+        item: Item = {
+            "batch_id": {"S": f"name#{digest}"},
+            "part": {"S": "name"},
+            "latest": {"S": batch.batch_id},
+            "rank": {"S": batch.rank},
+            "expires_at": {"N": str(self._expires(batch.expires_at))},
+        }
+        current = self._table.put_if(
+            item,
+            "attribute_not_exists(batch_id) OR #rank <= :rank",
+            ExpressionAttributeNames={"#rank": "rank"},
+            ExpressionAttributeValues={":rank": item["rank"]},
+        )
+        return batch.batch_id if current is None else current["latest"]["S"]
+
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
         """Return the id of the batch created under this name after `since`; else record and return `batch_id`."""
         digest = sha256(f"{tenant}\x00{name}".encode()).hexdigest()
@@ -218,7 +236,7 @@ class DynamoBatches:
         }
         if not batch.deleted:
             item["tenant"] = {"S": batch.tenant}
-            item["created_key"] = {"S": _created_key(batch)}
+            item["created_key"] = {"S": batch.rank}
         if batch.due_at is not None:
             item |= _due_item(batch.batch_id, batch.due_at, batch.tenant, None)
         return item
@@ -234,10 +252,6 @@ def _range_part(number: int) -> str:
 
 def _range_number(part: str) -> int | None:
     return int(part.partition("#")[2]) if part.startswith("range#") else None
-
-
-def _created_key(batch: Batch) -> str:
-    return f"{batch.created_at:015d}#{batch.batch_id}"
 
 
 def _due(item: Item) -> DueRange:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from sluice.domain.batches import Batch, Progress, RangeState, Tally
 from sluice.domain.capacity import Backlog
+
+RANK: Final = "sluice-rank"
+"""The metadata of an object with the rank of what was copied there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,10 @@ class BatchStore(Protocol):
 
     def groups(self, batch_id: str, prefix: str) -> Mapping[str, Progress]:
         """Return the progress of all groups whose names have this prefix, by name, in order of names."""
+        ...
+
+    def latest_of_name(self, batch: Batch) -> str:
+        """Record the batch as the latest of its tenant and name, unless a later one is; return the latest one's id."""
         ...
 
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
@@ -149,6 +156,11 @@ class Stored:
     written_at: int
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> str:
+        """The rank with which it was copied; empty for any other object."""
+        return self.metadata.get(RANK, "")
+
 
 class Writer(Protocol):
     """Writes an object in parts, with constant memory. The object exists only after `close`."""
@@ -203,6 +215,17 @@ class Objects(Protocol):
 
     def link(self, key: str, seconds: int) -> str:
         """Return a presigned URL to read the object, valid for this many seconds."""
+        ...
+
+    def copy(self, source: Stored, key: str) -> str:
+        """Copy an object, as it was when its metadata were read; return the copy's ETag. Raises InputMissing."""
+        ...
+
+    def copy_latest(self, source: Stored, key: str, rank: str) -> bool:
+        """Copy an object, unless the object there was copied with a greater rank; return whether it was copied.
+
+        The comparison and the write are one step: whatever the order of two writers, the greater rank stays.
+        """
         ...
 
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
