@@ -177,18 +177,20 @@ class SqsBatchesQueue:
 
     def send_plan(self, batch_id: str) -> None:
         """Have a batch planned; raises StoreBusy."""
-        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id})
+        self._send(batch_id, {})
 
     def send_join(self, batch_id: str, section: int) -> None:
         """Have the results of a section joined; raises StoreBusy."""
-        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id, "join": section})
+        self._send(batch_id, {"join": section})
 
-    def _send(self, body: object) -> None:
+    def _send(self, batch_id: str, what: Mapping[str, int]) -> None:
+        """Send a message; a batch with thousands of sections does not delay the files and sections of others."""
         aws.patiently(
             "the batches queue",
             self._client.send_message,
             QueueUrl=self._url,
-            MessageBody=json.dumps(body),
+            MessageBody=json.dumps({"v": SCHEMA_VERSION, "batch_id": batch_id, **what}),
+            MessageGroupId=batch_id,
         )
 
 
@@ -200,6 +202,7 @@ class Hidden:
         self._url = url
         self._message = message
         self._done = threading.Event()
+        self._is_shown = False
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def __enter__(self) -> Self:
@@ -209,9 +212,15 @@ class Hidden:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if kind is not None:
+        if self._is_shown:
+            self._hide(0)
+        elif kind is not None:
             doublings = min(self._message.receive_count, 6)
             self._hide(min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS << doublings))
+
+    def show(self) -> None:
+        """Make the message visible at the end, because some of its work is left."""
+        self._is_shown = True
 
     def _keep(self) -> None:
         while True:

@@ -33,6 +33,9 @@ MOST_RANGES: Final = 200_000
 MOST_LINE_BYTES: Final = 8 * 1024 * 1024
 """A longer line is a bad row. Several such lines must fit into memory."""
 
+MOST_ROWS: Final = 100_000_000
+"""Maximum for one object, as the planner estimates it: their custom_ids are compared at the end."""
+
 SAMPLE_BYTES: Final = 64 * 1024
 SAMPLES: Final = 8
 """The planner reads this many samples of SAMPLE_BYTES each to estimate the length of the lines."""
