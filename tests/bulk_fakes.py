@@ -26,7 +26,16 @@ from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
-from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    VISIBILITY_MS,
+    Fragile,
+    Gateway,
+    Reply,
+    VirtualClock,
+    shared_out,
+)
 
 
 class MemoryBatches(Fragile):
@@ -126,7 +135,7 @@ class MemoryBatches(Fragile):
         self.creates[tenant, name] = (batch_id, self._now())
         return batch_id
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
         self._do("due")
         found = [
             DueRange(each.batch_id, None, each.tenant, at)
@@ -138,7 +147,8 @@ class MemoryBatches(Fragile):
             if (at := self._due_at(each.batch_id, each.number, each.not_before)) is not None
             and at <= now
         ]
-        return sorted(found, key=lambda due: (due.due_at, due.batch_id, due.number or -1))[:limit]
+        ordered = sorted(found, key=lambda due: (due.due_at, due.batch_id, due.number or -1))
+        return shared_out(ordered, share)
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
         self._do("postpone", due.batch_id)
@@ -344,12 +354,12 @@ class MemoryBatchQueues(Fragile):
                 self.ranges[message.message_id] = (message, batch.batch_id, number, self._now())
         return refused
 
-    def send_plan(self, batch_id: str) -> None:
-        self._do("send_plan", batch_id)
+    def send_plan(self, batch_id: str, tenant: str) -> None:
+        self._do("send_plan", f"{batch_id} of {tenant}")
         self.plans.append(batch_id)
 
-    def send_join(self, batch_id: str, section: int) -> None:
-        self._do("send_join", f"{batch_id} {section}")
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
+        self._do("send_join", f"{batch_id} {section} of {tenant}")
         self.joins.append((batch_id, section))
 
     def receive(self) -> RangePointer | None:

@@ -39,6 +39,7 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
+from sluice.domain.turns import group_of_range
 from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
 from sluice.ports.jobs import Received
 from sluice.ports.messages import batch_messages
@@ -362,6 +363,12 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
         found += messages
     records = [{"messageId": each["MessageId"], "body": each["Body"]} for each in found]
     read = batch_messages(records)
+    groups = {
+        pointer.range: each["Attributes"]["MessageGroupId"]
+        for pointer, each in zip(read, found, strict=True)
+    }
+    assert {group_of_range("acme", batch.batch_id, 0)} == {groups[number] for number in range(10)}
+    assert {"acme"} == {groups[number] for number in range(10, 25)}
     assert list(range(25)) == sorted(each.range for each in read if each.range is not None)
     assert {batch.batch_id} == {each.batch_id for each in read}
 
@@ -369,10 +376,15 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
 def test_what_is_to_be_done_with_a_batch_is_read_as_it_was_sent(cloud: Aws) -> None:
     queue = SqsBatchesQueue(cloud.sqs, cloud.batches_queue)
 
-    queue.send_plan(a_batch(1).batch_id)
-    queue.send_join(a_batch(2).batch_id, 3)
+    queue.send_plan(a_batch(1).batch_id, "acme")
+    queue.send_join(a_batch(2).batch_id, 3, "acme")
 
-    got = cloud.sqs.receive_message(QueueUrl=cloud.batches_queue, MaxNumberOfMessages=10)
+    got = cloud.sqs.receive_message(
+        QueueUrl=cloud.batches_queue, MaxNumberOfMessages=10, AttributeNames=["All"]
+    )
+    assert {"acme/plan", "acme/join"} == {
+        each["Attributes"]["MessageGroupId"] for each in got["Messages"]
+    }
     read = batch_messages(
         [{"messageId": each["MessageId"], "body": each["Body"]} for each in got["Messages"]]
     )

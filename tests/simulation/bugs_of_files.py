@@ -16,7 +16,7 @@ from sluice.domain.jobs import DueFor
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import UNSENDABLE, Failure
 from sluice.intake.batches import Batches
-from sluice.ports.batches import Stored
+from sluice.ports.batches import DueRange, Stored
 from sluice.ports.jobs import Due
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, ranges
@@ -25,7 +25,7 @@ from sluice.worker.range_claim import ClaimedRange
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.range_windows import Saved, Windows
 from sluice.worker.ranges import RunRange
-from tests.bulk_fakes import MemoryObjects
+from tests.bulk_fakes import MemoryBatches, MemoryObjects
 from tests.fakes import MemoryJobs
 from tests.simulation.bugs_of_limits import in_place_of, judged, nothing
 from tests.simulation.deliberate import Bug, instead
@@ -144,6 +144,17 @@ def _read_the_oldest_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _read_the_oldest_ranges_only() -> Iterator[None]:
+    good = MemoryBatches.due
+
+    def due(self: MemoryBatches, now: int, share: int) -> Sequence[DueRange]:
+        return good(self, now, 10_000)[:share]
+
+    with instead(MemoryBatches, "due", due):
+        yield
+
+
 def _as_a_lost_connection(failure: Failure, _: dict[str, Any]) -> Failure:
     is_local = failure.type == UNSENDABLE
     return replace(failure, type="connection_failed") if is_local else failure
@@ -208,6 +219,9 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing
     ),
     "read_the_oldest_only": Bug("due jobs are read oldest first only", _read_the_oldest_only),
+    "read_the_oldest_ranges_only": Bug(
+        "due ranges are read oldest first only", _read_the_oldest_ranges_only
+    ),
     "take_a_local_error_for_upstreams": Bug(
         "a request that cannot be sent counts as a failure of the endpoint",
         partial(judged, _as_a_lost_connection),

@@ -67,8 +67,8 @@ class StoryBatches(MemoryBatches):
         if batch.phase is Phase.ENDED and batch.options.webhook is not None:
             self.world.outbox.wanted[batch.batch_id] = batch.options.webhook
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        return super().due(now, min(limit, self.world.story.most_retrieve_exception))
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
+        return super().due(now, min(share, self.world.story.due_share))
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         super().replace_range(state, expected_version)
@@ -122,12 +122,12 @@ class StoryBatchQueues(MemoryBatchQueues):
         self.stirred.set()
         return refused
 
-    def send_plan(self, batch_id: str) -> None:
-        self._do("send_plan", batch_id)
+    def send_plan(self, batch_id: str, tenant: str) -> None:
+        self._do("send_plan", f"{batch_id} of {tenant}")
         self.world.files.post_plan(batch_id)
 
-    def send_join(self, batch_id: str, section: int) -> None:
-        self._do("send_join", f"{batch_id} {section}")
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
+        self._do("send_join", f"{batch_id} {section} of {tenant}")
         self.world.files.post_join(batch_id, section)
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:

@@ -150,8 +150,8 @@ class Story:
     uploads: Sequence[Upload] = ()
     homes: Mapping[str, Home] = field(default_factory=dict)
     """By key id, where that is not what the pool states."""
-    most_retrieve_exception: int = 10_000
-    """Due things that one look of a sweep may read."""
+    due_share: int = 10_000
+    """Due things of one tenant and model that one run of a sweep may read."""
     lines_per_range: int = LINES_PER_RANGE
     ranges_per_section: int = RANGES_PER_SECTION
     cached: bool = False

@@ -157,9 +157,7 @@ def _both_wait(story: Story) -> Story:
         is_early = world.time.now() < world.time.start + MINUTE
         return _blocked(call, 17 * MINUTE) if is_early else None
 
-    story = replace(
-        _own_keys(story, Home("other")), most_retrieve_exception=2, calm_at_ms=50 * MINUTE
-    )
+    story = replace(_own_keys(story, Home("other")), due_share=2, calm_at_ms=50 * MINUTE)
     return _with(story, IllCalls(lambda call: _blocked(call, 16 * MINUTE)), IllCalls(early, WELL))
 
 

@@ -20,6 +20,7 @@ from sluice.domain.batches import (
     Source,
     Tally,
 )
+from sluice.domain.turns import Shares
 from sluice.ports.batches import BatchPage, DueRange
 from sluice.ports.world import Clock
 
@@ -165,14 +166,15 @@ class DynamoBatches:
 
     # For the sweep ---------------------------------------------------------------------------------------------
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        """Return what is due, longest due first."""
-        share = max(1, limit // job_records.DUE_SHARDS)
-        found = [
-            _due(item)
-            for shard in range(job_records.DUE_SHARDS)
-            for item in self._table.due(str(shard), now, share)
-        ]
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
+        """Return what is due, longest due first: about `share` of each tenant and model at most."""
+        found: list[DueRange] = []
+        for shard in range(job_records.DUE_SHARDS):
+            shares = Shares[DueRange](
+                lambda each: (each.tenant, each.model), job_records.part_of(share)
+            )
+            self._table.due(str(shard), now, shares, _due)
+            found += shares.items
         return sorted(found, key=lambda each: (each.due_at, each.batch_id, each.number or -1))
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:

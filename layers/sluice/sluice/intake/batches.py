@@ -187,7 +187,7 @@ class Batches:
 
     def _have_planned(self, batch_id: str) -> None:
         try:
-            self._queue.send_plan(batch_id)
+            self._queue.send_plan(batch_id, self._tenant)
         except StoreBusy:
             # The batch is stored: the sweep finds it once it is overdue to be planned.
             self._events.problem("queue busy, batch waits for the sweep", batch_id=batch_id)

@@ -69,8 +69,11 @@ class BatchStore(Protocol):
 class WaitingRanges(Protocol):
     """Parked ranges and running batches, as the sweep sees them: by the time at which they are due."""
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        """Return what is due, longest due first."""
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
+        """Return what is due, longest due first: about `share` of each tenant and model at most.
+
+        So the backlog of one hides none of another. Batches that must be checked have a share of their own.
+        """
         ...
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
@@ -108,16 +111,16 @@ class Plans(Protocol):
     own queue (recursive loop detection), and its role does not permit it.
     """
 
-    def send_plan(self, batch_id: str) -> None:
-        """Have a batch planned; raises StoreBusy."""
+    def send_plan(self, batch_id: str, tenant: str) -> None:
+        """Have a tenant's batch planned; raises StoreBusy."""
         ...
 
 
 class Joins(Protocol):
     """Where sections are sent to be joined: the batches queue, or a section of a small batch at once."""
 
-    def send_join(self, batch_id: str, section: int) -> None:
-        """Have the results of a section joined; raises StoreBusy."""
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
+        """Have the results of a section of a tenant's batch joined; raises StoreBusy."""
         ...
 
 

@@ -136,7 +136,9 @@ class RunRange:
             self.tools.batches.mark, batch.batch_id, f"section#{section:06d}", number, tally
         )
         if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section)
+            await self.tools.blocking(
+                self.tools.queue.send_join, batch.batch_id, section, batch.tenant
+            )
 
 
 class _Run:
