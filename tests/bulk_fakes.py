@@ -17,10 +17,11 @@ from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
-from sluice.ports.batches import BatchPage, DueRange, Stored
+from sluice.ports.batches import BatchPage, DueRange, Newcomer, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
+from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
@@ -53,6 +54,7 @@ class MemoryBatches(Fragile):
         self.creates: dict[tuple[str, str], tuple[str, int]] = {}
         self.held: dict[tuple[str, int | None], int | None] = {}
         """What the index of due things says instead of the record: held until, or released (None)."""
+        self.announced: set[Newcomer] = set()
 
     def add(self, batch: Batch) -> None:
         self._do("add", batch.batch_id)
@@ -134,6 +136,19 @@ class MemoryBatches(Fragile):
             return made
         self.creates[tenant, name] = (batch_id, self._now())
         return batch_id
+
+    def announce(self, newcomer: Newcomer) -> None:
+        self._do("announce", newcomer.batch_id)
+        self.announced.add(newcomer)
+
+    def newcomer(self, after: str) -> Newcomer | None:
+        self._do("newcomer", after)
+        waiting = sorted((each.tenant, each.batch_id) for each in self.announced)
+        return next((Newcomer(*each) for each in waiting if each[0] > after), None)
+
+    def welcome(self, newcomer: Newcomer) -> None:
+        self._do("welcome", newcomer.batch_id)
+        self.announced.discard(newcomer)
 
     def due(self, now: int, share: int) -> Sequence[DueRange]:
         self._do("due")
@@ -474,8 +489,13 @@ class Bulk:
         self._invocations = 0
         self.request_seen: Callable[[bytes], None] = lambda _: None
 
-    def runner(self) -> RunRange:
+    def runners(self) -> RunRanges:
         """Return the ranges function as a fresh environment has it."""
+        own = self.runner()
+        return RunRanges(own, lambda: self.runner(own.worker))
+
+    def runner(self, beside: Worker | None = None) -> RunRange:
+        """Return what runs one range at a time in it."""
         clock = VirtualClock(self.time)
         rows = WindowRows(clock)
         tools = Tools(
@@ -497,14 +517,15 @@ class Bulk:
             objects=self.objects,
             queue=at_once if self.joins_at_once else self.queues,
             backlog=self.queues.backlog,
-            returns=self.queues,
+            returns=NoMessages() if beside else self.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=clock,
             blocking=self.gateway.blocking,
             events=self.events,
         )
-        return RunRange(range_tools, Worker(tools, self.gateway.rules), rows)
+        memory = beside.memory if beside else None
+        return RunRange(range_tools, Worker(tools, self.gateway.rules, memory=memory), rows)
 
     def upload(self, body: bytes, name: str = "first.jsonl", **metadata: str) -> None:
         """Put a file into the bucket, and deliver the event of its arrival."""
@@ -541,7 +562,7 @@ class Bulk:
 
     async def invoke(
         self,
-        runner: RunRange | None = None,
+        runner: RunRange | RunRanges | None = None,
         pointer: RangePointer | None = None,
         minutes: float = 14,
     ) -> bool:

@@ -40,7 +40,7 @@ from sluice.domain.batches import (
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
 from sluice.domain.turns import group_of_range
-from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
+from sluice.ports.batches import BatchStore, DueRange, Newcomer, Objects, WaitingRanges
 from sluice.ports.jobs import Received
 from sluice.ports.messages import batch_messages
 from sluice.ports.world import Notice
@@ -236,6 +236,23 @@ def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -
     batches.remove(replace(first, due_at=NOON + 50))
     assert [second] == list(batches.due(NOON + 100, 100))
     assert waiting == batches.range_state(a_batch(batch_id="msgbatch_r"), 7)
+
+
+def test_newcomers_are_listed_in_turns_of_tenants_until_they_are_welcomed(batches: Both) -> None:
+    some = [
+        Newcomer(*each)
+        for each in (("b", "m1"), ("a", "m3"), ("a", "m2"), ("a-c", "m4"), ("a", "m2"))
+    ]
+    for each in some:
+        batches.announce(each)
+
+    assert Newcomer("a", "m2") == batches.newcomer("")
+    assert Newcomer("a-c", "m4") == batches.newcomer("a")
+    assert Newcomer("b", "m1") == batches.newcomer("a-c")
+    assert batches.newcomer("b") is None
+    batches.welcome(Newcomer("a", "m2"))
+    batches.welcome(Newcomer("b", "unknown"))
+    assert Newcomer("a", "m3") == batches.newcomer("")
 
 
 # Objects -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
 from sluice.worker import ranges
+from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
@@ -177,8 +178,16 @@ class RangeEnvironment:
     """A ranges worker's machine with the worker on it, kept from invocation to invocation until it dies."""
 
     def __init__(self, world: World, files: Files) -> None:
-        self.machine = machine = world.machine("ranges", Party.WORKER)
-        self.line = world.line(machine)
+        self.world = world
+        self.files = files
+        self.machine = world.machine("ranges", Party.WORKER)
+        self.line = world.line(self.machine)
+        own = self.runner()
+        self.run = RunRanges(own, lambda: self.runner(own.worker))
+
+    def runner(self, beside: Worker | None = None) -> RunRange:
+        """Return what runs one range at a time."""
+        world, files, machine = self.world, self.files, self.machine
         rows = WindowRows(machine)
         tools = Tools(
             jobs=rows,
@@ -198,16 +207,17 @@ class RangeEnvironment:
             objects=files.objects,
             queue=JoinAtOnce(lambda: files.assemble(machine), files.queues, world.events),
             backlog=files.queues.backlog,
-            returns=files.queues,
+            returns=NoMessages() if beside else files.queues,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=machine,
             blocking=machine,
             events=world.events,
         )
-        worker = Worker(tools, world.rules, world.story.budget)
+        memory = beside.memory if beside else None
+        worker = Worker(tools, world.rules, world.story.budget, memory=memory)
         world.watch(worker.limiter, machine)
-        self.run = RunRange(range_tools, worker, rows)
+        return RunRange(range_tools, worker, rows)
 
 
 class Files:

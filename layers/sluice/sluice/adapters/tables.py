@@ -196,6 +196,10 @@ class Table:
         updated = self.update_if(key, change, "due_at = :seen", ExpressionAttributeValues=values)
         return updated is not None
 
+    def delete(self, key: Item) -> None:
+        """Delete an item, if it exists."""
+        aws.patiently(self._what, self._client.delete_item, TableName=self._name, Key=key)
+
     def add(self, key: Item, numbers: Mapping[str, int]) -> None:
         """Add to the numbers of an item."""
         aws.patiently(

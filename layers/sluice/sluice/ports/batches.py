@@ -17,7 +17,31 @@ class BatchPage:
     has_more: bool
 
 
-class BatchStore(Protocol):
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A small batch with ranges that no worker may have claimed yet."""
+
+    tenant: str
+    batch_id: str
+
+
+class Newcomers(Protocol):
+    """The list of newcomers, in order of tenants. It only saves time: each range has its message in the queue."""
+
+    def announce(self, newcomer: Newcomer) -> None:
+        """Add a batch to the list."""
+        ...
+
+    def newcomer(self, after: str) -> Newcomer | None:
+        """Return the first newcomer of the tenant behind this one; None behind the last, `""` is before the first."""
+        ...
+
+    def welcome(self, newcomer: Newcomer) -> None:
+        """Remove a batch from the list, if it is there: its ranges are claimed."""
+        ...
+
+
+class BatchStore(Newcomers, Protocol):
     """The records of batches and of their ranges, and the counts of what is done."""
 
     def add(self, batch: Batch) -> None:
