@@ -384,8 +384,8 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
         pointer.range: each["Attributes"]["MessageGroupId"]
         for pointer, each in zip(read, found, strict=True)
     }
-    assert {group_of_range("acme", batch.batch_id, 0)} == {groups[number] for number in range(10)}
-    assert {"acme"} == {groups[number] for number in range(10, 25)}
+    assert {group_of_range("acme", batch.batch_id, 0)} == {groups[number] for number in range(5)}
+    assert {"acme"} == {groups[number] for number in range(5, 25)}
     assert list(range(25)) == sorted(each.range for each in read if each.range is not None)
     assert {batch.batch_id} == {each.batch_id for each in read}
 

@@ -21,6 +21,7 @@ from sluice.ports.jobs import Due
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, ranges
 from sluice.worker.keys import KeyChoice
+from sluice.worker.newcomers import RunRanges
 from sluice.worker.range_claim import ClaimedRange
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.range_windows import Saved, Windows
@@ -40,6 +41,10 @@ def _claim_a_leased_range() -> Iterator[None]:
 
     with instead(ranges, "claim_range", claim):
         yield
+
+
+async def _no_newcomer(self: RunRanges) -> None:
+    del self
 
 
 async def _never_reported(self: RunRange, *_: object) -> None:
@@ -166,6 +171,10 @@ def _rejected_with_another(self: KeyChoice, key: UpstreamKey) -> bool:
 
 
 BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
+    "never_run_newcomers": Bug(
+        "a small new batch waits for a free worker",
+        in_place_of(RunRanges, "_newcomer", _no_newcomer),
+    ),
     "claim_a_leased_range": Bug(
         "a range is claimed although another worker has its lease", _claim_a_leased_range
     ),

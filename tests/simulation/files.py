@@ -14,6 +14,7 @@ from sluice.adapters import job_records
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
+from sluice.domain import turns
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Tally
 from sluice.domain.errors import BatchNotFound, InvalidRequest, StoreBusy
 from sluice.domain.jobs import Party
@@ -22,7 +23,7 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
-from sluice.worker import ranges
+from sluice.worker import newcomers, ranges
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
 from sluice.worker.range_rows import RowBooks, WindowRows
@@ -136,15 +137,16 @@ class StoryBatchQueues(MemoryBatchQueues):
         self.stirred.set()
 
     def receive(self) -> RangePointer | None:
-        """Return a visible range, of the tenant with the fewest in flight, as a fair queue does."""
+        """Return a visible range, of the group with the fewest in flight, as a fair queue does."""
         now = self._now()
-        tenant_of = {each: batch.tenant for each, batch in self.world.files.batches.stored.items()}
         flying = Counter(
-            tenant_of.get(batch_id) for _, batch_id, _, at in self.ranges.values() if at > now
+            self._group(batch_id, number)
+            for _, batch_id, number, at in self.ranges.values()
+            if at > now
         )
         visible = sorted(
-            (flying[tenant_of.get(batch_id)], at, name)
-            for name, (_, batch_id, _, at) in self.ranges.items()
+            (flying[self._group(batch_id, number)], at, name)
+            for name, (_, batch_id, number, at) in self.ranges.items()
             if at <= now
         )
         if not visible:
@@ -153,6 +155,10 @@ class StoryBatchQueues(MemoryBatchQueues):
         message, batch_id, number, _ = self.ranges[name]
         self.ranges[name] = (message, batch_id, number, now + VISIBILITY_MS)
         return RangePointer(message, batch_id, number)
+
+    def _group(self, batch_id: str, number: int) -> str:
+        tenant = self.world.files.batches.stored[batch_id].tenant
+        return turns.group_of_range(tenant, batch_id, number)
 
     # What a fault can do to messages.
 
@@ -499,17 +505,16 @@ def cut_as(story: Any) -> Iterator[None]:
         "RANGES_PER_SECTION": story.ranges_per_section,
     }
     # Housekeeping ten times a second would take most of the time of a story.
-    paced = {"TICK_MS": 500} if "TICK_MS" in vars(ranges) else {}
-    before = [(vars(module), name, vars(module)[name]) for module, name in _named(cut, paced)]
-    vars(domain).update(cut)
-    vars(ranges).update(paced)
+    wanted: Sequence[tuple[Any, str, int]] = (
+        *((domain, name, value) for name, value in cut.items()),
+        (ranges, "TICK_MS", 500),
+        (newcomers, "LOOK_MS", 3 * SECOND),
+    )
+    before = [(module, name, vars(module)[name]) for module, name, _ in wanted]
+    for module, name, value in wanted:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for names, name, value in before:
-            names[name] = value
-
-
-def _named(cut: Mapping[str, int], paced: Mapping[str, int]) -> Iterator[tuple[Any, str]]:
-    yield from ((domain, name) for name in cut)
-    yield from ((ranges, name) for name in paced)
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -32,7 +32,7 @@ from tests.simulation.faults import (
     TwoSweeps,
 )
 from tests.simulation.story import STATED, Order, Story, Upload, of_single_jobs
-from tests.simulation.troubles import of_neighbors
+from tests.simulation.troubles import AT_LOW_LIMITS, of_neighbors
 
 TENANTS: Final = ("acme", "birch", "cedar")
 
@@ -78,6 +78,8 @@ def story_of(seed: int) -> Story:
         return of_files(seed)
     if seed % 16 == 7:
         return of_neighbors(seed)
+    if seed % 64 == 15:
+        return of_neighbors(seed, AT_LOW_LIMITS)
     return of_single_jobs(seed)
 
 

@@ -158,6 +158,8 @@ class Story:
     """Usage has cached input."""
     ill: str | None = None
     """The tenant that is in trouble: the others must not wait because of it."""
+    ill_file: str = ""
+    """The name of a file that counts as the ill tenant's, although it may be the healthy tenant's own."""
     trouble: str = ""
     """Its trouble."""
 
@@ -166,7 +168,11 @@ class Story:
         return replace(
             self,
             orders=[each for each in self.orders if each.tenant != self.ill],
-            uploads=[each for each in self.uploads if each.tenant != self.ill],
+            uploads=[
+                each
+                for each in self.uploads
+                if each.tenant != self.ill and each.name != self.ill_file
+            ],
             faults=[each for each in self.faults if each.whose != self.ill],
             ill=None,
         )

@@ -12,7 +12,7 @@ from sluice.ports.batches import Newcomer
 from sluice.ports.claude import CallRequest
 from sluice.worker.newcomers import BESIDE, MOST_BYTES
 from tests.bulk_fakes import Bulk, a_row, jsonl
-from tests.fakes import NOON, SECOND, answer, known_group, paced
+from tests.fakes import NOON, SECOND, Reply, answer, known_group, paced
 
 LARGE, SMALL = "in/acme/large.jsonl", "in/zenith/small.jsonl"
 
@@ -52,7 +52,7 @@ class Story:
         """Of rows from number 1,000 on, and of the others."""
         before = bulk.claude.when
 
-        def called(request: CallRequest) -> None:
+        def called(request: CallRequest) -> Reply | None:
             content = json.loads(bytes(request.body.data))["messages"][0]["content"]
             is_small = int(content.removeprefix("Say ")) >= 1_000
             self.first_call.setdefault(is_small, bulk.time.now())

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 from hashlib import sha256
 from typing import Final, Generic, TypeVar
 
-FIRST_RANGES: Final = 10
-"""Ranges at the start of a batch whose messages do not wait behind the other ranges of its tenant: about 1,000 rows."""
+FIRST_RANGES: Final = 5
+"""Ranges at the start of a batch whose messages do not wait behind the other ranges of its tenant: about 500 rows."""
 
 SLOTS: Final = 4
 """Fair queue groups for the first ranges of a tenant's batches.
