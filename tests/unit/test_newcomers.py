@@ -39,7 +39,8 @@ def arrive(bulk: Bulk, key: str, rows: int, first: int = 0) -> Batch:
 
 
 def of(bulk: Bulk, key: str) -> Batch:
-    return next(each for each in bulk.batches.stored.values() if each.input_key == key)
+    batches = bulk.batches.stored.values()
+    return next(each for each in batches if key in {each.input_key, each.given_key})
 
 
 class Story:

@@ -12,7 +12,8 @@ from typing import Final
 
 from sluice.domain.batches import LINES_PER_RANGE, WATCH_MS
 from sluice.domain.capacity import startable
-from sluice.domain.limits import Group, model_group
+from sluice.domain.limits import Group
+from sluice.domain.models import model_group
 from sluice.domain.turns import in_turns
 from sluice.ports.batches import BatchStore, DueRange, Plans, RangesQueue, WaitingRanges
 from sluice.ports.limits import LimitStore
@@ -101,10 +102,11 @@ class Resume:
         """
         room: dict[str, int] = {}
         seen: set[tuple[str, str]] = set()
+        by_model = {**self._model_groups, **self._limits.models().groups()}
         chosen: list[DueRange] = []
         for each in in_turns(due, _tenant, _batch):
             if each.number is not None:
-                name = model_group(each.model or "", self._model_groups)
+                name = model_group(each.model or "", by_model, each.tenant)
                 if name not in room:
                     room[name] = startable(groups, name, now, now + RUN_MS) // LINES_PER_RANGE
                 is_first = (each.tenant, name) not in seen
