@@ -26,6 +26,7 @@ from sluice.adapters.sqs import Hidden, SqsBatchesQueue, SqsRangesQueue
 from sluice.domain.batches import (
     Batch,
     Options,
+    Plan,
     Progress,
     RangeState,
     Source,
@@ -471,7 +472,7 @@ def test_a_long_listing_comes_page_by_page(cloud: Aws, name: str) -> None:
 
 def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
     queue = SqsRangesQueue(cloud.sqs, cloud.ranges_queue)
-    batch = a_batch()
+    batch = a_batch(plan=Plan(0, 6_000, 100, 60, 1))
 
     assert [] == queue.send_ranges(batch, range(25))
 
@@ -486,8 +487,8 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
         pointer.range: each["Attributes"]["MessageGroupId"]
         for pointer, each in zip(read, found, strict=True)
     }
-    assert {group_of_range("acme", batch.batch_id, 0)} == {groups[number] for number in range(5)}
-    assert {"acme"} == {groups[number] for number in range(5, 25)}
+    assert {n: group_of_range("acme", batch.batch_id, n, 60) for n in range(25)} == groups
+    assert 2 == len(set(groups.values()))
     assert list(range(25)) == sorted(each.range for each in read if each.range is not None)
     assert {batch.batch_id} == {each.batch_id for each in read}
     assert 25 == queue.backlog().total

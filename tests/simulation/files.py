@@ -157,8 +157,9 @@ class StoryBatchQueues(MemoryBatchQueues):
         return RangePointer(message, batch_id, number)
 
     def _group(self, batch_id: str, number: int) -> str:
-        tenant = self.world.files.batches.stored[batch_id].tenant
-        return turns.group_of_range(tenant, batch_id, number)
+        batch = self.world.files.batches.stored[batch_id]
+        ranges = batch.plan.ranges if batch.plan else 0
+        return turns.group_of_range(batch.tenant, batch_id, number, ranges)
 
     # What a fault can do to messages.
 

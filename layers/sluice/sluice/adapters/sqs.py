@@ -157,7 +157,9 @@ class SqsRangesQueue:
                     {"v": SCHEMA_VERSION, "batch_id": batch.batch_id, "range": number}
                 ),
                 "MessageGroupId": message_group(
-                    group_of_range(batch.tenant, batch.batch_id, number)
+                    group_of_range(
+                        batch.tenant, batch.batch_id, number, batch.plan.ranges if batch.plan else 0
+                    )
                 ),
             }
             for number in numbers

@@ -8,7 +8,9 @@ from hashlib import sha256
 from typing import Final, Generic, TypeVar
 
 FIRST_RANGES: Final = 5
-"""Ranges at the start of a batch whose messages do not wait behind the other ranges of its tenant: about 500 rows."""
+MOST_RANGES_APART: Final = 50
+"""Messages of ranges do not wait behind the bulk of their tenant's ranges if they are the first ones of their batch
+(about 500 rows), or if the batch has no more than so many (about 5,000 rows)."""
 
 SLOTS: Final = 4
 """Fair queue groups for the first ranges of a tenant's batches.
@@ -56,12 +58,12 @@ class Shares(Generic[H]):
             self.items[item] = None
 
 
-def group_of_range(tenant: str, batch_id: str, number: int) -> str:
-    """Return the fair queue group of a range's message.
+def group_of_range(tenant: str, batch_id: str, number: int, of: int) -> str:
+    """Return the fair queue group of the message of one of `of` ranges.
 
-    The first ranges of a batch share a few groups with those of the tenant's other batches, all later ones have the
-    tenant's group: so a large batch delays neither other tenants nor the smaller batches of its own.
+    Smaller batches, and the first ranges of large ones, share a few groups with the tenant's other batches. All later
+    ranges have the tenant's group: so a large batch delays neither other tenants nor the smaller batches of its own.
     """
-    if number >= FIRST_RANGES:
+    if number >= FIRST_RANGES and of > MOST_RANGES_APART:
         return tenant
     return f"{tenant}/{sha256(batch_id.encode()).digest()[0] % SLOTS}"
