@@ -107,8 +107,8 @@ class StoryJobs(MemoryJobs):
         self.taken: Counter[tuple[str, int]] = Counter()
         """How often a due time was taken, by job and the time it was due."""
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        return super().due(why, now, min(limit, self.world.story.most_retrieve_exception))
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
+        return super().due(why, now, min(share, self.world.story.due_share))
 
     def postpone(self, due: Due, until: int) -> Due | None:
         taken = super().postpone(due, until)

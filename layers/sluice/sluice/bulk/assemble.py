@@ -242,7 +242,7 @@ class JoinAtOnce:
         self._queue = queue
         self._events = events
 
-    def send_join(self, batch_id: str, section: int) -> None:
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
         """Join a section, or send it to the batches function; raises StoreBusy."""
         try:
             assemble = self._assemble()
@@ -250,7 +250,7 @@ class JoinAtOnce:
                 return
         except Exception:  # noqa: BLE001 - after any error the batches function joins it
             self._events.problem("batch not joined at once", batch_id=batch_id, section=section)
-        self._queue.send_join(batch_id, section)
+        self._queue.send_join(batch_id, section, tenant)
 
 
 def summary(batch: Batch) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from sluice.domain.forms import (
 )
 from sluice.domain.webhooks import Network
 from sluice.intake.requests import decode, read_options, unread
-from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
+from sluice.ports.batches import BatchStore, Newcomer, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
 
@@ -340,6 +340,8 @@ class PlanBatch:
         if not plan.ranges:
             self._assemble.fail(batch, "the file is empty")
             return
+        if plan.is_small:
+            self._batches.announce(Newcomer(batch.tenant, batch.batch_id))
         self._send(batch, range(plan.ranges))
         self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         self._events.note(

@@ -30,6 +30,9 @@ MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
 MOST_RANGES: Final = 200_000
 """Maximum for one object; in larger objects the ranges are longer."""
 
+SMALL_RANGES: Final = 3
+"""Busy workers run the ranges of a batch with at most this many beside their own, so that it starts within seconds."""
+
 MOST_LINE_BYTES: Final = 8 * 1024 * 1024
 """A longer line is a bad row. Several such lines must fit into memory."""
 
@@ -161,6 +164,11 @@ class Plan:
     def sections(self) -> int:
         """The number of sections."""
         return -(-self.ranges // RANGES_PER_SECTION)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether busy workers may run its ranges beside their own."""
+        return 0 < self.ranges <= SMALL_RANGES
 
     @property
     def estimated_rows(self) -> int:
