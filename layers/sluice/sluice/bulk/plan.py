@@ -17,6 +17,7 @@ from sluice.domain.batches import (
     LONGEST_MS,
     MOST_KEY_BYTES,
     MOST_LINE_BYTES,
+    MOST_ROWS,
     MOST_UNSUPPORTED,
     PLANNING_MS,
     SAMPLE_BYTES,
@@ -57,7 +58,7 @@ from sluice.domain.forms import (
 )
 from sluice.domain.webhooks import Network
 from sluice.intake.requests import decode, read_options, unread
-from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
+from sluice.ports.batches import BatchStore, Newcomer, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
 
@@ -308,14 +309,16 @@ class PlanBatch:
     def _join(self, batch: Batch, sections: Sequence[int]) -> None:
         """Join sections in this invocation, because this function must not send to the queue that invokes it.
 
-        A section that is already joined costs two reads. The next check joins those for which no time is left.
+        A section that is already joined costs two reads. What is left, the next check does, or the message of the last
+        section, which is repeated until the batch has ended.
         """
         latest = self._clock.now() + JOIN_MS
         for section in sections:
-            if self._clock.now() > latest:
+            if self._clock.now() > latest or not self._assemble.join(
+                batch.batch_id, section, latest
+            ):
                 self._events.note("sections left to the next check", batch_id=batch.batch_id)
                 return
-            self._assemble.join(batch.batch_id, section)
 
     def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
         for _ in range(SEND_ROUNDS):
@@ -369,6 +372,8 @@ class PlanBatch:
         if not plan.ranges:
             self._assemble.fail(batch, "the file is empty")
             return
+        if plan.is_small:
+            self._batches.announce(Newcomer(batch.tenant, batch.batch_id))
         self._send(batch, range(plan.ranges))
         self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         self._events.note(
@@ -396,7 +401,7 @@ class PlanBatch:
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
         plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
-        problem = _unreadable(sample)
+        problem = _unreadable(sample) or _too_long(plan)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
@@ -579,6 +584,14 @@ def _has_no_lines(key: str, sample: bytes) -> bool:
     is_packed = key.lower().endswith(".gz") or sample.startswith(_GZIP)
     is_csv = key.lower().endswith(".csv")
     return _is_folder(key) or is_packed or is_csv or ends_lines_with_cr(sample)
+
+
+def _too_long(plan: Plan) -> str | None:
+    """Return what is wrong with a file of more rows than the end of a batch can compare."""
+    if plan.estimated_rows <= MOST_ROWS:
+        return None
+    rows = f"{plan.estimated_rows:,} rows; the maximum is {MOST_ROWS:,}"
+    return f"the file has about {rows}. Split it into several files"
 
 
 def _unreadable(sample: bytes) -> str | None:
