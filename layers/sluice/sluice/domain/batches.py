@@ -287,6 +287,12 @@ class Batch:
         return (self.given_key or self.input_key).endswith("/options.json")
 
     @property
+    def has_offsets(self) -> bool:
+        """Whether a byte offset in its rows is one in the submitted file, or in what a gzip file unpacks to."""
+        file = (self.given_key or self.input_key).lower().removesuffix(".gz")
+        return not self.is_folder and not file.endswith(".csv")
+
+    @property
     def rows_key(self) -> str:
         """The object with the rows of a file: its copy, or what was made from it if it is not plain JSONL."""
         return f"batches/{self.batch_id}/rows.jsonl"
@@ -372,9 +378,12 @@ def older_file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> st
     return _batch_id("file", tenant, key, etag, run or "")
 
 
+RESERVED: Final = ".uploads/"
+
+
 def upload_prefix(tenant: str, token: str) -> str:
     """Return where the objects of one upload through the API are: two uploads of one name never meet."""
-    return f"in/{tenant}/.uploads/{token}/"
+    return f"in/{tenant}/{RESERVED}{token}/"
 
 
 _OF_AN_UPLOAD: Final = re.compile(r"in/[^/]+/\.uploads/[0-9a-f]+/")
