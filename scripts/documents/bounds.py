@@ -165,7 +165,10 @@ ROWS: Final = (
     ),
     (
         "one run of the sweep",
-        f"{sweep.MOST_DUE:,} due jobs and {sweep.MOST_UNHEARD:,} that were not written for long",
+        (
+            f"{sweep.DUE_SHARE:,} due jobs of each tenant and model, and "
+            f"{sweep.UNHEARD_SHARE:,} that were not written for long"
+        ),
         "the next run continues",
     ),
 )
