@@ -497,7 +497,7 @@ def test_saved_answers_survive_a_change_of_the_input(make: Make) -> None:
     bulk.claude.when = slow
     bulk.upload(of(3))
     bulk.once()
-    del bulk.objects.stored["in/acme/first.jsonl"]
+    del bulk.objects.stored[bulk.batch.input_key]
     bulk.claude.when = lambda _: None
     bulk.drain()
 
