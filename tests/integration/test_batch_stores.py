@@ -555,6 +555,16 @@ def test_a_message_is_hidden_while_it_is_processed_and_retried_after_a_failure(
     assert seconds_hidden(cloud, url)
 
 
+def test_a_message_whose_work_is_not_done_is_visible_at_once(cloud: Aws, name: str) -> None:
+    url, message = a_message(cloud, name)
+
+    with Hidden(cloud.sqs, url, message) as hidden:
+        assert within(lambda: seconds_hidden(cloud, url))
+        hidden.show()
+
+    assert within(lambda: not seconds_hidden(cloud, url))
+
+
 def test_a_message_that_cannot_be_hidden_is_processed_all_the_same(cloud: Aws, name: str) -> None:
     url, message = a_message(cloud, name)
 

@@ -493,9 +493,8 @@ class Files:
         return ended and not (self.queues.planner or self.queues.ranges or self.busy)
 
 
-def _done(call: Callable[..., None], *args: Any) -> bool:
-    call(*args)
-    return True
+def _done(call: Callable[..., bool | None], *args: Any) -> bool:
+    return call(*args) is not False
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-from sluice.bulk import assemble as assembling
+from sluice.bulk import sections as joining
 from sluice.domain.errors import JobNotFound, StoreBusy
 from sluice.domain.jobs import DueFor, Job, Party
 from sluice.domain.keys import UpstreamKey
@@ -940,7 +940,7 @@ class World:
         return json.dumps(value) if isinstance(value, int | None) else type(value).__name__
 
 
-WITH_THREADS: Final = (submitting, sweeping, burying, assembling)
+WITH_THREADS: Final = (submitting, sweeping, burying, joining)
 
 
 @contextmanager

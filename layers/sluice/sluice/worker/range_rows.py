@@ -197,7 +197,7 @@ class WindowRows:
         return Result()
 
     def probe(self) -> None:
-        """Do nothing: a range looks at the bucket before it runs its rows."""
+        """Do nothing: a range tries the bucket before it runs its rows."""
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""

@@ -91,7 +91,7 @@ class RunRange:
         try:
             return await self._claimed(pointer, stop_at, owner)
         except StoreBusy as error:
-            self.tools.events.problem("range not begun", what=error.what)
+            self.tools.events.problem("range not started", what=error.what)
         except Exception:  # noqa: BLE001 - whatever it was, the range continues later
             self.tools.events.problem("range failed", batch_id=pointer.batch_id)
         await self.hide(pointer, not_read_ms(pointer))
@@ -240,6 +240,7 @@ class _Run:
             self._range.state,
             saved,
             self._job_of,
+            self._range.note_reading,
             self._tools.events,
         )
         run_rows = 0
