@@ -22,7 +22,7 @@ from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
@@ -475,7 +475,7 @@ class Bulk:
             limits=self.gateway.limits,
             keys=self.gateway.pool,
             claude=self.claude,
-            ledger=RowBooks(self.ledger, rows),
+            ledger=self.ledger,
             clock=clock,
             jitter=lambda: self.gateway.jitter,
             blocking=self.gateway.blocking,
@@ -488,6 +488,7 @@ class Bulk:
             queue=at_once if self.joins_at_once else self.queues,
             backlog=self.queues.backlog,
             returns=self.queues,
+            ledger=self.ledger,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=clock,

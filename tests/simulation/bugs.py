@@ -21,7 +21,6 @@ from sluice.intake.submit import Outcome, Submit
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Due, Received
 from sluice.worker import limit_writer
-from sluice.worker.ledger import Ledger
 from sluice.worker.limit_books import Admission
 from sluice.worker.limiter import Limiter
 from sluice.worker.memory import Grant, Memory
@@ -282,10 +281,12 @@ def _care_for_parked_jobs_only() -> Iterator[None]:
 
 @contextmanager
 def _keep_silent_about_lost_calls() -> Iterator[None]:
-    async def silent(*_: object) -> None:
-        return
+    without_loss = life.without_loss
 
-    with instead(Ledger, "account_for_lost", silent):
+    def silent(job: Job, now: int) -> Job:
+        return replace(without_loss(job, now), unbooked=job.unbooked)
+
+    with instead(life, "without_loss", silent):
         yield
 
 

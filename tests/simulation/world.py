@@ -697,6 +697,7 @@ class World:
         sweep = Sweep(
             jobs,
             jobs,
+            Through(self.ledger),
             queue,
             limits,
             pool,

@@ -26,6 +26,7 @@ from tests.fakes import (
     SECOND,
     FrozenClock,
     MemoryJobs,
+    MemoryLedger,
     MemoryLimits,
     MemoryQueue,
     PoolWritten,
@@ -46,6 +47,7 @@ class Scene:
         self.clock = FrozenClock()
         self.jobs = MemoryJobs(*jobs)
         self.queue = MemoryQueue(self.clock.now)
+        self.ledger = MemoryLedger()
         self.limits = MemoryLimits(*groups)
         self.pool = PoolWritten(None)
         self.events = RecordingEvents()
@@ -54,6 +56,7 @@ class Scene:
         use_case = Sweep(
             self.jobs,
             self.jobs,
+            self.ledger,
             self.queue,
             self.limits,
             self.pool,

@@ -67,6 +67,9 @@ STORE_BUSY_MS: Final = 5_000
 FAULT_MS: Final = 15_000
 """Wait of a job that met an unexpected error, with as much jitter on top."""
 
+BOOKING_MS: Final = 30_000
+"""A worker has booked the calls of an ended job by then, unless it died or the ledger is busy."""
+
 REWRITE_MS: Final = 1_000
 """Pause before a write that must not be lost is tried again on a busy store."""
 
@@ -82,6 +85,7 @@ assert LEAST_WINDOW_MS <= ROW_STAY_MS < LONGEST_DELAY_MS < LONGEST_PARK_MS
 assert max(NO_KEY_MS, 2 * FAULT_MS, 2 * STORE_BUSY_MS) < LONGEST_DELAY_MS, (
     "faults wait in the queue"
 )
+assert BOOKING_MS < LEASE_MS - RENEW_MS, "the message of a dead worker is visible later than that"
 assert REWRITE_MS < CANCEL_CHECK_MS, "a lease is renewed between two tries of a write"
 
 

@@ -7,6 +7,8 @@ so that a sweep that dies loses no job.
 
 Any other job that was not written for long is checked: its message may be lost, or was never sent. An extra message is
 harmless, because the lease decides which worker runs the job.
+
+A job that ended without a worker, or while the ledger was busy, still owes rows of its calls: the sweep writes them.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group, model_group
+from sluice.domain.pricing import added_up
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
-from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
+from sluice.ports.jobs import CallBooks, Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
 from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
@@ -73,6 +76,7 @@ class Sweep:
         self,
         jobs: JobStore,
         due: DueJobs,
+        ledger: CallBooks,
         queue: JobQueue,
         limits: LimitStore,
         pool: PoolHistory,
@@ -82,6 +86,7 @@ class Sweep:
     ) -> None:
         self._jobs = jobs
         self._due = due
+        self._ledger = ledger
         self._queue = queue
         self._limits = limits
         self._pool = pool
@@ -92,6 +97,9 @@ class Sweep:
     def __call__(self, stop_at: int) -> Swept:
         """Send due jobs that can start soon, end jobs past their deadline; start no further step after `stop_at`."""
         now = self._clock.now()
+        for owing in self._due.due(DueFor.BOOKS, now, MOST_UNHEARD):
+            if self._clock.now() < stop_at:
+                self._book(owing)
         due = self._due.due(DueFor.CALL, now, MOST_DUE)
         unheard = self._due.due(DueFor.CHECK, now, MOST_UNHEARD)
         if not due and not unheard:
@@ -169,6 +177,18 @@ class Sweep:
             return None
         # Twice as long each time: a job that waits for hours gets a few extra messages, not hundreds.
         return max(WATCH_MS, now - job.created_at)
+
+    def _book(self, owing: Due) -> None:
+        """Write the rows that an ended job owes to the ledger; after a failure the next run tries again."""
+        job = self._jobs.get(owing.job_id)
+        try:
+            written = self._ledger.record_missing(job.unbooked if job else ())
+            if written:
+                self._ledger.add_up(added_up(written))
+        except (StoreBusy, NotStorable) as error:
+            self._events.problem("ledger rows not written", job_id=owing.job_id, reason=str(error))
+        else:
+            self._due.forget(owing)
 
     def _steps(self, due: Sequence[Due], stop_at: int) -> Iterator[Sequence[Due]]:
         for start in range(0, len(due), AT_ONCE):

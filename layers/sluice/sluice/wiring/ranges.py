@@ -14,7 +14,7 @@ from sluice.wiring.shared import CLOCK, settings, sqs, telemetry
 from sluice.wiring.stores import ledger, objects
 from sluice.wiring.workers import new_worker
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RunRange
 
 
@@ -35,11 +35,12 @@ def run_range() -> RunRange:
         queue=JoinAtOnce(assemble, batches_queue(), telemetry()),
         backlog=partial(depth_of, sqs(), settings().ranges_queue_url, "the ranges queue"),
         returns=returns,
+        ledger=ledger(),
         text_of_job=job_records.as_text,
         job_of_text=job_records.of_text,
         clock=CLOCK,
         blocking=threads,
         events=telemetry(),
     )
-    worker = new_worker(rows, rows, rows, RowBooks(ledger(), rows), threads)
+    worker = new_worker(rows, rows, rows, ledger(), threads)
     return RunRange(tools, worker, rows)

@@ -96,7 +96,7 @@ class Attempt:
         job, now, spread = self._job, self._invocation.now(), self._invocation.spread
         match step:
             case Step.DROP:
-                return DONE
+                return await self._drop()
             case Step.BUSY:
                 until = job.lease.until if job.lease else now
                 return self._invocation.in_queue(until - now + spread(2_000))
@@ -217,6 +217,7 @@ class Attempt:
         job, now = self._job, self._invocation.now()
         alone = life.most_in_flight(job) == 1
         claimed = life.claim(job, self._invocation.owner, now, now + waits.LEASE_MS, alone=alone)
+        claimed = await self._invocation.ledger.booked(claimed)
         try:
             stored = await self._swap(claimed)
         except StoreBusy:
@@ -226,7 +227,6 @@ class Attempt:
         # Equal, but read back: only the response to the first try was lost.
         if stored != claimed:
             raise _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(job, claimed)
         return claimed
 
     # Call and record --------------------------------------------------------------------------------------------
@@ -252,6 +252,18 @@ class Attempt:
         report_end(self._tools.events, ended)
         return DONE
 
+    async def _drop(self) -> Ending:
+        """Acknowledge the message of an ended job, once the ledger has its calls: their worker may have died with them.
+
+        A job that has ended just now may be in the hands of its worker, which will write them.
+        """
+        ended_ago = self._invocation.now() - (self._job.finished_at or 0)
+        if ended_ago < waits.BOOKING_MS or await self._invocation.ledger.book(
+            life.billed_rows(self._job)
+        ):
+            return DONE
+        return self._invocation.in_queue(waits.STORE_BUSY_MS)
+
     async def _park(self, delay_ms: int, reason: str) -> Wait:
         """Take a waiting job out of the queue."""
         now = self._invocation.now()
@@ -261,10 +273,10 @@ class Attempt:
 
     async def _write(self, wanted: Job) -> None:
         """Write the record of a job that nobody runs."""
-        stored = await self._swap(wanted)
-        if stored is not wanted:
+        booked = await self._invocation.ledger.booked(wanted)
+        stored = await self._swap(booked)
+        if stored is not booked:
             raise _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(self._job, wanted)
 
     async def _swap(self, wanted: Job) -> Job | None:
         replace = self._tools.jobs.replace

@@ -45,7 +45,7 @@ class RangeSource:
         note_running: Callable[[], None],
         note_drained: Callable[[], Awaitable[None]],
     ) -> None:
-        """`note_running` is called in a thread, while a killer is searched, before a row starts."""
+        """`note_running` is called in a thread, before rows start."""
         self._rows = rows
         self._clock = clock
         self._started = clock.now()
@@ -134,9 +134,9 @@ class RangeSource:
             self._suspects_waiting.add(job.job_id)
         self._leave(seat)
 
-    async def keep(self, *, last: bool = False) -> bool:
+    async def keep(self, unwritten: Collection[str], *, last: bool = False) -> bool:
         """Do nothing: a range saves its rows and keeps its lease also while no worker runs."""
-        del last
+        del unwritten, last
         return True
 
     # The range --------------------------------------------------------------------------------------------------
@@ -156,6 +156,11 @@ class RangeSource:
             for seat in sorted(seats, key=lambda seat: seat.line.offset)
             if seat.ended is None or seat.ended.chunk is None
         )
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the rows in flight must be known exactly, because one of them may kill the worker."""
+        return self._is_apart or self._losses > 0
 
     def wake(self) -> None:
         """Report to `take` that another worker has the range."""
@@ -242,9 +247,7 @@ class RangeSource:
     # The search for rows that kill their workers ---------------------------------------------------------------
 
     def _starting(self, job_ids: Sequence[str]) -> None:
-        """Note rows as running before their requests are made, if these may kill the worker."""
-        if not (self._is_apart or self._losses):
-            return
+        """Note rows as running before their requests are made, so that their calls are known if the worker dies."""
         with self._lock:
             self._noted.update(job_ids)
         self._note_running()

@@ -8,6 +8,7 @@ from typing import Final
 
 from sluice.domain.batches import CLAIM_VERSIONS, SAMPLE_BYTES, Batch, RangeState, Tally, row_job_id
 from sluice.domain.jobs import Job
+from sluice.domain.pricing import Spend
 from sluice.domain.rows import (
     BadRow,
     Line,
@@ -67,19 +68,22 @@ class Window:
 class Windows:
     """Reads a range line by line and splits it into windows. Every worker gets the same windows."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what a row is made from
         self,
         objects: Objects,
         batch: Batch,
         state: RangeState,
         saved: Saved,
         make_job: Callable[[str, Row], Job],
+        lost_calls: Callable[[Job, int], Spend],
     ) -> None:
+        """`lost_calls` returns the sums of a row's calls whose answers were lost, by its job and byte offset."""
         self._objects = objects
         self._batch = batch
         self._state = state
         self._saved = saved
         self._make_job = make_job
+        self._lost_calls = lost_calls
         assert batch.plan is not None
         self._plan = batch.plan
         self._start, self._end = self._plan.bounds(state.number)
@@ -141,7 +145,9 @@ class Windows:
             job, version=self._state.claims * CLAIM_VERSIONS, request_bytes=len(line.text)
         )
         ended = self._saved.records.pop(line.offset, None)
-        return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
+        if ended is not None:
+            return Seat(replace(line, text=b""), job, ended=ended)
+        return Seat(line, job, lost=self._lost_calls(job, line.offset))
 
     def _pieces(self) -> Iterator[bytes]:
         """Read from the byte before the range to its end, and further on demand."""

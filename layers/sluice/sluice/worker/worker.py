@@ -43,6 +43,10 @@ class Worker:
         self._ledger = Ledger(tools.ledger, tools.blocking, tools.events)
         self._given_advice: set[str] = set()
 
+    async def book(self) -> None:
+        """Write the collected ledger rows, unless the ledger is busy."""
+        await self._ledger.keep()
+
     async def run(self, source: Source, stop_at: int, owner: str) -> None:
         """Run the jobs of a source until it has no more.
 
@@ -165,7 +169,8 @@ class _Run:
         """Write collected changes, ledger rows before their messages are deleted; return whether none is left."""
         async with self._writing:
             is_written = True
-            for chore in (self._invocation.ledger.keep, self._source.keep):
+            ledger, source = self._invocation.ledger, self._source
+            for chore in (ledger.keep, lambda *, last: source.keep(ledger.unwritten, last=last)):
                 try:
                     is_written &= await chore(last=last)
                 except Exception:  # noqa: BLE001 - the other changes must still be written
