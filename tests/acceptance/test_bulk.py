@@ -68,14 +68,6 @@ class Gateway:
         users = [json.loads(row)["user_id"] or "" for row in text.splitlines()]
         return Counter(user for user in users if user.startswith(f"{run}/"))
 
-    def ledger_notes(self) -> list[str | None]:
-        pages = (
-            self.ready.client("dynamodb")
-            .get_paginator("scan")
-            .paginate(TableName=self.ready.resources["LedgerTable"])
-        )
-        return [item.get("note", {}).get("S") for page in pages for item in page["Items"]]
-
 
 def within(find: Callable[[], Found | None], seconds: float = PATIENCE_SECONDS) -> Found:
     """Ask again until there is an answer."""

@@ -1520,7 +1520,7 @@ def test_a_busy_ledger_is_logged_and_stops_no_job(make: Make) -> None:
 
 
 def test_a_message_is_kept_until_the_ledger_has_the_calls_of_its_job(make: Make) -> None:
-    """The worker may die; whoever receives the message then writes the row from the job's record."""
+    """The worker may die; the next receiver of the message then writes the row from the job's record."""
     gateway = make(a_job())
     gateway.ledger.break_down("record")
 

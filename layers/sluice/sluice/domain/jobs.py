@@ -310,7 +310,7 @@ class Job:
     uncertain_calls: int = 0
     """Calls that may have been billed: nobody saw how they ended."""
     unbooked: tuple[LedgerRow, ...] = ()
-    """Rows of its calls that the ledger may lack. Whoever has the ledger writes them and continues without them."""
+    """Rows of its calls that the ledger may lack. Who has the ledger writes them and continues without them."""
     result: Result | None = None
     error: JobError | None = None
     redrives: tuple[Redrive, ...] = ()

@@ -48,8 +48,8 @@ class Source(Protocol):
     async def keep(self, unwritten: Collection[str], *, last: bool = False) -> bool:
         """Keep the held messages hidden, and write the noted changes; return whether all are written.
 
-        The messages of `unwritten` jobs are not deleted: the ledger lacks calls of theirs, and whoever receives such a
-        message writes them. `last`: changes that cannot be written now are logged and dropped.
+        The messages of `unwritten` jobs are not deleted: the ledger lacks calls of theirs, which the next receiver of
+        such a message writes. `last`: changes that cannot be written now are logged and dropped.
         """
         ...
 
