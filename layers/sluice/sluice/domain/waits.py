@@ -1,4 +1,6 @@
-"""Where a job waits, and for how long: every duration of waiting, and the one rule that picks the place.
+"""Where a job waits, and for how long: the one rule that picks the place, and the durations of leases and backoffs.
+
+The backoff of a retry is in `retries.RetryPolicy`.
 
 All durations are milliseconds.
 """

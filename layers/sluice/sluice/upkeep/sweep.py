@@ -21,7 +21,8 @@ from typing import Final
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
-from sluice.domain.limits import Group, model_group
+from sluice.domain.limits import Group
+from sluice.domain.models import model_group
 from sluice.domain.pricing import added_up
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
@@ -107,8 +108,9 @@ class Sweep:
         late = [each for each in due if each.deadline is not None and each.deadline <= now]
         waiting = [each for each in due if each.deadline is None or each.deadline > now]
         groups, backlog = self._limits.groups(), self._queue.backlog()
-        chosen = self._paced(waiting, groups, backlog, now)
-        lost = self._probably_lost(unheard, groups, backlog, now)
+        by_model = {**self._model_groups, **self._limits.models().groups()}
+        chosen = self._paced(waiting, by_model, groups, backlog, now)
+        lost = self._probably_lost(unheard, by_model, groups, backlog, now)
         sent = expired = rescued = 0
         with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
             for some in self._steps(late, stop_at):
@@ -153,13 +155,18 @@ class Sweep:
         return len(sent)
 
     def _probably_lost(
-        self, unheard: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
+        self,
+        unheard: Sequence[Due],
+        by_model: Mapping[str, str],
+        groups: Sequence[Group],
+        backlog: Backlog,
+        now: int,
     ) -> list[Due]:
         """Return the jobs whose message may be lost, because they were not written for long.
 
         Messages of a long queue are not lost: then these are only the jobs that have waited for hours.
         """
-        names = {model_group(each.model, self._model_groups) for each in unheard}
+        names = {model_group(each.model, by_model, each.tenant) for each in unheard}
         until = now + RUN_MS + MARGIN_MS
         room = sum(startable(groups, name, now, until) for name in names)
         if backlog.visible + backlog.in_flight <= room:
@@ -197,7 +204,12 @@ class Sweep:
             yield due[start : start + AT_ONCE]
 
     def _paced(
-        self, due: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
+        self,
+        due: Sequence[Due],
+        by_model: Mapping[str, str],
+        groups: Sequence[Group],
+        backlog: Backlog,
+        now: int,
     ) -> list[Due]:
         """Return the longest due jobs of each model group, as many as it can start until shortly after the next run.
 
@@ -206,7 +218,8 @@ class Sweep:
         """
         by_group: dict[str, list[Due]] = {}
         for each in due:
-            by_group.setdefault(model_group(each.model, self._model_groups), []).append(each)
+            name = model_group(each.model, by_model, each.tenant)
+            by_group.setdefault(name, []).append(each)
         until, new_pool = now + RUN_MS + MARGIN_MS, self._has_new_pool(now)
         room = {name: startable(groups, name, now, until, new_pool=new_pool) for name in by_group}
         if backlog.visible > sum(room.values()):

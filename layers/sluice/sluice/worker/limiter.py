@@ -30,6 +30,7 @@ from sluice.domain.limits import (
     recalled,
     usual_gap,
 )
+from sluice.domain.models import is_unknown
 from sluice.domain.waits import USUAL, Waits
 from sluice.ports.claude import NO_HEADERS, Headers
 from sluice.ports.limits import LimitStore
@@ -41,6 +42,7 @@ from sluice.worker.limit_books import (
     Change,
     Claimant,
     Line,
+    Moved,
     Waiter,
     open_circuits,
 )
@@ -165,7 +167,12 @@ class Limiter:
     # What responses say -----------------------------------------------------------------------------------------
 
     def heard(self, admission: Admission, headers: Headers, *, served: bool) -> None:
-        """Use a response's headers; `served`: it has an answer."""
+        """Use a response's headers; `served`: it has an answer.
+
+        Those of an unknown model are not the limits of its group, which has all unknown models of a tenant.
+        """
+        if is_unknown(admission.claimant.model_group):
+            return
         books = self._books[admission.claimant.group]
         now = self._clock.now()
         if headers.seen:
@@ -234,16 +241,34 @@ class Limiter:
         if not opened_by_key or claimant.group in self._successors:
             return
         now = self._clock.now()
-        name = group_id(organization, claimant.model_group)
+        self._successors[claimant.group] = self._start(
+            organization, claimant.model_group, headers, now
+        )
+        self._books[claimant.group].change(lambda group, _: moved(group, organization), now)
+        self._planner.wake()
+
+    def knows_model(self, organization: str, model_group: str, headers: Headers) -> None:
+        """Start the group of a model that was unknown, with the limits in its first answer."""
+        self._start(organization, model_group, headers, self._clock.now())
+        self.choose_again()
+
+    def choose_again(self) -> None:
+        """Have the jobs of unknown models choose their group again, because more models are known now."""
+        for waiter in list(self._line.waiters):
+            if any(is_unknown(claimant.model_group) for claimant in waiter.claimants):
+                self._line.answer(waiter, Moved())
+        self._planner.wake()
+
+    def _start(self, organization: str, model_group: str, headers: Headers, now: int) -> str:
+        """Create the books of a group, unless there are some, with the limits of a response; return its id."""
+        name = group_id(organization, model_group)
         if name not in self._books:
-            self._books[name] = Books(new_group(organization, claimant.model_group, now), 0)
-        if headers.seen:
+            self._books[name] = Books(new_group(organization, model_group, now), 0)
+        if headers.seen and not is_unknown(model_group):
             self._books[name].observations.append((now, headers))
             self._books[name].urgent = True
             self._books[name].gather(now)
-        self._books[claimant.group].change(lambda group, _: moved(group, organization), now)
-        self._successors[claimant.group] = name
-        self._planner.wake()
+        return name
 
     def drained(self) -> None:
         """Note that the queue is empty: no job waits behind those that workers hold."""

@@ -13,6 +13,7 @@ from sluice.domain.breakers import STREAK
 from sluice.domain.errors import LeaseLost, NotStorable, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.limits import Cost
+from sluice.domain.models import is_unknown
 from sluice.domain.pricing import Bill, Charge, LedgerRow, Spend, Usage, utc_day
 from sluice.domain.refusals import SPEND_LIMIT
 from sluice.domain.retries import (
@@ -82,6 +83,11 @@ class Outcome:
         if organization is not None:
             await self._invocation.keys.learn_organization(self._call.key, organization)
             self._invocation.limiter.belongs(admission, organization, headers)
+        if isinstance(answer, Answer) and is_unknown(admission.claimant.model_group):
+            name = await self._invocation.keys.learn_model(self._call.job)
+            if name is not None:
+                owner = organization or admission.claimant.organization
+                self._invocation.limiter.knows_model(owner, name, headers)
         self._invocation.limiter.heard(admission, headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._invocation.limiter.works(admission, model_circuit(self._call.job.current_model))
