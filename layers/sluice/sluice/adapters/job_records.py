@@ -230,6 +230,8 @@ def _attempt(value: dict[str, Any]) -> Attempt:
         cost_micro_usd=value.get("cost_micro_usd"),
         alone=value.get("alone", False),
         version=value.get("version", 0),
+        organization=value.get("organization"),
+        key_id=value.get("key_id", ""),
     )
 
 

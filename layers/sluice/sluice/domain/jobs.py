@@ -229,6 +229,9 @@ class Attempt:
     """The worker has no other call in flight: if it dies, this job is the cause."""
     version: int = 0
     """Version of the job's record at the claim. It names the call in the ledger. 0: claimed by an older release."""
+    organization: str | None = None
+    key_id: str = ""
+    """The upstream key of the call, and its organization as known at the claim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +367,11 @@ def without_loss(job: Job, now: int) -> Job:
     error = JobError("worker_lost", "the worker died during the call, which may have been billed")
     lost = replace(attempt, ended_at=now, outcome=AttemptOutcome.LOST, error=error)
     call = f"{attempt.version}" if attempt.version else f"lost-{attempt.number}"
-    row = lost_row(job, call, attempt.model, attempt.at, "the worker died during the call")
+    row = replace(
+        lost_row(job, call, attempt.model, attempt.at, "the worker died during the call"),
+        organization=attempt.organization,
+        key_id=attempt.key_id,
+    )
     return replace(
         job,
         attempts=(*job.attempts[:-1], lost),
@@ -412,8 +419,8 @@ def _billed_row(job: Job, attempt: Attempt) -> LedgerRow:
         job_id=job.job_id,
         model=attempt.model,
         lane=job.lane,
-        organization=None,
-        key_id="",
+        organization=attempt.organization,
+        key_id=attempt.key_id,
         request_id=attempt.request_id,
         outcome=attempt.error.type if attempt.error else outcome.value,
         spend=Spend.of_call(attempt.usage or Usage(), attempt.cost_micro_usd),
@@ -513,7 +520,16 @@ def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 -
     return Step.RUN
 
 
-def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = False) -> Job:
+def claim(  # noqa: PLR0913 - the facts of one attempt
+    job: Job,
+    owner: str,
+    now: int,
+    lease_until: int,
+    *,
+    alone: bool = False,
+    organization: str | None = None,
+    key_id: str = "",
+) -> Job:
     """Take the lease: `queued` becomes `running`. Taking over an expired lease closes its attempt as lost."""
     before = without_loss(job, now)
     number = (before.attempts[-1].number if before.attempts else 0) + 1
@@ -525,7 +541,15 @@ def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = Fal
         attempts_used=before.attempts_used + 1,
         attempts=(
             *before.attempts,
-            Attempt(number, job.current_model, now, alone=alone, version=job.version + 1),
+            Attempt(
+                number,
+                job.current_model,
+                now,
+                alone=alone,
+                version=job.version + 1,
+                organization=organization,
+                key_id=key_id,
+            ),
         ),
         started_at=job.started_at or now,
         not_before=None,

@@ -74,7 +74,7 @@ class Attempt:
                     try:
                         if not is_large:
                             await self._wait_for_start(admission)
-                        job = await self._claim(key)
+                        job = await self._claim(key, admission.claimant.organization)
                     except BaseException:
                         # The exception's traceback would keep the body in memory.
                         body.release()
@@ -210,13 +210,21 @@ class Attempt:
             raise NoCall(await self._end(State.ERRORED, error))
         return body
 
-    async def _claim(self, key: UpstreamKey) -> Job:
+    async def _claim(self, key: UpstreamKey, organization: str | None) -> Job:
         """Take the lease, unless the job or its key changed during the wait, or another worker was quicker."""
         if self._next_step() is not Step.RUN or self._invocation.keys.is_rejected(key):
             raise NoCall(Again(self._job))
         job, now = self._job, self._invocation.now()
         alone = life.most_in_flight(job) == 1
-        claimed = life.claim(job, self._invocation.owner, now, now + waits.LEASE_MS, alone=alone)
+        claimed = life.claim(
+            job,
+            self._invocation.owner,
+            now,
+            now + waits.LEASE_MS,
+            alone=alone,
+            organization=organization,
+            key_id=key.id,
+        )
         claimed = await self._invocation.ledger.booked(claimed)
         try:
             stored = await self._swap(claimed)
