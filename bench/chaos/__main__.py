@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +32,18 @@ from typing import Any, Final
 from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 
-from bench.chaos.verdict import Found, Kill, Size, billed_twice, not_as_promised, recovery, table
+from bench.chaos.verdict import (
+    Found,
+    Kill,
+    Size,
+    Take,
+    billed_twice,
+    killed_calls,
+    kills_table,
+    not_as_promised,
+    recovery,
+    table,
+)
 from scripts.cli.client import Gateway, Json
 from scripts.cli.submission import read_jobs, send
 from scripts.local_stack import LocalStack, Ready, StackError
@@ -160,6 +171,8 @@ class Notes:
         self.hands: dict[int, Hands] = {}
         """By process, for those that have started an invocation and not ended it."""
         self.receives: Counter[str] = Counter()
+        self.taken: dict[str, list[Take]] = defaultdict(list)
+        """Deliveries, by job."""
         self.most_held = 0
 
     def look(self) -> None:
@@ -176,6 +189,7 @@ class Notes:
             for job_id, count in note.get("takes", {}).items():
                 hands.job_ids.add(job_id)
                 self.receives[job_id] = max(count, self.receives[job_id])
+                self.taken[job_id].append(Take(note["at"], count))
             self.most_held = max(self.most_held, len(hands.job_ids))
         self._read = end
 
@@ -362,7 +376,8 @@ class Run:
         ours = [records[job_id] for job_id in self.accepted if job_id in records]
         states = Counter(str(job.state) for job in ours)
         ended = sum(job.state.is_final for job in ours)
-        explained, unexplained = billed_twice(ours, self.ledger(), self._simulator.books())
+        rows, books = self.ledger(), self._simulator.books()
+        explained, unexplained = billed_twice(ours, rows, books)
         return Found(
             accepted=len(self.accepted),
             succeeded=states["succeeded"],
@@ -372,7 +387,9 @@ class Run:
             unexplained=unexplained,
             dead_letters=self.dead_letters(),
             workers_killed=len(damage.kills),
-            recovery_seconds=recovery(damage.kills, records),
+            recoveries=recovery(damage.kills, records, self.notes.taken),
+            killed_calls=killed_calls(damage.kills, records, rows, books),
+            longest_call_seconds=max((each["ended_at"] - each["at"] for each in books), default=0),
             most_held=self.notes.most_held,
             restarts=damage.restarts,
             throttled_seconds=damage.throttled_seconds,
@@ -476,6 +493,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             simulator.stop()
     Console().print(table(found))
+    if size.kills:
+        Console().print(kills_table(found))
     broken = not_as_promised(size, found)
     for what in broken:
         print(f"NOT AS PROMISED: {what}")

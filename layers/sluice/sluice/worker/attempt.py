@@ -98,8 +98,7 @@ class Attempt:
             case Step.DROP:
                 return await self._drop()
             case Step.BUSY:
-                until = job.lease.until if job.lease else now
-                return self._invocation.in_queue(until - now + spread(2_000))
+                return await self._busy()
             case Step.EARLY:
                 delay = (job.not_before or now) - now + spread(1_000)
                 return Wait(now + delay, place_of(delay))
@@ -231,7 +230,9 @@ class Attempt:
         except StoreBusy:
             # It may be written: if it was abandoned now, the attempt would count although no call was made.
             await self._tools.clock.sleep(waits.REWRITE_MS)
+            self._invocation.unconfirmed[job.job_id] = claimed.version
             stored = await self._swap(claimed)
+            del self._invocation.unconfirmed[job.job_id]
         # Equal, but read back: only the response to the first try was lost.
         if stored != claimed:
             raise _overtaken_by(stored)
@@ -259,6 +260,17 @@ class Attempt:
         await self._write(ended)
         report_end(self._tools.events, ended)
         return DONE
+
+    async def _busy(self) -> Ending:
+        """Return a job to the queue until its lease ends; take back an own claim that the store did not confirm."""
+        job, owner, now = self._job, self._invocation.owner, self._invocation.now()
+        lease, version = job.lease, self._invocation.unconfirmed.pop(job.job_id, None)
+        if lease is not None and lease.owner == owner and version == job.version:
+            # No call was made for it.
+            stored = await self._swap(life.snooze(job, owner, now, reason="store busy"))
+            return DONE if stored is None else Again(stored)
+        until = lease.until if lease else now
+        return self._invocation.in_queue(until - now + self._invocation.spread(2_000))
 
     async def _drop(self) -> Ending:
         """Acknowledge the message of an ended job, once the ledger has its calls: their worker may have died with them.
