@@ -159,6 +159,8 @@ class Hands:
 
     since: float
     job_ids: set[str] = field(default_factory=set)
+    hidden: bool = False
+    """It has shortened its messages' visibility timeout, which is the first that a worker does with them."""
 
 
 class Notes:
@@ -186,6 +188,7 @@ class Notes:
                 continue
             hands = self.hands.setdefault(note["pid"], Hands(note["at"]))
             hands.job_ids.difference_update(note.get("leaves", ()))
+            hands.hidden |= note.get("hides", False)
             for job_id, count in note.get("takes", {}).items():
                 hands.job_ids.add(job_id)
                 self.receives[job_id] = max(count, self.receives[job_id])
@@ -244,7 +247,7 @@ class Run:
         busy = [
             pid
             for pid, hands in self.notes.hands.items()
-            if hands.job_ids and now - hands.since > MIDWAY_SECONDS
+            if hands.job_ids and hands.hidden and now - hands.since > MIDWAY_SECONDS
         ]
         if not busy:
             return

@@ -184,6 +184,7 @@ def test_notes_say_which_jobs_each_worker_holds(tmp_path: Path) -> None:
     said = [
         {"at": 1.0, "pid": 7, "takes": {"a": 1, "b": 3}},
         {"at": 2.0, "pid": 8, "takes": {"c": 1}},
+        {"at": 2.5, "pid": 7, "hides": True},
         {"at": 3.0, "pid": 7, "leaves": ["a"]},
         {"at": 4.0, "pid": 8, "over": True},
     ]
@@ -192,4 +193,5 @@ def test_notes_say_which_jobs_each_worker_holds(tmp_path: Path) -> None:
     notes.look()
 
     assert {7: {"b"}} == {pid: hands.job_ids for pid, hands in notes.hands.items()}
+    assert notes.hands[7].hidden
     assert (3, 2) == (notes.receives["b"], notes.most_held)
