@@ -394,6 +394,9 @@ class MemoryResults(Fragile):
         self.objects[key] = body
         return Result(object_key=key)
 
+    def probe(self) -> None:
+        self._do("put", "probe")
+
     def get(self, result: Result) -> str:
         self._do("get")
         if result.inline is not None:

@@ -23,7 +23,7 @@ from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import DynamoJobs, DynamoLedger
 from sluice.adapters.system import SystemClock
 from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
-from sluice.domain.batches import Phase, claim_range, row_job_id
+from sluice.domain.batches import LATE_MS, Phase, claim_range, row_job_id
 from sluice.domain.jobs import Job, claim
 from sluice.domain.pricing import LedgerRow, utc_day
 from sluice.domain.waits import LEASE_MS
@@ -408,3 +408,33 @@ def test_the_next_worker_books_the_calls_of_rows_whose_worker_died(stack: Stack)
     assert (2, 1) == (shown["calls"], shown["uncertain_calls"])
     booked = [row.outcome for row in stack.calls_of(row_job_id(batch_id, 0))]
     assert ["succeeded", "worker_lost"] == sorted(booked)
+
+
+def test_a_range_whose_message_is_lost_runs_after_the_next_check(stack: Stack) -> None:
+    """It was sent again before, so that only an empty queue shows that this message is lost as well."""
+    stack.pause("RangesMapping")
+    batch_id = stack.planned("lost.jsonl")
+    sqs, url = stack.ready.client("sqs"), stack.ready.resources["RangesQueue"]
+    sqs.purge_queue(QueueUrl=url)
+    batch = within(
+        lambda: (
+            found
+            if (found := stack.batches.get(batch_id)) and found.phase is Phase.RUNNING
+            else None
+        )
+    )
+    now = SystemClock().now()
+    late = replace(
+        batch,
+        version=batch.version + 1,
+        created_at=now - 12 * LATE_MS,
+        sent_at=now - 2 * LATE_MS,
+        due_at=now - 1_000,
+    )
+    stack.batches.replace(late, batch.version)
+
+    stack.govern()
+    stack.resume("RangesMapping")
+    ended = within(lambda: stack.http.get(f"/batches/{batch_id}").json()["ended_at"])
+
+    assert ended

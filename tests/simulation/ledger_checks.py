@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from sluice.domain.batches import Batch, row_job_id
 from sluice.domain.pricing import LedgerRow, Spend
 from tests.simulation.checks import Check
-from tests.simulation.file_checks import calls_by_name, ended_batches, is_one_of_several
+from tests.simulation.file_checks import calls_by_name, ended_batches
 from tests.simulation.upstream import Call
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class RowsAreOnRecord(Check):
         for row in world.ledger.rows.values():
             rows_of.setdefault(row.job_id, []).append(row)
         for batch, upload in ended_batches(world):
-            if batch.problem is not None or is_one_of_several(world, batch):
+            if batch.problem is not None:
                 continue
             ids = self._ids(world, batch, upload.names)
             spent = Spend()

@@ -144,6 +144,10 @@ class SqsRangesQueue:
             unsent = threads.map(lambda each: self._unsent(batch, each), some)
             return [int(number) for each in unsent for number in each]
 
+    def backlog(self) -> Backlog:
+        """Return the approximate numbers of visible, delayed and in-flight messages."""
+        return depth_of(self._client, self._url, "the ranges queue")
+
     def _unsent(self, batch: Batch, numbers: Sequence[int]) -> list[str]:
         entries = [
             {

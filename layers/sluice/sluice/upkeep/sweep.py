@@ -13,7 +13,7 @@ A job that ended without a worker, or while the ledger was busy, still owes rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -105,21 +105,26 @@ class Sweep:
         unheard = self._due.due(DueFor.CHECK, now, MOST_UNHEARD)
         if not due and not unheard:
             return Swept()
-        late = [each for each in due if each.deadline is not None and each.deadline <= now]
-        waiting = [each for each in due if each.deadline is None or each.deadline > now]
-        groups, backlog = self._limits.groups(), self._queue.backlog()
-        by_model = {**self._model_groups, **self._limits.models().groups()}
-        chosen = self._paced(waiting, by_model, groups, backlog, now)
-        lost = self._probably_lost(unheard, by_model, groups, backlog, now)
+        # Before anything else is read: whatever is busy, a deadline ends its job.
+        late = [each for each in (*due, *unheard) if _is_late(each, now)]
+        waiting = [each for each in due if not _is_late(each, now)]
+        silent = [each for each in unheard if not _is_late(each, now)]
+        found = len(late) + len(waiting)
         sent = expired = rescued = 0
         with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
             for some in self._steps(late, stop_at):
                 expired += sum(threads.map(self._expire, some))
+            groups, backlog = self._limits.groups(), self._queue.backlog()
+            by_model = {**self._model_groups, **self._limits.models().groups()}
+            chosen = self._paced(waiting, by_model, groups, backlog, now)
+            lost = self._probably_lost(silent, by_model, groups, backlog, now)
+            if len(unheard) >= MOST_UNHEARD:
+                self._list_deadlines(threads, set(silent) - set(lost))
             for some in self._steps(chosen, stop_at):
                 sent += self._send(threads, some, lambda _: WATCH_MS)
             for some in self._steps(lost, stop_at):
                 rescued += self._send(threads, some, self._check)
-        swept = Swept(len(due), sent, expired, len(due) - sent - expired, rescued)
+        swept = Swept(found, sent, expired, found - sent - expired, rescued)
         self._events.note(
             "due jobs swept",
             due=swept.due,
@@ -172,6 +177,11 @@ class Sweep:
         if backlog.visible + backlog.in_flight <= room:
             return list(unheard)
         return [each for each in unheard if each.due_at <= now - QUIET_MS]
+
+    def _list_deadlines(self, threads: ThreadPoolExecutor, waiting: Iterable[Due]) -> None:
+        """List jobs of a long queue by their deadlines: beside so many others these would not be seen."""
+        with_deadline = [each for each in waiting if each.deadline is not None]
+        list(threads.map(lambda each: self._due.watch(each, each.due_at + QUIET_MS), with_deadline))
 
     def _check(self, due: Due) -> int | None:
         """Return after which time to check a job again that needs a message; None if it is running or has ended."""
@@ -255,3 +265,7 @@ class Sweep:
             return False
         report_end(self._events, ended)
         return True
+
+
+def _is_late(due: Due, now: int) -> bool:
+    return due.deadline is not None and due.deadline <= now

@@ -67,7 +67,7 @@ def account(tenant: str) -> Account:
 def uploads_of(tenant: str) -> Uploads:
     """Return one tenant's uploads."""
     links = Links(s3(), settings().data_bucket, LINK_SECONDS)
-    return Uploads(tenant, objects(), links, plan_batch(), pepper())
+    return Uploads(tenant, objects(), links, plan_batch(), pepper(), os.urandom)
 
 
 def batches_of(tenant: str) -> Batches:

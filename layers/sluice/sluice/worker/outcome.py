@@ -206,9 +206,18 @@ class Outcome:
             )
         row = self._row("succeeded", usage, cost, answer.request_id)
         try:
-            result = await self._store(answer.message, row)
+            result = await self._store(answer.message)
         except NotStorable as error:
             return partial(self._unstored, error, answer.usage, cost), _done, row
+        except StoreBusy as busy:
+            self._events.problem("answer not stored", job_id=job.job_id, what=busy.what)
+            return (
+                lambda job, now: life.snooze(
+                    job, owner, now, reason=life.NOT_STORED, cost_micro_usd=cost
+                ),
+                self._after(waits.STORE_BUSY_MS),
+                replace(row, note=life.NOT_STORED),
+            )
         return (
             lambda job, now: life.succeed(
                 job,
@@ -386,14 +395,14 @@ class Outcome:
 
     # Writing ----------------------------------------------------------------------------------------------------
 
-    async def _store(self, message: str, row: LedgerRow) -> life.Result:
+    async def _store(self, message: str) -> life.Result:
         # A unique name: a late answer must not replace that of another call.
         name = f"{self._call.claimed.job_id}-{self._call.claimed.version}"
         while True:
             try:
                 return await self._tools.blocking(self._tools.results.put, name, message)
             except StoreBusy:
-                await self._pause(row)
+                await self._pause(None)
             try:
                 # Without its lease the job would be run again in the meantime.
                 await self._call.renew_if_due()

@@ -73,6 +73,16 @@ class Seat:
         """When its next attempt may start."""
         return max(self.due_at, self.job.not_before or 0)
 
+    @property
+    def is_over_first(self) -> bool:
+        """Return whether its deadline comes before that."""
+        return self.job.deadline is not None and self.job.deadline < self.may_go_on_at
+
+    @property
+    def wakes_at(self) -> int:
+        """When something can be done for it: its next attempt, or its end at its deadline."""
+        return min(self.may_go_on_at, self.job.deadline or self.may_go_on_at)
+
 
 class WindowRows:
     """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
@@ -104,6 +114,11 @@ class WindowRows:
         for seat in self._seats.values():
             if seat.ended is not None:
                 self._hold(seat.ended)
+
+    @property
+    def are_saved(self) -> bool:
+        """Whether all ended rows are saved."""
+        return all(seat.ended is None or seat.ended.chunk for seat in self._seats.values())
 
     def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
         """Call `starting`, in a thread, with the ids of rows before their requests are made."""
@@ -167,6 +182,9 @@ class WindowRows:
         self._seats[job_id].message = message
         return Result()
 
+    def probe(self) -> None:
+        """Do nothing: a range looks at the bucket before it runs its rows."""
+
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""
         self._starting(job_ids)
@@ -175,9 +193,14 @@ class WindowRows:
         found = {}
         for job_id in job_ids:
             seat = self._seats[job_id]
-            row = read_row(seat.line, self._options)
-            if isinstance(row, Row):
-                found[job_id] = Params(job_id, request_body(row.params), seat.job.request_hash)
+            try:
+                row = read_row(seat.line, self._options)
+                if isinstance(row, Row):
+                    body = request_body(row.params)
+                    found[job_id] = Params(job_id, body, seat.job.request_hash)
+            except Exception as error:  # noqa: BLE001 - it is the error of this row alone
+                said = f"the request cannot be made: {type(error).__name__}"
+                self.give_up({seat.line.offset}, JobError("invalid_request_error", said))
         return found
 
     # Ended rows that are not saved -----------------------------------------------------------------------------
@@ -231,10 +254,7 @@ class WindowRows:
         seat.job = job
         if not job.state.is_final:
             return
-        line = seat.line
-        other_lane = self._other_lane(job)
-        record = job_record(line.number, line.offset, job, seat.message, other_lane, seat.lost)
-        text = record.encoded()
+        line, text = seat.line, self._encoded(seat)
         seat.ended = Ended(line.number, len(text), text)
         # The memory of an ended row is free again.
         seat.message, seat.line = None, replace(line, text=b"")
@@ -242,6 +262,21 @@ class WindowRows:
             self._oldest_unsaved = self._clock.now()
         self._unsaved.append(seat)
         self._unsaved_bytes += len(text)
+
+    def _encoded(self, seat: Seat) -> bytes:
+        """Return the record of a row that has ended; a result that cannot be written is an error of this row alone."""
+        line, other_lane = seat.line, self._other_lane(seat.job)
+        try:
+            record = job_record(
+                line.number, line.offset, seat.job, seat.message, other_lane, seat.lost
+            )
+            return record.encoded()
+        except Exception as error:  # noqa: BLE001 - the other rows must be saved
+            said = f"the result cannot be written: {type(error).__name__}"
+            reason = JobError("result_not_storable", said)
+            seat.job = replace(seat.job, state=State.ERRORED, error=reason)
+            record = job_record(line.number, line.offset, seat.job, None, other_lane, seat.lost)
+            return record.encoded()
 
     @staticmethod
     def _other_lane(job: Job) -> int:

@@ -42,14 +42,16 @@ class RangeSource:
         state: RangeState,
         clock: Clock,
         stop_at: int,
+        check_lease: Callable[[], None],
         note_running: Callable[[], None],
         note_drained: Callable[[], Awaitable[None]],
     ) -> None:
-        """`note_running` is called in a thread, before rows start."""
+        """Before rows start, `check_lease` may raise StoreBusy, and `note_running` is called, both in a thread."""
         self._rows = rows
         self._clock = clock
         self._started = clock.now()
         self._stop_at = stop_at
+        self._check_lease = check_lease
         self._note_running = note_running
         self._note_drained = note_drained
         """Called while rows wait and no other row of the range waits behind them."""
@@ -248,6 +250,7 @@ class RangeSource:
 
     def _starting(self, job_ids: Sequence[str]) -> None:
         """Note rows as running before their requests are made, so that their calls are known if the worker dies."""
+        self._check_lease()
         with self._lock:
             self._noted.update(job_ids)
         self._note_running()
