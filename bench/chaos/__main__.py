@@ -33,6 +33,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 
 from bench.chaos.verdict import (
+    Deliveries,
     Found,
     Kill,
     Size,
@@ -173,8 +174,8 @@ class Notes:
         self.hands: dict[int, Hands] = {}
         """By process, for those that have started an invocation and not ended it."""
         self.receives: Counter[str] = Counter()
-        self.taken: dict[str, list[Take]] = defaultdict(list)
-        """Deliveries, by job."""
+        self.deliveries: dict[str, Deliveries] = defaultdict(Deliveries)
+        """By job."""
         self.most_held = 0
 
     def look(self) -> None:
@@ -192,7 +193,9 @@ class Notes:
             for job_id, count in note.get("takes", {}).items():
                 hands.job_ids.add(job_id)
                 self.receives[job_id] = max(count, self.receives[job_id])
-                self.taken[job_id].append(Take(note["at"], count))
+                self.deliveries[job_id].taken.append(Take(note["at"], count))
+            for job_id in note.get("leaves", ()):
+                self.deliveries[job_id].returned.append(note["at"])
             self.most_held = max(self.most_held, len(hands.job_ids))
         self._read = end
 
@@ -390,7 +393,7 @@ class Run:
             unexplained=unexplained,
             dead_letters=self.dead_letters(),
             workers_killed=len(damage.kills),
-            recoveries=recovery(damage.kills, records, self.notes.taken),
+            recoveries=recovery(damage.kills, records, self.notes.deliveries),
             killed_calls=killed_calls(damage.kills, records, rows, books),
             longest_call_seconds=max((each["ended_at"] - each["at"] for each in books), default=0),
             most_held=self.notes.most_held,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
@@ -48,6 +48,15 @@ class Take:
 
     at: float
     count: int
+
+
+@dataclass(slots=True)
+class Deliveries:
+    """What workers noted of a job."""
+
+    taken: list[Take] = field(default_factory=list)
+    returned: list[float] = field(default_factory=list)
+    """When a worker that lives acknowledged or returned its message: it had decided what the job waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +227,12 @@ def billed_twice(
 
 
 def recovery(
-    kills: Sequence[Kill], records: Mapping[str, Job], taken: Mapping[str, Sequence[Take]]
+    kills: Sequence[Kill], records: Mapping[str, Job], noted: Mapping[str, Deliveries]
 ) -> list[Recovery]:
-    """Return after how long each job of a killed worker went on; if that worker was killed too, until then."""
+    """Return after how long each job of a killed worker went on; if that worker was killed too, until then.
+
+    A job that its next worker returns waits like any other, for the limits or behind them in the queue.
+    """
     killed: dict[str, list[float]] = defaultdict(list)
     for kill in kills:
         for job_id in kill.job_ids:
@@ -232,11 +244,12 @@ def recovery(
             job = records.get(job_id)
             if job is None or job.finished_at is None or job.finished_at <= at:
                 continue
-            signs = [*_signs(job), *killed[job_id]]
+            own = noted.get(job_id, Deliveries())
+            signs = [*_signs(job), *killed[job_id], *(each * 1000 for each in own.returned)]
             went_on = min((sign for sign in signs if sign > at), default=job.finished_at)
             lost = sum(each.outcome is LOST and each.at <= at for each in job.attempts)
             # Each worker that died after it had received the job and before it could note that took a lease more.
-            workers = 1 + _unnoted(taken.get(job_id, ()), at / 1000, went_on / 1000)
+            workers = 1 + _unnoted(own.taken, at / 1000, went_on / 1000)
             seconds = (went_on - at) / 1000 / workers
             found.append(Recovery(seconds, is_suspect=lost >= LOSSES_TO_SUSPECT))
     return found

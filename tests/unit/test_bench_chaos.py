@@ -10,6 +10,7 @@ import pytest
 from bench.chaos.__main__ import SMALL, Notes
 from bench.chaos.verdict import (
     BOUND_SECONDS,
+    Deliveries,
     Found,
     Kill,
     KilledCalls,
@@ -104,10 +105,13 @@ def test_closing_the_attempt_of_a_dead_worker_is_a_sign_and_an_unnoted_delivery_
     )
     records = {"job_1": a_job(attempts=(lost,), finished_at=NOON + 900 * SECOND)}
     kills = [Kill(NOON / 1000 + 10, ["job_1"])]
-    noted = {"job_1": [Take(NOON / 1000, 1), Take(NOON / 1000 + 249, 3)]}
+    start = NOON / 1000
+    unnoted = {"job_1": Deliveries([Take(start, 1), Take(start + 249, 3)])}
+    returned = {"job_1": Deliveries([Take(start, 1), Take(start + 131, 2)], [start + 140])}
 
     assert [240.0] == [each.seconds for each in recovery(kills, records, {})]
-    assert [120.0] == [each.seconds for each in recovery(kills, records, noted)]
+    assert [120.0] == [each.seconds for each in recovery(kills, records, unnoted)]
+    assert [130.0] == [each.seconds for each in recovery(kills, records, returned)]
 
 
 @pytest.mark.parametrize(
