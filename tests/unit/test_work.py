@@ -2326,8 +2326,8 @@ def _reservations(limiter: Limiter) -> set[Admission]:
     reserved: set[Admission] = set()
     admit, settle = limiter.admit, limiter.settle
 
-    async def admit_and_record(*args: Any) -> Admitted:
-        given = await admit(*args)
+    async def admit_and_record(*args: Any, **named: Any) -> Admitted:
+        given = await admit(*args, **named)
         if isinstance(given, Admission):
             reserved.add(given)
         return given

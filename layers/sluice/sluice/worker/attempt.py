@@ -136,6 +136,7 @@ class Attempt:
             self._job.input_chars,
             self._job.max_tokens,
             latest,
+            owner=self._job.tenant,
         )
         match admission:
             case Admission():
