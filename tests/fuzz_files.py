@@ -79,9 +79,14 @@ def convert_csv(chance: random.Random) -> None:
     """Each record has its row, or its error under its own id and line; a bad one costs no other."""
     end, delimiter = chance.choice(LINE_ENDS), chance.choice(",;\t")
     # With CR as line end, Python's module does not quote a field for its LF.
-    quoting = csv.QUOTE_ALL if end == "\r" else chance.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+    quotes_all = end == "\r" or chance.random() < 0.5
     made = io.StringIO()
-    writer = csv.writer(made, delimiter=delimiter, lineterminator=end, quoting=quoting)
+    writer = csv.writer(
+        made,
+        delimiter=delimiter,
+        lineterminator=end,
+        quoting=csv.QUOTE_ALL if quotes_all else csv.QUOTE_MINIMAL,
+    )
     names = ["custom_id", "text", "more"]
     chance.shuffle(names)
     writer.writerow(names)
