@@ -5,11 +5,11 @@ Most of these bounds hold for workers whose stores work; a story with dead or tr
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from sluice.domain.jobs import DEAD_LETTER, Job, State
+from sluice.domain.jobs import DEAD_LETTER, NOT_STORED, Job, State
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.accounts import MODEL_GROUPS, Home, cost_of
 from tests.simulation.checks import Check
@@ -258,8 +258,12 @@ class CostsAddUp(Check):
 
     def ended(self, world: World) -> None:
         calls = {call.request_id: call for call in world.upstream.calls}
+        lost: Counter[str] = Counter()
+        for row in world.ledger.rows.values():
+            # Its answer was paid for, and no store took it to the end of the invocation.
+            lost[row.job_id] += row.spend.cost_micro_usd if row.note == NOT_STORED else 0
         for job in world.jobs.stored.values():
-            spent = sum(each.cost_micro_usd or 0 for each in job.attempts)
+            spent = lost[job.job_id] + sum(each.cost_micro_usd or 0 for each in job.attempts)
             if job.cost_micro_usd != spent:
                 world.fail(self.name, f"{job.custom_id} cost {job.cost_micro_usd}, not {spent}")
             for attempt in job.attempts:
