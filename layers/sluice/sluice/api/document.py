@@ -367,6 +367,10 @@ class BatchLinks(Shape):
     results: str
     errors: str
     summary: str
+    documents: Annotated[
+        str | None,
+        Field(description="Of a folder of documents: which document has which `custom_id`."),
+    ] = None
 
 
 class WebhookSecret(Shape):
