@@ -322,7 +322,7 @@ def refused(  # noqa: PLR0913 - the facts of one failure
         call.request_id,
         may_be_billed=may_be_billed,
     )
-    return Refused(failure, Headers(call.home.organization))
+    return Refused(failure, Headers(call.home.organization, workspace=call.home.workspace))
 
 
 class RateLimited(Fault):

@@ -24,8 +24,6 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
 
 
 KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
-    "nobody waits because of a spent workspace": ("K4", (39, 263)),
-    "nobody waits because of a throttled workspace": ("K4", (55, 279)),
     "nobody waits because of a blocked file": ("K4", (199, 423)),
     "files of one name keep their own results": ("K5", (35, 99)),
     "a batch ends soon after the calm": ("K3", (1227,)),

@@ -30,6 +30,7 @@ from sluice.domain.limits import (
     Observation,
     Seen,
     Settlement,
+    Ties,
     advanced,
     block,
     circuit_failed,
@@ -976,24 +977,24 @@ def test_an_upstream_that_names_no_limits_is_explored_and_backed_away_from() -> 
     """Additive increase while calls are served, multiplicative decrease at a 429."""
     state = new_group("org", "a", NOON)
     for _ in range(300):
-        state = grown(state)
+        state = grown(state, NOON)
     explored = state.requests.limit
 
     backed_away = block(state, NOON + SECOND, "rate limited", NOON)
 
     assert explored > 60
     assert 1 <= backed_away.requests.limit < explored
-    slowly = grown(backed_away).requests.limit - backed_away.requests.limit
-    assert 0 < slowly <= grown(state).requests.limit - state.requests.limit
+    slowly = grown(backed_away, NOON).requests.limit - backed_away.requests.limit
+    assert 0 < slowly <= grown(state, NOON).requests.limit - state.requests.limit
 
 
 def test_limits_that_are_known_or_stated_are_not_explored() -> None:
     known = known_group(seen=seen(Seen(600, 100)))
     stated = new_group("org", "a", NOON, {"requests": 50})
 
-    assert known.requests == grown(known).requests
+    assert known.requests == grown(known, NOON).requests
     assert (50, 50) == (
-        grown(stated).requests.limit,
+        grown(stated, NOON).requests.limit,
         block(stated, NOON + SECOND, "rate limited", NOON).requests.limit,
     )
 
@@ -1195,8 +1196,8 @@ def test_looking_often_does_not_slow_the_recovery() -> None:
 # Breakers --------------------------------------------------------------------------------------------------
 
 MODEL = "model claude-a"
-NEEDS_IT = replace(ONE, circuits=(MODEL, "endpoint"))
-NEEDS_ANOTHER = replace(ONE, circuits=("model claude-b", "endpoint"))
+NEEDS_IT = replace(ONE, ties=Ties((MODEL, "endpoint")))
+NEEDS_ANOTHER = replace(ONE, ties=Ties(("model claude-b", "endpoint")))
 
 
 def failures(count: int) -> Group:

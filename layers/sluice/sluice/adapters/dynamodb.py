@@ -21,6 +21,7 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.limits import DIMENSIONS, Bucket, Group
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
+from sluice.domain.workspaces import Workspace
 from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
 from sluice.ports.world import Clock
@@ -465,6 +466,10 @@ def _group(item: Item) -> Group:
     record["circuits"] = {
         name: job_records.made(Breaker, breaker)
         for name, breaker in record.get("circuits", {}).items()
+    }
+    record["workspaces"] = {
+        name: job_records.made(Workspace, workspace)
+        for name, workspace in record.get("workspaces", {}).items()
     }
     return job_records.made(Group, record)
 
