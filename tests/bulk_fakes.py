@@ -17,7 +17,7 @@ from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
-from sluice.ports.batches import BatchPage, DueRange, Stored
+from sluice.ports.batches import RANK, BatchPage, DueRange, SeenRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
@@ -42,6 +42,7 @@ class MemoryBatches(Fragile):
         self.marked: dict[tuple[str, str], dict[int, Tally]] = {}
         self.running: dict[tuple[str, str], dict[int, Tally]] = {}
         self.creates: dict[tuple[str, str], tuple[str, int]] = {}
+        self.latest: dict[tuple[str, str], Batch] = {}
         self.held: dict[tuple[str, int | None], int | None] = {}
         """What the index of due things says instead of the record: held until, or released (None)."""
 
@@ -87,6 +88,14 @@ class MemoryBatches(Fragile):
         fresh = RangeState(batch.batch_id, number, batch.tenant)
         return self.ranges.get((batch.batch_id, number), fresh)
 
+    def seen_ranges(self, batch_id: str, numbers: range) -> Mapping[int, SeenRange]:
+        self._do("seen_ranges", batch_id)
+        return {
+            number: SeenRange(state, self._due_at(batch_id, number, state.not_before) is not None)
+            for number in numbers
+            if (state := self.ranges.get((batch_id, number))) is not None
+        }
+
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         self._do("replace_range", str(state.number))
         name = (state.batch_id, state.number)
@@ -117,6 +126,13 @@ class MemoryBatches(Fragile):
             for (owner, group), done in sorted(self.marked.items())
             if owner == batch_id and group.startswith(prefix)
         }
+
+    def latest_of_name(self, batch: Batch) -> str:
+        self._do("latest_of_name", batch.name)
+        known = self.latest.get((batch.tenant, batch.name), batch)
+        latest = max(known, batch, key=lambda each: each.rank)
+        self.latest[batch.tenant, batch.name] = latest
+        return latest.batch_id
 
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
         self._do("name_create", name)
@@ -167,7 +183,7 @@ def _created(batch: Batch) -> tuple[int, str]:
 
 
 def _progress(done: Mapping[int, Tally], running: Mapping[int, Tally]) -> Progress:
-    return Progress(len(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
+    return Progress(frozenset(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
 
 
 class MemoryWriter:
@@ -205,6 +221,7 @@ class MemoryObjects(Fragile):
         self._do("put", key)
         self.before_put(key, body)
         self.stored[key] = body
+        self.metadata.pop(key, None)
         return _etag(body)
 
     def link(self, key: str, seconds: int) -> str:
@@ -237,12 +254,29 @@ class MemoryObjects(Fragile):
         self._do("delete", str(len(keys)))
         for key in keys:
             self.stored.pop(key, None)
+            self.metadata.pop(key, None)
 
     def listing(self, prefix: str) -> Iterator[Stored]:
         self._do("listing", prefix)
         for key, body in sorted(self.stored.items()):
             if key.startswith(prefix):
                 yield Stored(key, len(body), _etag(body), 0)
+
+    def copy(self, source: Stored, key: str) -> str:
+        self._do("copy", key)
+        body = self.stored.get(source.key)
+        if body is None or _etag(body) != source.etag:
+            raise InputMissing(source.key)
+        return self.put(key, body)
+
+    def copy_latest(self, source: Stored, key: str, rank: str) -> bool:
+        self._do("copy_latest", key)
+        body = self.stored[source.key]
+        if self.metadata.get(key, {}).get(RANK, "") > rank and key in self.stored:
+            return False
+        self.put(key, body)
+        self.metadata[key] = {RANK: rank}
+        return True
 
     def writer(self, key: str) -> MemoryWriter:
         return MemoryWriter(self, key)
@@ -645,6 +679,10 @@ class Bulk:
         """Return the results of the only batch, which has ended."""
         assert Phase.ENDED == self.batch.phase
         return self._jsonl(self.batch.results_key)
+
+    def results_of(self, batch_id: str) -> list[dict[str, Any]]:
+        """Return the results of a batch."""
+        return self._jsonl(self.batches.stored[batch_id].results_key)
 
     def errors(self) -> list[dict[str, Any]]:
         """Return the errors of the only batch."""

@@ -30,12 +30,14 @@ from sluice.domain.errors import (
 from sluice.domain.jobs import DueFor, Job, Result, State, due, due_after_send
 from sluice.domain.keys import KeyMark, UpstreamKey
 from sluice.domain.limits import Dimension, Group, Observation, Seen, new_group, observe
+from sluice.domain.models import KnownModels
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.domain.shares import Note
 from sluice.domain.waits import USUAL, Waits
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.jobs import Due, Page, Params, Pointer, Received
+from sluice.ports.limits import MOST_GROUPS
 from sluice.ports.metrics import METRIC_NAMES
 from sluice.upkeep.dead_letters import KeptLetter
 from sluice.worker.queue_source import RunJobs
@@ -387,6 +389,9 @@ class MemoryResults(Fragile):
         self.objects[key] = body
         return Result(object_key=key)
 
+    def probe(self) -> None:
+        self._do("put", "probe")
+
     def get(self, result: Result) -> str:
         self._do("get")
         if result.inline is not None:
@@ -439,7 +444,7 @@ class MemoryLimits(Fragile):
         super().__init__(journal)
         self.stored = {group.id: group for group in groups}
         self.known: dict[str, KeyMark] = {}
-        self.learned: dict[str, str] = {}
+        self.known_models = KnownModels()
         self.canaries: dict[str, int] = {}
         self.writes = 0
 
@@ -457,7 +462,7 @@ class MemoryLimits(Fragile):
 
     def groups(self) -> Sequence[Group]:
         self._do("groups")
-        return sorted(self.stored.values(), key=lambda group: group.id)
+        return sorted(self.stored.values(), key=lambda group: group.id)[:MOST_GROUPS]
 
     def marks(self, key_ids: Iterable[str]) -> Mapping[str, KeyMark]:
         self._do("marks")
@@ -467,13 +472,15 @@ class MemoryLimits(Fragile):
         self._do("mark", mark.key_id)
         self.known[mark.key_id] = mark
 
-    def learned_groups(self) -> Mapping[str, str]:
-        self._do("learned_groups")
-        return self.learned
+    def models(self) -> KnownModels:
+        self._do("models")
+        return self.known_models
 
-    def learn_groups(self, groups: Mapping[str, str]) -> None:
-        self._do("learn_groups")
-        self.learned = dict(groups)
+    def replace_models(self, models: KnownModels, expected_version: int) -> None:
+        self._do("replace_models")
+        if self.known_models.version != expected_version:
+            raise Stale(self.known_models)
+        self.known_models = models
 
     def canary(self, canary_id: str, now: int) -> None:
         self._do("canary", canary_id)

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.compat import HTTPHeaders
 from moto import mock_aws
 from moto.dynamodb.exceptions import ConditionalCheckFailed
 from moto.dynamodb.models import DynamoDBBackend
@@ -153,8 +156,33 @@ def _insert_all(
     return responses
 
 
+def _with_conditions(s3: S3Client) -> None:
+    """Check the conditions of multipart uploads that moto ignores: If-Match at their end, and on what is copied."""
+
+    def checked(params: Mapping[str, Any], **_: Any) -> Any:
+        headers = params["headers"]
+        key, etag = unquote(params["url_path"].partition("/")[2]), headers.get("If-Match")
+        if "x-amz-copy-source-if-match" in headers:
+            key = unquote(headers["x-amz-copy-source"]).partition("/")[2]
+            etag = headers["x-amz-copy-source-if-match"]
+        if etag is None:
+            return None
+        listed = s3.list_objects_v2(Bucket=BUCKET, Prefix=key).get("Contents", [])
+        found = {each["Key"]: each["ETag"] for each in listed}.get(key)
+        if found == etag:
+            return None
+        code, status = ("PreconditionFailed", 412) if found else ("NoSuchKey", 404)
+        parsed = {"Error": {"Code": code, "Message": "as S3 would"}, "ResponseMetadata": {}}
+        return AWSResponse(params["url"], status, HTTPHeaders(), None), parsed
+
+    for operation in ("CompleteMultipartUpload", "UploadPartCopy"):
+        # Last: a test may write just before the call.
+        s3.meta.events.register_last(f"before-call.s3.{operation}", checked)
+
+
 def _deployed() -> Aws:
     dynamodb, sqs, s3, secrets = aws.dynamodb(), aws.sqs(), aws.s3(), aws.secrets_manager()
+    _with_conditions(s3)
     for table in TABLES:
         dynamodb.create_table(TableName=table, **_table(table))
     s3.create_bucket(Bucket=BUCKET)

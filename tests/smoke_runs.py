@@ -88,6 +88,7 @@ SMOKE_RUNS: Final = (
     SmokeRun("tests.simulation", "--seeds 40 --processes 2", r"20 stories, 0 broke", 2),
     SmokeRun("tests.simulation", "--seed 8", r"seed 8\b", 1),
     SmokeRun("tests.simulation", "--bug settle_twice", r"settle_twice: .*seed \d+", 2),
+    SmokeRun("tests.fuzz", "--seconds 1", r"ranges: [\d,]+ cases", 6),
     SmokeRun("tests.aws_calls", "{folder}", r"0 kinds of AWS calls, 0 not permitted", 1),
     SmokeRun("tests.expanded_template", "", r'"AWS::Lambda::Function"', 1),
     SmokeRun("pytest", "tests/unit/test_pricing.py --cov --cov-fail-under=0", r"TOTAL .*\d+%", 3),

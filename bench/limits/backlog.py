@@ -29,7 +29,7 @@ from scripts.claude_simulator import settings
 from scripts.claude_simulator.engine import Engine
 from sluice.domain.capacity import Backlog
 from sluice.domain.keys import UpstreamKey
-from sluice.domain.limits import model_group
+from sluice.domain.models import model_group
 from sluice.domain.retries import RetryPolicy
 from sluice.intake.submit import Sender, Submission, Submit
 from sluice.ports.jobs import Pointer, Received
@@ -100,7 +100,7 @@ class FairQueue:
         """As the port."""
         for job in jobs:
             self._count += 1
-            group = f"{job.tenant}/{model_group(job.model, model_groups())}"
+            group = f"{job.tenant}/{model_group(job.model, model_groups(), job.tenant)}"
             self._visible[group].append(_Message(f"m{self._count}", job.job_id, group))
         return []
 

@@ -81,7 +81,10 @@ def upload(  # noqa: PLR0913 - a command line has options
     webhook: Webhook = None,
     again: Annotated[
         str | None,
-        typer.Option("--run", help="Run label. Re-running an identical file requires a new label."),
+        typer.Option(
+            "--run",
+            help="Run label. Re-running an identical file with the same options requires a new label.",
+        ),
     ] = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -90,8 +93,8 @@ def upload(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Upload a file of any size as a batch. Needs no AWS credentials.
 
-    Prints the batch ID. Re-uploading an identical file does nothing unless you change --run. With --wait, the
-    exit code is 1 if a row fails or a line is invalid.
+    Prints the batch ID. Re-uploading an identical file with the same options does nothing unless you change --run.
+    With --wait, the exit code is 1 if a row fails or a line is invalid.
     """
     from scripts.cli.submission import deadline_at
     from scripts.cli.transfer import bucket

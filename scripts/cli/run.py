@@ -15,7 +15,7 @@ from scripts.cli.errors import CommandFailed
 from scripts.cli.progress import Display, PlainLines, span, wait_for
 from scripts.cli.results import fetch, line_of
 from scripts.cli.submission import Outcome, read_jobs, send
-from sluice.domain import limits
+from sluice.domain.pricing import base_model
 
 # More IDs than this would scroll the messages off the screen.
 IDS_FOR_A_PERSON = 10
@@ -169,7 +169,8 @@ def display_for(stream: TextIO) -> Display:
 
 def group_of(model: str) -> str:
     """Return the model group of a model."""
-    return limits.model_group(model, _model_groups())
+    name = base_model(model)
+    return _model_groups().get(name, name)
 
 
 @cache

@@ -39,7 +39,7 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
-from sluice.ports.batches import BatchStore, DueRange, Objects, WaitingRanges
+from sluice.ports.batches import BatchStore, DueRange, Objects, Stored, WaitingRanges
 from sluice.ports.jobs import Received
 from sluice.ports.messages import batch_messages
 from sluice.ports.world import Notice
@@ -180,11 +180,11 @@ def test_a_member_counts_once_however_often_it_is_marked(batches: Both) -> None:
     batches.mark("msgbatch_m", "section#000001", 100, one)
     batches.mark("msgbatch_m", "sections", 0, Tally())
 
-    assert Progress(1, one) == again
-    assert Progress(2, one + two) == both
+    assert Progress(frozenset({3}), one) == again
+    assert Progress(frozenset({3, 30}), one + two) == both
     assert {
-        "section#000000": Progress(2, one + two),
-        "section#000001": Progress(1, one),
+        "section#000000": Progress(frozenset({3, 30}), one + two),
+        "section#000001": Progress(frozenset({100}), one),
     } == batches.groups("msgbatch_m", "section#")
     assert {} == batches.groups("msgbatch_none", "section#")
 
@@ -200,9 +200,9 @@ def test_what_a_running_member_has_so_far_counts_until_it_is_done(batches: Both)
     done = batches.mark("msgbatch_r", group, 3, whole)
     batches.note_running("msgbatch_r", group, 3, late)
 
-    assert {group: Progress(0, Tally(), late + other)} == running
-    assert Progress(1, whole, other) == done
-    assert {group: Progress(1, whole, other)} == batches.groups("msgbatch_r", group)
+    assert {group: Progress(frozenset(), Tally(), late + other)} == running
+    assert Progress(frozenset({3}), whole, other) == done
+    assert {group: Progress(frozenset({3}), whole, other)} == batches.groups("msgbatch_r", group)
 
 
 def test_a_repeated_create_finds_the_first_ones_batch(batches: Both) -> None:
@@ -213,6 +213,18 @@ def test_a_repeated_create_finds_the_first_ones_batch(batches: Both) -> None:
     assert "e" == batches.name_create("acme", "body", "e", NOON + 10, fresh=False)
     assert "f" == batches.name_create("acme", "other", "f", NOON - 10, fresh=False)
     assert "g" == batches.name_create("other", "body", "g", NOON - 10, fresh=False)
+
+
+def test_the_latest_batch_of_a_name_is_the_one_accepted_last(batches: Both) -> None:
+    one, two, three = (a_batch(number) for number in (1, 2, 3))
+    at_once = a_batch(30, created_at=three.created_at)
+
+    found = [batches.latest_of_name(each) for each in (two, one, two, three, at_once, three)]
+
+    wanted = [two, two, two, three, at_once, at_once]
+    assert [each.batch_id for each in wanted] == found
+    for other in (a_batch(1, name="other"), a_batch(1, tenant="other")):
+        assert other.batch_id == batches.latest_of_name(other)
 
 
 def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -> None:
@@ -235,6 +247,22 @@ def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -
     batches.remove(replace(first, due_at=NOON + 50))
     assert [second] == list(batches.due(NOON + 100, 100))
     assert waiting == batches.range_state(a_batch(batch_id="msgbatch_r"), 7)
+
+
+def test_ranges_that_were_claimed_are_seen_and_whether_they_are_parked(batches: Both) -> None:
+    claimed = claim_range(RangeState("msgbatch_s", 7, "acme"), "one", NOON, NOON + 1)
+    parked = release_range(
+        replace(claimed, number=8), "one", chunks=(), not_before=NOON + 10, model="claude-a"
+    )
+    for state in (claimed, parked, replace(parked, number=9), replace(claimed, number=10)):
+        batches.replace_range(state, 0)
+    batches.remove(DueRange("msgbatch_s", 9, "acme", NOON + 10, "claude-a"))
+
+    seen = batches.seen_ranges("msgbatch_s", range(5, 10))
+
+    assert {7: False, 8: True, 9: False} == {each: seen[each].is_parked for each in seen}
+    assert parked == seen[8].state
+    assert {} == batches.seen_ranges("msgbatch_t", range(5, 10))
 
 
 # Objects -------------------------------------------------------------------------------------------------------
@@ -323,6 +351,80 @@ def test_large_objects_are_copied_and_never_read(cloud: Aws, name: str) -> None:
     assert [] == read
 
 
+def stored(objects: Objects, key: str) -> Stored:
+    found = objects.head(key)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("size", [0, 10, 6 * MIB])
+def test_a_copy_is_of_what_was_there_when_it_was_looked_up(
+    objects: Objects, name: str, size: int
+) -> None:
+    objects.put(f"{name}/a ü%20+b", b"x" * size)
+    source = stored(objects, f"{name}/a ü%20+b")
+
+    etag = objects.copy(source, f"{name}/copy")
+
+    copy = stored(objects, f"{name}/copy")
+    assert (etag, size, "") == (copy.etag, copy.size, copy.rank)
+    objects.put(source.key, b"y" * (size + 1))
+    if size:
+        with pytest.raises(InputMissing):
+            objects.copy(source, f"{name}/copy")
+    assert copy == stored(objects, f"{name}/copy")
+
+
+@pytest.mark.parametrize("size", [10, 6 * MIB])
+def test_a_copy_of_a_greater_rank_stays(objects: Objects, name: str, size: int) -> None:
+    sources = {}
+    for rank in "123":
+        objects.put(f"{name}/{rank}", rank.encode() * size)
+        sources[rank] = stored(objects, f"{name}/{rank}")
+    objects.put(f"{name}/latest", b"of an older release")
+
+    copied = [objects.copy_latest(sources[each], f"{name}/latest", each) for each in "2132"]
+
+    assert [True, False, True, False] == copied
+    assert b"3" * size == objects.get(f"{name}/latest")
+    assert objects.copy_latest(sources["3"], f"{name}/latest", "3")
+
+
+@pytest.mark.parametrize("size", [10, 6 * MIB])
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_of_two_writers_at_once_the_greater_rank_wins(
+    cloud: Aws, name: str, size: int, *, was_there: bool, deleted: bool
+) -> None:
+    """Another writer writes between our look and our write; and deletes what it wrote, in some cases."""
+    store = s3.Objects(cloud.s3, BUCKET)
+    for rank in "012":
+        store.put(f"{name}/{rank}", rank.encode() * size)
+    sources = {rank: stored(store, f"{name}/{rank}") for rank in "012"}
+    if was_there:
+        store.copy_latest(sources["0"], f"{name}/latest", "0")
+    waiting = [True]
+
+    def between(params: Any, **_: Any) -> None:
+        is_ours = {"If-Match", "If-None-Match"} & set(params["headers"])
+        if is_ours and waiting:
+            waiting.clear()
+            store.copy_latest(sources["2"], f"{name}/latest", "2")
+            if deleted:
+                store.delete([f"{name}/latest"])
+
+    operation = "PutObject" if size < MIB else "CompleteMultipartUpload"
+    cloud.s3.meta.events.register(f"before-call.s3.{operation}", between)
+    try:
+        was_copied = store.copy_latest(sources["1"], f"{name}/latest", "1")
+    finally:
+        cloud.s3.meta.events.unregister(f"before-call.s3.{operation}", between)
+
+    assert deleted == was_copied
+    assert (b"1" if deleted else b"2") * size == store.get(f"{name}/latest")
+    assert [] == cloud.s3.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+
+
 def test_objects_are_listed_by_the_beginning_of_their_keys(objects: Objects, name: str) -> None:
     for number in (3, 1, 2):
         objects.put(f"{name}/{number}", b"x" * number)
@@ -364,6 +466,7 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
     read = batch_messages(records)
     assert list(range(25)) == sorted(each.range for each in read if each.range is not None)
     assert {batch.batch_id} == {each.batch_id for each in read}
+    assert 25 == queue.backlog().total
 
 
 def test_what_is_to_be_done_with_a_batch_is_read_as_it_was_sent(cloud: Aws) -> None:

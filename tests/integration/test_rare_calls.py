@@ -21,7 +21,7 @@ from scripts.local_stack import LocalStack, Ready
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.system import SystemClock
 from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
-from sluice.domain.batches import Phase
+from sluice.domain.batches import LATE_MS, Phase
 from sluice.intake.batches import MOST_STARTED
 
 CLIENT_KEY: Final = "sluice_rare_of_acme"
@@ -326,6 +326,36 @@ def test_a_parked_range_and_a_stalled_batch_continue(
         replace(waiting, version=1, not_before=past, model=MODEL), waiting.version
     )
     stack.batches.replace(replace(batch, version=batch.version + 1, due_at=past), batch.version)
+
+    stack.govern()
+    stack.resume("RangesMapping")
+    ended = within(lambda: stack.http.get(f"/batches/{batch_id}").json()["ended_at"])
+
+    assert ended
+
+
+def test_a_range_whose_message_is_lost_runs_after_the_next_check(stack: Stack) -> None:
+    """It was sent again before, so that only an empty queue shows that this message is lost as well."""
+    stack.pause("RangesMapping")
+    batch_id = stack.planned("lost.jsonl")
+    sqs, url = stack.ready.client("sqs"), stack.ready.resources["RangesQueue"]
+    sqs.purge_queue(QueueUrl=url)
+    batch = within(
+        lambda: (
+            found
+            if (found := stack.batches.get(batch_id)) and found.phase is Phase.RUNNING
+            else None
+        )
+    )
+    now = SystemClock().now()
+    late = replace(
+        batch,
+        version=batch.version + 1,
+        created_at=now - 12 * LATE_MS,
+        sent_at=now - 2 * LATE_MS,
+        due_at=now - 1_000,
+    )
+    stack.batches.replace(late, batch.version)
 
     stack.govern()
     stack.resume("RangesMapping")

@@ -51,10 +51,11 @@ from sluice.domain.jobs import (
     State,
 )
 from sluice.domain.keys import KeyMark
-from sluice.domain.limits import Group, new_group
+from sluice.domain.limits import Group, expires_at, new_group
+from sluice.domain.models import KnownModels, with_answer
 from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.ports.jobs import JobStore, Ledger, Params, ParamsStore, Received, ResultStore
-from sluice.ports.limits import LimitStore
+from sluice.ports.limits import MOST_GROUPS, LimitStore
 from sluice.upkeep.dead_letters import DeadLetterStore
 from tests.fakes import (
     NOON,
@@ -747,6 +748,34 @@ def test_all_groups_are_shown_in_order_and_nothing_else(limits: LimitStore) -> N
     assert ["org/haiku", "org/opus", "org/sonnet"] == [group.id for group in limits.groups()]
 
 
+def test_the_known_models_are_read_as_they_were_written(limits: LimitStore) -> None:
+    assert KnownModels() == limits.models()
+    models = with_answer(KnownModels(loaded={"claude-a": "haiku"}), "claude-new", "acme", NOON)
+
+    limits.replace_models(models, 0)
+
+    assert models == limits.models()
+    with pytest.raises(Stale) as stale:
+        limits.replace_models(models, 0)
+    assert models == stale.value.current
+
+
+def test_a_flood_of_groups_does_not_make_a_read_of_all_longer(cloud: Aws) -> None:
+    limits = dynamo.DynamoLimits(cloud.dynamodb, "LimitsTable")
+    for number in range(MOST_GROUPS + 1):
+        limits.replace(replace(new_group("org", f"invented-{number}", NOON), version=1), 0)
+
+    assert MOST_GROUPS == len(limits.groups())
+
+
+def test_the_item_of_a_group_expires(cloud: Aws) -> None:
+    group = replace(new_group("org", "haiku", NOON), version=1)
+    dynamo.DynamoLimits(cloud.dynamodb, "LimitsTable").replace(group, 0)
+
+    item = cloud.dynamodb.get_item(TableName="LimitsTable", Key={"id": {"S": "group#org/haiku"}})
+    assert str(expires_at(group)) == item["Item"]["expires_at"]["N"]
+
+
 def test_the_mark_of_a_key_is_read_as_it_was_written(limits: LimitStore) -> None:
     mark = KeyMark("main", "org", "fingerprint", "fingerprint")
     limits.mark(KeyMark("main"))
@@ -955,6 +984,12 @@ VERBS: Final[list[tuple[str, str, Callable[[Any], object]]]] = [
     ("limits.groups", "scan", lambda c: dynamo.DynamoLimits(c, "T").groups()),
     ("limits.marks", "batch_get_item", lambda c: dynamo.DynamoLimits(c, "T").marks(["a"])),
     ("limits.mark", "put_item", lambda c: dynamo.DynamoLimits(c, "T").mark(KeyMark("a"))),
+    ("limits.models", "batch_get_item", lambda c: dynamo.DynamoLimits(c, "T").models()),
+    (
+        "limits.replace_models",
+        "put_item",
+        lambda c: dynamo.DynamoLimits(c, "T").replace_models(KnownModels(version=1), 0),
+    ),
     ("limits.canary", "put_item", lambda c: dynamo.DynamoLimits(c, "T").canary("a", NOON)),
     ("ledger.record", "batch_write_item",
      lambda c: dynamo.DynamoLedger(c, "T", "S").record([a_row("a")])),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from sluice.domain.jobs import DEAD_LETTER, Job, State
 from tests.fakes import MINUTE, SECOND
-from tests.simulation.accounts import MODEL_GROUPS, Home, cost_of
+from tests.simulation.accounts import MODEL_GROUPS, cost_of
 from tests.simulation.checks import Check
 from tests.simulation.machines import Machine
 from tests.simulation.upstream import Call

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+from sluice.bulk import plan
 from sluice.bulk.assemble import Assemble
 from sluice.domain import batches as domain
 from sluice.domain.batches import Batch, Plan, RangeState
@@ -25,7 +26,7 @@ from sluice.worker.range_claim import ClaimedRange
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.range_windows import Saved, Windows
 from sluice.worker.ranges import RunRange
-from tests.bulk_fakes import MemoryObjects
+from tests.bulk_fakes import MemoryBatches, MemoryObjects
 from tests.fakes import MemoryJobs
 from tests.simulation.bugs_of_limits import in_place_of, judged, nothing
 from tests.simulation.deliberate import Bug, instead
@@ -149,6 +150,24 @@ def _as_a_lost_connection(failure: Failure, _: dict[str, Any]) -> Failure:
     return replace(failure, type="connection_failed") if is_local else failure
 
 
+@contextmanager
+def _copy_what_ends_last() -> Iterator[None]:
+    def latest(self: MemoryBatches, batch: Batch) -> str:
+        del self
+        return batch.batch_id
+
+    def copy(self: MemoryObjects, source: Stored, key: str, rank: str) -> bool:
+        del rank
+        self.copy(source, key)
+        return True
+
+    with (
+        instead(MemoryBatches, "latest_of_name", latest),
+        instead(MemoryObjects, "copy_latest", copy),
+    ):
+        yield
+
+
 def _rejected_with_another(self: KeyChoice, key: UpstreamKey) -> bool:
     del key
     return any(mark.rejected for mark in self._marks.values())
@@ -183,11 +202,15 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "a tenant can read and cancel another's batch",
         in_place_of(Batches, "get", _found_for_anybody),
     ),
-    "one_folder_for_all_tenants": Bug(
-        "results are stored under the file's name only",
-        in_place_of(
-            Batch, "results_key", property(lambda batch: f"out/{batch.name}/results.jsonl")
-        ),
+    "one_folder_for_a_name": Bug(
+        "what a batch owns is stored under the file's name, not under the batch's id",
+        in_place_of(Batch, "folder", property(lambda batch: f"batches/{batch.name}/")),
+    ),
+    "copy_what_ends_last": Bug(
+        "under a file's name are the results of the batch that ended last", _copy_what_ends_last
+    ),
+    "copy_nothing": Bug(
+        "results are not copied to their file's name", in_place_of(Assemble, "_copy_out", nothing)
     ),
     "ignore_the_cancel_of_a_batch": Bug(
         "a cancel does not end the rows of a range that runs",
@@ -203,6 +226,14 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
     "never_check_a_batch": Bug(
         "batches whose messages were lost are not planned",
         in_place_of(Resume, "_check", lambda *_: False),
+    ),
+    "look_for_no_lost_range": Bug(
+        "ranges whose messages were lost are not sent again",
+        in_place_of(plan, "lost_ranges", lambda *_, **__: []),
+    ),
+    "let_parked_ranges_sleep": Bug(
+        "parked ranges of a canceled or expired batch wait for limits",
+        in_place_of(plan, "is_over", lambda *_: False),
     ),
     "take_busy_for_missing": Bug(
         "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing

@@ -25,10 +25,6 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
 
 KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
     "nobody waits because of a blocked file": ("K4", (199, 423)),
-    "files of one name keep their own results": ("K5", (35, 99)),
-    "a batch ends soon after the calm": ("K3", (1227,)),
-    "a batch ends soon after its cancel": ("K3", (651,)),
-    "a batch ends although a message was lost": ("K3", (243, 619)),
 }
 """Violations that are not fixed yet, by check: the kind of the defect, and seeds of stories that show it.
 

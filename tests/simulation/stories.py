@@ -145,7 +145,8 @@ def of_files(seed: int) -> Story:
         # Another file under the name of the first.
         first = uploads[0]
         lines = [f"{first.tenant}-again-{position}" for position in range(4)]
-        again = replace(first, at_ms=first.at_ms + 20 * SECOND, lines=lines, by_api=False)
+        later_ms = rng.choice((SECOND, 20 * SECOND))
+        again = replace(first, at_ms=first.at_ms + later_ms, lines=lines, by_api=False)
         uploads.append(replace(again, cancel_after_ms=None, webhook=None))
     kinds = rng.sample(FAULTS_OF_FILES, rng.choice((0, 0, 1, 1, 2)))
     kinds += rng.sample(ALSO_OF_FILES, rng.choice((0, 0, 1, 2)))

@@ -9,6 +9,7 @@ import pytest
 from sluice.domain.errors import InvalidRequest, JobNotFound, StoreBusy
 from sluice.domain.jobs import Job, State, claim, finish_waiting
 from sluice.domain.limits import moved, new_group
+from sluice.domain.models import KnownModels
 from sluice.domain.pricing import Spend
 from sluice.intake.accounts import Account
 from tests.fakes import (
@@ -257,15 +258,16 @@ def test_groups_that_moved_are_not_shown(office: Office) -> None:
     here, missing = new_group("org", "a", NOON), moved(new_group("key:main", "a", NOON), "org")
     office.limits.stored = {here.id: here, missing.id: missing}
 
-    assert [here] == office.account().groups({}, {"a"})
+    assert [here] == office.account().groups({"a": "a"}, {"a"})
 
 
 def test_only_the_groups_of_a_tenants_own_models_are_shown(office: Office) -> None:
     groups = [
-        new_group("org", name, NOON) for name in ("haiku", "claude-b", "claude-secret", "new")
+        new_group("org", name, NOON)
+        for name in ("haiku", "claude-secret", "new", "unknown:acme", "unknown:other")
     ]
     office.limits.stored = {group.id: group for group in groups}
-    office.limits.learned = {"claude-c": "new"}
+    office.limits.known_models = KnownModels(loaded={"claude-c": "new"})
     office.keep(
         a_job("job_1", model="claude-a"),
         a_job("job_2", model="claude-secret", tenant="other"),
@@ -282,5 +284,6 @@ def test_only_the_groups_of_a_tenants_own_models_are_shown(office: Office) -> No
 
     assert {"claude-a", "claude-b", "claude-c"} == models
     known = {"claude-a": "haiku"}
-    assert ["claude-b", "haiku", "new"] == [g.model_group for g in account.groups(known, models)]
+    shown = [group.model_group for group in account.groups(known, models)]
+    assert ["haiku", "new", "unknown:acme"] == shown
     assert [] == office.account("third").groups(known, office.account("third").models())

@@ -411,7 +411,9 @@ def test_progress_counts_the_rows_of_a_range_that_is_running(caller: Caller) -> 
 def test_a_canceled_batch_is_canceling_and_then_ended(caller: Caller) -> None:
     batch = caller.create(*(a_row(number) for number in range(3)))
 
+    caller.bulk.queues.plans.clear()
     canceled = caller.batches.cancel(batch.batch_id)
+    assert [batch.batch_id] == caller.bulk.queues.plans, "its parked ranges are to be woken"
     again = caller.batches.cancel(batch.batch_id)
 
     assert "canceling" == caller.shown(batch.batch_id)["processing_status"]

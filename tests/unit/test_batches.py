@@ -1,5 +1,6 @@
 """A batch's arithmetic: every byte belongs to one range, every line to one of them, every part is large enough."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.domain.batches import (
+    FEW_LATE,
+    LATE_MS,
     LOSSES_UNTIL_ALONE,
     MOST_COPY_BYTES,
     MOST_LOST_ALONE,
     MOST_RANGE_BYTES,
     MOST_RANGES,
     NOTIFY_MS,
+    QUIET_MS,
     RANGES_PER_SECTION,
     SAMPLE_BYTES,
     SAMPLES,
@@ -34,21 +38,29 @@ from sluice.domain.batches import (
     fail_batch,
     file_batch_id,
     finish_range,
-    is_overdue,
+    is_held,
+    is_over,
     keep_range,
     killers,
+    late_ms,
+    lost_ranges,
     mark_notified,
+    mark_sent,
+    moved_by_id,
     named_batch_id,
     note_running,
+    older_file_batch_id,
     parts,
     plan_batch,
     planned,
+    prefix_of_upload,
     random_batch_id,
     release_range,
     row_job_id,
     sample_places,
     save_chunk,
     start_batch,
+    upload_prefix,
 )
 from sluice.domain.errors import LeaseLost, RangeBusy
 from sluice.domain.rows import lines
@@ -250,10 +262,20 @@ def test_a_batch_goes_from_planning_to_running_to_ended() -> None:
     assert (True, None) == (reported.told, reported.due_at)
 
 
-def test_a_batch_is_overdue_a_while_after_its_rows_expired() -> None:
-    late = NOON + 1000 + WATCH_MS
+def test_a_batch_is_over_once_it_is_canceled_or_has_expired() -> None:
+    canceled = cancel_batch(a_batch(), NOON + 1)
 
-    assert [False, True] == [is_overdue(a_batch(), at) for at in (late - 1, late)]
+    assert [False, True] == [is_over(a_batch(), at) for at in (NOON + 999, NOON + 1000)]
+    assert is_over(canceled, NOON + 1)
+    assert NOON + 1 + NOTIFY_MS == canceled.due_at
+
+
+def test_messages_that_were_sent_again_are_noted_until_the_batch_ends() -> None:
+    ended = end_batch(a_batch(), NOON, Tally(), 0, 0)
+
+    assert NOON + 3 == start_batch(a_batch(), NOON + 3).sent_at
+    assert NOON + 5 == mark_sent(a_batch(), NOON + 5).sent_at
+    assert ended is mark_sent(ended, NOON + 5)
 
 
 def test_how_many_rows_there_are_is_estimated_until_the_end() -> None:
@@ -286,21 +308,46 @@ def test_a_batch_that_cannot_be_run_says_why() -> None:
 
 
 def test_ids_are_those_of_a_repeat() -> None:
-    first = file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
+    first = file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(), None)
 
-    assert first == file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
-    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", "again")
+    assert first == file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(), None)
+    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(run="again"), None)
+    assert first != file_batch_id("acme", "in/acme/x.jsonl", "etag", Options(), "bad options")
+    assert first != older_file_batch_id("acme", "in/acme/x.jsonl", "etag", None)
     assert first != named_batch_id("acme", "in/acme/x.jsonl")
     assert "msgbatch_" + "01" * 16 == random_batch_id(b"\x01" * 16)
     assert row_job_id(first, 0) != row_job_id(first, 1)
 
 
-def test_everything_of_a_batch_lies_under_its_own_name() -> None:
-    batch = a_batch(name="2026/january")
+def test_ids_of_an_older_release_are_known() -> None:
+    """As releases before those with options in the id computed it."""
+    text = "file\x00acme\x00in/acme/x.jsonl\x00etag\x00again"
 
-    assert "out/acme/2026/january/results.jsonl" == batch.results_key
-    assert "out/acme/2026/january/errors.jsonl" == batch.errors_key
-    assert "out/acme/2026/january/summary.json" == batch.summary_key
+    assert f"msgbatch_{hashlib.sha256(text.encode()).hexdigest()[:32]}" == older_file_batch_id(
+        "acme", "in/acme/x.jsonl", "etag", "again"
+    )
+
+
+def test_an_upload_has_a_place_of_its_own() -> None:
+    prefix = upload_prefix("acme", "00ff")
+
+    assert prefix == prefix_of_upload(f"{prefix}2026/january.jsonl")
+    for other in ("in/acme/.uploads/x.jsonl", "in/acme/a/.uploads/00ff/x.jsonl", "batches/x"):
+        assert prefix_of_upload(other) is None
+
+
+def test_everything_of_a_batch_is_stored_under_its_id() -> None:
+    batch = a_batch(name="2026/january", source=Source.FILE)
+    ended = end_batch(batch, NOON, Tally(), 0, 0)
+    of_an_older_release = replace(ended, by_id=False)
+
+    assert "batches/msgbatch_1/" == batch.folder == ended.folder
+    assert "batches/msgbatch_1/results.jsonl" == ended.results_key
+    assert "batches/msgbatch_1/errors.jsonl" == ended.errors_key
+    assert "batches/msgbatch_1/summary.json" == ended.summary_key
+    assert "out/acme/2026/january/" == batch.named_folder == of_an_older_release.folder
+    assert ended.folder == moved_by_id(of_an_older_release).folder
+    assert moved_by_id(ended) is ended
     assert {
         "batches/msgbatch_1/results.jsonl.gz",
         "batches/msgbatch_1/parts/00000007",
@@ -312,6 +359,23 @@ def test_everything_of_a_batch_lies_under_its_own_name() -> None:
         batch.chunk_key(7, "1-2"),
         batch.section_key(3, "index"),
     }
+
+
+def test_the_results_of_files_are_copied_unless_s3_could_not_name_the_copies() -> None:
+    room = 1_024 - len("out/acme//results.jsonl")
+    names = ("x" * room, "x" * (room + 1), "ü" * (room // 2), "ü" * (room // 2 + 1))
+
+    assert [True, False, True, False] == [
+        a_batch(name=name, source=Source.FILE).has_copy for name in names
+    ]
+    assert not a_batch(source=Source.JOBS).has_copy
+
+
+def test_a_later_batch_has_a_greater_rank() -> None:
+    first = a_batch()
+
+    assert first.rank < replace(first, batch_id="msgbatch_2").rank
+    assert first.rank < replace(first, batch_id="msgbatch_0", created_at=first.created_at + 1).rank
 
 
 def test_sums_are_exact_and_say_no_zeros() -> None:
@@ -415,6 +479,60 @@ def test_a_released_range_is_anybodys_and_no_loss() -> None:
         released.model,
     )
     assert (2, 0, None, None) == (again.claims, again.losses, again.not_before, again.model)
+
+
+def test_a_message_is_late_from_when_it_was_last_expected() -> None:
+    batch = a_batch(sent_at=NOON + 10)
+    claimed = claim_range(a_range(), "one", NOON, NOON + 60)
+    released = release_range(claimed, "one", chunks=(), expected_at=NOON + 90)
+
+    assert [True, False] == [is_held(claimed, NOON + at) for at in (59, 60)]
+    assert [90, 40, 10, 0] == [
+        late_ms(batch, a_range(), NOON + 100),
+        late_ms(batch, claimed, NOON + 100),
+        late_ms(batch, released, NOON + 100),
+        late_ms(batch, released, NOON + 80),
+    ]
+    assert 100 == late_ms(a_batch(), a_range(), NOON + 100)
+
+
+def test_messages_are_lost_when_they_are_late_and_none_waits() -> None:
+    late = {1: LATE_MS, 2: LATE_MS - 1}
+
+    assert [1] == lost_ranges(a_batch(sent_at=NOON), late, is_queue_empty=True)
+    assert [1] == lost_ranges(a_batch(sent_at=NOON), late, is_queue_empty=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "sent_after_ms", "first_ms"),
+    [
+        (FEW_LATE, 0, LATE_MS),
+        (FEW_LATE, 2 * LATE_MS, 2 * LATE_MS),
+        (FEW_LATE + 1, 0, QUIET_MS),
+        (FEW_LATE + 1, 2 * QUIET_MS, 2 * QUIET_MS),
+    ],
+)
+def test_in_a_long_queue_many_messages_are_lost_only_after_hours(
+    count: int, sent_after_ms: int, first_ms: int
+) -> None:
+    """And again after twice the time."""
+    batch = a_batch(sent_at=NOON + sent_after_ms)
+
+    found = [
+        lost_ranges(batch, dict.fromkeys(range(count), ms), is_queue_empty=False)
+        for ms in (first_ms - 1, first_ms)
+    ]
+
+    assert [[], list(range(count))] == found
+
+
+def test_dropped_answers_are_remembered_until_something_is_saved() -> None:
+    claimed = claim_range(a_range(), "one", NOON, NOON + 60)
+    dropped = release_range(claimed, "one", chunks=(), dropped=True)
+    again = claim_range(dropped, "two", NOON, NOON + 60)
+
+    assert again.dropped
+    assert not save_chunk(again, "two", NOON, "2-1", ()).dropped
 
 
 def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:

@@ -3,8 +3,11 @@
 import gzip
 import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
+from time import process_time
 from typing import Any
 
 import pytest
@@ -61,7 +64,7 @@ def test_what_unpacks_to_much_comes_a_little_at_a_time() -> None:
 
 
 def test_a_file_that_unpacks_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "MOST_UNPACKED_BYTES", 1_000)
+    monkeypatch.setattr(forms, "MOST_ROWS_BYTES", 1_000)
 
     with pytest.raises(BadForm, match="the unpacked file exceeds 1,000 bytes"):
         list(unpacked([gzip.compress(b"x" * 2_000)]))
@@ -73,6 +76,31 @@ def test_gzip_that_is_broken_or_cut_off_says_so() -> None:
     with pytest.raises(BadForm, match="truncated"):
         list(unpacked([gzip.compress(b"x" * 1_000)[:-5]]))
     assert [] == list(unpacked([]))
+
+
+def test_twenty_megabytes_of_tiny_members_take_seconds() -> None:
+    """Each member used to copy the rest of its piece: two minutes, in which no other file was planned."""
+    member = gzip.compress(b"x")
+    packed = member * (20_000_000 // len(member))
+    started = process_time()
+
+    found = sum(map(len, unpacked(in_pieces(packed, 8 * 1024 * 1024))))
+
+    assert packed.count(member) == found
+    assert process_time() - started < 20
+
+
+def test_a_bomb_is_unpacked_in_little_memory() -> None:
+    packed = gzip.compress(b"\0" * 50_000_000)
+    tracemalloc.start()
+    try:
+        found = sum(map(len, unpacked([packed])))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert 50_000_000 == found
+    assert peak < 8 * forms.PIECE_BYTES
 
 
 def test_trailing_zeros_of_a_tape_are_no_member() -> None:
@@ -116,6 +144,28 @@ def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_filled() ->
         == bad[PROBLEM]
     )
     assert "y" * 1_000 == said(good)
+
+
+def test_a_long_prompt_does_not_make_a_small_file_huge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 12 KB with a prompt of 131 KB was half a gigabyte of rows."""
+    assert forms.LEAST_ROWS_BYTES < 6_000 * 131_000
+    monkeypatch.setattr(forms, "LEAST_ROWS_BYTES", 10_000_000)
+    options = replace(PROMPT, prompt="{text}" + "x" * 131_000)
+    found = csv_rows([b"text\n" + b"a\n" * 6_000], options)
+
+    assert sum(len(next(found)) for _ in range(70)) <= forms.LEAST_ROWS_BYTES
+    with pytest.raises(BadForm, match='put what all rows share into "system"'):
+        list(islice(found, 10))
+
+
+def test_a_large_file_may_have_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "LEAST_ROWS_BYTES", 10_000_000)
+    options = replace(PROMPT, prompt="{text}" + "x" * 50_000)
+    body = b"text\n" + (b"y" * 1_000 + b"\n") * 300
+
+    size = sum(map(len, csv_rows(in_pieces(body, 1024 * 1024), options)))
+
+    assert size > forms.LEAST_ROWS_BYTES
 
 
 @pytest.mark.parametrize(

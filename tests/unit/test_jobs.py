@@ -1,5 +1,6 @@
 """The life of a job: every transition there is, every other refused, and what each leaves in the record."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -7,9 +8,11 @@ from typing import Final
 
 import pytest
 
+from sluice.adapters import job_records
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.jobs import (
     FEW,
+    MOST_REMEMBERED,
     TRANSITIONS,
     AttemptOutcome,
     DueFor,
@@ -150,6 +153,24 @@ def test_final_states_have_no_way_out_but_an_operators(state: State) -> None:
 
 
 # Redriving -------------------------------------------------------------------------------------------------
+
+
+def test_a_record_fits_into_an_item_however_often_it_fails_and_is_redriven() -> None:
+    """DynamoDB takes items of 400 KB. Upstream's text has up to 2,000 characters of four bytes."""
+    long = JobError("api_error", "\U0001f600" * 2_000, 500)
+    dead, job = replace(long, type="dead_letter"), a_job()
+    for number in range(60):
+        for _ in range(20):
+            job = retry(claimed(job, now=NOON), "worker-1", NOON, error=long)
+        job = redrive(finish_waiting(job, State.ERRORED, NOON, dead), NOON)
+        assert (number + 1) * 20 == job.attempts[-1].number, "the numbers go on"
+    job = finish_waiting(claimed(job), State.ERRORED, AFTER_LEASE, long)
+
+    item = json.dumps(job_records.encode(job, 30), ensure_ascii=False)
+    assert len(item.encode()) < 350_000
+    assert long == job.attempts[-2].error, "the newest texts are whole"
+    assert MOST_REMEMBERED >= len(job.redrives)
+    assert MOST_REMEMBERED + 1 >= len(job.attempts)
 
 
 def test_a_redriven_job_is_as_new_and_keeps_its_past() -> None:

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sluice.domain.batches import DAY_MS
 from sluice.domain.breakers import PROBES, STREAK
 from sluice.domain.limits import (
     DIMENSIONS,
     FULL_RATE,
     LAST_JOBS_MS,
+    MOST_CIRCUITS,
     MOST_WORKERS,
     OUTPUT_MARGIN,
     OUTPUT_MARGIN_MS,
@@ -37,11 +39,11 @@ from sluice.domain.limits import (
     circuit_served,
     drained,
     expected_start,
+    expires_at,
     group_id,
     grown,
     lined_up,
     loaded,
-    model_group,
     moved,
     new_group,
     next_start,
@@ -1325,17 +1327,24 @@ def test_a_limit_per_day_that_is_no_longer_stated_is_forgotten() -> None:
 # Names and guesses -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("claude-a-1", "claude-a.x"),
-        ("claude-a-1-20260101", "claude-a.x"),
-        ("claude-new", "claude-new"),
-        ("claude-new-20260101", "claude-new"),
-    ],
-)
-def test_models_share_a_group_and_unknown_ones_have_their_own(model: str, name: str) -> None:
-    assert name == model_group(model, {"claude-a-1": "claude-a.x"})
+def test_the_record_of_an_unused_group_expires_after_its_block() -> None:
+    blocked = block(group(), NOON + 40 * DAY_MS, "spend limit", NOON)
+
+    assert (NOON + 35 * DAY_MS) // 1000 == expires_at(group())
+    assert (NOON + 75 * DAY_MS) // 1000 == expires_at(blocked)
+    assert (NOON + DAY_MS) // 1000 == expires_at(new_group("org", "unknown:acme", NOON))
+
+
+def test_invented_models_do_not_grow_a_group() -> None:
+    state = circuit_failed(group(), NOON, "endpoint")
+    for _ in range(STREAK):
+        state = circuit_failed(state, NOON, "endpoint")
+    for number in range(10_000):
+        state = circuit_failed(state, NOON, f"model {number}")
+
+    assert MOST_CIRCUITS == len(state.circuits)
+    assert "model 9999" in state.circuits
+    assert state.circuits["endpoint"].is_open, "an open breaker stays"
 
 
 def test_a_group_is_named_by_organization_and_models() -> None:

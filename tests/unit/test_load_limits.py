@@ -112,9 +112,18 @@ def test_models_that_share_a_bucket_upstream_share_one_here(scene: Scene) -> Non
     scene.clock.at += EVERY_MS
     scene.load()
 
-    assert {"claude-a-3": "a"} == scene.limits.learned_groups()
+    assert {"claude-a-3": "a"} == scene.limits.models().groups()
     assert {"org/a"} == set(scene.limits.stored)
-    assert 1 == scene.limits.journal.count("the limits table: learn_groups")
+    assert 1 == scene.limits.journal.count("the limits table: replace_models")
+
+
+def test_a_model_that_upstream_lists_is_known_under_its_own_name(scene: Scene) -> None:
+    scene.says("claude-new-20270101")
+
+    scene.load()
+
+    assert {"claude-new": "claude-new"} == scene.limits.models().groups()
+    assert {"org/claude-new"} == set(scene.limits.stored)
 
 
 def test_models_of_one_group_each_are_left_as_they_are(scene: Scene) -> None:
@@ -123,7 +132,7 @@ def test_models_of_one_group_each_are_left_as_they_are(scene: Scene) -> None:
 
     scene.load()
 
-    assert {} == scene.limits.learned_groups()
+    assert {} == scene.limits.models().groups()
     assert {"org/a", "org/b"} == set(scene.limits.stored)
 
 

@@ -482,7 +482,10 @@ def test_a_custom_id_used_twice_in_a_range_is_called_once(make: Make) -> None:
     assert (3, "row-1") == (error["line"], error["custom_id"])
 
 
-def test_a_file_that_is_replaced_while_it_runs_says_so(make: Make) -> None:
+def test_a_file_too_large_to_copy_that_is_replaced_while_it_runs_says_so(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sluice.bulk.plan.MOST_COPIED_BYTES", 10)
     bulk = make()
     bulk.upload(jsonl(*(a_row(number) for number in range(200))))
 

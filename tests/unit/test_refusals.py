@@ -21,7 +21,12 @@ from sluice.domain.retries import (
 )
 from tests.fakes import NOON, SECOND
 
-ORGANIZATION, WORKSPACE, ACCOUNT, KEY = Scope.ORGANIZATION, Scope.WORKSPACE, Scope.ACCOUNT, Scope.KEY
+ORGANIZATION, WORKSPACE, ACCOUNT, KEY = (
+    Scope.ORGANIZATION,
+    Scope.WORKSPACE,
+    Scope.ACCOUNT,
+    Scope.KEY,
+)
 REQUEST, MODEL, ENDPOINT = Scope.REQUEST, Scope.MODEL, Scope.ENDPOINT
 WAIT, PARK, RETRY, END = Consequence.WAIT, Consequence.PARK, Consequence.RETRY, Consequence.END
 
@@ -61,8 +66,8 @@ FIELD: list[tuple[int, str, Scope, Consequence]] = [
     (401, "This API key has been disabled.", KEY, PARK),
     (403, "Your API key does not have permission to use the specified resource.", KEY, END),
     # Limits that refill.
-    (429, "This request would exceed your organization's rate limit of 400,000 input tokens per minute.", ORGANIZATION, WAIT),
-    (429, "This request would exceed the rate limit for your organization (1f0e) of 40,000 input tokens per minute.", ORGANIZATION, WAIT),
+    (429, "This request would exceed your organization's rate limit of 400,000 input tokens.", ORGANIZATION, WAIT),
+    (429, "This request would exceed the rate limit for your organization (1f0e) of 40,000.", ORGANIZATION, WAIT),
     (429, "This request would exceed your workspace's rate limit of 60 requests per minute.", WORKSPACE, WAIT),
     (429, "This request would exceed your account's rate limit. Please try again later.", ACCOUNT, WAIT),
     (429, "Number of request tokens has exceeded your daily rate limit", ACCOUNT, WAIT),

@@ -11,7 +11,7 @@ import pytest
 from sluice.domain.jobs import Job, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen, block
-from sluice.ports.claude import CallRequest
+from sluice.ports.claude import CallRequest, Headers, Refused
 from sluice.worker.worker import Worker
 from tests.fakes import (
     MINUTE,
@@ -119,14 +119,14 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "not named"])
 @pytest.mark.parametrize("reply", REFUSALS.values(), ids=REFUSALS)
 def test_what_one_workspace_is_refused_does_not_stop_another(
-    make: Make, reply: Reply, named: bool
+    make: Make, reply: Reply, *, is_named: bool
 ) -> None:
     gateway = make(keys=own_keys("sick", "well"))
-    workspace = "wrkspc_sick" if named else None
-    sick = replace(reply, headers=replace(reply.headers, workspace=workspace))  # type: ignore[arg-type]
+    assert isinstance(reply, Refused)
+    sick = replace(reply, headers=Headers(workspace="wrkspc_sick" if is_named else None))
     gateway.claude.when = by_key({"sick": sick})
     gateway.submit(*jobs("sick", 50, tenant="sick"))
 
@@ -161,9 +161,7 @@ def test_a_key_whose_organization_is_not_known_yet_blocks_its_workspace_only(mak
     sick = refused(
         400, "invalid_request_error", message=SPENT, organization="org", workspace="wrkspc_sick"
     )
-    gateway.claude.when = by_key(
-        {"sick": sick, "well": of_workspace("well", organization="org")}
-    )
+    gateway.claude.when = by_key({"sick": sick, "well": of_workspace("well", organization="org")})
     gateway.submit(*jobs("sick", 5, tenant="sick"))
     run(gateway, 0.5)
     gateway.submit(*jobs("well", 5, tenant="well", created_at=gateway.time.now()))
@@ -381,9 +379,7 @@ def test_behind_an_open_breaker_fallback_models_are_used_at_once(make: Make) -> 
 
     assert 20 == len(delays(gateway, "late"))
     assert delays(gateway, "late")[-1] < 10 * SECOND
-    assert {"claude-b"} == {
-        gateway.job(f"late_{n}").attempts[-1].model for n in range(20)
-    }
+    assert {"claude-b"} == {gateway.job(f"late_{n}").attempts[-1].model for n in range(20)}
 
 
 def test_with_all_models_overloaded_jobs_wait_for_the_last_one(make: Make) -> None:

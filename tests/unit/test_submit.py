@@ -771,30 +771,33 @@ def test_jobs_not_stored_in_time_are_rejected_and_the_others_are_sent() -> None:
 # How long it will take -------------------------------------------------------------------------------------
 
 
+KNOWN = {"claude-a": "a", "claude-b": "b"}
+
+
 def test_the_estimate_without_known_groups_is_about_one_start_a_second(intake: Intake) -> None:
-    waiting = StartEstimate(intake.queue, MemoryLimits(), intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, MemoryLimits(), KNOWN, intake.clock, intake.events)
     intake(*(ask(str(n)) for n in range(60)))
 
-    assert NOON + MINUTE == waiting.estimated_start("a")
+    assert NOON + MINUTE == waiting.estimated_start("claude-a", "acme")
 
 
 def test_a_block_is_waited_out_first(intake: Intake) -> None:
     group = block(new_group("org", "a", NOON), NOON + MINUTE, "rate limited", NOON)
 
-    waiting = StartEstimate(intake.queue, MemoryLimits(group), intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, MemoryLimits(group), KNOWN, intake.clock, intake.events)
 
-    assert NOON + MINUTE == waiting.estimated_start("a")
-    assert NOON == waiting.estimated_start("b")
+    assert NOON + MINUTE == waiting.estimated_start("claude-a", "acme")
+    assert NOON == waiting.estimated_start("claude-b", "acme")
 
 
 def test_the_queue_is_read_every_few_seconds_only(intake: Intake) -> None:
-    waiting = StartEstimate(intake.queue, MemoryLimits(), intake.clock, intake.events)
-    before = waiting.estimated_start("a")
+    waiting = StartEstimate(intake.queue, MemoryLimits(), KNOWN, intake.clock, intake.events)
+    before = waiting.estimated_start("claude-a", "acme")
     intake.one(ask())
 
-    assert before == waiting.estimated_start("a")
+    assert before == waiting.estimated_start("claude-a", "acme")
     intake.clock.at += MOST_AGE_MS
-    later = waiting.estimated_start("a")
+    later = waiting.estimated_start("claude-a", "acme")
     assert later is not None
     assert later > intake.clock.at
 
@@ -806,13 +809,13 @@ def test_the_start_is_unknown_while_a_store_does_not_answer(
 ) -> None:
     """The jobs are accepted by then, and an accepted job is never answered with an error."""
     limits = MemoryLimits()
-    waiting = StartEstimate(intake.queue, limits, intake.clock, intake.events)
+    waiting = StartEstimate(intake.queue, limits, KNOWN, intake.clock, intake.events)
     for store in (intake.queue, limits):
         store.fail_next(verb, error=error)
 
-    assert waiting.estimated_start("a") is None
+    assert waiting.estimated_start("claude-a", "acme") is None
     for store in (intake.queue, limits):
         store.recover()
-    assert waiting.estimated_start("a") is None, "not asked again by every submit"
+    assert waiting.estimated_start("claude-a", "acme") is None, "not asked again by every submit"
     intake.clock.at += MOST_AGE_MS
-    assert intake.clock.at == waiting.estimated_start("a")
+    assert intake.clock.at == waiting.estimated_start("claude-a", "acme")

@@ -293,7 +293,7 @@ def test_only_the_api_may_delete_data_and_only_the_objects_of_batches() -> None:
 
     assert {
         ("ApiFunctionRole", "s3:DeleteObject", str({"Fn::Sub": f"${{DataBucket.Arn}}/{prefix}/*"}))
-        for prefix in ("out", "batches")
+        for prefix in ("out", "batches", "in/*/.uploads")
     } == deletes
 
 

@@ -1,9 +1,11 @@
 """Files through the API: in parts, past us, into the tenant's own place, and a batch at the end."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
+from sluice.domain.batches import Batch
 from sluice.domain.errors import InvalidRequest
 from sluice.intake import uploads
 from sluice.intake.uploads import Uploads
@@ -26,7 +28,21 @@ def links(bulk: Bulk) -> MemoryLinks:
 
 @pytest.fixture
 def door(bulk: Bulk, links: MemoryLinks) -> Uploads:
-    return Uploads("acme", bulk.objects, links, bulk.planner, lambda: "a secret")
+    return a_door(bulk, links)
+
+
+def a_door(bulk: Bulk, links: MemoryLinks, tenant: str = "acme") -> Uploads:
+    tokens = count(1)
+    return Uploads(
+        *(tenant, bulk.objects, links, bulk.planner, lambda: "a secret"),
+        lambda size: next(tokens).to_bytes(size),
+    )
+
+
+def sent(door: Uploads, links: MemoryLinks, name: str, body: bytes, **options: object) -> Batch:
+    """Upload a file whole."""
+    started = door.start(name, len(body), options)
+    return door.complete(name, started.upload_id, {1: links.send(started.upload_id, 1, body)})
 
 
 def test_a_file_in_parts_becomes_a_batch(
@@ -51,12 +67,48 @@ def test_a_file_in_parts_becomes_a_batch(
     assert 2 == len(bulk.results())
 
 
-def test_options_of_an_earlier_file_of_that_name_do_not_hold(door: Uploads, bulk: Bulk) -> None:
-    door.start("reviews.jsonl", 10, {"model": "claude-b"})
+def test_two_uploads_of_one_name_share_neither_content_nor_options(
+    door: Uploads, links: MemoryLinks, bulk: Bulk
+) -> None:
+    """Also if both were started before the first was completed."""
+    monday, tuesday = jsonl(a_row("monday")), jsonl(a_row("tuesday"))
+    one = door.start("reviews.jsonl", len(monday), {"model": "claude-b"})
+    two = door.start("reviews.jsonl", len(tuesday), {})
+    etags = [links.send(each.upload_id, 1, body) for each, body in ((one, monday), (two, tuesday))]
 
-    door.start("reviews.jsonl", 10, {})
+    second = door.complete("reviews.jsonl", two.upload_id, {1: etags[1]})
+    first = door.complete("reviews.jsonl", one.upload_id, {1: etags[0]})
 
-    assert b"{}" == bulk.objects.stored["in/acme/reviews.options.json"]
+    assert ("claude-b", None) == (first.options.model, second.options.model)
+    for batch in (first, second):
+        bulk.planner.arrived(batch.input_key)
+    bulk.drain()
+    found = [bulk.results_of(batch.batch_id) for batch in (first, second)]
+    assert [["row-monday"], ["row-tuesday"]] == [
+        [row["custom_id"] for row in rows] for rows in found
+    ]
+
+
+def test_options_of_an_earlier_file_of_that_name_do_not_hold(
+    door: Uploads, links: MemoryLinks, bulk: Bulk
+) -> None:
+    bulk.objects.put("in/acme/reviews.options.json", b'{"model": "claude-c"}')
+    sent(door, links, "reviews.jsonl", ROWS, model="claude-b")
+
+    batch = sent(door, links, "reviews.jsonl", ROWS)
+
+    assert batch.options.model is None
+
+
+def test_the_same_content_under_other_options_is_another_batch(
+    door: Uploads, links: MemoryLinks
+) -> None:
+    first = sent(door, links, "prompt.jsonl", ROWS, prompt="Praise: {text}", model="claude-a")
+    again = sent(door, links, "prompt.jsonl", ROWS, prompt="Praise: {text}", model="claude-a")
+    other = sent(door, links, "prompt.jsonl", ROWS, prompt="Insult: {text}", model="claude-a")
+
+    assert first == again
+    assert first.batch_id != other.batch_id
 
 
 def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:
@@ -141,12 +193,13 @@ def test_an_id_that_was_changed_or_belongs_to_another_is_refused(
     door: Uploads, bulk: Bulk, links: MemoryLinks
 ) -> None:
     started = door.start("reviews.jsonl", 10, {})
-    other = Uploads("other", bulk.objects, links, bulk.planner, lambda: "a secret")
-    size, signature, own_id = started.upload_id.split("-", 2)
-    larger = f"10000000000-{signature}-{own_id}"
+    other = a_door(bulk, links, "other")
+    size, token, signature, own_id = started.upload_id.split("-", 3)
+    larger = f"10000000000-{token}-{signature}-{own_id}"
 
     wrong = [own_id, f"{size}-{own_id}", f"-{signature}-{own_id}", f"{size}--{own_id}", larger]
-    wrong += [f"{size}-{signature}-upload-2", "٣-x-y", "9" * 5_000, "\ud800-\ud800-\ud800", ""]
+    wrong += [f"{size}-{'f' * 16}-{signature}-{own_id}", f"{size}-{token}-{signature}-upload-2"]
+    wrong += ["٣-x-y", "9" * 5_000, "\ud800-\ud800-\ud800", ""]
     for upload_id in wrong:
         with pytest.raises(InvalidRequest, match="id: is not the id of an upload"):
             door.links("reviews.jsonl", upload_id, 1, 1)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -16,6 +16,7 @@ from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.jobs import (
     FEW,
     LOSSES_TO_SUSPECT,
+    NOT_STORED,
     AttemptOutcome,
     Job,
     Lease,
@@ -1267,7 +1268,25 @@ def test_a_heartbeat_survives_a_store_that_is_busy_for_a_while(make: Make) -> No
     assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.answered))
 
 
-def test_a_call_whose_lease_cannot_be_kept_is_stopped_and_accounted_for(make: Make) -> None:
+@pytest.mark.parametrize("verb", ["get", "replace"])
+def test_a_call_goes_on_while_its_lease_cannot_be_renewed(make: Make, verb: str) -> None:
+    """Nobody else can take the job either, and a call that is stopped may be billed."""
+    gateway = make(a_job(), latency_ms=10 * MINUTE)
+
+    async def story() -> list[str]:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(20)
+        gateway.jobs.break_down(verb)
+        await asyncio.sleep(3 * LEASE_MS / 1000)
+        gateway.jobs.recover()
+        return await running
+
+    assert [] == gateway.time.run(story())
+
+    assert (State.SUCCEEDED, 1) == (gateway.job().state, len(gateway.claude.calls))
+
+
+def test_a_call_whose_lease_is_lost_is_stopped_and_accounted_for(make: Make) -> None:
     gateway = make(a_job(), latency_ms=10 * MINUTE)
 
     async def story() -> list[str]:
@@ -1275,6 +1294,8 @@ def test_a_call_whose_lease_cannot_be_kept_is_stopped_and_accounted_for(make: Ma
         await asyncio.sleep(20)
         gateway.jobs.break_down("get")
         await asyncio.sleep(LEASE_MS / 1000)
+        job, now = gateway.job(), gateway.time.now()
+        gateway.jobs.stored["job_1"] = claim(job, "another", now, now + LEASE_MS)
         gateway.jobs.recover()
         return await running
 
@@ -1350,19 +1371,42 @@ def test_a_store_that_stays_busy_is_left_alone_for_longer_but_earlier_snoozes_ha
     assert [("job_1", seconds)] == [(job, -(-ms // 1_000)) for job, ms in gateway.queue.delays]
 
 
-@pytest.mark.parametrize(("store", "verb"), [("jobs", "replace"), ("results", "put")])
-def test_an_answer_that_cannot_be_stored_in_time_is_in_the_ledger(
-    make: Make, store: str, verb: str
-) -> None:
+def test_an_outcome_that_cannot_be_stored_in_time_is_in_the_ledger(make: Make) -> None:
     """The one way to be billed twice that no rule can close: so the ledger names it."""
     gateway = make(a_job())
-    gateway.claude.when = lambda _: getattr(gateway, store).break_down(verb)
+    gateway.claude.when = lambda _: gateway.jobs.break_down("replace")
 
     assert ["message-1"] == gateway.once()
 
     assert State.RUNNING == gateway.job().state
     (row,) = gateway.ledger.rows.values()
     assert (Spend.of_call(USED, COST), "outcome not stored") == (row.spend, row.note)
+
+
+@pytest.mark.parametrize("hours", [0.3, 1.4, 5])
+def test_an_outage_of_the_bucket_uses_no_attempt_and_costs_one_more_call(
+    make: Make, hours: float
+) -> None:
+    gateway = make(a_job())
+    gateway.results.inline_bytes = 0
+    gateway.results.break_down("put")
+    ends_at = NOON + int(hours * 60 * MINUTE)
+
+    async def story() -> None:
+        asyncio.get_running_loop().call_later(hours * 3_600, gateway.results.recover)
+        while not gateway.job().state.is_final:
+            due = gateway.queue.next_visible()
+            assert due is not None
+            await asyncio.sleep(max(0, due - gateway.time.now()) / 1000)
+            await gateway.invoke()
+
+    gateway.time.run(story())
+
+    job = gateway.job()
+    assert (State.SUCCEEDED, 1, 2 * COST) == (job.state, job.attempts_used, job.cost_micro_usd)
+    assert 2 == len(gateway.claude.calls) == len(gateway.ledger.rows)
+    assert {NOT_STORED, None} == {row.note for row in gateway.ledger.rows.values()}
+    assert gateway.time.now() < ends_at + 16 * MINUTE
 
 
 def test_the_lease_is_kept_while_an_answer_waits_to_be_stored(make: Make) -> None:
@@ -1779,9 +1823,7 @@ def test_nothing_is_taken_while_there_is_no_key(make: Make) -> None:
 def test_what_is_behind_a_blocked_backlog_is_looked_for_at_a_slow_pace(make: Make) -> None:
     """Each look is paid, and hides messages; but not all of them are of the blocked group."""
     minutes = 2
-    gateway = make(
-        a_job("job_b", model="claude-b"), *some_jobs(1_000), latency_ms=minutes * MINUTE
-    )
+    gateway = make(a_job("job_b", model="claude-b"), *some_jobs(1_000), latency_ms=minutes * MINUTE)
     gateway.know(block(known_group(), NOON + 10 * MINUTE, "x", NOON))
 
     gateway.once()
@@ -2227,7 +2269,7 @@ def _reservations(limiter: Limiter) -> set[Admission]:
     reserved: set[Admission] = set()
     admit, settle = limiter.admit, limiter.settle
 
-    async def admit_and_record(*args: Any, **facts: bool) -> Admitted:
+    async def admit_and_record(*args: Any, **facts: Any) -> Admitted:
         given = await admit(*args, **facts)
         if isinstance(given, Admission):
             reserved.add(given)

@@ -20,7 +20,7 @@ from sluice.domain.batches import (
     Source,
     Tally,
 )
-from sluice.ports.batches import BatchPage, DueRange
+from sluice.ports.batches import BatchPage, DueRange, SeenRange
 from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class DynamoBatches:
         condition, values = "tenant = :tenant", {":tenant": {"S": tenant}}
         if after or before:
             condition += f" AND created_key {'<' if after else '>'} :from"
-            values[":from"] = {"S": _created_key(after or before)}  # type: ignore[arg-type]
+            values[":from"] = {"S": (after or before).rank}  # type: ignore[union-attr]
         answer = self._table.query(
             IndexName="by_tenant",
             KeyConditionExpression=condition,
@@ -84,6 +84,20 @@ class DynamoBatches:
         """Return the state of a range; its version is 0 if it was never claimed."""
         item = self._get(batch.batch_id, _range_part(number))
         return _range(item) if item else RangeState(batch.batch_id, number, batch.tenant)
+
+    def seen_ranges(self, batch_id: str, numbers: range) -> Mapping[int, SeenRange]:
+        """Return those of consecutive ranges that were ever claimed."""
+        items = self._table.query_all(
+            KeyConditionExpression="batch_id = :batch AND part BETWEEN :first AND :last",
+            ExpressionAttributeValues={
+                ":batch": {"S": batch_id},
+                ":first": {"S": _range_part(numbers[0])},
+                ":last": {"S": _range_part(numbers[-1])},
+            },
+            ConsistentRead=True,
+        )
+        found = [SeenRange(_range(item), "due_at" in item) for item in items]
+        return {each.state.number: each for each in found}
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         """Write the state if its stored version is the expected one (0: not stored); otherwise raises Stale."""
@@ -141,6 +155,24 @@ class DynamoBatches:
             ConsistentRead=True,
         )
         return {item["part"]["S"]: _progress(item) for item in items}
+
+    def latest_of_name(self, batch: Batch) -> str:
+        """Record the batch as the latest of its tenant and name, unless a later one is; return the latest one's id."""
+        digest = sha256(f"{batch.tenant}\x00{batch.name}".encode()).hexdigest()
+        item: Item = {
+            "batch_id": {"S": f"name#{digest}"},
+            "part": {"S": "name"},
+            "latest": {"S": batch.batch_id},
+            "rank": {"S": batch.rank},
+            "expires_at": {"N": str(self._expires(batch.expires_at))},
+        }
+        current = self._table.put_if(
+            item,
+            "attribute_not_exists(batch_id) OR #rank <= :rank",
+            ExpressionAttributeNames={"#rank": "rank"},
+            ExpressionAttributeValues={":rank": item["rank"]},
+        )
+        return batch.batch_id if current is None else current["latest"]["S"]
 
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
         """Return the id of the batch created under this name after `since`; else record and return `batch_id`."""
@@ -204,7 +236,7 @@ class DynamoBatches:
         }
         if not batch.deleted:
             item["tenant"] = {"S": batch.tenant}
-            item["created_key"] = {"S": _created_key(batch)}
+            item["created_key"] = {"S": batch.rank}
         if batch.due_at is not None:
             item |= _due_item(batch.batch_id, batch.due_at, batch.tenant, None)
         return item
@@ -220,10 +252,6 @@ def _range_part(number: int) -> str:
 
 def _range_number(part: str) -> int | None:
     return int(part.partition("#")[2]) if part.startswith("range#") else None
-
-
-def _created_key(batch: Batch) -> str:
-    return f"{batch.created_at:015d}#{batch.batch_id}"
 
 
 def _due(item: Item) -> DueRange:
@@ -280,4 +308,4 @@ def _progress(item: Item) -> Progress:
         for name, value in item.items()
         if name.startswith(_RUNNING) and name.removeprefix(_RUNNING) not in done
     ]
-    return Progress(len(done), Tally(**numbers), sum(running, Tally()))
+    return Progress(frozenset(map(int, done)), Tally(**numbers), sum(running, Tally()))

@@ -18,12 +18,14 @@ from sluice.domain.client_keys import key_id, matches
 from sluice.domain.errors import Conflict, InvalidRequest, StoreBusy
 from sluice.domain.jobs import DueFor, Job, State, due_after_send
 from sluice.domain.keys import KeyMark
-from sluice.domain.limits import DIMENSIONS, Bucket, Group
+from sluice.domain.limits import DIMENSIONS, Bucket, Group, expires_at
+from sluice.domain.models import Answered, KnownModels
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
 from sluice.domain.workspaces import Workspace
 from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
+from sluice.ports.limits import MOST_GROUPS
 from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ OBJECTS_AT_ONCE: Final = 8
 SHORT_DAYS: Final = 60
 """How long the template keeps objects under params/; those with a longer retention are under long-params/."""
 
-LEARNED_ID: Final = "models#learned"
+MODELS_ID: Final = "models#known"
 
 JOBS_NOTES_ID: Final = "governor#notes"
 """The note on jobs has its own item, like each other mapping: a release that governs only jobs replaces this item."""
@@ -297,12 +299,14 @@ class DynamoLimits:
             "kind": {"S": "group"},
             "version": {"N": str(group.version)},
             "record": {"S": json.dumps(asdict(group), separators=(",", ":"))},
+            "expires_at": {"N": str(expires_at(group))},
         }
         self._table.replace(item, expected_version, _group)
 
     def groups(self) -> Sequence[Group]:
-        """Return all groups; there are few."""
-        items = self._table.scan_all(
+        """Return the groups in use, at most MOST_GROUPS."""
+        items = self._table.scan(
+            MOST_GROUPS,
             FilterExpression="kind = :group",
             ExpressionAttributeValues={":group": {"S": "group"}},
         )
@@ -324,15 +328,19 @@ class DynamoLimits:
             }
         )
 
-    def learned_groups(self) -> Mapping[str, str]:
-        """Return the model groups, by model, for which upstream differs from the deployed data."""
-        items = self._table.get_many([LEARNED_ID])
-        groups: dict[str, str] = json.loads(items[0]["record"]["S"]) if items else {}
-        return groups
+    def models(self) -> KnownModels:
+        """Return the models that are known beside those of the deployed data; version 0 if none is."""
+        items = self._table.get_many([MODELS_ID])
+        return _models(items[0]) if items else KnownModels()
 
-    def learn_groups(self, groups: Mapping[str, str]) -> None:
-        """Write these model groups; the last writer wins, as all read the same list."""
-        self._table.put({"id": {"S": LEARNED_ID}, "record": {"S": json.dumps(dict(groups))}})
+    def replace_models(self, models: KnownModels, expected_version: int) -> None:
+        """Write if the stored version is the expected one (0: not stored); otherwise raises Stale."""
+        item: Item = {
+            "id": {"S": MODELS_ID},
+            "version": {"N": str(models.version)},
+            "record": {"S": json.dumps(asdict(models), separators=(",", ":"))},
+        }
+        self._table.replace(item, expected_version, _models)
 
     def canary(self, canary_id: str, now: int) -> None:
         """Record that a canary message was received."""
@@ -472,6 +480,14 @@ def _group(item: Item) -> Group:
         for name, workspace in record.get("workspaces", {}).items()
     }
     return job_records.made(Group, record)
+
+
+def _models(item: Item) -> KnownModels:
+    record = json.loads(item["record"]["S"])
+    record["answered"] = {
+        model: job_records.made(Answered, each) for model, each in record["answered"].items()
+    }
+    return job_records.made(KnownModels, record)
 
 
 def _ledger_item(row: LedgerRow) -> Item:

@@ -21,7 +21,7 @@ from sluice.domain.errors import (
     StoreBusy,
 )
 from sluice.domain.jobs import Result
-from sluice.ports.batches import Stored
+from sluice.ports.batches import RANK, Stored
 from sluice.ports.jobs import Received
 from sluice.upkeep.dead_letters import KeptLetter
 
@@ -40,8 +40,23 @@ PIECE_BYTES: Final = 8 * 1024 * 1024
 
 PARTS_AT_ONCE: Final = 8
 
+MOST_TRIES: Final = 10
+"""Tries of a conditional write; each starts from what the writer before has stored."""
+
+_CHANGED_MEANWHILE: Final = frozenset(
+    {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
+)
+"""Another writer replaced or deleted the object that a conditional write was to replace.
+
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+"""
+
 INLINE_BYTES: Final = 8_000
 """Compressed answers up to this size are stored in the job record: an S3 PUT costs as much as 8 KB of writes."""
+
+
+MOST_INLINE_BYTES: Final = 256_000
+"""While the bucket is busy, compressed answers up to this size are stored there too: an item has at most 400 KB."""
 
 
 class Objects:
@@ -153,52 +168,109 @@ class Objects:
             "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=seconds
         )
 
+    def copy(self, source: Stored, key: str) -> str:
+        """Copy an object, as it was when its metadata were read; return the copy's ETag. Raises InputMissing."""
+        return self._join(key, [source])
+
+    def copy_latest(self, source: Stored, key: str, rank: str) -> bool:
+        """Copy an object, unless the object there was copied with a greater rank; return whether it was copied.
+
+        S3 writes only if the object there is still the one whose rank was compared.
+        """
+        for _ in range(MOST_TRIES):
+            there = self.head(key)
+            if there is not None and there.rank > rank:
+                return False
+            unchanged = {"IfMatch": f'"{there.etag}"'} if there else {"IfNoneMatch": "*"}
+            try:
+                self._join(key, [source], metadata={RANK: rank}, condition=unchanged)
+            except ClientError as error:
+                if aws.code(error) not in _CHANGED_MEANWHILE:
+                    raise
+                continue
+            return True
+        raise StoreBusy(f"{WHAT}, changed concurrently {MOST_TRIES} times,")
+
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:
         """Join objects in order into one; return its size. S3 copies large ones, several at once."""
-        total = sum(sizes.values())
-        if total < LEAST_PART_BYTES:
-            self.put(key, b"".join(self.read(sources[n], 0, size) for n, size in sizes.items()))
-            return total
+        self._join(key, [Stored(sources[each], size, "", 0) for each, size in sizes.items()])
+        return sum(sizes.values())
+
+    def _join(
+        self,
+        key: str,
+        sources: Sequence[Stored],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        condition: Mapping[str, str] | None = None,
+    ) -> str:
+        """Join objects in order into one; return its ETag. Those with an ETag must still have it.
+
+        Small ones are read and written; S3 copies large ones, several parts at once.
+        """
+        sizes = {number: source.size for number, source in enumerate(sources)}
         where: Any = {"Bucket": self._bucket, "Key": key}
-        upload = aws.patiently(WHAT, self._client.create_multipart_upload, **where)["UploadId"]
-        where["UploadId"] = upload
+        facts: Any = {"Metadata": metadata} if metadata else {}
+        only_if: Any = condition or {}
+        if sum(sizes.values()) < LEAST_PART_BYTES:
+            body = b"".join(self._slice(source, 0, source.size) for source in sources)
+            put = aws.patiently(
+                WHAT, self._client.put_object, **where, **facts, **only_if, Body=body
+            )
+            return put["ETag"].strip('"')
+        upload = aws.patiently(WHAT, self._client.create_multipart_upload, **where, **facts)
+        where["UploadId"] = upload["UploadId"]
 
         def made(numbered: tuple[int, Copied | Streamed]) -> Any:
             number, part = numbered
             if isinstance(part, Copied):
-                source = {"Bucket": self._bucket, "Key": sources[part.section]}
-                last = part.first + part.size - 1
-                copy = aws.patiently(
-                    WHAT,
-                    self._client.upload_part_copy,
-                    **where,
-                    PartNumber=number,
-                    CopySource=source,
-                    CopySourceRange=f"bytes={part.first}-{last}",
+                etag = self._copy_part(where, number, sources[part.section], part)
+            else:
+                body = b"".join(
+                    self._slice(sources[each.section], each.first, each.size)
+                    for each in part.slices
                 )
-                return {"PartNumber": number, "ETag": copy["CopyPartResult"]["ETag"]}
-            body = b"".join(
-                self.read(sources[each.section], each.first, each.size) for each in part.slices
-            )
-            sent = aws.patiently(
-                WHAT, self._client.upload_part, **where, PartNumber=number, Body=body
-            )
-            return {"PartNumber": number, "ETag": sent["ETag"]}
+                etag = aws.patiently(
+                    WHAT, self._client.upload_part, **where, PartNumber=number, Body=body
+                )["ETag"]
+            return {"PartNumber": number, "ETag": etag}
 
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
                 numbered = enumerate(parts(sizes, LEAST_PART_BYTES), start=1)
                 done = list(threads.map(made, numbered))
-            aws.patiently(
+            answer = aws.patiently(
                 WHAT,
                 self._client.complete_multipart_upload,
                 **where,
+                **only_if,
                 MultipartUpload={"Parts": done},
             )
         except BaseException:
             self._client.abort_multipart_upload(**where)
             raise
-        return total
+        return answer["ETag"].strip('"')
+
+    def _slice(self, source: Stored, first: int, size: int) -> bytes:
+        return self.read(source.key, first, size, source.etag or None)
+
+    def _copy_part(self, where: Any, number: int, source: Stored, part: Copied) -> str:
+        match: Any = {"CopySourceIfMatch": f'"{source.etag}"'} if source.etag else {}
+        try:
+            copy = aws.patiently(
+                WHAT,
+                self._client.upload_part_copy,
+                **where,
+                **match,
+                PartNumber=number,
+                CopySource={"Bucket": self._bucket, "Key": source.key},
+                CopySourceRange=f"bytes={part.first}-{part.first + part.size - 1}",
+            )
+        except ClientError as error:
+            if aws.code(error) in {"NoSuchKey", "404", "PreconditionFailed", "412"}:
+                raise InputMissing(source.key) from error
+            raise
+        return copy["CopyPartResult"]["ETag"]
 
 
 class Links:
@@ -346,8 +418,18 @@ class Results:
         if len(body) <= INLINE_BYTES:
             return Result(inline=body)
         key = f"results/{name}.json.gz"
-        self._objects.put(key, body)
+        try:
+            self._objects.put(key, body)
+        except StoreBusy:
+            if len(body) > MOST_INLINE_BYTES:
+                raise
+            # Dearer than an object, but not lost if the bucket stays busy.
+            return Result(inline=body)
         return Result(object_key=key)
+
+    def probe(self) -> None:
+        """Raise StoreBusy if no large answer could be stored now."""
+        self._objects.put("results/probe", b"")
 
     def get(self, result: Result) -> str:
         """Return the Message; raises JobNotFound if its object has expired."""

@@ -18,7 +18,7 @@ from sluice.domain.batches import Batch
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
-from sluice.domain.limits import model_group
+from sluice.domain.models import model_group
 from sluice.ports.jobs import Pointer, Received
 from sluice.ports.messages import pointer_of
 
@@ -97,8 +97,9 @@ class SqsQueue:
 
     def _fair_group(self, job: Pointer) -> str:
         """Fair queue: the backlog of one tenant or of a blocked limit group does not delay the others."""
-        name = f"{job.tenant}/{model_group(job.model, self._model_groups)}"
-        return message_group(name)
+        return message_group(
+            f"{job.tenant}/{model_group(job.model, self._model_groups, job.tenant)}"
+        )
 
     def depth(self) -> int:
         """Return the approximate number of messages, visible or in flight."""
@@ -142,6 +143,10 @@ class SqsRangesQueue:
             some = chunks(numbers, AT_ONCE)
             unsent = threads.map(lambda each: self._unsent(batch, each), some)
             return [int(number) for each in unsent for number in each]
+
+    def backlog(self) -> Backlog:
+        """Return the approximate numbers of visible, delayed and in-flight messages."""
+        return depth_of(self._client, self._url, "the ranges queue")
 
     def _unsent(self, batch: Batch, numbers: Sequence[int]) -> list[str]:
         entries = [

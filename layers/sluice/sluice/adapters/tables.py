@@ -81,9 +81,11 @@ class Table:
         pages = self._client.get_paginator("query").paginate(TableName=self._name, **arguments)
         return aws.patiently(self._what, lambda: [x for page in pages for x in page["Items"]])
 
-    def scan_all(self, **arguments: Any) -> list[Item]:
-        """Return the items of all pages of a scan."""
-        pages = self._client.get_paginator("scan").paginate(TableName=self._name, **arguments)
+    def scan(self, most: int, **arguments: Any) -> list[Item]:
+        """Return the first items of a scan."""
+        pages = self._client.get_paginator("scan").paginate(
+            TableName=self._name, PaginationConfig={"MaxItems": most}, **arguments
+        )
         return aws.patiently(self._what, lambda: [x for page in pages for x in page["Items"]])
 
     def due(self, shard: str, now: int, limit: int, *, longest_first: bool = True) -> list[Item]:

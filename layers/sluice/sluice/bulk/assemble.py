@@ -16,6 +16,8 @@ from hashlib import sha256
 from typing import Any, Final
 
 from sluice.domain.batches import (
+    OUTPUTS,
+    SUMMARY,
     Batch,
     Phase,
     Plan,
@@ -24,6 +26,7 @@ from sluice.domain.batches import (
     end_batch,
     fail_batch,
     mark_notified,
+    moved_by_id,
 )
 from sluice.domain.pricing import cost_facts, usd
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
@@ -286,7 +289,10 @@ class Assemble:
             packed.abort()
 
     def _write(self, batch: Batch, ended: Batch) -> None:
-        """Store the summary, then the ended batch; a concurrent cancel stays recorded."""
+        """Store the summary and the copies, then the ended batch; a concurrent cancel stays recorded.
+
+        The batch can be deleted only afterwards, so that a DELETE reaches the copies.
+        """
 
         def summed_up(current: Batch) -> Batch:
             if current.phase is Phase.ENDED:
@@ -299,6 +305,7 @@ class Assemble:
             )
             text = json.dumps(summary(wanted), indent=2)
             self._objects.put(wanted.summary_key, text.encode())
+            self._copy_out(wanted)
             return wanted
 
         result = change(self._batches.replace, batch, summed_up, f"batch {batch.batch_id}")
@@ -315,6 +322,31 @@ class Assemble:
             **ended.tally.as_dict(),
         )
         self.notify(ended)
+
+    def _copy_out(self, batch: Batch) -> None:
+        """Copy the results to where those of the latest batch of this name are, if it is this one."""
+        if not batch.has_copy or self._batches.latest_of_name(batch) != batch.batch_id:
+            return
+        self._keep_older(batch)
+        for name in OUTPUTS:
+            stored = self._objects.head(f"{batch.folder}{name}")
+            if stored is not None:
+                self._objects.copy_latest(stored, f"{batch.named_folder}{name}", batch.rank)
+
+    def _keep_older(self, batch: Batch) -> None:
+        """Copy what an older release stored there, and nowhere else, to the place of its batch."""
+        there = self._objects.head(f"{batch.named_folder}{SUMMARY}")
+        if there is None or there.rank:
+            return
+        older = self._batches.get(owner_of(self._objects.get(there.key)) or "")
+        if older is None or older.by_id or older.phase is not Phase.ENDED or older.deleted:
+            return
+        own = moved_by_id(older)
+        for name in OUTPUTS:
+            stored = self._objects.head(f"{older.folder}{name}")
+            if stored is not None:
+                self._objects.copy(stored, f"{own.folder}{name}")
+        change(self._batches.replace, older, moved_by_id, f"batch {older.batch_id}")
 
 
 class JoinAtOnce:
@@ -370,6 +402,16 @@ def summary(batch: Batch) -> dict[str, Any]:
         "ended_at": rfc3339(batch.ended_at),
         "seconds": ((batch.ended_at or batch.created_at) - batch.created_at) / 1000,
     }
+
+
+def owner_of(summary_text: bytes | None) -> str | None:
+    """Return the id of the batch that a summary is of; None if it is none."""
+    try:
+        found = json.loads(summary_text or b"null")
+    except ValueError:
+        return None
+    batch_id = found.get("batch_id") if isinstance(found, dict) else None
+    return batch_id if isinstance(batch_id, str) else None
 
 
 TOKENS: Final = (

@@ -14,18 +14,27 @@ from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
 from sluice.domain.batches import (
     BOM,
     LONGEST_MS,
+    MOST_KEY_BYTES,
     MOST_LINE_BYTES,
+    PLANNING_MS,
     SAMPLE_BYTES,
     WATCH_MS,
     Batch,
     Options,
     Phase,
     Plan,
+    RangeState,
     Source,
     file_batch_id,
-    is_overdue,
+    is_held,
+    is_over,
+    late_ms,
+    lost_ranges,
+    mark_sent,
+    older_file_batch_id,
     plan_batch,
     planned,
+    prefix_of_upload,
     sample_places,
     start_batch,
 )
@@ -33,6 +42,7 @@ from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.forms import (
     DOCUMENT_TYPES,
     FOLDER_OPTIONS,
+    MOST_ROWS_BYTES,
     BadForm,
     csv_rows,
     document_row,
@@ -49,6 +59,12 @@ OPTIONS_ENDING: Final = ".options.json"
 METADATA_PREFIX: Final = "sluice-"
 MOST_OPTIONS_BYTES: Final = 256 * 1024
 SEND_ROUNDS: Final = 5
+
+MOST_COPIED_BYTES: Final = 200 * 1024**3
+"""S3 copies so much within minutes. A larger file is read where it is, and must not be replaced while it runs."""
+
+CONVERT_MS: Final = 10 * 60_000
+"""Maximum time to make the rows of a file that is not plain JSONL: another invocation would start from nothing."""
 
 JOIN_MS: Final = 5 * 60_000
 """After this time no further section is joined in this check of a batch; ten minutes remain for the last one."""
@@ -70,11 +86,29 @@ class _File:
     """An object under `in/`."""
 
     tenant: str
-    stem: str
-    """The path without its ending: the name of the batch."""
+    path: str
+    """Its name, as it was uploaded or copied."""
     stored: Stored
     is_folder: bool = False
     """The object is the folder's options, and its ETag is a digest of all documents."""
+
+    @property
+    def key(self) -> str:
+        """The key by which its content is known: uploads of one name have different ones in the bucket."""
+        return f"in/{self.tenant}/{self.path}"
+
+    @property
+    def name(self) -> str:
+        """The name of the batch: the path without its ending."""
+        return (
+            self.path.removesuffix(f"/{FOLDER_OPTIONS}") if self.is_folder else stem_of(self.path)
+        )
+
+    @property
+    def options_key(self) -> str:
+        """The object with its options."""
+        key = self.stored.key
+        return key if self.is_folder else f"{stem_of(key)}{OPTIONS_ENDING}"
 
 
 class PlanBatch:
@@ -140,16 +174,26 @@ class PlanBatch:
             options = self._options(file)
         except BadOptions as error:
             options, problem = Options(webhook=error.webhook), str(error)
-        batch = self._batch(file, options)
-        recorded = insert(self._batches.add, batch) or batch
+        batch = self._batch(file, options, problem)
+        recorded = self._older(file, options) or insert(self._batches.add, batch) or batch
         if recorded is batch:
             self._events.note("batch created", batch_id=batch.batch_id, tenant=batch.tenant)
+        if recorded.phase is not Phase.ENDED:
+            # Also of a batch whose planner died between the two writes.
+            self._batches.latest_of_name(recorded)
         return recorded, problem
+
+    def _older(self, file: _File, options: Options) -> Batch | None:
+        """Return the batch that an older release made of the same file and options; its id has no options."""
+        batch_id = older_file_batch_id(file.tenant, file.key, file.stored.etag, options.run)
+        older = self._batches.get(batch_id)
+        return older if older is not None and older.options == options else None
 
     def _file(self, tenant: str, path: str, stored: Stored) -> _File:
         folder, _, name = path.rpartition("/")
         if name != FOLDER_OPTIONS:
-            return _File(tenant, stem_of(path), stored)
+            upload = prefix_of_upload(stored.key) or f"in/{tenant}/"
+            return _File(tenant, stored.key.removeprefix(upload), stored)
         # A folder is unchanged if its options and all its documents are.
         documents = self._documents(f"in/{tenant}/{folder}/")
         # The digest of a JSON list of them, computed one by one, because there may be millions.
@@ -157,7 +201,7 @@ class PlanBatch:
         for each in documents:
             digest.update(f", {json.dumps([each.key, each.etag])}".encode())
         digest.update(b"]")
-        return _File(tenant, folder, replace(stored, etag=digest.hexdigest()), is_folder=True)
+        return _File(tenant, path, replace(stored, etag=digest.hexdigest()), is_folder=True)
 
     def _documents(self, prefix: str) -> Iterator[Stored]:
         for each in self._objects.listing(prefix):
@@ -173,30 +217,61 @@ class PlanBatch:
             self._assemble.notify(batch)
         elif batch.phase is Phase.RUNNING and batch.plan is not None:
             self._check(batch, batch.plan)
-        elif batch.plan is None and self._clock.now() >= batch.expires_at:
+        elif batch.plan is None and self._clock.now() >= batch.expires_at + PLANNING_MS:
             self._assemble.fail(batch, "the file could not be planned before its rows expired")
         else:
-            # Once planned, its ranges may be running; rows that have not started end `expired`.
+            # Also if it is over: each of its rows must have a result.
             self._plan(batch)
 
     def _check(self, batch: Batch, plan: Plan) -> None:
-        """Join sections whose ranges are done. Once the rows should have expired, send the other ranges again."""
+        """Send ranges again that would never or too late be run, and join sections whose ranges are done."""
         groups = self._batches.groups(batch.batch_id, SECTIONS_PREFIX)
         complete: list[int] = []
-        lost: list[int] = []
+        missing: dict[int, Sequence[int]] = {}
         for section in range(plan.sections):
-            members = plan.members(section)
             found = groups.get(f"section#{section:06d}")
-            if found is None or found.members < len(members):
-                lost.extend(members)
-            else:
+            done = found.done if found else ()
+            missing[section] = [each for each in plan.members(section) if each not in done]
+            if not missing[section]:
                 complete.append(section)
+        self._send_again(batch, plan, missing)
         joined = groups[SECTIONS].members if SECTIONS in groups else 0
         if joined < len(complete) or len(complete) == plan.sections:
             self._join(batch, complete)
-        if lost and is_overdue(batch, self._clock.now()):
-            self._events.problem("batch overdue", batch_id=batch.batch_id, ranges=len(lost))
-            self._send(batch, lost)
+
+    def _send_again(self, batch: Batch, plan: Plan, missing: Mapping[int, Sequence[int]]) -> None:
+        """Send ranges whose messages are probably lost, and wake those that wait although their batch is over."""
+        now = self._clock.now()
+        asleep: list[int] = []
+        late: dict[int, int] = {}
+        for section, numbers in missing.items():
+            if not numbers:
+                continue
+            seen = self._batches.seen_ranges(batch.batch_id, plan.members(section))
+            for number in numbers:
+                known = seen.get(number)
+                state = known.state if known else RangeState(batch.batch_id, number, batch.tenant)
+                if (known and known.is_parked) or state.expected_at > now:
+                    asleep.append(number)
+                elif not is_held(state, now):
+                    late[number] = late_ms(batch, state, now)
+        lost = lost_ranges(batch, late, is_queue_empty=False) or (
+            lost_ranges(batch, late, is_queue_empty=True) if late and self._is_empty() else []
+        )
+        if lost:
+            self._events.problem("ranges lost", batch_id=batch.batch_id, ranges=len(lost))
+        wanted = [*lost, *(asleep if is_over(batch, now) else ())]
+        if wanted:
+            self._send(batch, wanted)
+            self._changed(batch, lambda current: mark_sent(current, now))
+
+    def _is_empty(self) -> bool:
+        """Return whether no message waits in the ranges queue."""
+        try:
+            return not self._queue.backlog().visible
+        except StoreBusy as busy:
+            self._events.problem("store busy", what=busy.what)
+            return False
 
     def _join(self, batch: Batch, sections: Sequence[int]) -> None:
         """Join sections in this invocation, because this function must not send to the queue that invokes it.
@@ -233,13 +308,13 @@ class PlanBatch:
             what = "the ranges queue"
             raise StoreBusy(what)
 
-    def _batch(self, file: _File, options: Options) -> Batch:
+    def _batch(self, file: _File, options: Options, problem: str | None) -> Batch:
         now = self._clock.now()
         latest = now + self._longest_ms
         return Batch(
-            batch_id=file_batch_id(file.tenant, file.stored.key, file.stored.etag, options.run),
+            batch_id=file_batch_id(file.tenant, file.key, file.stored.etag, options, problem),
             tenant=file.tenant,
-            name=file.stem,
+            name=file.name,
             source=Source.FILE,
             created_at=now,
             expires_at=min(options.deadline or latest, latest),
@@ -276,6 +351,8 @@ class PlanBatch:
             rows_etag = etag = self._made_rows(batch, sample)
             key = batch.rows_key
             sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
+        elif (copied := self._copied(batch)) is not None:
+            key, rows_etag, etag = batch.rows_key, copied, copied
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
@@ -297,11 +374,32 @@ class PlanBatch:
         for place in sample_places(size)[1:]:
             yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
+    def _copied(self, batch: Batch) -> str | None:
+        """Copy a file that its owner may replace at any time; return the ETag of the copy, None if there is none."""
+        key = batch.input_key
+        if batch.source is not Source.FILE or prefix_of_upload(key):
+            return None
+        stored = self._objects.head(key)
+        if stored is None or stored.etag != batch.input_etag:
+            raise InputMissing(key)
+        return (
+            None if stored.size > MOST_COPIED_BYTES else self._objects.copy(stored, batch.rows_key)
+        )
+
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
         """Stream the rows of a file to an object; return its ETag."""
         rows = self._objects.writer(batch.rows_key)
+        written, latest = 0, self._clock.now() + CONVERT_MS
         try:
             for piece in self._rows_of(batch, sample):
+                written += len(piece)
+                if written > MOST_ROWS_BYTES:
+                    raise BadForm(f"the rows made from the file exceed {MOST_ROWS_BYTES:,} bytes")
+                if self._clock.now() > latest:
+                    raise BadForm(
+                        f"the file could not be converted to rows within {CONVERT_MS // 60_000} minutes; "
+                        "split it, or upload it as plain JSONL, which is not converted"
+                    )
                 rows.write(piece)
             rows.close()
         finally:
@@ -336,10 +434,8 @@ class PlanBatch:
     def _options(self, file: _File) -> Options:
         """Read the options file next to the file, and its metadata, which takes precedence."""
         said: dict[str, Any] = {}
-        key = f"in/{file.tenant}/{file.stem}{OPTIONS_ENDING}"
-        if file.is_folder:
-            key = file.stored.key
-        stored = self._objects.head(key)
+        key = file.options_key
+        stored = None if len(key.encode()) > MOST_KEY_BYTES else self._objects.head(key)
         if stored is not None:
             if stored.size > MOST_OPTIONS_BYTES:
                 raise BadOptions(f"{key} exceeds {MOST_OPTIONS_BYTES:,} bytes")

@@ -7,8 +7,10 @@ epoch milliseconds. Nothing is written here; stores write records under an optim
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from hashlib import sha256
 from typing import Final
@@ -36,6 +38,15 @@ SAMPLES: Final = 8
 """The planner reads this many samples of SAMPLE_BYTES each to estimate the length of the lines."""
 
 BOM: Final = b"\xef\xbb\xbf"
+
+MOST_KEY_BYTES: Final = 1_024
+"""S3's limit for the key of an object."""
+
+RESULTS: Final = "results.jsonl"
+ERRORS: Final = "errors.jsonl"
+SUMMARY: Final = "summary.json"
+OUTPUTS: Final = (RESULTS, ERRORS, SUMMARY)
+"""The names of a batch's output objects, in the order in which they are written."""
 
 LOSSES_UNTIL_ALONE: Final = 3
 """Each lost worker reduces how many rows of the window run at once; after this many it is one row."""
@@ -178,10 +189,10 @@ class Batch:
     expires_at: int
     """No row starts after this time; the remaining rows end `expired`."""
     input_key: str
-    """The object with the rows: the file itself, or the rows made from it if it is not plain JSONL."""
+    """The object with the rows: the submitted file, or its copy under the id of the batch."""
     input_etag: str
     given_key: str | None = None
-    """The submitted file, once `input_key` names the rows made from it."""
+    """The submitted file, once `input_key` is a copy of it or has the rows made from it."""
     options: Options = field(default_factory=Options)
     rows: int | None = None
     """The number of rows, if known at submission."""
@@ -190,6 +201,8 @@ class Batch:
     plan: Plan | None = None
     due_at: int | None = None
     """When the sweep must check the batch."""
+    sent_at: int = 0
+    """When messages of its ranges were last sent; 0 in records of older releases."""
     cancel_initiated_at: int | None = None
     ended_at: int | None = None
     tally: Tally = field(default_factory=Tally)
@@ -202,25 +215,49 @@ class Batch:
     told: bool = False
     """The notification of completion was sent. The stored name of the field."""
     deleted: bool = False
+    by_id: bool = False
+    """Its results are stored under its id. Older releases stored them under its name only."""
+
+    @property
+    def rank(self) -> str:
+        """Sorts batches by acceptance: of two batches of one name, the later one has the greater rank."""
+        return f"{self.created_at:015d}#{self.batch_id}"
+
+    @property
+    def named_folder(self) -> str:
+        """Where the results of the latest batch of this name are copied to."""
+        return f"out/{self.tenant}/{self.name}/"
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether its results are copied there: those of files, unless the names of the copies are too long for S3."""
+        longest = f"{self.named_folder}{RESULTS}"
+        return self.source is Source.FILE and len(longest.encode()) <= MOST_KEY_BYTES
+
+    @property
+    def folder(self) -> str:
+        """Where the results are."""
+        is_older = self.phase is Phase.ENDED and not self.by_id
+        return self.named_folder if is_older else f"batches/{self.batch_id}/"
 
     @property
     def results_key(self) -> str:
         """The object with the results, once the batch has ended."""
-        return f"out/{self.tenant}/{self.name}/results.jsonl"
+        return f"{self.folder}{RESULTS}"
 
     @property
     def errors_key(self) -> str:
         """The object with the bad rows."""
-        return f"out/{self.tenant}/{self.name}/errors.jsonl"
+        return f"{self.folder}{ERRORS}"
 
     @property
     def summary_key(self) -> str:
         """The object with counts, cost and duration."""
-        return f"out/{self.tenant}/{self.name}/summary.json"
+        return f"{self.folder}{SUMMARY}"
 
     @property
     def rows_key(self) -> str:
-        """The object with the rows made from a file that is not plain JSONL."""
+        """The object with the rows of a file: its copy, or what was made from it if it is not plain JSONL."""
         return f"batches/{self.batch_id}/rows.jsonl"
 
     @property
@@ -272,10 +309,50 @@ WATCH_MS: Final = 20 * 60_000
 
 assert NOTIFY_MS < WATCH_MS, "a missing notification is noticed before a lost message"
 
+LATE_MS: Final = 90_000
+"""A message of a range that is overdue for so long is lost if no message waits in the queue: a worker that meets a busy
+store hides it for less."""
 
-def file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> str:
-    """Return an id that is the same for a repeated event and for the same file uploaded again."""
+QUIET_MS: Final = 6 * 60 * 60_000
+"""While messages wait in the queue, a range's message is assumed to be among them for this time."""
+
+FEW_LATE: Final = 20
+"""So few ranges of a batch are sent again even then: an extra message costs a receive, and a lost one the batch."""
+
+assert LATE_MS < NOTIFY_MS < WATCH_MS < QUIET_MS
+
+PLANNING_MS: Final = 60 * 60_000
+"""A file that could not be planned so long after its rows expired ends without results."""
+
+assert PLANNING_MS < JOIN_MS
+
+
+def file_batch_id(tenant: str, key: str, etag: str, options: Options, problem: str | None) -> str:
+    """Return an id that is the same for a repeated event and for the same file uploaded again with the same options.
+
+    `problem`: why the options of the file cannot be used.
+    """
+    said = json.dumps([asdict(options), problem], sort_keys=True)
+    return _batch_id("file", tenant, key, etag, said)
+
+
+def older_file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> str:
+    """Return the id that older releases gave to a file, whatever its options."""
     return _batch_id("file", tenant, key, etag, run or "")
+
+
+def upload_prefix(tenant: str, token: str) -> str:
+    """Return where the objects of one upload through the API are: two uploads of one name never meet."""
+    return f"in/{tenant}/.uploads/{token}/"
+
+
+_OF_AN_UPLOAD: Final = re.compile(r"in/[^/]+/\.uploads/[0-9a-f]+/")
+
+
+def prefix_of_upload(key: str) -> str | None:
+    """Return the prefix of the objects of an upload through the API; None for any other object."""
+    match = _OF_AN_UPLOAD.match(key)
+    return None if match is None else match[0]
 
 
 def named_batch_id(tenant: str, name: str) -> str:
@@ -335,7 +412,7 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
 def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
     """Set the ranges. From then on their messages may be sent, and sent again until all are accepted.
 
-    `rows_etag`: the ranges are those of the rows made from the file, not of the file itself.
+    `rows_etag`: the ranges are those of `rows_key`, not of the submitted file.
     """
     if rows_etag is None:
         return _changed(batch, plan=plan)
@@ -352,19 +429,27 @@ def start_batch(batch: Batch, now: int) -> Batch:
     """Record that all ranges were sent. Fast ranges may already have ended the batch, which then stays as it is."""
     if batch.phase is not Phase.PLANNING:
         return batch
-    return _changed(batch, phase=Phase.RUNNING, due_at=now + WATCH_MS)
+    return _changed(batch, phase=Phase.RUNNING, due_at=now + WATCH_MS, sent_at=now)
 
 
-def is_overdue(batch: Batch, now: int) -> bool:
-    """Return whether a batch should have ended: its rows have expired, so some of its messages must be lost."""
-    return now >= batch.expires_at + WATCH_MS
+def mark_sent(batch: Batch, now: int) -> Batch:
+    """Record that messages of its ranges were sent again. A batch that has ended stays as it is."""
+    return batch if batch.phase is Phase.ENDED else _changed(batch, sent_at=now)
+
+
+def is_over(batch: Batch, now: int) -> bool:
+    """Return whether no row of a batch may start: it was canceled, or has expired."""
+    return batch.cancel_initiated_at is not None or now >= batch.expires_at
 
 
 def cancel_batch(batch: Batch, now: int) -> Batch:
-    """Cancel: waiting rows end, calls in flight are stopped. A batch that has ended stays as it is."""
+    """Cancel: waiting rows end, calls in flight are stopped. A batch that has ended stays as it is.
+
+    The batch is checked soon, which wakes its parked ranges.
+    """
     if batch.phase is Phase.ENDED or batch.cancel_initiated_at is not None:
         return batch
-    return _changed(batch, cancel_initiated_at=now)
+    return _changed(batch, cancel_initiated_at=now, due_at=now + NOTIFY_MS)
 
 
 def end_batch(batch: Batch, now: int, tally: Tally, duplicates: int, results_bytes: int) -> Batch:
@@ -374,6 +459,7 @@ def end_batch(batch: Batch, now: int, tally: Tally, duplicates: int, results_byt
         phase=Phase.ENDED,
         due_at=now + NOTIFY_MS,
         ended_at=now,
+        by_id=True,
         tally=tally,
         duplicates=duplicates,
         results_bytes=results_bytes,
@@ -384,6 +470,11 @@ def fail_batch(batch: Batch, now: int, problem: str) -> Batch:
     """End a batch whose object cannot be run as a whole."""
     ended = end_batch(batch, now, Tally(invalid=1), 0, 0)
     return replace(ended, problem=problem)
+
+
+def moved_by_id(batch: Batch) -> Batch:
+    """Record that the results of a batch of an older release were copied to its own place."""
+    return batch if batch.by_id else _changed(batch, by_id=True)
 
 
 def mark_notified(batch: Batch) -> Batch:
@@ -438,11 +529,15 @@ class RangeState:
     any row of the window may be the killer."""
     blamed: tuple[int, ...] = ()
     """One entry per worker that was lost while it ran only this row."""
+    expected_at: int = 0
+    """While no worker has the range: when its message is visible again. 0: it was not released since it was sent."""
+    dropped: bool = False
+    """The bucket refused answers to the end of an invocation: nothing is called before it takes writes again."""
 
 
 def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> RangeState:
     """Take the lease; raises RangeBusy while another worker holds it. An expired lease means that its worker died."""
-    if state.owner is not None and state.lease_until > now:
+    if is_held(state, now):
         raise RangeBusy(state.batch_id, state.number, state.lease_until)
     known = state if state.owner is None else _after_loss(state)
     return _moved(
@@ -504,6 +599,7 @@ def save_chunk(
         _without(state, rows),
         lease_until=lease_until,
         chunks=(*state.chunks, chunk),
+        dropped=False,
         running=tuple(row for row in state.running if row not in rows),
         blamed=tuple(row for row in state.blamed if row not in rows),
     )
@@ -535,13 +631,15 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
     )
 
 
-def release_range(
+def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to know
     state: RangeState,
     owner: str,
     *,
     chunks: Sequence[str],
+    expected_at: int = 0,
     not_before: int | None = None,
     model: str | None = None,
+    dropped: bool = False,
 ) -> RangeState:
     """Release the lease of an unfinished range, of which `chunks` hold what has ended. Suspects are kept."""
     _owned(state, owner)
@@ -551,8 +649,10 @@ def release_range(
         lease_until=0,
         chunks=tuple(chunks),
         running=(),
+        expected_at=expected_at,
         not_before=not_before,
         model=model,
+        dropped=dropped,
     )
 
 
@@ -573,6 +673,29 @@ def finish_range(state: RangeState, owner: str) -> RangeState:
     )
 
 
+def is_held(state: RangeState, now: int) -> bool:
+    """Return whether a worker has the lease."""
+    return state.owner is not None and state.lease_until > now
+
+
+def late_ms(batch: Batch, state: RangeState, now: int) -> int:
+    """Return for how long the message of an unfinished range is overdue."""
+    expected_at = max(batch.created_at, batch.sent_at, state.lease_until, state.expected_at)
+    return max(0, now - expected_at)
+
+
+def lost_ranges(batch: Batch, late: Mapping[int, int], *, is_queue_empty: bool) -> list[int]:
+    """Return the ranges whose messages are probably lost, of those that are late by so many milliseconds.
+
+    In a long queue a few are sent again at once, then after twice the time; many only after hours.
+    """
+    patience = LATE_MS
+    if not is_queue_empty:
+        few = sum(ms >= LATE_MS for ms in late.values()) <= FEW_LATE
+        patience = max(LATE_MS if few else QUIET_MS, batch.sent_at - batch.created_at)
+    return [number for number, ms in late.items() if ms >= patience]
+
+
 def _owned(state: RangeState, owner: str) -> None:
     if state.owner != owner:
         raise LeaseLost(f"range {state.number} of {state.batch_id}")
@@ -590,12 +713,17 @@ MOST_COPY_BYTES: Final = 4 * 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How many members of a group (ranges of a section, sections of a batch) are done, and their sums."""
+    """Which members of a group (ranges of a section, sections of a batch) are done, and their sums."""
 
-    members: int
+    done: frozenset[int]
     tally: Tally
     running: Tally = field(default_factory=Tally)
     """Sums of the members that are not done, as last noted: for progress alone."""
+
+    @property
+    def members(self) -> int:
+        """How many are done."""
+        return len(self.done)
 
 
 @dataclass(frozen=True, slots=True)

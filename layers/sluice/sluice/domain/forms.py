@@ -12,13 +12,22 @@ import zlib
 from base64 import b64encode
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final
 
 from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
 
-MOST_UNPACKED_BYTES: Final = 100 * 1024**3
-"""Maximum for one gzip file, because a small file can unpack to any size."""
+MOST_ROWS_BYTES: Final = 20 * 1024**3
+"""Maximum of the rows that are made from one file: a gzip file of any size can unpack to 1,000 times as much."""
+
+LEAST_ROWS_BYTES: Final = 256 * 1024**2
+MOST_GROWTH: Final = 100
+"""Rows made from a CSV file may have the first, or so many times the bytes of the file, because each repeats the
+prompt: 12 KB with a prompt of 130 KB would be half a gigabyte."""
+
+FEED_BYTES: Final = 2 * 1024
+"""Packed bytes unpacked in one step: a file can have a member in every 20 bytes."""
 
 PIECE_BYTES: Final = 1024 * 1024
 """Bytes unpacked, or decoded as text, in one step."""
@@ -52,25 +61,40 @@ def unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
     total = 0
     unpacker = zlib.decompressobj(wbits=31)
     started = False
+    held = bytearray()
     try:
-        for piece in pieces:
-            rest = piece
+        for some in _fed(pieces):
+            rest = some
             while rest:
                 if unpacker.eof:
                     unpacker = zlib.decompressobj(wbits=31)
                 started = True
-                found = unpacker.decompress(rest, PIECE_BYTES)
+                # At the end of a member the rest is copied: of all that is fed at once, for each member in it.
+                held += unpacker.decompress(rest, PIECE_BYTES)
                 rest = unpacker.unconsumed_tail or unpacker.unused_data
-                total += len(found)
-                if total > MOST_UNPACKED_BYTES:
-                    raise BadForm(f"the unpacked file exceeds {MOST_UNPACKED_BYTES:,} bytes")
-                yield found
-                if not found and not unpacker.eof and not unpacker.unconsumed_tail:
-                    break
+                if len(held) >= PIECE_BYTES:
+                    total += PIECE_BYTES
+                    yield _first_piece(held)
+                if total + len(held) > MOST_ROWS_BYTES:
+                    raise BadForm(f"the unpacked file exceeds {MOST_ROWS_BYTES:,} bytes")
     except zlib.error as error:
         raise BadForm(f"the file is not valid gzip: {error}") from error
     if started and not unpacker.eof:
         raise BadForm("the gzip file is truncated; upload it again")
+    if held:
+        yield bytes(held)
+
+
+def _fed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        for at in range(0, len(piece), FEED_BYTES):
+            yield piece[at : at + FEED_BYTES]
+
+
+def _first_piece(held: bytearray) -> bytes:
+    piece = bytes(held[:PIECE_BYTES])
+    del held[:PIECE_BYTES]
+    return piece
 
 
 def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
@@ -84,7 +108,8 @@ def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
             'a CSV file requires a prompt: store {"prompt": "Summarize: {text}", "model": ..., '
             '"max_tokens": ...} next to it as <name>.options.json'
         )
-    records = csv.reader(_text_lines(pieces), strict=True)
+    growth = _Growth()
+    records = csv.reader(_text_lines(growth.read(pieces)), strict=True)
     try:
         columns = next(records, None)
         if not columns:
@@ -97,11 +122,34 @@ def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
                 )
         for number, record in enumerate(records, start=1):
             if record:
-                yield _line(_csv_item(names, record, number, template))
+                yield growth.written(_line(_csv_item(names, record, number, template)))
     except (csv.Error, UnicodeDecodeError) as error:
         is_encoding = isinstance(error, UnicodeDecodeError)
         what = "UTF-8; save it as UTF-8" if is_encoding else f"CSV: {error}"
         raise BadForm(f"the file is not valid {what}") from error
+
+
+class _Growth:
+    """How much larger than the file its rows are."""
+
+    def __init__(self) -> None:
+        self._read = self._written = 0
+
+    def read(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Count what is read."""
+        for piece in pieces:
+            self._read += len(piece)
+            yield piece
+
+    def written(self, line: bytes) -> bytes:
+        """Count a row; raises BadForm when the rows have become too large."""
+        self._written += len(line)
+        if self._written > max(LEAST_ROWS_BYTES, MOST_GROWTH * self._read):
+            raise BadForm(
+                f"the rows made from the file exceed {LEAST_ROWS_BYTES:,} bytes and {MOST_GROWTH} times "
+                'its size, because each repeats the prompt; put what all rows share into "system"'
+            )
+        return line
 
 
 def _csv_item(names: list[str], record: list[str], number: int, template: str) -> dict[str, Any]:
@@ -169,20 +217,28 @@ def id_of(name: str) -> str:
     return f"{plain[: _LONGEST_ID - 9]}-{digest}"
 
 
+@lru_cache(maxsize=4)
+def _segments(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Return a template as text, and the field it is replaced with, None if it stays. Read once, not for each row."""
+    found: list[tuple[str, str | None]] = []
+    at = 0
+    for match in _FIELD.finditer(template):
+        found.append((template[at : match.start()], None))
+        found.append((match[0], match[1].strip()) if match[1] else (match[0][0], None))
+        at = match.end()
+    return (*found, (template[at:], None))
+
+
 def fields_of(template: str) -> list[str]:
     """Return the fields that a template uses."""
-    return [match[1].strip() for match in _FIELD.finditer(template) if match[1]]
+    return [field for _, field in _segments(template) if field is not None]
 
 
 def filled(template: str, fields: Mapping[str, str]) -> str:
     """Fill the fields of a template; `{{` and `}}` are braces. Unknown fields are left as they are."""
-
-    def of(match: re.Match[str]) -> str:
-        if not match[1]:
-            return match[0][0]
-        return fields.get(match[1].strip(), match[0])
-
-    return _FIELD.sub(of, template)
+    return "".join(
+        text if field is None else fields.get(field, text) for text, field in _segments(template)
+    )
 
 
 def _line(item: Mapping[str, Any]) -> bytes:

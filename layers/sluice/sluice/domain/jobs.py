@@ -16,6 +16,15 @@ from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 from sluice.domain.waits import LEASE_MS
 
+MOST_REMEMBERED: Final = 40
+WHOLE_TEXTS: Final = 6
+SHORT_TEXT: Final = 200
+"""Attempts and redrives kept in a record, how many of the newest have their whole error texts, and the characters of
+the others: an item of DynamoDB holds 400 KB, however often its job is redriven. The ledger has every call."""
+
+NOT_STORED: Final = "the answer could not be stored"
+"""Why a job waits whose answer no store took to the end of its invocation: it uses no attempt."""
+
 WATCH_MS: Final = 30 * 60_000
 """If a job is not written for this long, its message may be lost: the sweep checks it."""
 
@@ -464,7 +473,10 @@ def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = Fal
         now=now,
         lease=Lease(owner, lease_until),
         attempts_used=before.attempts_used + 1,
-        attempts=(*before.attempts, Attempt(number, job.current_model, now, alone=alone)),
+        attempts=(
+            *_remembered(before.attempts),
+            Attempt(number, job.current_model, now, alone=alone),
+        ),
         started_at=job.started_at or now,
         not_before=None,
     )
@@ -648,7 +660,7 @@ def redrive(job: Job, now: int) -> Job:
         not_before=now,
         finished_at=None,
         error=None,
-        redrives=(*job.redrives, Redrive(now, job.error)),
+        redrives=(*job.redrives, Redrive(now, _shortened(job.error)))[-MOST_REMEMBERED:],
     )
 
 
@@ -683,6 +695,22 @@ def _given_back(  # noqa: PLR0913, PLR0917 - private, the facts of one wait
         not_before=not_before,
         cost_micro_usd=job.cost_micro_usd + (cost_micro_usd or 0),
     )
+
+
+def _remembered(attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+    """Return earlier attempts as they are kept: the last ones, of which only the newest have their whole texts."""
+    return tuple(
+        replace(attempt, error=attempt.error and _shortened(attempt.error))
+        if place < len(attempts) - WHOLE_TEXTS
+        else attempt
+        for place, attempt in enumerate(attempts)
+    )[-MOST_REMEMBERED:]
+
+
+def _shortened(error: JobError) -> JobError:
+    if len(error.message) <= SHORT_TEXT:
+        return error
+    return replace(error, message=f"{error.message[:SHORT_TEXT]} ...")
 
 
 def _closed(  # noqa: PLR0913, PLR0917 - private, the facts of one attempt

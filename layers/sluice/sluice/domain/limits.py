@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from sluice.domain.breakers import Breaker, failed, probed, served
-from sluice.domain.pricing import base_model
+from sluice.domain.models import is_unknown
 from sluice.domain.waits import USUAL, Waits
 from sluice.domain.workspaces import (
     EQUAL_RATE,
@@ -113,6 +113,13 @@ assert DRAINED_MS < LAST_JOBS_MS < WAITING_MS, (
 
 MOST_WORKERS: Final = 32
 """Workers whose reports are kept, the latest ones, so that the record of a group stays small."""
+
+MOST_CIRCUITS: Final = 50
+"""Circuit breakers of a group, the last ones to open, so that invented model names do not make its record grow."""
+
+KEPT_MS: Final = 35 * 86_400_000
+UNKNOWN_KEPT_MS: Final = 86_400_000
+"""How long the record of a group is kept after its last use, and the same for a tenant's unknown models."""
 
 Dimension = Literal["requests", "input_tokens", "output_tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("requests", "input_tokens", "output_tokens")
@@ -411,10 +418,10 @@ def group_id(organization: str, model_group: str) -> str:
     return f"{organization}/{model_group}"
 
 
-def model_group(model: str, groups: Mapping[str, str]) -> str:
-    """Return the name of the model group of `model`; an unknown model has its own."""
-    name = base_model(model)
-    return groups.get(name, name)
+def expires_at(group: Group) -> int:
+    """Return when the record of an unused group may be deleted (epoch seconds); its limits are then learned again."""
+    used = max(group.requests.at, group.last_start, group.blocked_until)
+    return (used + (UNKNOWN_KEPT_MS if is_unknown(group.model_group) else KEPT_MS)) // 1000
 
 
 def advanced(group: Group, now: int) -> Group:
@@ -916,7 +923,13 @@ def circuit_failed(  # noqa: PLR0913 - the facts of one failure
     if breaker.is_open and breaker.concerns(ties.model, ties.tenant) and not was_probe:
         return group
     counted = failed(breaker, now, waits, model=ties.model, tenant=ties.tenant)
-    return replace(group, circuits={**group.circuits, name: counted})
+    circuits = {**group.circuits, name: counted}
+    while len(circuits) > MOST_CIRCUITS:
+        others = [each for each in circuits if each != name]
+        del circuits[
+            min(others, key=lambda each: (circuits[each].open_until, circuits[each].streak))
+        ]
+    return replace(group, circuits=circuits)
 
 
 def circuit_served(group: Group, now: int, name: str, *, ties: Ties = NO_TIES) -> Group:  # noqa: ARG001 - the same signature as the other changes

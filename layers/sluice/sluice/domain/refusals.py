@@ -143,7 +143,10 @@ _FIELD: Final = (
 )
 """The path of a field of the request, as in `messages.0.content: ...`."""
 
-_EXCEEDS: Final = r"(this request|you|number of [a-z ]+) (would exceed|(has|have) exceeded) (the rate limits? (for|of) )?(your|the) "
+_EXCEEDS: Final = (
+    r"(this request|you|number of [a-z ]{1,40}) (would exceed|(has|have) exceeded)"
+    r" (the rate limits? (for|of) )?(your|the) "
+)
 """The beginning of a 429 that says whose limit it is."""
 
 _ABOUT_THE_REQUEST: Final = (

@@ -1,4 +1,6 @@
-"""Where a job waits, and for how long: every duration of waiting, and the one rule that picks the place.
+"""Where a job waits, and for how long: the one rule that picks the place, and the durations of leases and backoffs.
+
+The backoff of a retry is in `retries.RetryPolicy`.
 
 All durations are milliseconds.
 """
@@ -123,7 +125,7 @@ def grown(delay_ms: int, receive_count: int) -> int:
 def for_new_invocation(delay_ms: int, receive_count: int) -> int:
     """Return the wait of a job that needs more time than any present invocation has left.
 
-    Doubled with each receive, up to 64 times: a new invocation should get it soon, the present ones not again and again.
+    Doubled with each receive, up to 64 times: a new invocation should get it soon, the present ones not repeatedly.
     """
     return delay_ms << min(receive_count, 6)
 

@@ -30,6 +30,9 @@ WITHIN_MS: Final = 10_000
 SAME_EVENT_MS: Final = 500
 """A block that ends at most this much later than the current one is the same event, seen by another worker."""
 
+PARKED_MS: Final = 86_400_000
+"""After this time without a further refusal nobody uses a workspace that was parked."""
+
 MOST_WORKSPACES: Final = 100
 """Entries kept per limit group (Anthropic permits 100 workspaces), those that matter longest."""
 
@@ -81,7 +84,9 @@ class WorkspaceRefusal:
     """A limit that refills, not one of money."""
 
 
-def refused(known: Mapping[str, Workspace], refusal: WorkspaceRefusal, now: int) -> Mapping[str, Workspace]:
+def refused(
+    known: Mapping[str, Workspace], refusal: WorkspaceRefusal, now: int
+) -> Mapping[str, Workspace]:
     """Return the workspaces after a refusal. 429s of calls that were in flight together lower the rate once."""
     changed = dict(known)
     for name in refusal.names:
@@ -148,7 +153,7 @@ def _latest(workspaces: Mapping[str, Workspace], now: int) -> Mapping[str, Works
         for name, each in workspaces.items()
         if each.blocked_until > now
         or each.refused_at > now - WITHIN_MS
-        or each.is_probed
+        or (each.is_probed and each.blocked_until > now - PARKED_MS)
         or each.rate(now) < EQUAL_RATE
     }
     names: Iterable[str] = sorted(kept, key=lambda name: kept[name].blocked_until)

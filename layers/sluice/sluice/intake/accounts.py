@@ -8,7 +8,8 @@ from datetime import UTC, date, datetime, timedelta
 
 from sluice.domain.errors import InvalidRequest, JobNotFound
 from sluice.domain.jobs import Job, State, request_cancel
-from sluice.domain.limits import Group, model_group
+from sluice.domain.limits import Group
+from sluice.domain.models import model_group
 from sluice.domain.pricing import Spend, base_model
 from sluice.ports.jobs import JobStore, Ledger, Page, ResultStore
 from sluice.ports.limits import LimitStore
@@ -120,8 +121,8 @@ class Account:
 
     def groups(self, known: Mapping[str, str], models: Collection[str]) -> Sequence[Group]:
         """Return the limit groups of these models. `known` are the deployed model groups, by model."""
-        groups = {**known, **self._limits.learned_groups()}
-        own = {model_group(model, groups) for model in models}
+        groups = {**known, **self._limits.models().groups()}
+        own = {model_group(model, groups, self._tenant) for model in models}
         return [
             group
             for group in self._limits.groups()

@@ -12,9 +12,12 @@ from hashlib import sha256
 from itertools import islice
 from typing import Final
 
+from sluice.bulk.assemble import owner_of
 from sluice.domain.batches import (
     DAY_MS,
     LONGEST_MS,
+    OUTPUTS,
+    SUMMARY,
     Batch,
     Options,
     Phase,
@@ -25,6 +28,7 @@ from sluice.domain.batches import (
     delete_batch,
     named_batch_id,
     planned,
+    prefix_of_upload,
     random_batch_id,
     start_batch,
 )
@@ -219,14 +223,16 @@ class Batches:
     # Ending ----------------------------------------------------------------------------------------------------
 
     def cancel(self, batch_id: str) -> Batch:
-        """Cancel a batch; canceling again changes nothing."""
+        """Cancel a batch, and have its parked ranges woken; canceling again changes nothing."""
 
         def canceled(batch: Batch) -> Batch:
             if batch.phase is Phase.ENDED:
                 raise InvalidRequest(f"Message batch {batch_id} has ended and cannot be canceled.")
             return cancel_batch(batch, self._clock.now())
 
-        return self._changed(self.get(batch_id), canceled)
+        batch = self._changed(self.get(batch_id), canceled)
+        self._have_planned(batch_id)
+        return batch
 
     def delete(self, batch_id: str) -> None:
         """Delete an ended batch."""
@@ -244,19 +250,29 @@ class Batches:
         Nothing is marked before the last object is deleted, so that a repeated request continues.
         """
         stop_at = self._clock.now() + ERASE_MS
-        if self._owns_results(batch):
-            self._objects.delete([batch.results_key, batch.errors_key, batch.summary_key])
-        found = self._objects.listing(f"batches/{batch.batch_id}/")
-        while some := [each.key for each in islice(found, ERASED_AT_ONCE)]:
-            if self._clock.now() >= stop_at:
-                what = "the deletion of the batch's objects"
-                raise StoreBusy(what)
-            self._objects.delete(some)
+        copies = [each for name in OUTPUTS if (each := self._copy_of(batch, name))]
+        if copies:
+            self._objects.delete(copies)
+        upload = prefix_of_upload(batch.given_key or batch.input_key)
+        for prefix in filter(None, (f"batches/{batch.batch_id}/", upload)):
+            found = self._objects.listing(prefix)
+            while some := [each.key for each in islice(found, ERASED_AT_ONCE)]:
+                if self._clock.now() >= stop_at:
+                    what = "the deletion of the batch's objects"
+                    raise StoreBusy(what)
+                self._objects.delete(some)
 
-    def _owns_results(self, batch: Batch) -> bool:
-        """Return whether the results under `out/` are those of this batch and not of a later file of the same name."""
-        stored = self._objects.get(batch.summary_key)
-        return stored is not None and json.loads(stored).get("batch_id") == batch.batch_id
+    def _copy_of(self, batch: Batch, name: str) -> str | None:
+        """Return the key of a copy of the batch's output; None if it is that of another batch of its name."""
+        key = f"{batch.named_folder}{name}"
+        there = self._objects.head(key)
+        if there is None:
+            return None
+        if there.rank:
+            return key if there.rank == batch.rank else None
+        # Older releases stored the results there, and only the summary says of which batch. It is deleted last.
+        summary = self._objects.get(f"{batch.named_folder}{SUMMARY}")
+        return key if owner_of(summary) == batch.batch_id else None
 
     def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
         result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sluice.bulk.plan import PlanBatch, is_known, stem_of
-from sluice.domain.batches import Batch
+from sluice.bulk.plan import OPTIONS_ENDING, PlanBatch, is_known, stem_of
+from sluice.domain.batches import Batch, upload_prefix
 from sluice.domain.errors import InvalidRequest
 from sluice.ports.batches import Objects, PartLinks
+from sluice.ports.world import RandomBytes
 
 PART_BYTES: Final = 16 * 1024 * 1024
 MOST_PARTS: Final = 10_000
@@ -24,6 +25,9 @@ LINK_SECONDS: Final = 3_600
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _MOST_NAME: Final = 512
+_ID: Final = re.compile(
+    r"(?P<size>[0-9]{1,13})-(?P<token>[0-9a-f]{16})-(?P<signature>[0-9a-f]{32})-(?P<own>.+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +42,23 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class PartSizes:
     """The parts of an upload, all of one size but the last."""
 
     size: int
 
     @property
     def part_bytes(self) -> int:
+        """Bytes of every part but the last."""
         return max(PART_BYTES, -(-self.size // MOST_PARTS))
 
     @property
     def number(self) -> int:
+        """The number of parts."""
         return -(-self.size // self.part_bytes)
 
     def sizes(self, first: int, last: int) -> dict[int, int]:
-        """Return the bytes of each part."""
+        """Return the bytes of some parts, by number."""
         most = self.part_bytes
         return {part: min(most, self.size - (part - 1) * most) for part in range(first, last + 1)}
 
@@ -60,45 +66,47 @@ class _Parts:
 class Uploads:
     """One tenant's uploads.
 
-    The id of an upload has its declared size and a signature, so that the size of every part can be signed into its URL
-    without a record of the upload.
+    Each upload has a place of its own in the bucket, so that two of one name share neither content nor options.
+
+    The id of an upload has its declared size, its place and a signature, so that the size of every part can be signed
+    into its URL without a record of the upload.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - its tools
         self,
         tenant: str,
         objects: Objects,
         links: PartLinks,
         planner: PlanBatch,
         secret: Callable[[], str],
+        random_bytes: RandomBytes,
     ) -> None:
         self._tenant = tenant
         self._secret = secret
+        self._random_bytes = random_bytes
         self._objects = objects
         self._links = links
         self._planner = planner
 
     def start(self, name: str, size: int, options: Mapping[str, Any]) -> Upload:
         """Start an upload; its options are stored beside the future file."""
-        key = self._key(name)
+        token = self._random_bytes(8).hex()
+        key = self._key(name, token)
         if not 1 <= size <= MOST_BYTES:
             raise InvalidRequest(f"bytes: must be from 1 to {MOST_BYTES:,} (got {size:,})")
         self._planner.read_options(options)
-        parts = _Parts(size)
-        # Always written, so that options of an earlier file of this name do not apply.
-        self._objects.put(
-            f"in/{self._tenant}/{stem_of(name)}.options.json", json.dumps(options).encode()
-        )
+        parts = PartSizes(size)
+        if options:
+            self._objects.put(f"{stem_of(key)}{OPTIONS_ENDING}", json.dumps(options).encode())
         upload_id = self._links.begin(key)
         sizes = parts.sizes(1, min(parts.number, LINKS_AT_ONCE))
         first = self._links.links(key, upload_id, sizes)
-        signed = f"{size}-{self._signature(key, size, upload_id)}-{upload_id}"
+        signed = f"{size}-{token}-{self._signature(key, size, upload_id)}-{upload_id}"
         return Upload(signed, name, parts.part_bytes, parts.number, first)
 
     def links(self, name: str, upload_id: str, first: int, last: int) -> Mapping[int, str]:
         """Return the presigned URLs of up to a hundred parts."""
-        key = self._key(name)
-        parts, own_id = self._opened(key, upload_id)
+        key, parts, own_id = self._opened(name, upload_id)
         if not 1 <= first <= last <= parts.number or last - first >= LINKS_AT_ONCE:
             raise InvalidRequest(
                 f"first, last: must be a range of up to {LINKS_AT_ONCE} parts from 1 to {parts.number:,} "
@@ -108,10 +116,9 @@ class Uploads:
 
     def complete(self, name: str, upload_id: str, etags: Mapping[int, str]) -> Batch:
         """Complete the upload, and return the batch of the file."""
-        key = self._key(name)
         if not etags:
             raise InvalidRequest("parts: List should have at least 1 item")
-        parts, own_id = self._opened(key, upload_id)
+        key, parts, own_id = self._opened(name, upload_id)
         if sorted(etags) != list(range(1, parts.number + 1)):
             raise InvalidRequest(
                 f"parts: must be the parts from 1 to {parts.number:,} (got {len(etags):,})"
@@ -121,18 +128,18 @@ class Uploads:
 
     def abort(self, name: str, upload_id: str) -> None:
         """Discard an upload and its parts."""
-        key = self._key(name)
-        _, own_id = self._opened(key, upload_id)
+        key, _, own_id = self._opened(name, upload_id)
         self._links.abort(key, own_id)
 
-    def _opened(self, key: str, upload_id: str) -> tuple[_Parts, str]:
-        """Return the parts of an upload and S3's own id; raises InvalidRequest for an id that was not given out."""
-        size, _, rest = upload_id.partition("-")
-        signature, _, own_id = rest.partition("-")
-        if size.isascii() and size.isdecimal() and len(size) <= len(str(MOST_BYTES)):
-            expected = self._signature(key, int(size), own_id)
-            if hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
-                return _Parts(int(size)), own_id
+    def _opened(self, name: str, upload_id: str) -> tuple[str, PartSizes, str]:
+        """Return key, parts and S3's own id of an upload; raises InvalidRequest for an id that was not given out."""
+        match = _ID.fullmatch(upload_id)
+        key = self._key(name, match["token"] if match else "")
+        if match is not None:
+            size, own_id = int(match["size"]), match["own"]
+            expected = self._signature(key, size, own_id)
+            if hmac.compare_digest(expected, match["signature"]):
+                return key, PartSizes(size), own_id
         raise InvalidRequest("id: is not the id of an upload of this name; start the upload again")
 
     def _signature(self, key: str, size: int, upload_id: str) -> str:
@@ -141,10 +148,10 @@ class Uploads:
             :32
         ]
 
-    def _key(self, name: str) -> str:
+    def _key(self, name: str, token: str) -> str:
         if len(name) > _MOST_NAME or not _NAME.fullmatch(name) or not is_known(name):
             raise InvalidRequest(
                 f"name: {name[:80]!r} is not a valid file name; "
                 "use one such as reviews.jsonl or 2026/january.jsonl"
             )
-        return f"in/{self._tenant}/{name}"
+        return f"{upload_prefix(self._tenant, token)}{name}"

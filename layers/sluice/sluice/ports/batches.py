@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from sluice.domain.batches import Batch, Progress, RangeState, Tally
+from sluice.domain.capacity import Backlog
+
+RANK: Final = "sluice-rank"
+"""The metadata of an object with the rank of what was copied there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,10 @@ class BatchStore(Protocol):
         """Return the state of a range; its version is 0 if it was never claimed."""
         ...
 
+    def seen_ranges(self, batch_id: str, numbers: range) -> Mapping[int, SeenRange]:
+        """Return those of consecutive ranges that were ever claimed."""
+        ...
+
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         """Write the state if its stored version is the expected one (0: not stored); otherwise raises Stale."""
         ...
@@ -58,12 +66,25 @@ class BatchStore(Protocol):
         """Return the progress of all groups whose names have this prefix, by name, in order of names."""
         ...
 
+    def latest_of_name(self, batch: Batch) -> str:
+        """Record the batch as the latest of its tenant and name, unless a later one is; return the latest one's id."""
+        ...
+
     def name_create(self, tenant: str, name: str, batch_id: str, since: int, *, fresh: bool) -> str:
         """Return the id of the batch created under this name after `since`; else record and return `batch_id`.
 
         `fresh`: always record `batch_id`, because the request is not a resend.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SeenRange:
+    """A range that was claimed, as the planner sees it."""
+
+    state: RangeState
+    is_parked: bool
+    """The sweep will send it."""
 
 
 class WaitingRanges(Protocol):
@@ -100,6 +121,10 @@ class RangesQueue(Protocol):
         """Send a pointer to each range; return the numbers that were not accepted."""
         ...
 
+    def backlog(self) -> Backlog:
+        """Return the approximate numbers of messages; raises StoreBusy."""
+        ...
+
 
 class Plans(Protocol):
     """Where batches are sent to be planned: the batches queue.
@@ -130,6 +155,11 @@ class Stored:
     etag: str
     written_at: int
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> str:
+        """The rank with which it was copied; empty for any other object."""
+        return self.metadata.get(RANK, "")
 
 
 class Writer(Protocol):
@@ -185,6 +215,17 @@ class Objects(Protocol):
 
     def link(self, key: str, seconds: int) -> str:
         """Return a presigned URL to read the object, valid for this many seconds."""
+        ...
+
+    def copy(self, source: Stored, key: str) -> str:
+        """Copy an object, as it was when its metadata were read; return the copy's ETag. Raises InputMissing."""
+        ...
+
+    def copy_latest(self, source: Stored, key: str, rank: str) -> bool:
+        """Copy an object, unless the object there was copied with a greater rank; return whether it was copied.
+
+        The comparison and the write are one step: whatever the order of two writers, the greater rank stays.
+        """
         ...
 
     def assemble(self, key: str, sources: Mapping[int, str], sizes: Mapping[int, int]) -> int:

@@ -135,6 +135,10 @@ class Answers(Protocol):
         """
         ...
 
+    def probe(self) -> None:
+        """Raise StoreBusy if no answer could be stored now."""
+        ...
+
 
 class ResultStore(Answers, Protocol):
     """The answers."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from sluice.domain.capacity import Consumer
 from sluice.domain.keys import AdminKey, KeyMark, UpstreamKey
 from sluice.domain.limits import Group, KnownLimits
+from sluice.domain.models import KnownModels
 from sluice.domain.shares import Note
+
+MOST_GROUPS: Final = 2_000
+"""Maximum limit groups that one read of all returns: about 3 MB and 0.3 s. The governor reports when there are more."""
 
 
 class LimitStore(Protocol):
@@ -23,7 +27,7 @@ class LimitStore(Protocol):
         ...
 
     def groups(self) -> Sequence[Group]:
-        """Return all groups."""
+        """Return the groups in use, at most MOST_GROUPS."""
         ...
 
     def marks(self, key_ids: Iterable[str]) -> Mapping[str, KeyMark]:
@@ -34,12 +38,12 @@ class LimitStore(Protocol):
         """Write the mark of a key."""
         ...
 
-    def learned_groups(self) -> Mapping[str, str]:
-        """Return the model groups, by model, for which upstream differs from the deployed data."""
+    def models(self) -> KnownModels:
+        """Return the models that are known beside those of the deployed data; version 0 if none is."""
         ...
 
-    def learn_groups(self, groups: Mapping[str, str]) -> None:
-        """Write the model groups for which upstream differs from the deployed data."""
+    def replace_models(self, models: KnownModels, expected_version: int) -> None:
+        """Write if the stored version is the expected one (0: not stored); else raises Stale with the stored ones."""
         ...
 
     def canary(self, canary_id: str, now: int) -> None:

@@ -14,7 +14,6 @@ from sluice.api.errors import body_of, retry_after
 from sluice.domain import errors
 from sluice.domain.batches import Options, Source
 from sluice.domain.jobs import State
-from sluice.domain.limits import model_group
 from sluice.intake import requests as validation
 from sluice.intake.batches import Create
 from sluice.intake.submit import Accepted, Outcome, Rejected, Sender
@@ -161,8 +160,7 @@ def _accepted(outcome: Accepted) -> dict[str, Any]:
     job = outcome.job
     start = None
     if not job.state.is_final:
-        group = model_group(job.current_model, shared.model_groups())
-        start = wiring.waiting().estimated_start(group)
+        start = wiring.waiting().estimated_start(job.current_model, job.tenant)
     return {**views.job_view(job), "estimated_start_at": views.time(start)}
 
 

@@ -17,7 +17,8 @@ from sluice.domain.jobs import (
     redrive,
     why_not_redriven,
 )
-from sluice.domain.limits import model_group, new_group
+from sluice.domain.limits import new_group
+from sluice.domain.models import model_group
 from sluice.domain.pricing import PriceList, Usage, utc_day
 from sluice.ports.jobs import JobStore, ParamsStore, Received
 from sluice.ports.limits import LimitStore
@@ -229,7 +230,7 @@ class Redriver:
         }
 
     def _estimate(self, job: Job, means: Mapping[str, tuple[int, int]]) -> Estimate | None:
-        name = model_group(job.model, self._model_groups)
+        name = model_group(job.model, self._model_groups, job.tenant)
         guess = new_group("", name, 0)
         chars, output = means.get(name, (guess.chars_per_1000_tokens, guess.output_estimate))
         prompt = -(-job.input_chars * 1000 // chars)

@@ -22,7 +22,14 @@ from sluice.domain.capacity import (
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group
 from sluice.domain.shares import APPLIED_MS, Claim, Note, Share, room_of, share
-from sluice.ports.limits import Executions, GovernorNotes, LimitStore, PoolHistory, QueueMapping
+from sluice.ports.limits import (
+    MOST_GROUPS,
+    Executions,
+    GovernorNotes,
+    LimitStore,
+    PoolHistory,
+    QueueMapping,
+)
 from sluice.ports.world import Clock, Events
 from sluice.upkeep.schedule import RUN_MS
 
@@ -108,6 +115,8 @@ class Governor:
         if changed_at is not None:
             self._warn_of_old_keys(changed_at, now)
         groups = self._limits.groups()
+        if len(groups) >= MOST_GROUPS:
+            self._events.problem("not all limit groups read", read=len(groups))
         room = self._room()
         is_short = room is None or room < sum(each.ceiling for each in self._governed)
         found: dict[str, Present] = {}

@@ -7,11 +7,14 @@ header names, and the models that share one limit group.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.keys import AdminKey
-from sluice.domain.limits import Group, KnownLimits, group_id, loaded, model_group, new_group
+from sluice.domain.limits import Group, KnownLimits, group_id, loaded, new_group
+from sluice.domain.models import with_loaded
+from sluice.domain.pricing import base_model
 from sluice.ports.limits import AdminKeys, LimitStore, RateLimits
 from sluice.ports.swap import Written, change
 from sluice.ports.world import Clock, Events
@@ -62,30 +65,31 @@ class LoadLimits:
                 continue
             learned |= self._shared(known)
             self._enter(key, known, {**self._model_groups, **learned}, now)
-        if learned and dict(self._limits.learned_groups()) != learned:
+        if not learned:
+            return
+        store = self._limits
+        rule = partial(with_loaded, loaded=learned)
+        if isinstance(change(store.replace_models, store.models(), rule, "known models"), Written):
             self._events.note("model groups learned", groups=learned)
-            self._limits.learn_groups(learned)
 
     def _shared(self, known: Sequence[KnownLimits]) -> dict[str, str]:
-        """Return the model groups for which the API differs from the deployed data."""
+        """Return the model groups for which the API says something else than the deployed data, or the data nothing."""
         learned: dict[str, str] = {}
         for each in known:
-            names = {model_group(model, self._model_groups) for model in each.models}
-            if len(names) > 1:
-                # One limit group upstream: use the name that most of its models have, or the first.
-                ours = [model_group(model, self._model_groups) for model in each.models]
-                name = max(sorted(names), key=ours.count)
-                learned |= {
-                    model: name
-                    for model in each.models
-                    if model_group(model, self._model_groups) != name
-                }
+            ours = [_named(model, self._model_groups) for model in each.models]
+            # One limit group upstream: use the name that most of its models have, or the first.
+            name = max(sorted(set(ours)), key=ours.count, default="")
+            learned |= {
+                model: name
+                for model in map(base_model, each.models)
+                if self._model_groups.get(model) != name
+            }
         return learned
 
     def _enter(
         self, key: AdminKey, known: Sequence[KnownLimits], groups: Mapping[str, str], now: int
     ) -> None:
-        names = {each: model_group(each.models[0], groups) for each in known if each.models}
+        names = {each: _named(each.models[0], groups) for each in known if each.models}
         ids = [group_id(key.organization, name) for name in names.values()]
         stored = self._limits.load(ids)
         for each, name in names.items():
@@ -109,3 +113,9 @@ class LoadLimits:
             return
         if isinstance(result, Written):
             self._events.note("limits loaded", limit_group=group.id, limits=dict(known.limits))
+
+
+def _named(model: str, groups: Mapping[str, str]) -> str:
+    """Return the name of the group of a model that upstream names: its own, unless the data says otherwise."""
+    name = base_model(model)
+    return groups.get(name, name)

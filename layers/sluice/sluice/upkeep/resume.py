@@ -12,7 +12,8 @@ from typing import Final
 
 from sluice.domain.batches import LINES_PER_RANGE, WATCH_MS
 from sluice.domain.capacity import startable
-from sluice.domain.limits import Group, model_group
+from sluice.domain.limits import Group
+from sluice.domain.models import model_group
 from sluice.ports.batches import BatchStore, DueRange, Plans, RangesQueue, WaitingRanges
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Clock, Events
@@ -94,11 +95,12 @@ class Resume:
 
     def _paced(self, due: Sequence[DueRange], groups: Sequence[Group], now: int) -> list[DueRange]:
         """Return the ranges whose rows can start before the next run, but at least one of each model group."""
+        by_model = {**self._model_groups, **self._limits.models().groups()}
         sent: dict[str, int] = {}
         chosen: list[DueRange] = []
         for each in due:
             if each.number is not None:
-                name = model_group(each.model or "", self._model_groups)
+                name = model_group(each.model or "", by_model, each.tenant)
                 room = startable(groups, name, now, now + RUN_MS) // LINES_PER_RANGE + 1
                 sent[name] = sent.get(name, 0) + 1
                 if sent[name] > room:

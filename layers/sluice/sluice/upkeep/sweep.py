@@ -11,7 +11,7 @@ harmless, because the lease decides which worker runs the job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -19,7 +19,8 @@ from typing import Final
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
-from sluice.domain.limits import Group, model_group
+from sluice.domain.limits import Group
+from sluice.domain.models import model_group
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
 from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
@@ -96,20 +97,26 @@ class Sweep:
         unheard = self._due.due(DueFor.CHECK, now, MOST_UNHEARD)
         if not due and not unheard:
             return Swept()
-        late = [each for each in due if each.deadline is not None and each.deadline <= now]
-        waiting = [each for each in due if each.deadline is None or each.deadline > now]
-        groups, backlog = self._limits.groups(), self._queue.backlog()
-        chosen = self._paced(waiting, groups, backlog, now)
-        lost = self._probably_lost(unheard, groups, backlog, now)
+        # Before anything else is read: whatever is busy, a deadline ends its job.
+        late = [each for each in (*due, *unheard) if _is_late(each, now)]
+        waiting = [each for each in due if not _is_late(each, now)]
+        silent = [each for each in unheard if not _is_late(each, now)]
+        found = len(late) + len(waiting)
         sent = expired = rescued = 0
         with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
             for some in self._steps(late, stop_at):
                 expired += sum(threads.map(self._expire, some))
+            groups, backlog = self._limits.groups(), self._queue.backlog()
+            by_model = {**self._model_groups, **self._limits.models().groups()}
+            chosen = self._paced(waiting, by_model, groups, backlog, now)
+            lost = self._probably_lost(silent, by_model, groups, backlog, now)
+            if len(unheard) >= MOST_UNHEARD:
+                self._list_deadlines(threads, set(silent) - set(lost))
             for some in self._steps(chosen, stop_at):
                 sent += self._send(threads, some, lambda _: WATCH_MS)
             for some in self._steps(lost, stop_at):
                 rescued += self._send(threads, some, self._check)
-        swept = Swept(len(due), sent, expired, len(due) - sent - expired, rescued)
+        swept = Swept(found, sent, expired, found - sent - expired, rescued)
         self._events.note(
             "due jobs swept",
             due=swept.due,
@@ -145,18 +152,28 @@ class Sweep:
         return len(sent)
 
     def _probably_lost(
-        self, unheard: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
+        self,
+        unheard: Sequence[Due],
+        by_model: Mapping[str, str],
+        groups: Sequence[Group],
+        backlog: Backlog,
+        now: int,
     ) -> list[Due]:
         """Return the jobs whose message may be lost, because they were not written for long.
 
         Messages of a long queue are not lost: then these are only the jobs that have waited for hours.
         """
-        names = {model_group(each.model, self._model_groups) for each in unheard}
+        names = {model_group(each.model, by_model, each.tenant) for each in unheard}
         until = now + RUN_MS + MARGIN_MS
         room = sum(startable(groups, name, now, until) for name in names)
         if backlog.visible + backlog.in_flight <= room:
             return list(unheard)
         return [each for each in unheard if each.due_at <= now - QUIET_MS]
+
+    def _list_deadlines(self, threads: ThreadPoolExecutor, waiting: Iterable[Due]) -> None:
+        """List jobs of a long queue by their deadlines: beside so many others these would not be seen."""
+        with_deadline = [each for each in waiting if each.deadline is not None]
+        list(threads.map(lambda each: self._due.watch(each, each.due_at + QUIET_MS), with_deadline))
 
     def _check(self, due: Due) -> int | None:
         """Return after which time to check a job again that needs a message; None if it is running or has ended."""
@@ -177,7 +194,12 @@ class Sweep:
             yield due[start : start + AT_ONCE]
 
     def _paced(
-        self, due: Sequence[Due], groups: Sequence[Group], backlog: Backlog, now: int
+        self,
+        due: Sequence[Due],
+        by_model: Mapping[str, str],
+        groups: Sequence[Group],
+        backlog: Backlog,
+        now: int,
     ) -> list[Due]:
         """Return the longest due jobs of each model group, as many as it can start until shortly after the next run.
 
@@ -186,7 +208,8 @@ class Sweep:
         """
         by_group: dict[str, list[Due]] = {}
         for each in due:
-            by_group.setdefault(model_group(each.model, self._model_groups), []).append(each)
+            name = model_group(each.model, by_model, each.tenant)
+            by_group.setdefault(name, []).append(each)
         until, new_pool = now + RUN_MS + MARGIN_MS, self._has_new_pool(now)
         room = {name: startable(groups, name, now, until, new_pool=new_pool) for name in by_group}
         if backlog.visible > sum(room.values()):
@@ -222,3 +245,7 @@ class Sweep:
             return False
         report_end(self._events, ended)
         return True
+
+
+def _is_late(due: Due, now: int) -> bool:
+    return due.deadline is not None and due.deadline <= now

@@ -17,7 +17,15 @@ from sluice.intake.submit import Submit
 from sluice.intake.uploads import LINK_SECONDS, Uploads
 from sluice.wiring.batch_stores import batches, batches_queue, ranges_queue
 from sluice.wiring.batches import plan_batch
-from sluice.wiring.shared import CLOCK, dynamodb, s3, secrets_manager, settings, telemetry
+from sluice.wiring.shared import (
+    CLOCK,
+    dynamodb,
+    model_groups,
+    s3,
+    secrets_manager,
+    settings,
+    telemetry,
+)
 from sluice.wiring.stores import jobs, ledger, limits, objects, params, queue, results
 
 
@@ -48,7 +56,7 @@ def submit() -> Submit:
 @cache
 def waiting() -> StartEstimate:
     """Return the use case that estimates how long new jobs wait."""
-    return StartEstimate(queue(), limits(), CLOCK, telemetry())
+    return StartEstimate(queue(), limits(), model_groups(), CLOCK, telemetry())
 
 
 def account(tenant: str) -> Account:
@@ -59,7 +67,7 @@ def account(tenant: str) -> Account:
 def uploads_of(tenant: str) -> Uploads:
     """Return one tenant's uploads."""
     links = Links(s3(), settings().data_bucket, LINK_SECONDS)
-    return Uploads(tenant, objects(), links, plan_batch(), pepper())
+    return Uploads(tenant, objects(), links, plan_batch(), pepper(), os.urandom)
 
 
 def batches_of(tenant: str) -> Batches:

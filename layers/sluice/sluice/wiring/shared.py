@@ -80,12 +80,10 @@ def prices() -> PriceList:
 
 @cache
 def model_groups() -> dict[str, str]:
-    """Return the name of each known model's limit group."""
-    return {
-        model: row["group"]
-        for row in _data("model_groups.json")["groups"]
-        for model in row["models"]
-    }
+    """Return the name of each deployed model's limit group: of those with a price, and of those that share one."""
+    priced = {model: model for price in prices().prices for model in price.models}
+    shared = _data("model_groups.json")["groups"]
+    return priced | {model: row["group"] for row in shared for model in row["models"]}
 
 
 def _data(name: str) -> Any:

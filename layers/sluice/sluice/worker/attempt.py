@@ -54,6 +54,12 @@ class Attempt:
         try:
             if step is not Step.RUN:
                 return await self._without_call(step)
+            if (
+                self._job.last_snooze is not None
+                and self._job.last_snooze.reason == life.NOT_STORED
+            ):
+                # Its next answer must not be lost as well.
+                await self._tools.blocking(self._tools.results.probe)
             async with self._invocation.held.suspects.turn(most):
                 with self._invocation.memory.grant() as grant:
                     return await self._with_call(grant, hold_ms)

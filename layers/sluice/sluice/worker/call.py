@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Final
 
 from sluice.domain import jobs as life
@@ -102,11 +103,13 @@ class Call:
     # Heartbeat --------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Renew the lease; return when the job was canceled or the lease is lost."""
+        """Renew the lease; return when the job was canceled or another worker has it.
+
+        A busy store stops no call, which may be billed: until the store is back nobody else can take the lease either.
+        """
         while True:
             await self._tools.clock.sleep(waits.CANCEL_CHECK_MS)
-            now = self._tools.clock.now()
-            try:
+            with suppress(StoreBusy):
                 current = await self._tools.blocking(self._tools.jobs.get, self.job.job_id)
                 if current is None or current.lease is None:
                     return
@@ -117,9 +120,6 @@ class Call:
                     self.is_canceled = True
                     return
                 await self.renew_if_due()
-            except StoreBusy:
-                if now - self._renewed_at >= waits.LEASE_MS - waits.CANCEL_CHECK_MS:
-                    return
 
     async def renew_if_due(self) -> None:
         """Extend the lease unless this was done recently; raises LeaseLost or StoreBusy."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from sluice.domain.breakers import endpoint_circuit, model_circuit, pseudonym, refusals_circuit
@@ -20,8 +21,10 @@ from sluice.domain.keys import (
     stated_limits,
     workspace_of,
 )
-from sluice.domain.limits import Ties, group_id, model_group
+from sluice.domain.limits import Ties, group_id
+from sluice.domain.models import is_unknown, model_group, with_answer
 from sluice.ports.claude import Headers
+from sluice.ports.swap import change
 from sluice.worker.limit_books import Claimant, claimant_for
 from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
@@ -49,6 +52,10 @@ class KeyChoice:
         self._reading = asyncio.Lock()
         self._model_groups = model_groups
         self._groups: Mapping[str, str] = model_groups
+        self._rereads_groups = True
+        """A job waits for a model that is unknown here; another worker may have had an answer for it."""
+        self._has_no_place: set[str] = set()
+        """Models that were answered but stay unknown, because too many are known."""
         self._marks: dict[str, KeyMark] = {}
         self._own_marks: dict[str, KeyMark] = {}
         self._refusals: dict[str, dict[str, JobError]] = {}
@@ -74,19 +81,20 @@ class KeyChoice:
             return next(iter(refusals.values()))
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
         stated = stated_limits(keys, self._marks)
+        name = model_group(model, self._groups, job.tenant)
+        self._rereads_groups = self._rereads_groups or is_unknown(name)
         for key in allowed:
             if key.id in refusals or self.is_rejected(key):
                 continue
-            claimant = self._claimant(job, key, stated)
+            claimant = self._claimant(job, key, name, stated)
             usable.setdefault(claimant.group, []).append((claimant, key))
         return [self._chosen(choices) for choices in usable.values()]
 
     def _claimant(
-        self, job: Job, key: UpstreamKey, stated: Mapping[str, Mapping[str, int]]
+        self, job: Job, key: UpstreamKey, name: str, stated: Mapping[str, Mapping[str, int]]
     ) -> Claimant:
-        """Return the claimant of a job with a key."""
+        """Return the claimant of a job with a key, in the model group of this name."""
         model, mark = job.current_model, self._marks.get(key.id)
-        name = model_group(model, self._groups)
         organization = organization_of(key, mark)
         moved_to = self._limiter.moved.get(group_id(organization, name), organization)
         circuits = (
@@ -188,7 +196,7 @@ class KeyChoice:
                 marks = await self._tools.blocking(
                     self._tools.limits.marks, [key.id for key in keys]
                 )
-                if self._keys is None:
+                if self._rereads_groups:
                     await self._read_groups()
                 self._keys, self._read_at = keys, now
                 # What this worker has just learned may not have been written yet.
@@ -201,9 +209,41 @@ class KeyChoice:
 
     async def _read_groups(self) -> None:
         """Read which models share limits: the deployed data, corrected by upstream, then by the key pool."""
-        learned = await self._tools.blocking(self._tools.limits.learned_groups)
+        known = await self._tools.blocking(self._tools.limits.models)
         stated = await self._tools.blocking(self._tools.keys.model_groups)
-        self._groups = {**self._model_groups, **learned, **stated}
+        groups = {**known.groups(), **self._model_groups, **known.loaded, **stated}
+        self._rereads_groups = False
+        if groups != self._groups:
+            self._groups = groups
+            self._limiter.choose_again()
+
+    async def learn_model(self, job: Job) -> str | None:
+        """Record for all workers that upstream answers for an unknown model; return its group, None if it has none."""
+        model = job.current_model
+        if model in self._has_no_place:
+            return None
+        name = model_group(model, self._groups, job.tenant)
+        if not is_unknown(name):
+            return name
+        try:
+            await self._tools.blocking(self._known_with, model, job.tenant)
+            await self._read_groups()
+        except (KeyPoolBroken, StoreBusy):
+            # Its next answer will say it again.
+            self._tools.events.problem("model not recorded", model=model)
+            return None
+        name = model_group(model, self._groups, job.tenant)
+        if is_unknown(name):
+            self._has_no_place.add(model)
+            self._tools.events.problem("too many unknown models", tenant=job.tenant)
+            return None
+        self._tools.events.note("model known", model=model, limit_group=name)
+        return name
+
+    def _known_with(self, model: str, tenant: str) -> None:
+        store, now = self._tools.limits, self._tools.clock.now()
+        rule = partial(with_answer, model=model, tenant=tenant, now=now)
+        change(store.replace_models, store.models(), rule, "the known models")
 
     def _chosen(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from sluice.domain.errors import StoreBusy
 from sluice.domain.breakers import model_circuit
+from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import (
     MOST_CHARS_PER_TOKEN,
     Cost,

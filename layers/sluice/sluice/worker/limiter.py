@@ -16,9 +16,8 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
     DIMENSIONS,
-    Cost,
-    Group,
     NO_TIES,
+    Cost,
     Settlement,
     block,
     breakers_of,
@@ -35,6 +34,7 @@ from sluice.domain.limits import (
     workspace_answered,
 )
 from sluice.domain.limits import blocked as blocked_for
+from sluice.domain.models import is_unknown
 from sluice.domain.waits import USUAL, Waits
 from sluice.domain.workspaces import WorkspaceRefusal
 from sluice.ports.claude import NO_HEADERS, Headers
@@ -47,6 +47,7 @@ from sluice.worker.limit_books import (
     Change,
     Claimant,
     Line,
+    Moved,
     Waiter,
     news,
 )
@@ -110,7 +111,7 @@ class Limiter:
 
     # The steps of a call -----------------------------------------------------------------------------------------
 
-    async def admit(  # noqa: PLR0913 - the facts of one job
+    async def admit(
         self,
         claimants: Sequence[Claimant],
         input_chars: int,
@@ -179,7 +180,12 @@ class Limiter:
     # What responses say -----------------------------------------------------------------------------------------
 
     def heard(self, admission: Admission, headers: Headers, *, served: bool) -> None:
-        """Use a response's headers; `served`: it has an answer."""
+        """Use a response's headers; `served`: it has an answer.
+
+        Those of an unknown model are not the limits of its group, which has all unknown models of a tenant.
+        """
+        if is_unknown(admission.claimant.model_group):
+            return
         books = self._books[admission.claimant.group]
         now = self._clock.now()
         if headers.seen:
@@ -189,16 +195,19 @@ class Limiter:
             )
         if served and len(headers.seen) < len(DIMENSIONS):
             # Limits that upstream does not report are explored by its answers.
-            workspace = admission.claimant.ties.workspace
-            books.changes.append(lambda group, now: grown(group, now, workspace))
+            books.changes.append(partial(grown, workspace=admission.claimant.ties.workspace))
             books.gather(now)
-        workspace = books.group.workspaces.get(admission.claimant.ties.workspace)
-        if served and workspace is not None and workspace.is_probed:
-            name = admission.claimant.ties.workspace
-            books.change(partial(workspace_answered, name=name), now)
+        if served:
+            self._workspace_answered(books, admission.claimant.ties.workspace, now)
         if headers.seen or books.urgent:
             books.gather(now)
         self._planner.wake(if_idle=not books.urgent)
+
+    @staticmethod
+    def _workspace_answered(books: Books, name: str, now: int) -> None:
+        known = books.group.workspaces.get(name)
+        if known is not None and known.is_probed:
+            books.change(partial(workspace_answered, name=name), now)
 
     def throttled(  # noqa: PLR0913 - the facts of one 429
         self,
@@ -265,16 +274,34 @@ class Limiter:
         if not opened_by_key or claimant.group in self._successors:
             return
         now = self._clock.now()
-        name = group_id(organization, claimant.model_group)
+        self._successors[claimant.group] = self._start(
+            organization, claimant.model_group, headers, now
+        )
+        self._books[claimant.group].change(lambda group, _: moved(group, organization), now)
+        self._planner.wake()
+
+    def knows_model(self, organization: str, model_group: str, headers: Headers) -> None:
+        """Start the group of a model that was unknown, with the limits in its first answer."""
+        self._start(organization, model_group, headers, self._clock.now())
+        self.choose_again()
+
+    def choose_again(self) -> None:
+        """Have the jobs of unknown models choose their group again, because more models are known now."""
+        for waiter in list(self._line.waiters):
+            if any(is_unknown(claimant.model_group) for claimant in waiter.claimants):
+                self._line.answer(waiter, Moved())
+        self._planner.wake()
+
+    def _start(self, organization: str, model_group: str, headers: Headers, now: int) -> str:
+        """Create the books of a group, unless there are some, with the limits of a response; return its id."""
+        name = group_id(organization, model_group)
         if name not in self._books:
-            self._books[name] = Books(new_group(organization, claimant.model_group, now), 0)
-        if headers.seen:
+            self._books[name] = Books(new_group(organization, model_group, now), 0)
+        if headers.seen and not is_unknown(model_group):
             self._books[name].observations.append((now, headers))
             self._books[name].urgent = True
             self._books[name].gather(now)
-        self._books[claimant.group].change(lambda group, _: moved(group, organization), now)
-        self._successors[claimant.group] = name
-        self._planner.wake()
+        return name
 
     def drained(self) -> None:
         """Note that the queue is empty: no job waits behind those that workers hold."""

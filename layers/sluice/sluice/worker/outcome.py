@@ -13,6 +13,7 @@ from sluice.domain.breakers import STREAK, endpoint_circuit, model_circuit, refu
 from sluice.domain.errors import LeaseLost, NotStorable, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.limits import Cost
+from sluice.domain.models import is_unknown
 from sluice.domain.pricing import Bill, Charge, LedgerRow, Spend, Usage, utc_day
 from sluice.domain.refusals import SPEND_LIMIT, Scope
 from sluice.domain.retries import (
@@ -26,8 +27,8 @@ from sluice.domain.retries import (
     judge,
     refused_alike,
 )
-from sluice.notices.report import report_end
 from sluice.domain.workspaces import WorkspaceRefusal
+from sluice.notices.report import report_end
 from sluice.ports.claude import NO_HEADERS, Answer, Headers, Refused
 from sluice.ports.swap import MOST_TRIES, swap
 from sluice.worker.call import Call
@@ -81,6 +82,11 @@ class Outcome:
         await self._invocation.keys.learn(self._call.key, organization, headers.workspace)
         if organization is not None:
             self._invocation.limiter.belongs(admission, organization, headers)
+        if isinstance(answer, Answer) and is_unknown(admission.claimant.model_group):
+            name = await self._invocation.keys.learn_model(self._call.job)
+            if name is not None:
+                owner = organization or admission.claimant.organization
+                self._invocation.limiter.knows_model(owner, name, headers)
         self._invocation.limiter.heard(admission, headers, served=isinstance(answer, Answer))
         if isinstance(answer, Answer):
             self._invocation.limiter.works(admission, model_circuit(self._call.job.current_model))
@@ -220,9 +226,18 @@ class Outcome:
             )
         row = self._row("succeeded", usage, cost, answer.request_id)
         try:
-            result = await self._store(answer.message, row)
+            result = await self._store(answer.message)
         except NotStorable as error:
             return partial(self._unstored, error, answer.usage, cost), _done, row
+        except StoreBusy as busy:
+            self._events.problem("answer not stored", job_id=job.job_id, what=busy.what)
+            return (
+                lambda job, now: life.snooze(
+                    job, owner, now, reason=life.NOT_STORED, cost_micro_usd=cost
+                ),
+                self._after(waits.STORE_BUSY_MS),
+                replace(row, note=life.NOT_STORED),
+            )
         return (
             lambda job, now: life.succeed(
                 job,
@@ -400,14 +415,14 @@ class Outcome:
 
     # Writing ----------------------------------------------------------------------------------------------------
 
-    async def _store(self, message: str, row: LedgerRow) -> life.Result:
+    async def _store(self, message: str) -> life.Result:
         # A unique name: a late answer must not replace that of another call.
         name = f"{self._call.claimed.job_id}-{self._call.claimed.version}"
         while True:
             try:
                 return await self._tools.blocking(self._tools.results.put, name, message)
             except StoreBusy:
-                await self._pause(row)
+                await self._pause(None)
             try:
                 # Without its lease the job would be run again in the meantime.
                 await self._call.renew_if_due()

@@ -59,6 +59,17 @@ class RangeTools:
     events: Events
 
 
+@dataclass(frozen=True, slots=True)
+class RangeWait:
+    """How a range waits that is returned."""
+
+    until: int
+    """When its message is visible again or, if it is parked, sent again (epoch milliseconds)."""
+    is_parked: bool = False
+    model: str | None = None
+    """The model whose limits a parked range waits for; None: it goes on at once then."""
+
+
 class Sums:
     """Adds up records, one at a time: there may be millions."""
 
@@ -114,13 +125,17 @@ class ClaimedRange:
         """Record which rows are in flight at the time of the write."""
         self._change(lambda state: note_running(state, self._owner, running()))
 
-    def release(
-        self, chunks: Sequence[str], not_before: int | None = None, model: str | None = None
-    ) -> None:
-        """Return the range with its saved chunks; with a `not_before` it is parked."""
+    def release(self, wait: RangeWait, chunks: Sequence[str], *, dropped: bool = False) -> None:
+        """Return the range with its saved chunks; `dropped`: answers could not be saved."""
         self._change(
             lambda state: release_range(
-                state, self._owner, chunks=chunks, not_before=not_before, model=model
+                state,
+                self._owner,
+                chunks=chunks,
+                expected_at=wait.until,
+                not_before=wait.until if wait.is_parked else None,
+                model=wait.model,
+                dropped=dropped,
             )
         )
 
@@ -138,6 +153,10 @@ class ClaimedRange:
             if swap(self._tools.batches.replace_range, changed, self.state.version) != changed:
                 raise LeaseLost(f"{changed.batch_id}, range {changed.number}")
             self.state = changed
+
+    def probe(self) -> None:
+        """Raise StoreBusy if the bucket takes no writes."""
+        self._write(self._key("probe"), ())
 
     # Rows that have ended ---------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ SAVE_BYTES: Final = 8 * 1024 * 1024
 SAVE_MS: Final = 2_000
 """Ended rows are saved at the latest when their records have this many bytes, or the first of them is this old."""
 
-AGAIN: Final = "the worker before died: an earlier call of this row may have been billed"
+AGAIN: Final = "the answer of an earlier call of this row, which may have been billed, was lost"
 
 
 @dataclass(slots=True)
@@ -75,6 +75,16 @@ class Seat:
         """When its next attempt may start."""
         return max(self.due_at, self.job.not_before or 0)
 
+    @property
+    def is_over_first(self) -> bool:
+        """Return whether its deadline comes before that."""
+        return self.job.deadline is not None and self.job.deadline < self.may_go_on_at
+
+    @property
+    def wakes_at(self) -> int:
+        """When something can be done for it: its next attempt, or its end at its deadline."""
+        return min(self.may_go_on_at, self.job.deadline or self.may_go_on_at)
+
 
 class WindowRows:
     """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
@@ -100,7 +110,7 @@ class WindowRows:
         self.open(())
 
     def open(self, seats: Iterable[Seat], *, again: bool = False) -> None:
-        """Replace the rows by those of another window; `again`: a worker died with them."""
+        """Replace the rows by those of another window; `again`: answers of theirs were lost."""
         self._seats = {seat.job.job_id: seat for seat in seats}
         self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
         self._starting = _nothing
@@ -108,6 +118,11 @@ class WindowRows:
             if seat.ended is not None:
                 self._hold(seat.ended)
         self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
+
+    @property
+    def are_saved(self) -> bool:
+        """Whether all ended rows are saved."""
+        return all(seat.ended is None or seat.ended.chunk for seat in self._seats.values())
 
     def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
         """Call `starting`, in a thread, with the ids of rows before their requests are made."""
@@ -179,6 +194,9 @@ class WindowRows:
         self._seats[job_id].message = message
         return Result()
 
+    def probe(self) -> None:
+        """Do nothing: a range looks at the bucket before it runs its rows."""
+
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""
         self._starting(job_ids)
@@ -187,9 +205,14 @@ class WindowRows:
         found = {}
         for job_id in job_ids:
             seat = self._seats[job_id]
-            row = read_row(seat.line, self._options)
-            if isinstance(row, Row):
-                found[job_id] = Params(job_id, request_body(row.params), seat.job.request_hash)
+            try:
+                row = read_row(seat.line, self._options)
+                if isinstance(row, Row):
+                    body = request_body(row.params)
+                    found[job_id] = Params(job_id, body, seat.job.request_hash)
+            except Exception as error:  # noqa: BLE001 - it is the error of this row alone
+                said = f"the request cannot be made: {type(error).__name__}"
+                self.give_up({seat.line.offset}, JobError("invalid_request_error", said))
         return found
 
     def noted(self, rows: Sequence[LedgerRow]) -> list[LedgerRow]:
@@ -254,9 +277,7 @@ class WindowRows:
         seat.job = job
         if not job.state.is_final:
             return
-        line = seat.line
-        record = job_record(line.number, line.offset, job, seat.message, self._other_lane(job))
-        text = record.encoded()
+        line, text = seat.line, self._encoded(seat)
         seat.ended = Ended(line.number, len(text), text)
         # The memory of an ended row is free again.
         seat.message, seat.line = None, replace(line, text=b"")
@@ -264,6 +285,18 @@ class WindowRows:
             self._oldest_unsaved = self._clock.now()
         self._unsaved.append(seat)
         self._unsaved_bytes += len(text)
+
+    def _encoded(self, seat: Seat) -> bytes:
+        """Return the record of a row that has ended; a result that cannot be written is an error of this row alone."""
+        line, other_lane = seat.line, self._other_lane(seat.job)
+        try:
+            record = job_record(line.number, line.offset, seat.job, seat.message, other_lane)
+            return record.encoded()
+        except Exception as error:  # noqa: BLE001 - the other rows must be saved
+            said = f"the result cannot be written: {type(error).__name__}"
+            reason = JobError("result_not_storable", said)
+            seat.job = replace(seat.job, state=State.ERRORED, error=reason)
+            return job_record(line.number, line.offset, seat.job, None, other_lane).encoded()
 
     @staticmethod
     def _other_lane(job: Job) -> int:

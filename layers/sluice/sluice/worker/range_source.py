@@ -42,14 +42,19 @@ class RangeSource:
         state: RangeState,
         clock: Clock,
         stop_at: int,
+        check_lease: Callable[[], None],
         note_running: Callable[[], None],
         note_drained: Callable[[], Awaitable[None]],
     ) -> None:
-        """`note_running` is called in a thread, while a killer is searched, before a row starts."""
+        """Before a row starts, `check_lease` may raise StoreBusy; `note_running` is called while a killer is searched.
+
+        Both are called in a thread.
+        """
         self._rows = rows
         self._clock = clock
         self._started = clock.now()
         self._stop_at = stop_at
+        self._check_lease = check_lease
         self._note_running = note_running
         self._note_drained = note_drained
         """Called while rows wait and no other row of the range waits behind them."""
@@ -243,6 +248,7 @@ class RangeSource:
 
     def _starting(self, job_ids: Sequence[str]) -> None:
         """Note rows as running before their requests are made, if these may kill the worker."""
+        self._check_lease()
         if not (self._is_apart or self._losses):
             return
         with self._lock:

@@ -19,6 +19,7 @@ from sluice.domain.rows import (
 )
 from sluice.intake.requests import read_row
 from sluice.ports.batches import Objects
+from sluice.ports.world import Events
 from sluice.worker.range_rows import Ended, Seat
 
 WINDOW_ROWS: Final = 512
@@ -67,19 +68,21 @@ class Window:
 class Windows:
     """Reads a range line by line and splits it into windows. Every worker gets the same windows."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - a range, what is known of it, and where it is
         self,
         objects: Objects,
         batch: Batch,
         state: RangeState,
         saved: Saved,
         make_job: Callable[[str, Row], Job],
+        events: Events,
     ) -> None:
         self._objects = objects
         self._batch = batch
         self._state = state
         self._saved = saved
         self._make_job = make_job
+        self._events = events
         assert batch.plan is not None
         self._plan = batch.plan
         self._start, self._end = self._plan.bounds(state.number)
@@ -102,7 +105,7 @@ class Windows:
             if (is_full and seats) or bad_bytes > WINDOW_BAD_BYTES:
                 self._next = line
                 return Window(seats, bad, line.offset, self._count, is_last=False)
-            found = self._read(line)
+            found = self._found(line)
             self._count = line.number + 1
             if line.offset < self._state.resume_at:
                 # Of an ended window: only its custom_id is still needed.
@@ -121,6 +124,14 @@ class Windows:
         error = error_line(self._start, problem)
         bad = Record("E", self._start, count, "", Tally(invalid=1), error)
         return Window((), [bad], self._end, count, is_last=True, others=list(others))
+
+    def _found(self, line: Line) -> Seat | list[Record]:
+        """Return the row of a line; any exception is the error of this line alone."""
+        try:
+            return self._read(line)
+        except Exception as error:  # noqa: BLE001 - the other lines of the range must run
+            self._events.problem("row not read", batch_id=self._batch.batch_id, offset=line.offset)
+            return bad_row_records(line, BadRow(f"the line cannot be read: {type(error).__name__}"))
 
     def _read(self, line: Line) -> Seat | list[Record]:
         row = read_row(line, self._batch.options)

@@ -29,6 +29,7 @@ from sluice.worker.range_claim import (
     LEASE_MS,
     ClaimedRange,
     RangeTools,
+    RangeWait,
     Sums,
     stored_tally,
 )
@@ -39,9 +40,10 @@ from sluice.worker.timeouts import wait_at_most
 from sluice.worker.worker import Worker
 
 P = ParamSpec("P")
+Chore = Callable[[], Awaitable[None]]
 
 NOT_READ_MS: Final = 15_000
-"""A range that could not be read from a busy store is retried after this time."""
+"""A range that could not be read from a busy store is retried after this time; after many receives a little later."""
 
 PROGRESS_MS: Final = 3_000
 """How often the progress of a running range is stored."""
@@ -62,6 +64,11 @@ class RangePointer:
     number: int | None
 
 
+def not_read_ms(pointer: RangePointer) -> int:
+    """Return after which time to retry a range that could not be read: a busy store hides it no longer than a death."""
+    return min(HIDE_MS, waits.grown(NOT_READ_MS, pointer.message.receive_count))
+
+
 class RunRange:
     """The use case behind the ranges queue."""
 
@@ -76,6 +83,19 @@ class RunRange:
 
         No call lasts beyond `stop_at` (epoch milliseconds). `owner` names this invocation.
         """
+        # Before anything is read: the queue's own visibility timeout is 90 minutes.
+        await self.hide(pointer)
+        try:
+            return await self._claimed(pointer, stop_at, owner)
+        except StoreBusy as error:
+            self.tools.events.problem("range not begun", what=error.what)
+        except Exception:  # noqa: BLE001 - whatever it was, the range continues later
+            self.tools.events.problem("range failed", batch_id=pointer.batch_id)
+        await self.hide(pointer, not_read_ms(pointer))
+        return False
+
+    async def _claimed(self, pointer: RangePointer, stop_at: int, owner: str) -> bool:
+        """Claim the range, and run it."""
         named = await self._named(pointer)
         if isinstance(named, str):
             await self.tools.blocking(self.tools.returns.reject, pointer.message, named)
@@ -97,7 +117,6 @@ class RunRange:
         if await self.tools.blocking(swap, replace, claimed, state.version) != claimed:
             await self.back(pointer, 1_000)
             return False
-        await self.back(pointer, HIDE_MS)
         was_lost = state.owner is not None
         if was_lost:
             self.tools.events.problem(
@@ -105,7 +124,7 @@ class RunRange:
             )
         taken = ClaimedRange(self.tools, batch, claimed, owner)
         run = _Run(self, taken, batch, pointer, owner, stop_at - LAST_MS)
-        return await run.go(again=was_lost)
+        return await run.go(again=was_lost or state.dropped)
 
     async def _named(self, pointer: RangePointer) -> tuple[Batch, int] | str:
         """Return the range that a message names, or the reason if it names none."""
@@ -124,6 +143,13 @@ class RunRange:
         await self.tools.blocking(
             self.tools.returns.put_back, [(pointer.message, max(0, delay_ms))]
         )
+
+    async def hide(self, pointer: RangePointer, delay_ms: int = HIDE_MS) -> None:
+        """As `back`, if the queue is not busy: the message is then visible when it was to be before."""
+        try:
+            await self.back(pointer, delay_ms)
+        except StoreBusy as error:
+            self.tools.events.problem("range not hidden", what=error.what)
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
         """Count the range as done; the last one of a section causes the results to be joined."""
@@ -172,19 +198,32 @@ class _Run:
         """Of the whole range, once its part is stored."""
 
     async def go(self, *, again: bool) -> bool:
-        """Run the rest of the range; `again`: a worker died with it."""
+        """Run the rest of the range; `again`: a worker died with it, or could not save its answers."""
         self._rows.begin(self._batch.options)
         async with self._keeping():
             try:
                 return await self._run(again=again)
             except StoreBusy as error:
                 self._tools.events.problem("range not read", what=error.what)
-                return await self._written_down(self._give_back)
+            except Exception:  # noqa: BLE001 - whatever it was, it is not the death of a worker
+                self._tools.events.problem(
+                    "range failed", batch_id=self._batch.batch_id, range=self._range.state.number
+                )
+            return await self._written_down(self._give_back)
 
     async def _run(self, *, again: bool) -> bool:
         """Run window after window."""
+        if self._range.state.dropped:
+            await self._tools.blocking(self._range.probe)
         saved = await self._tools.blocking(self._range.restored)
-        windows = Windows(self._tools.objects, self._batch, self._range.state, saved, self._job_of)
+        windows = Windows(
+            self._tools.objects,
+            self._batch,
+            self._range.state,
+            saved,
+            self._job_of,
+            self._tools.events,
+        )
         run_rows = 0
         is_first = True
         while True:
@@ -226,7 +265,7 @@ class _Run:
         if state.claims == 1 or not is_first:
             self._tools.events.count("JobsAccepted", len(window.seats))
         await self._give_up_killers()
-        if self._batch.cancel_initiated_at is not None:
+        if self._is_canceled:
             self._cancel()
         if rows.is_closed or not rows.unfinished():
             return 0
@@ -235,6 +274,7 @@ class _Run:
             state,
             self._tools.clock,
             self._stop_at,
+            self._check_lease,
             self._note_running,
             self._note_drained,
         )
@@ -285,40 +325,51 @@ class _Run:
     async def _keeping(self) -> AsyncIterator[None]:
         """Save ended rows, keep the lease and the message, and check for a cancel, until the block is left."""
         over = asyncio.Event()
-        keeper = asyncio.create_task(self._keep(over), name="keeper")
+        # The lease apart from the rest: a slow bucket must not cost it.
+        keepers = [
+            asyncio.create_task(self._keep(over, chores))
+            for chores in (
+                (self._keep_range,),
+                (self._save_some, self._report_progress, self._clear),
+            )
+        ]
         try:
             yield
         finally:
             # Not during a write: it would be unknown whether it was done.
             over.set()
-            await keeper
+            await asyncio.gather(*keepers)
 
-    async def _keep(self, over: asyncio.Event) -> None:
+    async def _keep(self, over: asyncio.Event, chores: Sequence[Chore]) -> None:
         while not self._rows.is_closed:
             await wait_at_most(over, self._tools.clock, TICK_MS)
             if over.is_set():
                 return
-            try:
-                await self._round()
-            except StoreBusy as error:
-                self._tools.events.problem("range not saved", what=error.what)
-                if self._tools.clock.now() >= self._range.state.lease_until:
-                    self._lose()
-            except LeaseLost:
-                self._lose()
+            for chore in chores:
+                await self._round(chore)
         if self._source is not None:
             self._source.wake()
 
-    async def _round(self) -> None:
-        source = self._source
-        if source is not None and self._rows.worth_saving(source.save_at):
+    async def _round(self, chore: Chore) -> None:
+        if self._rows.is_closed:
+            return
+        try:
+            await chore()
+        except StoreBusy as error:
+            self._tools.events.problem("range not saved", what=error.what)
+        except LeaseLost:
+            self._lose()
+        except Exception:  # noqa: BLE001 - the other chores must still be done
+            self._tools.events.problem("housekeeping failed")
+
+    async def _save_some(self) -> None:
+        if self._source is not None and self._rows.worth_saving(self._source.save_at):
             await self._save()
-        await self._report_progress()
+
+    async def _clear(self) -> None:
+        """Note rows whose calls have ended: they are not the cause of a later death of the worker."""
         if set(self._range.state.running) - set(self._running()):
-            # Their calls have ended: they are not the cause of a later death of the worker.
             await self._tools.blocking(self._range.note_running, self._running)
-        if self._tools.clock.now() - self._kept_at >= KEEP_MS:
-            await self._look_around()
 
     async def _report_progress(self) -> None:
         """Store the sums of the saved rows, every few seconds."""
@@ -332,18 +383,37 @@ class _Run:
         )
         self._reported_at, self._has_news = now, False
 
-    async def _look_around(self) -> None:
-        """Renew the lease, hide the message, and check whether the batch was canceled."""
+    async def _keep_range(self) -> None:
+        """Hide the message, renew the lease, and check whether the batch was canceled, every few seconds."""
         now = self._tools.clock.now()
+        if now - self._kept_at < KEEP_MS:
+            return
+        # Hidden also while the lease cannot be renewed: nobody else could take it, and this worker may renew it yet.
+        await self._runner.hide(self._pointer)
         await self._tools.blocking(self._range.keep)
-        await self._runner.back(self._pointer, HIDE_MS)
         self._kept_at = now
-        if self._batch.cancel_initiated_at is None:
-            current = await self._tools.blocking(self._tools.batches.get, self._batch.batch_id)
-            if current is not None and current.cancel_initiated_at is not None:
-                self._batch = current
-                if self._rows_run:
-                    self._cancel()
+        if not self._is_canceled and await self._look_for_cancel() and self._rows_run:
+            self._cancel()
+
+    @property
+    def _is_canceled(self) -> bool:
+        return self._batch.cancel_initiated_at is not None
+
+    async def _look_for_cancel(self) -> bool:
+        """Return whether the batch was canceled meanwhile."""
+        current = await self._tools.blocking(self._tools.batches.get, self._batch.batch_id)
+        if current is not None and current.cancel_initiated_at is not None:
+            self._batch = current
+        return self._is_canceled
+
+    def _check_lease(self) -> None:
+        """Raise StoreBusy if the lease could not be renewed in time: another worker may have taken it.
+
+        Calls in flight go on. If nobody took the range, their answers are saved as soon as the store is back.
+        """
+        if self._tools.clock.now() >= self._range.state.lease_until:
+            what = "the lease of the range"
+            raise StoreBusy(what)
 
     def _cancel(self) -> None:
         canceled = self._rows.cancel()
@@ -399,10 +469,7 @@ class _Run:
     async def _written_down(
         self, write: Callable[P, Awaitable[bool]], *args: P.args, **kwargs: P.kwargs
     ) -> bool:
-        """Write how the invocation ended, with retries; False if another worker has the range.
-
-        If the store is busy to the end, the range is left to the next worker, as if this one had died.
-        """
+        """Write how the invocation ended, with retries to its end; return whether the range's message is done."""
         while not self._rows.is_closed:
             try:
                 return await write(*args, **kwargs)
@@ -411,9 +478,21 @@ class _Run:
             except StoreBusy as error:
                 self._tools.events.problem("range not saved", what=error.what)
                 if self._tools.clock.now() >= self._stop_at + LAST_MS:
+                    await self._drop()
                     break
                 await self._tools.clock.sleep(waits.REWRITE_MS)
         return False
+
+    async def _drop(self) -> None:
+        """Return the range without what no store has taken: it has lost no worker, and no row is to blame."""
+        chunks, dropped = self._range.state.chunks, not self._rows.are_saved
+        wait = RangeWait(self._tools.clock.now() + not_read_ms(self._pointer))
+        try:
+            await self._tools.blocking(self._range.release, wait, chunks, dropped=dropped)
+            await self._runner.back(self._pointer, not_read_ms(self._pointer))
+        except (StoreBusy, LeaseLost):
+            # Left to the next worker, as if this one had died.
+            self._tools.events.problem("range not released", batch_id=self._batch.batch_id)
 
     async def _end_window(self, window: Window) -> bool:
         """Store an ended window as one chunk, which replaces those it was saved in."""
@@ -432,29 +511,41 @@ class _Run:
 
     async def _give_back(self) -> bool:
         """Return the range unchanged: a busy store counts neither as a lost worker nor as the fault of a row."""
-        await self._save()
-        await self._tools.blocking(self._range.release, self._range.state.chunks)
-        await self._runner.back(self._pointer, NOT_READ_MS)
+        delay, state = not_read_ms(self._pointer), self._range.state
+        if state.owner is not None:
+            await self._save()
+            wait, dropped = RangeWait(self._tools.clock.now() + delay), state.dropped
+            chunks = self._range.state.chunks
+            await self._tools.blocking(self._range.release, wait, chunks, dropped=dropped)
+        await self._runner.back(self._pointer, delay)
         return False
 
     async def _release(self, waiting: Sequence[Seat]) -> bool:
         """Return the range to its queue, or park it if all its rows wait for long."""
-        now = self._tools.clock.now()
-        first = min(waiting, key=lambda seat: seat.may_go_on_at, default=None)
-        delay = max(0, first.may_go_on_at - now) if first else 0
-        not_before = waits.parked_until(now, delay)
+        wait = await self._wait(waiting)
         if self._range.state.owner is not None:
             await self._save()
             jobs = [seat for seat in waiting if _has_history(seat.job)]
             end_at = max((seat.line.offset + 1 for seat in self._rows.seats()), default=0)
             save = self._range.saved_whole
             chunks = await self._tools.blocking(save, self._ended(), jobs, end_at)
-            model = first.job.current_model if first and not_before is not None else None
-            await self._tools.blocking(self._range.release, chunks, not_before, model)
-        if not_before is not None:
+            await self._tools.blocking(self._range.release, wait, chunks)
+        if wait.is_parked:
             return True
-        await self._runner.back(self._pointer, delay)
+        await self._runner.back(self._pointer, wait.until - self._tools.clock.now())
         return False
+
+    async def _wait(self, waiting: Sequence[Seat]) -> RangeWait:
+        """Return until when all rows of a range wait: for their next attempts or, if that is first, for their end."""
+        now = self._tools.clock.now()
+        first = min(waiting, key=lambda seat: seat.wakes_at, default=None)
+        if first is None or first.wakes_at <= now or await self._look_for_cancel():
+            return RangeWait(now)
+        until = waits.parked_until(now, first.wakes_at - now)
+        if until is None:
+            return RangeWait(first.wakes_at)
+        model = None if first.is_over_first else first.job.current_model
+        return RangeWait(until, is_parked=True, model=model)
 
     def _ended(self) -> list[Ended]:
         return [seat.ended for seat in self._rows.seats() if seat.ended]
