@@ -31,6 +31,7 @@ from sluice.domain.batches import (
 from sluice.domain.forms import BadForm, unpacked
 from sluice.domain.rows import lines
 from sluice.intake.uploads import MOST_BYTES, MOST_PARTS, PartSizes
+from tests.fuzz_files import convert_csv, read_csv, read_jsonl
 
 Case = Callable[[random.Random], None]
 
@@ -143,7 +144,7 @@ class Bucket:
         self.parts[said["PartNumber"]] = source[first : last + 1]
         return {"CopyPartResult": {"ETag": f'"{said["PartNumber"]}"'}}
 
-    def complete_multipart_upload(self, **said: Any) -> None:
+    def complete_multipart_upload(self, **said: Any) -> Mapping[str, str]:
         """As S3."""
         numbers = [part["PartNumber"] for part in said["MultipartUpload"]["Parts"]]
         assert numbers == sorted(self.parts)
@@ -152,6 +153,7 @@ class Bucket:
         assert all(len(body) >= self.least for body in bodies[:-1]), "a part is too small"
         assert all(bodies), "a part is empty"
         self.stored[said["Key"]] = b"".join(bodies)
+        return {"ETag": '"1"'}
 
     def abort_multipart_upload(self, **_: Any) -> None:
         """As S3."""
@@ -260,6 +262,9 @@ CASES: Final[Mapping[str, Case]] = {
     "join": join_parts,
     "uploads": cut_uploads,
     "ranges": read_ranges,
+    "csv": read_csv,
+    "csv_files": convert_csv,
+    "jsonl": read_jsonl,
 }
 
 

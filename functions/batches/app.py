@@ -21,8 +21,11 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
                 # Of another queue: a range's dead letter, sent on in a moment.
                 _do(each)
             else:
-                with wiring.hidden(each.message):
-                    _do(each)
+                with wiring.hidden(each.message) as hidden:
+                    if not _do(each):
+                        # What it has done is kept, and the next invocation continues.
+                        hidden.show()
+                        failures.append({"itemIdentifier": each.message.message_id})
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
             shared.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})
@@ -30,14 +33,16 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
     return {"batchItemFailures": failures}
 
 
-def _do(each: BatchMessage) -> None:
+def _do(each: BatchMessage) -> bool:
+    """Do what a message says; False if some of it is left."""
     if each.key is not None:
         wiring.plan_batch().arrived(each.key)
     elif each.batch_id is None:
         shared.telemetry().problem("not a message of Sluice's", message_id=each.message.message_id)
     elif each.join is not None:
-        wiring.assemble().join(each.batch_id, each.join)
+        return wiring.assemble().join(each.batch_id, each.join)
     elif each.range is not None:
         wiring.plan_batch().again(each.batch_id, each.range)
     else:
         wiring.plan_batch().plan(each.batch_id)
+    return True

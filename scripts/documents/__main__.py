@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from scripts.documents import cli, openapi, settings, state_machine
+from scripts.documents import bounds, cli, openapi, settings, state_machine
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 
 DOCUMENTS: Final[Mapping[str, Callable[[str], str]]] = {
+    "bounds.md": bounds.updated,
     "cli.md": cli.updated,
     "openapi.json": openapi.updated,
     "settings.md": settings.updated,

@@ -23,9 +23,7 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
 )
 
 
-KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
-    "nobody waits because of a blocked file": ("K4", (199, 423)),
-}
+KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {}
 """Violations that are not fixed yet, by check: the kind of the defect, and seeds of stories that show it.
 
 A test fails when none of them does any more: the entry is removed then.

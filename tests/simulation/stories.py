@@ -32,7 +32,7 @@ from tests.simulation.faults import (
     TwoSweeps,
 )
 from tests.simulation.story import STATED, Order, Story, Upload, of_single_jobs
-from tests.simulation.troubles import of_neighbors
+from tests.simulation.troubles import AT_LOW_LIMITS, of_neighbors
 
 TENANTS: Final = ("acme", "birch", "cedar")
 
@@ -78,6 +78,8 @@ def story_of(seed: int) -> Story:
         return of_files(seed)
     if seed % 16 == 7:
         return of_neighbors(seed)
+    if seed % 64 == 15:
+        return of_neighbors(seed, AT_LOW_LIMITS)
     return of_single_jobs(seed)
 
 
@@ -125,7 +127,7 @@ def of_tenants(seed: int) -> Story:
         timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
         skew_ms=rng.choice((0, 500, 2 * SECOND)),
-        most_retrieve_exception=rng.choice((2, 6, 10_000)),
+        due_share=rng.choice((2, 6, 10_000)),
         cached=rng.random() < 0.5,
         calm_at_ms=calm_at_ms,
         patience_ms=9 * 60 * MINUTE,
@@ -166,7 +168,7 @@ def of_files(seed: int) -> Story:
         timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
         skew_ms=rng.choice((0, 500, 2 * SECOND)),
-        most_retrieve_exception=rng.choice((2, 1_000)),
+        due_share=rng.choice((2, 1_000)),
         lines_per_range=rng.choice((1, 3, 5, 100)),
         ranges_per_section=rng.choice((1, 2, 100)),
         calm_at_ms=calm_at_ms,

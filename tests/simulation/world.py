@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-from sluice.bulk import assemble as assembling
+from sluice.bulk import sections as joining
 from sluice.domain.errors import JobNotFound, StoreBusy
 from sluice.domain.jobs import DueFor, Job, Party
 from sluice.domain.keys import UpstreamKey
@@ -107,8 +107,8 @@ class StoryJobs(MemoryJobs):
         self.taken: Counter[tuple[str, int]] = Counter()
         """How often a due time was taken, by job and the time it was due."""
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        return super().due(why, now, min(limit, self.world.story.most_retrieve_exception))
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
+        return super().due(why, now, min(share, self.world.story.due_share))
 
     def postpone(self, due: Due, until: int) -> Due | None:
         taken = super().postpone(due, until)
@@ -940,7 +940,7 @@ class World:
         return json.dumps(value) if isinstance(value, int | None) else type(value).__name__
 
 
-WITH_THREADS: Final = (submitting, sweeping, burying, assembling)
+WITH_THREADS: Final = (submitting, sweeping, burying, joining)
 
 
 @contextmanager

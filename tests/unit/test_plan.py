@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.bulk import assemble
+from sluice.bulk import assemble, sections
 from sluice.bulk import plan as plans
 from sluice.domain.batches import (
     LATE_MS,
@@ -29,7 +30,7 @@ from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.rows import Encoded
 from sluice.intake.requests import read_options
 from tests.bulk_fakes import Bulk, a_row, jsonl
-from tests.fakes import MINUTE, NOON
+from tests.fakes import MINUTE, NOON, VirtualClock
 
 Make = Callable[..., Bulk]
 
@@ -616,7 +617,7 @@ def test_repeated_custom_ids_are_found_share_by_share(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a large batch not all custom_ids are in memory at once."""
-    monkeypatch.setattr(assemble, "ENTRIES_AT_ONCE", 10)
+    monkeypatch.setattr(sections, "ENTRIES_AT_ONCE", 10)
     bulk = make()
     rows = [a_row(number % 400) for number in range(800)]
 
@@ -625,6 +626,93 @@ def test_repeated_custom_ids_are_found_share_by_share(
 
     assert [f"row-{number}" for number in range(400)] == ids(bulk.results())
     assert 400 == bulk.batch.duplicates
+
+
+class Weary(VirtualClock):
+    """A clock on which every reading takes a minute, as if each step of an end did."""
+
+    readings = 0
+
+    def now(self) -> int:
+        self.readings += 1
+        return super().now() + self.readings * MINUTE
+
+
+@pytest.mark.usefixtures("small_sections")
+def test_the_end_of_a_large_batch_takes_several_invocations_and_no_step_twice(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to start from nothing in each invocation: above some size it never ended."""
+    monkeypatch.setattr(sections, "ENTRIES_AT_ONCE", 20)
+    bulk = make(joins_at_once=False)
+    rows: list[Any] = [a_row(number % 700) for number in range(900)]
+    rows[3] = b"{broken"
+    bulk.upload(jsonl(*rows))
+    while bulk.queues.ranges:
+        bulk.once()
+    bulk.assemble = assemble.Assemble(
+        bulk.batches, bulk.objects, bulk.notices, Weary(bulk.time), bulk.events
+    )
+    bulk.gateway.journal.clear()
+
+    done = [bulk.assemble.join(*join) for join in bulk.queues.joins]
+    while not done[-1]:
+        assert len(done) < 50
+        done.append(bulk.assemble.join(*bulk.queues.joins[-1]))
+
+    assert done.count(False) >= 3
+    ended = [f"row-{number}" for number in range(700)]
+    ended.remove("row-3")
+    assert sorted([*ended, "row-3"]) == sorted(ids(bulk.results())), (
+        "the second row-3 is the only one"
+    )
+    assert 199 == bulk.batch.duplicates
+    lines = [error["line"] for error in bulk.errors()]
+    assert [4, *(line for line in range(701, 901) if line != 704)] == lines
+    searches = [line for line in bulk.gateway.journal if "put" in line and ".repeats" in line]
+    finished = [line for line in bulk.gateway.journal if "put" in line and ".counts" in line]
+    assert 45 == len(searches) == len(set(searches))
+    assert len(finished) == len(set(finished)) >= 2
+
+
+@pytest.mark.usefixtures("small_sections")
+@pytest.mark.parametrize("death", range(1, 22, 4))
+def test_an_end_that_dies_at_any_write_is_continued(make: Make, death: int) -> None:
+    bulk = make(joins_at_once=False)
+    rows: list[Any] = [a_row(number % 350) for number in range(400)]
+    rows[7] = b"{broken"
+    bulk.upload(jsonl(*rows))
+    while bulk.queues.ranges:
+        bulk.once()
+    writes = 0
+    objects_put = bulk.objects.put
+
+    def dying(key: str, body: bytes) -> str:
+        nonlocal writes
+        writes += 1
+        if writes == death:
+            raise StoreBusy("the data bucket")
+        return objects_put(key, body)
+
+    bulk.objects.put = dying  # type: ignore[method-assign]
+    for join in bulk.queues.joins:
+        with suppress(StoreBusy):
+            bulk.assemble.join(*join)
+    for join in bulk.queues.joins:
+        bulk.assemble.join(*join)
+
+    assert 350 == len(ids(bulk.results())) == len(set(ids(bulk.results())))
+    assert 49 == bulk.batch.duplicates
+    assert 50 == len(bulk.errors())
+
+
+def test_a_file_of_too_many_rows_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sluice.bulk.plan.MOST_ROWS", 100)
+    bulk = make()
+
+    bulk.upload(jsonl(*(a_row(number) for number in range(101))))
+
+    assert "rows; the maximum is 100. Split it into several files" in (bulk.batch.problem or "")
 
 
 @pytest.mark.usefixtures("small_sections")
@@ -756,7 +844,7 @@ def test_a_plan_is_for_lines_as_long_as_those_of_the_sample() -> None:
 def test_parts_of_any_size_are_joined_piece_by_piece(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "AHEAD_BYTES", 1_000)
+    monkeypatch.setattr(sections, "AHEAD_BYTES", 1_000)
     bulk = make(joins_at_once=False)
     rows: list[Any] = [a_row(number) for number in range(300)]
     rows[7] = b"{"
@@ -780,7 +868,7 @@ def test_parts_of_any_size_are_joined_piece_by_piece(
 
 @given(st.sets(st.integers(0, 500)))
 def test_places_are_those_that_were_added(added: set[int]) -> None:
-    places = assemble.Places()
+    places = sections.Places()
     for place in added:
         places.add(place)
 
@@ -790,16 +878,16 @@ def test_places_are_those_that_were_added(added: set[int]) -> None:
 
 @given(st.lists(st.integers(0, 10**9), max_size=50))
 def test_an_index_is_its_entries_in_order_behind_a_table_of_counts(offsets: list[int]) -> None:
-    index = assemble.Index()
+    index = sections.Index()
     entries = []
     for place, offset in enumerate(offsets):
         record = Encoded("R", offset, place, f"row-{offset % 7}", b"{}", b"")
         index.add(record, place)
-        digest = hashlib.sha256(record.custom_id.encode()).digest()[: assemble.HASH_BYTES]
+        digest = hashlib.sha256(record.custom_id.encode()).digest()[: sections.HASH_BYTES]
         entries.append(digest + offset.to_bytes(8) + place.to_bytes(4))
 
     written = b"".join(index.pieces())
 
     before = [sum(entry[0] < byte for entry in entries) for byte in range(256)]
-    assert b"".join(count.to_bytes(4) for count in before) == written[: assemble.TABLE_BYTES]
-    assert b"".join(sorted(entries)) == written[assemble.TABLE_BYTES :]
+    assert b"".join(count.to_bytes(4) for count in before) == written[: sections.TABLE_BYTES]
+    assert b"".join(sorted(entries)) == written[sections.TABLE_BYTES :]

@@ -563,10 +563,10 @@ def test_all_rows_of_a_range_wait_in_line(make: Make, monkeypatch: pytest.Monkey
     waiting: list[int] = []
     admit = Limiter.admit
 
-    async def counted(self: Limiter, *arguments: Any, **facts: Any) -> Any:
+    async def counted(self: Limiter, *arguments: Any, **named: Any) -> Any:
         waiting.append(1)
         try:
-            return await admit(self, *arguments, **facts)
+            return await admit(self, *arguments, **named)
         finally:
             most.append(len(waiting))
             waiting.pop()

@@ -497,3 +497,34 @@ def test_a_deadline_is_seen_after_a_rescued_job_was_sent() -> None:
             break
 
     assert 180 == ended
+
+
+# Turns -----------------------------------------------------------------------------------------------------
+
+
+def test_the_many_jobs_of_one_tenant_do_not_use_up_what_another_could_start() -> None:
+    """Both use models of one group, in which 75 calls can start until shortly after the next run."""
+    many = [parked(f"job_{n:03}", -60, tenant="large") for n in range(200)]
+    few = [parked(f"job_few_{n}", -1, tenant="small") for n in range(3)]
+    scene = Scene(*many, *few, groups=(slow_group(60),))
+
+    swept = scene.sweep()
+
+    assert 75 == swept.sent
+    assert {"job_few_0", "job_few_1", "job_few_2"} <= set(scene.sent())
+
+
+def test_expired_jobs_do_not_take_the_whole_run() -> None:
+    late = [parked(f"job_{n:03}", 60, deadline=NOON - MINUTE, tenant="large") for n in range(300)]
+    scene = Scene(*late, parked("job_due", tenant="small"))
+    replace_job = scene.jobs.replace
+
+    def slowly(job: Job, expected_version: int) -> None:
+        scene.clock.at += SECOND
+        replace_job(job, expected_version)
+
+    scene.jobs.replace = slowly  # type: ignore[method-assign]
+
+    scene.sweep(stop_at=NOON + 300 * SECOND)
+
+    assert ["job_due"] == scene.sent()

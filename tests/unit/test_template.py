@@ -294,7 +294,12 @@ def test_only_the_api_may_delete_data_and_only_the_objects_of_batches() -> None:
     assert {
         ("ApiFunctionRole", "s3:DeleteObject", str({"Fn::Sub": f"${{DataBucket.Arn}}/{prefix}/*"}))
         for prefix in ("out", "batches", "in/*/.uploads")
+    } | {
+        ("RangesFunctionRole", "dynamodb:DeleteItem", str({"Fn::GetAtt": ["BatchesTable", "Arn"]}))
     } == deletes
+    (listed,) = (each for _, each in statements() if each.get("Sid") == "WelcomeNewcomers")
+    only = {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": ["newcomers"]}}
+    assert only == listed["Condition"], "entries of a list, no data"
 
 
 # Queues
@@ -306,8 +311,8 @@ def test_every_queue_has_a_dead_letter_queue(name: str) -> None:
 
     assert redrive["deadLetterTargetArn"]["Fn::GetAtt"][0] in QUEUES
     # Every snooze is a receive, and none is an attempt. In these two nothing snoozes.
-    few = {"BatchesQueue", "WebhooksQueue"}
-    assert (100 if name in few else 1000) == redrive["maxReceiveCount"]
+    fewer = {"BatchesQueue": 300, "WebhooksQueue": 100}
+    assert fewer.get(name, 1000) == redrive["maxReceiveCount"]
 
 
 @pytest.mark.parametrize("name", QUEUES)

@@ -22,6 +22,7 @@ from sluice.domain.limits import DIMENSIONS, Bucket, Group, expires_at
 from sluice.domain.models import Answered, KnownModels
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
+from sluice.domain.turns import Shares
 from sluice.domain.workspaces import Workspace
 from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
@@ -150,17 +151,14 @@ class DynamoJobs:
             last = _index_key(jobs[-1])
         return Page(tuple(jobs), _page(last) if last else None)
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        """Return the due jobs, longest due first; of more than `limit` those at both ends."""
-        share = max(1, limit // job_records.DUE_SHARDS // 2)
-        found: dict[str, Due] = {}
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
+        """Return the due jobs, longest due first: about `share` of each tenant and model at most."""
+        found: list[Due] = []
         for part in range(job_records.DUE_SHARDS):
-            shard = job_records.due_shard(why, part)
-            some = self._table.due(shard, now, share)
-            if len(some) == share:
-                some += self._table.due(shard, now, share, longest_first=False)
-            found |= {each.job_id: each for each in map(_due, some)}
-        return sorted(found.values(), key=lambda each: (each.due_at, each.job_id))
+            shares = Shares[Due](lambda each: (each.tenant, each.model), job_records.part_of(share))
+            self._table.due(job_records.due_shard(why, part), now, shares, _due)
+            found += shares.items
+        return sorted(found, key=lambda each: (each.due_at, each.job_id))
 
     def postpone(self, due: Due, until: int) -> Due | None:
         """Make the job due again at `until` only; None if another sweep was first."""

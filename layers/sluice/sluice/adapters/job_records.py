@@ -57,6 +57,11 @@ def due_part(job_id: str) -> int:
     return sha256(job_id.encode()).digest()[0] % DUE_SHARDS
 
 
+def part_of(share: int) -> int:
+    """Return how many due items to take from each part of the index `by_due`, to get about `share` of them."""
+    return -(-share // DUE_SHARDS)
+
+
 def due_shard(why: DueFor, part: int) -> str:
     """Return the name of a part of the index `by_due`. For compatibility, those of parked jobs are only a number."""
     return str(part) if why is DueFor.CALL else f"{why}{part}"

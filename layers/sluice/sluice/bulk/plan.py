@@ -16,6 +16,7 @@ from sluice.domain.batches import (
     LONGEST_MS,
     MOST_KEY_BYTES,
     MOST_LINE_BYTES,
+    MOST_ROWS,
     PLANNING_MS,
     SAMPLE_BYTES,
     WATCH_MS,
@@ -51,7 +52,7 @@ from sluice.domain.forms import (
 )
 from sluice.domain.webhooks import Network
 from sluice.intake.requests import decode, read_options, unread
-from sluice.ports.batches import BatchStore, Objects, RangesQueue, Stored
+from sluice.ports.batches import BatchStore, Newcomer, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events
 
@@ -276,14 +277,16 @@ class PlanBatch:
     def _join(self, batch: Batch, sections: Sequence[int]) -> None:
         """Join sections in this invocation, because this function must not send to the queue that invokes it.
 
-        A section that is already joined costs two reads. The next check joins those for which no time is left.
+        A section that is already joined costs two reads. What is left, the next check does, or the message of the last
+        section, which is repeated until the batch has ended.
         """
         latest = self._clock.now() + JOIN_MS
         for section in sections:
-            if self._clock.now() > latest:
+            if self._clock.now() > latest or not self._assemble.join(
+                batch.batch_id, section, latest
+            ):
                 self._events.note("sections left to the next check", batch_id=batch.batch_id)
                 return
-            self._assemble.join(batch.batch_id, section)
 
     def _send(self, batch: Batch, numbers: Sequence[int]) -> None:
         for _ in range(SEND_ROUNDS):
@@ -337,6 +340,8 @@ class PlanBatch:
         if not plan.ranges:
             self._assemble.fail(batch, "the file is empty")
             return
+        if plan.is_small:
+            self._batches.announce(Newcomer(batch.tenant, batch.batch_id))
         self._send(batch, range(plan.ranges))
         self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         self._events.note(
@@ -357,7 +362,7 @@ class PlanBatch:
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
         plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
-        problem = _unreadable(sample)
+        problem = _unreadable(sample) or _too_long(plan)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
@@ -492,6 +497,14 @@ def _is_folder(key: str) -> bool:
 def _has_no_lines(key: str, sample: bytes) -> bool:
     """Return whether the file must be converted to JSONL first: gzip, CSV and folders have no lines to divide at."""
     return _is_folder(key) or key.lower().endswith((".gz", ".csv")) or sample.startswith(_GZIP)
+
+
+def _too_long(plan: Plan) -> str | None:
+    """Return what is wrong with a file of more rows than the end of a batch can compare."""
+    if plan.estimated_rows <= MOST_ROWS:
+        return None
+    rows = f"{plan.estimated_rows:,} rows; the maximum is {MOST_ROWS:,}"
+    return f"the file has about {rows}. Split it into several files"
 
 
 def _unreadable(sample: bytes) -> str | None:

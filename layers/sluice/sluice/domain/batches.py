@@ -30,8 +30,14 @@ MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
 MOST_RANGES: Final = 200_000
 """Maximum for one object; in larger objects the ranges are longer."""
 
+SMALL_RANGES: Final = 3
+"""Busy workers run the ranges of a batch with at most this many beside their own, so that it starts within seconds."""
+
 MOST_LINE_BYTES: Final = 8 * 1024 * 1024
 """A longer line is a bad row. Several such lines must fit into memory."""
+
+MOST_ROWS: Final = 100_000_000
+"""Maximum for one object, as the planner estimates it: their custom_ids are compared at the end."""
 
 SAMPLE_BYTES: Final = 64 * 1024
 SAMPLES: Final = 8
@@ -53,6 +59,9 @@ LOSSES_UNTIL_ALONE: Final = 3
 
 MOST_LOST_ALONE: Final = 3
 """A row that loses this many workers while no other row of its range is in flight ends `errored`."""
+
+MOST_LOST_READING: Final = 3
+"""A line at which this many workers die while they read it is a bad row, and is not read again."""
 
 CLAIM_VERSIONS: Final = 100_000
 """Maximum versions of a row's job under one claim of its range; keeps the ids of calls unique."""
@@ -155,6 +164,11 @@ class Plan:
     def sections(self) -> int:
         """The number of sections."""
         return -(-self.ranges // RANGES_PER_SECTION)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether busy workers may run its ranges beside their own."""
+        return 0 < self.ranges <= SMALL_RANGES
 
     @property
     def estimated_rows(self) -> int:
@@ -529,6 +543,12 @@ class RangeState:
     any row of the window may be the killer."""
     blamed: tuple[int, ...] = ()
     """One entry per worker that was lost while it ran only this row."""
+    is_stuck: bool = False
+    """A worker was lost while no row was in flight: those after it note each line before they read it."""
+    reading: int | None = None
+    """The byte offset of the line that is being read, while the range is stuck."""
+    unread: tuple[int, ...] = ()
+    """One entry per worker that was lost while it read this line."""
     expected_at: int = 0
     """While no worker has the range: when its message is visible again. 0: it was not released since it was sent."""
     dropped: bool = False
@@ -546,20 +566,23 @@ def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> Ra
         lease_until=lease_until,
         claims=state.claims + 1,
         running=(),
+        reading=None,
         not_before=None,
         model=None,
     )
 
 
 def _after_loss(state: RangeState) -> RangeState:
-    """Reduce the suspects to the rows that were in flight when the worker died."""
+    """Reduce the suspects to the rows that were in flight when the worker died, or blame the line that it read."""
+    if state.reading is not None:
+        return replace(state, unread=(*state.unread, state.reading))
     if len(state.running) == 1:
         (alone,) = state.running
         if alone in state.blamed or state.losses >= LOSSES_UNTIL_ALONE:
             return replace(_without(state, state.running), blamed=(*state.blamed, alone))
     if state.losses and not state.running:
-        # No row was in flight, so none killed the worker.
-        return state
+        # No row was in flight, so none killed the worker; perhaps a line that was read.
+        return replace(state, is_stuck=True)
     # Before the first loss not all rows in flight are recorded.
     suspects = state.running if state.losses else ()
     return replace(state, losses=min(state.losses + 1, LOSSES_UNTIL_ALONE), suspects=suspects)
@@ -576,6 +599,18 @@ def killers(state: RangeState) -> frozenset[int]:
     """Return the rows that have lost too many workers alone, and are not tried again."""
     blamed = state.blamed
     return frozenset(row for row in blamed if blamed.count(row) >= MOST_LOST_ALONE)
+
+
+def unreadable(state: RangeState) -> frozenset[int]:
+    """Return the lines that have lost too many workers when they were read."""
+    unread = state.unread
+    return frozenset(line for line in unread if unread.count(line) >= MOST_LOST_READING)
+
+
+def note_reading(state: RangeState, owner: str, line: int | None) -> RangeState:
+    """Record which line is read next; None: the window is read."""
+    _owned(state, owner)
+    return state if line == state.reading else _moved(state, reading=line)
 
 
 def note_running(state: RangeState, owner: str, rows: Sequence[int]) -> RangeState:
@@ -628,6 +663,9 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
         running=(),
         suspects=(),
         blamed=(),
+        is_stuck=False,
+        reading=None,
+        unread=(),
     )
 
 
@@ -649,6 +687,7 @@ def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to
         lease_until=0,
         chunks=tuple(chunks),
         running=(),
+        reading=None,
         expected_at=expected_at,
         not_before=not_before,
         model=model,
@@ -670,6 +709,9 @@ def finish_range(state: RangeState, owner: str) -> RangeState:
         running=(),
         suspects=(),
         blamed=(),
+        is_stuck=False,
+        reading=None,
+        unread=(),
     )
 
 

@@ -16,7 +16,7 @@ from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import Usage
 from sluice.domain.waits import LEASE_MS
 
-MOST_REMEMBERED: Final = 40
+MOST_REMEMBERED: Final = 30
 WHOLE_TEXTS: Final = 6
 SHORT_TEXT: Final = 200
 """Attempts and redrives kept in a record, how many of the newest have their whole error texts, and the characters of

@@ -70,10 +70,10 @@ class Due:
 class DueJobs(Protocol):
     """The jobs that have not ended, as the sweep sees them: by the time at which they are due."""
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        """Return the due jobs, longest due first.
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
+        """Return the due jobs, longest due first: about `share` of each tenant and model at most.
 
-        Of more than `limit` jobs return the longest and the latest due, so that a large backlog does not hide new ones.
+        So the backlog of one hides none of another.
         """
         ...
 

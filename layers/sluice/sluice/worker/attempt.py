@@ -138,6 +138,7 @@ class Attempt:
             self._job.input_chars,
             self._job.max_tokens,
             latest,
+            owner=self._job.tenant,
             may_fall_back=self._job.has_fallback,
         )
         match admission:

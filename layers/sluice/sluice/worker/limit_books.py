@@ -166,6 +166,8 @@ class Waiter:
     latest_start: int
     since: int
     answer: asyncio.Future[Admitted]
+    owner: str = ""
+    """Whose job it is: the owners of the jobs in a line take turns."""
     may_fall_back: bool = False
     """The job has a fallback model: it does not wait for the circuit breaker of its model."""
 

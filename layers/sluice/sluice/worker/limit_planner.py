@@ -23,6 +23,7 @@ from sluice.domain.limits import (
     start_on,
     usual_gap,
 )
+from sluice.domain.turns import in_turns
 from sluice.domain.waits import Waits
 from sluice.ports.world import Clock, Events, Jitter
 from sluice.worker.limit_books import (
@@ -169,7 +170,7 @@ class Planner:
         }
         planned: dict[str, list[Waiter]] = {}
         self.held_back = 0
-        for waiter in list(self._line.waiters):
+        for waiter in in_turns(self._line.waiters, _owner):
             if any(claimant.group not in drafts for claimant in waiter.claimants):
                 # It arrived while the groups were read: the next turn includes it.
                 continue
@@ -238,6 +239,10 @@ class Planner:
         full = start + (block - 1) * usual_gap(group) - first.horizon(group, cost, now)
         latest = start - SOON_MS // 2
         return latest if full >= latest else full + int(self._jitter() * (latest - full))
+
+
+def _owner(waiter: Waiter) -> str:
+    return waiter.owner
 
 
 def _best(

@@ -111,20 +111,21 @@ class Limiter:
 
     # The steps of a call -----------------------------------------------------------------------------------------
 
-    async def admit(
+    async def admit(  # noqa: PLR0913 - the facts of one job
         self,
         claimants: Sequence[Claimant],
         input_chars: int,
         max_tokens: int,
         latest_start: int,
         *,
+        owner: str = "",
         may_fall_back: bool = False,
     ) -> Admitted:
         """Wait for a reservation in the group that can start first; Later if none starts by `latest_start`."""
         answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
         since = self._clock.now()
         waiter = Waiter(
-            claimants, input_chars, max_tokens, latest_start, since, answer, may_fall_back
+            claimants, input_chars, max_tokens, latest_start, since, answer, owner, may_fall_back
         )
         self._line.waiters.append(waiter)
         self._planner.wake()

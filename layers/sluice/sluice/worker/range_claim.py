@@ -17,6 +17,7 @@ from sluice.domain.batches import (
     end_window,
     finish_range,
     keep_range,
+    note_reading,
     note_running,
     release_range,
     save_chunk,
@@ -124,6 +125,11 @@ class ClaimedRange:
     def note_running(self, running: Callable[[], Sequence[int]]) -> None:
         """Record which rows are in flight at the time of the write."""
         self._change(lambda state: note_running(state, self._owner, running()))
+
+    def note_reading(self, line: int | None) -> None:
+        """Record which line is read next, if a line may have killed a worker."""
+        if self.state.is_stuck:
+            self._change(lambda state: note_reading(state, self._owner, line))
 
     def release(self, wait: RangeWait, chunks: Sequence[str], *, dropped: bool = False) -> None:
         """Return the range with its saved chunks; `dropped`: answers could not be saved."""

@@ -89,8 +89,10 @@ class Seat:
 class WindowRows:
     """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, held_bytes: int | None = None) -> None:
+        """`held_bytes` is the most that records of saved rows take; by default `HELD_BYTES`."""
         self._clock = clock
+        self._most_held_bytes = held_bytes or HELD_BYTES
         self._lock = threading.Lock()
         self._seats: dict[str, Seat] = {}
         self._unsaved: list[Seat] = []
@@ -195,7 +197,7 @@ class WindowRows:
         return Result()
 
     def probe(self) -> None:
-        """Do nothing: a range looks at the bucket before it runs its rows."""
+        """Do nothing: a range tries the bucket before it runs its rows."""
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""
@@ -268,7 +270,7 @@ class WindowRows:
         """Keep a saved record in memory if there is room for it."""
         if record.text is None:
             return
-        if self._held_bytes + record.size > HELD_BYTES:
+        if self._held_bytes + record.size > self._most_held_bytes:
             record.text = None
         else:
             self._held_bytes += record.size

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sluice.domain.batches import CLAIM_VERSIONS, SAMPLE_BYTES, Batch, RangeState, Tally, row_job_id
+from sluice.domain.batches import (
+    CLAIM_VERSIONS,
+    MOST_LOST_READING,
+    SAMPLE_BYTES,
+    Batch,
+    RangeState,
+    Tally,
+    row_job_id,
+    unreadable,
+)
 from sluice.domain.jobs import Job
 from sluice.domain.rows import (
     BadRow,
@@ -36,6 +45,8 @@ like those of another range."""
 
 PIECE_BYTES: Final = 1024 * 1024
 """Bytes of the object read at once."""
+
+DEADLY: Final = f"{MOST_LOST_READING} workers died while they read this line; it is not read again"
 
 _RECORD_BYTES: Final = 200
 """Approximate memory of a record besides its body."""
@@ -75,6 +86,7 @@ class Windows:
         state: RangeState,
         saved: Saved,
         make_job: Callable[[str, Row], Job],
+        note_reading: Callable[[int | None], None],
         events: Events,
     ) -> None:
         self._objects = objects
@@ -82,7 +94,9 @@ class Windows:
         self._state = state
         self._saved = saved
         self._make_job = make_job
+        self._note_reading = note_reading
         self._events = events
+        self._unreadable = unreadable(state)
         assert batch.plan is not None
         self._plan = batch.plan
         self._start, self._end = self._plan.bounds(state.number)
@@ -93,6 +107,11 @@ class Windows:
 
     def next(self) -> Window:
         """Read the next window; raises InputMissing."""
+        window = self._next_window()
+        self._note_reading(None)
+        return window
+
+    def _next_window(self) -> Window:
         seats: list[Seat] = []
         bad: list[Record] = []
         text_bytes = bad_bytes = 0
@@ -105,6 +124,7 @@ class Windows:
             if (is_full and seats) or bad_bytes > WINDOW_BAD_BYTES:
                 self._next = line
                 return Window(seats, bad, line.offset, self._count, is_last=False)
+            self._note_reading(line.offset)
             found = self._found(line)
             self._count = line.number + 1
             if line.offset < self._state.resume_at:
@@ -127,6 +147,8 @@ class Windows:
 
     def _found(self, line: Line) -> Seat | list[Record]:
         """Return the row of a line; any exception is the error of this line alone."""
+        if line.offset in self._unreadable:
+            return bad_row_records(line, BadRow(DEADLY))
         try:
             return self._read(line)
         except Exception as error:  # noqa: BLE001 - the other lines of the range must run

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Final, ParamSpec
 
 from sluice.domain import waits
-from sluice.domain.batches import Batch, Phase, Tally, claim_range, killers
+from sluice.domain.batches import Batch, Phase, RangeState, Tally, claim_range, killers
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.rows import Row
 from sluice.notices.report import report_end
+from sluice.ports.batches import Newcomer
 from sluice.ports.jobs import Received
 from sluice.ports.swap import swap
 from sluice.worker.range_claim import (
@@ -77,6 +78,8 @@ class RunRange:
         self.tools = tools
         self.worker = worker
         self.rows = rows
+        self.is_search = False
+        """The present range has lost workers."""
 
     async def __call__(self, pointer: RangePointer, stop_at: int, owner: str) -> bool:
         """Run a range as far as possible; return whether its message is done.
@@ -88,7 +91,7 @@ class RunRange:
         try:
             return await self._claimed(pointer, stop_at, owner)
         except StoreBusy as error:
-            self.tools.events.problem("range not begun", what=error.what)
+            self.tools.events.problem("range not started", what=error.what)
         except Exception:  # noqa: BLE001 - whatever it was, the range continues later
             self.tools.events.problem("range failed", batch_id=pointer.batch_id)
         await self.hide(pointer, not_read_ms(pointer))
@@ -117,6 +120,8 @@ class RunRange:
         if await self.tools.blocking(swap, replace, claimed, state.version) != claimed:
             await self.back(pointer, 1_000)
             return False
+        self.is_search = claimed.losses > 0
+        await self._welcome(batch, claimed)
         was_lost = state.owner is not None
         if was_lost:
             self.tools.events.problem(
@@ -144,6 +149,17 @@ class RunRange:
             self.tools.returns.put_back, [(pointer.message, max(0, delay_ms))]
         )
 
+    async def _welcome(self, batch: Batch, state: RangeState) -> None:
+        """Remove a small batch from the newcomers once its last range is claimed."""
+        plan = batch.plan
+        if plan and plan.is_small and state.claims == 1 and state.number == plan.ranges - 1:
+            newcomer = Newcomer(batch.tenant, batch.batch_id)
+            try:
+                await self.tools.blocking(self.tools.batches.welcome, newcomer)
+            except StoreBusy as error:
+                # A worker that finds no range left to claim removes it.
+                self.tools.events.problem("newcomer not removed", what=error.what)
+
     async def hide(self, pointer: RangePointer, delay_ms: int = HIDE_MS) -> None:
         """As `back`, if the queue is not busy: the message is then visible when it was to be before."""
         try:
@@ -162,7 +178,9 @@ class RunRange:
             self.tools.batches.mark, batch.batch_id, f"section#{section:06d}", number, tally
         )
         if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section)
+            await self.tools.blocking(
+                self.tools.queue.send_join, batch.batch_id, section, batch.tenant
+            )
 
 
 class _Run:
@@ -222,6 +240,7 @@ class _Run:
             self._range.state,
             saved,
             self._job_of,
+            self._range.note_reading,
             self._tools.events,
         )
         run_rows = 0

@@ -33,10 +33,18 @@ LAST_ROUNDS: Final = 3
 class Worker:
     """Runs invocations one after another on one event loop, and keeps what it has learned about limits."""
 
-    def __init__(self, tools: Tools, rules: Rules, budget: Budget = BUDGET) -> None:
+    def __init__(
+        self,
+        tools: Tools,
+        rules: Rules,
+        budget: Budget = BUDGET,
+        *,
+        memory: Memory | None = None,
+    ) -> None:
+        """`memory` is that of another worker of the same process, which they share."""
         self.tools = tools
         self.rules = rules
-        self.memory = Memory(tools.clock, budget)
+        self.memory = memory or Memory(tools.clock, budget)
         self.limiter = Limiter(
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events, rules.waits
         )
