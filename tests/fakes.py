@@ -301,6 +301,11 @@ class MemoryJobs(Fragile):
         self.due_jobs[due.job_id] = why, held
         return held
 
+    def forget(self, due: Due) -> None:
+        self._do("forget", due.job_id)
+        if self.due_jobs.get(due.job_id, (None, None))[1] == due:
+            del self.due_jobs[due.job_id]
+
     def watch(self, due: Due, until: int) -> None:
         self._do("watch", due.job_id)
         if self.due_jobs.get(due.job_id, (None, None))[1] == due:
@@ -511,6 +516,21 @@ class MemoryLedger(Fragile):
         self._do("record", str(len(rows)))
         for row in rows:
             self.rows[row.tenant, row.day, row.call_id] = row
+
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        self._do("record_missing", str(len(rows)))
+        missing = [row for row in rows if (row.tenant, row.day, row.call_id) not in self.rows]
+        for row in missing:
+            self.rows[row.tenant, row.day, row.call_id] = row
+        return missing
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        self._do("calls_of", job_id)
+        return [
+            row
+            for (whose, day, _), row in self.rows.items()
+            if whose == tenant and day in days and row.job_id == job_id
+        ]
 
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
         self._do("add_up")

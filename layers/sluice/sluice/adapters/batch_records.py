@@ -320,13 +320,18 @@ def _batch(item: Item) -> Batch:
             "options": job_records.made(Options, options),
             "plan": None if plan is None else job_records.made(Plan, plan),
             "tally": job_records.made(Tally, record["tally"]),
+            "unsupported": tuple(record.get("unsupported", ())),
         },
     )
 
 
+def _tuple(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_tuple(each) if isinstance(each, list) else each for each in values)
+
+
 def _range(item: Item) -> RangeState:
     record: dict[str, Any] = json.loads(item["record"]["S"])
-    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    lists = {name: _tuple(value) for name, value in record.items() if isinstance(value, list)}
     return job_records.made(RangeState, record | lists)
 
 

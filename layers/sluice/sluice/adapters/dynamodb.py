@@ -165,6 +165,10 @@ class DynamoJobs:
         is_first = self._update_if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
         return replace(due, due_at=until) if is_first else None
 
+    def forget(self, due: Due) -> None:
+        """Remove the job from the index, unless it was written since."""
+        self._update_if_due(due, "REMOVE due_at, due_shard", {})
+
     def watch(self, due: Due, until: int) -> None:
         """Make a sent job due again at `until`, or at its deadline if that is first, unless it was written since."""
         why, at = due_after_send(due.deadline, until)
@@ -384,6 +388,27 @@ class DynamoLedger:
         items = {(row.tenant, row.day, row.call_id): _ledger_item(row) for row in rows}
         self._rows.put_all(list(items.values()))
 
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        """Write those rows whose calls have no row yet; return them."""
+        absent = "attribute_not_exists(call_id)"
+        return [row for row in rows if self._rows.put_if(_ledger_item(row), absent) is None]
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        """Return the rows of a job's calls on these days."""
+        items = [
+            item
+            for day in days
+            for item in self._rows.query_all(
+                KeyConditionExpression="tenant_day = :tenant_day AND begins_with(call_id, :calls)",
+                ExpressionAttributeValues={
+                    ":tenant_day": {"S": f"{tenant}#{day}"},
+                    ":calls": {"S": f"{job_id}#"},
+                },
+                ConsistentRead=True,
+            )
+        ]
+        return [_ledger_row(item) for item in items]
+
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
         """Add to the sums."""
         for (tenant, day, model, lane), spend in sums.items():
@@ -406,10 +431,7 @@ class DynamoLedger:
             # The model name may contain "#" if the upstream is a proxy.
             day, rest = item["bucket"]["S"].split("#", 1)
             model, lane = rest.rsplit("#", 1)
-            numbers = {
-                each.name: int(item[each.name]["N"]) for each in fields(Spend) if each.name in item
-            }
-            rows.append((date.fromisoformat(day), model, lane, Spend(**numbers)))
+            rows.append((date.fromisoformat(day), model, lane, _spend(item)))
         return rows
 
 
@@ -503,13 +525,41 @@ def _ledger_item(row: LedgerRow) -> Item:
     }
     item: Item = {name: {"S": text} for name, text in texts.items() if text}
     numbers = row.spend.as_dict()
-    if not row.spend.unknown_costs:
-        del numbers["unknown_costs"]
+    for name in ("unknown_costs", "uncertain_calls"):
+        if not numbers[name]:
+            del numbers[name]
     item |= {name: {"N": str(number)} for name, number in numbers.items()}
     item["certain"] = {"BOOL": row.certain}
     day_start = (row.day - date(1970, 1, 1)).days * job_records.DAY_SECONDS
     item["expires_at"] = {"N": str(day_start + LEDGER_DAYS * job_records.DAY_SECONDS)}
     return item
+
+
+def _ledger_row(item: Item) -> LedgerRow:
+    def text(name: str) -> str | None:
+        return item[name]["S"] if name in item else None
+
+    tenant, _, day = item["tenant_day"]["S"].rpartition("#")
+    return LedgerRow(
+        tenant=tenant,
+        day=date.fromisoformat(day),
+        call_id=item["call_id"]["S"],
+        job_id=item["job_id"]["S"],
+        model=text("model") or "",
+        lane=text("lane") or "",
+        organization=text("organization"),
+        key_id=text("key_id") or "",
+        request_id=text("request_id"),
+        outcome=text("outcome") or "",
+        spend=_spend(item),
+        certain=item["certain"]["BOOL"],
+        note=text("note"),
+    )
+
+
+def _spend(item: Item) -> Spend:
+    names = (each.name for each in fields(Spend))
+    return Spend(**{name: int(item[name]["N"]) for name in names if name in item})
 
 
 def _index_key(job: Job) -> Item:
