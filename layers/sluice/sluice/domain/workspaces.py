@@ -129,7 +129,9 @@ def organization_until(
     ]
     if not others:
         return None
-    return min(refusal.until, *(each.blocked_until for each in others if each.blocked_until > now))
+    return min(
+        [refusal.until, *(each.blocked_until for each in others if each.blocked_until > now)]
+    )
 
 
 def started(known: Mapping[str, Workspace], name: str, start: int) -> Mapping[str, Workspace]:
