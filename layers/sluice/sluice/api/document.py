@@ -249,7 +249,7 @@ class DayLimit(Shape):
 
 
 class OpenBreaker(Shape):
-    """An open circuit breaker: an overloaded model or a failing endpoint, probed with single calls."""
+    """An overloaded model or a failing endpoint, probed with single calls; or a workspace whose limit is reached."""
 
     what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
     until: Time
