@@ -545,6 +545,14 @@ class MemoryLedger(Fragile):
             if whose == tenant and first <= day <= last
         ]
 
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        self._do("organizations")
+        return {
+            row.organization
+            for (whose, day, _), row in self.rows.items()
+            if whose == tenant and first <= day <= last and row.organization
+        }
+
     @property
     def outcomes(self) -> list[str]:
         """The outcome of each row, in the order of their calls."""

@@ -270,6 +270,24 @@ def test_s3_keeps_the_copy_of_the_greater_rank(stack: Stack, size: int) -> None:
     assert b"3" * size == store.get(latest)
 
 
+def test_a_deleted_batch_of_a_file_leaves_only_the_tenants_own_file(stack: Stack) -> None:
+    before = everything(stack)
+    batch_id = stack.planned("erased.jsonl")
+    within(lambda: stack.http.get(f"/batches/{batch_id}").json()["ended_at"])
+    made = everything(stack) - before
+    assert {"batches", "in", "out"} == {key.split("/")[0] for key in made}
+
+    answer = stack.http.delete(f"/v1/messages/batches/{batch_id}")
+
+    assert answer.is_success, answer.text
+    assert {f"in/{TENANT}/erased.jsonl"} == everything(stack) - before
+
+
+def everything(stack: Stack) -> set[str]:
+    pages = stack.ready.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket)
+    return {each["Key"] for page in pages for each in page.get("Contents", ())}
+
+
 def test_an_aborted_upload_is_deleted(stack: Stack) -> None:
     name = "given-up.jsonl"
     started = stack.http.post("/uploads", json={"name": name, "bytes": 200_000_000}).json()
