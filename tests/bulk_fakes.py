@@ -23,7 +23,7 @@ from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
@@ -539,7 +539,7 @@ class Bulk:
             limits=self.gateway.limits,
             keys=self.gateway.pool,
             claude=self.claude,
-            ledger=RowBooks(self.ledger, rows),
+            ledger=self.ledger,
             clock=clock,
             jitter=lambda: self.gateway.jitter,
             blocking=self.gateway.blocking,
@@ -552,6 +552,7 @@ class Bulk:
             queue=at_once if self.joins_at_once else self.queues,
             backlog=self.queues.backlog,
             returns=NoMessages() if beside else self.queues,
+            ledger=self.ledger,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=clock,

@@ -301,6 +301,11 @@ class MemoryJobs(Fragile):
         self.due_jobs[due.job_id] = why, held
         return held
 
+    def forget(self, due: Due) -> None:
+        self._do("forget", due.job_id)
+        if self.due_jobs.get(due.job_id, (None, None))[1] == due:
+            del self.due_jobs[due.job_id]
+
     def watch(self, due: Due, until: int) -> None:
         self._do("watch", due.job_id)
         if self.due_jobs.get(due.job_id, (None, None))[1] == due:
@@ -512,6 +517,21 @@ class MemoryLedger(Fragile):
         for row in rows:
             self.rows[row.tenant, row.day, row.call_id] = row
 
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        self._do("record_missing", str(len(rows)))
+        missing = [row for row in rows if (row.tenant, row.day, row.call_id) not in self.rows]
+        for row in missing:
+            self.rows[row.tenant, row.day, row.call_id] = row
+        return missing
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        self._do("calls_of", job_id)
+        return [
+            row
+            for (whose, day, _), row in self.rows.items()
+            if whose == tenant and day in days and row.job_id == job_id
+        ]
+
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
         self._do("add_up")
         for key, spend in sums.items():
@@ -524,6 +544,14 @@ class MemoryLedger(Fragile):
             for (whose, day, model, lane), spend in sorted(self.sums.items())
             if whose == tenant and first <= day <= last
         ]
+
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        self._do("organizations")
+        return {
+            row.organization
+            for (whose, day, _), row in self.rows.items()
+            if whose == tenant and first <= day <= last and row.organization
+        }
 
     @property
     def outcomes(self) -> list[str]:
@@ -772,10 +800,11 @@ def answer(  # noqa: PLR0913 - the facts of one answer
     stop_reason: str = "end_turn",
     request_id: str = "req_1",
     organization: str | None = None,
+    workspace: str | None = None,
     seen: Mapping[Dimension, Seen] | None = None,
 ) -> Answer:
     """Return an answer of Claude's."""
-    headers = Headers(organization, ROOMY if seen is None else seen)
+    headers = Headers(organization, ROOMY if seen is None else seen, workspace)
     return Answer(message, usage, stop_reason, request_id, headers)
 
 
@@ -789,6 +818,8 @@ def refused(  # noqa: PLR0913 - the facts of one failure
     usage: Usage | None = None,
     may_be_billed: bool = False,
     had_full_window: bool = False,
+    organization: str | None = None,
+    workspace: str | None = None,
     seen: Mapping[Dimension, Seen] | None = None,
 ) -> Refused:
     """Return a failed call."""
@@ -803,7 +834,7 @@ def refused(  # noqa: PLR0913 - the facts of one failure
         may_be_billed,
         had_full_window,
     )
-    return Refused(failure, Headers(seen=seen or {}))
+    return Refused(failure, Headers(organization, seen or {}, workspace))
 
 
 Reply = Answer | Refused | Exception

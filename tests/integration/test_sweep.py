@@ -30,6 +30,7 @@ from tests.fakes import (
     FrozenClock,
     MemoryGovernorNotes,
     MemoryJobs,
+    MemoryLedger,
     MemoryLimits,
     MemoryQueue,
     PoolWritten,
@@ -272,7 +273,9 @@ def test_the_sweep_over_the_store(jobs: Store) -> None:
     clock = FrozenClock()
     queue = MemoryQueue(clock.now)
     pool = PoolWritten(None)
-    sweep = Sweep(jobs, jobs, queue, MemoryLimits(), pool, {}, clock, RecordingEvents())
+    sweep = Sweep(
+        jobs, jobs, MemoryLedger(), queue, MemoryLimits(), pool, {}, clock, RecordingEvents()
+    )
 
     assert Swept(due=31, sent=30, expired=1) == sweep(LATER)
     assert Swept() == sweep(LATER)

@@ -22,9 +22,10 @@ from sluice.ports.jobs import Due
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, ranges
 from sluice.worker.keys import KeyChoice
+from sluice.worker.ledger import Ledger
 from sluice.worker.newcomers import RunRanges
 from sluice.worker.range_claim import ClaimedRange
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.range_windows import Saved, Windows
 from sluice.worker.ranges import RunRange
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
@@ -238,7 +239,8 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
     ),
     "record_no_cost": Bug("the results of rows have no cost", _record_no_cost),
     "keep_no_books_of_rows": Bug(
-        "the calls of rows are in no ledger", in_place_of(RowBooks, "record", nothing)
+        "the calls of rows are in no ledger",
+        in_place_of(Ledger, "_recorded", lambda _, rows: rows),
     ),
     "never_resume_a_range": Bug(
         "parked ranges are not sent again", in_place_of(Resume, "_send", lambda *_: False)

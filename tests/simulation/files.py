@@ -26,7 +26,7 @@ from sluice.upkeep.resume import Resume
 from sluice.worker import newcomers, ranges
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
@@ -203,7 +203,7 @@ class RangeEnvironment:
             limits=world.limits,
             keys=world.pool,
             claude=self.line,
-            ledger=RowBooks(world.ledger, rows),
+            ledger=world.ledger,
             clock=machine,
             jitter=world.rng.random,
             blocking=machine,
@@ -215,6 +215,7 @@ class RangeEnvironment:
             queue=JoinAtOnce(lambda: files.assemble(machine), files.queues, world.events),
             backlog=files.queues.backlog,
             returns=NoMessages() if beside else files.queues,
+            ledger=world.ledger,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=machine,

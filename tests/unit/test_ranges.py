@@ -16,7 +16,6 @@ from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.limiter import Limiter
 from sluice.worker.range_claim import KEEP_MS, LEASE_MS
-from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
@@ -261,19 +260,30 @@ def test_a_worker_that_dies_repeats_only_what_it_had_not_saved(make: Make) -> No
     assert "range taken over" in bulk.events.problem_names
 
 
-def test_calls_that_may_repeat_others_are_named_in_the_ledger(make: Make) -> None:
+@pytest.mark.parametrize("seconds", [0.4, 1.05, 2.6, 3.3])
+def test_each_call_of_a_worker_that_died_is_in_the_ledger_and_in_the_sums(
+    make: Make, seconds: float
+) -> None:
+    """Those it had booked with their cost; those in flight, or answered and lost with it, as uncertain."""
     bulk = make(latency_ms=1_000)
     bulk.upload(jsonl(*(a_row(number) for number in range(100))))
 
-    kill_after(bulk, 2.6)
-    named_before = {row.note for row in bulk.ledger.rows.values()}
+    kill_after(bulk, seconds)
     bulk.drain()
 
-    noted = [row for row in bulk.ledger.rows.values() if row.note == AGAIN]
-    assert {None} >= named_before
-    calls = Counter(said(call.request) for call in bulk.claude.calls)
-    repeated = sum(count - 1 for count in calls.values())
-    assert repeated <= len(noted) <= 100
+    rows = list(bulk.ledger.rows.values())
+    called = Counter(said(call.request) for call in bulk.claude.calls)
+    repeated = sum(count - 1 for count in called.values())
+    lost = [row for row in rows if row.outcome == "worker_lost"]
+    assert len(bulk.claude.calls) <= len(rows)
+    assert repeated - (len(rows) - len(lost) - 100) <= len(lost) <= ROWS_AT_ONCE
+    summary, (usage,) = bulk.summary(), bulk.ledger.sums.values()
+    assert (usage.calls, usage.cost_micro_usd, usage.uncertain_calls) == (
+        summary["calls"],
+        summary["known_cost_micro_usd"],
+        summary["uncertain_calls"],
+    )
+    assert (len(rows), len(lost)) == (usage.calls, usage.uncertain_calls)
 
 
 def test_a_range_killed_three_times_still_ends_whole(make: Make) -> None:

@@ -22,7 +22,6 @@ from sluice.ports.claude import CallRequest
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, range_windows
 from sluice.worker.range_claim import HIDE_MS, LEASE_MS
-from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_windows import DEADLY
 from tests.bulk_fakes import Bulk, MemoryBatches, a_row, jsonl, number_in
 from tests.fakes import MINUTE, NOON, SECOND, VirtualClock, known_group, refused
@@ -240,7 +239,9 @@ def test_answers_that_no_store_takes_blame_no_row_and_are_asked_for_again_only_o
 
     assert {"succeeded": 3} == kinds(bulk)
     assert 6 == len(bulk.claude.calls) == len(bulk.ledger.rows)
-    assert 3 == [row.note for row in bulk.ledger.rows.values()].count(AGAIN)
+    summary, spent = bulk.summary(), [row.spend for row in bulk.ledger.rows.values()]
+    assert sum(each.cost_micro_usd for each in spent) == summary["known_cost_micro_usd"]
+    assert (6, 0) == (summary["calls"], summary["uncertain_calls"])
 
 
 def test_an_unexpected_error_of_a_range_is_no_death_of_its_worker(make: Make) -> None:
@@ -497,7 +498,7 @@ def test_saved_answers_survive_a_change_of_the_input(make: Make) -> None:
     bulk.claude.when = slow
     bulk.upload(of(3))
     bulk.once()
-    del bulk.objects.stored["in/acme/first.jsonl"]
+    del bulk.objects.stored[bulk.batch.input_key]
     bulk.claude.when = lambda _: None
     bulk.drain()
 

@@ -8,7 +8,7 @@ import pytest
 
 from sluice.domain.batches import MOST_LINE_BYTES, Options, Tally
 from sluice.domain.jobs import Attempt, Job, JobError, State
-from sluice.domain.pricing import Usage
+from sluice.domain.pricing import Spend, Usage
 from sluice.domain.rows import (
     BadRow,
     Line,
@@ -279,7 +279,7 @@ def test_an_ended_job_goes_into_the_sums() -> None:
         attempts=(Attempt(1, "claude-a", 0), Attempt(2, "claude-a", 0)),
     )
 
-    record = job_record(2, 50, job, "{}", 5)
+    record = job_record(2, 50, job, "{}", 5, Spend())
 
     assert (
         Tally(
@@ -293,7 +293,7 @@ def test_an_ended_job_goes_into_the_sums() -> None:
         == record.tally
     )
     assert ("R", 50, 2, "a") == (record.kind, record.offset, record.line, record.custom_id)
-    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, 0).tally
+    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, 0, Spend()).tally
 
 
 def test_an_error_gets_its_line_number_when_it_is_known() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import (
     WATCH_MS,
     DueFor,
@@ -26,6 +26,7 @@ from tests.fakes import (
     SECOND,
     FrozenClock,
     MemoryJobs,
+    MemoryLedger,
     MemoryLimits,
     MemoryQueue,
     PoolWritten,
@@ -46,6 +47,7 @@ class Scene:
         self.clock = FrozenClock()
         self.jobs = MemoryJobs(*jobs)
         self.queue = MemoryQueue(self.clock.now)
+        self.ledger = MemoryLedger()
         self.limits = MemoryLimits(*groups)
         self.pool = PoolWritten(None)
         self.events = RecordingEvents()
@@ -54,6 +56,7 @@ class Scene:
         use_case = Sweep(
             self.jobs,
             self.jobs,
+            self.ledger,
             self.queue,
             self.limits,
             self.pool,
@@ -65,6 +68,37 @@ class Scene:
 
     def sent(self) -> list[str | None]:
         return [message.job_id for message in self.queue.deliver(10_000)]
+
+
+def test_a_job_that_ended_without_a_worker_is_booked_once_by_the_sweep() -> None:
+    """Its worker died during its call, and its caller canceled it: nobody else writes the row."""
+    dead = claim(a_job(), "a worker that died", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
+    scene = Scene(request_cancel(dead, NOON))
+    scene.ledger.fail_next("record_missing")
+
+    scene.sweep()
+    assert {} == scene.ledger.rows
+    scene.sweep()
+    scene.sweep()
+
+    (row,) = scene.ledger.rows.values()
+    assert ("worker_lost", "job_1#2", False) == (row.outcome, row.call_id, row.certain)
+    assert [row.spend] == list(scene.ledger.sums.values())
+    assert {} == scene.jobs.due_jobs
+
+
+def test_a_row_that_the_ledger_cannot_take_holds_back_no_other() -> None:
+    jobs = []
+    for job_id in ("job_1", "job_2"):
+        dead = claim(a_job(job_id), "a worker that died", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
+        jobs.append(request_cancel(dead, NOON))
+    scene = Scene(*jobs)
+    scene.ledger.fail_next("record_missing", error=NotStorable("the ledger", "too large"))
+
+    scene.sweep()
+
+    assert ["", "claude-a"] == [row.model for row in scene.ledger.rows.values()]
+    assert {} == scene.jobs.due_jobs
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:

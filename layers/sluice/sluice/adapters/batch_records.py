@@ -325,9 +325,13 @@ def _batch(item: Item) -> Batch:
     )
 
 
+def _tuple(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_tuple(each) if isinstance(each, list) else each for each in values)
+
+
 def _range(item: Item) -> RangeState:
     record: dict[str, Any] = json.loads(item["record"]["S"])
-    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    lists = {name: _tuple(value) for name, value in record.items() if isinstance(value, list)}
     return job_records.made(RangeState, record | lists)
 
 

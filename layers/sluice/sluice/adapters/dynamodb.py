@@ -23,6 +23,7 @@ from sluice.domain.models import Answered, KnownModels
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
 from sluice.domain.turns import Shares
+from sluice.domain.workspaces import Workspace
 from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
 from sluice.ports.limits import MOST_GROUPS
@@ -59,6 +60,9 @@ FILTERED_AT_ONCE: Final = 1_000
 
 MOST_PAGES: Final = 10
 """Queries per page of a filtered listing."""
+
+MOST_NOTED: Final = 10_000
+"""Pairs of tenant and organization that an environment remembers."""
 
 LEDGER_DAYS: Final = 400
 """Retention of ledger rows: a year and a month, so that the statement of a year can be checked."""
@@ -163,6 +167,10 @@ class DynamoJobs:
         """Make the job due again at `until` only; None if another sweep was first."""
         is_first = self._update_if_due(due, "SET due_at = :until", {":until": {"N": str(until)}})
         return replace(due, due_at=until) if is_first else None
+
+    def forget(self, due: Due) -> None:
+        """Remove the job from the index, unless it was written since."""
+        self._update_if_due(due, "REMOVE due_at, due_shard", {})
 
     def watch(self, due: Due, until: int) -> None:
         """Make a sent job due again at `until`, or at its deadline if that is first, unless it was written since."""
@@ -376,12 +384,62 @@ class DynamoLedger:
     def __init__(self, client: DynamoDBClient, rows_table: str, sums_table: str) -> None:
         self._rows = Table(client, rows_table, "the ledger", "call_id")
         self._sums = Table(client, sums_table, "the usage table", "tenant")
+        self._noted: set[tuple[str, str]] = set()
+        """The buckets of organizations that this environment has noted, by tenant."""
 
     def record(self, rows: Sequence[LedgerRow]) -> None:
         """Write rows; writing a row again changes nothing."""
         # DynamoDB rejects a request that has the same row twice.
         items = {(row.tenant, row.day, row.call_id): _ledger_item(row) for row in rows}
         self._rows.put_all(list(items.values()))
+        self._note_organizations(rows)
+
+    def _note_organizations(self, rows: Sequence[LedgerRow]) -> None:
+        """Note in whose organizations each tenant's calls are made, once a day and environment."""
+        places = {
+            (row.tenant, f"organization#{row.day}#{row.organization}")
+            for row in rows
+            if row.organization
+        }
+        for tenant, bucket in places - self._noted:
+            self._sums.add({"tenant": {"S": tenant}, "bucket": {"S": bucket}}, {"calls": 0})
+            if len(self._noted) >= MOST_NOTED:
+                self._noted.clear()
+            self._noted.add((tenant, bucket))
+
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        """Return the organizations that the tenant's calls were made in, from the first day to the last."""
+        items = self._sums.query_all(
+            KeyConditionExpression="tenant = :tenant AND #bucket BETWEEN :first AND :last",
+            ExpressionAttributeNames={"#bucket": "bucket"},
+            ExpressionAttributeValues={
+                ":tenant": {"S": tenant},
+                ":first": {"S": f"organization#{first}#"},
+                ":last": {"S": f"organization#{last}$"},  # "$" sorts right after "#"
+            },
+        )
+        return {item["bucket"]["S"].split("#", 2)[2] for item in items}
+
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        """Write those rows whose calls have no row yet; return them."""
+        absent = "attribute_not_exists(call_id)"
+        return [row for row in rows if self._rows.put_if(_ledger_item(row), absent) is None]
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        """Return the rows of a job's calls on these days."""
+        items = [
+            item
+            for day in days
+            for item in self._rows.query_all(
+                KeyConditionExpression="tenant_day = :tenant_day AND begins_with(call_id, :calls)",
+                ExpressionAttributeValues={
+                    ":tenant_day": {"S": f"{tenant}#{day}"},
+                    ":calls": {"S": f"{job_id}#"},
+                },
+                ConsistentRead=True,
+            )
+        ]
+        return [_ledger_row(item) for item in items]
 
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
         """Add to the sums."""
@@ -405,10 +463,7 @@ class DynamoLedger:
             # The model name may contain "#" if the upstream is a proxy.
             day, rest = item["bucket"]["S"].split("#", 1)
             model, lane = rest.rsplit("#", 1)
-            numbers = {
-                each.name: int(item[each.name]["N"]) for each in fields(Spend) if each.name in item
-            }
-            rows.append((date.fromisoformat(day), model, lane, Spend(**numbers)))
+            rows.append((date.fromisoformat(day), model, lane, _spend(item)))
         return rows
 
 
@@ -472,6 +527,10 @@ def _group(item: Item) -> Group:
         name: job_records.made(Breaker, breaker)
         for name, breaker in record.get("circuits", {}).items()
     }
+    record["workspaces"] = {
+        name: job_records.made(Workspace, workspace)
+        for name, workspace in record.get("workspaces", {}).items()
+    }
     return job_records.made(Group, record)
 
 
@@ -498,13 +557,41 @@ def _ledger_item(row: LedgerRow) -> Item:
     }
     item: Item = {name: {"S": text} for name, text in texts.items() if text}
     numbers = row.spend.as_dict()
-    if not row.spend.unknown_costs:
-        del numbers["unknown_costs"]
+    for name in ("unknown_costs", "uncertain_calls"):
+        if not numbers[name]:
+            del numbers[name]
     item |= {name: {"N": str(number)} for name, number in numbers.items()}
     item["certain"] = {"BOOL": row.certain}
     day_start = (row.day - date(1970, 1, 1)).days * job_records.DAY_SECONDS
     item["expires_at"] = {"N": str(day_start + LEDGER_DAYS * job_records.DAY_SECONDS)}
     return item
+
+
+def _ledger_row(item: Item) -> LedgerRow:
+    def text(name: str) -> str | None:
+        return item[name]["S"] if name in item else None
+
+    tenant, _, day = item["tenant_day"]["S"].rpartition("#")
+    return LedgerRow(
+        tenant=tenant,
+        day=date.fromisoformat(day),
+        call_id=item["call_id"]["S"],
+        job_id=item["job_id"]["S"],
+        model=text("model") or "",
+        lane=text("lane") or "",
+        organization=text("organization"),
+        key_id=text("key_id") or "",
+        request_id=text("request_id"),
+        outcome=text("outcome") or "",
+        spend=_spend(item),
+        certain=item["certain"]["BOOL"],
+        note=text("note"),
+    )
+
+
+def _spend(item: Item) -> Spend:
+    names = (each.name for each in fields(Spend))
+    return Spend(**{name: int(item[name]["N"]) for name in names if name in item})
 
 
 def _index_key(job: Job) -> Item:

@@ -278,6 +278,7 @@ def summary(batch: Batch) -> dict[str, Any]:
         "tokens": tokens,
         "lane": "live",
         **cost_facts(tally.cost_micro_usd, tally.unknown_costs),
+        "uncertain_calls": tally.uncertain_calls,
         "cost_on_batch_lane_usd": None if tally.unknown_costs else usd(tally.other_lane_micro_usd),
         "created_at": rfc3339(batch.created_at),
         "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),

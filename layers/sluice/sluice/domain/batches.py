@@ -132,6 +132,8 @@ class Tally:
     """What the same tokens cost on the other lane."""
     unknown_costs: int = 0
     """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
+    uncertain_calls: int = 0
+    """Calls that may have been billed: nobody saw how they ended."""
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Tally:
@@ -566,7 +568,10 @@ class RangeState:
     model: str | None = None
     """The model of the row that is due first, while the range is parked."""
     running: tuple[int, ...] = ()
-    """The byte offsets of the rows in flight; recorded during the search for a killer, and when a row runs alone."""
+    """The byte offsets of the rows whose calls may be in flight, or have ended without being saved."""
+    lost: tuple[tuple[int, int, int], ...] = ()
+    """Each row that was running when a worker was lost, until it is saved: its byte offset, the number of that worker's
+    claim, and the end of its lease. Calls under that claim may have been billed."""
     suspects: tuple[int, ...] = ()
     """The rows that were in flight when the last worker was lost and have not ended. Empty although `losses` is not 0:
     any row of the window may be the killer."""
@@ -595,10 +600,22 @@ def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> Ra
         lease_until=lease_until,
         claims=state.claims + 1,
         running=(),
+        lost=_with_running(state),
         reading=None,
         not_before=None,
         model=None,
     )
+
+
+def _with_running(state: RangeState) -> tuple[tuple[int, int, int], ...]:
+    """Return the lost rows with those that are running: their answers will not be saved."""
+    return (*state.lost, *((row, state.claims, state.lease_until) for row in state.running))
+
+
+def claim_of(call_id: str) -> int:
+    """Return the number of the claim under which a row was called."""
+    version = call_id.rpartition("#")[2]
+    return int(version) // CLAIM_VERSIONS if version.isdecimal() else 0
 
 
 def _after_loss(state: RangeState) -> RangeState:
@@ -612,7 +629,7 @@ def _after_loss(state: RangeState) -> RangeState:
     if state.losses and not state.running:
         # No row was in flight, so none killed the worker; perhaps a line that was read.
         return replace(state, is_stuck=True)
-    # Before the first loss not all rows in flight are recorded.
+    # The first loss says little: most workers die of something else, and their rows need not run apart.
     suspects = state.running if state.losses else ()
     return replace(state, losses=min(state.losses + 1, LOSSES_UNTIL_ALONE), suspects=suspects)
 
@@ -665,6 +682,7 @@ def save_chunk(
         chunks=(*state.chunks, chunk),
         dropped=False,
         running=tuple(row for row in state.running if row not in rows),
+        lost=tuple(each for each in state.lost if each[0] not in rows),
         blamed=tuple(row for row in state.blamed if row not in rows),
     )
 
@@ -690,6 +708,7 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
         resume_line=resume_line,
         losses=0,
         running=(),
+        lost=(),
         suspects=(),
         blamed=(),
         is_stuck=False,
@@ -716,6 +735,7 @@ def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to
         lease_until=0,
         chunks=tuple(chunks),
         running=(),
+        lost=_with_running(state) if dropped else state.lost,
         reading=None,
         expected_at=expected_at,
         not_before=not_before,
@@ -736,6 +756,7 @@ def finish_range(state: RangeState, owner: str) -> RangeState:
         done=True,
         losses=0,
         running=(),
+        lost=(),
         suspects=(),
         blamed=(),
         is_stuck=False,

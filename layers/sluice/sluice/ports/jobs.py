@@ -81,6 +81,10 @@ class DueJobs(Protocol):
         """Make the job due again at `until` only; None if another sweep was first."""
         ...
 
+    def forget(self, due: Due) -> None:
+        """Remove the job from the index, unless it was written since."""
+        ...
+
     def watch(self, due: Due, until: int) -> None:
         """Make a sent job due again (`due_after_send`), unless it was written since.
 
@@ -219,7 +223,15 @@ class CallBooks(Protocol):
     """The ledger that a worker writes."""
 
     def record(self, rows: Sequence[LedgerRow]) -> None:
-        """Write rows; writing a row again changes nothing."""
+        """Write rows; writing a row again changes nothing. Raises NotStorable if it cannot take one of them."""
+        ...
+
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        """Write those rows whose calls have no row yet; return them."""
+        ...
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        """Return the rows of a job's calls on these days."""
         ...
 
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
@@ -232,4 +244,8 @@ class Ledger(CallBooks, Protocol):
 
     def spent(self, tenant: str, first: date, last: date) -> Sequence[tuple[date, str, str, Spend]]:
         """Return (day, model, lane, sums) of a tenant from the first day to the last."""
+        ...
+
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        """Return the organizations that a tenant's calls were made in, from the first day to the last."""
         ...

@@ -7,6 +7,8 @@ so that a sweep that dies loses no job.
 
 Any other job that was not written for long is checked: its message may be lost, or was never sent. An extra message is
 harmless, because the lease decides which worker runs the job.
+
+A job that ended without a worker, or while the ledger was busy, still owes rows of its calls: the sweep writes them.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from itertools import zip_longest
 from typing import Final
 
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group
 from sluice.domain.models import model_group
+from sluice.domain.pricing import LedgerRow, added_up
 from sluice.domain.turns import in_turns
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
-from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
+from sluice.ports.jobs import CallBooks, Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
 from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
@@ -76,6 +79,7 @@ class Sweep:
         self,
         jobs: JobStore,
         due: DueJobs,
+        ledger: CallBooks,
         queue: JobQueue,
         limits: LimitStore,
         pool: PoolHistory,
@@ -85,6 +89,7 @@ class Sweep:
     ) -> None:
         self._jobs = jobs
         self._due = due
+        self._ledger = ledger
         self._queue = queue
         self._limits = limits
         self._pool = pool
@@ -94,6 +99,11 @@ class Sweep:
 
     def __call__(self, stop_at: int) -> Swept:
         """Send due jobs that can start soon, end jobs past their deadline; start no further step after `stop_at`."""
+        swept = self._swept(stop_at)
+        self._book(stop_at)
+        return swept
+
+    def _swept(self, stop_at: int) -> Swept:
         now = self._clock.now()
         due = self._due.due(DueFor.CALL, now, DUE_SHARE)
         unheard = self._due.due(DueFor.CHECK, now, UNHEARD_SHARE)
@@ -196,6 +206,28 @@ class Sweep:
             return None
         # Twice as long each time: a job that waits for hours gets a few extra messages, not hundreds.
         return max(WATCH_MS, now - job.created_at)
+
+    def _book(self, stop_at: int) -> None:
+        """Write the rows that ended jobs owe to the ledger; while it is busy, the next run tries again."""
+        try:
+            for owing in self._due.due(DueFor.BOOKS, self._clock.now(), UNHEARD_SHARE):
+                if self._clock.now() >= stop_at:
+                    return
+                job = self._jobs.get(owing.job_id)
+                for row in job.unbooked if job else ():
+                    self._record(row)
+                self._due.forget(owing)
+        except StoreBusy as busy:
+            self._events.problem("ledger rows not written", what=busy.what)
+
+    def _record(self, row: LedgerRow) -> None:
+        try:
+            written = self._ledger.record_missing([row])
+        except NotStorable as error:
+            self._events.problem("ledger row not storable", job_id=row.job_id, what=error.what)
+            written = self._ledger.record_missing([row.bare()])
+        if written:
+            self._ledger.add_up(added_up(written))
 
     def _paced(
         self,

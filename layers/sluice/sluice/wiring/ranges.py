@@ -15,7 +15,7 @@ from sluice.wiring.stores import ledger, objects
 from sluice.wiring.workers import new_worker
 from sluice.worker.newcomers import BESIDE_HELD_BYTES, NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RunRange
 from sluice.worker.worker import Worker
 
@@ -41,11 +41,12 @@ def _runner(rows: WindowRows, beside: Worker | None = None) -> RunRange:
         queue=JoinAtOnce(assemble, batches_queue(), telemetry()),
         backlog=partial(depth_of, sqs(), settings().ranges_queue_url, "the ranges queue"),
         returns=NoMessages() if beside else inbox,
+        ledger=ledger(),
         text_of_job=job_records.as_text,
         job_of_text=job_records.of_text,
         clock=CLOCK,
         blocking=threads,
         events=telemetry(),
     )
-    worker = new_worker(rows, rows, rows, RowBooks(ledger(), rows), threads, beside)
+    worker = new_worker(rows, rows, rows, ledger(), threads, beside)
     return RunRange(tools, worker, rows)

@@ -13,13 +13,14 @@ from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job, JobError, State, Step
 from sluice.domain.keys import UpstreamKey
+from sluice.domain.refusals import OVERLOADED
 from sluice.domain.waits import Place, place_of
 from sluice.notices.report import report_end
 from sluice.ports.claude import Body
 from sluice.ports.swap import swap
 from sluice.worker.call import Call
 from sluice.worker.invocation import DONE, Again, Done, Ending, Invocation, Wait
-from sluice.worker.limit_books import Admission, Later, Moved, TooLarge
+from sluice.worker.limit_books import Admission, Later, Moved, Overloaded, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken
@@ -80,7 +81,7 @@ class Attempt:
                     try:
                         if not is_large:
                             await self._wait_for_start(admission)
-                        job = await self._claim(key)
+                        job = await self._claim(key, admission.claimant.organization)
                     except BaseException:
                         # The exception's traceback would keep the body in memory.
                         body.release()
@@ -102,10 +103,9 @@ class Attempt:
         job, now, spread = self._job, self._invocation.now(), self._invocation.spread
         match step:
             case Step.DROP:
-                return DONE
+                return await self._drop()
             case Step.BUSY:
-                until = job.lease.until if job.lease else now
-                return self._invocation.in_queue(until - now + spread(2_000))
+                return await self._busy()
             case Step.EARLY:
                 delay = (job.not_before or now) - now + spread(1_000)
                 return Wait(now + delay, place_of(delay))
@@ -138,6 +138,7 @@ class Attempt:
             self._job.max_tokens,
             latest,
             owner=self._job.tenant,
+            may_fall_back=self._job.has_fallback,
         )
         match admission:
             case Admission():
@@ -146,6 +147,9 @@ class Attempt:
                 )
             case Moved():
                 raise NoCall(Again(self._job))
+            case Overloaded():
+                now = self._invocation.now()
+                raise NoCall(Again(life.skip_model(self._job, now, reason=OVERLOADED)))
             case Later():
                 raise NoCall(await self._later(admission))
             case TooLarge(input_tokens=tokens, limit=limit):
@@ -162,20 +166,20 @@ class Attempt:
 
     def _until_key_or_time(self, *, has_key: bool) -> Wait:
         """Return the job: no key is usable now, or no time is left."""
-        self._invocation.held.may_take = False
-        spread = self._invocation.spread
+        self._invocation.held.misses += 1
+        spread, receive_count = self._invocation.spread, self._taken.message.receive_count
         if has_key:
-            return self._invocation.in_queue(spread(1_000))
+            return self._invocation.in_queue(waits.for_new_invocation(spread(1_000), receive_count))
         delay = waits.NO_KEY_MS + spread(10_000)
-        return self._invocation.in_queue(waits.grown(delay, self._taken.message.receive_count))
+        return self._invocation.in_queue(waits.grown(delay, receive_count))
 
     async def _later(self, later: Later) -> Ending:
         """Return a job that cannot start soon to the queue, or park it."""
         is_scout = self._taken.is_scout
         if not is_scout:
-            # Jobs behind it in the queue would not start sooner.
-            self._invocation.held.may_take = False
-            await self._linger(later.at)
+            self._invocation.held.misses += 1
+            with self._invocation.held.leaving():
+                await self._linger(later.at)
         now = self._invocation.now()
         delay = max(1_000, later.at - now)
         if place_of(delay) is Place.PARKED:
@@ -217,23 +221,33 @@ class Attempt:
             raise NoCall(await self._end(State.ERRORED, error))
         return body
 
-    async def _claim(self, key: UpstreamKey) -> Job:
+    async def _claim(self, key: UpstreamKey, organization: str | None) -> Job:
         """Take the lease, unless the job or its key changed during the wait, or another worker was quicker."""
         if self._next_step() is not Step.RUN or self._invocation.keys.is_rejected(key):
             raise NoCall(Again(self._job))
         job, now = self._job, self._invocation.now()
         alone = life.most_in_flight(job) == 1
-        claimed = life.claim(job, self._invocation.owner, now, now + waits.LEASE_MS, alone=alone)
+        claimed = life.claim(
+            job,
+            self._invocation.owner,
+            now,
+            now + waits.LEASE_MS,
+            alone=alone,
+            organization=organization,
+            key_id=key.id,
+        )
+        claimed = await self._invocation.ledger.booked(claimed)
         try:
             stored = await self._swap(claimed)
         except StoreBusy:
             # It may be written: if it was abandoned now, the attempt would count although no call was made.
             await self._tools.clock.sleep(waits.REWRITE_MS)
+            self._invocation.unconfirmed[job.job_id] = claimed.version
             stored = await self._swap(claimed)
+            del self._invocation.unconfirmed[job.job_id]
         # Equal, but read back: only the response to the first try was lost.
         if stored != claimed:
             raise _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(job, claimed)
         return claimed
 
     # Call and record --------------------------------------------------------------------------------------------
@@ -259,6 +273,29 @@ class Attempt:
         report_end(self._tools.events, ended)
         return DONE
 
+    async def _busy(self) -> Ending:
+        """Return a job to the queue until its lease ends; take back an own claim that the store did not confirm."""
+        job, owner, now = self._job, self._invocation.owner, self._invocation.now()
+        lease, version = job.lease, self._invocation.unconfirmed.pop(job.job_id, None)
+        if lease is not None and lease.owner == owner and version == job.version:
+            # No call was made for it.
+            stored = await self._swap(life.snooze(job, owner, now, reason="store busy"))
+            return DONE if stored is None else Again(stored)
+        until = lease.until if lease else now
+        return self._invocation.in_queue(until - now + self._invocation.spread(2_000))
+
+    async def _drop(self) -> Ending:
+        """Acknowledge the message of an ended job, once the ledger has its calls: their worker may have died with them.
+
+        A job that has ended just now may be in the hands of its worker, which will write them.
+        """
+        ended_ago = self._invocation.now() - (self._job.finished_at or 0)
+        if ended_ago < waits.BOOKING_MS or await self._invocation.ledger.book(
+            life.billed_rows(self._job)
+        ):
+            return DONE
+        return self._invocation.in_queue(waits.STORE_BUSY_MS)
+
     async def _park(self, delay_ms: int, reason: str) -> Wait:
         """Take a waiting job out of the queue."""
         now = self._invocation.now()
@@ -268,10 +305,10 @@ class Attempt:
 
     async def _write(self, wanted: Job) -> None:
         """Write the record of a job that nobody runs."""
-        stored = await self._swap(wanted)
-        if stored is not wanted:
+        booked = await self._invocation.ledger.booked(wanted)
+        stored = await self._swap(booked)
+        if stored is not booked:
             raise _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(self._job, wanted)
 
     async def _swap(self, wanted: Job) -> Job | None:
         replace = self._tools.jobs.replace

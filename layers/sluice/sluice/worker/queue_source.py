@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, TypeVar
 
 from sluice.domain import waits
@@ -36,6 +36,13 @@ REFILL_MS: Final = 300_000
 
 REFILL_PAUSE_MS: Final = 1_000
 """Pause after the queue delivered less than requested."""
+
+MOST_MISSES: Final = RECEIVE_AT_ONCE
+"""After this many jobs in a row that could not start, more messages are received only every `SCOUT_MS`.
+
+Those behind them in the queue are probably of the same blocked group. They need not be: a fair queue delivers others
+first.
+"""
 
 assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 
@@ -95,6 +102,8 @@ class QueueSource:
         self._to_put_back: list[tuple[Received, int]] = []
         """Each with the time at which it becomes visible."""
         self._to_delete: list[Received] = []
+        self._acknowledged: list[Received] = []
+        """Messages from Lambda that are done."""
 
     # Taking -----------------------------------------------------------------------------------------------------
 
@@ -115,10 +124,11 @@ class QueueSource:
         end = self._refills_end
         if held.suspects.refill_until is not None:
             end = min(end, held.suspects.refill_until)
-        if not held.may_take or not held.count or self._tools.clock.now() >= end:
+        if not held.count or self._tools.clock.now() >= end:
             return None
         if not self._has_enough(held):
-            return self._refill_at
+            is_slow = held.misses >= MOST_MISSES
+            return max(self._refill_at, self._scout_at) if is_slow else self._refill_at
         # One more than the slots, for a job that need not wait for the limits of the other jobs.
         return max(self._refill_at, self._scout_at) if held.count <= SLOTS else None
 
@@ -126,9 +136,10 @@ class QueueSource:
         """Return whether more jobs would only wait here instead of in the queue."""
         if held.count + RECEIVE_AT_ONCE > SLOTS:
             return True
-        if held.waiting < WAITING:
+        waiting = held.waiting - self._limiter.held_back
+        if waiting < WAITING:
             return False
-        return held.waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
+        return waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
 
     async def _receive(self, held: Held) -> Sequence[Taken]:
         is_scout = self._has_enough(held)
@@ -211,17 +222,26 @@ class QueueSource:
             # Lambda deletes it when the invocation ends; until then it stays hidden.
             self._batched.remove(message.message_id)
             self.not_done.remove(message.message_id)
+            self._acknowledged.append(message)
         else:
             self._to_delete.append(self._held.pop(message.message_id, message))
 
     # Housekeeping -----------------------------------------------------------------------------------------------
 
-    async def keep(self, *, last: bool = False) -> bool:
+    async def keep(self, unwritten: Collection[str], *, last: bool = False) -> bool:
         """Keep messages hidden; reject messages that name no job; return or delete messages."""
         await self._keep_hidden()
         await self._handle_strangers()
         await self._write("put back", self._put_back, self._to_put_back, last=last)
+        kept = [each for each in self._to_delete if each.job_id in unwritten]
+        self._to_delete = [each for each in self._to_delete if each.job_id not in unwritten]
         await self._write("deleted", self._inbox.delete, self._to_delete, last=last)
+        self._to_delete += kept
+        if last:
+            # Lambda must not delete its own either.
+            self.not_done.update(
+                each.message_id for each in self._acknowledged if each.job_id in unwritten
+            )
         return not self._to_put_back and not self._to_delete
 
     def _put_back(self, messages: Sequence[tuple[Received, int]]) -> None:

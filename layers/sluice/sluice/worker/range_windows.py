@@ -17,6 +17,7 @@ from sluice.domain.batches import (
     unreadable,
 )
 from sluice.domain.jobs import Job
+from sluice.domain.pricing import Spend
 from sluice.domain.rows import (
     BadRow,
     Line,
@@ -82,14 +83,17 @@ class Windows:
         state: RangeState,
         saved: Saved,
         make_job: Callable[[str, Row], Job],
+        lost_calls: Callable[[Job, int], Spend],
         note_reading: Callable[[int | None], None],
         events: Events,
     ) -> None:
+        """`lost_calls` returns the sums of a row's calls whose answers were lost, by its job and byte offset."""
         self._objects = objects
         self._batch = batch
         self._state = state
         self._saved = saved
         self._make_job = make_job
+        self._lost_calls = lost_calls
         self._note_reading = note_reading
         self._events = events
         self._unreadable = unreadable(state)
@@ -162,7 +166,9 @@ class Windows:
             job, version=self._state.claims * CLAIM_VERSIONS, request_bytes=len(line.text)
         )
         ended = self._saved.records.pop(line.offset, None)
-        return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
+        if ended is not None:
+            return Seat(replace(line, text=b""), job, ended=ended)
+        return Seat(line, job, lost=self._lost_calls(job, line.offset))
 
     def _pieces(self) -> Iterator[bytes]:
         """Read from the byte before the range to its end, and further on demand."""
