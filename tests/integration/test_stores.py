@@ -49,6 +49,7 @@ from sluice.domain.jobs import (
     Result,
     Snooze,
     State,
+    lost_row,
 )
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Group, expires_at, new_group
@@ -839,6 +840,30 @@ def a_row(tenant: str, call_id: str = "job_1#1", **facts: Any) -> LedgerRow:
         spend=Spend(1, 2, 3, 4, 5, 6),
     )
     return replace(row, **facts)
+
+
+def test_a_tenants_organizations_are_those_of_its_calls(ledger: Ledger, name: str) -> None:
+    """Usage reports do not show them."""
+    row = lost_row(a_job(tenant=name), "2", "claude-a", NOON, "")
+    other = lost_row(a_job(tenant=f"{name}-other"), "2", "claude-a", NOON, "")
+    ledger.record([replace(row, organization="org-1"), replace(other, organization="org-2")])
+    day = row.day
+
+    assert {"org-1"} == ledger.organizations(name, day, day)
+    assert set() == ledger.organizations(name, day + timedelta(1), day + timedelta(2))
+    assert [] == list(ledger.spent(name, day - timedelta(9), day))
+
+
+def test_a_row_is_written_only_if_its_call_has_none(ledger: Ledger, name: str) -> None:
+    row = lost_row(a_job(name, tenant=name), "2", "claude-a", NOON, "")
+    better = replace(row, outcome="succeeded", key_id="main", certain=True, note=None)
+
+    assert [row] == list(ledger.record_missing([row]))
+    ledger.record([better])
+
+    assert [] == list(ledger.record_missing([row]))
+    assert [better] == list(ledger.calls_of(name, [row.day], name))
+    assert [] == list(ledger.calls_of(name, [row.day + timedelta(1)], name))
 
 
 def test_sums_add_up(ledger: Ledger, name: str) -> None:
