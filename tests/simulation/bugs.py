@@ -30,6 +30,7 @@ from sluice.worker.suspects import Suspects
 from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.bugs_of_files import BUGS_OF_FILES
 from tests.simulation.bugs_of_limits import BUGS_OF_LIMITS
+from tests.simulation.bugs_of_sizes import BUGS_OF_SIZES
 from tests.simulation.deliberate import Bug, instead
 from tests.simulation.upstream import Upstream
 from tests.simulation.world import StoryQueue
@@ -359,4 +360,5 @@ BUGS: Final[Mapping[str, Bug]] = {
     ),
     **BUGS_OF_LIMITS,
     **BUGS_OF_FILES,
+    **BUGS_OF_SIZES,
 }

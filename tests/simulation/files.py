@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import job_records
+from sluice.bulk import assemble, sections
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
@@ -22,7 +23,7 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
-from sluice.worker import ranges
+from sluice.worker import range_windows, ranges
 from sluice.worker.range_claim import RangeTools
 from sluice.worker.range_rows import RowBooks, WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
@@ -89,6 +90,8 @@ class StoryObjects(MemoryObjects):
         self.world = world
         self.joined: Counter[str] = Counter()
         """How often each section's index was written."""
+        self.steps: Counter[str] = Counter()
+        """How often each step of the end of a batch was done."""
 
     def _do(self, verb: str, about: str = "") -> None:
         self.world.touch(self.name, verb)
@@ -98,6 +101,8 @@ class StoryObjects(MemoryObjects):
         etag = super().put(key, body)
         if key.endswith(".index"):
             self.joined[key] += 1
+        if key.endswith((".repeats", ".counts")):
+            self.steps[key] += 1
         return etag
 
 
@@ -179,7 +184,7 @@ class RangeEnvironment:
     def __init__(self, world: World, files: Files) -> None:
         self.machine = machine = world.machine("ranges", Party.WORKER)
         self.line = world.line(machine)
-        rows = WindowRows(machine)
+        self.rows = rows = WindowRows(machine)
         tools = Tools(
             jobs=rows,
             params=rows,
@@ -483,22 +488,22 @@ def _done(call: Callable[..., bool | None], *args: Any) -> bool:
 @contextmanager
 def cut_as(story: Any) -> Iterator[None]:
     """Cut files into small ranges and sections, as a story wants: large files have many of both."""
-    cut: Mapping[str, int] = {
-        "LINES_PER_RANGE": story.lines_per_range,
-        "RANGES_PER_SECTION": story.ranges_per_section,
+    cut: Mapping[Any, Mapping[str, int]] = {
+        domain: {
+            "LINES_PER_RANGE": story.lines_per_range,
+            "RANGES_PER_SECTION": story.ranges_per_section,
+        },
+        range_windows: {"WINDOW_ROWS": story.window_rows},
+        sections: {"ENTRIES_AT_ONCE": story.compared_at_once},
+        assemble: {"END_MS": story.end_ms},
+        # Housekeeping ten times a second would take most of the time of a story.
+        ranges: {"TICK_MS": 500} if "TICK_MS" in vars(ranges) else {},
     }
-    # Housekeeping ten times a second would take most of the time of a story.
-    paced = {"TICK_MS": 500} if "TICK_MS" in vars(ranges) else {}
-    before = [(vars(module), name, vars(module)[name]) for module, name in _named(cut, paced)]
-    vars(domain).update(cut)
-    vars(ranges).update(paced)
+    before = {module: {name: vars(module)[name] for name in cut[module]} for module in cut}
+    for module, names in cut.items():
+        vars(module).update(names)
     try:
         yield
     finally:
-        for names, name, value in before:
-            names[name] = value
-
-
-def _named(cut: Mapping[str, int], paced: Mapping[str, int]) -> Iterator[tuple[Any, str]]:
-    yield from ((domain, name) for name in cut)
-    yield from ((ranges, name) for name in paced)
+        for module, names in before.items():
+            vars(module).update(names)

@@ -9,6 +9,7 @@ from typing import Final
 from tests.simulation.bounds import BOUNDS
 from tests.simulation.checks import CHECKS, Check, Violation
 from tests.simulation.file_checks import FILE_CHECKS
+from tests.simulation.size_checks import SIZE_CHECKS
 from tests.simulation.stories import story_of
 from tests.simulation.story import START
 from tests.simulation.troubles import compared
@@ -19,6 +20,7 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
     *CHECKS,
     *BOUNDS,
     *FILE_CHECKS,
+    *SIZE_CHECKS,
     EndsAreNotified,
 )
 
