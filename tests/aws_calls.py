@@ -25,7 +25,7 @@ RECORDED: Final = Path(__file__).parent / "fixtures" / "aws_calls.json"
 
 AS_NAMED: Final = {
     "dynamodb": {
-        "BatchGetItem", "BatchWriteItem", "GetItem", "PutItem", "Query", "Scan", "UpdateItem",
+        "BatchGetItem", "BatchWriteItem", "DeleteItem", "GetItem", "PutItem", "Query", "Scan", "UpdateItem",
     },
     "lambda": {"GetAccountSettings", "GetEventSourceMapping", "UpdateEventSourceMapping"},
     "s3": {"AbortMultipartUpload", "GetObject", "PutObject"},

@@ -17,16 +17,26 @@ from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
-from sluice.ports.batches import RANK, BatchPage, DueRange, SeenRange, Stored
+from sluice.ports.batches import RANK, BatchPage, DueRange, Newcomer, SeenRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
 from sluice.ports.world import Notice
+from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
-from tests.fakes import MINUTE, NOON, VISIBILITY_MS, Fragile, Gateway, Reply, VirtualClock
+from tests.fakes import (
+    MINUTE,
+    NOON,
+    VISIBILITY_MS,
+    Fragile,
+    Gateway,
+    Reply,
+    VirtualClock,
+    shared_out,
+)
 
 
 class MemoryBatches(Fragile):
@@ -45,6 +55,7 @@ class MemoryBatches(Fragile):
         self.latest: dict[tuple[str, str], Batch] = {}
         self.held: dict[tuple[str, int | None], int | None] = {}
         """What the index of due things says instead of the record: held until, or released (None)."""
+        self.announced: set[Newcomer] = set()
 
     def add(self, batch: Batch) -> None:
         self._do("add", batch.batch_id)
@@ -142,7 +153,20 @@ class MemoryBatches(Fragile):
         self.creates[tenant, name] = (batch_id, self._now())
         return batch_id
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
+    def announce(self, newcomer: Newcomer) -> None:
+        self._do("announce", newcomer.batch_id)
+        self.announced.add(newcomer)
+
+    def newcomer(self, after: str) -> Newcomer | None:
+        self._do("newcomer", after)
+        waiting = sorted((each.tenant, each.batch_id) for each in self.announced)
+        return next((Newcomer(*each) for each in waiting if each[0] > after), None)
+
+    def welcome(self, newcomer: Newcomer) -> None:
+        self._do("welcome", newcomer.batch_id)
+        self.announced.discard(newcomer)
+
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
         self._do("due")
         found = [
             DueRange(each.batch_id, None, each.tenant, at)
@@ -154,7 +178,8 @@ class MemoryBatches(Fragile):
             if (at := self._due_at(each.batch_id, each.number, each.not_before)) is not None
             and at <= now
         ]
-        return sorted(found, key=lambda due: (due.due_at, due.batch_id, due.number or -1))[:limit]
+        ordered = sorted(found, key=lambda due: (due.due_at, due.batch_id, due.number or -1))
+        return shared_out(ordered, share)
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
         self._do("postpone", due.batch_id)
@@ -378,12 +403,12 @@ class MemoryBatchQueues(Fragile):
                 self.ranges[message.message_id] = (message, batch.batch_id, number, self._now())
         return refused
 
-    def send_plan(self, batch_id: str) -> None:
-        self._do("send_plan", batch_id)
+    def send_plan(self, batch_id: str, tenant: str) -> None:
+        self._do("send_plan", f"{batch_id} of {tenant}")
         self.plans.append(batch_id)
 
-    def send_join(self, batch_id: str, section: int) -> None:
-        self._do("send_join", f"{batch_id} {section}")
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
+        self._do("send_join", f"{batch_id} {section} of {tenant}")
         self.joins.append((batch_id, section))
 
     def receive(self) -> RangePointer | None:
@@ -498,8 +523,13 @@ class Bulk:
         self._invocations = 0
         self.request_seen: Callable[[bytes], None] = lambda _: None
 
-    def runner(self) -> RunRange:
+    def runners(self) -> RunRanges:
         """Return the ranges function as a fresh environment has it."""
+        own = self.runner()
+        return RunRanges(own, lambda: self.runner(own.worker))
+
+    def runner(self, beside: Worker | None = None) -> RunRange:
+        """Return what runs one range at a time in it."""
         clock = VirtualClock(self.time)
         rows = WindowRows(clock)
         tools = Tools(
@@ -509,7 +539,7 @@ class Bulk:
             limits=self.gateway.limits,
             keys=self.gateway.pool,
             claude=self.claude,
-            ledger=RowBooks(self.ledger, rows),
+            ledger=self.ledger,
             clock=clock,
             jitter=lambda: self.gateway.jitter,
             blocking=self.gateway.blocking,
@@ -521,14 +551,16 @@ class Bulk:
             objects=self.objects,
             queue=at_once if self.joins_at_once else self.queues,
             backlog=self.queues.backlog,
-            returns=self.queues,
+            returns=NoMessages() if beside else self.queues,
+            ledger=self.ledger,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=clock,
             blocking=self.gateway.blocking,
             events=self.events,
         )
-        return RunRange(range_tools, Worker(tools, self.gateway.rules), rows)
+        memory = beside.memory if beside else None
+        return RunRange(range_tools, Worker(tools, self.gateway.rules, memory=memory), rows)
 
     def upload(self, body: bytes, name: str = "first.jsonl", **metadata: str) -> None:
         """Put a file into the bucket, and deliver the event of its arrival."""
@@ -565,7 +597,7 @@ class Bulk:
 
     async def invoke(
         self,
-        runner: RunRange | None = None,
+        runner: RunRange | RunRanges | None = None,
         pointer: RangePointer | None = None,
         minutes: float = 14,
     ) -> bool:

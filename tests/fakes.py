@@ -34,7 +34,9 @@ from sluice.domain.models import KnownModels
 from sluice.domain.pricing import LedgerRow, Price, PriceList, Spend, Usage
 from sluice.domain.retries import Failure, RetryPolicy
 from sluice.domain.shares import Note
+from sluice.domain.turns import Shares
 from sluice.domain.waits import USUAL, Waits
+from sluice.ports.batches import DueRange
 from sluice.ports.claude import Answer, Body, CallRequest, Headers, Refused
 from sluice.ports.jobs import Due, Page, Params, Pointer, Received
 from sluice.ports.limits import MOST_GROUPS
@@ -46,6 +48,7 @@ from sluice.worker.worker import Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
+D = TypeVar("D", Due, DueRange)
 
 NOON: Final = int(datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp()) * 1000
 """When every story begins, in epoch milliseconds."""
@@ -277,7 +280,7 @@ class MemoryJobs(Fragile):
         next_page = _write_page(rest[limit - 1]) if len(rest) > limit else None
         return Page(tuple(rest[:limit]), next_page)
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
         self._do("due")
         found = sorted(
             (
@@ -287,8 +290,7 @@ class MemoryJobs(Fragile):
             ),
             key=lambda each: (each.due_at, each.job_id),
         )
-        half = limit // 2
-        return found if len(found) <= limit else [*found[:half], *found[-half:]]
+        return shared_out(found, share)
 
     def postpone(self, due: Due, until: int) -> Due | None:
         self._do("postpone", due.job_id)
@@ -298,6 +300,11 @@ class MemoryJobs(Fragile):
         held = replace(due, due_at=until)
         self.due_jobs[due.job_id] = why, held
         return held
+
+    def forget(self, due: Due) -> None:
+        self._do("forget", due.job_id)
+        if self.due_jobs.get(due.job_id, (None, None))[1] == due:
+            del self.due_jobs[due.job_id]
 
     def watch(self, due: Due, until: int) -> None:
         self._do("watch", due.job_id)
@@ -322,6 +329,14 @@ class MemoryJobs(Fragile):
             why, at = next_look
             entry = Due(job.job_id, job.tenant, job.current_model, at, job.deadline)
             self.due_jobs[job.job_id] = why, entry
+
+
+def shared_out(due: Iterable[D], share: int) -> list[D]:
+    """Return the first `share` of each tenant and model."""
+    shares = Shares[D](lambda each: (each.tenant, each.model), share)
+    for each in due:
+        shares.add(each)
+    return list(shares.items)
 
 
 def _listing_key(job: Job) -> tuple[int, str]:
@@ -501,6 +516,21 @@ class MemoryLedger(Fragile):
         self._do("record", str(len(rows)))
         for row in rows:
             self.rows[row.tenant, row.day, row.call_id] = row
+
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        self._do("record_missing", str(len(rows)))
+        missing = [row for row in rows if (row.tenant, row.day, row.call_id) not in self.rows]
+        for row in missing:
+            self.rows[row.tenant, row.day, row.call_id] = row
+        return missing
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        self._do("calls_of", job_id)
+        return [
+            row
+            for (whose, day, _), row in self.rows.items()
+            if whose == tenant and day in days and row.job_id == job_id
+        ]
 
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
         self._do("add_up")

@@ -82,6 +82,12 @@ SMOKE_RUNS: Final = (
         r"JSON, answered at once +200:200 ",
         5,
     ),
+    SmokeRun(
+        "bench.neighbors",
+        "--only bad-rows --rows 60 --repeat 1 --rounds 1 --lead 1",
+        r"bad-rows: .*, 0, 0\n",
+        50,
+    ),
     SmokeRun("bench.account_limit", "--small", r"webhooks delivered +│ 100,", 45),
     SmokeRun("scripts.demo", "", r"200 of 200 jobs(.|\n)*Billed twice +│ 0 calls", 22),
     SmokeRun("scripts.documents", "--check", "", 2),

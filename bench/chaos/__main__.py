@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +32,19 @@ from typing import Any, Final
 from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 
-from bench.chaos.verdict import Found, Kill, Size, billed_twice, not_as_promised, recovery, table
+from bench.chaos.verdict import (
+    Deliveries,
+    Found,
+    Kill,
+    Size,
+    Take,
+    billed_twice,
+    killed_calls,
+    kills_table,
+    not_as_promised,
+    recovery,
+    table,
+)
 from scripts.cli.client import Gateway, Json
 from scripts.cli.submission import read_jobs, send
 from scripts.local_stack import LocalStack, Ready, StackError
@@ -148,6 +160,8 @@ class Hands:
 
     since: float
     job_ids: set[str] = field(default_factory=set)
+    hidden: bool = False
+    """It has shortened its messages' visibility timeout, which is the first that a worker does with them."""
 
 
 class Notes:
@@ -160,6 +174,8 @@ class Notes:
         self.hands: dict[int, Hands] = {}
         """By process, for those that have started an invocation and not ended it."""
         self.receives: Counter[str] = Counter()
+        self.deliveries: dict[str, Deliveries] = defaultdict(Deliveries)
+        """By job."""
         self.most_held = 0
 
     def look(self) -> None:
@@ -173,9 +189,13 @@ class Notes:
                 continue
             hands = self.hands.setdefault(note["pid"], Hands(note["at"]))
             hands.job_ids.difference_update(note.get("leaves", ()))
+            hands.hidden |= note.get("hides", False)
             for job_id, count in note.get("takes", {}).items():
                 hands.job_ids.add(job_id)
                 self.receives[job_id] = max(count, self.receives[job_id])
+                self.deliveries[job_id].taken.append(Take(note["at"], count))
+            for job_id in note.get("leaves", ()):
+                self.deliveries[job_id].returned.append(note["at"])
             self.most_held = max(self.most_held, len(hands.job_ids))
         self._read = end
 
@@ -230,7 +250,7 @@ class Run:
         busy = [
             pid
             for pid, hands in self.notes.hands.items()
-            if hands.job_ids and now - hands.since > MIDWAY_SECONDS
+            if hands.job_ids and hands.hidden and now - hands.since > MIDWAY_SECONDS
         ]
         if not busy:
             return
@@ -362,7 +382,8 @@ class Run:
         ours = [records[job_id] for job_id in self.accepted if job_id in records]
         states = Counter(str(job.state) for job in ours)
         ended = sum(job.state.is_final for job in ours)
-        explained, unexplained = billed_twice(ours, self.ledger(), self._simulator.books())
+        rows, books = self.ledger(), self._simulator.books()
+        explained, unexplained = billed_twice(ours, rows, books)
         return Found(
             accepted=len(self.accepted),
             succeeded=states["succeeded"],
@@ -372,7 +393,9 @@ class Run:
             unexplained=unexplained,
             dead_letters=self.dead_letters(),
             workers_killed=len(damage.kills),
-            recovery_seconds=recovery(damage.kills, records),
+            recoveries=recovery(damage.kills, records, self.notes.deliveries),
+            killed_calls=killed_calls(damage.kills, records, rows, books),
+            longest_call_seconds=max((each["ended_at"] - each["at"] for each in books), default=0),
             most_held=self.notes.most_held,
             restarts=damage.restarts,
             throttled_seconds=damage.throttled_seconds,
@@ -476,6 +499,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             simulator.stop()
     Console().print(table(found))
+    if size.kills:
+        Console().print(kills_table(found))
     broken = not_as_promised(size, found)
     for what in broken:
         print(f"NOT AS PROMISED: {what}")

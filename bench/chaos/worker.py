@@ -58,8 +58,9 @@ class NotingInbox(SqsInbox):
         _note(leaves=[each.job_id for each, _ in delays])
 
     def keep_hidden(self, messages: Sequence[Received], milliseconds: int) -> None:
-        """Hold them."""
+        """Hold them, and say so: from now on they are visible again soon if this process dies."""
         super().put_back([(message, milliseconds) for message in messages])
+        _note(hides=True)
 
 
 # The one name replaced in the code under test: the deployed handler asks wiring for its worker, and must not know of

@@ -232,7 +232,15 @@ class Backlogged:
             self.events,
         )
         self.sweep = Sweep(
-            self.jobs, self.jobs, self.queue, self.limits, pool, model_groups(), clock, self.events
+            self.jobs,
+            self.jobs,
+            MemoryLedger(),
+            self.queue,
+            self.limits,
+            pool,
+            model_groups(),
+            clock,
+            self.events,
         )
         self.tools = Tools(
             jobs=self.jobs,

@@ -44,7 +44,7 @@ from sluice.ports.claude import Refused as NoAnswer
 from sluice.wiring.shared import model_groups, prices
 from sluice.worker.queue_source import RunJobs
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RunRange
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.worker import Worker
@@ -426,7 +426,7 @@ class BatchesPlay(Play):
 
     def _new_worker(self) -> Worker:
         rows = WindowRows(VirtualClock(self.time))
-        worker = self._worker_of(rows, rows, rows, RowBooks(self.ledger, rows))
+        worker = self._worker_of(rows, rows, rows, self.ledger)
         self.rows[worker] = rows
         return worker
 
@@ -444,6 +444,7 @@ class BatchesPlay(Play):
                 queue=JoinAtOnce(lambda: self.assemble, self.queues, self.events),
                 backlog=self.queues.backlog,
                 returns=self.queues,
+                ledger=self.ledger,
                 text_of_job=job_records.as_text,
                 job_of_text=job_records.of_text,
                 clock=VirtualClock(self.time),

@@ -24,7 +24,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     try:
         for each in batch_messages(event["Records"]):
             pointer = RangePointer(each.message, each.batch_id, each.range)
-            run = wiring.run_range()(pointer, stop_at, owner=context.aws_request_id)
+            run = wiring.run_ranges()(pointer, stop_at, owner=context.aws_request_id)
             if not _loop.run_until_complete(run):
                 failures.append({"itemIdentifier": each.message.message_id})
     finally:

@@ -42,11 +42,13 @@ class Snapshot:
     eta_seconds: float | None
     unknown_costs: int = 0
     """Calls whose cost is unknown and not in `cost_micro_usd`."""
+    uncertain_calls: int = 0
+    """Calls that may have been billed."""
 
     @property
     def cost(self) -> str:
         """The cost so far, as text."""
-        return cost_text(self.cost_micro_usd, self.unknown_costs)
+        return cost_text(self.cost_micro_usd, self.unknown_costs, self.uncertain_calls)
 
     @property
     def done(self) -> int:
@@ -84,6 +86,7 @@ def batch_snapshot(batch: Json, now: datetime) -> Snapshot:
         waiting=max(0, rows["expected"] - rows["done"]),
         cost_micro_usd=batch.get("known_cost_micro_usd") or batch["cost_micro_usd"] or 0,
         unknown_costs=batch.get("unknown_costs", 0),
+        uncertain_calls=batch.get("uncertain_calls", 0),
         per_minute=None,
         limit_per_minute=None,
         eta_seconds=(
@@ -318,22 +321,25 @@ def span(seconds: float) -> str:
 def cost_of(facts: Json) -> str:
     """Return the cost of a job, batch or report; in words where it is unknown, never as a number too low."""
     micro_usd, unknown = facts.get("cost_micro_usd"), facts.get("unknown_costs") or 0
+    uncertain = facts.get("uncertain_calls") or 0
     if micro_usd is not None:
-        return dollars(micro_usd)
+        return cost_text(micro_usd, 0, uncertain)
     if not unknown:
         return "-"
     known = facts.get("known_cost_micro_usd") or 0
-    return cost_text(known, unknown)
+    return cost_text(known, unknown, uncertain)
 
 
-def cost_text(known_micro_usd: int, unknown_costs: int) -> str:
-    """Return a cost of which some calls' part is unknown."""
-    if not unknown_costs:
-        return dollars(known_micro_usd)
-    if not known_micro_usd:
-        return "unknown"
-    calls = "1 call" if unknown_costs == 1 else f"{unknown_costs:,} calls"
-    return f"{dollars(known_micro_usd)} + {calls} of unknown cost"
+def cost_text(known_micro_usd: int, unknown_costs: int, uncertain_calls: int = 0) -> str:
+    """Return a cost of which some calls' part is unknown, or which has calls that may have been billed."""
+    text = dollars(known_micro_usd)
+    if unknown_costs:
+        text = f"{text} + {_calls(unknown_costs)} of unknown cost" if known_micro_usd else "unknown"
+    return f"{text} + {_calls(uncertain_calls)} possibly billed" if uncertain_calls else text
+
+
+def _calls(count: int) -> str:
+    return "1 call" if count == 1 else f"{count:,} calls"
 
 
 def dollars(micro_usd: int) -> str:

@@ -74,7 +74,32 @@ ROWS: Final = (
         ),
         "more rows: the batch ends with the reason; larger files have longer ranges",
     ),
-    ("one row", size(batches.MOST_LINE_BYTES), "a bad row, in `errors.jsonl`"),
+    (
+        "copying a plain JSONL file to its batch",
+        size(plan.MOST_COPIED_BYTES),
+        "the file is read where it is, and must not change while it runs",
+    ),
+    (
+        "one row of a file: a JSONL line, a CSV record with its prompt, a document with its prompt",
+        (
+            f"{size(batches.MOST_LINE_BYTES)} as a request; that is a PDF of {forms.MOST_PDF_BYTES:,} "
+            "bytes, or text of a little less than the limit"
+        ),
+        "a bad row, in `errors.jsonl`",
+    ),
+    (
+        "documents of unsupported types",
+        f"{batches.MOST_UNSUPPORTED} named in `summary.json`",
+        "`errors.jsonl` names all",
+    ),
+    (
+        "names",
+        (
+            f"an upload: {uploads.MOST_NAME} characters; copies under `out/`: {batches.MOST_KEY_BYTES:,} bytes "
+            "with `out/<tenant>/` and `/results.jsonl`"
+        ),
+        "400; the results are only under the batch's ID",
+    ),
     (
         "one range",
         (
@@ -140,7 +165,10 @@ ROWS: Final = (
     ),
     (
         "one run of the sweep",
-        f"{sweep.MOST_DUE:,} due jobs and {sweep.MOST_UNHEARD:,} that were not written for long",
+        (
+            f"{sweep.DUE_SHARE:,} due jobs of each tenant and model, and "
+            f"{sweep.UNHEARD_SHARE:,} that were not written for long"
+        ),
         "the next run continues",
     ),
 )

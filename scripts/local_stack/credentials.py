@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from scripts.local_stack.emulator import Emulator, StackError
 from sluice.domain import client_keys
@@ -77,8 +77,17 @@ def check_client_key(key: str) -> None:
         )
 
 
+class HasClients(Protocol):
+    """An emulator, or a running stack."""
+
+    @property
+    def client(self) -> Callable[[str], Any]:
+        """Returns a boto3 client of a service."""
+        ...
+
+
 def install_client_key(
-    emulator: Emulator, *, table: str, pepper_secret: str, key: str, tenant: str
+    emulator: HasClients, *, table: str, pepper_secret: str, key: str, tenant: str
 ) -> None:
     """Let `key` in as `tenant`."""
     pepper = emulator.client("secretsmanager").get_secret_value(SecretId=pepper_secret)[

@@ -1,9 +1,9 @@
 """The emulator's own process: ministack, pinned, with its SQS polling brought closer to Lambda's.
 
 Everything in Sluice that knows the inside of ministack is in the files `emulator_*.py` here. In this one
-`lift_batch_cap` replaces one function and one event, `pace_streams` one function, `shorten_log_wait` one default, and
-`make_dynamodb_fail`, for chaos runs alone, one function. Each first checks that what it changes is there, because the
-next release may look different.
+`replace_poll_event` replaces one event, `lift_batch_cap` one function, `pace_streams` one function, `shorten_log_wait`
+one default, and `make_dynamodb_fail`, for chaos runs alone, one function. Each first checks that what it changes is
+there, because the next release may look different.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from scripts.local_stack import emulator_doors, emulator_sizes
 from scripts.local_stack.emulator_concurrency import enforce_account_concurrency
+from scripts.local_stack.emulator_fairness import deliver_fairly
 from scripts.local_stack.internals import Internals, expect
 
 MINISTACK_VERSION = "1.5.33"
@@ -96,21 +97,29 @@ class Wake(threading.Event):
         return super().wait(timeout)
 
 
-def lift_batch_cap() -> None:
-    """Let one event source mapping take its whole BatchSize, gathered over its batching window.
+def replace_poll_event() -> Wake:
+    """Replace the event for which the poll loop waits, before the services import it by name.
 
-    As released, ministack caps every batch at 10 messages and ignores the window. Raises
-    `LookupError` when the emulator does not look as expected.
+    Raises `LookupError` when the emulator does not look as expected.
     """
     concurrency: Internals = import_module("ministack.core.concurrency")
     expect(concurrency, "esm_wake")
     wake = Wake()
-    concurrency.esm_wake = wake  # before the services import it by name
-
+    concurrency.esm_wake = wake
     sqs: Internals = import_module("ministack.services.sqs")
     lambdas: Internals = import_module("ministack.services.lambda_svc")
-    if expect(sqs, "esm_wake") is not wake or expect(lambdas, "_esm_wake") is not wake:
+    if any(expect(*where) is not wake for where in ((sqs, "esm_wake"), (lambdas, "_esm_wake"))):
         raise LookupError("its services were imported before the poll event was replaced")
+    return wake
+
+
+def lift_batch_cap(wake: Wake) -> None:
+    """Let one event source mapping take its whole BatchSize, gathered over its batching window.
+
+    As released, ministack caps every batch at 10 messages and ignores the window. Raises `LookupError` as above.
+    """
+    sqs: Internals = import_module("ministack.services.sqs")
+    lambdas: Internals = import_module("ministack.services.lambda_svc")
     if list(inspect.signature(expect(sqs, RECEIVE)).parameters) != ["queue_url", "max_number"]:
         raise LookupError(f"sqs.{RECEIVE} takes other arguments")
     lock = expect(sqs, "_queues_lock")
@@ -244,7 +253,9 @@ def main() -> None:
     if version != MINISTACK_VERSION:
         sys.exit(f"ministack {version} is installed, but this runner requires {MINISTACK_VERSION}")
     try:
-        lift_batch_cap()
+        wake = replace_poll_event()
+        deliver_fairly()
+        lift_batch_cap(wake)
         pace_streams()
         shorten_log_wait()
         enforce_account_concurrency()

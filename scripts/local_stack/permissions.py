@@ -220,15 +220,17 @@ def _holds(operator: str, keys: Mapping[str, Any], context: Mapping[str, str]) -
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_elements_condition_operators.html
     """
-    if operator not in {"StringEquals", "StringLike", "StringLikeIfExists"}:
+    _, for_all, comparison = operator.rpartition("ForAllValues:")
+    if comparison not in {"StringEquals", "StringLike", "StringLikeIfExists"}:
         raise ValueError(f"a condition that is not understood: {operator}")
     for key, wanted in keys.items():
         given = context.get(key)
         if given is None:
-            if not operator.endswith("IfExists"):
+            # Of no value, all are as wanted.
+            if not for_all and not comparison.endswith("IfExists"):
                 return False
         elif not any(
-            given == each if operator == "StringEquals" else fnmatchcase(given, each)
+            given == each if comparison == "StringEquals" else fnmatchcase(given, each)
             for each in as_list(wanted)
         ):
             return False

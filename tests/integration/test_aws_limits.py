@@ -473,12 +473,33 @@ def test_a_batch_of_a_mapping_ends_before_6_mb(emulator: Emulator, tmp_path: Pat
     assert 5 == max(batches())
 
 
+def test_a_fair_queue_delivers_a_quiet_group_before_a_noisy_one(emulator: Emulator) -> None:
+    sqs = emulator.client("sqs")
+    queue = sqs.create_queue(QueueName="fair", Attributes={"VisibilityTimeout": "60"})["QueueUrl"]
+
+    def receive(most: int) -> list[str]:
+        got = sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=most)
+        return [each["Body"] for each in got["Messages"]]
+
+    for _ in range(6):
+        entries = [
+            {"Id": str(n), "MessageBody": "noisy", "MessageGroupId": "noisy"} for n in range(10)
+        ]
+        sqs.send_message_batch(QueueUrl=queue, Entries=entries)
+    for _ in range(4):
+        receive(10)
+    sqs.send_message(QueueUrl=queue, MessageBody="quiet", MessageGroupId="quiet")
+    sqs.send_message(QueueUrl=queue, MessageBody="alone")
+
+    assert ["quiet", "alone", "noisy"] == receive(3)
+
+
 def test_120_000_messages_may_be_in_flight() -> None:
     """In its own process: to receive this many over HTTP takes an hour."""
     script = """
 import asyncio, time
 from scripts.local_stack import emulator_runner, emulator_sizes
-emulator_runner.lift_batch_cap()
+emulator_runner.lift_batch_cap(emulator_runner.replace_poll_event())
 emulator_sizes.enforce()
 from ministack.services import sqs
 url = sqs._act_create_queue({"QueueName": "full"}, "")["QueueUrl"]

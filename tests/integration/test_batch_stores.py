@@ -26,6 +26,7 @@ from sluice.adapters.sqs import Hidden, SqsBatchesQueue, SqsRangesQueue
 from sluice.domain.batches import (
     Batch,
     Options,
+    Plan,
     Progress,
     RangeState,
     Source,
@@ -39,7 +40,8 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
 from sluice.domain.jobs import Attempt, Snooze
-from sluice.ports.batches import BatchStore, DueRange, Objects, Stored, WaitingRanges
+from sluice.domain.turns import group_of_range
+from sluice.ports.batches import BatchStore, DueRange, Newcomer, Objects, Stored, WaitingRanges
 from sluice.ports.jobs import Received
 from sluice.ports.messages import batch_messages
 from sluice.ports.world import Notice
@@ -249,6 +251,23 @@ def test_waiting_ranges_and_late_batches_are_due_and_taken_once(batches: Both) -
     assert waiting == batches.range_state(a_batch(batch_id="msgbatch_r"), 7)
 
 
+def test_newcomers_are_listed_in_turns_of_tenants_until_they_are_welcomed(batches: Both) -> None:
+    some = [
+        Newcomer(*each)
+        for each in (("b", "m1"), ("a", "m3"), ("a", "m2"), ("a-c", "m4"), ("a", "m2"))
+    ]
+    for each in some:
+        batches.announce(each)
+
+    assert Newcomer("a", "m2") == batches.newcomer("")
+    assert Newcomer("a-c", "m4") == batches.newcomer("a")
+    assert Newcomer("b", "m1") == batches.newcomer("a-c")
+    assert batches.newcomer("b") is None
+    batches.welcome(Newcomer("a", "m2"))
+    batches.welcome(Newcomer("b", "unknown"))
+    assert Newcomer("a", "m3") == batches.newcomer("")
+
+
 def test_ranges_that_were_claimed_are_seen_and_whether_they_are_parked(batches: Both) -> None:
     claimed = claim_range(RangeState("msgbatch_s", 7, "acme"), "one", NOON, NOON + 1)
     parked = release_range(
@@ -453,7 +472,7 @@ def test_a_long_listing_comes_page_by_page(cloud: Aws, name: str) -> None:
 
 def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
     queue = SqsRangesQueue(cloud.sqs, cloud.ranges_queue)
-    batch = a_batch()
+    batch = a_batch(plan=Plan(0, 6_000, 100, 60, 1))
 
     assert [] == queue.send_ranges(batch, range(25))
 
@@ -464,6 +483,12 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
         found += messages
     records = [{"messageId": each["MessageId"], "body": each["Body"]} for each in found]
     read = batch_messages(records)
+    groups = {
+        pointer.range: each["Attributes"]["MessageGroupId"]
+        for pointer, each in zip(read, found, strict=True)
+    }
+    assert {n: group_of_range("acme", batch.batch_id, n, 60) for n in range(25)} == groups
+    assert 2 == len(set(groups.values()))
     assert list(range(25)) == sorted(each.range for each in read if each.range is not None)
     assert {batch.batch_id} == {each.batch_id for each in read}
     assert 25 == queue.backlog().total
@@ -472,10 +497,15 @@ def test_each_range_gets_a_pointer_in_its_tenants_group(cloud: Aws) -> None:
 def test_what_is_to_be_done_with_a_batch_is_read_as_it_was_sent(cloud: Aws) -> None:
     queue = SqsBatchesQueue(cloud.sqs, cloud.batches_queue)
 
-    queue.send_plan(a_batch(1).batch_id)
-    queue.send_join(a_batch(2).batch_id, 3)
+    queue.send_plan(a_batch(1).batch_id, "acme")
+    queue.send_join(a_batch(2).batch_id, 3, "acme")
 
-    got = cloud.sqs.receive_message(QueueUrl=cloud.batches_queue, MaxNumberOfMessages=10)
+    got = cloud.sqs.receive_message(
+        QueueUrl=cloud.batches_queue, MaxNumberOfMessages=10, AttributeNames=["All"]
+    )
+    assert {"acme/plan", "acme/join"} == {
+        each["Attributes"]["MessageGroupId"] for each in got["Messages"]
+    }
     read = batch_messages(
         [{"messageId": each["MessageId"], "body": each["Body"]} for each in got["Messages"]]
     )

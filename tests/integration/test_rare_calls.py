@@ -9,8 +9,9 @@ import json
 import random
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import httpx
@@ -19,9 +20,13 @@ import pytest
 from scripts.claude_simulator import read, running
 from scripts.local_stack import LocalStack, Ready
 from sluice.adapters.batch_records import DynamoBatches
+from sluice.adapters.dynamodb import DynamoJobs, DynamoLedger
 from sluice.adapters.system import SystemClock
 from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
-from sluice.domain.batches import LATE_MS, Phase
+from sluice.domain.batches import LATE_MS, Phase, claim_range, row_job_id
+from sluice.domain.jobs import Job, claim
+from sluice.domain.pricing import LedgerRow, utc_day
+from sluice.domain.waits import LEASE_MS
 from sluice.intake.batches import MOST_STARTED
 
 CLIENT_KEY: Final = "sluice_rare_of_acme"
@@ -42,6 +47,13 @@ class Stack:
     ready: Ready
     http: httpx.Client
     batches: DynamoBatches
+    jobs: DynamoJobs
+    ledger: DynamoLedger
+
+    def calls_of(self, job_id: str) -> Sequence[LedgerRow]:
+        today = utc_day(SystemClock().now())
+        days = [today - timedelta(days=1), today]
+        return self.ledger.calls_of(TENANT, days, job_id)
 
     @property
     def bucket(self) -> str:
@@ -155,7 +167,12 @@ def stack() -> Iterator[Stack]:
             batches = DynamoBatches(
                 ready.client("dynamodb"), ready.resources["BatchesTable"], LONG_DAYS, SystemClock()
             )
-            yield Stack(ready, http, batches)
+            tables = ready.resources
+            jobs = DynamoJobs(ready.client("dynamodb"), tables["JobsTable"], LONG_DAYS)
+            ledger = DynamoLedger(
+                ready.client("dynamodb"), tables["LedgerTable"], tables["UsageTable"]
+            )
+            yield Stack(ready, http, batches, jobs, ledger)
 
 
 def test_a_large_request_that_is_kept_for_long_is_read_and_runs(stack: Stack) -> None:
@@ -332,6 +349,65 @@ def test_a_parked_range_and_a_stalled_batch_continue(
     ended = within(lambda: stack.http.get(f"/batches/{batch_id}").json()["ended_at"])
 
     assert ended
+
+
+def killed(stack: Stack) -> Job:
+    """Submit a job, and record that a worker died during its call."""
+    accepted = stack.http.post("/jobs", json={"params": params("Say hello.")}).json()
+    job = stack.jobs.get(accepted["id"])
+    assert job is not None
+    past = SystemClock().now() - LEASE_MS
+    taken = claim(job, "a worker that died", past - LEASE_MS, past)
+    stack.jobs.replace(taken, job.version)
+    return taken
+
+
+def test_the_next_worker_books_the_call_of_one_that_died(stack: Stack) -> None:
+    stack.pause("WorkerMapping")
+    job = killed(stack)
+
+    stack.resume("WorkerMapping")
+    shown = stack.ended(job.job_id)
+    rows = within(lambda: rows if len(rows := stack.calls_of(job.job_id)) > 1 else None)
+
+    assert ("succeeded", 1) == (shown["state"], shown["uncertain_calls"])
+    assert {"worker_lost", "succeeded"} == {row.outcome for row in rows}
+
+
+def test_the_sweep_books_the_call_of_a_job_that_nobody_runs_again(stack: Stack) -> None:
+    stack.pause("WorkerMapping")
+    job = killed(stack)
+    canceled = stack.http.post(f"/jobs/{job.job_id}/cancel").json()
+
+    stack.govern()
+    stack.resume("WorkerMapping")
+
+    assert "canceled" == canceled["state"], canceled
+    assert ["worker_lost"] == [row.outcome for row in stack.calls_of(job.job_id)]
+    stack.govern()
+    assert 1 == len(stack.calls_of(job.job_id))
+
+
+def test_the_next_worker_books_the_calls_of_rows_whose_worker_died(stack: Stack) -> None:
+    stack.pause("RangesMapping")
+    batch_id = stack.planned("died.jsonl")
+    batch = stack.batches.get(batch_id)
+    assert batch is not None
+    waiting = stack.batches.range_state(batch, 0)
+    past = SystemClock().now() - LEASE_MS
+    dead = claim_range(waiting, "a worker that died", past - LEASE_MS, past)
+    stack.batches.replace_range(replace(dead, running=(0,)), waiting.version)
+
+    stack.resume("RangesMapping")
+    shown = within(
+        lambda: (
+            each if (each := stack.http.get(f"/batches/{batch_id}").json())["ended_at"] else None
+        )
+    )
+
+    assert (2, 1) == (shown["calls"], shown["uncertain_calls"])
+    booked = [row.outcome for row in stack.calls_of(row_job_id(batch_id, 0))]
+    assert ["succeeded", "worker_lost"] == sorted(booked)
 
 
 def test_a_range_whose_message_is_lost_runs_after_the_next_check(stack: Stack) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 import pytest
 from botocore.stub import Stubber
 
-from sluice.adapters import aws, job_records
+from sluice.adapters import aws, job_records, tables
 from sluice.adapters.dynamodb import (
     JOBS_NOTES_ID,
     DynamoGovernorNotes,
@@ -30,6 +30,7 @@ from tests.fakes import (
     FrozenClock,
     MemoryGovernorNotes,
     MemoryJobs,
+    MemoryLedger,
     MemoryLimits,
     MemoryQueue,
     PoolWritten,
@@ -84,9 +85,9 @@ def add(jobs: JobStore, *some: Job) -> None:
 
 
 def due_ids(
-    jobs: DueJobs, now: int = NOON, limit: int = PLENTY, why: DueFor = DueFor.CALL
+    jobs: DueJobs, now: int = NOON, share: int = PLENTY, why: DueFor = DueFor.CALL
 ) -> list[str]:
-    return [each.job_id for each in jobs.due(why, now, limit)]
+    return [each.job_id for each in jobs.due(why, now, share)]
 
 
 def the_one_due(jobs: DueJobs, now: int = NOON) -> Due:
@@ -136,16 +137,33 @@ def test_the_longest_due_jobs_are_first(jobs: Store) -> None:
     assert sorted(found) == found
 
 
-def test_of_very_many_the_oldest_and_the_newest_are_seen(jobs: Store) -> None:
-    """So that a large backlog does not hide a job that came due just now."""
+def test_a_large_backlog_hides_no_job_of_another_tenant_or_model(jobs: Store) -> None:
+    """Neither among the longest due nor among the latest."""
     add(jobs, *(parked(f"job_{number:03}", NOON - 200 + number) for number in range(200)))
-    add(jobs, parked("job_new", NOON))
+    add(jobs, parked("job_model", NOON - 100, model="claude-b"))
+    add(jobs, parked("job_tenant", NOON - 90, tenant="zenith"))
 
-    found = due_ids(jobs, NOON, limit=48)
+    found = due_ids(jobs, NOON, share=16)
 
     assert "job_000" == found[0]
-    assert "job_new" == found[-1]
-    assert len(found) <= 48
+    assert {"job_model", "job_tenant"} <= set(found)
+    assert 16 <= len(found) <= 18
+
+
+def test_of_more_than_is_read_the_latest_are_seen(
+    cloud: Aws, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "DUE_AT_ONCE", 2)
+    monkeypatch.setattr(tables, "DUE_PAGES", 2)
+    cloud.create_table(name, like="JobsTable")
+    jobs = DynamoJobs(cloud.dynamodb, name, retention_days=30)
+    add(jobs, *(parked(f"job_{number:03}", NOON - 200 + number) for number in range(100)))
+    add(jobs, parked("job_new", NOON, tenant="zenith"))
+
+    found = due_ids(jobs)
+
+    assert ("job_000", "job_new") == (found[0], found[-1])
+    assert 8 * 2 * 2 < len(found) <= 8 * 2 * 3
 
 
 def test_a_job_that_goes_on_is_not_due_any_more(jobs: Store) -> None:
@@ -255,7 +273,9 @@ def test_the_sweep_over_the_store(jobs: Store) -> None:
     clock = FrozenClock()
     queue = MemoryQueue(clock.now)
     pool = PoolWritten(None)
-    sweep = Sweep(jobs, jobs, queue, MemoryLimits(), pool, {}, clock, RecordingEvents())
+    sweep = Sweep(
+        jobs, jobs, MemoryLedger(), queue, MemoryLimits(), pool, {}, clock, RecordingEvents()
+    )
 
     assert Swept(due=31, sent=30, expired=1) == sweep(LATER)
     assert Swept() == sweep(LATER)

@@ -21,7 +21,6 @@ from sluice.intake.submit import Outcome, Submit
 from sluice.ports.claude import Body
 from sluice.ports.jobs import Due, Received
 from sluice.worker import limit_writer
-from sluice.worker.ledger import Ledger
 from sluice.worker.limit_books import Admission
 from sluice.worker.limiter import Limiter
 from sluice.worker.memory import Grant, Memory
@@ -31,6 +30,7 @@ from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.bugs_of_files import BUGS_OF_FILES
 from tests.simulation.bugs_of_limits import BUGS_OF_LIMITS
 from tests.simulation.bugs_of_sizes import BUGS_OF_SIZES
+from tests.simulation.bugs_of_the_ledger import BUGS_OF_THE_LEDGER
 from tests.simulation.deliberate import Bug, instead
 from tests.simulation.upstream import Upstream
 from tests.simulation.world import StoryQueue
@@ -283,10 +283,12 @@ def _care_for_parked_jobs_only() -> Iterator[None]:
 
 @contextmanager
 def _keep_silent_about_lost_calls() -> Iterator[None]:
-    async def silent(*_: object) -> None:
-        return
+    without_loss = life.without_loss
 
-    with instead(Ledger, "account_for_lost", silent):
+    def silent(job: Job, now: int) -> Job:
+        return replace(without_loss(job, now), unbooked=job.unbooked)
+
+    with instead(life, "without_loss", silent):
         yield
 
 
@@ -361,4 +363,5 @@ BUGS: Final[Mapping[str, Bug]] = {
     **BUGS_OF_LIMITS,
     **BUGS_OF_FILES,
     **BUGS_OF_SIZES,
+    **BUGS_OF_THE_LEDGER,
 }

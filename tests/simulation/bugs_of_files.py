@@ -17,13 +17,15 @@ from sluice.domain.jobs import DueFor
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import UNSENDABLE, Failure
 from sluice.intake.batches import Batches
-from sluice.ports.batches import Stored
+from sluice.ports.batches import DueRange, Stored
 from sluice.ports.jobs import Due
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, ranges
 from sluice.worker.keys import KeyChoice
+from sluice.worker.ledger import Ledger
+from sluice.worker.newcomers import RunRanges
 from sluice.worker.range_claim import ClaimedRange
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.range_windows import Saved, Windows
 from sluice.worker.ranges import RunRange
 from tests.bulk_fakes import MemoryBatches, MemoryObjects
@@ -41,6 +43,10 @@ def _claim_a_leased_range() -> Iterator[None]:
 
     with instead(ranges, "claim_range", claim):
         yield
+
+
+async def _no_newcomer(self: RunRanges) -> None:
+    del self
 
 
 async def _never_reported(self: RunRange, *_: object) -> None:
@@ -145,6 +151,17 @@ def _read_the_oldest_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _read_the_oldest_ranges_only() -> Iterator[None]:
+    good = MemoryBatches.due
+
+    def due(self: MemoryBatches, now: int, share: int) -> Sequence[DueRange]:
+        return good(self, now, 10_000)[:share]
+
+    with instead(MemoryBatches, "due", due):
+        yield
+
+
 def _as_a_lost_connection(failure: Failure, _: dict[str, Any]) -> Failure:
     is_local = failure.type == UNSENDABLE
     return replace(failure, type="connection_failed") if is_local else failure
@@ -174,6 +191,10 @@ def _rejected_with_another(self: KeyChoice, key: UpstreamKey) -> bool:
 
 
 BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
+    "never_run_newcomers": Bug(
+        "a small new batch waits for a free worker",
+        in_place_of(RunRanges, "_newcomer", _no_newcomer),
+    ),
     "claim_a_leased_range": Bug(
         "a range is claimed although another worker has its lease", _claim_a_leased_range
     ),
@@ -218,7 +239,8 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
     ),
     "record_no_cost": Bug("the results of rows have no cost", _record_no_cost),
     "keep_no_books_of_rows": Bug(
-        "the calls of rows are in no ledger", in_place_of(RowBooks, "record", nothing)
+        "the calls of rows are in no ledger",
+        in_place_of(Ledger, "_recorded", lambda _, rows: rows),
     ),
     "never_resume_a_range": Bug(
         "parked ranges are not sent again", in_place_of(Resume, "_send", lambda *_: False)
@@ -239,6 +261,9 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "a bucket that is busy is taken for a file that was deleted", _take_busy_for_missing
     ),
     "read_the_oldest_only": Bug("due jobs are read oldest first only", _read_the_oldest_only),
+    "read_the_oldest_ranges_only": Bug(
+        "due ranges are read oldest first only", _read_the_oldest_ranges_only
+    ),
     "take_a_local_error_for_upstreams": Bug(
         "a request that cannot be sent counts as a failure of the endpoint",
         partial(judged, _as_a_lost_connection),

@@ -15,6 +15,7 @@ from sluice.bulk import assemble, sections
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
+from sluice.domain import turns
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Tally
 from sluice.domain.errors import BatchNotFound, InvalidRequest, StoreBusy
 from sluice.domain.jobs import Party
@@ -23,9 +24,10 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
-from sluice.worker import range_windows, ranges
+from sluice.worker import newcomers, range_windows, ranges
+from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
-from sluice.worker.range_rows import RowBooks, WindowRows
+from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
@@ -68,8 +70,8 @@ class StoryBatches(MemoryBatches):
         if batch.phase is Phase.ENDED and batch.options.webhook is not None:
             self.world.outbox.wanted[batch.batch_id] = batch.options.webhook
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        return super().due(now, min(limit, self.world.story.most_retrieve_exception))
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
+        return super().due(now, min(share, self.world.story.due_share))
 
     def replace_range(self, state: RangeState, expected_version: int) -> None:
         super().replace_range(state, expected_version)
@@ -127,12 +129,12 @@ class StoryBatchQueues(MemoryBatchQueues):
         self.stirred.set()
         return refused
 
-    def send_plan(self, batch_id: str) -> None:
-        self._do("send_plan", batch_id)
+    def send_plan(self, batch_id: str, tenant: str) -> None:
+        self._do("send_plan", f"{batch_id} of {tenant}")
         self.world.files.post_plan(batch_id)
 
-    def send_join(self, batch_id: str, section: int) -> None:
-        self._do("send_join", f"{batch_id} {section}")
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
+        self._do("send_join", f"{batch_id} {section} of {tenant}")
         self.world.files.post_join(batch_id, section)
 
     def put_back(self, delays: Sequence[tuple[Received, int]]) -> None:
@@ -140,15 +142,16 @@ class StoryBatchQueues(MemoryBatchQueues):
         self.stirred.set()
 
     def receive(self) -> RangePointer | None:
-        """Return a visible range, of the tenant with the fewest in flight, as a fair queue does."""
+        """Return a visible range, of the group with the fewest in flight, as a fair queue does."""
         now = self._now()
-        tenant_of = {each: batch.tenant for each, batch in self.world.files.batches.stored.items()}
         flying = Counter(
-            tenant_of.get(batch_id) for _, batch_id, _, at in self.ranges.values() if at > now
+            self._group(batch_id, number)
+            for _, batch_id, number, at in self.ranges.values()
+            if at > now
         )
         visible = sorted(
-            (flying[tenant_of.get(batch_id)], at, name)
-            for name, (_, batch_id, _, at) in self.ranges.items()
+            (flying[self._group(batch_id, number)], at, name)
+            for name, (_, batch_id, number, at) in self.ranges.items()
             if at <= now
         )
         if not visible:
@@ -157,6 +160,11 @@ class StoryBatchQueues(MemoryBatchQueues):
         message, batch_id, number, _ = self.ranges[name]
         self.ranges[name] = (message, batch_id, number, now + VISIBILITY_MS)
         return RangePointer(message, batch_id, number)
+
+    def _group(self, batch_id: str, number: int) -> str:
+        batch = self.world.files.batches.stored[batch_id]
+        ranges = batch.plan.ranges if batch.plan else 0
+        return turns.group_of_range(batch.tenant, batch_id, number, ranges)
 
     # What a fault can do to messages.
 
@@ -182,9 +190,19 @@ class RangeEnvironment:
     """A ranges worker's machine with the worker on it, kept from invocation to invocation until it dies."""
 
     def __init__(self, world: World, files: Files) -> None:
-        self.machine = machine = world.machine("ranges", Party.WORKER)
-        self.line = world.line(machine)
-        self.rows = rows = WindowRows(machine)
+        self.world = world
+        self.files = files
+        self.machine = world.machine("ranges", Party.WORKER)
+        self.line = world.line(self.machine)
+        self.rows: list[WindowRows] = []
+        own = self.runner()
+        self.run = RunRanges(own, lambda: self.runner(own.worker))
+
+    def runner(self, beside: Worker | None = None) -> RunRange:
+        """Return what runs one range at a time."""
+        world, files, machine = self.world, self.files, self.machine
+        rows = WindowRows(machine)
+        self.rows.append(rows)
         tools = Tools(
             jobs=rows,
             params=rows,
@@ -192,7 +210,7 @@ class RangeEnvironment:
             limits=world.limits,
             keys=world.pool,
             claude=self.line,
-            ledger=RowBooks(world.ledger, rows),
+            ledger=world.ledger,
             clock=machine,
             jitter=world.rng.random,
             blocking=machine,
@@ -203,16 +221,18 @@ class RangeEnvironment:
             objects=files.objects,
             queue=JoinAtOnce(lambda: files.assemble(machine), files.queues, world.events),
             backlog=files.queues.backlog,
-            returns=files.queues,
+            returns=NoMessages() if beside else files.queues,
+            ledger=world.ledger,
             text_of_job=job_records.as_text,
             job_of_text=job_records.of_text,
             clock=machine,
             blocking=machine,
             events=world.events,
         )
-        worker = Worker(tools, world.rules, world.story.budget)
+        memory = beside.memory if beside else None
+        worker = Worker(tools, world.rules, world.story.budget, memory=memory)
         world.watch(worker.limiter, machine)
-        self.run = RunRange(range_tools, worker, rows)
+        return RunRange(range_tools, worker, rows)
 
 
 class Files:
@@ -497,7 +517,8 @@ def cut_as(story: Any) -> Iterator[None]:
         sections: {"ENTRIES_AT_ONCE": story.compared_at_once},
         assemble: {"END_MS": story.end_ms},
         # Housekeeping ten times a second would take most of the time of a story.
-        ranges: {"TICK_MS": 500} if "TICK_MS" in vars(ranges) else {},
+        ranges: {"TICK_MS": 500},
+        newcomers: {"LOOK_MS": 3 * SECOND},
     }
     before = {module: {name: vars(module)[name] for name in cut[module]} for module in cut}
     for module, names in cut.items():

@@ -9,6 +9,7 @@ from typing import Final
 from tests.simulation.bounds import BOUNDS
 from tests.simulation.checks import CHECKS, Check, Violation
 from tests.simulation.file_checks import FILE_CHECKS
+from tests.simulation.ledger_checks import LEDGER_CHECKS
 from tests.simulation.size_checks import SIZE_CHECKS
 from tests.simulation.stories import story_of
 from tests.simulation.story import START
@@ -21,6 +22,7 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
     *BOUNDS,
     *FILE_CHECKS,
     *SIZE_CHECKS,
+    *LEDGER_CHECKS,
     EndsAreNotified,
 )
 
@@ -28,7 +30,6 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
 KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
     "nobody waits because of a spent workspace": ("K4", (39, 263)),
     "nobody waits because of a throttled workspace": ("K4", (55, 279)),
-    "nobody waits because of a blocked file": ("K4", (199, 423)),
 }
 """Violations that are not fixed yet, by check: the kind of the defect, and seeds of stories that show it.
 

@@ -81,7 +81,7 @@ class FewRowsAreInMemory(Check):
         for environment in world.files.environments:
             if environment.machine is not call.machine:
                 continue
-            held = len(environment.rows.unfinished())
+            held = max(len(rows.unfinished()) for rows in environment.rows)
             if held > world.story.window_rows:
                 world.fail(self.name, f"{environment.machine.name} holds {held} rows")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from sluice.domain.keys import UpstreamKey
@@ -32,7 +34,7 @@ from tests.simulation.faults import (
     TwoSweeps,
 )
 from tests.simulation.story import STATED, Order, Story, Upload, of_single_jobs
-from tests.simulation.troubles import of_neighbors
+from tests.simulation.troubles import AT_LOW_LIMITS, of_neighbors
 
 TENANTS: Final = ("acme", "birch", "cedar")
 
@@ -72,21 +74,6 @@ ALSO_OF_FILES: Final[tuple[type[Fault], ...]] = (
 
 MILD: Final = frozenset({ConnectionLost, KilledAtAnyMoment, ServerErrors, SlowAnswers, TwoSweeps})
 """Faults that do not keep upstream from answering for a model."""
-
-
-def story_of(seed: int) -> Story:
-    """Return the story of a seed."""
-    if seed % 4 == 2:
-        return of_tenants(seed)
-    if seed % 8 == 3:
-        return of_files(seed)
-    if seed % 16 == 7:
-        return of_neighbors(seed)
-    if seed % 32 == 5:
-        return of_invented_models(seed)
-    if seed % 32 == 21:
-        return of_long_ends(seed)
-    return of_single_jobs(seed)
 
 
 def of_tenants(seed: int) -> Story:
@@ -133,7 +120,7 @@ def of_tenants(seed: int) -> Story:
         timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
         skew_ms=rng.choice((0, 500, 2 * SECOND)),
-        most_retrieve_exception=rng.choice((2, 6, 10_000)),
+        due_share=rng.choice((2, 6, 10_000)),
         cached=rng.random() < 0.5,
         calm_at_ms=calm_at_ms,
         patience_ms=9 * 60 * MINUTE,
@@ -174,7 +161,7 @@ def of_files(seed: int) -> Story:
         timeouts_ms=rng.choice(((900_000,), (900_000, 120_000))),
         call_ms=rng.choice(((300, 2_000), (1_000, 20_000), (2_000, 90_000))),
         skew_ms=rng.choice((0, 500, 2 * SECOND)),
-        most_retrieve_exception=rng.choice((2, 1_000)),
+        due_share=rng.choice((2, 1_000)),
         lines_per_range=rng.choice((1, 3, 5, 100)),
         ranges_per_section=rng.choice((1, 2, 100)),
         calm_at_ms=calm_at_ms,
@@ -291,3 +278,20 @@ def _keys(
             key = replace(key, models=frozenset(rng.sample(sorted(MODEL_GROUPS), 2)))
         keys.append(key)
     return keys, homes
+
+
+KINDS: Final[Mapping[tuple[int, int], Callable[[int], Story]]] = {
+    (4, 2): of_tenants,
+    (8, 3): of_files,
+    (16, 7): of_neighbors,
+    (64, 15): partial(of_neighbors, troubles=AT_LOW_LIMITS),
+    (64, 25): of_invented_models,
+    (64, 53): of_long_ends,
+}
+"""By divisor and remainder of the seed."""
+
+
+def story_of(seed: int) -> Story:
+    """Return the story of a seed."""
+    kinds = (kind for (divisor, rest), kind in KINDS.items() if seed % divisor == rest)
+    return next(kinds, of_single_jobs)(seed)

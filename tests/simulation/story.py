@@ -153,8 +153,8 @@ class Story:
     uploads: Sequence[Upload] = ()
     homes: Mapping[str, Home] = field(default_factory=dict)
     """By key id, where that is not what the pool states."""
-    most_retrieve_exception: int = 10_000
-    """Due things that one look of a sweep may read."""
+    due_share: int = 10_000
+    """Due things of one tenant and model that one run of a sweep may read."""
     lines_per_range: int = LINES_PER_RANGE
     ranges_per_section: int = RANGES_PER_SECTION
     cached: bool = False
@@ -169,6 +169,8 @@ class Story:
     """How long an invocation starts steps of the end of a batch."""
     ill: str | None = None
     """The tenant that is in trouble: the others must not wait because of it."""
+    ill_file: str = ""
+    """The name of a file that counts as the ill tenant's, although it may be the healthy tenant's own."""
     trouble: str = ""
     """Its trouble."""
 
@@ -177,7 +179,11 @@ class Story:
         return replace(
             self,
             orders=[each for each in self.orders if each.tenant != self.ill],
-            uploads=[each for each in self.uploads if each.tenant != self.ill],
+            uploads=[
+                each
+                for each in self.uploads
+                if each.tenant != self.ill and each.name != self.ill_file
+            ],
             faults=[each for each in self.faults if each.whose != self.ill],
             ill=None,
         )

@@ -149,6 +149,28 @@ def large_file(story: Story) -> Story:
     return replace(story, limits={**story.limits, "requests": 60})
 
 
+def slow_file(story: Story, whose: str = ILL) -> Story:
+    """The ranges of a large file occupy all workers for minutes, because the limits are low."""
+    story = replace(_files(story, 120), lines_per_range=30, headers="true", fleet=2)
+    small, large = story.uploads
+    small = replace(small, at_ms=10 * SECOND, lines=small.lines[:5])
+    uploads = [small, replace(large, tenant=whose)]
+    limits = {**story.limits, "requests": 40}
+    return replace(story, uploads=uploads, ill_file="large", limits=limits)
+
+
+def own_slow_file(story: Story) -> Story:
+    """The large file is of the same tenant."""
+    return slow_file(story, WELL)
+
+
+def many_files(story: Story) -> Story:
+    """The ill tenant has uploaded many small files beside a large one, to low limits."""
+    story = slow_file(story)
+    many = [Upload(0, f"one of many {n}", ILL, [f"{ILL}-{n}-0"]) for n in range(12)]
+    return replace(story, uploads=[*story.uploads, *many])
+
+
 def _both_wait(story: Story) -> Story:
     """Let both tenants wait for limits of their own, the ill one with more than a look of the sweep can read."""
 
@@ -157,9 +179,7 @@ def _both_wait(story: Story) -> Story:
         is_early = world.time.now() < world.time.start + MINUTE
         return _blocked(call, 17 * MINUTE) if is_early else None
 
-    story = replace(
-        _own_keys(story, Home("other")), most_retrieve_exception=2, calm_at_ms=50 * MINUTE
-    )
+    story = replace(_own_keys(story, Home("other")), due_share=2, calm_at_ms=50 * MINUTE)
     return _with(story, IllCalls(lambda call: _blocked(call, 16 * MINUTE)), IllCalls(early, WELL))
 
 
@@ -196,10 +216,17 @@ TROUBLES: Final[Mapping[str, Callable[[Story], Story]]] = {
 }
 
 
-def of_neighbors(seed: int) -> Story:
+AT_LOW_LIMITS: Final[Mapping[str, Callable[[Story], Story]]] = {
+    "a slow file": slow_file,
+    "a slow file of its own": own_slow_file,
+    "many files": many_files,
+}
+
+
+def of_neighbors(seed: int, troubles: Mapping[str, Callable[[Story], Story]] = TROUBLES) -> Story:
     """Return a story of a healthy tenant beside an ill one."""
     rng = random.Random(f"neighbors {seed}")  # noqa: S311 - chance that can be repeated
-    name = list(TROUBLES)[seed // 16 % len(TROUBLES)]
+    name = list(troubles)[seed // 16 % len(troubles)]
     well = [
         Order(
             at_ms=at * SECOND,
@@ -221,7 +248,7 @@ def of_neighbors(seed: int) -> Story:
         patience_ms=9 * 60 * MINUTE,
         trouble=name,
     )
-    return TROUBLES[name](story)
+    return troubles[name](story)
 
 
 def delays(world: World) -> list[int]:
@@ -234,7 +261,7 @@ def delays(world: World) -> list[int]:
     files = [
         (batch.ended_at or world.time.now()) - batch.created_at
         for batch in world.files.batches.stored.values()
-        if batch.tenant == WELL
+        if batch.tenant == WELL and batch.name != world.story.ill_file
     ]
     return sorted(jobs + files)
 

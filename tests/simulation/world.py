@@ -107,8 +107,8 @@ class StoryJobs(MemoryJobs):
         self.taken: Counter[tuple[str, int]] = Counter()
         """How often a due time was taken, by job and the time it was due."""
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        return super().due(why, now, min(limit, self.world.story.most_retrieve_exception))
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
+        return super().due(why, now, min(share, self.world.story.due_share))
 
     def postpone(self, due: Due, until: int) -> Due | None:
         taken = super().postpone(due, until)
@@ -513,7 +513,8 @@ class World:
             await asyncio.sleep(1 if late < 10 * MINUTE else 60)
 
     def _rest_is_done(self) -> bool:
-        return self.outbox.is_empty and self.files.is_done
+        owes = any(why is DueFor.BOOKS for why, _ in self.jobs.due_jobs.values())
+        return self.outbox.is_empty and self.files.is_done and not owes
 
     def _queue_is_empty(self) -> bool:
         return self.queue.next_visible() is None
@@ -697,6 +698,7 @@ class World:
         sweep = Sweep(
             jobs,
             jobs,
+            Through(self.ledger),
             queue,
             limits,
             pool,

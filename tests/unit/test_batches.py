@@ -13,6 +13,7 @@ from sluice.domain.batches import (
     LOSSES_UNTIL_ALONE,
     MOST_COPY_BYTES,
     MOST_LOST_ALONE,
+    MOST_LOST_READING,
     MOST_RANGE_BYTES,
     MOST_RANGES,
     NOTIFY_MS,
@@ -48,6 +49,7 @@ from sluice.domain.batches import (
     mark_sent,
     moved_by_id,
     named_batch_id,
+    note_reading,
     note_running,
     older_file_batch_id,
     parts,
@@ -60,6 +62,7 @@ from sluice.domain.batches import (
     sample_places,
     save_chunk,
     start_batch,
+    unreadable,
     upload_prefix,
 )
 from sluice.domain.errors import LeaseLost, RangeBusy
@@ -450,6 +453,32 @@ def test_a_worker_that_dies_with_no_row_in_flight_blames_none() -> None:
     after = lost_with(state)
 
     assert (3, (20, 30), (10,)) == (after.losses, after.suspects, after.blamed)
+
+
+def test_a_line_that_kills_its_readers_is_found_and_left_out() -> None:
+    """No row is in flight when a worker dies of a line that it reads."""
+    state = claim_range(a_range(), "first", NOON, 0)
+    first = claim_range(state, "second", NOON, 0)
+    assert not first.is_stuck
+    state = claim_range(first, "third", NOON, 0)
+    assert state.is_stuck
+    for number in range(MOST_LOST_READING):
+        assert frozenset() == unreadable(state)
+        state = note_reading(state, str(state.owner), 50)
+        assert state is note_reading(state, str(state.owner), 50)
+        state = claim_range(state, f"reader-{number}", NOON, 0)
+
+    assert {50} == unreadable(state)
+    assert (None, ()) == (state.reading, state.blamed)
+
+
+def test_a_line_is_not_blamed_once_its_window_is_read() -> None:
+    stuck = claim_range(a_range(is_stuck=True, losses=1), "one", NOON, 0)
+    read = note_reading(note_reading(stuck, "one", 50), "one", None)
+
+    assert () == claim_range(note_running(read, "one", (70,)), "two", NOON, 0).unread
+    released = release_range(note_reading(stuck, "one", 50), "one", chunks=())
+    assert () == claim_range(released, "two", NOON, 0).unread
 
 
 def test_a_search_goes_on_after_a_worker_that_gave_the_range_back() -> None:

@@ -10,14 +10,19 @@ import pytest
 from bench.chaos.__main__ import SMALL, Notes
 from bench.chaos.verdict import (
     BOUND_SECONDS,
+    Deliveries,
     Found,
     Kill,
+    KilledCalls,
+    Recovery,
     Size,
+    Take,
     billed_twice,
+    killed_calls,
     not_as_promised,
     recovery,
 )
-from sluice.domain.jobs import Attempt, Job
+from sluice.domain.jobs import Attempt, AttemptOutcome, Job
 from tests.fakes import NOON, SECOND, a_job
 
 GOOD = Found(
@@ -29,7 +34,9 @@ GOOD = Found(
     unexplained=0,
     dead_letters=0,
     workers_killed=0,
-    recovery_seconds=(),
+    recoveries=(),
+    killed_calls=(),
+    longest_call_seconds=2.0,
     most_held=9,
     restarts=4,
     throttled_seconds=3.0,
@@ -85,7 +92,58 @@ def test_recovery_is_the_time_until_the_job_went_on_or_was_killed_again() -> Non
     kills = [Kill(NOON / 1000 + at, ["job_1"]) for at in (10, 40, 170)]
 
     # From the first kill to the second, from that to the next attempt; after the third it had ended already.
-    assert [30.0, 110.0] == pytest.approx(recovery(kills, records))
+    found = [each.seconds for each in recovery(kills, records, {})]
+    assert [30.0, 110.0] == pytest.approx(found)
+
+
+def test_closing_the_attempt_of_a_dead_worker_is_a_sign_and_an_unnoted_delivery_shares_the_wait() -> (
+    None
+):
+    """The successor's own attempt is not in the record: it was snoozed."""
+    lost = Attempt(
+        1, "claude-a", NOON, ended_at=NOON + 250 * SECOND, outcome=AttemptOutcome.LOST, version=2
+    )
+    records = {"job_1": a_job(attempts=(lost,), finished_at=NOON + 900 * SECOND)}
+    kills = [Kill(NOON / 1000 + 10, ["job_1"])]
+    start = NOON / 1000
+    unnoted = {"job_1": Deliveries([Take(start, 1), Take(start + 249, 3)])}
+    returned = {"job_1": Deliveries([Take(start, 1), Take(start + 131, 2)], [start + 140])}
+
+    assert [240.0] == [each.seconds for each in recovery(kills, records, {})]
+    assert [120.0] == [each.seconds for each in recovery(kills, records, unnoted)]
+    assert [130.0] == [each.seconds for each in recovery(kills, records, returned)]
+
+
+@pytest.mark.parametrize(
+    ("booked", "later", "expected"),
+    [
+        ({"job_1#2"}, [131], (1, 1, 1)),
+        (set(), [131], (1, 0, 1)),
+        ({"job_1#2"}, [], (1, 1, 0)),
+    ],
+)
+def test_the_calls_in_flight_at_a_kill_are_in_the_ledger_and_made_again(
+    booked: set[str], later: list[int], expected: tuple[int, int, int]
+) -> None:
+    """A job that was held and not in flight at the time counts only as held."""
+    lost = Attempt(
+        1, "claude-a", NOON, ended_at=NOON + 130 * SECOND, outcome=AttemptOutcome.LOST, version=2
+    )
+    records = {
+        "job_1": a_job(custom_id="one", attempts=(lost,)),
+        "job_2": a_job("job_2", custom_id="two"),
+    }
+    calls = [NOON / 1000 + at for at in (1, *later)]
+
+    (found,) = killed_calls(
+        [Kill(NOON / 1000 + 5, ["job_1", "job_2"])],
+        records,
+        [{"call_id": each} for each in booked],
+        [{"user_id": "one", "at": at} for at in calls],
+    )
+
+    assert (2, *expected) == (found.held, found.in_flight, found.named, found.repeated)
+    assert found.agree is (expected == (1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +155,18 @@ def test_recovery_is_the_time_until_the_job_went_on_or_was_killed_again() -> Non
         ({"made_twice": 1}, "no job made twice"),
         ({"unexplained": 1}, "nothing billed twice without a cause"),
         ({"dead_letters": 1}, "no dead letter"),
-        ({"recovery_seconds": (1.0, BOUND_SECONDS + 1)}, f"recovery within {BOUND_SECONDS:.0f} s"),
+        (
+            {"recoveries": (Recovery(1.0), Recovery(BOUND_SECONDS + 1))},
+            f"recovery within {BOUND_SECONDS:.0f} s",
+        ),
+        (
+            {"recoveries": (Recovery(BOUND_SECONDS + 33, is_suspect=True),)},
+            "recovery of suspects within their bound",
+        ),
+        (
+            {"killed_calls": (KilledCalls(3, 2, 2, 1),)},
+            "calls in flight at a kill are in the ledger and are those made again",
+        ),
         ({"outage_receives": 2}, "3 receives in the outage"),
         ({"most_held": 0}, "workers seen holding jobs"),
     ],
@@ -119,6 +188,7 @@ def test_notes_say_which_jobs_each_worker_holds(tmp_path: Path) -> None:
     said = [
         {"at": 1.0, "pid": 7, "takes": {"a": 1, "b": 3}},
         {"at": 2.0, "pid": 8, "takes": {"c": 1}},
+        {"at": 2.5, "pid": 7, "hides": True},
         {"at": 3.0, "pid": 7, "leaves": ["a"]},
         {"at": 4.0, "pid": 8, "over": True},
     ]
@@ -127,4 +197,5 @@ def test_notes_say_which_jobs_each_worker_holds(tmp_path: Path) -> None:
     notes.look()
 
     assert {7: {"b"}} == {pid: hands.job_ids for pid, hands in notes.hands.items()}
+    assert notes.hands[7].hidden
     assert (3, 2) == (notes.receives["b"], notes.most_held)

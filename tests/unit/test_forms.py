@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.domain import forms
+from sluice.domain import csv_files, forms
 from sluice.domain.batches import MOST_LINE_BYTES, Options
 from sluice.domain.forms import (
     PROBLEM,
@@ -24,7 +24,9 @@ from sluice.domain.forms import (
     ending_of,
     filled,
     id_of,
+    named_document,
     unpacked,
+    with_line_ends,
 )
 from sluice.intake.requests import CUSTOM_ID
 
@@ -37,7 +39,12 @@ def in_pieces(body: bytes, size: int) -> Iterator[bytes]:
 
 
 def rows(body: bytes, options: Options = PROMPT, size: int = 7) -> list[Any]:
-    return [json.loads(line) for line in csv_rows(in_pieces(body, size), options)]
+    return [row for _, row in numbered_rows(body, options, size)]
+
+
+def numbered_rows(body: bytes, options: Options = PROMPT, size: int = 7) -> list[tuple[int, Any]]:
+    made = b"".join(csv_rows(in_pieces(body, size), options))
+    return [(n, json.loads(line)) for n, line in enumerate(made.split(b"\n"), start=1) if line]
 
 
 def said(row: Any) -> str:
@@ -173,9 +180,21 @@ def test_a_large_file_may_have_long_prompts(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (b"text\nx\n", Options(), "a CSV file requires a prompt"),
         (b"", PROMPT, "the file is empty"),
+        (b"\n \r\n", PROMPT, "the file is empty"),
         (b"other\nx\n", PROMPT, "the prompt uses unknown column 'text'; the columns are other"),
-        (b'text\n"x', PROMPT, "the file is not valid CSV"),
-        (b"text\n\xff\n", PROMPT, "the file is not valid UTF-8"),
+        (b"a;b,c;d\n", PROMPT, "unknown column 'text'; the columns are a, b,c, d"),
+        (
+            b"text,score,text\na,1,b\n",
+            PROMPT,
+            "the header has 2 columns 'text'; rename all but one",
+        ),
+        (b"text, id ,id\na,1,b\n", PROMPT, "the header has 2 columns 'id'; rename all but one"),
+        (b'\n"te"xt\nx\n', PROMPT, "the header in line 2 is not valid CSV: field 1 continues"),
+        (
+            b"text,\xfc\nx\n",
+            PROMPT,
+            "the header in line 1 is not valid UTF-8; save the file as UTF-8",
+        ),
     ],
 )
 def test_the_error_of_a_csv_file_that_cannot_become_rows_says_why(
@@ -185,40 +204,153 @@ def test_the_error_of_a_csv_file_that_cannot_become_rows_says_why(
         rows(body, options)
 
 
-def test_a_line_without_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "MOST_LINE_BYTES", 100)
+def test_an_error_has_the_id_and_the_line_of_the_file() -> None:
+    body = (
+        b"custom_id,text\nu-1,one\n\nu-2,two,extra\n" + b'u-3,"a\nb",c\nu-4,"four"\nu-5\n\xff,x\n'
+    )
 
-    with pytest.raises(BadForm, match="a line exceeds 100 characters"):
-        rows(b"text\n" + b"x" * 500)
+    found = numbered_rows(body)
+
+    assert [
+        (2, "u-1", None),
+        (4, "u-2", "the record has 3 fields; the header has 2"),
+        (5, "u-3", "the record (lines 5 to 6) has 3 fields; the header has 2"),
+        (7, "u-4", None),
+        (8, "u-5", "the record has 1 fields; the header has 2"),
+        (9, None, "the record is not valid UTF-8; save the file as UTF-8"),
+    ] == [(line, row.get("custom_id"), row.get(PROBLEM)) for line, row in found]
+
+
+def test_an_error_before_the_id_has_none() -> None:
+    """It is no `row-2`, which no line of the file has."""
+    (bad,) = rows(b"text,custom_id\nx\n")
+
+    assert {PROBLEM: "the record has 1 fields; the header has 2"} == bad
+
+
+@pytest.mark.parametrize("bad", [b'2,"two "quoted" words"', b'2,"not closed', b'2,"two"x'])
+def test_one_bad_quote_costs_one_row(bad: bytes) -> None:
+    found = numbered_rows(b"custom_id,text\n1,one\n" + bad + b'\n3,"three"\n4,four\n')
+
+    assert [(2, "1"), (3, "2"), (4, "3"), (5, "4")] == [
+        (line, row["custom_id"]) for line, row in found
+    ]
+    assert ["2"] == [row["custom_id"] for _, row in found if PROBLEM in row]
+
+
+def test_a_field_may_have_any_length() -> None:
+    (row,) = rows(b'id,text\n1,"' + b"lorem " * 50_000 + b'"\n', size=70_000)
+
+    assert "Summarise: " + "lorem " * 50_000 == said(row)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"id,text\r1,one\r2,two\r",
+        b"\xef\xbb\xbfid,text\r\n1,one\r\n2,two",
+        b"id;text\n1;one\n2;two\n",
+        b'"id"\t"text"\n1\tone\n2\ttwo\n',
+        b"sep=;\r\nid;text\r\n1;one\r\n2;two\r\n",
+        b"SEP=|\nid|text\n1|one\n2|two\n",
+        b"id,text,,\n1,one,,\n2,two,,\n",
+        b"\n\nid,text\n1,one\n2,two\n",
+    ],
+)
+def test_files_of_other_programs_are_read(body: bytes) -> None:
+    assert ["Summarise: one", "Summarise: two"] == [said(row) for row in rows(body)]
+
+
+def test_a_nul_byte_is_a_character() -> None:
+    assert ["Summarise: a\0b"] == [said(row) for row in rows(b"text\na\0b\n")]
+
+
+def test_a_line_without_end_is_one_bad_row_and_not_held_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(csv_files, "MOST_LINE_BYTES", 100)
+    monkeypatch.setattr(csv_files, "PIECE_BYTES", 10)
+
+    found = numbered_rows(b"text\n" + b"x" * 500 + b'\ny\n"' + b"z" * 500 + b"\nlast\n", size=10)
+
+    assert [
+        (2, "the line exceeds 100 characters"),
+        (3, None),
+        (4, "the line exceeds 100 characters"),
+        (5, None),
+    ] == [(line, row.get(PROBLEM)) for line, row in found]
 
 
 # Documents -------------------------------------------------------------------------------------------------
 
 
+def document(name: str, body: bytes, options: Options = PROMPT) -> Any:
+    return json.loads(document_row(name, len(body), body, options))
+
+
 def test_a_document_goes_up_as_a_block_before_the_prompt() -> None:
     options = Options(prompt="What does {name} say?")
 
-    row = json.loads(document_row("a/b.md", b"\xef\xbb\xbf# Title", options))
+    row = document("a/b.md", b"\xef\xbb\xbf# Title", options)
 
-    document, prompt = row["params"]["messages"][0]["content"]
-    assert {"type": "text", "media_type": "text/plain", "data": "# Title"} == document["source"]
-    assert ("document", "a/b.md") == (document["type"], document["title"])
+    block, prompt = row["params"]["messages"][0]["content"]
+    assert {"type": "text", "media_type": "text/plain", "data": "# Title"} == block["source"]
+    assert ("document", "a/b.md") == (block["type"], block["title"])
     assert {"type": "text", "text": "What does a/b.md say?"} == prompt
 
 
 def test_a_pdf_goes_up_as_it_is() -> None:
-    row = json.loads(document_row("x.PDF", b"%PDF-1.7", PROMPT))
+    row = document("x.PDF", b"%PDF-1.7")
 
     source = row["params"]["messages"][0]["content"][0]["source"]
     assert {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjc="} == source
 
 
-def test_a_document_that_cannot_go_up_is_a_bad_row() -> None:
-    not_text = json.loads(document_row("x.txt", b"\xff", PROMPT))
-    large = json.loads(document_row("x.txt", b"x" * MOST_LINE_BYTES, PROMPT))
+@pytest.mark.parametrize(
+    ("name", "body", "problem"),
+    [
+        ("x.txt", b"\xff", "x.txt is not valid UTF-8; save it as UTF-8"),
+        ("x.txt", "text".encode("utf-16"), "x.txt is UTF-16; save it as UTF-8"),
+        ("x.md", "text".encode("utf-16-le"), "x.md is UTF-16; save it as UTF-8"),
+        ("x.txt", b"x" * MOST_LINE_BYTES, "x.txt has 8,388,608 bytes; the limit of a request is 8,388,608 bytes"),
+        ("x.docx", b"PK", "x.docx: documents .docx are not supported; use .txt, .md, .html, .htm, .pdf"),
+        ("README", b"x", "README: documents without a suffix are not supported; use .txt"),
+    ],
+)  # fmt: skip
+def test_a_document_that_cannot_go_up_is_a_bad_row(name: str, body: bytes, problem: str) -> None:
+    row = document(name, body)
 
-    assert "x.txt is not valid UTF-8; save it as UTF-8" == not_text[PROBLEM]
-    assert "the request for x.txt has 8,388," in large[PROBLEM]
+    assert row[PROBLEM].startswith(problem)
+    assert id_of(name) == row["custom_id"]
+
+
+def test_the_limit_that_is_named_for_a_pdf_is_true() -> None:
+    fits = document("x.pdf", b"x" * forms.MOST_PDF_BYTES, Options(prompt="?" * 60_000))
+    large = json.loads(document_row("x.pdf", 12_500_000, b"", PROMPT))
+
+    assert "params" in fits
+    assert (
+        "x.pdf has 12,500,000 bytes; the limit of a request is 8,388,608 bytes, that of a PDF 6,225,920"
+        == large[PROBLEM]
+    )
+
+
+def test_the_id_of_a_document_leads_back_to_its_name() -> None:
+    assert {"custom_id": id_of("ä/b.md"), "document": "ä/b.md"} == json.loads(
+        named_document("ä/b.md")
+    )
+
+
+@pytest.mark.parametrize("size", [12, 100])
+def test_lines_that_end_with_cr_alone_are_lines(size: int) -> None:
+    made = b"".join(with_line_ends(in_pieces(b"first line\rsecond\r", size)))
+
+    assert b"first line\nsecond\n" == made
+
+
+@pytest.mark.parametrize("body", [b"a\r\nb\r\n", b"a\rb\n", b"a\r", b"a"])
+def test_other_line_ends_stay(body: bytes) -> None:
+    assert body == b"".join(with_line_ends([b"", body, b"x\ry"])).removesuffix(b"x\ry")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "ä/ö ü.md", "x" * 200 + ".pdf"])

@@ -351,6 +351,7 @@ def test_a_usage_report_adds_up() -> None:
         "cost_usd": "0.000001",
         "known_cost_micro_usd": 1,
         "unknown_costs": 0,
+        "uncertain_calls": 0,
     } == view["data"][1]
     assert (3, 15, 101, "0.000101") == (
         view["total"]["calls"],

@@ -14,6 +14,7 @@ from sluice.domain.batches import (
     RangeState,
     cancel_batch,
     claim_range,
+    row_job_id,
 )
 from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest, Refused
@@ -60,6 +61,11 @@ def calls(bulk: Bulk) -> Counter[int]:
     return Counter(number_in(bytes(call.request.body.data)) for call in bulk.claude.calls)
 
 
+def job_id_of(bulk: Bulk, number: int) -> str:
+    lines = bulk.objects.stored[bulk.batch.input_key].splitlines(keepends=True)
+    return row_job_id(bulk.batch.batch_id, sum(map(len, lines[:number])))
+
+
 def lost(bulk: Bulk, *suspects: int, blamed: tuple[int, ...] = ()) -> None:
     """Record the range as one that lost three workers, the last with these rows in flight."""
     lines = bulk.objects.stored[bulk.batch.input_key].splitlines(keepends=True)
@@ -70,7 +76,9 @@ def lost(bulk: Bulk, *suspects: int, blamed: tuple[int, ...] = ()) -> None:
         "acme",
         version=7,
         losses=LOSSES_UNTIL_ALONE,
+        claims=3,
         suspects=tuple(offset_of[number] for number in suspects),
+        lost=tuple((offset_of[number], 3, NOON) for number in suspects),
         blamed=tuple(offset_of[number] for number in blamed),
     )
 
@@ -128,24 +136,28 @@ def test_no_call_of_another_row_is_lost_once_rows_run_one_at_a_time(make: Make) 
     assert LOSSES_UNTIL_ALONE == max(called[number] for number in range(7, ROWS))
 
 
-def test_the_ledger_names_the_calls_of_a_killer_once(make: Make) -> None:
+def test_the_ledger_names_every_call_of_a_killer_once(make: Make) -> None:
     bulk = make(latency_ms=2_000)
     bulk.drain_with(Deaths({3, 70}))
 
     rows = [row for row in bulk.ledger.rows.values() if row.outcome == "worker_lost"]
 
-    assert [False, False] == [row.certain for row in rows]
-    assert 2 == len({row.job_id for row in rows})
+    assert {False} == {row.certain for row in rows}
+    named = Counter(row.job_id for row in rows)
+    called = calls(bulk)
+    killers = [named[job_id_of(bulk, number)] for number in (3, 70)]
+    assert [called[3], called[70]] == killers
+    assert len(rows) == bulk.summary()["uncertain_calls"]
 
 
-def test_a_ledger_that_is_busy_delays_the_end_of_a_killer(make: Make) -> None:
+def test_a_ledger_that_is_busy_delays_a_range_whose_worker_died(make: Make) -> None:
     bulk = make(rows=3, latency_ms=2_000)
-    lost(bulk, blamed=(0, 0, 0))
-    bulk.ledger.fail_next("record", 2)
+    lost(bulk, 0, blamed=(0, 0))
+    bulk.ledger.fail_next("calls_of", 2)
 
     bulk.drain()
 
-    assert {"errored": {0}, "succeeded": {1, 2}} == by_end(bulk)
+    assert {"succeeded": {0, 1, 2}} == by_end(bulk)
     assert "range not read" in bulk.events.problem_names
     assert 1 == sum(row.outcome == "worker_lost" for row in bulk.ledger.rows.values())
 

@@ -1028,3 +1028,32 @@ def test_a_write_that_always_loses_its_race_gives_up_for_a_while(crew: Crew) -> 
     assert crew.started[0] >= NOON + 2 * MINUTE
     assert {"limits table busy"} == set(crew.events.problem_names)
     assert writes > MOST_CONFLICTS
+
+
+def test_the_owners_of_waiting_jobs_take_turns(crew: Crew) -> None:
+    """A worker holds eighty jobs of one tenant when the first of another arrives: one call a second may start."""
+    crew.know(known_group(seen=limited(60, 1)))
+    started: list[str] = []
+
+    async def job(limiter: Limiter, owner: str) -> None:
+        latest = crew.time.now() + 5 * MINUTE
+        admitted = await limiter.admit([claimant()], 100, 100, latest, owner=owner)
+        assert isinstance(admitted, Admission)
+        await limiter.wait_for_start(admitted)
+        started.append(owner)
+        limiter.settle(admitted, admitted.reserved)
+
+    async def story() -> None:
+        async with crew.limiter() as limiter:
+            many = [asyncio.create_task(job(limiter, "many")) for _ in range(80)]
+            await asyncio.sleep(5)
+            few = [asyncio.create_task(job(limiter, "few")) for _ in range(5)]
+            await asyncio.gather(*few)
+            for each in many:
+                each.cancel()
+            await asyncio.gather(*many, return_exceptions=True)
+
+    crew.time.run(story())
+
+    # Start times are reserved up to 15 s ahead.
+    assert len(started) <= 5 + 15 + 2 * 5

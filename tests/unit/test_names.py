@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from sluice.domain.batches import OUTPUTS, Batch, Phase
+from sluice.domain.batches import ERRORS, RESULTS, SUMMARY, Batch, Phase
 from sluice.domain.errors import StoreBusy
 from sluice.intake.batches import Batches
 from sluice.ports.batches import Stored
 from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import MINUTE, VirtualClock, refused
 
+OUTPUTS = (RESULTS, ERRORS, SUMMARY)
 MONDAY, TUESDAY = (jsonl(*(a_row(f"{day}-{n}") for n in range(3))) for day in ("monday", "tuesday"))
 
 

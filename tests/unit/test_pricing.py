@@ -425,6 +425,7 @@ def test_one_call_adds_its_tokens_and_its_cost() -> None:
         "output_tokens": 8,
         "cost_micro_usd": 100,
         "unknown_costs": 0,
+        "uncertain_calls": 0,
     } == spend.as_dict()
 
 

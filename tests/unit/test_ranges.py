@@ -16,7 +16,6 @@ from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
 from sluice.worker.limiter import Limiter
 from sluice.worker.range_claim import KEEP_MS, LEASE_MS
-from sluice.worker.range_rows import AGAIN
 from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
@@ -261,19 +260,30 @@ def test_a_worker_that_dies_repeats_only_what_it_had_not_saved(make: Make) -> No
     assert "range taken over" in bulk.events.problem_names
 
 
-def test_calls_that_may_repeat_others_are_named_in_the_ledger(make: Make) -> None:
+@pytest.mark.parametrize("seconds", [0.4, 1.05, 2.6, 3.3])
+def test_each_call_of_a_worker_that_died_is_in_the_ledger_and_in_the_sums(
+    make: Make, seconds: float
+) -> None:
+    """Those it had booked with their cost; those in flight, or answered and lost with it, as uncertain."""
     bulk = make(latency_ms=1_000)
     bulk.upload(jsonl(*(a_row(number) for number in range(100))))
 
-    kill_after(bulk, 2.6)
-    named_before = {row.note for row in bulk.ledger.rows.values()}
+    kill_after(bulk, seconds)
     bulk.drain()
 
-    noted = [row for row in bulk.ledger.rows.values() if row.note == AGAIN]
-    assert {None} >= named_before
-    calls = Counter(said(call.request) for call in bulk.claude.calls)
-    repeated = sum(count - 1 for count in calls.values())
-    assert repeated <= len(noted) <= 100
+    rows = list(bulk.ledger.rows.values())
+    called = Counter(said(call.request) for call in bulk.claude.calls)
+    repeated = sum(count - 1 for count in called.values())
+    lost = [row for row in rows if row.outcome == "worker_lost"]
+    assert len(bulk.claude.calls) <= len(rows)
+    assert repeated - (len(rows) - len(lost) - 100) <= len(lost) <= ROWS_AT_ONCE
+    summary, (usage,) = bulk.summary(), bulk.ledger.sums.values()
+    assert (usage.calls, usage.cost_micro_usd, usage.uncertain_calls) == (
+        summary["calls"],
+        summary["known_cost_micro_usd"],
+        summary["uncertain_calls"],
+    )
+    assert (len(rows), len(lost)) == (usage.calls, usage.uncertain_calls)
 
 
 def test_a_range_killed_three_times_still_ends_whole(make: Make) -> None:
@@ -470,16 +480,22 @@ def test_line_ends_byte_order_marks_and_a_missing_last_line_end_do_no_harm(make:
     assert [] == bulk.errors()
 
 
-def test_a_custom_id_used_twice_in_a_range_is_called_once(make: Make) -> None:
+@pytest.mark.parametrize("distance", [1, 130])
+def test_a_custom_id_used_twice_is_treated_alike_near_and_far(make: Make, distance: int) -> None:
+    """The second row may be another request, whose id is a mistake: its answer is kept in the errors."""
     bulk = make()
 
-    bulk.upload(jsonl(a_row(1), a_row(2), a_row(1)))
+    rows = [a_row(number) for number in range(distance)]
+    bulk.upload(jsonl(*rows, a_row(0, max_tokens=7)))
     bulk.drain()
 
-    assert ["row-1", "row-2"] == ids(bulk.results())
-    assert 2 == len(bulk.claude.calls)
+    assert [row["custom_id"] for row in rows] == ids(bulk.results())
+    assert distance + 1 == len(bulk.claude.calls)
     (error,) = bulk.errors()
-    assert (3, "row-1") == (error["line"], error["custom_id"])
+    assert (distance + 1, "row-0") == (error["line"], error["custom_id"])
+    assert "duplicate custom_id 'row-0'; an earlier line has it" == error["error"]["message"]
+    assert "succeeded" == error["result"]["type"]
+    assert (1, 1) == tuple(bulk.summary()["counts"][name] for name in ("duplicates", "invalid"))
 
 
 def test_a_file_too_large_to_copy_that_is_replaced_while_it_runs_says_so(
@@ -563,10 +579,10 @@ def test_all_rows_of_a_range_wait_in_line(make: Make, monkeypatch: pytest.Monkey
     waiting: list[int] = []
     admit = Limiter.admit
 
-    async def counted(self: Limiter, *arguments: Any) -> Any:
+    async def counted(self: Limiter, *arguments: Any, **named: Any) -> Any:
         waiting.append(1)
         try:
-            return await admit(self, *arguments)
+            return await admit(self, *arguments, **named)
         finally:
             most.append(len(waiting))
             waiting.pop()

@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
-from sluice.domain.batches import LATE_MS, Batch, Phase, cancel_batch
+from sluice.domain.batches import (
+    LATE_MS,
+    MOST_LOST_READING,
+    Batch,
+    Options,
+    Phase,
+    cancel_batch,
+)
 from sluice.domain.errors import StoreBusy
+from sluice.domain.rows import Line
 from sluice.ports.claude import CallRequest
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, range_windows
 from sluice.worker.range_claim import HIDE_MS, LEASE_MS
-from sluice.worker.range_rows import AGAIN
+from sluice.worker.range_windows import DEADLY
 from tests.bulk_fakes import Bulk, MemoryBatches, a_row, jsonl, number_in
 from tests.fakes import MINUTE, NOON, SECOND, VirtualClock, known_group, refused
 
@@ -115,7 +123,7 @@ def test_one_busy_reply_hides_a_range_for_seconds(make: Make, verb: str) -> None
     due = bulk.queues.next_visible()
     assert due is not None
     assert due <= bulk.time.now() + LEASE_MS
-    assert ["range not begun"] == bulk.events.problem_names
+    assert ["range not started"] == bulk.events.problem_names
 
 
 def test_a_message_is_hidden_for_less_than_a_minute_before_anything_is_read(make: Make) -> None:
@@ -231,7 +239,9 @@ def test_answers_that_no_store_takes_blame_no_row_and_are_asked_for_again_only_o
 
     assert {"succeeded": 3} == kinds(bulk)
     assert 6 == len(bulk.claude.calls) == len(bulk.ledger.rows)
-    assert 3 == [row.note for row in bulk.ledger.rows.values()].count(AGAIN)
+    summary, spent = bulk.summary(), [row.spend for row in bulk.ledger.rows.values()]
+    assert sum(each.cost_micro_usd for each in spent) == summary["known_cost_micro_usd"]
+    assert (6, 0) == (summary["calls"], summary["uncertain_calls"])
 
 
 def test_an_unexpected_error_of_a_range_is_no_death_of_its_worker(make: Make) -> None:
@@ -488,7 +498,7 @@ def test_saved_answers_survive_a_change_of_the_input(make: Make) -> None:
     bulk.claude.when = slow
     bulk.upload(of(3))
     bulk.once()
-    del bulk.objects.stored["in/acme/first.jsonl"]
+    del bulk.objects.stored[bulk.batch.input_key]
     bulk.claude.when = lambda _: None
     bulk.drain()
 
@@ -561,3 +571,40 @@ def test_a_row_that_asks_for_any_number_of_tokens_hurts_no_other(make: Make, mos
 
     assert {"succeeded": 3} == kinds(bulk)
     assert (bulk.batch.ended_at or 0) < NOON + 20 * MINUTE
+
+
+class WorkerDied(BaseException):
+    """As a process ends: no handler of ours sees it."""
+
+
+def test_a_line_that_no_reader_survives_is_the_only_one_to_err(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsed JSON can take more memory than the function has."""
+    good = vars(range_windows)["read_row"]
+
+    def deadly(line: Line, options: Options) -> Any:
+        if b"Say 1" in line.text:
+            raise WorkerDied
+        return good(line, options)
+
+    monkeypatch.setattr(range_windows, "read_row", deadly)
+    bulk = make()
+    bulk.upload(of(5))
+
+    async def story() -> int:
+        died = 0
+        while (due := bulk.queues.next_visible()) is not None:
+            await asyncio.sleep(max(0, due - bulk.time.now()) / 1000)
+            try:
+                await bulk.invoke()
+            except WorkerDied:
+                died += 1
+        return died
+
+    assert 2 + MOST_LOST_READING == bulk.time.run(story())
+    assert {"succeeded": 4} == kinds(bulk)
+    (error,) = bulk.errors()
+    assert (2, DEADLY) == (error["line"], error["error"]["message"])
+    assert 4 == len(bulk.claude.calls)
+    assert bulk.time.now() < NOON + 5 * MINUTE

@@ -8,7 +8,7 @@ import pytest
 
 from sluice.domain.batches import MOST_LINE_BYTES, Options, Tally
 from sluice.domain.jobs import Attempt, Job, JobError, State
-from sluice.domain.pricing import Usage
+from sluice.domain.pricing import Spend, Usage
 from sluice.domain.rows import (
     BadRow,
     Line,
@@ -260,7 +260,7 @@ def test_an_ended_job_goes_into_the_sums() -> None:
         attempts=(Attempt(1, "claude-a", 0), Attempt(2, "claude-a", 0)),
     )
 
-    record = job_record(2, 50, job, "{}", 5)
+    record = job_record(2, 50, job, "{}", 5, Spend())
 
     assert (
         Tally(
@@ -274,7 +274,7 @@ def test_an_ended_job_goes_into_the_sums() -> None:
         == record.tally
     )
     assert ("R", 50, 2, "a") == (record.kind, record.offset, record.line, record.custom_id)
-    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, 0).tally
+    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, 0, Spend()).tally
 
 
 def test_an_error_gets_its_line_number_when_it_is_known() -> None:
@@ -285,6 +285,12 @@ def test_an_error_gets_its_line_number_when_it_is_known() -> None:
         "offset": 100,
         "error": {"type": "invalid_request_error", "message": "bad"},
     } == json.loads(numbered(record.body, 12))
+
+
+def test_an_error_of_a_converted_file_has_no_offset() -> None:
+    error = json.loads(numbered(error_line(7, "no good", "a"), 3, with_offset=False))
+
+    assert (3, "a", False) == (error["line"], error["custom_id"], "offset" in error)
 
 
 def test_an_answer_that_was_paid_for_is_not_lost_with_its_row() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import (
     WATCH_MS,
     DueFor,
@@ -26,6 +26,7 @@ from tests.fakes import (
     SECOND,
     FrozenClock,
     MemoryJobs,
+    MemoryLedger,
     MemoryLimits,
     MemoryQueue,
     PoolWritten,
@@ -46,6 +47,7 @@ class Scene:
         self.clock = FrozenClock()
         self.jobs = MemoryJobs(*jobs)
         self.queue = MemoryQueue(self.clock.now)
+        self.ledger = MemoryLedger()
         self.limits = MemoryLimits(*groups)
         self.pool = PoolWritten(None)
         self.events = RecordingEvents()
@@ -54,6 +56,7 @@ class Scene:
         use_case = Sweep(
             self.jobs,
             self.jobs,
+            self.ledger,
             self.queue,
             self.limits,
             self.pool,
@@ -65,6 +68,37 @@ class Scene:
 
     def sent(self) -> list[str | None]:
         return [message.job_id for message in self.queue.deliver(10_000)]
+
+
+def test_a_job_that_ended_without_a_worker_is_booked_once_by_the_sweep() -> None:
+    """Its worker died during its call, and its caller canceled it: nobody else writes the row."""
+    dead = claim(a_job(), "a worker that died", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
+    scene = Scene(request_cancel(dead, NOON))
+    scene.ledger.fail_next("record_missing")
+
+    scene.sweep()
+    assert {} == scene.ledger.rows
+    scene.sweep()
+    scene.sweep()
+
+    (row,) = scene.ledger.rows.values()
+    assert ("worker_lost", "job_1#2", False) == (row.outcome, row.call_id, row.certain)
+    assert [row.spend] == list(scene.ledger.sums.values())
+    assert {} == scene.jobs.due_jobs
+
+
+def test_a_row_that_the_ledger_cannot_take_holds_back_no_other() -> None:
+    jobs = []
+    for job_id in ("job_1", "job_2"):
+        dead = claim(a_job(job_id), "a worker that died", NOON - 10 * MINUTE, NOON - 8 * MINUTE)
+        jobs.append(request_cancel(dead, NOON))
+    scene = Scene(*jobs)
+    scene.ledger.fail_next("record_missing", error=NotStorable("the ledger", "too large"))
+
+    scene.sweep()
+
+    assert ["", "claude-a"] == [row.model for row in scene.ledger.rows.values()]
+    assert {} == scene.jobs.due_jobs
 
 
 def parked(job_id: str = "job_1", minutes: float = 0, **facts: object) -> Job:
@@ -497,3 +531,34 @@ def test_a_deadline_is_seen_after_a_rescued_job_was_sent() -> None:
             break
 
     assert 180 == ended
+
+
+# Turns -----------------------------------------------------------------------------------------------------
+
+
+def test_the_many_jobs_of_one_tenant_do_not_use_up_what_another_could_start() -> None:
+    """Both use models of one group, in which 75 calls can start until shortly after the next run."""
+    many = [parked(f"job_{n:03}", -60, tenant="large") for n in range(200)]
+    few = [parked(f"job_few_{n}", -1, tenant="small") for n in range(3)]
+    scene = Scene(*many, *few, groups=(slow_group(60),))
+
+    swept = scene.sweep()
+
+    assert 75 == swept.sent
+    assert {"job_few_0", "job_few_1", "job_few_2"} <= set(scene.sent())
+
+
+def test_expired_jobs_do_not_take_the_whole_run() -> None:
+    late = [parked(f"job_{n:03}", 60, deadline=NOON - MINUTE, tenant="large") for n in range(300)]
+    scene = Scene(*late, parked("job_due", tenant="small"))
+    replace_job = scene.jobs.replace
+
+    def slowly(job: Job, expected_version: int) -> None:
+        scene.clock.at += SECOND
+        replace_job(job, expected_version)
+
+    scene.jobs.replace = slowly  # type: ignore[method-assign]
+
+    scene.sweep(stop_at=NOON + 300 * SECOND)
+
+    assert ["job_due"] == scene.sent()

@@ -294,7 +294,12 @@ def test_only_the_api_may_delete_data_and_only_the_objects_of_batches() -> None:
     assert {
         ("ApiFunctionRole", "s3:DeleteObject", str({"Fn::Sub": f"${{DataBucket.Arn}}/{prefix}/*"}))
         for prefix in ("out", "batches", "in/*/.uploads")
+    } | {
+        ("RangesFunctionRole", "dynamodb:DeleteItem", str({"Fn::GetAtt": ["BatchesTable", "Arn"]}))
     } == deletes
+    (listed,) = (each for _, each in statements() if each.get("Sid") == "WelcomeNewcomers")
+    only = {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": ["newcomers"]}}
+    assert only == listed["Condition"], "entries of a list, no data"
 
 
 # Queues

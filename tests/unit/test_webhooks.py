@@ -36,7 +36,16 @@ from sluice.ports.jobs import Received
 from sluice.ports.messages import webhook_of
 from sluice.ports.world import Notice, Reply, Webhook
 from tests.bulk_fakes import MemoryNotices
-from tests.fakes import NOON, SECOND, FrozenClock, MemoryQueue, RecordingEvents, a_job
+from tests.fakes import (
+    NOON,
+    SECOND,
+    FrozenClock,
+    MemoryQueue,
+    RecordingEvents,
+    VirtualClock,
+    VirtualTime,
+    a_job,
+)
 
 HOME: Final = read_networks("127.0.0.0/8, 10.1.0.0/16,fd12::/16")
 PUBLIC: Final = "93.184.216.34"
@@ -242,6 +251,41 @@ class Scene:
         later = asyncio.run(self.deliver(messages))
         self.queue.delete([each for each in messages if each.message_id not in later])
         return later
+
+
+class SilentWeb(FakeWeb):
+    """Servers of which some never answer; the adapter gives up after 15 s."""
+
+    async def post(self, url: str, address: str, headers: Mapping[str, str], body: str) -> Reply:
+        self.posts.append((url, address, headers, body))
+        if "silent" not in url:
+            return Reply(200)
+        await asyncio.sleep(15)
+        return Reply(problem="no answer within 15 s")
+
+
+def test_receivers_that_never_answer_hold_an_environment_once_a_minute() -> None:
+    """Other tenants' webhooks wait for the end of the invocation before theirs."""
+    time = VirtualTime()
+    scene = Scene(SilentWeb())
+    scene.queue = MemoryQueue(time.now)
+    clock = VirtualClock(time)
+    scene.deliver = Deliver(scene.web, lambda: ("master",), scene.queue, HOME, clock, scene.events)
+
+    def seconds_of(*tenants: str) -> float:
+        for number, tenant in enumerate(tenants):
+            url = URL if tenant == "birch" else f"https://silent{number}.example/hook"
+            scene.post(url, tenant=tenant, webhook=f"job_{number}")
+        started = time.seconds
+        time.run(scene.deliver(scene.queue.deliver(10)))
+        return time.seconds - started
+
+    assert [15, 2, 2] == [seconds_of("acme", "acme", "birch") for _ in range(3)]
+    assert 0 == seconds_of("birch")
+    time.run(asyncio.sleep(60))
+    assert [15, 2] == [seconds_of("acme"), seconds_of("acme")]
+    assert 4 == scene.events.counted("WebhooksDelivered")
+    time.close()
 
 
 def test_a_delivery_is_signed_as_the_receivers_library_expects() -> None:

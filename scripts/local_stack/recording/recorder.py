@@ -98,8 +98,12 @@ def _of_objects(operation: str, parameters: Mapping[str, Any]) -> Asked:
 
 
 def _top(key: str) -> str:
-    """Return the first part of an object's key; what is below it belongs to a tenant."""
-    return f"{key.partition('/')[0]}/..."
+    """Return the first part of an object's key; what is below it belongs to a tenant.
+
+    Uploads through the API have a folder of their own, with grants of its own.
+    """
+    top, *below = key.split("/")
+    return f"{top}/TENANT/.uploads/..." if below[1:2] == [".uploads"] else f"{top}/..."
 
 
 def named(resource: str) -> str:

@@ -20,7 +20,8 @@ from sluice.domain.batches import (
     Source,
     Tally,
 )
-from sluice.ports.batches import BatchPage, DueRange, SeenRange
+from sluice.domain.turns import Shares
+from sluice.ports.batches import BatchPage, DueRange, Newcomer, SeenRange
 from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from sluice.adapters.job_records import Item
 
 BATCH: Final = "batch"
+NEWCOMERS: Final = "newcomers"
+"""The partition with the list of newcomers; its sort keys are tenant and batch."""
 
 _RUNNING: Final = "running_"
 """With a member's number: the attribute of a group that holds the member's sums so far."""
@@ -195,16 +198,37 @@ class DynamoBatches:
         )
         return batch_id if current is None else current["made"]["S"]
 
+    # Newcomers -------------------------------------------------------------------------------------------------
+
+    def announce(self, newcomer: Newcomer) -> None:
+        """Add a batch to the list of newcomers."""
+        self._table.put({**_listed(newcomer), "expires_at": {"N": str(self._expires())}})
+
+    def newcomer(self, after: str) -> Newcomer | None:
+        """Return the first newcomer of the tenant behind this one; None behind the last."""
+        # "$" sorts right after "#", and before all that names of tenants consist of.
+        found = self._table.query(
+            KeyConditionExpression="batch_id = :list AND part > :after",
+            ExpressionAttributeValues={":list": {"S": NEWCOMERS}, ":after": {"S": f"{after}$"}},
+            Limit=1,
+        )["Items"]
+        return Newcomer(*found[0]["part"]["S"].split("#")) if found else None
+
+    def welcome(self, newcomer: Newcomer) -> None:
+        """Remove a batch from the list of newcomers, if it is there."""
+        self._table.delete(_listed(newcomer))
+
     # For the sweep ---------------------------------------------------------------------------------------------
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        """Return what is due, longest due first."""
-        share = max(1, limit // job_records.DUE_SHARDS)
-        found = [
-            _due(item)
-            for shard in range(job_records.DUE_SHARDS)
-            for item in self._table.due(str(shard), now, share)
-        ]
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
+        """Return what is due, longest due first: about `share` of each tenant and model at most."""
+        found: list[DueRange] = []
+        for shard in range(job_records.DUE_SHARDS):
+            shares = Shares[DueRange](
+                lambda each: (each.tenant, each.model), job_records.part_of(share)
+            )
+            self._table.due(str(shard), now, shares, _due)
+            found += shares.items
         return sorted(found, key=lambda each: (each.due_at, each.batch_id, each.number or -1))
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
@@ -244,6 +268,13 @@ class DynamoBatches:
     def _expires(self, last_needed: int = 0) -> int:
         days = job_records.waiting_days(self._retention_days)
         return max(self._clock.now(), last_needed) // 1000 + days * job_records.DAY_SECONDS
+
+
+def _listed(newcomer: Newcomer) -> Item:
+    return {
+        "batch_id": {"S": NEWCOMERS},
+        "part": {"S": f"{newcomer.tenant}#{newcomer.batch_id}"},
+    }
 
 
 def _range_part(number: int) -> str:
@@ -289,13 +320,18 @@ def _batch(item: Item) -> Batch:
             "options": job_records.made(Options, options),
             "plan": None if plan is None else job_records.made(Plan, plan),
             "tally": job_records.made(Tally, record["tally"]),
+            "unsupported": tuple(record.get("unsupported", ())),
         },
     )
 
 
+def _tuple(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_tuple(each) if isinstance(each, list) else each for each in values)
+
+
 def _range(item: Item) -> RangeState:
     record: dict[str, Any] = json.loads(item["record"]["S"])
-    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    lists = {name: _tuple(value) for name, value in record.items() if isinstance(value, list)}
     return job_records.made(RangeState, record | lists)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from datetime import date
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +22,7 @@ from sluice.domain.jobs import (
     State,
     due,
 )
-from sluice.domain.pricing import Usage
+from sluice.domain.pricing import LedgerRow, Spend, Usage
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb.type_defs import AttributeValueTypeDef
@@ -41,7 +42,7 @@ _FLAT_TEXT = ("job_id", "tenant", "state", "model", "lane", "custom_id", "webhoo
 _FLAT_NUMBERS = (
     "version", "created_at", "finished_at", "cost_micro_usd", "attempts_used", "snoozes",
 )  # fmt: skip
-_APART = frozenset({*_FLAT_TEXT, *_FLAT_NUMBERS, "result"})
+_APART = frozenset({*_FLAT_TEXT, *_FLAT_NUMBERS, "result", "unbooked"})
 _DEFAULTS: dict[str, object] = {
     each.name: each.default for each in fields(Job) if each.name not in _APART
 }
@@ -55,6 +56,11 @@ def created_key(job: Job) -> str:
 def due_part(job_id: str) -> int:
     """Return the number of the part of the index `by_due` that has the job."""
     return sha256(job_id.encode()).digest()[0] % DUE_SHARDS
+
+
+def part_of(share: int) -> int:
+    """Return how many due items to take from each part of the index `by_due`, to get about `share` of them."""
+    return -(-share // DUE_SHARDS)
 
 
 def due_shard(why: DueFor, part: int) -> str:
@@ -154,6 +160,8 @@ def decode(item: Item) -> Job:
         cancel_requested=record.get("cancel_requested", False),
         full_window=record.get("full_window", False),
         usage=_maybe(Usage, record.get("usage")),
+        uncertain_calls=record.get("uncertain_calls", 0),
+        unbooked=tuple(_row(each) for each in record.get("unbooked", ())),
         error=_maybe(JobError, record.get("error")),
         redrives=tuple(
             Redrive(each["at"], made(JobError, each["error"]))
@@ -192,6 +200,8 @@ def _record(job: Job) -> str:
         rest[name] = _plain(value)
     if job.unknown_costs:
         rest["known_cost_micro_usd"] = job.cost_micro_usd
+    if job.unbooked:
+        rest["unbooked"] = [_row_facts(each) for each in job.unbooked]
     return json.dumps(rest, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -224,4 +234,17 @@ def _attempt(value: dict[str, Any]) -> Attempt:
         usage=_maybe(Usage, value.get("usage")),
         cost_micro_usd=value.get("cost_micro_usd"),
         alone=value.get("alone", False),
+        version=value.get("version", 0),
+        organization=value.get("organization"),
+        key_id=value.get("key_id", ""),
     )
+
+
+def _row_facts(row: LedgerRow) -> dict[str, object]:
+    spend = {name: number for name, number in row.spend.as_dict().items() if number}
+    return {**asdict(row), "day": row.day.isoformat(), "spend": spend}
+
+
+def _row(facts: dict[str, Any]) -> LedgerRow:
+    day, spend = date.fromisoformat(facts["day"]), made(Spend, facts["spend"])
+    return made(LedgerRow, {**facts, "day": day, "spend": spend})

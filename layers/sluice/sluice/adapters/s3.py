@@ -423,7 +423,7 @@ class Results:
         except StoreBusy:
             if len(body) > MOST_INLINE_BYTES:
                 raise
-            # Dearer than an object, but not lost if the bucket stays busy.
+            # More expensive than an object, but not lost if the bucket stays busy.
             return Result(inline=body)
         return Result(object_key=key)
 

@@ -19,6 +19,7 @@ from sluice.domain.capacity import Backlog
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import SCHEMA_VERSION
 from sluice.domain.models import model_group
+from sluice.domain.turns import group_of_range
 from sluice.ports.jobs import Pointer, Received
 from sluice.ports.messages import pointer_of
 
@@ -155,8 +156,11 @@ class SqsRangesQueue:
                 "MessageBody": json.dumps(
                     {"v": SCHEMA_VERSION, "batch_id": batch.batch_id, "range": number}
                 ),
-                # Fair queue: one tenant's large batch does not delay the small ones of others.
-                "MessageGroupId": batch.tenant,
+                "MessageGroupId": message_group(
+                    group_of_range(
+                        batch.tenant, batch.batch_id, number, batch.plan.ranges if batch.plan else 0
+                    )
+                ),
             }
             for number in numbers
         ]
@@ -175,22 +179,23 @@ class SqsBatchesQueue:
         self._client = client
         self._url = url
 
-    def send_plan(self, batch_id: str) -> None:
+    def send_plan(self, batch_id: str, tenant: str) -> None:
         """Have a batch planned; raises StoreBusy."""
-        self._send(batch_id, {})
+        self._send({"v": SCHEMA_VERSION, "batch_id": batch_id}, f"{tenant}/plan")
 
-    def send_join(self, batch_id: str, section: int) -> None:
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
         """Have the results of a section joined; raises StoreBusy."""
-        self._send(batch_id, {"join": section})
+        body = {"v": SCHEMA_VERSION, "batch_id": batch_id, "join": section}
+        self._send(body, f"{tenant}/join")
 
-    def _send(self, batch_id: str, what: Mapping[str, int]) -> None:
-        """Send a message; a batch with thousands of sections does not delay the files and sections of others."""
+    def _send(self, body: object, fair_group: str) -> None:
+        """Send a message of a fair queue: a tenant's many sections delay neither its next batch nor other tenants."""
         aws.patiently(
             "the batches queue",
             self._client.send_message,
             QueueUrl=self._url,
-            MessageBody=json.dumps({"v": SCHEMA_VERSION, "batch_id": batch_id, **what}),
-            MessageGroupId=batch_id,
+            MessageBody=json.dumps(body),
+            MessageGroupId=message_group(fair_group),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import uuid4
 
@@ -10,6 +10,7 @@ from botocore.exceptions import ClientError
 
 from sluice.adapters import aws
 from sluice.domain.errors import Stale, StoreBusy
+from sluice.domain.turns import Shares
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -17,12 +18,20 @@ if TYPE_CHECKING:
     from sluice.adapters.job_records import Item
 
 T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 
 GET_AT_ONCE: Final = 100
 """DynamoDB's limit for BatchGetItem."""
 
 WRITE_AT_ONCE: Final = 25
 """DynamoDB's limit for BatchWriteItem."""
+
+DUE_AT_ONCE: Final = 1_000
+"""Due items read per query: about 200 KB."""
+
+DUE_PAGES: Final = 12
+"""Queries per part of the index `by_due` and run, and one more. With eight parts, 100,000 items: 25 MB, which cost two
+hundredths of a cent."""
 
 MOST_ROUNDS: Final = 5
 """Calls for what DynamoDB left unprocessed, before the table counts as busy."""
@@ -88,17 +97,28 @@ class Table:
         )
         return aws.patiently(self._what, lambda: [x for page in pages for x in page["Items"]])
 
-    def due(self, shard: str, now: int, limit: int, *, longest_first: bool = True) -> list[Item]:
-        """Return due items of one part of the index `by_due`."""
-        answer = self.query(
-            IndexName="by_due",
-            KeyConditionExpression="due_shard = :shard AND due_at <= :now",
-            ExpressionAttributeValues={":shard": {"S": shard}, ":now": {"N": str(now)}},
-            ScanIndexForward=longest_first,
-            Limit=limit,
-        )
-        items: list[Item] = answer["Items"]
-        return items
+    def due(self, shard: str, now: int, shares: Shares[H], decode: Callable[[Item], H]) -> None:
+        """Add the due items of one part of the index `by_due`, longest due first.
+
+        A key of the index has no owner, so one that must be skipped must be read. The reads are bounded: of more than
+        `DUE_PAGES` pages, the last one is that of the latest due, so that what is new is seen too.
+        """
+        arguments: dict[str, Any] = {
+            "IndexName": "by_due",
+            "KeyConditionExpression": "due_shard = :shard AND due_at <= :now",
+            "ExpressionAttributeValues": {":shard": {"S": shard}, ":now": {"N": str(now)}},
+            "Limit": DUE_AT_ONCE,
+        }
+        for _ in range(DUE_PAGES):
+            answer = self.query(**arguments)
+            for item in answer["Items"]:
+                shares.add(decode(item))
+            if "LastEvaluatedKey" not in answer:
+                return
+            arguments["ExclusiveStartKey"] = answer["LastEvaluatedKey"]
+        del arguments["ExclusiveStartKey"]
+        for item in self.query(**arguments, ScanIndexForward=False)["Items"]:
+            shares.add(decode(item))
 
     # Writes
 
@@ -177,6 +197,10 @@ class Table:
         values = {":seen": {"N": str(due_at)}, **values}
         updated = self.update_if(key, change, "due_at = :seen", ExpressionAttributeValues=values)
         return updated is not None
+
+    def delete(self, key: Item) -> None:
+        """Delete an item, if it exists."""
+        aws.patiently(self._what, self._client.delete_item, TableName=self._name, Key=key)
 
     def add(self, key: Item, numbers: Mapping[str, int]) -> None:
         """Add to the numbers of an item."""

@@ -27,6 +27,13 @@ UnknownCosts = Annotated[
         "Unless 0, cost_micro_usd and cost_usd are null."
     ),
 ]
+UncertainCalls = Annotated[
+    int,
+    Field(
+        description="Calls that may have been billed, because nobody saw how they ended: their worker died, or the "
+        "connection was lost. They are not in the cost; the ledger identifies each."
+    ),
+]
 
 
 class Shape(BaseModel):
@@ -154,6 +161,7 @@ class Job(JobSummary):
     redrives: list[Redrive]
     last_snooze: LastSnooze | None
     usage: Usage | None
+    uncertain_calls: UncertainCalls
     message: Annotated[
         dict[str, Any] | None,
         Field(description="Claude's Message, unchanged, including fields unknown to Sluice."),
@@ -205,6 +213,7 @@ class Sums(Shape):
     cost_usd: Usd | None
     known_cost_micro_usd: KnownCost
     unknown_costs: UnknownCosts
+    uncertain_calls: UncertainCalls
 
 
 class UsageGroup(Sums):
@@ -331,6 +340,7 @@ class Batch(Shape):
     cost_usd: Usd | None
     known_cost_micro_usd: KnownCost
     unknown_costs: UnknownCosts
+    uncertain_calls: UncertainCalls
     created_at: Time
     expires_at: Time
     ended_at: Time | None

@@ -61,6 +61,7 @@ def job_view(job: Job, message: str | None = None) -> dict[str, Any]:
             else None
         ),
         "usage": job.usage.as_dict() if job.usage else None,
+        "uncertain_calls": job.uncertain_calls,
         "message": answer,
         "text": None if answer is None else joined_text(answer),
         "error": ({"type": job.error.type, "message": job.error.message} if job.error else None),
@@ -121,6 +122,7 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "input_tokens": so_far.input_tokens,
         "output_tokens": so_far.output_tokens,
         **cost_facts(so_far.cost_micro_usd, so_far.unknown_costs),
+        "uncertain_calls": so_far.uncertain_calls,
         "created_at": time(batch.created_at),
         "expires_at": time(batch.expires_at),
         "ended_at": time(batch.ended_at),

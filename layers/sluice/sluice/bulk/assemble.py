@@ -122,7 +122,7 @@ class Assemble:
     def fail(self, batch: Batch, problem: str) -> None:
         """End a batch whose object cannot be run at all, with the reason as the only line of errors.jsonl."""
         ended = fail_batch(batch, self._clock.now(), problem)
-        error = numbered(error_line(0, problem), 1)
+        error = numbered(error_line(0, problem), 1, with_offset=batch.has_offsets)
         self._objects.put(batch.errors_key, f"{error}\n".encode())
         self._objects.put(batch.results_key, b"")
         self._pack(ended)
@@ -242,7 +242,7 @@ class JoinAtOnce:
         self._queue = queue
         self._events = events
 
-    def send_join(self, batch_id: str, section: int) -> None:
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
         """Join a section, or send it to the batches function; raises StoreBusy."""
         try:
             assemble = self._assemble()
@@ -250,7 +250,7 @@ class JoinAtOnce:
                 return
         except Exception:  # noqa: BLE001 - after any error the batches function joins it
             self._events.problem("batch not joined at once", batch_id=batch_id, section=section)
-        self._queue.send_join(batch_id, section)
+        self._queue.send_join(batch_id, section, tenant)
 
 
 def summary(batch: Batch) -> dict[str, Any]:
@@ -273,10 +273,12 @@ def summary(batch: Batch) -> dict[str, Any]:
             "duplicates": batch.duplicates,
         },
         "problem": batch.problem,
+        "unsupported": list(batch.unsupported),
         "calls": tally.calls,
         "tokens": tokens,
         "lane": "live",
         **cost_facts(tally.cost_micro_usd, tally.unknown_costs),
+        "uncertain_calls": tally.uncertain_calls,
         "cost_on_batch_lane_usd": None if tally.unknown_costs else usd(tally.other_lane_micro_usd),
         "created_at": rfc3339(batch.created_at),
         "cancel_initiated_at": rfc3339(batch.cancel_initiated_at),

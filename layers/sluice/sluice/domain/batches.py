@@ -30,6 +30,9 @@ MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
 MOST_RANGES: Final = 200_000
 """Maximum for one object; in larger objects the ranges are longer."""
 
+SMALL_RANGES: Final = 3
+"""Busy workers run the ranges of a batch with at most this many beside their own, so that it starts within seconds."""
+
 MOST_LINE_BYTES: Final = 8 * 1024 * 1024
 """A longer line is a bad row. Several such lines must fit into memory."""
 
@@ -48,14 +51,22 @@ MOST_KEY_BYTES: Final = 1_024
 RESULTS: Final = "results.jsonl"
 ERRORS: Final = "errors.jsonl"
 SUMMARY: Final = "summary.json"
-OUTPUTS: Final = (RESULTS, ERRORS, SUMMARY)
+DOCUMENTS: Final = "documents.jsonl"
+"""Of a folder of documents: which document has which `custom_id`."""
+OUTPUTS: Final = (DOCUMENTS, RESULTS, ERRORS, SUMMARY)
 """The names of a batch's output objects, in the order in which they are written."""
+
+MOST_UNSUPPORTED: Final = 20
+"""Documents of unsupported types that a batch's record and summary name; errors.jsonl names all."""
 
 LOSSES_UNTIL_ALONE: Final = 3
 """Each lost worker reduces how many rows of the window run at once; after this many it is one row."""
 
 MOST_LOST_ALONE: Final = 3
 """A row that loses this many workers while no other row of its range is in flight ends `errored`."""
+
+MOST_LOST_READING: Final = 3
+"""A line at which this many workers die while they read it is a bad row, and is not read again."""
 
 CLAIM_VERSIONS: Final = 100_000
 """Maximum versions of a row's job under one claim of its range; keeps the ids of calls unique."""
@@ -121,6 +132,8 @@ class Tally:
     """What the same tokens cost on the other lane."""
     unknown_costs: int = 0
     """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
+    uncertain_calls: int = 0
+    """Calls that may have been billed: nobody saw how they ended."""
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Tally:
@@ -158,6 +171,11 @@ class Plan:
     def sections(self) -> int:
         """The number of sections."""
         return -(-self.ranges // RANGES_PER_SECTION)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether busy workers may run its ranges beside their own."""
+        return 0 < self.ranges <= SMALL_RANGES
 
     @property
     def estimated_rows(self) -> int:
@@ -218,6 +236,8 @@ class Batch:
     told: bool = False
     """The notification of completion was sent. The stored name of the field."""
     deleted: bool = False
+    unsupported: tuple[str, ...] = ()
+    """The first documents of its folder that were not sent because of their type."""
     by_id: bool = False
     """Its results are stored under its id. Older releases stored them under its name only."""
 
@@ -257,6 +277,22 @@ class Batch:
     def summary_key(self) -> str:
         """The object with counts, cost and duration."""
         return f"{self.folder}{SUMMARY}"
+
+    @property
+    def documents_key(self) -> str:
+        """The object that leads from the `custom_id` of a document to its name."""
+        return f"{self.folder}{DOCUMENTS}"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether its rows are the documents of a folder."""
+        return (self.given_key or self.input_key).endswith("/options.json")
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether a byte offset in its rows is one in the submitted file, or in what a gzip file unpacks to."""
+        file = (self.given_key or self.input_key).lower().removesuffix(".gz")
+        return not self.is_folder and not file.endswith(".csv")
 
     @property
     def rows_key(self) -> str:
@@ -344,9 +380,12 @@ def older_file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> st
     return _batch_id("file", tenant, key, etag, run or "")
 
 
+RESERVED: Final = ".uploads/"
+
+
 def upload_prefix(tenant: str, token: str) -> str:
     """Return where the objects of one upload through the API are: two uploads of one name never meet."""
-    return f"in/{tenant}/.uploads/{token}/"
+    return f"in/{tenant}/{RESERVED}{token}/"
 
 
 _OF_AN_UPLOAD: Final = re.compile(r"in/[^/]+/\.uploads/[0-9a-f]+/")
@@ -412,7 +451,9 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
 # Transitions ---------------------------------------------------------------------------------------------------
 
 
-def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
+def plan_batch(
+    batch: Batch, plan: Plan, rows_etag: str | None = None, unsupported: Sequence[str] = ()
+) -> Batch:
     """Set the ranges. From then on their messages may be sent, and sent again until all are accepted.
 
     `rows_etag`: the ranges are those of `rows_key`, not of the submitted file.
@@ -425,6 +466,7 @@ def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
         given_key=batch.input_key,
         input_key=batch.rows_key,
         input_etag=rows_etag,
+        unsupported=tuple(unsupported),
     )
 
 
@@ -526,12 +568,21 @@ class RangeState:
     model: str | None = None
     """The model of the row that is due first, while the range is parked."""
     running: tuple[int, ...] = ()
-    """The byte offsets of the rows in flight; recorded during the search for a killer, and when a row runs alone."""
+    """The byte offsets of the rows whose calls may be in flight, or have ended without being saved."""
+    lost: tuple[tuple[int, int, int], ...] = ()
+    """Each row that was running when a worker was lost, until it is saved: its byte offset, the number of that worker's
+    claim, and the end of its lease. Calls under that claim may have been billed."""
     suspects: tuple[int, ...] = ()
     """The rows that were in flight when the last worker was lost and have not ended. Empty although `losses` is not 0:
     any row of the window may be the killer."""
     blamed: tuple[int, ...] = ()
     """One entry per worker that was lost while it ran only this row."""
+    is_stuck: bool = False
+    """A worker was lost while no row was in flight: those after it note each line before they read it."""
+    reading: int | None = None
+    """The byte offset of the line that is being read, while the range is stuck."""
+    unread: tuple[int, ...] = ()
+    """One entry per worker that was lost while it read this line."""
     expected_at: int = 0
     """While no worker has the range: when its message is visible again. 0: it was not released since it was sent."""
     dropped: bool = False
@@ -549,21 +600,36 @@ def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> Ra
         lease_until=lease_until,
         claims=state.claims + 1,
         running=(),
+        lost=_with_running(state),
+        reading=None,
         not_before=None,
         model=None,
     )
 
 
+def _with_running(state: RangeState) -> tuple[tuple[int, int, int], ...]:
+    """Return the lost rows with those that are running: their answers will not be saved."""
+    return (*state.lost, *((row, state.claims, state.lease_until) for row in state.running))
+
+
+def claim_of(call_id: str) -> int:
+    """Return the number of the claim under which a row was called."""
+    version = call_id.rpartition("#")[2]
+    return int(version) // CLAIM_VERSIONS if version.isdecimal() else 0
+
+
 def _after_loss(state: RangeState) -> RangeState:
-    """Reduce the suspects to the rows that were in flight when the worker died."""
+    """Reduce the suspects to the rows that were in flight when the worker died, or blame the line that it read."""
+    if state.reading is not None:
+        return replace(state, unread=(*state.unread, state.reading))
     if len(state.running) == 1:
         (alone,) = state.running
         if alone in state.blamed or state.losses >= LOSSES_UNTIL_ALONE:
             return replace(_without(state, state.running), blamed=(*state.blamed, alone))
     if state.losses and not state.running:
-        # No row was in flight, so none killed the worker.
-        return state
-    # Before the first loss not all rows in flight are recorded.
+        # No row was in flight, so none killed the worker; perhaps a line that was read.
+        return replace(state, is_stuck=True)
+    # The first loss says little: most workers die of something else, and their rows need not run apart.
     suspects = state.running if state.losses else ()
     return replace(state, losses=min(state.losses + 1, LOSSES_UNTIL_ALONE), suspects=suspects)
 
@@ -579,6 +645,18 @@ def killers(state: RangeState) -> frozenset[int]:
     """Return the rows that have lost too many workers alone, and are not tried again."""
     blamed = state.blamed
     return frozenset(row for row in blamed if blamed.count(row) >= MOST_LOST_ALONE)
+
+
+def unreadable(state: RangeState) -> frozenset[int]:
+    """Return the lines that have lost too many workers when they were read."""
+    unread = state.unread
+    return frozenset(line for line in unread if unread.count(line) >= MOST_LOST_READING)
+
+
+def note_reading(state: RangeState, owner: str, line: int | None) -> RangeState:
+    """Record which line is read next; None: the window is read."""
+    _owned(state, owner)
+    return state if line == state.reading else _moved(state, reading=line)
 
 
 def note_running(state: RangeState, owner: str, rows: Sequence[int]) -> RangeState:
@@ -604,6 +682,7 @@ def save_chunk(
         chunks=(*state.chunks, chunk),
         dropped=False,
         running=tuple(row for row in state.running if row not in rows),
+        lost=tuple(each for each in state.lost if each[0] not in rows),
         blamed=tuple(row for row in state.blamed if row not in rows),
     )
 
@@ -629,8 +708,12 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
         resume_line=resume_line,
         losses=0,
         running=(),
+        lost=(),
         suspects=(),
         blamed=(),
+        is_stuck=False,
+        reading=None,
+        unread=(),
     )
 
 
@@ -652,6 +735,8 @@ def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to
         lease_until=0,
         chunks=tuple(chunks),
         running=(),
+        lost=_with_running(state) if dropped else state.lost,
+        reading=None,
         expected_at=expected_at,
         not_before=not_before,
         model=model,
@@ -671,8 +756,12 @@ def finish_range(state: RangeState, owner: str) -> RangeState:
         done=True,
         losses=0,
         running=(),
+        lost=(),
         suspects=(),
         blamed=(),
+        is_stuck=False,
+        reading=None,
+        unread=(),
     )
 
 

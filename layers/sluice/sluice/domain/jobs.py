@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import Final
 
 from sluice.domain.errors import IllegalTransition, LeaseLost
-from sluice.domain.pricing import Usage
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.domain.waits import LEASE_MS
 
 MOST_REMEMBERED: Final = 30
@@ -236,6 +236,11 @@ class Attempt:
     cost_micro_usd: int | None = None
     alone: bool = False
     """The worker has no other call in flight: if it dies, this job is the cause."""
+    version: int = 0
+    """Version of the job's record at the claim. It names the call in the ledger. 0: claimed by an older release."""
+    organization: str | None = None
+    key_id: str = ""
+    """The upstream key of the call, and its organization as known at the claim."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +319,10 @@ class Job:
     cost_micro_usd: int = 0
     unknown_costs: int = 0
     """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
+    uncertain_calls: int = 0
+    """Calls that may have been billed: nobody saw how they ended."""
+    unbooked: tuple[LedgerRow, ...] = ()
+    """Rows of its calls that the ledger may lack. Who has the ledger writes them and continues without them."""
     result: Result | None = None
     error: JobError | None = None
     redrives: tuple[Redrive, ...] = ()
@@ -366,10 +375,65 @@ def without_loss(job: Job, now: int) -> Job:
         return job
     error = JobError("worker_lost", "the worker died during the call, which may have been billed")
     lost = replace(attempt, ended_at=now, outcome=AttemptOutcome.LOST, error=error)
+    call = f"{attempt.version}" if attempt.version else f"lost-{attempt.number}"
+    row = replace(
+        lost_row(job, call, attempt.model, attempt.at, "the worker died during the call"),
+        organization=attempt.organization,
+        key_id=attempt.key_id,
+    )
     return replace(
         job,
         attempts=(*job.attempts[:-1], lost),
         attempts_used=job.attempts_used - (not attempt.alone),
+        uncertain_calls=job.uncertain_calls + 1,
+        unbooked=(*job.unbooked, row),
+    )
+
+
+def lost_row(job: Job, call: str, model: str, at: int, note: str) -> LedgerRow:
+    """Return the row of a call whose worker died: it may have been billed."""
+    return LedgerRow(
+        tenant=job.tenant,
+        day=utc_day(at),
+        call_id=f"{job.job_id}#{call}",
+        job_id=job.job_id,
+        model=model,
+        lane=job.lane,
+        organization=None,
+        key_id="",
+        request_id=None,
+        outcome="worker_lost",
+        spend=Spend.of_call(Usage(), 0, certain=False),
+        certain=False,
+        note=note,
+    )
+
+
+def billed_rows(job: Job) -> tuple[LedgerRow, ...]:
+    """Return the rows of an ended job's calls, as far as its record has them: a worker may have died with them."""
+    return (*job.unbooked, *(_billed_row(job, each) for each in job.attempts if _is_billed(each)))
+
+
+def _is_billed(attempt: Attempt) -> bool:
+    is_answered = attempt.outcome is AttemptOutcome.SUCCEEDED or attempt.usage is not None
+    return is_answered and attempt.version > 0
+
+
+def _billed_row(job: Job, attempt: Attempt) -> LedgerRow:
+    outcome = attempt.outcome or AttemptOutcome.SUCCEEDED
+    return LedgerRow(
+        tenant=job.tenant,
+        day=utc_day(attempt.ended_at or attempt.at),
+        call_id=f"{job.job_id}#{attempt.version}",
+        job_id=job.job_id,
+        model=attempt.model,
+        lane=job.lane,
+        organization=attempt.organization,
+        key_id=attempt.key_id,
+        request_id=attempt.request_id,
+        outcome=attempt.error.type if attempt.error else outcome.value,
+        spend=Spend.of_call(attempt.usage or Usage(), attempt.cost_micro_usd),
+        note="from the job record",
     )
 
 
@@ -393,6 +457,8 @@ class Step(StrEnum):
 class DueFor(StrEnum):
     """Why the sweep must check a job."""
 
+    BOOKS = "books"
+    """It has ended, and the ledger lacks rows of its calls."""
     CALL = "call"
     """It is parked and due, or its deadline has passed: urgent."""
     CHECK = "care"
@@ -400,12 +466,12 @@ class DueFor(StrEnum):
 
 
 def due(job: Job) -> tuple[DueFor, int] | None:
-    """Return why and when the sweep must check the job next; None once it has ended.
+    """Return why and when the sweep must check the job next; None once it has ended and its calls are in the ledger.
 
     A queued job with a `not_before` is parked: it has no message until the sweep sends one.
     """
     if job.state.is_final:
-        return None
+        return (DueFor.BOOKS, job.finished_at or 0) if job.unbooked else None
     if job.state is State.QUEUED and job.not_before is not None:
         why, at = DueFor.CALL, job.not_before
     else:
@@ -463,7 +529,16 @@ def next_step(job: Job, now: int, max_attempts: int) -> Step:  # noqa: PLR0911 -
     return Step.RUN
 
 
-def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = False) -> Job:
+def claim(  # noqa: PLR0913 - the facts of one attempt
+    job: Job,
+    owner: str,
+    now: int,
+    lease_until: int,
+    *,
+    alone: bool = False,
+    organization: str | None = None,
+    key_id: str = "",
+) -> Job:
     """Take the lease: `queued` becomes `running`. Taking over an expired lease closes its attempt as lost."""
     before = without_loss(job, now)
     number = (before.attempts[-1].number if before.attempts else 0) + 1
@@ -475,7 +550,15 @@ def claim(job: Job, owner: str, now: int, lease_until: int, *, alone: bool = Fal
         attempts_used=before.attempts_used + 1,
         attempts=(
             *_remembered(before.attempts),
-            Attempt(number, job.current_model, now, alone=alone),
+            Attempt(
+                number,
+                job.current_model,
+                now,
+                alone=alone,
+                version=job.version + 1,
+                organization=organization,
+                key_id=key_id,
+            ),
         ),
         started_at=job.started_at or now,
         not_before=None,

@@ -380,9 +380,11 @@ class Spend:
     cost_micro_usd: int = 0
     unknown_costs: int = 0
     """Calls that were billed, but whose cost is unknown: no price, or upstream reported no usage."""
+    uncertain_calls: int = 0
+    """Calls that may have been billed: nobody saw how they ended."""
 
     @classmethod
-    def of_call(cls, usage: Usage, cost_micro_usd: int | None) -> Spend:
+    def of_call(cls, usage: Usage, cost_micro_usd: int | None, *, certain: bool = True) -> Spend:
         """Return the sums of one call; None: its cost is unknown."""
         return cls(
             calls=1,
@@ -392,6 +394,7 @@ class Spend:
             output_tokens=usage.output_tokens,
             cost_micro_usd=cost_micro_usd or 0,
             unknown_costs=int(cost_micro_usd is None),
+            uncertain_calls=int(not certain),
         )
 
     def __add__(self, other: Spend) -> Spend:
@@ -423,3 +426,18 @@ class LedgerRow:
     certain: bool = True
     """False if a call was sent but its usage is unknown; the sums then have what is known."""
     note: str | None = None
+
+    def bare(self) -> LedgerRow:
+        """Return the row without what callers or upstream have named: no store refuses it."""
+        return replace(
+            self, model="", organization=None, request_id=None, outcome="", note="not storable"
+        )
+
+
+def added_up(rows: Iterable[LedgerRow]) -> dict[tuple[str, date, str, str], Spend]:
+    """Return the sums of rows per tenant, day, model and lane."""
+    sums: dict[tuple[str, date, str, str], Spend] = {}
+    for row in rows:
+        key = (row.tenant, row.day, row.model, row.lane)
+        sums[key] = sums.get(key, Spend()) + row.spend
+    return sums

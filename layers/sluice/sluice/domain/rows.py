@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sluice.domain.batches import MOST_LINE_BYTES, Tally
 from sluice.domain.jobs import Job, JobError, State
+from sluice.domain.pricing import Spend
 
 _ANTHROPIC_TYPES: Final = frozenset(
     {
@@ -235,9 +236,13 @@ def error_line(
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
 
 
-def numbered(error: str, line: int) -> str:
-    """Return a line of errors.jsonl with its line number, counted from 1."""
-    return f'{{"line":{line},{error[1:]}'
+def numbered(error: str, line: int, *, with_offset: bool = True) -> str:
+    """Return a line of errors.jsonl with its line number, counted from 1.
+
+    `with_offset`: the byte offset is one in the file of the caller, who never sees the rows made from it.
+    """
+    facts = error[1:] if with_offset else error[error.index(",") + 1 :]
+    return f'{{"line":{line},{facts}'
 
 
 def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
@@ -252,8 +257,10 @@ def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
     ]
 
 
-def job_record(line: int, offset: int, job: Job, message: str | None, other_lane: int) -> Record:
-    """Return the record of an ended job."""
+def job_record(  # noqa: PLR0913, PLR0917 - the facts of a row
+    line: int, offset: int, job: Job, message: str | None, other_lane: int, lost: Spend
+) -> Record:
+    """Return the record of an ended job. `lost`: calls whose answers were lost with their worker."""
     custom_id = job.custom_id or ""
     usage = job.usage.as_dict() if job.usage else {}
     tally = Tally(
@@ -261,7 +268,9 @@ def job_record(line: int, offset: int, job: Job, message: str | None, other_lane
         cost_micro_usd=job.cost_micro_usd,
         other_lane_micro_usd=other_lane,
         unknown_costs=job.unknown_costs,
+        uncertain_calls=job.uncertain_calls,
         **{job.state.value: 1},
         **{name: usage[name] for name in usage if name != "web_search_requests"},
     )
+    tally += Tally.of(lost.as_dict())
     return Record("R", offset, line, custom_id, tally, result_line(custom_id, job, message))

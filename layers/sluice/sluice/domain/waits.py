@@ -66,8 +66,17 @@ NO_KEY_MS: Final = 60_000
 STORE_BUSY_MS: Final = 5_000
 """Wait of a job that met a busy store, with as much jitter on top."""
 
+STORE_STAY_MS: Final = 30_000
+"""How long a job that meets busy stores tries again in the invocation, before it goes back to the queue."""
+
+MOST_BUSY_MS: Final = LEASE_MS
+"""Longest wait in the queue of a job that met a busy store."""
+
 FAULT_MS: Final = 15_000
 """Wait of a job that met an unexpected error, with as much jitter on top."""
+
+BOOKING_MS: Final = 30_000
+"""A worker has booked the calls of an ended job by then, unless it died or the ledger is busy."""
 
 REWRITE_MS: Final = 1_000
 """Pause before a write that must not be lost is tried again on a busy store."""
@@ -84,6 +93,16 @@ assert LEAST_WINDOW_MS <= ROW_STAY_MS < LONGEST_DELAY_MS < LONGEST_PARK_MS
 assert max(NO_KEY_MS, 2 * FAULT_MS, 2 * STORE_BUSY_MS) < LONGEST_DELAY_MS, (
     "faults wait in the queue"
 )
+RECEIVE_MS: Final = 20_000
+"""Longest time from when a message becomes visible to when a worker reads its job, while a worker is free or may start:
+the mapping's poll, its batching window of a second, and a cold start."""
+
+RECOVERY_MS: Final = LEASE_MS + RECEIVE_MS + STORE_STAY_MS + 2 * STORE_BUSY_MS
+"""The job of a worker that dies is taken over within this time. It starts again when the worker that has received the
+job dies too, and when a store has refused calls for longer than `STORE_STAY_MS`."""
+
+assert RECOVERY_MS == 180_000, "the bound that docs/reliability.md states"  # noqa: PLR2004
+assert BOOKING_MS < LEASE_MS - RENEW_MS, "the message of a dead worker is visible later than that"
 assert REWRITE_MS < CANCEL_CHECK_MS, "a lease is renewed between two tries of a write"
 
 
@@ -117,9 +136,9 @@ def parked_until(now: int, delay_ms: int) -> int | None:
     return now + min(delay_ms, LONGEST_PARK_MS)
 
 
-def grown(delay_ms: int, receive_count: int) -> int:
-    """Return the wait after a fault: doubled every 20 receives of the message, 15 minutes at most."""
-    return min(delay_ms << min(receive_count // GROWS_EVERY, 10), LONGEST_DELAY_MS)
+def grown(delay_ms: int, receive_count: int, most_ms: int = LONGEST_DELAY_MS) -> int:
+    """Return the wait after a fault: doubled every 20 receives of the message, up to a maximum."""
+    return min(delay_ms << min(receive_count // GROWS_EVERY, 10), most_ms)
 
 
 def window_of(max_tokens: int, whole_ms: int, *, full_window: bool) -> int:

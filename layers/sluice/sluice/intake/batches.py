@@ -34,7 +34,7 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
 from sluice.intake.requests import BatchRequest, ListedJob, read_items
-from sluice.ports.batches import BatchPage, BatchStore, Objects, Plans, RangesQueue
+from sluice.ports.batches import BatchPage, BatchStore, Newcomer, Objects, Plans, RangesQueue
 from sluice.ports.swap import Deleted, change, insert
 from sluice.ports.world import Clock, Events, RandomBytes
 
@@ -164,6 +164,8 @@ class Batches:
         if plan is None or plan.ranges > MOST_STARTED:
             self._have_planned(batch.batch_id)
             return batch
+        if plan.is_small:
+            self._announce(batch)
         if self._ranges.send_ranges(batch, range(plan.ranges)):
             self._have_planned(batch.batch_id)
             return batch
@@ -179,6 +181,13 @@ class Batches:
         )  # fmt: skip
         return started
 
+    def _announce(self, batch: Batch) -> None:
+        try:
+            self._batches.announce(Newcomer(batch.tenant, batch.batch_id))
+        except StoreBusy:
+            # It starts when an invocation is free.
+            self._events.problem("newcomer not announced", batch_id=batch.batch_id)
+
     def _id_for(self, asked: Create, digest: str, now: int) -> str:
         if asked.idempotency_key is not None:
             return named_batch_id(self._tenant, asked.idempotency_key)
@@ -191,7 +200,7 @@ class Batches:
 
     def _have_planned(self, batch_id: str) -> None:
         try:
-            self._queue.send_plan(batch_id)
+            self._queue.send_plan(batch_id, self._tenant)
         except StoreBusy:
             # The batch is stored: the sweep finds it once it is overdue to be planned.
             self._events.problem("queue busy, batch waits for the sweep", batch_id=batch_id)

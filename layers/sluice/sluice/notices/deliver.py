@@ -29,6 +29,15 @@ from sluice.ports.world import Clock, Events, Reply, SigningSecrets, Web, Webhoo
 UNEXPECTED_MS: Final = 60_000
 """Pause after an unexpected error; after a hundred receives the message becomes a dead letter."""
 
+SLOW_MS: Final = 10_000
+"""A delivery without an answer after this time makes its tenant slow. An invocation waits for its slowest delivery."""
+
+SLOW_FOR_MS: Final = 60_000
+"""Slow tenants are served quickly or not at all for this time; then one delivery may again take its full time."""
+
+SHORT_SECONDS: Final = 2.0
+"""The time for a delivery of a slow tenant. The retry after a failure is as usual."""
+
 REFUSED: Final = "the host resolves to an address that is not permitted"
 
 
@@ -50,6 +59,8 @@ class Deliver:
         self._networks = networks
         self._clock = clock
         self._events = events
+        self._slow: dict[str, int] = {}
+        """Until when each tenant is slow, in this environment."""
 
     async def __call__(self, messages: Sequence[Received]) -> list[str]:
         """Deliver concurrently; return the ids of the messages to retry. Raises StoreBusy before the first delivery."""
@@ -82,7 +93,7 @@ class Deliver:
         if webhook is None:
             self._returns.reject(message, "not a webhook of Sluice's")
             return None
-        reply = await self._sent(webhook, secrets)
+        reply = await self._in_time(webhook, secrets)
         age_ms = self._clock.now() - message.sent_at
         verdict = judge(reply.status, message.receive_count, age_ms, reply.retry_after_s)
         if reply.problem == REFUSED:
@@ -101,6 +112,26 @@ class Deliver:
                 return after
             case _:
                 assert_never(verdict)
+
+    async def _in_time(self, webhook: Webhook, secrets: Sequence[str]) -> Reply:
+        """Send, and wait for the answer: not for long if the tenant's receivers have just kept others waiting.
+
+        So a tenant whose receivers never answer occupies this environment for one full delivery a minute.
+        """
+        started = self._clock.now()
+        is_slow = self._slow.get(webhook.tenant, 0) > started
+        try:
+            async with asyncio.timeout(SHORT_SECONDS if is_slow else None):
+                reply = await self._sent(webhook, secrets)
+        except TimeoutError:
+            return Reply(
+                problem=f"no answer within {SHORT_SECONDS:.0f} s, after others without an answer"
+            )
+        now = self._clock.now()
+        if reply.status is None and now - started >= SLOW_MS:
+            self._slow = {tenant: until for tenant, until in self._slow.items() if until > now}
+            self._slow[webhook.tenant] = now + SLOW_FOR_MS
+        return reply
 
     async def _sent(self, webhook: Webhook, secrets: Sequence[str]) -> Reply:
         try:

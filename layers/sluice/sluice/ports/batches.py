@@ -21,7 +21,31 @@ class BatchPage:
     has_more: bool
 
 
-class BatchStore(Protocol):
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A small batch with ranges that no worker may have claimed yet."""
+
+    tenant: str
+    batch_id: str
+
+
+class Newcomers(Protocol):
+    """The list of newcomers, in order of tenants. It only saves time: each range has its message in the queue."""
+
+    def announce(self, newcomer: Newcomer) -> None:
+        """Add a batch to the list."""
+        ...
+
+    def newcomer(self, after: str) -> Newcomer | None:
+        """Return the first newcomer of the tenant behind this one; None behind the last, `""` is before the first."""
+        ...
+
+    def welcome(self, newcomer: Newcomer) -> None:
+        """Remove a batch from the list, if it is there: its ranges are claimed."""
+        ...
+
+
+class BatchStore(Newcomers, Protocol):
     """The records of batches and of their ranges, and the counts of what is done."""
 
     def add(self, batch: Batch) -> None:
@@ -90,8 +114,11 @@ class SeenRange:
 class WaitingRanges(Protocol):
     """Parked ranges and running batches, as the sweep sees them: by the time at which they are due."""
 
-    def due(self, now: int, limit: int) -> Sequence[DueRange]:
-        """Return what is due, longest due first."""
+    def due(self, now: int, share: int) -> Sequence[DueRange]:
+        """Return what is due, longest due first: about `share` of each tenant and model at most.
+
+        So the backlog of one hides none of another. Batches that must be checked have a share of their own.
+        """
         ...
 
     def postpone(self, due: DueRange, until: int) -> DueRange | None:
@@ -133,16 +160,16 @@ class Plans(Protocol):
     own queue (recursive loop detection), and its role does not permit it.
     """
 
-    def send_plan(self, batch_id: str) -> None:
-        """Have a batch planned; raises StoreBusy."""
+    def send_plan(self, batch_id: str, tenant: str) -> None:
+        """Have a tenant's batch planned; raises StoreBusy."""
         ...
 
 
 class Joins(Protocol):
     """Where sections are sent to be joined: the batches queue, or a section of a small batch at once."""
 
-    def send_join(self, batch_id: str, section: int) -> None:
-        """Have the results of a section joined; raises StoreBusy."""
+    def send_join(self, batch_id: str, section: int, tenant: str) -> None:
+        """Have the results of a section of a tenant's batch joined; raises StoreBusy."""
         ...
 
 

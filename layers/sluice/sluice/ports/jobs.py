@@ -70,15 +70,19 @@ class Due:
 class DueJobs(Protocol):
     """The jobs that have not ended, as the sweep sees them: by the time at which they are due."""
 
-    def due(self, why: DueFor, now: int, limit: int) -> Sequence[Due]:
-        """Return the due jobs, longest due first.
+    def due(self, why: DueFor, now: int, share: int) -> Sequence[Due]:
+        """Return the due jobs, longest due first: about `share` of each tenant and model at most.
 
-        Of more than `limit` jobs return the longest and the latest due, so that a large backlog does not hide new ones.
+        So the backlog of one hides none of another.
         """
         ...
 
     def postpone(self, due: Due, until: int) -> Due | None:
         """Make the job due again at `until` only; None if another sweep was first."""
+        ...
+
+    def forget(self, due: Due) -> None:
+        """Remove the job from the index, unless it was written since."""
         ...
 
     def watch(self, due: Due, until: int) -> None:
@@ -219,7 +223,15 @@ class CallBooks(Protocol):
     """The ledger that a worker writes."""
 
     def record(self, rows: Sequence[LedgerRow]) -> None:
-        """Write rows; writing a row again changes nothing."""
+        """Write rows; writing a row again changes nothing. Raises NotStorable if it cannot take one of them."""
+        ...
+
+    def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+        """Write those rows whose calls have no row yet; return them."""
+        ...
+
+    def calls_of(self, tenant: str, days: Sequence[date], job_id: str) -> Sequence[LedgerRow]:
+        """Return the rows of a job's calls on these days."""
         ...
 
     def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:

@@ -14,13 +14,14 @@ from sluice.domain.batches import LINES_PER_RANGE, WATCH_MS
 from sluice.domain.capacity import startable
 from sluice.domain.limits import Group
 from sluice.domain.models import model_group
+from sluice.domain.turns import in_turns
 from sluice.ports.batches import BatchStore, DueRange, Plans, RangesQueue, WaitingRanges
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Clock, Events
 from sluice.upkeep.schedule import RUN_MS, UNSENT_MS
 
-MOST_DUE: Final = 1_000
-"""Maximum due ranges and batches read per run."""
+DUE_SHARE: Final = 1_000
+"""Maximum due ranges of each tenant and model considered per run, and due batches of each tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Resume:
     def __call__(self, stop_at: int) -> Resumed:
         """Send due ranges that can start soon, and have due batches checked; start nothing after `stop_at`."""
         now = self._clock.now()
-        due = self._waiting.due(now, MOST_DUE)
+        due = self._waiting.due(now, DUE_SHARE)
         if not due:
             return Resumed()
         ranges = batches = 0
@@ -82,7 +83,7 @@ class Resume:
         """Have the planner send the missing messages of a batch, now and every 20 minutes."""
         if self._waiting.postpone(due, self._clock.now() + WATCH_MS) is None:
             return False
-        self._plans.send_plan(due.batch_id)
+        self._plans.send_plan(due.batch_id, due.tenant)
         return True
 
     def _send(self, due: DueRange, number: int) -> bool:
@@ -94,16 +95,33 @@ class Resume:
         return True
 
     def _paced(self, due: Sequence[DueRange], groups: Sequence[Group], now: int) -> list[DueRange]:
-        """Return the ranges whose rows can start before the next run, but at least one of each model group."""
+        """Return the ranges whose rows can start before the next run, but one of each tenant and model group.
+
+        Tenants take turns, and the batches of each tenant: a run that ends early has done something for each of them.
+        One range of a blocked group finds out whether its tenant has a key of another organization. A range without a
+        model wakes for the end of a row, which needs no limit.
+        """
+        room: dict[str, int] = {}
+        seen: set[tuple[str, str]] = set()
         by_model = {**self._model_groups, **self._limits.models().groups()}
-        sent: dict[str, int] = {}
         chosen: list[DueRange] = []
-        for each in due:
-            if each.number is not None:
-                name = model_group(each.model or "", by_model, each.tenant)
-                room = startable(groups, name, now, now + RUN_MS) // LINES_PER_RANGE + 1
-                sent[name] = sent.get(name, 0) + 1
-                if sent[name] > room:
+        for each in in_turns(due, _tenant, _batch):
+            if each.number is not None and each.model is not None:
+                name = model_group(each.model, by_model, each.tenant)
+                if name not in room:
+                    room[name] = startable(groups, name, now, now + RUN_MS) // LINES_PER_RANGE
+                is_first = (each.tenant, name) not in seen
+                if room[name] <= 0 and not is_first:
                     continue
+                seen.add((each.tenant, name))
+                room[name] -= 1
             chosen.append(each)
         return chosen
+
+
+def _tenant(due: DueRange) -> str:
+    return due.tenant
+
+
+def _batch(due: DueRange) -> str:
+    return due.batch_id

@@ -7,6 +7,8 @@ so that a sweep that dies loses no job.
 
 Any other job that was not written for long is checked: its message may be lost, or was never sent. An extra message is
 harmless, because the lease decides which worker runs the job.
+
+A job that ended without a worker, or while the ledger was busy, still owes rows of its calls: the sweep writes them.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Final
 
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group
 from sluice.domain.models import model_group
+from sluice.domain.pricing import LedgerRow, added_up
+from sluice.domain.turns import in_turns
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
-from sluice.ports.jobs import Due, DueJobs, JobQueue, JobStore, Pointer
+from sluice.ports.jobs import CallBooks, Due, DueJobs, JobQueue, JobStore, Pointer
 from sluice.ports.limits import LimitStore, PoolHistory
 from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
@@ -34,11 +39,11 @@ MARGIN_MS: Final = 15_000
 
 assert MARGIN_MS < RUN_MS, "a run sends little that the next run could send"
 
-MOST_DUE: Final = 10_000
-"""Maximum due jobs read per run."""
+DUE_SHARE: Final = 10_000
+"""Maximum due jobs of each tenant and model considered per run."""
 
-MOST_UNHEARD: Final = 1_000
-"""Maximum jobs checked per run because their messages may be lost."""
+UNHEARD_SHARE: Final = 1_000
+"""Maximum jobs of each tenant and model checked per run because their messages may be lost."""
 
 QUIET_MS: Final = LONGEST_PARK_MS
 """While the queue holds more than can start, a job's message is assumed to be in it for this time."""
@@ -74,6 +79,7 @@ class Sweep:
         self,
         jobs: JobStore,
         due: DueJobs,
+        ledger: CallBooks,
         queue: JobQueue,
         limits: LimitStore,
         pool: PoolHistory,
@@ -83,6 +89,7 @@ class Sweep:
     ) -> None:
         self._jobs = jobs
         self._due = due
+        self._ledger = ledger
         self._queue = queue
         self._limits = limits
         self._pool = pool
@@ -92,9 +99,14 @@ class Sweep:
 
     def __call__(self, stop_at: int) -> Swept:
         """Send due jobs that can start soon, end jobs past their deadline; start no further step after `stop_at`."""
+        swept = self._swept(stop_at)
+        self._book(stop_at)
+        return swept
+
+    def _swept(self, stop_at: int) -> Swept:
         now = self._clock.now()
-        due = self._due.due(DueFor.CALL, now, MOST_DUE)
-        unheard = self._due.due(DueFor.CHECK, now, MOST_UNHEARD)
+        due = self._due.due(DueFor.CALL, now, DUE_SHARE)
+        unheard = self._due.due(DueFor.CHECK, now, UNHEARD_SHARE)
         if not due and not unheard:
             return Swept()
         # Before anything else is read: whatever is busy, a deadline ends its job.
@@ -104,18 +116,24 @@ class Sweep:
         found = len(late) + len(waiting)
         sent = expired = rescued = 0
         with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
-            for some in self._steps(late, stop_at):
+            # Half of the time at most, so that many of them do not keep the others from being sent.
+            late_steps, half = _steps(late), now + (stop_at - now) // 2
+            while self._clock.now() < half and (some := next(late_steps, None)):
                 expired += sum(threads.map(self._expire, some))
             groups, backlog = self._limits.groups(), self._queue.backlog()
             by_model = {**self._model_groups, **self._limits.models().groups()}
             chosen = self._paced(waiting, by_model, groups, backlog, now)
             lost = self._probably_lost(silent, by_model, groups, backlog, now)
-            if len(unheard) >= MOST_UNHEARD:
+            if len(unheard) >= UNHEARD_SHARE:
                 self._list_deadlines(threads, set(silent) - set(lost))
-            for some in self._steps(chosen, stop_at):
-                sent += self._send(threads, some, lambda _: WATCH_MS)
-            for some in self._steps(lost, stop_at):
-                rescued += self._send(threads, some, self._check)
+            for due_ones, lost_ones, late_ones in zip_longest(
+                _steps(chosen), _steps(lost), late_steps, fillvalue=()
+            ):
+                if self._clock.now() >= stop_at:
+                    break
+                sent += self._send(threads, due_ones, lambda _: WATCH_MS)
+                rescued += self._send(threads, lost_ones, self._check)
+                expired += sum(threads.map(self._expire, late_ones))
         swept = Swept(found, sent, expired, found - sent - expired, rescued)
         self._events.note(
             "due jobs swept",
@@ -132,6 +150,8 @@ class Sweep:
 
         `pause` returns after which time to check a job again; None: it needs no message.
         """
+        if not due:
+            return 0
         until = self._clock.now() + UNSENT_MS
         pauses = {
             each: after
@@ -187,11 +207,27 @@ class Sweep:
         # Twice as long each time: a job that waits for hours gets a few extra messages, not hundreds.
         return max(WATCH_MS, now - job.created_at)
 
-    def _steps(self, due: Sequence[Due], stop_at: int) -> Iterator[Sequence[Due]]:
-        for start in range(0, len(due), AT_ONCE):
-            if self._clock.now() >= stop_at:
-                return
-            yield due[start : start + AT_ONCE]
+    def _book(self, stop_at: int) -> None:
+        """Write the rows that ended jobs owe to the ledger; while it is busy, the next run tries again."""
+        try:
+            for owing in self._due.due(DueFor.BOOKS, self._clock.now(), UNHEARD_SHARE):
+                if self._clock.now() >= stop_at:
+                    return
+                job = self._jobs.get(owing.job_id)
+                for row in job.unbooked if job else ():
+                    self._record(row)
+                self._due.forget(owing)
+        except StoreBusy as busy:
+            self._events.problem("ledger rows not written", what=busy.what)
+
+    def _record(self, row: LedgerRow) -> None:
+        try:
+            written = self._ledger.record_missing([row])
+        except NotStorable as error:
+            self._events.problem("ledger row not storable", job_id=row.job_id, what=error.what)
+            written = self._ledger.record_missing([row.bare()])
+        if written:
+            self._ledger.add_up(added_up(written))
 
     def _paced(
         self,
@@ -201,21 +237,22 @@ class Sweep:
         backlog: Backlog,
         now: int,
     ) -> list[Due]:
-        """Return the longest due jobs of each model group, as many as it can start until shortly after the next run.
+        """Return due jobs of each model group, as many as it can start until shortly after the next run.
+
+        Tenants take turns, so that the many jobs of one do not use up what the jobs of another could use.
 
         If the queue holds more than that, return a quarter of them: parked jobs are older than those in the queue and
         must not wait behind them, but must not fill a full queue further.
         """
         by_group: dict[str, list[Due]] = {}
-        for each in due:
+        for each in in_turns(due, _tenant):
             name = model_group(each.model, by_model, each.tenant)
             by_group.setdefault(name, []).append(each)
         until, new_pool = now + RUN_MS + MARGIN_MS, self._has_new_pool(now)
         room = {name: startable(groups, name, now, until, new_pool=new_pool) for name in by_group}
         if backlog.visible > sum(room.values()):
             room = {name: -(-count // 4) for name, count in room.items()}
-        chosen = [each for name, some in by_group.items() for each in some[: room[name]]]
-        return sorted(chosen, key=lambda each: (each.due_at, each.job_id))
+        return [each for name, some in by_group.items() for each in some[: room[name]]]
 
     def _has_new_pool(self, now: int) -> bool:
         """Return whether the pool may have a key of another organization for jobs whose known groups are all blocked.
@@ -249,3 +286,14 @@ class Sweep:
 
 def _is_late(due: Due, now: int) -> bool:
     return due.deadline is not None and due.deadline <= now
+
+
+def _tenant(due: Due) -> str:
+    return due.tenant
+
+
+def _steps(due: Sequence[Due]) -> Iterator[Sequence[Due]]:
+    """Yield jobs that are handled together; tenants take turns."""
+    ordered = in_turns(due, _tenant)
+    for start in range(0, len(ordered), AT_ONCE):
+        yield ordered[start : start + AT_ONCE]

@@ -28,7 +28,7 @@ from sluice.wiring.shared import (
     sqs,
     telemetry,
 )
-from sluice.wiring.stores import jobs, key_pool, limits, queue
+from sluice.wiring.stores import jobs, key_pool, ledger, limits, queue
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
@@ -94,7 +94,15 @@ def _governed(name: str, client: LambdaClient) -> Governed:
 def sweep() -> Sweep:
     """Return the use case that sends parked jobs again."""
     return Sweep(
-        jobs(), jobs(), queue(), limits(), _pool_history(), model_groups(), CLOCK, telemetry()
+        jobs(),
+        jobs(),
+        ledger(),
+        queue(),
+        limits(),
+        _pool_history(),
+        model_groups(),
+        CLOCK,
+        telemetry(),
     )
 
 

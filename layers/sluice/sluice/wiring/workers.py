@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from sluice.ports.jobs import Answers, CallBooks, JobRecords, Requests
 
 
-def new_worker(
+def new_worker(  # noqa: PLR0913, PLR0917 - its stores
     records: JobRecords,
     requests: Requests,
     answers: Answers,
     books: CallBooks,
     threads: Threads,
+    beside: Worker | None = None,
 ) -> Worker:
-    """Return a worker with these stores."""
+    """Return a worker with these stores; `beside` another one of the same process, it shares memory and connections."""
     tools = Tools(
         jobs=records,
         params=requests,
         results=answers,
         limits=limits(),
         keys=key_pool(),
-        claude=SdkClaude(CLOCK),
+        claude=beside.tools.claude if beside else SdkClaude(CLOCK),
         ledger=books,
         clock=CLOCK,
         jitter=random.Random().random,  # noqa: S311 - jitter, not a secret
@@ -52,4 +53,4 @@ def new_worker(
     )
     # The SDKs' 200,000 objects live as long as the environment: the garbage collector need not scan them again.
     gc.freeze()
-    return Worker(tools, rules)
+    return Worker(tools, rules, memory=beside.memory if beside else None)

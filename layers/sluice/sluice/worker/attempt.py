@@ -80,7 +80,7 @@ class Attempt:
                     try:
                         if not is_large:
                             await self._wait_for_start(admission)
-                        job = await self._claim(key)
+                        job = await self._claim(key, admission.claimant.organization)
                     except BaseException:
                         # The exception's traceback would keep the body in memory.
                         body.release()
@@ -102,10 +102,9 @@ class Attempt:
         job, now, spread = self._job, self._invocation.now(), self._invocation.spread
         match step:
             case Step.DROP:
-                return DONE
+                return await self._drop()
             case Step.BUSY:
-                until = job.lease.until if job.lease else now
-                return self._invocation.in_queue(until - now + spread(2_000))
+                return await self._busy()
             case Step.EARLY:
                 delay = (job.not_before or now) - now + spread(1_000)
                 return Wait(now + delay, place_of(delay))
@@ -137,6 +136,7 @@ class Attempt:
             self._job.input_chars,
             self._job.max_tokens,
             latest,
+            owner=self._job.tenant,
         )
         match admission:
             case Admission():
@@ -216,23 +216,33 @@ class Attempt:
             raise NoCall(await self._end(State.ERRORED, error))
         return body
 
-    async def _claim(self, key: UpstreamKey) -> Job:
+    async def _claim(self, key: UpstreamKey, organization: str | None) -> Job:
         """Take the lease, unless the job or its key changed during the wait, or another worker was quicker."""
         if self._next_step() is not Step.RUN or self._invocation.keys.is_rejected(key):
             raise NoCall(Again(self._job))
         job, now = self._job, self._invocation.now()
         alone = life.most_in_flight(job) == 1
-        claimed = life.claim(job, self._invocation.owner, now, now + waits.LEASE_MS, alone=alone)
+        claimed = life.claim(
+            job,
+            self._invocation.owner,
+            now,
+            now + waits.LEASE_MS,
+            alone=alone,
+            organization=organization,
+            key_id=key.id,
+        )
+        claimed = await self._invocation.ledger.booked(claimed)
         try:
             stored = await self._swap(claimed)
         except StoreBusy:
             # It may be written: if it was abandoned now, the attempt would count although no call was made.
             await self._tools.clock.sleep(waits.REWRITE_MS)
+            self._invocation.unconfirmed[job.job_id] = claimed.version
             stored = await self._swap(claimed)
+            del self._invocation.unconfirmed[job.job_id]
         # Equal, but read back: only the response to the first try was lost.
         if stored != claimed:
             raise _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(job, claimed)
         return claimed
 
     # Call and record --------------------------------------------------------------------------------------------
@@ -258,6 +268,29 @@ class Attempt:
         report_end(self._tools.events, ended)
         return DONE
 
+    async def _busy(self) -> Ending:
+        """Return a job to the queue until its lease ends; take back an own claim that the store did not confirm."""
+        job, owner, now = self._job, self._invocation.owner, self._invocation.now()
+        lease, version = job.lease, self._invocation.unconfirmed.pop(job.job_id, None)
+        if lease is not None and lease.owner == owner and version == job.version:
+            # No call was made for it.
+            stored = await self._swap(life.snooze(job, owner, now, reason="store busy"))
+            return DONE if stored is None else Again(stored)
+        until = lease.until if lease else now
+        return self._invocation.in_queue(until - now + self._invocation.spread(2_000))
+
+    async def _drop(self) -> Ending:
+        """Acknowledge the message of an ended job, once the ledger has its calls: their worker may have died with them.
+
+        A job that has ended just now may be in the hands of its worker, which will write them.
+        """
+        ended_ago = self._invocation.now() - (self._job.finished_at or 0)
+        if ended_ago < waits.BOOKING_MS or await self._invocation.ledger.book(
+            life.billed_rows(self._job)
+        ):
+            return DONE
+        return self._invocation.in_queue(waits.STORE_BUSY_MS)
+
     async def _park(self, delay_ms: int, reason: str) -> Wait:
         """Take a waiting job out of the queue."""
         now = self._invocation.now()
@@ -267,10 +300,10 @@ class Attempt:
 
     async def _write(self, wanted: Job) -> None:
         """Write the record of a job that nobody runs."""
-        stored = await self._swap(wanted)
-        if stored is not wanted:
+        booked = await self._invocation.ledger.booked(wanted)
+        stored = await self._swap(booked)
+        if stored is not booked:
             raise _overtaken_by(stored)
-        await self._invocation.ledger.account_for_lost(self._job, wanted)
 
     async def _swap(self, wanted: Job) -> Job | None:
         replace = self._tools.jobs.replace

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+from sluice.domain import waits
 from sluice.domain.jobs import Job
 from sluice.domain.waits import LONGEST_DELAY_MS, Place, place_of, window_of
 from sluice.ports.claude import Body
@@ -91,6 +92,10 @@ class Invocation:
     """Epoch milliseconds."""
     stop_at: int
     """When all calls must have ended, in epoch milliseconds."""
+    busy_since: dict[str, int] = field(default_factory=dict)
+    """The jobs that have met a busy store in this invocation, and when each did first."""
+    unconfirmed: dict[str, int] = field(default_factory=dict)
+    """The jobs whose claims may be stored, although no call was made, each with the version of the claim."""
 
     @property
     def whole_ms(self) -> int:
@@ -116,6 +121,15 @@ class Invocation:
     def in_queue(self, delay_ms: int) -> Wait:
         """Return a wait in the queue."""
         return Wait(self.now() + min(delay_ms, LONGEST_DELAY_MS), Place.QUEUE)
+
+    def until_store(self, job_id: str, delay_ms: int, receive_count: int) -> Wait:
+        """Return the wait of a job that met a busy store: in the invocation at first, which costs no receive."""
+        now = self.now()
+        stay_ms = self.busy_since.setdefault(job_id, now) + waits.STORE_STAY_MS - now
+        place = place_of(delay_ms, stay_ms=stay_ms, left_ms=self.left())
+        if place is Place.INVOCATION:
+            return Wait(now + delay_ms, place)
+        return self.in_queue(waits.grown(delay_ms, receive_count, waits.MOST_BUSY_MS))
 
     def after_call(self, delay_ms: int, job: Job) -> Wait:
         """Return the wait of a job after a call that brought no answer."""

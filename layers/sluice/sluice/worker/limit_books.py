@@ -148,6 +148,8 @@ class Waiter:
     latest_start: int
     since: int
     answer: asyncio.Future[Admitted]
+    owner: str = ""
+    """Whose job it is: the owners of the jobs in a line take turns."""
 
     def horizon(self, group: Group, cost: Cost, now: int) -> int:
         """Return how far ahead it may reserve, at its `cost` in this group.

@@ -20,6 +20,7 @@ from sluice.domain.limits import (
     usual_gap,
     waits_for_breaker,
 )
+from sluice.domain.turns import in_turns
 from sluice.domain.waits import Waits
 from sluice.ports.world import Clock, Events, Jitter
 from sluice.worker.limit_books import LEAST_BLOCK, Later, Line, TooLarge, Waiter
@@ -147,7 +148,7 @@ class Planner:
             for name, books in self._books.items()
         }
         planned: dict[str, list[Waiter]] = {}
-        for waiter in list(self._line.waiters):
+        for waiter in in_turns(self._line.waiters, _owner):
             if any(claimant.group not in drafts for claimant in waiter.claimants):
                 # It arrived while the groups were read: the next turn includes it.
                 continue
@@ -212,6 +213,10 @@ class Planner:
         full = start + (block - 1) * usual_gap(group) - first.horizon(group, cost, now)
         latest = start - SOON_MS // 2
         return latest if full >= latest else full + int(self._jitter() * (latest - full))
+
+
+def _owner(waiter: Waiter) -> str:
+    return waiter.owner
 
 
 def _best(

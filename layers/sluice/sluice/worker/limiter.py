@@ -107,12 +107,18 @@ class Limiter:
     # The steps of a call -----------------------------------------------------------------------------------------
 
     async def admit(
-        self, claimants: Sequence[Claimant], input_chars: int, max_tokens: int, latest_start: int
+        self,
+        claimants: Sequence[Claimant],
+        input_chars: int,
+        max_tokens: int,
+        latest_start: int,
+        *,
+        owner: str = "",
     ) -> Admitted:
         """Wait for a reservation in the group that can start first; Later if none starts by `latest_start`."""
         answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
         since = self._clock.now()
-        waiter = Waiter(claimants, input_chars, max_tokens, latest_start, since, answer)
+        waiter = Waiter(claimants, input_chars, max_tokens, latest_start, since, answer, owner)
         self._line.waiters.append(waiter)
         self._planner.wake()
         try:

@@ -57,6 +57,8 @@ class Outcome:
         self._tools = call.invocation.tools
         self._events = call.invocation.tools.events
         self._unknown_costs = 0
+        self._uncertain_calls = 0
+        self._unbooked: tuple[LedgerRow, ...] = ()
 
     async def record(self, answer: Answer | Refused) -> Ending:
         """Apply the response to limits and keys, and write the outcome of the job."""
@@ -66,7 +68,7 @@ class Outcome:
         elif self._call.is_canceled:
             consequence = self._canceled()
         elif answer.failure.type == "canceled":
-            return self._lost()
+            return await self._lost()
         else:
             consequence = await self._failed(answer.failure, answer.headers)
         return await self._write(*consequence)
@@ -241,9 +243,9 @@ class Outcome:
         owner = self._invocation.owner
         return lambda job, now: life.cancel_running(job, owner, now), _done, self._stopped()
 
-    def _lost(self) -> Ending:
+    async def _lost(self) -> Ending:
         """Leave the job to the worker that has its lease, or to the next one."""
-        self._invocation.ledger.account(self._stopped())
+        await self._invocation.ledger.booked(self._call.job, self._stopped())
         self._events.problem("lease lost during a call", job_id=self._call.job.job_id)
         return self._invocation.in_queue(waits.LEASE_MS)
 
@@ -386,7 +388,7 @@ class Outcome:
             request_id=request_id,
             outcome=outcome,
             # What is not certain is not known to have been billed.
-            spend=Spend.of_call(usage, cost if certain else cost or 0),
+            spend=Spend.of_call(usage, cost if certain else cost or 0, certain=certain),
             certain=certain,
             note=note,
         )
@@ -410,10 +412,13 @@ class Outcome:
 
     async def _write(self, change: Change, then: Then, row: LedgerRow | None) -> Ending:
         """Write the job's new state, then its ledger row; `then` says how it continues unless it has ended."""
-        if row is not None and not row.certain:
-            # A call that may be billed and is repeated must be in the ledger even if this worker dies now.
-            await self._invocation.ledger.record_now([row], news=[row])
-            row = None
+        rows: tuple[LedgerRow, ...] = ()
+        if row is not None and not (row.certain and then is _done):
+            # The job may run again, or will show nothing of the call. So the call must be on record, in the ledger or
+            # in the job, even if this worker dies now.
+            rows, row = (row,), None
+        self._uncertain_calls = sum(not each.certain for each in rows)
+        self._unbooked = (await self._invocation.ledger.booked(self._call.job, *rows)).unbooked
         note = None
         ending: Ending = DONE
         try:
@@ -438,7 +443,12 @@ class Outcome:
         while conflicts < MOST_TRIES:
             job, now = self._call.job, self._invocation.now()
             wanted = change(job, now)
-            wanted = replace(wanted, unknown_costs=wanted.unknown_costs + self._unknown_costs)
+            wanted = replace(
+                wanted,
+                unknown_costs=wanted.unknown_costs + self._unknown_costs,
+                uncertain_calls=wanted.uncertain_calls + self._uncertain_calls,
+                unbooked=self._unbooked,
+            )
             if wanted.state is State.QUEUED and wanted.cancel_requested:
                 ended = life.finish_waiting(wanted, State.CANCELED, now)
                 wanted = replace(ended, version=wanted.version)

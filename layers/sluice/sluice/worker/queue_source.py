@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, TypeVar
 
 from sluice.domain import waits
@@ -95,6 +95,8 @@ class QueueSource:
         self._to_put_back: list[tuple[Received, int]] = []
         """Each with the time at which it becomes visible."""
         self._to_delete: list[Received] = []
+        self._acknowledged: list[Received] = []
+        """Messages from Lambda that are done."""
 
     # Taking -----------------------------------------------------------------------------------------------------
 
@@ -211,17 +213,26 @@ class QueueSource:
             # Lambda deletes it when the invocation ends; until then it stays hidden.
             self._batched.remove(message.message_id)
             self.not_done.remove(message.message_id)
+            self._acknowledged.append(message)
         else:
             self._to_delete.append(self._held.pop(message.message_id, message))
 
     # Housekeeping -----------------------------------------------------------------------------------------------
 
-    async def keep(self, *, last: bool = False) -> bool:
+    async def keep(self, unwritten: Collection[str], *, last: bool = False) -> bool:
         """Keep messages hidden; reject messages that name no job; return or delete messages."""
         await self._keep_hidden()
         await self._handle_strangers()
         await self._write("put back", self._put_back, self._to_put_back, last=last)
+        kept = [each for each in self._to_delete if each.job_id in unwritten]
+        self._to_delete = [each for each in self._to_delete if each.job_id not in unwritten]
         await self._write("deleted", self._inbox.delete, self._to_delete, last=last)
+        self._to_delete += kept
+        if last:
+            # Lambda must not delete its own either.
+            self.not_done.update(
+                each.message_id for each in self._acknowledged if each.job_id in unwritten
+            )
         return not self._to_put_back and not self._to_delete
 
     def _put_back(self, messages: Sequence[tuple[Received, int]]) -> None:

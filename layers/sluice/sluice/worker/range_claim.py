@@ -11,22 +11,26 @@ from itertools import chain
 from typing import Final
 
 from sluice.domain.batches import (
+    CLAIM_VERSIONS,
     Batch,
     RangeState,
     Tally,
+    claim_of,
     end_window,
     finish_range,
     keep_range,
+    note_reading,
     note_running,
     release_range,
     save_chunk,
 )
 from sluice.domain.capacity import Backlog
 from sluice.domain.errors import InputMissing, LeaseLost
-from sluice.domain.jobs import Job
+from sluice.domain.jobs import Job, lost_row
+from sluice.domain.pricing import LedgerRow, Spend, added_up, utc_day
 from sluice.domain.rows import Encoded, Record, split
 from sluice.ports.batches import BatchStore, Joins, Objects
-from sluice.ports.jobs import Returns
+from sluice.ports.jobs import CallBooks, Returns
 from sluice.ports.swap import swap
 from sluice.ports.world import Blocking, Clock, Events
 from sluice.worker.range_rows import HELD_BYTES, Ended, Seat
@@ -41,6 +45,12 @@ HIDE_MS: Final = 40_000
 
 assert 2 * KEEP_MS < LEASE_MS < HIDE_MS
 
+INVOCATION_MS: Final = 900_000
+"""The longest invocation: the calls of a worker are no older than this when its lease ends."""
+
+LAST_CALLS: Final = frozenset({"succeeded", "canceled", "worker_lost"})
+"""Outcomes in the ledger after which a worker made no other call for a row."""
+
 
 @dataclass(frozen=True, slots=True)
 class RangeTools:
@@ -52,6 +62,7 @@ class RangeTools:
     backlog: Callable[[], Backlog]
     """Of the ranges queue."""
     returns: Returns
+    ledger: CallBooks
     text_of_job: Callable[[Job], str]
     job_of_text: Callable[[str], Job]
     clock: Clock
@@ -125,6 +136,11 @@ class ClaimedRange:
         """Record which rows are in flight at the time of the write."""
         self._change(lambda state: note_running(state, self._owner, running()))
 
+    def note_reading(self, line: int | None) -> None:
+        """Record which line is read next, if a line may have killed a worker."""
+        if self.state.is_stuck:
+            self._change(lambda state: note_reading(state, self._owner, line))
+
     def release(self, wait: RangeWait, chunks: Sequence[str], *, dropped: bool = False) -> None:
         """Return the range with its saved chunks; `dropped`: answers could not be saved."""
         self._change(
@@ -181,6 +197,33 @@ class ClaimedRange:
                         saved.records[record.offset] = ended
                     first += size
         return saved
+
+    def lost_calls(self, job: Job, offset: int) -> Spend:
+        """Return the sums of a row's calls under claims whose workers were lost; the ledger then has each of them.
+
+        What a worker booked before it died is known. Unless that ended the row, one more call may have been in flight.
+        """
+        claims = {claim: at for row, claim, at in self.state.lost if row == offset}
+        spent = Spend()
+        for claim, at in claims.items():
+            days = sorted({utc_day(at - INVOCATION_MS), utc_day(at)})
+            calls = self._tools.ledger.calls_of(job.tenant, days, job.job_id)
+            booked = [row for row in calls if claim_of(row.call_id) == claim]
+            if not any(row.outcome in LAST_CALLS for row in booked):
+                booked.append(self._lost_row(job, claim, at))
+            spent = sum((row.spend for row in booked), spent)
+        return spent
+
+    def _lost_row(self, job: Job, claim: int, at: int) -> LedgerRow:
+        """Book a call that may have been in flight when the worker of a claim died."""
+        # Not the version of any call: the first one has the next.
+        call = f"{claim * CLAIM_VERSIONS}"
+        row = lost_row(
+            job, call, job.current_model, at, "the worker died during the call, or before it"
+        )
+        if written := self._tools.ledger.record_missing([row]):
+            self._tools.ledger.add_up(added_up(written))
+        return row
 
     def save(self, seats: Sequence[Seat]) -> str:
         """Save the records of rows that have ended in another chunk; return its name."""

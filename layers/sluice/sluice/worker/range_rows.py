@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sluice.domain import jobs as life
@@ -17,12 +16,11 @@ from sluice.domain.batches import Options
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.params import request_body
-from sluice.domain.pricing import LedgerRow, Spend, half_price
+from sluice.domain.pricing import Spend, half_price
 from sluice.domain.rows import Line, Row, job_record
 from sluice.intake.requests import read_row
-from sluice.ports.jobs import CallBooks, Params
+from sluice.ports.jobs import Params
 from sluice.ports.world import Clock
-from sluice.worker.ledger import lost_row
 
 HELD_BYTES: Final = 32 * 1024 * 1024
 """Records of saved rows kept in memory until their window is written."""
@@ -34,8 +32,6 @@ MOST_EXPECTED_BYTES: Final = 1024 * 1024
 SAVE_BYTES: Final = 8 * 1024 * 1024
 SAVE_MS: Final = 2_000
 """Ended rows are saved at the latest when their records have this many bytes, or the first of them is this old."""
-
-AGAIN: Final = "the answer of an earlier call of this row, which may have been billed, was lost"
 
 
 @dataclass(slots=True)
@@ -64,6 +60,8 @@ class Seat:
     ended: Ended | None = None
     message: str | None = None
     """Claude's answer, until the record is made from it."""
+    lost: Spend = field(default_factory=Spend)
+    """Its calls whose answers were lost with a worker: they count in the sums of the batch."""
 
     @property
     def expected_bytes(self) -> int:
@@ -89,8 +87,10 @@ class Seat:
 class WindowRows:
     """The rows of one window: a worker's job records, requests and answers, and what has ended and is not saved."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, held_bytes: int | None = None) -> None:
+        """`held_bytes` is the most that records of saved rows take; by default `HELD_BYTES`."""
         self._clock = clock
+        self._most_held_bytes = held_bytes or HELD_BYTES
         self._lock = threading.Lock()
         self._seats: dict[str, Seat] = {}
         self._unsaved: list[Seat] = []
@@ -99,7 +99,6 @@ class WindowRows:
         self._held_bytes = 0
         self.is_closed = False
         """Another worker has the range."""
-        self._again: set[str] = set()
         self._starting: Callable[[Sequence[str]], None] = _nothing
         self._options = Options()
 
@@ -109,15 +108,14 @@ class WindowRows:
         self.is_closed = False
         self.open(())
 
-    def open(self, seats: Iterable[Seat], *, again: bool = False) -> None:
-        """Replace the rows by those of another window; `again`: answers of theirs were lost."""
+    def open(self, seats: Iterable[Seat]) -> None:
+        """Replace the rows by those of another window."""
         self._seats = {seat.job.job_id: seat for seat in seats}
         self._unsaved, self._unsaved_bytes, self._held_bytes = [], 0, 0
         self._starting = _nothing
         for seat in self._seats.values():
             if seat.ended is not None:
                 self._hold(seat.ended)
-        self._again = {seat.job.job_id for seat in self.unfinished()} if again else set()
 
     @property
     def are_saved(self) -> bool:
@@ -154,14 +152,6 @@ class WindowRows:
                 self._set(seat, life.request_cancel(seat.job, now))
             return sum(seat.ended is not None for seat in waiting)
 
-    def lost_rows(self, offsets: Collection[int]) -> list[LedgerRow]:
-        """Return ledger rows for the calls of rows that will be ended; the same ones each time."""
-        now = self._clock.now()
-        note = "workers died during calls of this row"
-        jobs = [seat.job for seat in self.unfinished() if seat.line.offset in offsets]
-        self._again -= {job.job_id for job in jobs}
-        return [lost_row(job, now, job.current_model, "lost", note) for job in jobs]
-
     def give_up(self, offsets: Collection[int], error: JobError) -> list[Job]:
         """End waiting rows as errored, and return their jobs."""
         with self._lock:
@@ -195,7 +185,7 @@ class WindowRows:
         return Result()
 
     def probe(self) -> None:
-        """Do nothing: a range looks at the bucket before it runs its rows."""
+        """Do nothing: a range tries the bucket before it runs its rows."""
 
     def get_many(self, job_ids: Sequence[str]) -> Mapping[str, Params]:
         """Return the requests of rows that are about to start, made from their lines anew: parsed, they are large."""
@@ -214,17 +204,6 @@ class WindowRows:
                 said = f"the request cannot be made: {type(error).__name__}"
                 self.give_up({seat.line.offset}, JobError("invalid_request_error", said))
         return found
-
-    def noted(self, rows: Sequence[LedgerRow]) -> list[LedgerRow]:
-        """Return ledger rows with a note on each first call that may repeat one of a worker that died."""
-        noted = [
-            replace(row, note="; ".join(filter(None, (row.note, AGAIN))))
-            if row.job_id in self._again
-            else row
-            for row in rows
-        ]
-        self._again -= {row.job_id for row in rows}
-        return noted
 
     # Ended rows that are not saved -----------------------------------------------------------------------------
 
@@ -268,7 +247,7 @@ class WindowRows:
         """Keep a saved record in memory if there is room for it."""
         if record.text is None:
             return
-        if self._held_bytes + record.size > HELD_BYTES:
+        if self._held_bytes + record.size > self._most_held_bytes:
             record.text = None
         else:
             self._held_bytes += record.size
@@ -290,13 +269,16 @@ class WindowRows:
         """Return the record of a row that has ended; a result that cannot be written is an error of this row alone."""
         line, other_lane = seat.line, self._other_lane(seat.job)
         try:
-            record = job_record(line.number, line.offset, seat.job, seat.message, other_lane)
+            record = job_record(
+                line.number, line.offset, seat.job, seat.message, other_lane, seat.lost
+            )
             return record.encoded()
         except Exception as error:  # noqa: BLE001 - the other rows must be saved
             said = f"the result cannot be written: {type(error).__name__}"
             reason = JobError("result_not_storable", said)
             seat.job = replace(seat.job, state=State.ERRORED, error=reason)
-            return job_record(line.number, line.offset, seat.job, None, other_lane).encoded()
+            record = job_record(line.number, line.offset, seat.job, None, other_lane, seat.lost)
+            return record.encoded()
 
     @staticmethod
     def _other_lane(job: Job) -> int:
@@ -304,22 +286,6 @@ class WindowRows:
         if job.usage is None or not job.attempts:
             return 0
         return half_price(job.usage, job.attempts[-1].cost_micro_usd or 0)
-
-
-class RowBooks:
-    """The ledger, as the rows of a range write it."""
-
-    def __init__(self, books: CallBooks, rows: WindowRows) -> None:
-        self._books = books
-        self._rows = rows
-
-    def record(self, rows: Sequence[LedgerRow]) -> None:
-        """Write rows; those of calls that may repeat one of a worker that died say so."""
-        self._books.record(self._rows.noted(rows))
-
-    def add_up(self, sums: Mapping[tuple[str, date, str, str], Spend]) -> None:
-        """Add to the sums."""
-        self._books.add_up(sums)
 
 
 def _nothing(job_ids: Sequence[str]) -> None:

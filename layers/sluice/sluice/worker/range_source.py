@@ -46,10 +46,7 @@ class RangeSource:
         note_running: Callable[[], None],
         note_drained: Callable[[], Awaitable[None]],
     ) -> None:
-        """Before a row starts, `check_lease` may raise StoreBusy; `note_running` is called while a killer is searched.
-
-        Both are called in a thread.
-        """
+        """Before rows start, `check_lease` may raise StoreBusy, and `note_running` is called, both in a thread."""
         self._rows = rows
         self._clock = clock
         self._started = clock.now()
@@ -139,9 +136,9 @@ class RangeSource:
             self._suspects_waiting.add(job.job_id)
         self._leave(seat)
 
-    async def keep(self, *, last: bool = False) -> bool:
+    async def keep(self, unwritten: Collection[str], *, last: bool = False) -> bool:
         """Do nothing: a range saves its rows and keeps its lease also while no worker runs."""
-        del last
+        del unwritten, last
         return True
 
     # The range --------------------------------------------------------------------------------------------------
@@ -161,6 +158,11 @@ class RangeSource:
             for seat in sorted(seats, key=lambda seat: seat.line.offset)
             if seat.ended is None or seat.ended.chunk is None
         )
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the rows in flight must be known exactly, because one of them may kill the worker."""
+        return self._is_apart or self._losses > 0
 
     def wake(self) -> None:
         """Report to `take` that another worker has the range."""
@@ -247,10 +249,8 @@ class RangeSource:
     # The search for rows that kill their workers ---------------------------------------------------------------
 
     def _starting(self, job_ids: Sequence[str]) -> None:
-        """Note rows as running before their requests are made, if these may kill the worker."""
+        """Note rows as running before their requests are made, so that their calls are known if the worker dies."""
         self._check_lease()
-        if not (self._is_apart or self._losses):
-            return
         with self._lock:
             self._noted.update(job_ids)
         self._note_running()

@@ -6,8 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sluice.domain.batches import CLAIM_VERSIONS, SAMPLE_BYTES, Batch, RangeState, Tally, row_job_id
+from sluice.domain.batches import (
+    CLAIM_VERSIONS,
+    MOST_LOST_READING,
+    SAMPLE_BYTES,
+    Batch,
+    RangeState,
+    Tally,
+    row_job_id,
+    unreadable,
+)
 from sluice.domain.jobs import Job
+from sluice.domain.pricing import Spend
 from sluice.domain.rows import (
     BadRow,
     Line,
@@ -30,12 +40,10 @@ one window."""
 WINDOW_BAD_BYTES: Final = 4 * 1024 * 1024
 """Maximum bytes of records of bad rows: a range may have millions of them."""
 
-REMEMBERED_IDS: Final = 100_000
-"""For this many rows of a range, a repeated custom_id is found at once. Others are found when the results are joined,
-like those of another range."""
-
 PIECE_BYTES: Final = 1024 * 1024
 """Bytes of the object read at once."""
+
+DEADLY: Final = f"{MOST_LOST_READING} workers died while they read this line; it is not read again"
 
 _RECORD_BYTES: Final = 200
 """Approximate memory of a record besides its body."""
@@ -75,24 +83,34 @@ class Windows:
         state: RangeState,
         saved: Saved,
         make_job: Callable[[str, Row], Job],
+        lost_calls: Callable[[Job, int], Spend],
+        note_reading: Callable[[int | None], None],
         events: Events,
     ) -> None:
+        """`lost_calls` returns the sums of a row's calls whose answers were lost, by its job and byte offset."""
         self._objects = objects
         self._batch = batch
         self._state = state
         self._saved = saved
         self._make_job = make_job
+        self._lost_calls = lost_calls
+        self._note_reading = note_reading
         self._events = events
+        self._unreadable = unreadable(state)
         assert batch.plan is not None
         self._plan = batch.plan
         self._start, self._end = self._plan.bounds(state.number)
         self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
         self._next: Line | None = None
         self._count = 0
-        self._offset_of: dict[str, int] = {}
 
     def next(self) -> Window:
         """Read the next window; raises InputMissing."""
+        window = self._next_window()
+        self._note_reading(None)
+        return window
+
+    def _next_window(self) -> Window:
         seats: list[Seat] = []
         bad: list[Record] = []
         text_bytes = bad_bytes = 0
@@ -105,11 +123,12 @@ class Windows:
             if (is_full and seats) or bad_bytes > WINDOW_BAD_BYTES:
                 self._next = line
                 return Window(seats, bad, line.offset, self._count, is_last=False)
-            found = self._found(line)
             self._count = line.number + 1
             if line.offset < self._state.resume_at:
-                # Of an ended window: only its custom_id is still needed.
+                # Of an ended window.
                 continue
+            self._note_reading(line.offset)
+            found = self._found(line)
             if isinstance(found, Seat):
                 seats.append(found)
                 text_bytes += len(found.line.text)
@@ -127,6 +146,8 @@ class Windows:
 
     def _found(self, line: Line) -> Seat | list[Record]:
         """Return the row of a line; any exception is the error of this line alone."""
+        if line.offset in self._unreadable:
+            return bad_row_records(line, BadRow(DEADLY))
         try:
             return self._read(line)
         except Exception as error:  # noqa: BLE001 - the other lines of the range must run
@@ -139,20 +160,15 @@ class Windows:
             return []
         if isinstance(row, BadRow):
             return bad_row_records(line, row)
-        before = self._offset_of.get(row.custom_id)
-        if before is not None:
-            message = f"custom_id {row.custom_id!r} was already used by the row at byte {before}"
-            error = error_line(line.offset, message, row.custom_id)
-            return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
-        if len(self._offset_of) < REMEMBERED_IDS:
-            self._offset_of[row.custom_id] = line.offset
         job_id = row_job_id(self._batch.batch_id, line.offset)
         job = self._saved.jobs.pop(job_id, None) or self._make_job(job_id, row)
         job = replace(
             job, version=self._state.claims * CLAIM_VERSIONS, request_bytes=len(line.text)
         )
         ended = self._saved.records.pop(line.offset, None)
-        return Seat(replace(line, text=b"") if ended else line, job, ended=ended)
+        if ended is not None:
+            return Seat(replace(line, text=b""), job, ended=ended)
+        return Seat(line, job, lost=self._lost_calls(job, line.offset))
 
     def _pieces(self) -> Iterator[bytes]:
         """Read from the byte before the range to its end, and further on demand."""

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Final, ParamSpec
 
 from sluice.domain import waits
-from sluice.domain.batches import Batch, Phase, Tally, claim_range, killers
+from sluice.domain.batches import Batch, Phase, RangeState, Tally, claim_range, killers
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.rows import Row
 from sluice.notices.report import report_end
+from sluice.ports.batches import Newcomer
 from sluice.ports.jobs import Received
 from sluice.ports.swap import swap
 from sluice.worker.range_claim import (
@@ -77,6 +78,8 @@ class RunRange:
         self.tools = tools
         self.worker = worker
         self.rows = rows
+        self.is_search = False
+        """The present range has lost workers."""
 
     async def __call__(self, pointer: RangePointer, stop_at: int, owner: str) -> bool:
         """Run a range as far as possible; return whether its message is done.
@@ -88,7 +91,7 @@ class RunRange:
         try:
             return await self._claimed(pointer, stop_at, owner)
         except StoreBusy as error:
-            self.tools.events.problem("range not begun", what=error.what)
+            self.tools.events.problem("range not started", what=error.what)
         except Exception:  # noqa: BLE001 - whatever it was, the range continues later
             self.tools.events.problem("range failed", batch_id=pointer.batch_id)
         await self.hide(pointer, not_read_ms(pointer))
@@ -117,6 +120,8 @@ class RunRange:
         if await self.tools.blocking(swap, replace, claimed, state.version) != claimed:
             await self.back(pointer, 1_000)
             return False
+        self.is_search = claimed.losses > 0
+        await self._welcome(batch, claimed)
         was_lost = state.owner is not None
         if was_lost:
             self.tools.events.problem(
@@ -124,7 +129,7 @@ class RunRange:
             )
         taken = ClaimedRange(self.tools, batch, claimed, owner)
         run = _Run(self, taken, batch, pointer, owner, stop_at - LAST_MS)
-        return await run.go(again=was_lost or state.dropped)
+        return await run.go()
 
     async def _named(self, pointer: RangePointer) -> tuple[Batch, int] | str:
         """Return the range that a message names, or the reason if it names none."""
@@ -144,6 +149,17 @@ class RunRange:
             self.tools.returns.put_back, [(pointer.message, max(0, delay_ms))]
         )
 
+    async def _welcome(self, batch: Batch, state: RangeState) -> None:
+        """Remove a small batch from the newcomers once its last range is claimed."""
+        plan = batch.plan
+        if plan and plan.is_small and state.claims == 1 and state.number == plan.ranges - 1:
+            newcomer = Newcomer(batch.tenant, batch.batch_id)
+            try:
+                await self.tools.blocking(self.tools.batches.welcome, newcomer)
+            except StoreBusy as error:
+                # A worker that finds no range left to claim removes it.
+                self.tools.events.problem("newcomer not removed", what=error.what)
+
     async def hide(self, pointer: RangePointer, delay_ms: int = HIDE_MS) -> None:
         """As `back`, if the queue is not busy: the message is then visible when it was to be before."""
         try:
@@ -162,7 +178,9 @@ class RunRange:
             self.tools.batches.mark, batch.batch_id, f"section#{section:06d}", number, tally
         )
         if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section)
+            await self.tools.blocking(
+                self.tools.queue.send_join, batch.batch_id, section, batch.tenant
+            )
 
 
 class _Run:
@@ -197,12 +215,12 @@ class _Run:
         self._tally: Tally | None = None
         """Of the whole range, once its part is stored."""
 
-    async def go(self, *, again: bool) -> bool:
-        """Run the rest of the range; `again`: a worker died with it, or could not save its answers."""
+    async def go(self) -> bool:
+        """Run the rest of the range."""
         self._rows.begin(self._batch.options)
         async with self._keeping():
             try:
-                return await self._run(again=again)
+                return await self._run()
             except StoreBusy as error:
                 self._tools.events.problem("range not read", what=error.what)
             except Exception:  # noqa: BLE001 - whatever it was, it is not the death of a worker
@@ -211,7 +229,7 @@ class _Run:
                 )
             return await self._written_down(self._give_back)
 
-    async def _run(self, *, again: bool) -> bool:
+    async def _run(self) -> bool:
         """Run window after window."""
         if self._range.state.dropped:
             await self._tools.blocking(self._range.probe)
@@ -222,6 +240,8 @@ class _Run:
             self._range.state,
             saved,
             self._job_of,
+            self._range.lost_calls,
+            self._range.note_reading,
             self._tools.events,
         )
         run_rows = 0
@@ -231,7 +251,7 @@ class _Run:
                 window = await self._tools.blocking(windows.next)
             except InputMissing as error:
                 window = windows.unreadable(str(error))
-            run_rows += await self._run_window(window, again=again and is_first, is_first=is_first)
+            run_rows += await self._run_window(window, is_first=is_first)
             waiting = self._rows.unfinished()
             if waiting:
                 done = await self._written_down(self._release, waiting)
@@ -258,13 +278,13 @@ class _Run:
         )
         return done
 
-    async def _run_window(self, window: Window, *, again: bool, is_first: bool) -> int:
+    async def _run_window(self, window: Window, *, is_first: bool) -> int:
         """Run the rows of a window as far as possible; return how many there were to run."""
         state, rows = self._range.state, self._rows
-        rows.open(window.seats, again=again)
+        rows.open(window.seats)
         if state.claims == 1 or not is_first:
             self._tools.events.count("JobsAccepted", len(window.seats))
-        await self._give_up_killers()
+        self._give_up_killers()
         if self._is_canceled:
             self._cancel()
         if rows.is_closed or not rows.unfinished():
@@ -286,7 +306,7 @@ class _Run:
             self._rows_run = False
         return count
 
-    async def _give_up_killers(self) -> None:
+    def _give_up_killers(self) -> None:
         """End rows that have killed too many workers."""
         guilty = killers(self._range.state)
         if not guilty:
@@ -294,9 +314,6 @@ class _Run:
         # In a batch's results the type of an error is one of Anthropic's: the message names ours.
         reason = f"{MOST_LOST_ALONE} workers died while each ran nothing but this row"
         error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
-        # Before they end, because no later call of theirs will note that these may be billed.
-        rows = self._rows.lost_rows(guilty)
-        await self._tools.blocking(self._runner.worker.tools.ledger.record, rows)
         for job in self._rows.give_up(guilty, error):
             report_end(self._tools.events, job)
 
@@ -368,7 +385,8 @@ class _Run:
 
     async def _clear(self) -> None:
         """Note rows whose calls have ended: they are not the cause of a later death of the worker."""
-        if set(self._range.state.running) - set(self._running()):
+        is_searching = self._source is not None and self._source.is_searching
+        if is_searching and set(self._range.state.running) - set(self._running()):
             await self._tools.blocking(self._range.note_running, self._running)
 
     async def _report_progress(self) -> None:
@@ -431,6 +449,8 @@ class _Run:
         async with self._saving:
             while seats := self._rows.take_unsaved():
                 try:
+                    # First the ledger: if this worker dies, the next one learns there what the calls have cost.
+                    await self._runner.worker.book()
                     name = await self._tools.blocking(self._range.save, seats)
                 except BaseException:
                     self._rows.not_saved(seats)

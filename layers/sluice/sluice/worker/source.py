@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,10 +45,11 @@ class Source(Protocol):
         """Note that the message's job continues at a time (epoch milliseconds)."""
         ...
 
-    async def keep(self, *, last: bool = False) -> bool:
+    async def keep(self, unwritten: Collection[str], *, last: bool = False) -> bool:
         """Keep the held messages hidden, and write the noted changes; return whether all are written.
 
-        `last`: changes that cannot be written now are logged and dropped.
+        The messages of `unwritten` jobs are not deleted: the ledger lacks calls of theirs, which the next receiver of
+        such a message writes. `last`: changes that cannot be written now are logged and dropped.
         """
         ...
 

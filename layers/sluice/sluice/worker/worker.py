@@ -33,15 +33,27 @@ LAST_ROUNDS: Final = 3
 class Worker:
     """Runs invocations one after another on one event loop, and keeps what it has learned about limits."""
 
-    def __init__(self, tools: Tools, rules: Rules, budget: Budget = BUDGET) -> None:
+    def __init__(
+        self,
+        tools: Tools,
+        rules: Rules,
+        budget: Budget = BUDGET,
+        *,
+        memory: Memory | None = None,
+    ) -> None:
+        """`memory` is that of another worker of the same process, which they share."""
         self.tools = tools
         self.rules = rules
-        self.memory = Memory(tools.clock, budget)
+        self.memory = memory or Memory(tools.clock, budget)
         self.limiter = Limiter(
             tools.limits, tools.blocking, tools.clock, tools.jitter, tools.events, rules.waits
         )
         self._ledger = Ledger(tools.ledger, tools.blocking, tools.events)
         self._given_advice: set[str] = set()
+
+    async def book(self) -> None:
+        """Write the collected ledger rows, unless the ledger is busy."""
+        await self._ledger.keep()
 
     async def run(self, source: Source, stop_at: int, owner: str) -> None:
         """Run the jobs of a source until it has no more.
@@ -122,21 +134,21 @@ class _Run:
 
     async def _attempt(self, taken: Taken, job: Job | None) -> Ending:
         """Make one attempt; after any error the job continues later."""
-        spread = self._invocation.spread
+        spread, receives = self._invocation.spread, taken.message.receive_count
         try:
             job = job or await self._tools.blocking(self._tools.jobs.get, taken.job_id)
             if job is not None:
                 return await Attempt(self._invocation, taken, job).run()
             # The source decides at its next delivery.
             self._events.problem("job record missing", job_id=taken.job_id)
-            delay = waits.FAULT_MS + spread(waits.FAULT_MS)
         except StoreBusy as error:
             self._events.problem("store busy", job_id=taken.job_id, what=error.what)
             delay = waits.STORE_BUSY_MS + spread(waits.STORE_BUSY_MS)
+            return self._invocation.until_store(taken.job_id, delay, receives)
         except Exception:  # noqa: BLE001 - after any error the job continues later
             self._events.problem("worker failed on a job", job_id=taken.job_id)
-            delay = waits.FAULT_MS + spread(waits.FAULT_MS)
-        return self._invocation.in_queue(waits.grown(delay, taken.message.receive_count))
+        delay = waits.FAULT_MS + spread(waits.FAULT_MS)
+        return self._invocation.in_queue(waits.grown(delay, receives))
 
     # Housekeeping -----------------------------------------------------------------------------------------------
 
@@ -165,7 +177,8 @@ class _Run:
         """Write collected changes, ledger rows before their messages are deleted; return whether none is left."""
         async with self._writing:
             is_written = True
-            for chore in (self._invocation.ledger.keep, self._source.keep):
+            ledger, source = self._invocation.ledger, self._source
+            for chore in (ledger.keep, lambda *, last: source.keep(ledger.unwritten, last=last)):
                 try:
                     is_written &= await chore(last=last)
                 except Exception:  # noqa: BLE001 - the other changes must still be written
