@@ -291,7 +291,7 @@ def owner_of(summary_text: bytes | None) -> str | None:
     """Return the id of the batch that a summary is of; None if it is none."""
     try:
         found = json.loads(summary_text or b"null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     batch_id = found.get("batch_id") if isinstance(found, dict) else None
     return batch_id if isinstance(batch_id, str) else None
