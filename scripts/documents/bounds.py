@@ -8,9 +8,10 @@ from scripts.documents.markers import replaced, row
 from sluice.adapters import claude_answers, claude_bodies, s3
 from sluice.api import requests
 from sluice.bulk import assemble, plan, sections
-from sluice.domain import batches, forms, jobs, limits, models
+from sluice.domain import batches, forms, jobs, limits, models, webhooks
 from sluice.intake import admission, start_estimate, uploads
 from sluice.intake import batches as intake
+from sluice.intake import requests as validator
 from sluice.ports import limits as ports
 from sluice.upkeep import sweep
 from sluice.worker import range_rows, range_windows
@@ -47,6 +48,19 @@ ROWS: Final = (
         "more groups are left out, and the governor logs `not all limit groups read`",
     ),
     (
+        "a job or row, at every door",
+        (
+            f"{validator.DEEPEST} levels of objects and lists; numbers that a double holds; valid Unicode; a webhook "
+            f"URL of {webhooks.MOST_CHARACTERS:,} characters"
+        ),
+        "400 for this job, or a bad row",
+    ),
+    (
+        "a list of jobs, or a create of the batches API",
+        f"{validator.MOST_ROWS:,} rows within the {size(admission.MOST_BYTES)} of a request",
+        "400; upload a file",
+    ),
+    (
         "deleting a batch",
         f"{span(intake.ERASE_MS)} in one request",
         "503; a repeated request continues",
@@ -74,7 +88,32 @@ ROWS: Final = (
         ),
         "more rows: the batch ends with the reason; larger files have longer ranges",
     ),
-    ("one row", size(batches.MOST_LINE_BYTES), "a bad row, in `errors.jsonl`"),
+    (
+        "copying a plain JSONL file to its batch",
+        size(plan.MOST_COPIED_BYTES),
+        "the file is read where it is, and must not change while it runs",
+    ),
+    (
+        "one row of a file: a JSONL line, a CSV record with its prompt, a document with its prompt",
+        (
+            f"{size(batches.MOST_LINE_BYTES)} as a request; that is a PDF of {forms.MOST_PDF_BYTES:,} "
+            "bytes, or text of a little less than the limit"
+        ),
+        "a bad row, in `errors.jsonl`",
+    ),
+    (
+        "documents of unsupported types",
+        f"{batches.MOST_UNSUPPORTED} named in `summary.json`",
+        "`errors.jsonl` names all",
+    ),
+    (
+        "names",
+        (
+            f"an upload: {uploads.MOST_NAME} characters; copies under `out/`: {batches.MOST_KEY_BYTES:,} bytes "
+            "with `out/<tenant>/` and `/results.jsonl`"
+        ),
+        "400; the results are only under the batch's ID",
+    ),
     (
         "one range",
         (

@@ -58,6 +58,7 @@ from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.ports.jobs import JobStore, Ledger, Params, ParamsStore, Received, ResultStore
 from sluice.ports.limits import MOST_GROUPS, LimitStore
 from sluice.upkeep.dead_letters import DeadLetterStore
+from tests.bulk_fakes import MemoryObjects
 from tests.fakes import (
     NOON,
     FrozenClock,
@@ -653,6 +654,30 @@ def test_an_answer_travels_inline_up_to_its_limit(
 def test_an_answer_that_outlived_its_retention_is_not_found(results: ResultStore) -> None:
     with pytest.raises(JobNotFound):
         results.get(Result(object_key="results/none.json.gz"))
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_an_answer_that_a_busy_bucket_refuses_travels_inline_if_an_item_holds_it(
+    cloud: Aws, name: str, over: int
+) -> None:
+    """Then nothing is called again."""
+    bucket = MemoryObjects()
+    store = objects.Results(bucket)  # type: ignore[arg-type]
+    bucket.break_down("put")
+    message = text_of_size(objects.MOST_INLINE_BYTES + over)
+
+    with pytest.raises(StoreBusy):
+        store.probe()
+    if over:
+        with pytest.raises(StoreBusy):
+            store.put(name, message)
+        return
+    result = store.put(name, message)
+
+    assert message == store.get(result)
+    done = replace(a_job(name), result=result)
+    dynamo.DynamoJobs(cloud.dynamodb, "JobsTable", retention_days=30).add(done)
+    objects.Results(data_bucket(cloud)).probe()
 
 
 def test_an_answer_may_be_stored_again(results: ResultStore, name: str) -> None:

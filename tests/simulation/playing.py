@@ -25,10 +25,7 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
 )
 
 
-KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
-    "nobody waits because of a spent workspace": ("K4", (39, 263)),
-    "nobody waits because of a throttled workspace": ("K4", (55, 279)),
-}
+KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {}
 """Violations that are not fixed yet, by check: the kind of the defect, and seeds of stories that show it.
 
 A test fails when none of them does any more: the entry is removed then.

@@ -258,5 +258,6 @@ class Upstream:
         if self.headers == "none":
             return Headers()
         if self.headers == "roomy":
-            return Headers(call.home.organization, ROOMY)
-        return Headers(call.home.organization, self._bucket(call).seen())
+            return Headers(call.home.organization, ROOMY, call.home.workspace)
+        seen = self._bucket(call).seen()
+        return Headers(call.home.organization, seen, call.home.workspace)

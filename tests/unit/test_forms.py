@@ -24,7 +24,9 @@ from sluice.domain.forms import (
     ending_of,
     filled,
     id_of,
+    named_document,
     unpacked,
+    with_line_ends,
 )
 from sluice.intake.requests import CUSTOM_ID
 
@@ -282,30 +284,73 @@ def test_a_line_without_end_is_one_bad_row_and_not_held_in_memory(
 # Documents -------------------------------------------------------------------------------------------------
 
 
+def document(name: str, body: bytes, options: Options = PROMPT) -> Any:
+    return json.loads(document_row(name, len(body), body, options))
+
+
 def test_a_document_goes_up_as_a_block_before_the_prompt() -> None:
     options = Options(prompt="What does {name} say?")
 
-    row = json.loads(document_row("a/b.md", b"\xef\xbb\xbf# Title", options))
+    row = document("a/b.md", b"\xef\xbb\xbf# Title", options)
 
-    document, prompt = row["params"]["messages"][0]["content"]
-    assert {"type": "text", "media_type": "text/plain", "data": "# Title"} == document["source"]
-    assert ("document", "a/b.md") == (document["type"], document["title"])
+    block, prompt = row["params"]["messages"][0]["content"]
+    assert {"type": "text", "media_type": "text/plain", "data": "# Title"} == block["source"]
+    assert ("document", "a/b.md") == (block["type"], block["title"])
     assert {"type": "text", "text": "What does a/b.md say?"} == prompt
 
 
 def test_a_pdf_goes_up_as_it_is() -> None:
-    row = json.loads(document_row("x.PDF", b"%PDF-1.7", PROMPT))
+    row = document("x.PDF", b"%PDF-1.7")
 
     source = row["params"]["messages"][0]["content"][0]["source"]
     assert {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjc="} == source
 
 
-def test_a_document_that_cannot_go_up_is_a_bad_row() -> None:
-    not_text = json.loads(document_row("x.txt", b"\xff", PROMPT))
-    large = json.loads(document_row("x.txt", b"x" * MOST_LINE_BYTES, PROMPT))
+@pytest.mark.parametrize(
+    ("name", "body", "problem"),
+    [
+        ("x.txt", b"\xff", "x.txt is not valid UTF-8; save it as UTF-8"),
+        ("x.txt", "text".encode("utf-16"), "x.txt is UTF-16; save it as UTF-8"),
+        ("x.md", "text".encode("utf-16-le"), "x.md is UTF-16; save it as UTF-8"),
+        ("x.txt", b"x" * MOST_LINE_BYTES, "x.txt has 8,388,608 bytes; the limit of a request is 8,388,608 bytes"),
+        ("x.docx", b"PK", "x.docx: documents .docx are not supported; use .txt, .md, .html, .htm, .pdf"),
+        ("README", b"x", "README: documents without a suffix are not supported; use .txt"),
+    ],
+)  # fmt: skip
+def test_a_document_that_cannot_go_up_is_a_bad_row(name: str, body: bytes, problem: str) -> None:
+    row = document(name, body)
 
-    assert "x.txt is not valid UTF-8; save it as UTF-8" == not_text[PROBLEM]
-    assert "the request for x.txt has 8,388," in large[PROBLEM]
+    assert row[PROBLEM].startswith(problem)
+    assert id_of(name) == row["custom_id"]
+
+
+def test_the_limit_that_is_named_for_a_pdf_is_true() -> None:
+    fits = document("x.pdf", b"x" * forms.MOST_PDF_BYTES, Options(prompt="?" * 60_000))
+    large = json.loads(document_row("x.pdf", 12_500_000, b"", PROMPT))
+
+    assert "params" in fits
+    assert (
+        "x.pdf has 12,500,000 bytes; the limit of a request is 8,388,608 bytes, that of a PDF 6,225,920"
+        == large[PROBLEM]
+    )
+
+
+def test_the_id_of_a_document_leads_back_to_its_name() -> None:
+    assert {"custom_id": id_of("ä/b.md"), "document": "ä/b.md"} == json.loads(
+        named_document("ä/b.md")
+    )
+
+
+@pytest.mark.parametrize("size", [12, 100])
+def test_lines_that_end_with_cr_alone_are_lines(size: int) -> None:
+    made = b"".join(with_line_ends(in_pieces(b"first line\rsecond\r", size)))
+
+    assert b"first line\nsecond\n" == made
+
+
+@pytest.mark.parametrize("body", [b"a\r\nb\r\n", b"a\rb\n", b"a\r", b"a"])
+def test_other_line_ends_stay(body: bytes) -> None:
+    assert body == b"".join(with_line_ends([b"", body, b"x\ry"])).removesuffix(b"x\ry")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "ä/ö ü.md", "x" * 200 + ".pdf"])

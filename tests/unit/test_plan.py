@@ -102,14 +102,43 @@ def test_an_object_that_is_not_a_file_of_a_tenant_is_ignored(make: Make, key: st
     assert [] == bulk.events.problems
 
 
-def test_a_file_of_an_unknown_kind_is_logged_and_not_run(make: Make) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("first.xlsx", "first.xlsx: files .xlsx cannot be run; use .jsonl, .ndjson or .csv"),
+        ("2026/first.xlsx", "2026/first.xlsx: files .xlsx cannot be run"),
+        ("first", "first: files without a suffix cannot be run"),
+        ("first.pdf", "first.pdf: documents are run by folder; copy them to in/acme/<folder>/"),
+        ("options.json", "options.json: documents are run by folder"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_named_in_errors_and_summary(
+    make: Make, name: str, problem: str
+) -> None:
     bulk = make()
-    bulk.objects.put("in/acme/first.xlsx", b"PK")
 
-    bulk.planner.arrived("in/acme/first.xlsx")
+    bulk.upload(b"PK", name)
 
-    assert {} == bulk.batches.stored
-    assert ["file of unknown kind"] == bulk.events.problem_names
+    assert name == bulk.batch.name
+    assert (bulk.batch.problem or "").startswith(problem)
+    for output in ("errors.jsonl", "summary.json"):
+        assert problem in bulk.objects.stored[f"out/acme/{name}/{output}"].decode()
+
+
+def test_files_among_documents_wait_for_the_options_of_the_folder(make: Make) -> None:
+    bulk = make()
+    options = json.dumps({"prompt": "Say", "model": "claude-a", "max_tokens": 5}).encode()
+
+    bulk.upload(b"A", "docs/a.txt")
+    bulk.upload(b"PK", "docs/b.docx")
+    bulk.upload(options, "other/options.json")
+    bulk.drain()
+    known = set(bulk.batches.stored)
+    bulk.upload(b"PK", "other/deep/c.png")
+
+    assert known == set(bulk.batches.stored)
+    waiting = [event for event, _ in bulk.events.notes if event.startswith("document waits")]
+    assert 3 == len(waiting)
 
 
 def test_a_file_that_was_already_deleted_starts_no_batch(make: Make) -> None:
@@ -283,6 +312,7 @@ def test_options_are_read_or_refused() -> None:
         (b"\xef\xbb\xbf", "the file is empty"),
         (b"\n \n", "the file is empty"),
         (jsonl(a_row(1)).decode().encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        (jsonl(a_row(1)).decode().encode("utf-16-le"), "the file is UTF-16; save it as UTF-8"),
         (
             b"PK\x03\x04...",
             "the file is a ZIP archive; upload the JSONL file itself or compress it with gzip",
@@ -332,6 +362,48 @@ def test_a_gzipped_file_runs_as_what_it_holds(make: Make, name: str) -> None:
     assert ("first", f"in/acme/{name}") == (bulk.batch.name, bulk.summary()["input"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_whose_lines_end_with_cr_alone_runs_line_by_line(
+    make: Make, *, packed: bool
+) -> None:
+    bulk = make()
+    body = jsonl(a_row(1), b"{broken", a_row(2)).replace(b"\n", b"\r")
+
+    bulk.upload(gzip.compress(body) if packed else body)
+    bulk.drain()
+
+    assert ["row-1", "row-2"] == ids(bulk.results())
+    assert [2] == [error["line"] for error in bulk.errors()]
+
+
+def test_a_csv_file_of_other_encoding_says_so(make: Make) -> None:
+    bulk = make()
+    bulk.objects.put("in/acme/first.options.json", b'{"prompt": "Say {text}"}')
+
+    bulk.upload("text\nx\n".encode("utf-16"), "first.csv")
+
+    assert "the file is UTF-16; save it as UTF-8" == bulk.batch.problem
+
+
+def test_a_csv_file_that_is_replaced_while_it_is_converted_says_so(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "PIECE_BYTES", 4)
+    bulk = make()
+    bulk.objects.put("in/acme/first.options.json", b'{"prompt": "Say {text}"}')
+    read = bulk.objects.read
+
+    def replaced(key: str, first: int, size: int, etag: str | None = None) -> bytes:
+        if first == 8:
+            bulk.objects.put(key, b"text\nother\nother\n")
+        return read(key, first, size, etag)
+
+    bulk.objects.read = replaced  # type: ignore[method-assign]
+    bulk.upload(b"text\nx\ny\nz\n", "first.csv")
+
+    assert "was deleted or replaced" in (bulk.batch.problem or "")
+
+
 def test_a_broken_gzip_file_says_so(make: Make) -> None:
     bulk = make()
 
@@ -366,23 +438,25 @@ def test_a_csv_file_runs_under_its_prompt(make: Make, *, packed: bool) -> None:
     bulk = make()
     options = {"prompt": "Say {word}", "model": "claude-a", "max_tokens": 5}
     bulk.objects.put("in/acme/first.options.json", json.dumps(options).encode())
-    body = b'custom_id,word\na,"one\ntwo"\nb,three\nc\n'
+    body = b'custom_id,word\na,"one\ntwo"\nb,three\nc\n'  # the last one begins in line 5
 
     bulk.upload(gzip.compress(body) if packed else body, f"first.csv{'.gz' if packed else ''}")
     bulk.drain()
 
-    assert ["a", "b", "row-3"] == ids(bulk.results())
+    assert ["a", "b", "c"] == ids(bulk.results())
     said = [json.loads(call.body)["messages"][0]["content"] for call in bulk.claude.calls]
     assert ["Say one\ntwo", "Say three"] == said
-    assert "the record has 1 fields" in bulk.errors()[0]["error"]["message"]
+    (error,) = bulk.errors()
+    assert "the record has 1 fields" in error["error"]["message"]
+    assert (5, "c") == (error["line"], error["custom_id"])
+    assert "offset" not in error
+    assert 5 == bulk.summary()["counts"]["lines"]
 
 
 def test_a_folder_of_documents_runs_when_its_options_arrive(make: Make) -> None:
     bulk = make()
-    for name, text in (("b.txt", b"B"), ("a.md", b"A"), ("sub/c.pdf", b"%PDF"), ("d.bin", b"D")):
-        bulk.objects.put(f"in/acme/docs/{name}", text)
-        if name != "d.bin":
-            bulk.planner.arrived(f"in/acme/docs/{name}")
+    for name, text in (("b.txt", b"B"), ("a.md", b"A"), ("sub/c.pdf", b"%PDF")):
+        bulk.upload(text, f"docs/{name}")
     assert {} == bulk.batches.stored
     options = {"prompt": "What does {name} say?", "model": "claude-a", "max_tokens": 5}
 
@@ -396,7 +470,41 @@ def test_a_folder_of_documents_runs_when_its_options_arrive(make: Make) -> None:
         ("b.txt", "What does b.txt say?"),
         ("sub/c.pdf", "What does sub/c.pdf say?"),
     ] == [(document["title"], prompt["text"]) for document, prompt in contents]
-    assert 3 == len(bulk.results())
+    names = [
+        json.loads(line)
+        for line in bulk.objects.stored["out/acme/docs/documents.jsonl"].splitlines()
+    ]
+    assert ["a.md", "b.txt", "sub/c.pdf"] == [each["document"] for each in names]
+    assert ids(bulk.results()) == [each["custom_id"] for each in names]
+
+
+def test_documents_of_unsupported_types_are_named_in_errors_and_summary(make: Make) -> None:
+    bulk = make()
+    others = ["c.docx", "data.json", "logo.png", "sub/README"]
+    for name in ("a.txt", *others, "b.jsonl", "b.options.json", "sub/options.json"):
+        bulk.objects.put(f"in/acme/docs/{name}", b"A")
+    options = json.dumps({"prompt": "Say", "model": "claude-a", "max_tokens": 5}).encode()
+
+    bulk.upload(options, "docs/options.json")
+    bulk.drain()
+
+    assert 1 == len(bulk.claude.calls)
+    assert others == bulk.summary()["unsupported"]
+    assert (1, 4) == (bulk.summary()["counts"]["succeeded"], bulk.summary()["counts"]["errored"])
+    messages = [error["error"]["message"] for error in bulk.errors()]
+    assert others == [message.partition(":")[0] for message in messages]
+
+
+def test_a_folder_of_many_unsupported_documents_names_some_in_its_summary(make: Make) -> None:
+    bulk = make()
+    for number in range(30):
+        bulk.objects.put(f"in/acme/docs/{number}.docx", b"A")
+    options = json.dumps({"prompt": "Say", "model": "claude-a", "max_tokens": 5}).encode()
+
+    bulk.upload(options, "docs/options.json")
+    bulk.drain()
+
+    assert (20, 30) == (len(bulk.summary()["unsupported"]), len(bulk.errors()))
 
 
 def test_a_folder_runs_again_when_a_document_changed_and_not_otherwise(make: Make) -> None:

@@ -480,16 +480,22 @@ def test_line_ends_byte_order_marks_and_a_missing_last_line_end_do_no_harm(make:
     assert [] == bulk.errors()
 
 
-def test_a_custom_id_used_twice_in_a_range_is_called_once(make: Make) -> None:
+@pytest.mark.parametrize("distance", [1, 130])
+def test_a_custom_id_used_twice_is_treated_alike_near_and_far(make: Make, distance: int) -> None:
+    """The second row may be another request, whose id is a mistake: its answer is kept in the errors."""
     bulk = make()
 
-    bulk.upload(jsonl(a_row(1), a_row(2), a_row(1)))
+    rows = [a_row(number) for number in range(distance)]
+    bulk.upload(jsonl(*rows, a_row(0, max_tokens=7)))
     bulk.drain()
 
-    assert ["row-1", "row-2"] == ids(bulk.results())
-    assert 2 == len(bulk.claude.calls)
+    assert [row["custom_id"] for row in rows] == ids(bulk.results())
+    assert distance + 1 == len(bulk.claude.calls)
     (error,) = bulk.errors()
-    assert (3, "row-1") == (error["line"], error["custom_id"])
+    assert (distance + 1, "row-0") == (error["line"], error["custom_id"])
+    assert "duplicate custom_id 'row-0'; an earlier line has it" == error["error"]["message"]
+    assert "succeeded" == error["result"]["type"]
+    assert (1, 1) == tuple(bulk.summary()["counts"][name] for name in ("duplicates", "invalid"))
 
 
 def test_a_file_too_large_to_copy_that_is_replaced_while_it_runs_says_so(

@@ -102,6 +102,24 @@ def test_ranges_are_sent_no_faster_than_their_rows_can_start(bulk: Bulk) -> None
     assert (waiting, 1) == (first.due, first.ranges)
 
 
+def test_ranges_that_wake_for_a_deadline_need_no_limits(bulk: Bulk) -> None:
+    bulk.claude.otherwise = LONG
+    rows = [a_row(number) | {"deadline": "2026-11-20T12:30:00Z"} for number in range(1_500)]
+    bulk.upload(jsonl(*rows))
+    while (due := bulk.queues.next_visible()) is not None and due <= bulk.time.now():
+        bulk.once()
+    later(bulk, 29)
+    assert {} == bulk.queues.ranges
+    bulk.batches.held[bulk.batch.batch_id, None] = NEVER + 1
+
+    later(bulk, 1)
+    swept = resume(bulk)(NEVER)
+    bulk.drain()
+
+    assert swept.ranges == swept.due > 10
+    assert 1_500 == bulk.summary()["counts"]["expired"]
+
+
 def test_a_sweep_stops_when_its_time_is_over(bulk: Bulk) -> None:
     park(bulk, 3)
     later(bulk, 61)

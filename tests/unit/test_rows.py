@@ -287,6 +287,12 @@ def test_an_error_gets_its_line_number_when_it_is_known() -> None:
     } == json.loads(numbered(record.body, 12))
 
 
+def test_an_error_of_a_converted_file_has_no_offset() -> None:
+    error = json.loads(numbered(error_line(7, "no good", "a"), 3, with_offset=False))
+
+    assert (3, "a", False) == (error["line"], error["custom_id"], "offset" in error)
+
+
 def test_an_answer_that_was_paid_for_is_not_lost_with_its_row() -> None:
     result = result_line("a", ended(State.SUCCEEDED), '{"id":"msg_1"}')
 

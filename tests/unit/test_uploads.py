@@ -1,6 +1,8 @@
 """Files through the API: in parts, past us, into the tenant's own place, and a batch at the end."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -111,6 +113,18 @@ def test_the_same_content_under_other_options_is_another_batch(
     assert first.batch_id != other.batch_id
 
 
+def test_a_file_whose_batch_was_deleted_is_not_answered_with_it(
+    door: Uploads, links: MemoryLinks, bulk: Bulk
+) -> None:
+    batch = sent(door, links, "reviews.jsonl", ROWS)
+    bulk.batches.stored[batch.batch_id] = replace(batch, deleted=True)
+
+    with pytest.raises(InvalidRequest, match="was deleted; set the option run to run it again"):
+        sent(door, links, "reviews.jsonl", ROWS)
+
+    assert batch.batch_id != sent(door, links, "reviews.jsonl", ROWS, run="again").batch_id
+
+
 def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:
     started = door.start("huge.jsonl", 5 * 1024**4, {})
 
@@ -133,17 +147,56 @@ def _ends(links: object) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "problem"),
     [
-        *("", "../other/x.jsonl", "/x.jsonl", "a//b.jsonl", "x.exe", "x", ".x.jsonl"),
-        *("a b.jsonl", "é.jsonl", "x" * 600 + ".jsonl"),
+        ("", "is not a relative path"),
+        ("../other/x.jsonl", "is not a relative path such as 2026/january.jsonl"),
+        ("a/./x.jsonl", "is not a relative path"),
+        ("/x.jsonl", "is not a relative path"),
+        ("a//b.jsonl", "is not a relative path"),
+        ("a\\b.jsonl", "is not a relative path"),
+        ("x.exe", "does not end with .jsonl, .ndjson or .csv, also with .gz"),
+        ("x", "does not end with"),
+        ("x.jsonl ", "does not end with"),
+        (".uploads/0123456789abcdef/x.jsonl", "begins with .uploads/, which is reserved"),
+        ("a\nb.jsonl", "has control characters"),
+        ("a\u202eb.jsonl", "has control characters or other characters that cannot be shown"),
+        ("\ud800.jsonl", "has control characters"),
+        ("x" * 600 + ".jsonl", "has 606 characters; the maximum is 512"),
+        ("\U0001f600" * 260 + ".jsonl", "is too long in UTF-8"),
     ],
 )
-def test_a_name_stays_in_the_tenants_own_place(door: Uploads, name: str) -> None:
-    with pytest.raises(InvalidRequest, match="name: "):
+def test_a_name_stays_in_the_tenants_own_place(door: Uploads, name: str, problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^name: .* " + re.escape(problem)):
         door.start(name, 10, {})
     with pytest.raises(InvalidRequest, match="name: "):
         door.complete(name, "upload-1", {1: "etag"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "my reviews (1).jsonl",
+            "Prüfung/März.csv",
+            "100%.jsonl",
+            "a+b&c=d#e?f.jsonl",
+            "%2e%2e/x.jsonl",
+        ),
+        *("日本語 😀.jsonl.gz", ".x.jsonl", '~x\'s "best".ndjson', "x.JSONL", "a/..b/...jsonl"),
+    ],
+)
+def test_a_name_may_be_any_that_a_file_has(
+    door: Uploads, links: MemoryLinks, bulk: Bulk, name: str
+) -> None:
+    batch = sent(door, links, name, ROWS, prompt="{a}")
+
+    assert re.sub(r"(?i)\.(jsonl|csv|ndjson)(\.gz)?$", "", name) == batch.name
+    if "csv" not in name and "gz" not in name:
+        bulk.planner.arrived(batch.input_key)
+        bulk.drain()
+        assert 2 == len(bulk.results())
+        assert f"out/acme/{batch.name}/results.jsonl" in bulk.objects.stored
 
 
 def test_an_invalid_upload_is_rejected_before_it_starts(door: Uploads, links: MemoryLinks) -> None:

@@ -132,29 +132,15 @@ def test_millions_of_bad_lines_are_windows_of_their_own(
     assert [0, 1] == numbers(bulk)
 
 
-def test_a_custom_id_of_another_window_of_the_range_is_called_once(make: Make) -> None:
+def test_a_custom_id_of_another_window_of_the_range_has_one_result(make: Make) -> None:
     bulk = make()
 
     as_one_range(bulk, jsonl(*(a_row(number) for number in range(30)), a_row(3)))
     bulk.drain()
 
-    assert {1} == set(calls(bulk).values())
+    assert list(range(30)) == numbers(bulk)
     (error,) = bulk.errors()
     assert (31, "row-3") == (error["line"], error["custom_id"])
-
-
-def test_a_custom_id_beyond_those_remembered_has_one_result_all_the_same(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(range_windows, "REMEMBERED_IDS", 5)
-    bulk = make()
-
-    as_one_range(bulk, jsonl(*(a_row(number) for number in range(12)), a_row(8)))
-    bulk.drain()
-
-    assert list(range(12)) == numbers(bulk)
-    (error,) = bulk.errors()
-    assert (13, "row-8") == (error["line"], error["custom_id"])
 
 
 @pytest.mark.parametrize("seconds", [0.5, 2.6, 4.6, 7.6])
@@ -171,7 +157,8 @@ def test_a_worker_that_dies_in_any_window_repeats_none_of_those_before(
     bulk.drain()
 
     assert [number for number in range(ROWS) if number != 77] == numbers(bulk)
-    again = {number for number, count in calls(bulk).items() if count > 1}
+    # Row 3 is in the file twice.
+    again = {number for number, count in calls(bulk).items() if count > 1} - {3}
     assert again <= set(range(state.windows * 10, state.windows * 10 + 10))
     assert [78] == [error["line"] for error in bulk.errors()]
 

@@ -320,6 +320,7 @@ def _batch(item: Item) -> Batch:
             "options": job_records.made(Options, options),
             "plan": None if plan is None else job_records.made(Plan, plan),
             "tally": job_records.made(Tally, record["tally"]),
+            "unsupported": tuple(record.get("unsupported", ())),
         },
     )
 

@@ -23,6 +23,7 @@ from sluice.domain.models import Answered, KnownModels
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
 from sluice.domain.turns import Shares
+from sluice.domain.workspaces import Workspace
 from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
 from sluice.ports.limits import MOST_GROUPS
@@ -525,6 +526,10 @@ def _group(item: Item) -> Group:
     record["circuits"] = {
         name: job_records.made(Breaker, breaker)
         for name, breaker in record.get("circuits", {}).items()
+    }
+    record["workspaces"] = {
+        name: job_records.made(Workspace, workspace)
+        for name, workspace in record.get("workspaces", {}).items()
     }
     return job_records.made(Group, record)
 

@@ -122,7 +122,7 @@ class Assemble:
     def fail(self, batch: Batch, problem: str) -> None:
         """End a batch whose object cannot be run at all, with the reason as the only line of errors.jsonl."""
         ended = fail_batch(batch, self._clock.now(), problem)
-        error = numbered(error_line(0, problem), 1)
+        error = numbered(error_line(0, problem), 1, with_offset=batch.has_offsets)
         self._objects.put(batch.errors_key, f"{error}\n".encode())
         self._objects.put(batch.results_key, b"")
         self._pack(ended)
@@ -273,6 +273,7 @@ def summary(batch: Batch) -> dict[str, Any]:
             "duplicates": batch.duplicates,
         },
         "problem": batch.problem,
+        "unsupported": list(batch.unsupported),
         "calls": tally.calls,
         "tokens": tokens,
         "lane": "live",
@@ -290,7 +291,7 @@ def owner_of(summary_text: bytes | None) -> str | None:
     """Return the id of the batch that a summary is of; None if it is none."""
     try:
         found = json.loads(summary_text or b"null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     batch_id = found.get("batch_id") if isinstance(found, dict) else None
     return batch_id if isinstance(batch_id, str) else None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from typing import Any, Final
 
 from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
@@ -17,6 +18,7 @@ from sluice.domain.batches import (
     MOST_KEY_BYTES,
     MOST_LINE_BYTES,
     MOST_ROWS,
+    MOST_UNSUPPORTED,
     PLANNING_MS,
     SAMPLE_BYTES,
     WATCH_MS,
@@ -48,7 +50,11 @@ from sluice.domain.forms import (
     csv_rows,
     document_row,
     ending_of,
+    ends_lines_with_cr,
+    is_utf_16,
+    named_document,
     unpacked,
+    with_line_ends,
 )
 from sluice.domain.webhooks import Network
 from sluice.intake.requests import decode, read_options, unread
@@ -74,6 +80,12 @@ _KEY: Final = re.compile(r"in/(?P<tenant>[^/]{1,128})/(?P<path>.+)")
 _ENDING: Final = re.compile(r"\.(jsonl|ndjson|csv)(\.gz)?$", re.IGNORECASE)
 _GZIP: Final = b"\x1f\x8b"
 
+PIECE_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of a file read at once while it is converted."""
+
+MOST_LISTED: Final = 1_000
+"""Files of a folder among which documents are looked for when an unsupported file arrives there."""
+
 
 class BadOptions(Exception):
     """The options of a file cannot be used; the message says why."""
@@ -90,6 +102,8 @@ class _File:
     path: str
     """Its name, as it was uploaded or copied."""
     stored: Stored
+    older_etag: str
+    """By which an older release knew its content."""
     is_folder: bool = False
     """The object is the folder's options, and its ETag is a digest of all documents."""
 
@@ -141,11 +155,8 @@ class PlanBatch:
         match = _KEY.fullmatch(key)
         if match is None or key.endswith(("/", OPTIONS_ENDING)):
             return
-        if ending_of(key) in DOCUMENT_TYPES:
-            # Documents of a folder run when the folder's options arrive.
-            return
-        if not _is_folder(key) and not is_known(key):
-            self._events.problem("file of unknown kind", key=key, tenant=match["tenant"])
+        if not is_known(key) and not _is_folder(key) and self._is_of_a_folder(key):
+            self._events.note("document waits for the options of its folder", key=key)
             return
         try:
             batch, problem = self._registered(key)
@@ -159,9 +170,24 @@ class PlanBatch:
         else:
             self._plan(batch)
 
+    def _is_of_a_folder(self, key: str) -> bool:
+        """Return whether a document runs, or an unsupported file is reported, when the options of its folder arrive."""
+        *_, folder = _folders_of(key) or ("",)
+        if ending_of(key) in DOCUMENT_TYPES or not folder:
+            return bool(folder)
+        some = islice(self._objects.listing(folder), MOST_LISTED)
+        return any(ending_of(each.key) in DOCUMENT_TYPES for each in some) or any(
+            self._objects.head(f"{each}{FOLDER_OPTIONS}") for each in _folders_of(key)
+        )
+
     def register(self, key: str) -> Batch:
         """Record the batch of an object under `in/`, for the response to its upload; the object's event plans it."""
-        return self._registered(key)[0]
+        batch, _ = self._registered(key)
+        if batch.deleted:
+            raise InvalidRequest(
+                "the batch of this file and these options was deleted; set the option run to run it again"
+            )
+        return batch
 
     def _registered(self, key: str) -> tuple[Batch, str | None]:
         """Return the batch of a file, and what is wrong with its options."""
@@ -170,11 +196,11 @@ class PlanBatch:
         if match is None or stored is None:
             raise InputMissing(key)
         file = self._file(match["tenant"], match["path"], stored)
-        problem = None
+        problem = _unsupported(file)
         try:
             options = self._options(file)
         except BadOptions as error:
-            options, problem = Options(webhook=error.webhook), str(error)
+            options, problem = Options(webhook=error.webhook), problem or str(error)
         batch = self._batch(file, options, problem)
         recorded = self._older(file, options) or insert(self._batches.add, batch) or batch
         if recorded is batch:
@@ -186,27 +212,38 @@ class PlanBatch:
 
     def _older(self, file: _File, options: Options) -> Batch | None:
         """Return the batch that an older release made of the same file and options; its id has no options."""
-        batch_id = older_file_batch_id(file.tenant, file.key, file.stored.etag, options.run)
+        batch_id = older_file_batch_id(file.tenant, file.key, file.older_etag, options.run)
         older = self._batches.get(batch_id)
         return older if older is not None and older.options == options else None
 
     def _file(self, tenant: str, path: str, stored: Stored) -> _File:
         folder, _, name = path.rpartition("/")
-        if name != FOLDER_OPTIONS:
+        if name != FOLDER_OPTIONS or not folder:
             upload = prefix_of_upload(stored.key) or f"in/{tenant}/"
-            return _File(tenant, stored.key.removeprefix(upload), stored)
+            return _File(tenant, stored.key.removeprefix(upload), stored, stored.etag)
         # A folder is unchanged if its options and all its documents are.
-        documents = self._documents(f"in/{tenant}/{folder}/")
         # The digest of a JSON list of them, computed one by one, because there may be millions.
-        digest = sha256(f"[{json.dumps(stored.etag)}".encode())
-        for each in documents:
-            digest.update(f", {json.dumps([each.key, each.etag])}".encode())
+        digest, older = (sha256(f"[{json.dumps(stored.etag)}".encode()) for _ in range(2))
+        for each in self._documents(f"in/{tenant}/{folder}/"):
+            said = f", {json.dumps([each.key, each.etag])}".encode()
+            digest.update(said)
+            if ending_of(each.key) in DOCUMENT_TYPES:
+                older.update(said)
         digest.update(b"]")
-        return _File(tenant, path, replace(stored, etag=digest.hexdigest()), is_folder=True)
+        older.update(b"]")
+        stored = replace(stored, etag=digest.hexdigest())
+        return _File(tenant, path, stored, older.hexdigest(), is_folder=True)
 
     def _documents(self, prefix: str) -> Iterator[Stored]:
+        """Yield the files of a folder, also of unsupported types, but not those that are batches of their own."""
         for each in self._objects.listing(prefix):
-            if ending_of(each.key) in DOCUMENT_TYPES:
+            name = each.key.rpartition("/")[2]
+            if (
+                name
+                and name != FOLDER_OPTIONS
+                and not name.endswith(OPTIONS_ENDING)
+                and not is_known(name)
+            ):
                 yield each
 
     def plan(self, batch_id: str) -> None:
@@ -352,7 +389,14 @@ class PlanBatch:
     def _cut(self, batch: Batch) -> Batch:
         key, etag, rows_etag = batch.input_key, batch.input_etag, None
         sample = b"" if _is_folder(key) else self._objects.read(key, 0, SAMPLE_BYTES, etag)
+        problem = None if _is_folder(key) else _unreadable(sample)
+        if problem is not None:
+            self._assemble.fail(batch, problem)
+            return batch
+        unsupported: Sequence[str] = ()
         if _has_no_lines(key, sample):
+            if _is_folder(key):
+                unsupported = self._named(batch)
             rows_etag = etag = self._made_rows(batch, sample)
             key = batch.rows_key
             sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
@@ -370,7 +414,7 @@ class PlanBatch:
         def with_plan(current: Batch) -> Batch:
             # If another planner was quicker, the ranges of its plan are sent.
             is_planned = current.plan is not None or current.phase is Phase.ENDED
-            return current if is_planned else plan_batch(current, plan, rows_etag)
+            return current if is_planned else plan_batch(current, plan, rows_etag, unsupported)
 
         return self._changed(batch, with_plan)
 
@@ -390,6 +434,22 @@ class PlanBatch:
         return (
             None if stored.size > MOST_COPIED_BYTES else self._objects.copy(stored, batch.rows_key)
         )
+
+    def _named(self, batch: Batch) -> list[str]:
+        """Store which document has which `custom_id`; return the first ones of unsupported types."""
+        folder = batch.input_key.removesuffix(FOLDER_OPTIONS)
+        unsupported: list[str] = []
+        names = self._objects.writer(batch.documents_key)
+        try:
+            for each in self._documents(folder):
+                name = each.key.removeprefix(folder)
+                names.write(named_document(name))
+                if ending_of(name) not in DOCUMENT_TYPES and len(unsupported) < MOST_UNSUPPORTED:
+                    unsupported.append(name)
+            names.close()
+        finally:
+            names.abort()
+        return unsupported
 
     def _made_rows(self, batch: Batch, sample: bytes) -> str:
         """Stream the rows of a file to an object; return its ETag."""
@@ -421,14 +481,22 @@ class PlanBatch:
             if batch.options.prompt is None:
                 raise BadForm(f'{key} requires a "prompt" to apply to each document')
             for each in self._documents(folder):
-                body = self._objects.read(each.key, 0, MOST_LINE_BYTES + 1, each.etag)
-                yield document_row(each.key.removeprefix(folder), body, batch.options)
+                is_read = ending_of(each.key) in DOCUMENT_TYPES and each.size <= MOST_LINE_BYTES
+                body = self._objects.read(each.key, 0, each.size, each.etag) if is_read else b""
+                yield document_row(each.key.removeprefix(folder), each.size, body, batch.options)
             return
-        pieces = self._objects.stream(key)
+        pieces = self._pieces(key, batch.input_etag)
         if sample.startswith(_GZIP) or key.lower().endswith(".gz"):
             pieces = unpacked(pieces)
         is_csv = key.lower().removesuffix(".gz").endswith(".csv")
-        yield from csv_rows(pieces, batch.options) if is_csv else pieces
+        yield from csv_rows(pieces, batch.options) if is_csv else with_line_ends(pieces)
+
+    def _pieces(self, key: str, etag: str) -> Iterator[bytes]:
+        """Read a file while it is the same; raises InputMissing."""
+        at = 0
+        while piece := self._objects.read(key, at, PIECE_BYTES, etag):
+            yield piece
+            at += len(piece)
 
     def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
         result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")
@@ -491,12 +559,36 @@ def _from_metadata(name: str, value: str) -> Any:
 
 def _is_folder(key: str) -> bool:
     """Return whether the object is the options of a folder of documents."""
-    return key.endswith(f"/{FOLDER_OPTIONS}")
+    return key.endswith(f"/{FOLDER_OPTIONS}") and bool(_folders_of(key))
+
+
+def _folders_of(key: str) -> list[str]:
+    """Return the folders of an object under `in/<tenant>/`, outermost first, with their slashes at the end."""
+    _, tenant, *names = key.split("/")[:-1]
+    return [f"in/{tenant}/{'/'.join(names[: n + 1])}/" for n in range(len(names))]
+
+
+def _unsupported(file: _File) -> str | None:
+    """Return why a file of this type cannot be run, or None."""
+    ending = ending_of(file.path)
+    if file.is_folder or is_known(file.path):
+        return None
+    if ending in DOCUMENT_TYPES or file.path == FOLDER_OPTIONS:
+        return (
+            f"{file.path}: documents are run by folder; copy them to in/{file.tenant}/<folder>/ and then an "
+            f"{FOLDER_OPTIONS} with a prompt to the same folder"
+        )
+    return (
+        f"{file.path}: files {ending or 'without a suffix'} cannot be run; use .jsonl, .ndjson or .csv, "
+        "also with .gz, or a folder of documents"
+    )
 
 
 def _has_no_lines(key: str, sample: bytes) -> bool:
     """Return whether the file must be converted to JSONL first: gzip, CSV and folders have no lines to divide at."""
-    return _is_folder(key) or key.lower().endswith((".gz", ".csv")) or sample.startswith(_GZIP)
+    is_packed = key.lower().endswith(".gz") or sample.startswith(_GZIP)
+    is_csv = key.lower().endswith(".csv")
+    return _is_folder(key) or is_packed or is_csv or ends_lines_with_cr(sample)
 
 
 def _too_long(plan: Plan) -> str | None:
@@ -509,7 +601,9 @@ def _too_long(plan: Plan) -> str | None:
 
 def _unreadable(sample: bytes) -> str | None:
     """Return why the object cannot be lines of JSON in UTF-8; None if it can."""
-    if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if sample.startswith(_GZIP):
+        return None
+    if is_utf_16(sample):
         return "the file is UTF-16; save it as UTF-8"
     if sample.startswith(b"PK\x03\x04"):
         return "the file is a ZIP archive; upload the JSONL file itself or compress it with gzip"

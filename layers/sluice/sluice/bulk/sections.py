@@ -177,7 +177,9 @@ class Sections:
             stored = self._objects.stream(batch.section_key(section, _errors(repeated)))
             for line in split(stored):
                 record = Record.decoded(line)
-                errors.write(f"{numbered(record.body, base + record.line)}\n".encode())
+                number = base + record.line
+                text = numbered(record.body, number, with_offset=batch.has_offsets)
+                errors.write(f"{text}\n".encode())
                 if record.tally.rows:
                     duplicates += 1
                     changed += _negative(record.tally)

@@ -51,8 +51,13 @@ MOST_KEY_BYTES: Final = 1_024
 RESULTS: Final = "results.jsonl"
 ERRORS: Final = "errors.jsonl"
 SUMMARY: Final = "summary.json"
-OUTPUTS: Final = (RESULTS, ERRORS, SUMMARY)
+DOCUMENTS: Final = "documents.jsonl"
+"""Of a folder of documents: which document has which `custom_id`."""
+OUTPUTS: Final = (DOCUMENTS, RESULTS, ERRORS, SUMMARY)
 """The names of a batch's output objects, in the order in which they are written."""
+
+MOST_UNSUPPORTED: Final = 20
+"""Documents of unsupported types that a batch's record and summary name; errors.jsonl names all."""
 
 LOSSES_UNTIL_ALONE: Final = 3
 """Each lost worker reduces how many rows of the window run at once; after this many it is one row."""
@@ -231,6 +236,8 @@ class Batch:
     told: bool = False
     """The notification of completion was sent. The stored name of the field."""
     deleted: bool = False
+    unsupported: tuple[str, ...] = ()
+    """The first documents of its folder that were not sent because of their type."""
     by_id: bool = False
     """Its results are stored under its id. Older releases stored them under its name only."""
 
@@ -270,6 +277,22 @@ class Batch:
     def summary_key(self) -> str:
         """The object with counts, cost and duration."""
         return f"{self.folder}{SUMMARY}"
+
+    @property
+    def documents_key(self) -> str:
+        """The object that leads from the `custom_id` of a document to its name."""
+        return f"{self.folder}{DOCUMENTS}"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether its rows are the documents of a folder."""
+        return (self.given_key or self.input_key).endswith("/options.json")
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether a byte offset in its rows is one in the submitted file, or in what a gzip file unpacks to."""
+        file = (self.given_key or self.input_key).lower().removesuffix(".gz")
+        return not self.is_folder and not file.endswith(".csv")
 
     @property
     def rows_key(self) -> str:
@@ -357,9 +380,12 @@ def older_file_batch_id(tenant: str, key: str, etag: str, run: str | None) -> st
     return _batch_id("file", tenant, key, etag, run or "")
 
 
+RESERVED: Final = ".uploads/"
+
+
 def upload_prefix(tenant: str, token: str) -> str:
     """Return where the objects of one upload through the API are: two uploads of one name never meet."""
-    return f"in/{tenant}/.uploads/{token}/"
+    return f"in/{tenant}/{RESERVED}{token}/"
 
 
 _OF_AN_UPLOAD: Final = re.compile(r"in/[^/]+/\.uploads/[0-9a-f]+/")
@@ -425,7 +451,9 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
 # Transitions ---------------------------------------------------------------------------------------------------
 
 
-def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
+def plan_batch(
+    batch: Batch, plan: Plan, rows_etag: str | None = None, unsupported: Sequence[str] = ()
+) -> Batch:
     """Set the ranges. From then on their messages may be sent, and sent again until all are accepted.
 
     `rows_etag`: the ranges are those of `rows_key`, not of the submitted file.
@@ -438,6 +466,7 @@ def plan_batch(batch: Batch, plan: Plan, rows_etag: str | None = None) -> Batch:
         given_key=batch.input_key,
         input_key=batch.rows_key,
         input_etag=rows_etag,
+        unsupported=tuple(unsupported),
     )
 
 

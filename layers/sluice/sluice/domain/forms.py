@@ -46,6 +46,9 @@ DOCUMENT_TYPES: Final[Mapping[str, str]] = {
 }
 """The media type of each document suffix; HTML is sent as plain text."""
 
+MOST_PDF_BYTES: Final = 3 * MOST_LINE_BYTES // 4 - 64 * 1024
+"""In a request a PDF is base64, which has a third more bytes; the rest is for the prompt."""
+
 FOLDER_OPTIONS: Final = "options.json"
 """Uploaded to a folder last, it creates a batch of the documents there."""
 
@@ -224,36 +227,73 @@ def _is_broken(text: str) -> bool:
     return not text.isascii() and _SURROGATES.search(text) is not None
 
 
-def document_row(name: str, body: bytes, options: Options) -> bytes:
-    """Return the JSONL line of one document: the document as a block, then the prompt, where `{name}` is its name."""
-    custom_id = id_of(name)
-    try:
-        source = _source(name, body)
-    except UnicodeDecodeError:
-        return _line(
-            {"custom_id": custom_id, PROBLEM: f"{name} is not valid UTF-8; save it as UTF-8"}
+def document_row(name: str, size: int, body: bytes, options: Options) -> bytes:
+    """Return the JSONL line of one document: the document as a block, then the prompt, where `{name}` is its name.
+
+    `size` is that of the document; of one above `MOST_LINE_BYTES`, `body` is only the beginning.
+    """
+    media_type = DOCUMENT_TYPES.get(ending_of(name))
+    if media_type is None:
+        ending = ending_of(name) or "without a suffix"
+        return _bad_document(
+            name, f"{name}: documents {ending} are not supported; use {', '.join(DOCUMENT_TYPES)}"
         )
+    is_pdf = media_type == "application/pdf"
+    if size <= MOST_LINE_BYTES:
+        if not is_pdf and is_utf_16(body):
+            return _bad_document(name, f"{name} is UTF-16; save it as UTF-8")
+        try:
+            line = _document_line(name, media_type, body, options)
+        except UnicodeDecodeError:
+            return _bad_document(name, f"{name} is not valid UTF-8; save it as UTF-8")
+        if len(line) <= MOST_LINE_BYTES:
+            return line
+    limit = f"{MOST_LINE_BYTES:,} bytes" + (f", that of a PDF {MOST_PDF_BYTES:,}" if is_pdf else "")
+    return _bad_document(name, f"{name} has {size:,} bytes; the limit of a request is {limit}")
+
+
+def _document_line(name: str, media_type: str, body: bytes, options: Options) -> bytes:
+    source = {"type": "text", "media_type": media_type, "data": ""}
+    if media_type == "application/pdf":
+        source |= {"type": "base64", "data": b64encode(body).decode()}
+    else:
+        source |= {"data": body.removeprefix(BOM).decode()}
     content = [
         {"type": "document", "source": source, "title": name[-500:]},
         {"type": "text", "text": filled(options.prompt or "", {"name": name})},
     ]
-    line = _line(
-        {"custom_id": custom_id, "params": {"messages": [{"role": "user", "content": content}]}}
+    return _line(
+        {"custom_id": id_of(name), "params": {"messages": [{"role": "user", "content": content}]}}
     )
-    if len(line) > MOST_LINE_BYTES:
-        message = (
-            f"the request for {name} has {len(line):,} bytes; the maximum is {MOST_LINE_BYTES:,}"
-        )
-        return _line({"custom_id": custom_id, PROBLEM: message})
-    return line
 
 
-def _source(name: str, body: bytes) -> dict[str, str]:
-    media_type = DOCUMENT_TYPES[ending_of(name)]
-    if media_type == "application/pdf":
-        return {"type": "base64", "media_type": media_type, "data": b64encode(body).decode()}
-    text = body.removeprefix(BOM).decode()
-    return {"type": "text", "media_type": media_type, "data": text}
+def _bad_document(name: str, problem: str) -> bytes:
+    return _line({"custom_id": id_of(name), PROBLEM: problem})
+
+
+def named_document(name: str) -> bytes:
+    """Return the JSONL line by which the `custom_id` of a document leads back to its name."""
+    return _line({"custom_id": id_of(name), "document": name})
+
+
+def is_utf_16(beginning: bytes) -> bool:
+    """Return whether a text is UTF-16: by its byte order mark, or because every other byte is zero."""
+    some = beginning[:1_000]
+    return beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or 3 * some.count(0) > len(some)
+
+
+def with_line_ends(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a JSONL file with LF in place of each CR, if its lines end with CR alone."""
+    is_first, ends_with_cr = True, False
+    for piece in pieces:
+        if is_first and piece:
+            is_first, ends_with_cr = False, ends_lines_with_cr(piece)
+        yield piece.replace(b"\r", b"\n") if ends_with_cr else piece
+
+
+def ends_lines_with_cr(beginning: bytes) -> bool:
+    """Return whether the lines of a file end with CR alone. A CR at the very end may be half of a line end."""
+    return b"\r" in beginning[:-1] and b"\n" not in beginning
 
 
 def ending_of(name: str) -> str:

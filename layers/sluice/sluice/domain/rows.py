@@ -236,9 +236,13 @@ def error_line(
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
 
 
-def numbered(error: str, line: int) -> str:
-    """Return a line of errors.jsonl with its line number, counted from 1."""
-    return f'{{"line":{line},{error[1:]}'
+def numbered(error: str, line: int, *, with_offset: bool = True) -> str:
+    """Return a line of errors.jsonl with its line number, counted from 1.
+
+    `with_offset`: the byte offset is one in the file of the caller, who never sees the rows made from it.
+    """
+    facts = error[1:] if with_offset else error[error.index(",") + 1 :]
+    return f'{{"line":{line},{facts}'
 
 
 def bad_row_records(line: Line, bad: BadRow) -> list[Record]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sluice.bulk.plan import OPTIONS_ENDING, PlanBatch, is_known, stem_of
-from sluice.domain.batches import Batch, upload_prefix
+from sluice.domain.batches import MOST_KEY_BYTES, RESERVED, Batch, upload_prefix
 from sluice.domain.errors import InvalidRequest
 from sluice.ports.batches import Objects, PartLinks
 from sluice.ports.world import RandomBytes
@@ -23,8 +23,9 @@ MOST_BYTES: Final = 5 * 1024**4
 LINKS_AT_ONCE: Final = 100
 LINK_SECONDS: Final = 3_600
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
-_MOST_NAME: Final = 512
+MOST_NAME: Final = 512
+_MOST_SHOWN: Final = 80
+
 _ID: Final = re.compile(
     r"(?P<size>[0-9]{1,13})-(?P<token>[0-9a-f]{16})-(?P<signature>[0-9a-f]{32})-(?P<own>.+)"
 )
@@ -149,9 +150,23 @@ class Uploads:
         ]
 
     def _key(self, name: str, token: str) -> str:
-        if len(name) > _MOST_NAME or not _NAME.fullmatch(name) or not is_known(name):
-            raise InvalidRequest(
-                f"name: {name[:80]!r} is not a valid file name; "
-                "use one such as reviews.jsonl or 2026/january.jsonl"
-            )
-        return f"{upload_prefix(self._tenant, token)}{name}"
+        key = f"{upload_prefix(self._tenant, token)}{name}"
+        problem = _problem_of(name, key)
+        if problem is not None:
+            raise InvalidRequest(f"name: {name[:_MOST_SHOWN]!r} {problem}")
+        return key
+
+
+def _problem_of(name: str, key: str) -> str | None:
+    """Return why an object cannot have a name, or None. Spaces, other scripts and punctuation are fine, as in S3."""
+    problems = {
+        f"has {len(name):,} characters; the maximum is {MOST_NAME}": len(name) > MOST_NAME,
+        "has control characters or other characters that cannot be shown": not name.isprintable(),
+        "is too long in UTF-8": len(key.encode(errors="replace")) > MOST_KEY_BYTES,
+        "is not a relative path such as 2026/january.jsonl": (
+            "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/"))
+        ),
+        f"begins with {RESERVED}, which is reserved": name.startswith(RESERVED),
+        "does not end with .jsonl, .ndjson or .csv, also with .gz": not is_known(name),
+    }
+    return next((problem for problem, is_so in problems.items() if is_so), None)

@@ -98,15 +98,16 @@ class Resume:
         """Return the ranges whose rows can start before the next run, but one of each tenant and model group.
 
         Tenants take turns, and the batches of each tenant: a run that ends early has done something for each of them.
-        One range of a blocked group finds out whether its tenant has a key of another organization.
+        One range of a blocked group finds out whether its tenant has a key of another organization. A range without a
+        model wakes for the end of a row, which needs no limit.
         """
         room: dict[str, int] = {}
         seen: set[tuple[str, str]] = set()
         by_model = {**self._model_groups, **self._limits.models().groups()}
         chosen: list[DueRange] = []
         for each in in_turns(due, _tenant, _batch):
-            if each.number is not None:
-                name = model_group(each.model or "", by_model, each.tenant)
+            if each.number is not None and each.model is not None:
+                name = model_group(each.model, by_model, each.tenant)
                 if name not in room:
                     room[name] = startable(groups, name, now, now + RUN_MS) // LINES_PER_RANGE
                 is_first = (each.tenant, name) not in seen

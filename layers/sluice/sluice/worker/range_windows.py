@@ -40,10 +40,6 @@ one window."""
 WINDOW_BAD_BYTES: Final = 4 * 1024 * 1024
 """Maximum bytes of records of bad rows: a range may have millions of them."""
 
-REMEMBERED_IDS: Final = 100_000
-"""For this many rows of a range, a repeated custom_id is found at once. Others are found when the results are joined,
-like those of another range."""
-
 PIECE_BYTES: Final = 1024 * 1024
 """Bytes of the object read at once."""
 
@@ -107,7 +103,6 @@ class Windows:
         self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
         self._next: Line | None = None
         self._count = 0
-        self._offset_of: dict[str, int] = {}
 
     def next(self) -> Window:
         """Read the next window; raises InputMissing."""
@@ -128,12 +123,12 @@ class Windows:
             if (is_full and seats) or bad_bytes > WINDOW_BAD_BYTES:
                 self._next = line
                 return Window(seats, bad, line.offset, self._count, is_last=False)
-            self._note_reading(line.offset)
-            found = self._found(line)
             self._count = line.number + 1
             if line.offset < self._state.resume_at:
-                # Of an ended window: only its custom_id is still needed.
+                # Of an ended window.
                 continue
+            self._note_reading(line.offset)
+            found = self._found(line)
             if isinstance(found, Seat):
                 seats.append(found)
                 text_bytes += len(found.line.text)
@@ -165,13 +160,6 @@ class Windows:
             return []
         if isinstance(row, BadRow):
             return bad_row_records(line, row)
-        before = self._offset_of.get(row.custom_id)
-        if before is not None:
-            message = f"custom_id {row.custom_id!r} was already used by the row at byte {before}"
-            error = error_line(line.offset, message, row.custom_id)
-            return [Record("E", line.offset, line.number, "", Tally(invalid=1), error)]
-        if len(self._offset_of) < REMEMBERED_IDS:
-            self._offset_of[row.custom_id] = line.offset
         job_id = row_job_id(self._batch.batch_id, line.offset)
         job = self._saved.jobs.pop(job_id, None) or self._make_job(job_id, row)
         job = replace(
