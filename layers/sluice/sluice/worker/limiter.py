@@ -119,6 +119,7 @@ class Limiter:
         answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
         since = self._clock.now()
         waiter = Waiter(claimants, input_chars, max_tokens, latest_start, since, answer, owner)
+        waiter.is_early = bool(owner) and self._line.early.take(owner, since)
         self._line.waiters.append(waiter)
         self._planner.wake()
         try:
