@@ -545,6 +545,14 @@ class MemoryLedger(Fragile):
             if whose == tenant and first <= day <= last
         ]
 
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        self._do("organizations")
+        return {
+            row.organization
+            for (whose, day, _), row in self.rows.items()
+            if whose == tenant and first <= day <= last and row.organization
+        }
+
     @property
     def outcomes(self) -> list[str]:
         """The outcome of each row, in the order of their calls."""
@@ -792,10 +800,11 @@ def answer(  # noqa: PLR0913 - the facts of one answer
     stop_reason: str = "end_turn",
     request_id: str = "req_1",
     organization: str | None = None,
+    workspace: str | None = None,
     seen: Mapping[Dimension, Seen] | None = None,
 ) -> Answer:
     """Return an answer of Claude's."""
-    headers = Headers(organization, ROOMY if seen is None else seen)
+    headers = Headers(organization, ROOMY if seen is None else seen, workspace)
     return Answer(message, usage, stop_reason, request_id, headers)
 
 
@@ -809,6 +818,8 @@ def refused(  # noqa: PLR0913 - the facts of one failure
     usage: Usage | None = None,
     may_be_billed: bool = False,
     had_full_window: bool = False,
+    organization: str | None = None,
+    workspace: str | None = None,
     seen: Mapping[Dimension, Seen] | None = None,
 ) -> Refused:
     """Return a failed call."""
@@ -823,7 +834,7 @@ def refused(  # noqa: PLR0913 - the facts of one failure
         may_be_billed,
         had_full_window,
     )
-    return Refused(failure, Headers(seen=seen or {}))
+    return Refused(failure, Headers(organization, seen or {}, workspace))
 
 
 Reply = Answer | Refused | Exception

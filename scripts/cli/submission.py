@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from scripts.cli.client import Json
 from scripts.cli.errors import CommandFailed, GatewayRefused
+from sluice.domain.finite_json import FINITE, NotFinite
 
 MAX_JOBS_PER_LIST = 100
 # Lambda accepts 6 MB per call; base64 or escaping in transit may add a third.
@@ -110,21 +111,19 @@ def _read_job(number: int, text: bytes, defaults: Mapping[str, object]) -> Line 
 def _decoded(text: bytes) -> dict[str, Any]:
     """Return the job in a line; raise ValueError with the reason."""
     try:
-        job = json.loads(text.decode(), parse_constant=_refuse_constant)
+        job = FINITE.decode(text.decode())
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except NotFinite as error:
+        raise ValueError(f"not valid JSON: {error} is not a number that a double holds") from None
     if not isinstance(job, dict):
         raise ValueError('not a JSON object; a line is {"params": {...}}')  # noqa: TRY004
     if not isinstance(job.get("params"), dict):
         hint = "wrap the request" if "messages" in job else "a line is"
         raise ValueError(f'no "params" object; {hint}: {{"params": {{...}}}}')  # noqa: TRY004
     return job
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"not valid JSON: {name} is not a JSON number")
 
 
 def _completed(job: Mapping[str, Any], defaults: Mapping[str, object]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from scripts.documents.markers import replaced, row
 from sluice.adapters import claude_answers, claude_bodies, s3
 from sluice.api import requests
 from sluice.bulk import assemble, plan, sections
-from sluice.domain import batches, forms, jobs, limits, models
+from sluice.domain import batches, forms, jobs, limits, models, webhooks
 from sluice.intake import admission, start_estimate, uploads
 from sluice.intake import batches as intake
+from sluice.intake import requests as validator
 from sluice.ports import limits as ports
 from sluice.upkeep import sweep
 from sluice.worker import range_rows, range_windows
@@ -45,6 +46,19 @@ ROWS: Final = (
         "`estimated_start_at` of a submit",
         f"one read of {ports.MOST_GROUPS:,} limit groups in {span(start_estimate.MOST_AGE_MS)}",
         "more groups are left out, and the governor logs `not all limit groups read`",
+    ),
+    (
+        "a job or row, at every door",
+        (
+            f"{validator.DEEPEST} levels of objects and lists; numbers that a double holds; valid Unicode; a webhook "
+            f"URL of {webhooks.MOST_CHARACTERS:,} characters"
+        ),
+        "400 for this job, or a bad row",
+    ),
+    (
+        "a list of jobs, or a create of the batches API",
+        f"{validator.MOST_ROWS:,} rows within the {size(admission.MOST_BYTES)} of a request",
+        "400; upload a file",
     ),
     (
         "deleting a batch",

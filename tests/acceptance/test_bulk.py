@@ -283,7 +283,7 @@ def workers(gateway: Gateway, function: str) -> list[int]:
 def test_a_file_is_uploaded_watched_and_its_results_fetched(
     gateway: Gateway, tmp_path: Path
 ) -> None:
-    file = tmp_path / "reviews.jsonl"
+    file = tmp_path / "my Prüfung (1) 100%.jsonl"
     rows: list[Any] = [a_row("uploaded", number) for number in range(250)]
     for row in rows:
         del row["params"]["model"]
@@ -314,6 +314,28 @@ def test_a_file_is_uploaded_watched_and_its_results_fetched(
     assert 251 == json.loads(errors)["line"]
     assert batch_id == again.stdout.strip()
     assert 250 == sum(gateway.called("uploaded").values())
+
+
+def test_two_files_of_one_name_keep_their_own_results(gateway: Gateway, tmp_path: Path) -> None:
+    """A corrected file of the same name, and a broken one."""
+    file = tmp_path / "same-name.jsonl"
+    batches = []
+    for run in ("monday", "tuesday"):
+        rows = [a_row(run, number) | {"custom_id": f"{run}-{number}"} for number in range(3)]
+        file.write_bytes(jsonl(*rows))
+        batches.append(sluice(gateway, "upload", file).stdout.strip())
+    file.write_bytes(b"PK\x03\x04")
+    failed = json.loads(sluice(gateway, "upload", file, "--wait", "--json").stdout)
+    for batch_id in batches:
+        sluice(gateway, "batches", "show", batch_id, "--wait")
+
+    results = [sluice(gateway, "batches", "results", each).stdout for each in batches]
+    assert [["monday"] * 3, ["tuesday"] * 3] == [
+        [json.loads(line)["custom_id"].partition("-")[0] for line in lines.splitlines()]
+        for lines in results
+    ]
+    assert "ZIP archive" in failed["problem"]
+    assert failed["id"] == gateway.ended("same-name")["batch_id"]
 
 
 def test_a_batch_is_canceled_by_the_command_line(gateway: Gateway, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from scripts.claude_simulator import read, running
 from scripts.local_stack import LocalStack, Ready
 from sluice.adapters.batch_records import DynamoBatches
 from sluice.adapters.dynamodb import DynamoJobs, DynamoLedger
+from sluice.adapters.s3 import Objects
 from sluice.adapters.system import SystemClock
 from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
 from sluice.domain.batches import LATE_MS, Phase, claim_range, row_job_id
@@ -28,6 +29,7 @@ from sluice.domain.jobs import Job, claim
 from sluice.domain.pricing import LedgerRow, utc_day
 from sluice.domain.waits import LEASE_MS
 from sluice.intake.batches import MOST_STARTED
+from sluice.ports.batches import Stored
 
 CLIENT_KEY: Final = "sluice_rare_of_acme"
 UPSTREAM_KEY: Final = "sk-ant-test-rare"
@@ -211,33 +213,79 @@ def test_a_file_that_is_missing_when_its_rows_are_to_run(stack: Stack) -> None:
 
 
 def test_a_deleted_batch_leaves_no_object(stack: Stack) -> None:
-    row = {
-        "custom_id": "one",
-        "params": {
-            "model": "claude-haiku-5-5",
-            "max_tokens": 5,
-            "messages": [{"role": "user", "content": "Hello"}],
-        },
-    }
-    made = stack.http.post("/v1/messages/batches", json={"requests": [row]}).json()
-    batch_id = made["id"]
-    within(
-        lambda: (
-            stack.http.get(f"/v1/messages/batches/{batch_id}").json()["processing_status"]
-            == "ended"
-        )
-    )
-    bucket, s3 = stack.ready.resources["DataBucket"], stack.ready.client("s3")
+    """Neither the file that was uploaded, nor the copies of its results."""
+    name = "Prüfung/my reviews (1) 100%+2.jsonl"
+    row = {"custom_id": "one", "params": params("Hello")}
+    body = json.dumps(row).encode()
+    asked = {"name": name, "bytes": len(body), "options": {"model": MODEL}}
+    started = stack.http.post("/uploads", json=asked).json()
+    etag = httpx.put(started["links"][0]["url"], content=body).headers["etag"]
+    done = {"id": started["id"], "name": name, "parts": [{"part": 1, "etag": etag}]}
+    batch_id = stack.http.post("/uploads/complete", json=done).json()["id"]
+    within(lambda: stack.http.get(f"/batches/{batch_id}").json()["state"] == "ended")
+    bucket, s3 = stack.bucket, stack.ready.client("s3")
 
     def keys() -> list[str]:
         found = s3.list_objects_v2(Bucket=bucket).get("Contents", [])
-        return [each["Key"] for each in found if batch_id in each["Key"]]
+        return [
+            each["Key"] for each in found if "my reviews" in each["Key"] or batch_id in each["Key"]
+        ]
 
-    assert {"batches", "out"} == {key.split("/")[0] for key in keys()}
+    found = keys()
+    assert {"batches", "in", "out"} == {key.split("/")[0] for key in found}
+    folder = f"out/{TENANT}/{name.removesuffix('.jsonl')}/"
+    assert {f"{folder}results.jsonl", f"{folder}errors.jsonl", f"{folder}summary.json"} <= set(
+        found
+    )
     answer = stack.http.delete(f"/v1/messages/batches/{batch_id}")
 
     assert answer.is_success, answer.text
     assert [] == keys()
+
+
+@pytest.mark.parametrize("size", [10, 6_000_000])
+def test_s3_keeps_the_copy_of_the_greater_rank(stack: Stack, size: int) -> None:
+    """Its conditions on writes, in the emulator; moto has not all of them."""
+    store = Objects(stack.ready.client("s3"), stack.bucket)
+    sources = {}
+    for rank in "123":
+        store.put(f"ranks/{size}/{rank}", rank.encode() * size)
+        found = store.head(f"ranks/{size}/{rank}")
+        assert found is not None
+        sources[rank] = found
+    latest = f"ranks/{size}/latest"
+
+    assert store.copy_latest(sources["2"], latest, "2")
+    head = store.head
+
+    def outdated(key: str) -> Stored | None:
+        seen = head(key)
+        if key == latest and store.head is outdated:
+            store.head = head  # type: ignore[method-assign]
+            store.copy_latest(sources["3"], latest, "3")
+        return seen
+
+    store.head = outdated  # type: ignore[method-assign]
+    assert not store.copy_latest(sources["2"], latest, "2")
+    assert b"3" * size == store.get(latest)
+
+
+def test_a_deleted_batch_of_a_file_leaves_only_the_tenants_own_file(stack: Stack) -> None:
+    before = everything(stack)
+    batch_id = stack.planned("erased.jsonl")
+    within(lambda: stack.http.get(f"/batches/{batch_id}").json()["ended_at"])
+    made = everything(stack) - before
+    assert {"batches", "in", "out"} == {key.split("/")[0] for key in made}
+
+    answer = stack.http.delete(f"/v1/messages/batches/{batch_id}")
+
+    assert answer.is_success, answer.text
+    assert {f"in/{TENANT}/erased.jsonl"} == everything(stack) - before
+
+
+def everything(stack: Stack) -> set[str]:
+    pages = stack.ready.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket)
+    return {each["Key"] for page in pages for each in page.get("Contents", ())}
 
 
 def test_an_aborted_upload_is_deleted(stack: Stack) -> None:

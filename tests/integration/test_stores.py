@@ -49,6 +49,7 @@ from sluice.domain.jobs import (
     Result,
     Snooze,
     State,
+    lost_row,
 )
 from sluice.domain.keys import KeyMark
 from sluice.domain.limits import Group, expires_at, new_group
@@ -57,6 +58,7 @@ from sluice.domain.pricing import LedgerRow, Spend, Usage
 from sluice.ports.jobs import JobStore, Ledger, Params, ParamsStore, Received, ResultStore
 from sluice.ports.limits import MOST_GROUPS, LimitStore
 from sluice.upkeep.dead_letters import DeadLetterStore
+from tests.bulk_fakes import MemoryObjects
 from tests.fakes import (
     NOON,
     FrozenClock,
@@ -654,6 +656,30 @@ def test_an_answer_that_outlived_its_retention_is_not_found(results: ResultStore
         results.get(Result(object_key="results/none.json.gz"))
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_an_answer_that_a_busy_bucket_refuses_travels_inline_if_an_item_holds_it(
+    cloud: Aws, name: str, over: int
+) -> None:
+    """Then nothing is called again."""
+    bucket = MemoryObjects()
+    store = objects.Results(bucket)  # type: ignore[arg-type]
+    bucket.break_down("put")
+    message = text_of_size(objects.MOST_INLINE_BYTES + over)
+
+    with pytest.raises(StoreBusy):
+        store.probe()
+    if over:
+        with pytest.raises(StoreBusy):
+            store.put(name, message)
+        return
+    result = store.put(name, message)
+
+    assert message == store.get(result)
+    done = replace(a_job(name), result=result)
+    dynamo.DynamoJobs(cloud.dynamodb, "JobsTable", retention_days=30).add(done)
+    objects.Results(data_bucket(cloud)).probe()
+
+
 def test_an_answer_may_be_stored_again(results: ResultStore, name: str) -> None:
     message = noise(20_000)
     first = results.put(name, message)
@@ -814,6 +840,30 @@ def a_row(tenant: str, call_id: str = "job_1#1", **facts: Any) -> LedgerRow:
         spend=Spend(1, 2, 3, 4, 5, 6),
     )
     return replace(row, **facts)
+
+
+def test_a_tenants_organizations_are_those_of_its_calls(ledger: Ledger, name: str) -> None:
+    """Usage reports do not show them."""
+    row = lost_row(a_job(tenant=name), "2", "claude-a", NOON, "")
+    other = lost_row(a_job(tenant=f"{name}-other"), "2", "claude-a", NOON, "")
+    ledger.record([replace(row, organization="org-1"), replace(other, organization="org-2")])
+    day = row.day
+
+    assert {"org-1"} == ledger.organizations(name, day, day)
+    assert set() == ledger.organizations(name, day + timedelta(1), day + timedelta(2))
+    assert [] == list(ledger.spent(name, day - timedelta(9), day))
+
+
+def test_a_row_is_written_only_if_its_call_has_none(ledger: Ledger, name: str) -> None:
+    row = lost_row(a_job(name, tenant=name), "2", "claude-a", NOON, "")
+    better = replace(row, outcome="succeeded", key_id="main", certain=True, note=None)
+
+    assert [row] == list(ledger.record_missing([row]))
+    ledger.record([better])
+
+    assert [] == list(ledger.record_missing([row]))
+    assert [better] == list(ledger.calls_of(name, [row.day], name))
+    assert [] == list(ledger.calls_of(name, [row.day + timedelta(1)], name))
 
 
 def test_sums_add_up(ledger: Ledger, name: str) -> None:

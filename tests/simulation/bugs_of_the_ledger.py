@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -11,8 +11,9 @@ from sluice.domain.batches import RangeState
 from sluice.domain.jobs import DueFor, Job
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.ports.jobs import Due
+from sluice.worker.attempt import Attempt
+from sluice.worker.invocation import DONE, Ending
 from sluice.worker.ledger import Ledger
-from sluice.worker.queue_source import QueueSource
 from sluice.worker.range_claim import ClaimedRange
 from sluice.worker.range_source import RangeSource
 from tests.fakes import MemoryJobs
@@ -20,11 +21,9 @@ from tests.simulation.bugs_of_limits import in_place_of
 from tests.simulation.deliberate import Bug, instead
 
 
-async def _owes_nothing(self: Ledger, job: Job, *rows: LedgerRow) -> Job:
-    """As before: what the ledger does not accept is in this worker's memory only."""
-    if not await self.book((*job.unbooked, *rows)):
-        for row in rows:
-            self.account(row)
+async def _collected(self: Ledger, job: Job, *rows: LedgerRow) -> Job:
+    for row in (*job.unbooked, *rows):
+        self.account(row)
     return replace(job, unbooked=())
 
 
@@ -39,16 +38,9 @@ def _let_ended_jobs_owe() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _delete_before_booking() -> Iterator[None]:
-    keep = QueueSource.keep
-
-    async def at_once(self: QueueSource, unwritten: Collection[str], *, last: bool = False) -> bool:
-        del unwritten
-        return await keep(self, (), last=last)
-
-    with instead(QueueSource, "keep", at_once):
-        yield
+async def _believe(self: Attempt) -> Ending:
+    del self
+    return DONE
 
 
 def _nothing_lost(self: ClaimedRange, job: Job, offset: int) -> Spend:
@@ -74,15 +66,16 @@ def _unnoted(self: RangeSource, job_ids: Sequence[str]) -> None:
 
 
 BUGS_OF_THE_LEDGER: Final[Mapping[str, Bug]] = {
-    "keep_owed_rows_in_memory": Bug(
-        "what a busy ledger does not accept is only in the memory of the worker",
-        in_place_of(Ledger, "booked", _owes_nothing),
+    "keep_uncertain_calls_in_memory": Bug(
+        "calls that may be billed are in the memory of their worker only, until it writes the next rows",
+        in_place_of(Ledger, "booked", _collected),
     ),
     "let_ended_jobs_owe": Bug(
         "nobody writes the ledger rows of jobs that ended without a worker", _let_ended_jobs_owe
     ),
-    "delete_before_booking": Bug(
-        "messages are deleted although the ledger lacks their jobs' calls", _delete_before_booking
+    "believe_that_ended_jobs_are_booked": Bug(
+        "the message of an ended job is acknowledged without a look at the ledger",
+        in_place_of(Attempt, "_drop", _believe),
     ),
     "forget_the_rows_of_a_dead_worker": Bug(
         "the calls of rows whose worker died are in no sum",

@@ -322,7 +322,9 @@ def refused(  # noqa: PLR0913 - the facts of one failure
         call.request_id,
         may_be_billed=may_be_billed,
     )
-    return Refused(failure, Headers(call.home.organization))
+    is_named = call.machine.world.story.headers != "none"
+    workspace = call.home.workspace if is_named else None
+    return Refused(failure, Headers(call.home.organization, workspace=workspace))
 
 
 class RateLimited(Fault):

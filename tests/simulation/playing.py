@@ -10,6 +10,7 @@ from tests.simulation.bounds import BOUNDS
 from tests.simulation.checks import CHECKS, Check, Violation
 from tests.simulation.file_checks import FILE_CHECKS
 from tests.simulation.ledger_checks import LEDGER_CHECKS
+from tests.simulation.size_checks import SIZE_CHECKS
 from tests.simulation.stories import story_of
 from tests.simulation.story import START
 from tests.simulation.troubles import compared
@@ -20,15 +21,13 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
     *CHECKS,
     *BOUNDS,
     *FILE_CHECKS,
+    *SIZE_CHECKS,
     *LEDGER_CHECKS,
     EndsAreNotified,
 )
 
 
-KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {
-    "nobody waits because of a spent workspace": ("K4", (39, 263)),
-    "nobody waits because of a throttled workspace": ("K4", (55, 279)),
-}
+KNOWN: Final[Mapping[str, tuple[str, Sequence[int]]]] = {}
 """Violations that are not fixed yet, by check: the kind of the defect, and seeds of stories that show it.
 
 A test fails when none of them does any more: the entry is removed then.

@@ -7,7 +7,7 @@ from datetime import date
 import pytest
 
 from sluice.domain.errors import InvalidRequest, JobNotFound, StoreBusy
-from sluice.domain.jobs import Job, State, claim, finish_waiting
+from sluice.domain.jobs import Job, State, claim, finish_waiting, lost_row
 from sluice.domain.limits import moved, new_group
 from sluice.domain.models import KnownModels
 from sluice.domain.pricing import Spend
@@ -259,6 +259,27 @@ def test_groups_that_moved_are_not_shown(office: Office) -> None:
     office.limits.stored = {here.id: here, missing.id: missing}
 
     assert [here] == office.account().groups({"a": "a"}, {"a"})
+
+
+def test_only_the_organizations_that_make_a_tenants_calls_are_shown(office: Office) -> None:
+    """Others belong to keys that the pool reserves for other tenants."""
+    groups = [new_group(name, "haiku", NOON) for name in ("org-1", "org-2")]
+    office.limits.stored = {group.id: group for group in groups}
+    office.keep(a_job("job_1", model="claude-a"), a_job("job_2", model="claude-a", tenant="other"))
+    for tenant, organization in (("acme", "org-1"), ("other", "org-2")):
+        job = a_job(tenant=tenant)
+        row = lost_row(job, "2", "claude-a", NOON, "")
+        office.ledger.record([replace(row, organization=organization)])
+
+    shown = {
+        tenant: [
+            group.organization
+            for group in office.account(tenant).groups({"claude-a": "haiku"}, {"claude-a"})
+        ]
+        for tenant in ("acme", "other", "third")
+    }
+
+    assert {"acme": ["org-1"], "other": ["org-2"], "third": []} == shown
 
 
 def test_only_the_groups_of_a_tenants_own_models_are_shown(office: Office) -> None:

@@ -68,7 +68,12 @@ def test_a_job_keeps_its_line_number_across_empty_lines() -> None:
             b'{"model": "m", "messages": []}',
             'no "params" object; wrap the request: {"params": {...}}',
         ),
-        (b'{"params": {"x": NaN}}', "not valid JSON: NaN is not a JSON number"),
+        (b'{"params": {"x": NaN}}', "not valid JSON: NaN is not a number that a double holds"),
+        (
+            b'{"params": {"x": -Infinity}}',
+            "not valid JSON: -Infinity is not a number that a double holds",
+        ),
+        (b'{"params": {"x": 1e400}}', "not valid JSON: 1e400 is not a number that a double holds"),
         (b'{"params": ' + b"[" * 200_000, "not usable JSON: nested too deeply"),
     ],
 )

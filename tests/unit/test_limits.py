@@ -32,8 +32,10 @@ from sluice.domain.limits import (
     Observation,
     Seen,
     Settlement,
+    Ties,
     advanced,
     block,
+    blocked,
     circuit_failed,
     circuit_served,
     drained,
@@ -48,11 +50,14 @@ from sluice.domain.limits import (
     next_start,
     observe,
     recalled,
+    refuse_workspace,
     reserve,
     restated,
     settle,
+    workspace_answered,
 )
 from sluice.domain.waits import USUAL, Waits
+from sluice.domain.workspaces import WorkspaceRefusal
 from tests.fakes import MINUTE, NOON, SECOND, known_group
 
 # The same examples in every run: a gate must not fail by chance, nor because the machine is busy.
@@ -978,24 +983,24 @@ def test_an_upstream_that_names_no_limits_is_explored_and_backed_away_from() -> 
     """Additive increase while calls are served, multiplicative decrease at a 429."""
     state = new_group("org", "a", NOON)
     for _ in range(300):
-        state = grown(state)
+        state = grown(state, NOON)
     explored = state.requests.limit
 
     backed_away = block(state, NOON + SECOND, "rate limited", NOON)
 
     assert explored > 60
     assert 1 <= backed_away.requests.limit < explored
-    slowly = grown(backed_away).requests.limit - backed_away.requests.limit
-    assert 0 < slowly <= grown(state).requests.limit - state.requests.limit
+    slowly = grown(backed_away, NOON).requests.limit - backed_away.requests.limit
+    assert 0 < slowly <= grown(state, NOON).requests.limit - state.requests.limit
 
 
 def test_limits_that_are_known_or_stated_are_not_explored() -> None:
     known = known_group(seen=seen(Seen(600, 100)))
     stated = new_group("org", "a", NOON, {"requests": 50})
 
-    assert known.requests == grown(known).requests
+    assert known.requests == grown(known, NOON).requests
     assert (50, 50) == (
-        grown(stated).requests.limit,
+        grown(stated, NOON).requests.limit,
         block(stated, NOON + SECOND, "rate limited", NOON).requests.limit,
     )
 
@@ -1197,8 +1202,8 @@ def test_looking_often_does_not_slow_the_recovery() -> None:
 # Breakers --------------------------------------------------------------------------------------------------
 
 MODEL = "model claude-a"
-NEEDS_IT = replace(ONE, circuits=(MODEL, "endpoint"))
-NEEDS_ANOTHER = replace(ONE, circuits=("model claude-b", "endpoint"))
+NEEDS_IT = replace(ONE, ties=Ties((MODEL, "endpoint")))
+NEEDS_ANOTHER = replace(ONE, ties=Ties(("model claude-b", "endpoint")))
 
 
 def failures(count: int) -> Group:
@@ -1278,6 +1283,113 @@ def test_a_circuit_without_failures_is_not_recorded() -> None:
     state = group()
 
     assert state is circuit_served(state, NOON, MODEL)
+
+
+# Ties ------------------------------------------------------------------------------------------------------
+
+ENDPOINT = "endpoint https://api.example"
+
+
+def tied(model: str = "a", tenant: str = "t", workspace: str = "w") -> Cost:
+    return replace(ONE, ties=Ties((f"model {model}", ENDPOINT), workspace, model, tenant))
+
+
+def broken(*calls: Cost) -> Group:
+    state = warm(group(requests=600, burst=100))
+    for call in calls:
+        state = circuit_failed(state, NOON, ENDPOINT, ties=call.ties)
+    return state
+
+
+def are_late(state: Group, *calls: Cost) -> list[bool]:
+    return [next_start(state, call, NOON) > NOON + SECOND for call in calls]
+
+
+def test_failures_of_one_model_and_tenant_concern_only_their_calls() -> None:
+    state = broken(*[tied()] * STREAK)
+
+    others = tied(model="b"), tied(tenant="u"), tied(model="b", tenant="u")
+    assert [True, False, False, False] == are_late(state, tied(), *others)
+    # Answers of the others prove nothing about them.
+    assert state == circuit_served(state, NOON, ENDPOINT, ties=others[0].ties)
+    assert state != circuit_served(state, NOON, ENDPOINT, ties=tied().ties)
+
+
+@pytest.mark.parametrize(
+    ("second", "concerned"),
+    [
+        (tied(tenant="u"), [True, False]),
+        (tied(model="b"), [False, True]),
+        (tied(model="b", tenant="u"), [True, True]),
+    ],
+)
+def test_failures_of_another_model_or_tenant_widen_the_breaker(
+    second: Cost, concerned: list[bool]
+) -> None:
+    """However often the first failed: that is one piece of evidence."""
+    once = broken(*[tied()] * 20, second)
+    often = broken(*[tied()] * 20, *[second] * (STREAK - 1))
+
+    assert [False, False] == are_late(once, tied(), second)
+    assert [True, *concerned] == are_late(
+        often, tied(), tied(tenant="v"), tied(model="c", tenant="t")
+    )
+
+
+def test_a_call_that_waits_for_its_own_breaker_or_workspace_delays_no_other() -> None:
+    sick, well = tied(), tied(tenant="u", workspace="v")
+    for state in (
+        broken(*[sick] * STREAK),
+        refuse_workspace(broken(), WorkspaceRefusal(("w",), NOON + 5 * SECOND, "x"), NOON),
+    ):
+        after, starts = reserve(state, [sick, well, well], NOON, 10 * SECOND)
+
+        assert NOON + 5 * SECOND <= starts[0] < NOON + 6 * SECOND
+        assert NOON < starts[1] < starts[2] < NOON + SECOND
+        assert after.last_start == starts[2]
+
+
+def test_a_call_is_blocked_with_its_organization_or_its_workspace() -> None:
+    state = refuse_workspace(group(), WorkspaceRefusal(("w",), NOON + MINUTE, "spent"), NOON)
+
+    assert (NOON + MINUTE, "spent") == blocked(state, tied().ties)
+    assert (0, None) == blocked(state, tied(workspace="v").ties)
+    longer = block(state, NOON + 2 * MINUTE, "rate limited", NOON)
+    assert (NOON + 2 * MINUTE, "rate limited") == blocked(longer, tied().ties)
+
+
+def test_a_refusal_that_does_not_say_whose_limit_it_is_blocks_the_organization_at_the_second() -> (
+    None
+):
+    def unsaid(name: str) -> WorkspaceRefusal:
+        return WorkspaceRefusal((name,), NOON + MINUTE, "rate limited", is_said=False)
+
+    first = refuse_workspace(group(), unsaid("w"), NOON)
+    second = refuse_workspace(first, unsaid("v"), NOON + SECOND)
+
+    assert (0, FULL_RATE, 0) == (first.blocked_until, first.rate_factor, first.epoch)
+    assert (NOON + MINUTE, 1) == (second.blocked_until, second.epoch)
+    assert second.rate_factor < FULL_RATE
+    # While the organization is blocked it is the same event.
+    assert second == refuse_workspace(second, unsaid("u"), NOON + 2 * SECOND)
+
+
+def test_an_answer_ends_the_trial_of_a_workspace() -> None:
+    spent = WorkspaceRefusal(("w",), NOON + MINUTE, "spent", is_rate=False)
+    state = refuse_workspace(group(), spent, NOON)
+
+    assert state.workspaces["w"].is_probed
+    assert not workspace_answered(state, NOON, "w").workspaces["w"].is_probed
+
+
+def test_answers_of_a_slow_workspace_say_nothing_about_the_limits_of_its_organization() -> None:
+    state = refuse_workspace(
+        new_group("org", "a", NOON), WorkspaceRefusal(("w",), NOON + SECOND, "x"), NOON
+    )
+
+    assert state == grown(state, NOON + 2 * SECOND, "w")
+    assert state != grown(state, NOON + 2 * SECOND, "v")
+    assert state != grown(state, NOON + MINUTE, "w")
 
 
 def test_start_times_can_be_taken_back_from_everybody() -> None:

@@ -281,6 +281,21 @@ def test_a_deleted_batch_takes_its_copies_and_no_others(bulk: Bulk) -> None:
     assert ["in/acme/reviews.jsonl"] == sorted(bulk.objects.stored)
 
 
+def test_the_names_of_documents_are_found_and_deleted_with_the_batch(bulk: Bulk) -> None:
+    bulk.objects.put("in/acme/docs/a.txt", b"A")
+    options = b'{"prompt": "Say", "model": "claude-a", "max_tokens": 5}'
+    batch_id = accepted(bulk, options, "docs/options.json")
+    bulk.drain()
+    batch = bulk.batches.stored[batch_id]
+
+    links = api_of(bulk).links(batch_id)
+
+    assert f"https://bucket.example/{batch.documents_key}?seconds=900" == links["documents"]
+    assert "out/acme/docs/documents.jsonl" in bulk.objects.stored
+    api_of(bulk).delete(batch_id)
+    assert ["in/acme/docs/a.txt", "in/acme/docs/options.json"] == sorted(bulk.objects.stored)
+
+
 def test_an_older_batch_is_not_copied_after_the_latest_was_deleted(bulk: Bulk) -> None:
     """The rows of the latest were deleted, not those of all earlier batches restored."""
     first = accepted(bulk, MONDAY)
@@ -341,7 +356,9 @@ def test_a_batch_of_an_older_release_keeps_its_results_when_a_file_of_its_name_a
     assert second == copied(bulk)
 
 
-@pytest.mark.parametrize("summary", [b"", b"{", b"[]", b'{"batch_id": 7}', b'{"batch_id": "none"}'])
+@pytest.mark.parametrize(
+    "summary", [b"", b"{", b"[]", b"[" * 100_000, b'{"batch_id": 7}', b'{"batch_id": "none"}']
+)
 def test_a_foreign_summary_does_not_keep_a_batch_from_its_end(bulk: Bulk, summary: bytes) -> None:
     bulk.objects.put("out/acme/reviews/summary.json", summary)
 

@@ -21,7 +21,12 @@ from sluice.domain.retries import (
 )
 from tests.fakes import NOON, SECOND
 
-ORGANIZATION, WORKSPACE, KEY = Scope.ORGANIZATION, Scope.WORKSPACE, Scope.KEY
+ORGANIZATION, WORKSPACE, ACCOUNT, KEY = (
+    Scope.ORGANIZATION,
+    Scope.WORKSPACE,
+    Scope.ACCOUNT,
+    Scope.KEY,
+)
 REQUEST, MODEL, ENDPOINT = Scope.REQUEST, Scope.MODEL, Scope.ENDPOINT
 WAIT, PARK, RETRY, END = Consequence.WAIT, Consequence.PARK, Consequence.RETRY, Consequence.END
 
@@ -40,9 +45,11 @@ FIELD: list[tuple[int, str, Scope, Consequence]] = [
     (403, "Credit balance is too low", ORGANIZATION, PARK),
     (400, "You have reached your specified API usage limits. More on 2026-12-01.", ORGANIZATION, PARK),
     (400, "You have reached your specified workspace API usage limits. More on 2026-12-01.", WORKSPACE, PARK),
-    (400, "You're out of extra usage. Add more at claude.ai/settings/usage and keep going.", ORGANIZATION, PARK),
-    (402, "Insufficient credits", ORGANIZATION, PARK),
-    (429, "You exceeded your current quota, please check your plan and billing details.", ORGANIZATION, PARK),
+    (429, "You have reached your API usage limits.", ACCOUNT, PARK),
+    (402, "There is a problem with your payment information.", ACCOUNT, PARK),
+    (400, "You're out of extra usage. Add more at claude.ai/settings/usage and keep going.", ACCOUNT, PARK),
+    (402, "Insufficient credits", ACCOUNT, PARK),
+    (429, "You exceeded your current quota, please check your plan and billing details.", ACCOUNT, PARK),
     # The account.
     (400, "This organization has been disabled.", ORGANIZATION, PARK),
     (401, "This organization has been disabled.", ORGANIZATION, PARK),
@@ -59,10 +66,13 @@ FIELD: list[tuple[int, str, Scope, Consequence]] = [
     (401, "This API key has been disabled.", KEY, PARK),
     (403, "Your API key does not have permission to use the specified resource.", KEY, END),
     # Limits that refill.
-    (429, "This request would exceed your organization's rate limit of 400,000 input tokens per minute.", MODEL, WAIT),
-    (429, "Number of request tokens has exceeded your daily rate limit", MODEL, WAIT),
-    (429, "Number of concurrent connections has exceeded your rate limit.", MODEL, WAIT),
-    (429, "Too many tokens, please wait before trying again.", MODEL, WAIT),
+    (429, "This request would exceed your organization's rate limit of 400,000 input tokens.", ORGANIZATION, WAIT),
+    (429, "This request would exceed the rate limit for your organization (1f0e) of 40,000.", ORGANIZATION, WAIT),
+    (429, "This request would exceed your workspace's rate limit of 60 requests per minute.", WORKSPACE, WAIT),
+    (429, "This request would exceed your account's rate limit. Please try again later.", ACCOUNT, WAIT),
+    (429, "Number of request tokens has exceeded your daily rate limit", ACCOUNT, WAIT),
+    (429, "Number of concurrent connections has exceeded your rate limit.", ACCOUNT, WAIT),
+    (429, "Too many tokens, please wait before trying again.", ACCOUNT, WAIT),
     (529, "Overloaded", MODEL, WAIT),
     # The request.
     (429, "Extra usage is required for long context requests.", REQUEST, END),
@@ -110,9 +120,10 @@ def test_every_message_known_from_the_field_has_its_meaning(
             "enforced_spend_limit_reached", "contract_spend_limit_reached",
             "linked_organization_spend_limit_reached", "linked_organization_billing_unavailable",
             "organization_on_hold", "cmek_key_disabled", "cmek_key_unreachable",
-            "cmek_key_network_blocked", "insufficient_quota",
+            "cmek_key_network_blocked",
         )),
-        ("ramp_limit_exceeded", MODEL),
+        ("insufficient_quota", ACCOUNT),
+        ("ramp_limit_exceeded", ORGANIZATION),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("status", [400, 403, 429, 503])
@@ -120,7 +131,7 @@ def test_a_code_counts_more_than_the_status(status: int, code: str, scope: Scope
     row = meaning(Failure("error", "in new words", status, error_code=code))
 
     assert row.scope is scope
-    assert row.consequence is (PARK if scope is ORGANIZATION else WAIT)
+    assert row.consequence is (WAIT if code == "ramp_limit_exceeded" else PARK)
 
 
 @pytest.mark.parametrize(

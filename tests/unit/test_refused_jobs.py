@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from sluice.api.views import job_view
-from sluice.domain.breakers import STREAK
+from sluice.domain.breakers import STREAK, refusals_circuit
 from sluice.domain.errors import NotStorable
 from sluice.domain.jobs import State
 from sluice.domain.pricing import Bill, Charge, Usage
 from sluice.domain.retries import INTERNAL
-from sluice.worker.keys import refusals_circuit
 from tests.fakes import MINUTE, NOON, Gateway, a_job, answer, refused
 
 UNKNOWN = refused(400, "invalid_request_error", message="Words nobody has seen before.")

@@ -396,9 +396,9 @@ def test_options_that_are_no_object_are_refused() -> None:
 )
 def test_a_csv_column_names_rows_by_the_same_rule(custom_id: str, expected: Verdict) -> None:
     options = Options(prompt="{text}", model="claude-a", max_tokens=1)
-    (line,) = csv_rows([f"custom_id,text\n{custom_id},Hi\n".encode()], options)
+    rows = csv_rows([f"custom_id,text\n{custom_id},Hi\n".encode()], options)
 
-    found = read_row(Line(0, 0, line.removesuffix(b"\n")), options)
+    found = read_row(Line(0, 0, b"".join(rows).strip()), options)
 
     if expected is None:
         assert isinstance(found, Row)

@@ -26,7 +26,7 @@ PREFIXES: Final[dict[str, tuple[object, str]]] = {
     # The prefix, its lifecycle rule in days, and what else deletes its objects.
     "params": (60, "requests of jobs; nothing else, a job may wait that long"),
     "long-params": (RETENTION, "the same, where RetentionDays is above 60"),
-    "in": (60, "files of the tenant; the tenant, and uploads: DELETE of the batch"),
+    "in": (RETENTION, "files of the tenant; the tenant, and uploads: DELETE of the batch"),
     "batches": (RETENTION, "rows, chunks, parts, sections, packed results; DELETE of the batch"),
     "out": (RETENTION, "copies of results, errors, summary; DELETE of the batch"),
     "results": (RETENTION, "large answers of jobs; nothing else"),

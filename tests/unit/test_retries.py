@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.domain.jobs import JobError
+from sluice.domain.refusals import Scope
 from sluice.domain.retries import (
     UNSENDABLE,
     Effect,
@@ -149,7 +150,9 @@ def test_retry_after_is_a_floor_and_the_group_is_blocked_until_it() -> None:
 
     sooner, later = verdict(failure, jitter=0.0), verdict(failure, jitter=0.999)
 
-    assert Verdict(Snooze(7_000, "rate limited"), Effect.BLOCK_GROUP, NOON + 7_000) == sooner
+    snooze = Snooze(7_000, "rate limited")
+    blocked = Verdict(snooze, Effect.BLOCK_GROUP, NOON + 7_000, scope=Scope.ACCOUNT)
+    assert blocked == sooner
     assert isinstance(later.outcome, Snooze)
     assert 7_000 < later.outcome.after_ms < 7_000 + POLICY.throttle_spread_ms
     assert sooner.until == later.until

@@ -45,12 +45,13 @@ from sluice.domain.keys import KeyMark
 from sluice.domain.pricing import Spend, Usage
 from sluice.domain.rows import Record
 from sluice.domain.shares import Note
+from sluice.domain.workspaces import Workspace
 from sluice.ports.jobs import Params, Received
 from sluice.ports.messages import batch_messages, received, webhook_of
 from sluice.worker.range_claim import Sums
 from tests.fakes import NOON, FrozenClock, a_job, known_group
 
-BY_NAME: Final = frozenset({"metadata", "circuits", "waiting", "stated"})
+BY_NAME: Final = frozenset({"metadata", "circuits", "waiting", "stated", "workspaces"})
 """Maps whose names are data, not fields: what is in them is shown or used."""
 
 NEWS: Final = st.dictionaries(
@@ -156,7 +157,8 @@ GROUP: Final = replace(
     known_group(),
     version=1,
     day=known_group().requests,
-    circuits={"model claude-a": Breaker(5, NOON + 5, 1)},
+    circuits={"model claude-a": Breaker(5, NOON + 5, 1, "claude-a", "a tenant")},
+    workspaces={"wrkspc_1": Workspace(NOON + 5, "spend limit", "key req", NOON, 500, NOON)},
     waiting={"worker": (3, NOON)},
     stated={"requests": 5},
     recent_writes=("a", "b"),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -110,6 +111,18 @@ def test_the_same_content_under_other_options_is_another_batch(
 
     assert first == again
     assert first.batch_id != other.batch_id
+
+
+def test_a_file_whose_batch_was_deleted_is_not_answered_with_it(
+    door: Uploads, links: MemoryLinks, bulk: Bulk
+) -> None:
+    batch = sent(door, links, "reviews.jsonl", ROWS)
+    bulk.batches.stored[batch.batch_id] = replace(batch, deleted=True)
+
+    with pytest.raises(InvalidRequest, match="was deleted; set the option run to run it again"):
+        sent(door, links, "reviews.jsonl", ROWS)
+
+    assert batch.batch_id != sent(door, links, "reviews.jsonl", ROWS, run="again").batch_id
 
 
 def test_a_huge_file_has_larger_parts_and_not_more(door: Uploads) -> None:

@@ -291,7 +291,7 @@ def _completed(text: str) -> object:
 
 
 def limit_headers(headers: Mapping[str, str], now: int) -> Headers:
-    """Return the organization and the limits in a response's headers (Anthropic, response headers).
+    """Return the organization, workspace and limits in a response's headers (Anthropic, response headers).
 
     `now` is in epoch milliseconds; reset times in the past, or more than a day ahead, are ignored.
     """
@@ -304,7 +304,11 @@ def limit_headers(headers: Mapping[str, str], now: int) -> Headers:
             seen[dimension] = Seen(
                 limit, remaining, _full_in_ms(headers.get(f"{prefix}-reset"), now)
             )
-    return Headers(_name(headers.get("anthropic-organization-id")), seen)
+    return Headers(
+        _name(headers.get("anthropic-organization-id")),
+        seen,
+        _name(headers.get("anthropic-workspace-id")),
+    )
 
 
 def retry_after_ms(headers: Mapping[str, str], now: int) -> int | None:

@@ -23,6 +23,7 @@ from sluice.domain.models import Answered, KnownModels
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.domain.shares import Note
 from sluice.domain.turns import Shares
+from sluice.domain.workspaces import Workspace
 from sluice.ports.clients import Recalled
 from sluice.ports.jobs import Due, Page, Params
 from sluice.ports.limits import MOST_GROUPS
@@ -59,6 +60,9 @@ FILTERED_AT_ONCE: Final = 1_000
 
 MOST_PAGES: Final = 10
 """Queries per page of a filtered listing."""
+
+MOST_NOTED: Final = 10_000
+"""Pairs of tenant and organization that an environment remembers."""
 
 LEDGER_DAYS: Final = 400
 """Retention of ledger rows: a year and a month, so that the statement of a year can be checked."""
@@ -380,12 +384,41 @@ class DynamoLedger:
     def __init__(self, client: DynamoDBClient, rows_table: str, sums_table: str) -> None:
         self._rows = Table(client, rows_table, "the ledger", "call_id")
         self._sums = Table(client, sums_table, "the usage table", "tenant")
+        self._noted: set[tuple[str, str]] = set()
+        """The buckets of organizations that this environment has noted, by tenant."""
 
     def record(self, rows: Sequence[LedgerRow]) -> None:
         """Write rows; writing a row again changes nothing."""
         # DynamoDB rejects a request that has the same row twice.
         items = {(row.tenant, row.day, row.call_id): _ledger_item(row) for row in rows}
         self._rows.put_all(list(items.values()))
+        self._note_organizations(rows)
+
+    def _note_organizations(self, rows: Sequence[LedgerRow]) -> None:
+        """Note in whose organizations each tenant's calls are made, once a day and environment."""
+        places = {
+            (row.tenant, f"organization#{row.day}#{row.organization}")
+            for row in rows
+            if row.organization
+        }
+        for tenant, bucket in places - self._noted:
+            self._sums.add({"tenant": {"S": tenant}, "bucket": {"S": bucket}}, {"calls": 0})
+            if len(self._noted) >= MOST_NOTED:
+                self._noted.clear()
+            self._noted.add((tenant, bucket))
+
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        """Return the organizations that the tenant's calls were made in, from the first day to the last."""
+        items = self._sums.query_all(
+            KeyConditionExpression="tenant = :tenant AND #bucket BETWEEN :first AND :last",
+            ExpressionAttributeNames={"#bucket": "bucket"},
+            ExpressionAttributeValues={
+                ":tenant": {"S": tenant},
+                ":first": {"S": f"organization#{first}#"},
+                ":last": {"S": f"organization#{last}$"},  # "$" sorts right after "#"
+            },
+        )
+        return {item["bucket"]["S"].split("#", 2)[2] for item in items}
 
     def record_missing(self, rows: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
         """Write those rows whose calls have no row yet; return them."""
@@ -493,6 +526,10 @@ def _group(item: Item) -> Group:
     record["circuits"] = {
         name: job_records.made(Breaker, breaker)
         for name, breaker in record.get("circuits", {}).items()
+    }
+    record["workspaces"] = {
+        name: job_records.made(Workspace, workspace)
+        for name, workspace in record.get("workspaces", {}).items()
     }
     return job_records.made(Group, record)
 

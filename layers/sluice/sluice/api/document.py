@@ -249,7 +249,7 @@ class DayLimit(Shape):
 
 
 class OpenBreaker(Shape):
-    """An open circuit breaker: an overloaded model or a failing endpoint, probed with single calls."""
+    """An overloaded model or a failing endpoint, probed with single calls; or a workspace whose limit is reached."""
 
     what: Annotated[str, Field(examples=["model claude-haiku-5-5"])]
     until: Time
@@ -367,6 +367,10 @@ class BatchLinks(Shape):
     results: str
     errors: str
     summary: str
+    documents: Annotated[
+        str | None,
+        Field(description="Of a folder of documents: which document has which `custom_id`."),
+    ] = None
 
 
 class WebhookSecret(Shape):

@@ -222,5 +222,10 @@ def group_view(group: Group, own_models: Collection[str], now: int) -> dict[str,
             {"what": what, "until": time(max(now, breaker.open_until))}
             for name, breaker in sorted(current.circuits.items())
             if breaker.is_open and (what := _shown_circuit(name, own_models))
+        ]
+        + [
+            {"what": "workspace", "until": time(each.blocked_until)}
+            for each in current.workspaces.values()
+            if each.blocked_until > now
         ],
     }

@@ -182,7 +182,12 @@ class PlanBatch:
 
     def register(self, key: str) -> Batch:
         """Record the batch of an object under `in/`, for the response to its upload; the object's event plans it."""
-        return self._registered(key)[0]
+        batch, _ = self._registered(key)
+        if batch.deleted:
+            raise InvalidRequest(
+                "the batch of this file and these options was deleted; set the option run to run it again"
+            )
+        return batch
 
     def _registered(self, key: str) -> tuple[Batch, str | None]:
         """Return the batch of a file, and what is wrong with its options."""

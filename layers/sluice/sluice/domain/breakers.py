@@ -2,11 +2,15 @@
 
 A limit group has one for each model that is overloaded (529) and one for each endpoint that does not work (lost
 connections, 5xx). They are independent of rate limits: buckets and rates do not change. Times are epoch milliseconds.
+
+A 5xx does not say whose trouble it is. While all failures in a row came from one model, or from one tenant's requests,
+the breaker of an endpoint concerns only that model or that tenant.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Final
 
 from sluice.domain.waits import USUAL, Waits
@@ -28,16 +32,34 @@ class Breaker:
     """No calls before this time; then one probe."""
     proved: int = 0
     """Consecutive successful probes since it opened."""
+    model: str = ""
+    tenant: str = ""
+    """The one model, and the one tenant, that all failures in a row came from; empty: several."""
 
     @property
     def is_open(self) -> bool:
         """Return whether calls must wait or be probes."""
         return self.streak >= STREAK
 
+    def concerns(self, model: str, tenant: str) -> bool:
+        """Return whether the failures say anything about a call."""
+        return self.model in {"", model} and self.tenant in {"", tenant}
 
-def failed(breaker: Breaker, now: int, waits: Waits = USUAL) -> Breaker:
+
+def failed(
+    breaker: Breaker, now: int, waits: Waits = USUAL, *, model: str = "", tenant: str = ""
+) -> Breaker:
     """Count a failure. From the fifth in a row the breaker is open: for 5 s, then 10, 20, ... up to a minute."""
     counted = replace(breaker, streak=breaker.streak + 1, proved=0)
+    if not breaker.streak:
+        counted = replace(counted, model=model, tenant=tenant)
+    elif not breaker.concerns(model, tenant):
+        # The failures before it are one piece of evidence that the trouble is wider, however many they were.
+        counted = Breaker(
+            streak=2,
+            model=model if breaker.model == model else "",
+            tenant=tenant if breaker.tenant == tenant else "",
+        )
     if not counted.is_open:
         return counted
     until = now + _pause(counted.streak, waits)
@@ -61,3 +83,28 @@ def probed(breaker: Breaker, start: int, waits: Waits = USUAL) -> Breaker:
 def _pause(streak: int, waits: Waits) -> int:
     doublings = min(max(0, streak - STREAK), 10)
     return min(waits.breaker_pause_cap_ms, waits.breaker_pause_ms << doublings)
+
+
+def model_circuit(model: str) -> str:
+    """Return the name of a model's breaker."""
+    return f"model {model}"
+
+
+def endpoint_circuit(base_url: str) -> str:
+    """Return the name of an endpoint's breaker."""
+    return f"endpoint {base_url}"
+
+
+def is_endpoint(circuit: str) -> bool:
+    """Return whether a breaker is that of an endpoint."""
+    return circuit.startswith(endpoint_circuit(""))
+
+
+def refusals_circuit(tenant: str) -> str:
+    """Return the name of the breaker for unknown refusals of a tenant's jobs: they must not stop other tenants."""
+    return f"refusals {pseudonym(tenant)}"
+
+
+def pseudonym(tenant: str) -> str:
+    """Return what a limit group calls a tenant. Not its name, because limit groups are shown to all tenants."""
+    return sha256(tenant.encode()).hexdigest()[:12]

@@ -167,10 +167,12 @@ def has_work(group: Group, now: int) -> bool:
 
 
 def is_stalled(group: Group, now: int) -> bool:
-    """Return whether the group cannot use a worker: blocked for over a minute, or an open breaker and no answers."""
+    """Return whether the group cannot use a worker: blocked for over a minute, or partly, and without answers."""
     if group.blocked_until > now + LONG_MS:
         return True
-    is_cut_off = any(breaker.is_open for breaker in group.circuits.values())
+    is_cut_off = any(breaker.is_open for breaker in group.circuits.values()) or any(
+        workspace.blocked_until > now + LONG_MS for workspace in group.workspaces.values()
+    )
     return is_cut_off and group.observed_at < now - LONG_MS
 
 

@@ -637,6 +637,11 @@ def fall_back(
     return replace(given_back, fallbacks_used=job.fallbacks_used + 1)
 
 
+def skip_model(job: Job, now: int, *, reason: str) -> Job:
+    """Return a waiting job with its next fallback model, without a call of the one before; its claim writes that."""
+    return replace(job, fallbacks_used=job.fallbacks_used + 1, last_snooze=Snooze(now, reason))
+
+
 def succeed(  # noqa: PLR0913 - the facts of one answer
     job: Job,
     owner: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from ipaddress import ip_address
 from typing import Any
@@ -62,9 +62,11 @@ class KeyMark:
     key_id: str
     organization: str | None = None
     learned_with: str | None = None
-    """Fingerprint of the key whose responses named the organization; a different key under the same id may differ."""
+    """Fingerprint of the key whose responses named these; a different key under the same id may differ."""
     rejected: str | None = None
     """Fingerprint of the key that upstream rejected with 401; another key under the same id is tried again."""
+    workspace: str | None = None
+    """Learned like the organization."""
 
     def rejects(self, key: UpstreamKey) -> bool:
         """Return whether upstream has rejected this key."""
@@ -77,8 +79,33 @@ def organization_of(key: UpstreamKey, mark: KeyMark | None) -> str:
         return key.organization
     if mark is not None and mark.organization and mark.learned_with == key.fingerprint:
         return mark.organization
+    return _placeholder(key)
+
+
+def workspace_of(key: UpstreamKey, mark: KeyMark | None) -> str:
+    """Return the workspace of a key; a placeholder for this key until it is known."""
+    if mark is not None and mark.workspace and mark.learned_with == key.fingerprint:
+        return mark.workspace
+    return _placeholder(key)
+
+
+def _placeholder(key: UpstreamKey) -> str:
     # With the fingerprint, so that another key under the same id gets a new placeholder.
     return f"{PLACEHOLDER}{key.id}-{key.fingerprint[:8]}"
+
+
+def learned(
+    key: UpstreamKey, mark: KeyMark | None, organization: str | None, workspace: str | None
+) -> KeyMark:
+    """Return the mark with what a response named; what it did not name stays, if it was learned with the same key."""
+    mark = mark or KeyMark(key.id)
+    is_same = mark.learned_with == key.fingerprint
+    return replace(
+        mark,
+        organization=organization or (mark.organization if is_same else None),
+        workspace=workspace or (mark.workspace if is_same else None),
+        learned_with=key.fingerprint if organization or workspace else mark.learned_with,
+    )
 
 
 def parse_key_pool(document: object) -> tuple[UpstreamKey, ...]:

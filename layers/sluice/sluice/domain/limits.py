@@ -22,6 +22,16 @@ from typing import Final, Literal
 from sluice.domain.breakers import Breaker, failed, probed, served
 from sluice.domain.models import is_unknown
 from sluice.domain.waits import USUAL, Waits
+from sluice.domain.workspaces import (
+    EQUAL_RATE,
+    SAME_EVENT_MS,
+    Workspace,
+    WorkspaceRefusal,
+    answered,
+    organization_until,
+    refused,
+    started,
+)
 
 SCALE: Final = 60_000_000
 FULL_RATE: Final = 1000
@@ -54,9 +64,6 @@ assert GROWTH < GROWTH_AFTER_429, "after a 429 guessed limits grow more slowly"
 
 SHRINK_TO: Final = 70
 """Percent of a guessed limit that remains after a 429."""
-
-SAME_EVENT_MS: Final = 500
-"""A block that ends at most this much later than the current one is the same event, seen by another worker."""
 
 CORRECT_EVERY_MS: Final = 1_000
 """Time until a correction shows in the headers; a second correction before that would count it twice."""
@@ -134,14 +141,27 @@ TOKEN_ROUNDING: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
+class Ties:
+    """What a call depends on besides the buckets: others in its limit group do not."""
+
+    circuits: tuple[str, ...] = ()
+    """The names of its circuit breakers: those of its model, its endpoint, and its tenant's refusals."""
+    workspace: str = ""
+    model: str = ""
+    tenant: str = ""
+
+
+NO_TIES: Final = Ties()
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What a call takes from the three buckets: estimated before the call, actual afterwards."""
 
     requests: int = 1
     input_tokens: int = 0
     output_tokens: int = 0
-    circuits: tuple[str, ...] = ()
-    """The circuit breakers it depends on: those of its model and its endpoint."""
+    ties: Ties = NO_TIES
 
     def of(self, dimension: Dimension) -> int:
         """Return the units of one dimension."""
@@ -218,6 +238,8 @@ class Group:
     last_start: int = 0
     circuits: Mapping[str, Breaker] = field(default_factory=dict)
     """By name; a circuit without failures is not in it."""
+    workspaces: Mapping[str, Workspace] = field(default_factory=dict)
+    """By name; those that were refused recently."""
     under_way: int = 0
     """In-flight output: tokens reserved by calls that have probably not produced them yet; decreases over a call."""
     under_way_at: int = 0
@@ -355,11 +377,14 @@ def loaded(group: Group, limits: Iterable[tuple[str, int]], now: int) -> Group:
     return group if changed is group else replace(changed, version=group.version + 1)
 
 
-def grown(group: Group) -> Group:
+def grown(group: Group, now: int, workspace: str = "") -> Group:
     """Raise guessed limits after a call to an upstream that sends no limit headers.
 
     By a sixtieth per call until the first 429, so that a minute at the limit doubles it; afterwards by a tenth of that.
+    Answers of a workspace that is slower than its organization say nothing about the organization's limits.
     """
+    if workspace in group.workspaces and group.workspaces[workspace].rate(now) < EQUAL_RATE:
+        return group
     for dimension in DIMENSIONS:
         bucket = group.bucket(dimension)
         if bucket.learned or dimension in group.stated:
@@ -421,10 +446,42 @@ def next_start(group: Group, cost: Cost, now: int) -> int:
     return start_on(advanced(group, now), cost, now)
 
 
-def waits_for_breaker(group: Group, cost: Cost, now: int) -> bool:
-    """Return whether a call waits for a circuit breaker: of its model, its endpoint, or its tenant's refusals."""
-    breakers = (group.circuits.get(name) for name in cost.circuits)
-    return any(breaker is not None and breaker.open_until > now for breaker in breakers)
+def breakers_of(group: Group, ties: Ties) -> Mapping[str, Breaker]:
+    """Return the open circuit breakers that concern a call."""
+    if not group.circuits:
+        return {}
+    found = ((name, group.circuits.get(name)) for name in ties.circuits)
+    return {
+        name: breaker
+        for name, breaker in found
+        if breaker is not None and breaker.is_open and breaker.concerns(ties.model, ties.tenant)
+    }
+
+
+def free_at(group: Group, cost: Cost, now: int) -> int:
+    """Return when the call may start by what it alone depends on: its circuit breakers and its workspace."""
+    times = [breaker.open_until for breaker in breakers_of(group, cost.ties).values()]
+    workspace = group.workspaces.get(cost.ties.workspace)
+    if workspace is not None:
+        times.append(workspace.next_start(_least_gap(group, cost), now))
+    return max(times, default=0)
+
+
+def blocked(group: Group, ties: Ties) -> tuple[int, str | None]:
+    """Return until when a call is blocked, and why: by its organization's limits or its workspace's."""
+    workspace = group.workspaces.get(ties.workspace)
+    if workspace is not None and workspace.blocked_until > group.blocked_until:
+        return workspace.blocked_until, workspace.blocked_reason
+    return group.blocked_until, group.blocked_reason
+
+
+def _least_gap(group: Group, cost: Cost) -> int:
+    """Return the milliseconds in which the buckets refill what a call takes, at the group's present rate."""
+    minute = 60_000 * FULL_RATE
+    return max(
+        cost.of(name) * minute // (group.bucket(name).limit * group.rate_factor)
+        for name in DIMENSIONS
+    )
 
 
 def usual_gap(group: Group) -> int:
@@ -448,6 +505,11 @@ def _output_gap(group: Group) -> int:
 
 def start_on(group: Group, cost: Cost, now: int) -> int:
     """Return `next_start` for a group that is already advanced to `now`."""
+    return max(shared_start(group, cost, now), free_at(group, cost, now))
+
+
+def shared_start(group: Group, cost: Cost, now: int) -> int:
+    """Return when the buckets and the pace of the group admit a call, whatever else it waits for."""
     requests, output = group.requests, group.output_tokens
     is_end = _is_drained(group, now)
     kept = 0
@@ -473,7 +535,6 @@ def start_on(group: Group, cost: Cost, now: int) -> int:
         group.input_tokens.ready_at(cost.input_tokens, group.rate_factor),
         output_at,
         group.day.ready_at(cost.input_tokens + cost.output_tokens, FULL_RATE) if group.day else now,
-        *(group.circuits[name].open_until for name in cost.circuits if name in group.circuits),
     )
 
 
@@ -515,7 +576,8 @@ def reserve(
 ) -> tuple[Group, list[int]]:
     """Reserve for the first of `costs` that can start within the horizon; return the group and their start times.
 
-    Start times are in ascending order. `horizon_ms` is one value for all, or one for each.
+    `horizon_ms` is one value for all, or one for each. Start times are in ascending order, except those of calls that
+    wait for their own circuit breaker or workspace: these start later, and the calls behind them do not.
     """
     group = advanced(group, now)
     if costs and now - group.last_start > IDLE_MS:
@@ -523,7 +585,8 @@ def reserve(
     starts: list[int] = []
     horizons = [horizon_ms] * len(costs) if isinstance(horizon_ms, int) else horizon_ms
     for cost, horizon in zip(costs, horizons, strict=True):
-        start = start_on(group, cost, now)
+        shared = shared_start(group, cost, now)
+        start = max(shared, free_at(group, cost, now))
         if start > now + horizon:
             break
         group = replace(
@@ -532,14 +595,18 @@ def reserve(
             input_tokens=group.input_tokens.less(cost.input_tokens),
             output_tokens=group.output_tokens.less(cost.output_tokens),
             day=group.day and group.day.less(cost.input_tokens + cost.output_tokens),
-            last_start=start,
+            last_start=shared,
             under_way=group.under_way + cost.output_tokens,
+            circuits={
+                **group.circuits,
+                **{
+                    name: probed(breaker, start, waits)
+                    for name, breaker in breakers_of(group, cost.ties).items()
+                },
+            },
+            workspaces=started(group.workspaces, cost.ties.workspace, start),
         )
         starts.append(start)
-        for name in cost.circuits:
-            if name in group.circuits:
-                breaker = probed(group.circuits[name], start, waits)
-                group = replace(group, circuits={**group.circuits, name: breaker})
     return group, starts
 
 
@@ -792,6 +859,25 @@ def block(  # noqa: PLR0913 - the facts of one 429
     )
 
 
+def refuse_workspace(group: Group, refusal: WorkspaceRefusal, now: int) -> Group:
+    """Block a workspace; and its organization, if the refusal does not say whose limit it is and another was refused.
+
+    A refusal that arrives while the organization is blocked anyway, and does not ask to wait longer, is the same event.
+    """
+    if not refusal.is_said and refusal.until <= group.blocked_until + SAME_EVENT_MS:
+        return group
+    until = organization_until(group.workspaces, refusal, now)
+    group = replace(group, workspaces=refused(group.workspaces, refusal, now))
+    if until is None:
+        return group
+    return block(group, until, refusal.reason, now, by=refusal.by)
+
+
+def workspace_answered(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 - the same signature as the other changes
+    """Record that a call of a workspace was answered."""
+    return replace(group, workspaces=answered(group.workspaces, name))
+
+
 def drained(group: Group, at: int) -> Group:
     """Record that the queue was found empty at a time."""
     return group if at <= group.drained_at else replace(group, drained_at=at)
@@ -820,17 +906,24 @@ def moved(group: Group, organization: str) -> Group:
     return replace(group, moved_to=organization, epoch=group.epoch + 1)
 
 
-def circuit_failed(
-    group: Group, now: int, name: str, *, was_probe: bool = False, waits: Waits = USUAL
+def circuit_failed(  # noqa: PLR0913 - the facts of one failure
+    group: Group,
+    now: int,
+    name: str,
+    *,
+    ties: Ties = NO_TIES,
+    was_probe: bool = False,
+    waits: Waits = USUAL,
 ) -> Group:
     """Count a failure of a model or an endpoint.
 
     Failures of calls that were in flight when the breaker opened are the same event: only probes count then.
     """
     breaker = group.circuits.get(name, Breaker())
-    if breaker.is_open and not was_probe:
+    if breaker.is_open and breaker.concerns(ties.model, ties.tenant) and not was_probe:
         return group
-    circuits = {**group.circuits, name: failed(breaker, now, waits)}
+    counted = failed(breaker, now, waits, model=ties.model, tenant=ties.tenant)
+    circuits = {**group.circuits, name: counted}
     while len(circuits) > MOST_CIRCUITS:
         others = [each for each in circuits if each != name]
         del circuits[
@@ -839,11 +932,12 @@ def circuit_failed(
     return replace(group, circuits=circuits)
 
 
-def circuit_served(group: Group, now: int, name: str) -> Group:  # noqa: ARG001 - the same signature as the other changes
-    """Record that a model or an endpoint answered a call."""
-    if name not in group.circuits:
+def circuit_served(group: Group, now: int, name: str, *, ties: Ties = NO_TIES) -> Group:  # noqa: ARG001 - the same signature as the other changes
+    """Record that a model or an endpoint answered a call, unless its failures do not concern such calls."""
+    breaker = group.circuits.get(name)
+    if breaker is None or not breaker.concerns(ties.model, ties.tenant):
         return group
-    breaker = served(group.circuits[name])
+    breaker = served(breaker)
     others = {key: value for key, value in group.circuits.items() if key != name}
     return replace(group, circuits=others if breaker is None else {**others, name: breaker})
 

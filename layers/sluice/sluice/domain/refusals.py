@@ -21,6 +21,8 @@ class Scope(StrEnum):
     KEY = "key"
     WORKSPACE = "workspace"
     ORGANIZATION = "organization"
+    ACCOUNT = "account"
+    """Workspace or organization: the refusal does not say which."""
     ENDPOINT = "endpoint"
 
 
@@ -141,6 +143,12 @@ _FIELD: Final = (
 )
 """The path of a field of the request, as in `messages.0.content: ...`."""
 
+_EXCEEDS: Final = (
+    r"(this request|you|number of [a-z ]{1,40}) (would exceed|(has|have) exceeded)"
+    r" (the rate limits? (for|of) )?(your|the) "
+)
+"""The beginning of a 429 that says whose limit it is."""
+
 _ABOUT_THE_REQUEST: Final = (
     r"(prompt|input|request|output|image|document|file)s?( body)? (is|are) too (long|large|many)"
     r"|input length and `?max_tokens`? exceed"
@@ -153,7 +161,8 @@ _ABOUT_THE_REQUEST: Final = (
     r"|the (request|image|document|file|pdf|tool|schema|conversation|final|last|first) "
 )
 
-_ORGANIZATION, _WORKSPACE, _MODEL = Scope.ORGANIZATION, Scope.WORKSPACE, Scope.MODEL
+_ORGANIZATION, _WORKSPACE, _ACCOUNT = Scope.ORGANIZATION, Scope.WORKSPACE, Scope.ACCOUNT
+_MODEL = Scope.MODEL
 _KEY, _REQUEST, _ENDPOINT = Scope.KEY, Scope.REQUEST, Scope.ENDPOINT
 _WAIT, _PARK, _RETRY, _END = (
     Consequence.WAIT,
@@ -166,18 +175,20 @@ TABLE: Final = (
     # Money: a person must pay, or raise a limit.
     _row(_ORGANIZATION, _PARK, SPEND_LIMIT, code=f"{_MONTHLY} {_SPENT}"),
     _row(_ORGANIZATION, _PARK, SPEND_LIMIT, code=_UNBILLABLE),
-    _row(_ORGANIZATION, _PARK, SPEND_LIMIT, 402),
     _row(_ORGANIZATION, _PARK, SPEND_LIMIT, type_="billing_error"),
+    _row(_ACCOUNT, _PARK, SPEND_LIMIT, 402),
     _row(_WORKSPACE, _PARK, SPEND_LIMIT, 400, 403, 429,
          begins=r"you have reached your specified workspace api usage limits"),
     _row(_ORGANIZATION, _PARK, SPEND_LIMIT, 400, 403, 429,
-         begins=r"you have reached your (specified )?(api )?usage limits?"),
+         begins=r"you have reached your specified (api )?usage limits?"),
+    _row(_ACCOUNT, _PARK, SPEND_LIMIT, 400, 403, 429,
+         begins=r"you have reached your (api )?usage limits?"),
     _row(_ORGANIZATION, _PARK, NO_CREDIT, 400, 401, 403, 429,
          begins=r"(your |the )?(organization'?s? |account'?s? )?credit balance is too low"),
-    _row(_ORGANIZATION, _PARK, NO_CREDIT, 400, 403, 429,
+    _row(_ACCOUNT, _PARK, NO_CREDIT, 400, 403, 429,
          begins=r"you('re| are) out of (extra usage|credits?)|insufficient (credits?|balance|funds|quota)"
                 r"|you exceeded your current quota"),
-    _row(_ORGANIZATION, _PARK, NO_CREDIT, code="insufficient_quota billing_hard_limit_reached"),
+    _row(_ACCOUNT, _PARK, NO_CREDIT, code="insufficient_quota billing_hard_limit_reached"),
     # The account: a person must write to support, or change a setting.
     _row(_ORGANIZATION, _PARK, DISABLED, code=_ON_HOLD),
     _row(_ORGANIZATION, _PARK, DISABLED, 400, 401, 403, 404, 429,
@@ -196,8 +207,10 @@ TABLE: Final = (
          begins=r"extra usage is required for|the long context beta is not"),
     _row(_REQUEST, _END, "refused for good", 429, should_retry=False, named_time=False, is_known=False),
     # Limits that refill.
-    _row(_MODEL, _WAIT, RAMP, code="ramp_limit_exceeded"),
-    _row(_MODEL, _WAIT, RATE_LIMITED, 429),
+    _row(_ORGANIZATION, _WAIT, RAMP, code="ramp_limit_exceeded"),
+    _row(_WORKSPACE, _WAIT, RATE_LIMITED, 429, begins=_EXCEEDS + "workspace"),
+    _row(_ORGANIZATION, _WAIT, RATE_LIMITED, 429, begins=_EXCEEDS + "organization"),
+    _row(_ACCOUNT, _WAIT, RATE_LIMITED, 429),
     _row(_MODEL, _WAIT, OVERLOADED, 529),
     _row(_MODEL, _WAIT, OVERLOADED, type_="overloaded_error"),
     # The key.

@@ -80,11 +80,11 @@ class Effect(StrEnum):
 
     NONE = "none"
     BLOCK_GROUP = "block_group"
-    """No calls in this limit group until the time that upstream named."""
+    """No calls of this limit group, or of a workspace in it, until the time that upstream named."""
     RAMP_GROUP = "ramp_group"
     """As BLOCK_GROUP, but usage grew too fast: a slow start follows."""
     PARK_GROUP = "park_group"
-    """Money or the account itself: the group is blocked, with an alarm, until the time given; then one call tries."""
+    """The same until the time given, with an alarm, for money or the account itself; then one call tries."""
     REJECT_KEY = "reject_key"
     """The key is rejected: unused until the secret changes."""
     REFUSED_TO_KEY = "refused_to_key"
@@ -136,6 +136,8 @@ class Verdict:
     """End of a temporary effect (epoch milliseconds)."""
     is_known: bool = True
     """False: a guess from the status alone; several in a row are taken for trouble of the account."""
+    scope: Scope = Scope.ORGANIZATION
+    """Of a block: the organization, the workspace, or one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,8 @@ def judge(  # noqa: PLR0911, PLR0913 - a return per row; the facts
             wait = failure.retry_after_ms or policy.default_retry_after_ms
             effect = Effect.RAMP_GROUP if row.reason == RAMP else Effect.BLOCK_GROUP
             spread = int(jitter * policy.throttle_spread_ms)
-            return Verdict(Snooze(wait + spread, "rate limited"), effect, now + wait)
+            snooze = Snooze(wait + spread, "rate limited")
+            return Verdict(snooze, effect, now + wait, scope=row.scope)
         case Consequence.END if row.scope is Scope.KEY:
             snooze = Snooze(policy.key_wait_ms, "key rejected")
             return Verdict(snooze, Effect.REFUSED_TO_KEY, is_known=row.is_known)
@@ -236,7 +239,8 @@ def _parked(failure: Failure, row: Refusal, now: int, policy: RetryPolicy) -> Ve
     until = now + max(policy.spend_recheck_ms, failure.retry_after_ms or 0)
     if is_monthly(failure.error_code):
         until = max(until, next_month(now))
-    return Verdict(Snooze(policy.spend_recheck_ms, row.reason), Effect.PARK_GROUP, until)
+    snooze = Snooze(policy.spend_recheck_ms, row.reason)
+    return Verdict(snooze, Effect.PARK_GROUP, until, scope=row.scope)
 
 
 def _again(

@@ -141,6 +141,14 @@ def grown(delay_ms: int, receive_count: int, most_ms: int = LONGEST_DELAY_MS) ->
     return min(delay_ms << min(receive_count // GROWS_EVERY, 10), most_ms)
 
 
+def for_new_invocation(delay_ms: int, receive_count: int) -> int:
+    """Return the wait of a job that needs more time than any present invocation has left.
+
+    Doubled with each receive, up to 64 times: a new invocation should get it soon, the present ones not repeatedly.
+    """
+    return delay_ms << min(receive_count, 6)
+
+
 def window_of(max_tokens: int, whole_ms: int, *, full_window: bool) -> int:
     """Return the time a call should have before it: at most nine tenths of the `whole_ms` of an invocation."""
     most = whole_ms * 9 // 10

@@ -19,7 +19,7 @@ from sluice.ports.world import Clock, Events
 LONGEST_REPORT_DAYS = 366
 
 USED_DAYS = 30
-"""A model that a tenant was billed for within these days is one of its own."""
+"""A model that a tenant was billed for within these days is one of its own, and so is an organization."""
 USED_JOBS = 100
 """Newest jobs whose models are a tenant's own before they were called."""
 
@@ -113,18 +113,29 @@ class Account:
 
     def models(self) -> set[str]:
         """Return the models this tenant uses: those of its newest jobs, and those it was billed for lately."""
-        today = datetime.fromtimestamp(self._clock.now() / 1000, UTC).date()
-        first = today - timedelta(days=USED_DAYS)
+        first, today = self._lately()
         billed = {model for _, model, _, _ in self._ledger.spent(self._tenant, first, today)}
         newest = self._jobs.listing(self._tenant, None, USED_JOBS, None).jobs
         return {base_model(model) for model in billed | {job.model for job in newest}}
 
     def groups(self, known: Mapping[str, str], models: Collection[str]) -> Sequence[Group]:
-        """Return the limit groups of these models. `known` are the deployed model groups, by model."""
+        """Return the limit groups of these models in the organizations that made the tenant's calls lately.
+
+        If all groups are of one organization, it makes the calls of everybody. `known` are the deployed model groups,
+        by model.
+        """
         groups = {**known, **self._limits.models().groups()}
         own = {model_group(model, groups, self._tenant) for model in models}
+        present = [group for group in self._limits.groups() if group.moved_to is None]
+        organizations = {group.organization for group in present}
+        if len(organizations) > 1:
+            organizations = self._ledger.organizations(self._tenant, *self._lately())
         return [
             group
-            for group in self._limits.groups()
-            if group.moved_to is None and group.model_group in own
+            for group in present
+            if group.model_group in own and group.organization in organizations
         ]
+
+    def _lately(self) -> tuple[date, date]:
+        today = datetime.fromtimestamp(self._clock.now() / 1000, UTC).date()
+        return today - timedelta(days=USED_DAYS), today

@@ -324,6 +324,8 @@ class Batches:
             "errors": batch.errors_key,
             "summary": batch.summary_key,
         }
+        if batch.is_folder and self._objects.head(batch.documents_key) is not None:
+            keys["documents"] = batch.documents_key
         return {name: self._objects.link(key, LINK_SECONDS) for name, key in keys.items()}
 
 

@@ -14,10 +14,11 @@ from sluice.domain.retries import Failure
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """The organization and the limits named by the headers of a response."""
+    """The organization, the workspace and the limits named by the headers of a response."""
 
     organization: str | None = None
     seen: Mapping[Dimension, Seen] = field(default_factory=dict)
+    workspace: str | None = None
 
 
 NO_HEADERS = Headers()

@@ -245,3 +245,7 @@ class Ledger(CallBooks, Protocol):
     def spent(self, tenant: str, first: date, last: date) -> Sequence[tuple[date, str, str, Spend]]:
         """Return (day, model, lane, sums) of a tenant from the first day to the last."""
         ...
+
+    def organizations(self, tenant: str, first: date, last: date) -> set[str]:
+        """Return the organizations that a tenant's calls were made in, from the first day to the last."""
+        ...

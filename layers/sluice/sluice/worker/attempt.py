@@ -13,13 +13,14 @@ from sluice.domain import waits
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import Job, JobError, State, Step
 from sluice.domain.keys import UpstreamKey
+from sluice.domain.refusals import OVERLOADED
 from sluice.domain.waits import Place, place_of
 from sluice.notices.report import report_end
 from sluice.ports.claude import Body
 from sluice.ports.swap import swap
 from sluice.worker.call import Call
 from sluice.worker.invocation import DONE, Again, Done, Ending, Invocation, Wait
-from sluice.worker.limit_books import Admission, Later, Moved, TooLarge
+from sluice.worker.limit_books import Admission, Later, Moved, Overloaded, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken
@@ -137,6 +138,7 @@ class Attempt:
             self._job.max_tokens,
             latest,
             owner=self._job.tenant,
+            may_fall_back=self._job.has_fallback,
         )
         match admission:
             case Admission():
@@ -145,6 +147,9 @@ class Attempt:
                 )
             case Moved():
                 raise NoCall(Again(self._job))
+            case Overloaded():
+                now = self._invocation.now()
+                raise NoCall(Again(life.skip_model(self._job, now, reason=OVERLOADED)))
             case Later():
                 raise NoCall(await self._later(admission))
             case TooLarge(input_tokens=tokens, limit=limit):
@@ -161,20 +166,20 @@ class Attempt:
 
     def _until_key_or_time(self, *, has_key: bool) -> Wait:
         """Return the job: no key is usable now, or no time is left."""
-        self._invocation.held.may_take = False
-        spread = self._invocation.spread
+        self._invocation.held.misses += 1
+        spread, receive_count = self._invocation.spread, self._taken.message.receive_count
         if has_key:
-            return self._invocation.in_queue(spread(1_000))
+            return self._invocation.in_queue(waits.for_new_invocation(spread(1_000), receive_count))
         delay = waits.NO_KEY_MS + spread(10_000)
-        return self._invocation.in_queue(waits.grown(delay, self._taken.message.receive_count))
+        return self._invocation.in_queue(waits.grown(delay, receive_count))
 
     async def _later(self, later: Later) -> Ending:
         """Return a job that cannot start soon to the queue, or park it."""
         is_scout = self._taken.is_scout
         if not is_scout:
-            # Jobs behind it in the queue would not start sooner.
-            self._invocation.held.may_take = False
-            await self._linger(later.at)
+            self._invocation.held.misses += 1
+            with self._invocation.held.leaving():
+                await self._linger(later.at)
         now = self._invocation.now()
         delay = max(1_000, later.at - now)
         if place_of(delay) is Place.PARKED:

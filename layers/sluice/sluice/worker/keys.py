@@ -6,19 +6,22 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from typing import Final
 
+from sluice.domain.breakers import endpoint_circuit, model_circuit, pseudonym, refusals_circuit
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
 from sluice.domain.jobs import Job, JobError
 from sluice.domain.keys import (
+    PLACEHOLDER,
     KeyMark,
     UpstreamKey,
+    learned,
     organization_of,
     shared_organizations,
     stated_limits,
+    workspace_of,
 )
-from sluice.domain.limits import group_id
+from sluice.domain.limits import Ties, group_id
 from sluice.domain.models import is_unknown, model_group, with_answer
 from sluice.ports.claude import Headers
 from sluice.ports.swap import change
@@ -83,17 +86,29 @@ class KeyChoice:
         for key in allowed:
             if key.id in refusals or self.is_rejected(key):
                 continue
-            mark = self._marks.get(key.id)
-            organization = organization_of(key, mark)
-            moved_to = self._limiter.moved.get(group_id(organization, name), organization)
-            circuits = (
-                model_circuit(model),
-                endpoint_circuit(key),
-                refusals_circuit(job.tenant),
-            )
-            claimant = claimant_for(moved_to, name, key.id, stated.get(organization), circuits)
+            claimant = self._claimant(job, key, name, stated)
             usable.setdefault(claimant.group, []).append((claimant, key))
-        return [self._by_weight(self._working(choices)) for choices in usable.values()]
+        return [self._chosen(choices) for choices in usable.values()]
+
+    def _claimant(
+        self, job: Job, key: UpstreamKey, name: str, stated: Mapping[str, Mapping[str, int]]
+    ) -> Claimant:
+        """Return the claimant of a job with a key, in the model group of this name."""
+        model, mark = job.current_model, self._marks.get(key.id)
+        organization = organization_of(key, mark)
+        moved_to = self._limiter.moved.get(group_id(organization, name), organization)
+        circuits = (
+            model_circuit(model),
+            endpoint_circuit(key.base_url),
+            refusals_circuit(job.tenant),
+        )
+        return claimant_for(
+            moved_to,
+            name,
+            key.id,
+            stated.get(organization),
+            Ties(circuits, workspace_of(key, mark), model, pseudonym(job.tenant)),
+        )
 
     def is_rejected(self, key: UpstreamKey) -> bool:
         """Return whether upstream has rejected the current key."""
@@ -129,12 +144,31 @@ class KeyChoice:
         """Return whether a key may not make this job's request."""
         return job.job_id in self._refusals
 
-    async def learn_organization(self, key: UpstreamKey, organization: str) -> None:
-        """Record the organization of a key, for all workers."""
-        mark = self._marks.get(key.id) or KeyMark(key.id)
-        learned = replace(mark, organization=organization, learned_with=key.fingerprint)
-        if learned != mark and await self._marked(learned):
-            self._marks[key.id] = self._own_marks[key.id] = learned
+    async def learn(
+        self, key: UpstreamKey, organization: str | None, workspace: str | None
+    ) -> None:
+        """Record the organization and the workspace of a key, for all workers."""
+        known = self._marks.get(key.id)
+        mark = learned(key, known, organization, workspace)
+        if (organization or workspace) and mark != known and await self._marked(mark):
+            self._marks[key.id] = self._own_marks[key.id] = mark
+
+    def workspace(self, key: UpstreamKey) -> str | None:
+        """Return the workspace of a key; None if no key of the pool may belong to another one of its organization.
+
+        Then the limits of the workspace need not be distinguished from those of the organization.
+        """
+        workspace, organization = self._home(key)
+        homes = map(self._home, self._keys or ())
+        is_shared = any(
+            other != workspace and (where == organization or where.startswith(PLACEHOLDER))
+            for other, where in homes
+        )
+        return workspace if is_shared else None
+
+    def _home(self, key: UpstreamKey) -> tuple[str, str]:
+        mark = self._marks.get(key.id)
+        return workspace_of(key, mark), organization_of(key, mark)
 
     def other_organization(
         self, key: UpstreamKey, claimant: Claimant, headers: Headers
@@ -211,16 +245,13 @@ class KeyChoice:
         rule = partial(with_answer, model=model, tenant=tenant, now=now)
         change(store.replace_models, store.models(), rule, "the known models")
 
-    def _working(
+    def _chosen(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
-    ) -> Sequence[tuple[Claimant, UpstreamKey]]:
-        """Skip endpoints whose circuit breaker is open, unless there is no other."""
-        working = [
-            (claimant, key)
-            for claimant, key in choices
-            if not self._limiter.is_open(claimant.group, endpoint_circuit(key))
-        ]
-        return working or choices
+    ) -> tuple[Claimant, UpstreamKey]:
+        """Choose a key of a limit group whose workspace and endpoint accept calls now, unless there is none."""
+        working = [choice for choice in choices if self._limiter.is_free(choice[0])]
+        claimant, key = self._by_weight(working or choices)
+        return replace(claimant, has_other=bool(working) and len(choices) > 1), key
 
     def _by_weight(
         self, choices: Sequence[tuple[Claimant, UpstreamKey]]
@@ -240,21 +271,3 @@ class KeyChoice:
             self._tools.events.problem("key mark not written", key_id=mark.key_id)
             return False
         return True
-
-
-def model_circuit(model: str) -> str:
-    """Return the name of a model's breaker."""
-    return f"model {model}"
-
-
-def endpoint_circuit(key: UpstreamKey) -> str:
-    """Return the name of an endpoint's breaker."""
-    return f"endpoint {key.base_url}"
-
-
-def refusals_circuit(tenant: str) -> str:
-    """Return the name of the breaker for unknown refusals of a tenant's jobs: they must not stop other tenants.
-
-    Not the tenant's name, because limit groups are shown to all tenants.
-    """
-    return f"refusals {sha256(tenant.encode()).hexdigest()[:12]}"

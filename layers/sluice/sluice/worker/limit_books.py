@@ -9,12 +9,16 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Final, Protocol, Self
 
+from sluice.domain.breakers import is_endpoint
 from sluice.domain.limits import (
     DIMENSIONS,
+    NO_TIES,
     UNUSED,
     Cost,
     Group,
     Settlement,
+    Ties,
+    breakers_of,
     group_id,
     usual_gap,
 )
@@ -55,8 +59,17 @@ class Claimant:
     key_id: str
     stated: tuple[tuple[str, int], ...] = ()
     """Limits the key pool states for this key, per dimension."""
-    circuits: tuple[str, ...] = ()
-    """The circuit breakers of what a call needs: its model and its endpoint."""
+    ties: Ties = NO_TIES
+    has_other: bool = False
+    """The job may use another key of the group, which may have another workspace or endpoint."""
+
+    def is_free(self, group: Group, now: int) -> bool:
+        """Return whether the workspace and the endpoint of the key accept calls now."""
+        workspace = group.workspaces.get(self.ties.workspace)
+        if workspace is not None and workspace.blocked_until > now:
+            return False
+        breakers = breakers_of(group, self.ties).items()
+        return all(each.open_until <= now for name, each in breakers if is_endpoint(name))
 
 
 def claimant_for(
@@ -64,7 +77,7 @@ def claimant_for(
     model_group: str,
     key_id: str,
     stated: Mapping[str, int] | None = None,
-    circuits: tuple[str, ...] = (),
+    ties: Ties = NO_TIES,
 ) -> Claimant:
     """Return the claimant of one key of the pool."""
     return Claimant(
@@ -73,7 +86,7 @@ def claimant_for(
         model_group,
         key_id,
         tuple(sorted((stated or {}).items())),
-        circuits,
+        ties,
     )
 
 
@@ -136,10 +149,15 @@ class TooLarge:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The group now has another name: choose again."""
+    """Choose again: the group now has another name, or another key of it may start sooner."""
 
 
-Admitted = Admission | Later | TooLarge | Moved
+@dataclass(frozen=True, slots=True)
+class Overloaded:
+    """The model's circuit breaker is open, and the job has a fallback model."""
+
+
+Admitted = Admission | Later | TooLarge | Moved | Overloaded
 
 
 @dataclass(eq=False, slots=True)
@@ -154,6 +172,8 @@ class Waiter:
     answer: asyncio.Future[Admitted]
     owner: str = ""
     """Whose job it is: the owners of the jobs in a line take turns."""
+    may_fall_back: bool = False
+    """The job has a fallback model: it does not wait for the circuit breaker of its model."""
     is_early: bool = False
     """It is one of the first of its owner here, and may reserve further ahead than others."""
 
@@ -176,10 +196,10 @@ class Waiter:
         return max(usual, self.latest_start - now) if is_large else usual
 
     def cost(self, group: Group, claimant: Claimant | None = None) -> Cost:
-        """Return the estimated cost of its call, with the circuit breakers it depends on in this group."""
+        """Return the estimated cost of its call in this group."""
         claimant = claimant or self.claimant(group.id)
         estimate = group.estimate(self.input_chars, self.max_tokens)
-        return replace(estimate, circuits=claimant.circuits)
+        return replace(estimate, ties=claimant.ties)
 
     def claimant(self, group: str) -> Claimant:
         """Return its claimant for a group."""
@@ -330,6 +350,12 @@ class Books:
         )
 
 
-def open_circuits(group: Group) -> set[str]:
-    """Return the names of the circuit breakers that are open."""
-    return {name for name, breaker in group.circuits.items() if breaker.is_open}
+def news(group: Group) -> object:
+    """Return what other workers must learn at once if it changes: blocks, and circuit breakers that open or close."""
+    breakers = {
+        name: (breaker.model, breaker.tenant)
+        for name, breaker in group.circuits.items()
+        if breaker.is_open
+    }
+    workspaces = {name: each.blocked_until for name, each in group.workspaces.items()}
+    return group.epoch, breakers, workspaces

@@ -8,22 +8,34 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
+from sluice.domain.breakers import model_circuit
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import (
     MOST_CHARS_PER_TOKEN,
     Cost,
     Group,
     advanced,
+    blocked,
+    breakers_of,
+    free_at,
     next_start,
     reserve,
     start_on,
     usual_gap,
-    waits_for_breaker,
 )
 from sluice.domain.turns import in_turns
 from sluice.domain.waits import Waits
 from sluice.ports.world import Clock, Events, Jitter
-from sluice.worker.limit_books import LEAST_BLOCK, Later, Line, TooLarge, Waiter
+from sluice.worker.limit_books import (
+    LEAST_BLOCK,
+    Admitted,
+    Later,
+    Line,
+    Moved,
+    Overloaded,
+    TooLarge,
+    Waiter,
+)
 from sluice.worker.limit_writer import CONFLICT_MS, SOON_MS, WATCH_MS, LimitWriter
 from sluice.worker.timeouts import wait_at_most
 
@@ -32,6 +44,12 @@ BUSY_MS: Final = 10_000
 
 BLOCK_MS: Final = 15_000
 """Jobs wait in a worker at most this long for the end of a block, so that they do not keep out jobs of other groups."""
+
+MOST_HELD_BACK: Final = 30
+"""Jobs that wait in a worker for their own circuit breaker or workspace; more than probe it would only use up slots."""
+
+HELD_BACK_MS: Final = 60_000
+"""Others of them are returned to the queue for at least this time: the longest pause of a circuit breaker."""
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +64,8 @@ class _Draft:
         """Return the next start; beyond the horizon, an estimate from the usual gap."""
         if self.full_at is None:
             return start_on(self.group, cost, now)
-        return self.full_at + self.behind * usual_gap(self.group)
+        estimate = self.full_at + self.behind * usual_gap(self.group)
+        return max(estimate, free_at(self.group, cost, now))
 
     def leave_waiting(self, start: int) -> None:
         """Note a waiter that does not start in this turn."""
@@ -77,6 +96,8 @@ class Planner:
         self._wake = asyncio.Event()
         self._is_idle = False
         self._stopping = False
+        self.held_back = 0
+        """The number of jobs that waited for their own circuit breaker or workspace at the last turn."""
 
     def wake(self, *, if_idle: bool = False) -> None:
         """Start the next turn now; with `if_idle` only if none is scheduled."""
@@ -148,6 +169,7 @@ class Planner:
             for name, books in self._books.items()
         }
         planned: dict[str, list[Waiter]] = {}
+        self.held_back = 0
         for waiter in in_turns(self._line.waiters, _owner):
             if any(claimant.group not in drafts for claimant in waiter.claimants):
                 # It arrived while the groups were read: the next turn includes it.
@@ -157,19 +179,23 @@ class Planner:
                 self._line.answer(waiter, best)
                 continue
             start, draft, cost = best
+            is_held_back = free_at(draft.group, cost, now) > now
+            if is_held_back and (elsewhere := _elsewhere(waiter, draft.group, now)):
+                self._line.answer(waiter, elsewhere)
+                continue
             if start <= min(now + waiter.horizon(draft.group, cost, now), waiter.latest_start):
                 draft.group, _ = reserve(draft.group, [cost], now, start - now, self._waits)
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
-            if not waits_for_breaker(draft.group, cost, now):
-                # What only waits for its own circuit breaker is in nobody's way.
+            later = _later(waiter, draft.group, cost, start, now)
+            if is_held_back and later is None and self.held_back >= MOST_HELD_BACK:
+                later = Later(max(start, now + HELD_BACK_MS), "others wait for the same")
+            if not is_held_back:
                 draft.leave_waiting(start)
-            # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
-            is_blocked = draft.group.blocked_until > min(waiter.latest_start, now + BLOCK_MS)
-            knows = draft.group.has_answers or now > waiter.latest_start
-            if is_blocked or (start > waiter.latest_start and knows):
-                reason = draft.group.blocked_reason if is_blocked else None
-                self._line.answer(waiter, Later(start, reason or "no capacity soon"))
+            if later is not None:
+                self._line.answer(waiter, later)
+            else:
+                self.held_back += is_held_back
         return {
             name: waiters
             for name, waiters in planned.items()
@@ -238,6 +264,28 @@ def _best(
         return best
     assert too_large is not None
     return too_large
+
+
+def _later(waiter: Waiter, group: Group, cost: Cost, start: int, now: int) -> Later | None:
+    """Return the answer to a waiter that starts too late to wait for it in this worker; None if it is worth it."""
+    blocked_until, reason = blocked(group, cost.ties)
+    if blocked_until > min(waiter.latest_start, now + BLOCK_MS):
+        return Later(start, reason or "blocked")
+    # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
+    if start > waiter.latest_start and (group.has_answers or now > waiter.latest_start):
+        return Later(start, "no capacity soon")
+    return None
+
+
+def _elsewhere(waiter: Waiter, group: Group, now: int) -> Admitted | None:
+    """Return the answer to a waiter that need not wait for its circuit breaker or workspace; None if it must."""
+    claimant = waiter.claimant(group.id)
+    breaker = breakers_of(group, claimant.ties).get(model_circuit(claimant.ties.model))
+    if waiter.may_fall_back and breaker is not None and breaker.open_until > now:
+        return Overloaded()
+    if claimant.has_other and not claimant.is_free(group, now):
+        return Moved()
+    return None
 
 
 def _never_fits(group: Group, input_chars: int) -> bool:

@@ -17,7 +17,9 @@ from sluice.domain.limits import (
     Cost,
     Group,
     Observation,
+    breakers_of,
     drained,
+    free_at,
     is_bound_by_output,
     lined_up,
     new_group,
@@ -41,7 +43,6 @@ from sluice.worker.limit_books import (
     Settles,
     Unsure,
     Waiter,
-    open_circuits,
 )
 
 WATCH_MS: Final = 800
@@ -88,7 +89,7 @@ class _Plan:
         if not self.starts:
             return False
         is_full = len(self.starts) >= min(LEAST_BLOCK, len(self.waiting))
-        return is_full or self.starts[0] <= self.now + SOON_MS
+        return is_full or min(self.starts) <= self.now + SOON_MS
 
 
 class LimitWriter:
@@ -249,11 +250,14 @@ class LimitWriter:
         waiting = [waiter for waiter in waiters if not waiter.answer.done()]
         in_line = self._line.counts()[group.id]
         new = self._posted(books, parcel, self.as_in_line(group, in_line, now), now)
-        costs = [each.cost(new) for each in waiting]
-        probes = [bool(open_circuits(new).intersection(cost.circuits)) for cost in costs]
-        horizons = [
-            waiter.horizon(new, cost, now) for waiter, cost in zip(waiting, costs, strict=True)
-        ]
+        priced = ((waiter, waiter.cost(new)) for waiter in waiting)
+        timed = ((waiter, cost, waiter.horizon(new, cost, now)) for waiter, cost in priced)
+        # One whose breaker or workspace was closed meanwhile must not keep the others from their start times.
+        in_time = [each for each in timed if free_at(new, each[1], now) <= now + each[2]]
+        waiting = [waiter for waiter, _, _ in in_time]
+        costs = [cost for _, cost, _ in in_time]
+        horizons = [horizon_ms for _, _, horizon_ms in in_time]
+        probes = [bool(breakers_of(new, cost.ties)) for cost in costs]
         new, starts = reserve(new, costs, now, horizons, self._waits)
         return _Plan(now, group, new, waiting, costs, probes, starts)
 

@@ -16,10 +16,11 @@ from sluice.domain.errors import StoreBusy
 from sluice.domain.keys import PLACEHOLDER
 from sluice.domain.limits import (
     DIMENSIONS,
+    NO_TIES,
     Cost,
-    Group,
     Settlement,
     block,
+    breakers_of,
     circuit_failed,
     circuit_served,
     group_id,
@@ -28,10 +29,14 @@ from sluice.domain.limits import (
     moved,
     new_group,
     recalled,
+    refuse_workspace,
     usual_gap,
+    workspace_answered,
 )
+from sluice.domain.limits import blocked as blocked_for
 from sluice.domain.models import is_unknown
 from sluice.domain.waits import USUAL, Waits
+from sluice.domain.workspaces import WorkspaceRefusal
 from sluice.ports.claude import NO_HEADERS, Headers
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Blocking, Clock, Events, Jitter
@@ -44,7 +49,7 @@ from sluice.worker.limit_books import (
     Line,
     Moved,
     Waiter,
-    open_circuits,
+    news,
 )
 from sluice.worker.limit_planner import Planner
 from sluice.worker.limit_writer import LimitWriter
@@ -106,7 +111,7 @@ class Limiter:
 
     # The steps of a call -----------------------------------------------------------------------------------------
 
-    async def admit(
+    async def admit(  # noqa: PLR0913 - the facts of one job
         self,
         claimants: Sequence[Claimant],
         input_chars: int,
@@ -114,11 +119,14 @@ class Limiter:
         latest_start: int,
         *,
         owner: str = "",
+        may_fall_back: bool = False,
     ) -> Admitted:
         """Wait for a reservation in the group that can start first; Later if none starts by `latest_start`."""
         answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
         since = self._clock.now()
-        waiter = Waiter(claimants, input_chars, max_tokens, latest_start, since, answer, owner)
+        waiter = Waiter(
+            claimants, input_chars, max_tokens, latest_start, since, answer, owner, may_fall_back
+        )
         waiter.is_early = bool(owner) and self._line.early.take(owner, since)
         self._line.waiters.append(waiter)
         self._planner.wake()
@@ -189,11 +197,19 @@ class Limiter:
             )
         if served and len(headers.seen) < len(DIMENSIONS):
             # Limits that upstream does not report are explored by its answers.
-            books.changes.append(lambda group, _: grown(group))
+            books.changes.append(partial(grown, workspace=admission.claimant.ties.workspace))
             books.gather(now)
+        if served:
+            self._workspace_answered(books, admission.claimant.ties.workspace, now)
         if headers.seen or books.urgent:
             books.gather(now)
         self._planner.wake(if_idle=not books.urgent)
+
+    @staticmethod
+    def _workspace_answered(books: Books, name: str, now: int) -> None:
+        known = books.group.workspaces.get(name)
+        if known is not None and known.is_probed:
+            books.change(partial(workspace_answered, name=name), now)
 
     def throttled(  # noqa: PLR0913 - the facts of one 429
         self,
@@ -205,7 +221,7 @@ class Limiter:
         headers: Headers = NO_HEADERS,
         request_id: str | None = None,
     ) -> None:
-        """Block the whole group until a time: a 429, or a spend limit."""
+        """Block the whole group until a time: a 429, or a spend limit of the organization."""
         empty = {dimension for dimension, seen in headers.seen.items() if seen.remaining == 0}
         by = " ".join(filter(None, (admission.claimant.key_id, request_id)))
         overdrawn = empty == {"output_tokens"}
@@ -216,14 +232,25 @@ class Limiter:
             ),
         )
 
+    def refused_workspace(self, admission: Admission, refusal: WorkspaceRefusal) -> None:
+        """Block the workspace of a call, maybe its organization as well."""
+        self._react(admission, lambda group, now: refuse_workspace(group, refusal, now))
+
     def recall(self, admission: Admission) -> None:
         """Revoke all workers' start times in a call's group, because its key is no longer accepted."""
         self._react(admission, recalled)
 
-    def failed(self, admission: Admission, circuit: str) -> None:
-        """Count a failure of a model or an endpoint against its circuit breaker."""
+    def failed(self, admission: Admission, circuit: str, *, is_sure: bool = True) -> None:
+        """Count a failure of a model or an endpoint against its circuit breaker.
+
+        `is_sure`: the failure says that it is theirs, and not that of the model or the request.
+        """
         change = partial(
-            circuit_failed, name=circuit, was_probe=admission.is_probe, waits=self._waits
+            circuit_failed,
+            name=circuit,
+            ties=NO_TIES if is_sure else admission.claimant.ties,
+            was_probe=admission.is_probe,
+            waits=self._waits,
         )
         self._react(admission, change)
 
@@ -236,7 +263,8 @@ class Limiter:
     def works(self, admission: Admission, circuit: str) -> None:
         """Note that a model or an endpoint has answered a call."""
         if circuit in self._books[admission.claimant.group].group.circuits:
-            self._react(admission, partial(circuit_served, name=circuit))
+            ties = admission.claimant.ties
+            self._react(admission, partial(circuit_served, name=circuit, ties=ties))
 
     def belongs(self, admission: Admission, organization: str, headers: Headers) -> None:
         """Note the organization of a key, for a group that was created under the key's name.
@@ -289,7 +317,7 @@ class Limiter:
             books = self._books[each]
             # A change that does not affect other workers is written with the next reservation.
             before = books.foreseen(now)
-            if _is_news(change(before, now), before):
+            if news(change(before, now)) != news(before):
                 books.change(change, now)
             else:
                 books.changes.append(change)
@@ -298,11 +326,20 @@ class Limiter:
 
     # What is known ----------------------------------------------------------------------------------------------
 
-    def is_open(self, group: str, circuit: str) -> bool:
-        """Return whether a circuit breaker is open, as far as this worker knows."""
-        books = self._books.get(group)
-        breaker = books and books.group.circuits.get(circuit)
-        return bool(breaker and breaker.is_open)
+    def is_free(self, claimant: Claimant) -> bool:
+        """Return whether workspace and endpoint of a key accept calls, as far as this worker knows."""
+        books = self._books.get(claimant.group)
+        return books is None or claimant.is_free(books.group, self._clock.now())
+
+    def is_blocked(self, admission: Admission) -> bool:
+        """Return whether calls like this one are blocked already, as far as this worker knows."""
+        group = self._books[admission.claimant.group].group
+        return blocked_for(group, admission.claimant.ties)[0] > self._clock.now()
+
+    @property
+    def held_back(self) -> int:
+        """The number of jobs that wait for their own circuit breaker or workspace, and keep no others waiting."""
+        return self._planner.held_back
 
     def knows(self, admission: Admission) -> bool:
         """Return whether the limits of the call's group are known, and not guessed."""
@@ -314,18 +351,10 @@ class Limiter:
         in_use = [books for name, books in self._books.items() if name in groups or books.open]
         return sum(milliseconds // usual_gap(books.group) for books in in_use)
 
-    def group(self, group: str) -> Group | None:
-        """Return this worker's view of a group."""
-        books = self._books.get(group)
-        return books.group if books else None
-
     def _is_cut_off(self, admission: Admission) -> bool:
-        """Return whether a circuit breaker has opened since the reservation."""
-        return not admission.is_probe and any(
-            self.is_open(admission.claimant.group, name) for name in admission.claimant.circuits
-        )
-
-
-def _is_news(after: Group, before: Group) -> bool:
-    """Return whether other workers must know at once: a block, or a circuit breaker that opens or closes."""
-    return after.epoch != before.epoch or open_circuits(after) != open_circuits(before)
+        """Return whether a circuit breaker has opened since the reservation, or the workspace was blocked."""
+        group, ties = self._books[admission.claimant.group].group, admission.claimant.ties
+        if breakers_of(group, ties) and not admission.is_probe:
+            return True
+        workspace = group.workspaces.get(ties.workspace)
+        return workspace is not None and workspace.blocked_until > self._clock.now()

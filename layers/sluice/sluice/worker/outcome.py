@@ -9,13 +9,13 @@ from typing import Final, assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain import waits
-from sluice.domain.breakers import STREAK
+from sluice.domain.breakers import STREAK, endpoint_circuit, model_circuit, refusals_circuit
 from sluice.domain.errors import LeaseLost, NotStorable, StoreBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.limits import Cost
 from sluice.domain.models import is_unknown
 from sluice.domain.pricing import Bill, Charge, LedgerRow, Spend, Usage, utc_day
-from sluice.domain.refusals import SPEND_LIMIT
+from sluice.domain.refusals import SPEND_LIMIT, Scope
 from sluice.domain.retries import (
     Effect,
     Failure,
@@ -27,12 +27,12 @@ from sluice.domain.retries import (
     judge,
     refused_alike,
 )
+from sluice.domain.workspaces import WorkspaceRefusal
 from sluice.notices.report import report_end
-from sluice.ports.claude import Answer, Headers, Refused
+from sluice.ports.claude import NO_HEADERS, Answer, Headers, Refused
 from sluice.ports.swap import MOST_TRIES, swap
 from sluice.worker.call import Call
 from sluice.worker.invocation import DONE, Again, Ending
-from sluice.worker.keys import endpoint_circuit, model_circuit, refusals_circuit
 
 Change = Callable[[Job, int], Job]
 Then = Callable[[Job], Ending]
@@ -44,6 +44,7 @@ AT_ONCE: Final = {
     Effect.REFUSED_TO_KEY,
     Effect.BLOCK_GROUP,
     Effect.RAMP_GROUP,
+    Effect.PARK_GROUP,
 }
 """After these a snoozed job tries again at once: another key may work, and the limiter knows all blocks."""
 
@@ -80,8 +81,8 @@ class Outcome:
         organization = self._invocation.keys.other_organization(
             self._call.key, admission.claimant, headers
         )
+        await self._invocation.keys.learn(self._call.key, organization, headers.workspace)
         if organization is not None:
-            await self._invocation.keys.learn_organization(self._call.key, organization)
             self._invocation.limiter.belongs(admission, organization, headers)
         if isinstance(answer, Answer) and is_unknown(admission.claimant.model_group):
             name = await self._invocation.keys.learn_model(self._call.job)
@@ -93,7 +94,7 @@ class Outcome:
             self._invocation.limiter.works(admission, model_circuit(self._call.job.current_model))
             self._invocation.limiter.works(admission, refusals_circuit(self._call.job.tenant))
         if isinstance(answer, Answer) or answer.failure.is_from_working_endpoint:
-            self._invocation.limiter.works(admission, endpoint_circuit(self._call.key))
+            self._invocation.limiter.works(admission, endpoint_circuit(self._call.key.base_url))
 
     async def _apply(self, verdict: Verdict, failure: Failure, headers: Headers) -> None:
         """Apply a failure to the group, the model or the key."""
@@ -102,21 +103,14 @@ class Outcome:
                 self._events.count("UpstreamErrors")
             case Effect.ENDPOINT_FAILED:
                 self._events.count("UpstreamErrors")
-                self._invocation.limiter.failed(
-                    self._call.admission, endpoint_circuit(self._call.key)
-                )
+                circuit = endpoint_circuit(self._call.key.base_url)
+                self._invocation.limiter.failed(self._call.admission, circuit, is_sure=False)
             case Effect.BLOCK_GROUP | Effect.RAMP_GROUP:
                 self._events.count("RateLimited")
-                self._invocation.limiter.throttled(
-                    self._call.admission,
-                    verdict.until or 0,
-                    "rate limited",
-                    ramp=verdict.effect is Effect.RAMP_GROUP,
-                    headers=headers,
-                    request_id=failure.request_id,
-                )
+                self._block(verdict, failure, headers)
             case Effect.PARK_GROUP:
-                self._park_group(verdict, failure)
+                self._report_park(verdict, failure)
+                self._block(verdict, failure, headers)
             case Effect.MODEL_OVERLOADED:
                 self._events.count("Overloaded")
                 model = self._call.job.current_model
@@ -129,23 +123,51 @@ class Outcome:
             case _:
                 assert_never(verdict.effect)
 
-    def _park_group(self, verdict: Verdict, failure: Failure) -> None:
+    def _block(self, verdict: Verdict, failure: Failure, headers: Headers) -> None:
+        """Block the limit group of the call, or only its workspace there."""
+        admission, limiter = self._call.admission, self._invocation.limiter
         reason = verdict.outcome.reason if isinstance(verdict.outcome, Snooze) else ""
-        name = self._call.admission.claimant.group
-        group = self._invocation.limiter.group(name)
-        if group is None or group.blocked_until <= self._invocation.now():
+        until, is_rate = verdict.until or 0, verdict.effect is not Effect.PARK_GROUP
+        scope, workspace = verdict.scope, self._invocation.keys.workspace(self._call.key)
+        if is_rate and any(seen.remaining == 0 for seen in headers.seen.values()):
+            # These headers are those of the organization.
+            scope = Scope.ORGANIZATION
+        if scope is Scope.ORGANIZATION or workspace is None:
+            limiter.throttled(
+                admission,
+                until,
+                reason,
+                ramp=verdict.effect is Effect.RAMP_GROUP,
+                headers=headers if is_rate else NO_HEADERS,
+                request_id=failure.request_id,
+            )
+            return
+        limiter.refused_workspace(
+            admission,
+            WorkspaceRefusal(
+                tuple(dict.fromkeys((workspace, admission.claimant.ties.workspace))),
+                until,
+                reason,
+                f"{self._call.key.id} {failure.request_id or ''}".strip(),
+                is_said=scope is Scope.WORKSPACE,
+                is_rate=is_rate,
+            ),
+        )
+
+    def _report_park(self, verdict: Verdict, failure: Failure) -> None:
+        """Raise the alarm, once for each block."""
+        reason = verdict.outcome.reason if isinstance(verdict.outcome, Snooze) else ""
+        if not self._invocation.limiter.is_blocked(self._call.admission):
             self._events.count("GroupsParked")
             self._events.problem(
                 "spend limit reached" if reason == SPEND_LIMIT else "account refused by upstream",
-                limit_group=name,
+                limit_group=self._call.admission.claimant.group,
+                key_id=self._call.key.id,
                 reason=reason,
                 error_code=failure.error_code,
                 request_id=failure.request_id,
                 until=verdict.until,
             )
-        self._invocation.limiter.throttled(
-            self._call.admission, verdict.until or 0, reason, request_id=failure.request_id
-        )
 
     def _is_alike(self, failure: Failure) -> bool:
         """Count a refusal that no row of the table names; return whether several jobs in a row have met one."""

@@ -37,6 +37,13 @@ REFILL_MS: Final = 300_000
 REFILL_PAUSE_MS: Final = 1_000
 """Pause after the queue delivered less than requested."""
 
+MOST_MISSES: Final = RECEIVE_AT_ONCE
+"""After this many jobs in a row that could not start, more messages are received only every `SCOUT_MS`.
+
+Those behind them in the queue are probably of the same blocked group. They need not be: a fair queue delivers others
+first.
+"""
+
 assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 
 
@@ -117,10 +124,11 @@ class QueueSource:
         end = self._refills_end
         if held.suspects.refill_until is not None:
             end = min(end, held.suspects.refill_until)
-        if not held.may_take or not held.count or self._tools.clock.now() >= end:
+        if not held.count or self._tools.clock.now() >= end:
             return None
         if not self._has_enough(held):
-            return self._refill_at
+            is_slow = held.misses >= MOST_MISSES
+            return max(self._refill_at, self._scout_at) if is_slow else self._refill_at
         # One more than the slots, for a job that need not wait for the limits of the other jobs.
         return max(self._refill_at, self._scout_at) if held.count <= SLOTS else None
 
@@ -128,9 +136,10 @@ class QueueSource:
         """Return whether more jobs would only wait here instead of in the queue."""
         if held.count + RECEIVE_AT_ONCE > SLOTS:
             return True
-        if held.waiting < WAITING:
+        waiting = held.waiting - self._limiter.held_back
+        if waiting < WAITING:
             return False
-        return held.waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
+        return waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
 
     async def _receive(self, held: Held) -> Sequence[Taken]:
         is_scout = self._has_enough(held)

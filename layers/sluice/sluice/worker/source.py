@@ -66,8 +66,9 @@ class Held:
         self.memory_waits = 0
         """How often a job waited for memory."""
         self.changed = asyncio.Event()
-        self.may_take = True
-        """More jobs of the queue could start soon."""
+        self.misses = 0
+        """Jobs in a row that could not start soon, since the last call."""
+        self._leaving = 0
         self.suspects = Suspects(clock.now, lambda: len(self._tasks) + self._takes)
 
     @property
@@ -77,8 +78,8 @@ class Held:
 
     @property
     def waiting(self) -> int:
-        """The number of jobs that wait for their start, not counting those that wait for memory."""
-        return len(self._tasks) - self._calls - self._memory.waiting
+        """The number of jobs that wait for their start, not counting those that wait for memory, or to be returned."""
+        return len(self._tasks) - self._calls - self._memory.waiting - self._leaving
 
     def hold(self, task: asyncio.Task[None]) -> None:
         """Add a job; its task's end removes it."""
@@ -100,11 +101,22 @@ class Held:
     def calling(self) -> Iterator[None]:
         """Count a job as one that waits for its answer."""
         self._calls += 1
+        self.misses = 0
         self.changed.set()
         try:
             yield
         finally:
             self._calls -= 1
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Do not count a job as waiting: it will be returned."""
+        self._leaving += 1
+        self.changed.set()
+        try:
+            yield
+        finally:
+            self._leaving -= 1
 
     async def change(self, until: int | None = None) -> None:
         """Wait until something changes, or until a time (epoch milliseconds)."""
