@@ -428,6 +428,20 @@ def test_a_range_that_was_done_but_not_counted_is_counted_though_its_message_is_
     assert 3 == len(bulk.claude.calls)
 
 
+def test_another_message_of_a_range_that_is_counted_reads_no_results(make: Make) -> None:
+    bulk = make(joins_at_once=False)
+    bulk.upload(of(300))
+    bulk.once()
+    (number,) = (each.number for each in bulk.batches.ranges.values())
+    bulk.queues.ranges.clear()
+    bulk.queues.send_ranges(bulk.batch, [number])
+    bulk.objects.break_down("read")
+
+    assert bulk.once()
+
+    assert [] == bulk.events.problem_names
+
+
 def test_ranges_that_wait_for_limits_are_not_taken_for_lost(make: Make) -> None:
     bulk = make()
     bulk.claude.otherwise = LONG
