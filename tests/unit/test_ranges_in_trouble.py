@@ -516,6 +516,27 @@ def test_a_batch_ends_without_the_part_of_a_range_that_was_deleted(make: Make) -
     assert (first + 1, PART_MISSING) == (error["line"], error["error"]["message"])
 
 
+@pytest.mark.parametrize("name", ["first.jsonl", "first.csv"])
+def test_a_file_that_is_replaced_after_its_rows_were_kept_runs_as_it_was(
+    make: Make, name: str
+) -> None:
+    """The planner of the first file met a busy store just after that."""
+    bulk = make()
+    body = of(3) if name.endswith("jsonl") else b"text\nSay 1\nSay 2\nSay 3\n"
+    options = {"sluice-model": "claude-a", "sluice-max-tokens": "9", "sluice-prompt": "{text}"}
+
+    bulk.batches.break_down("replace")
+    with pytest.raises(StoreBusy):
+        bulk.upload(body, name, **options)
+    bulk.batches.recover()
+    bulk.objects.stored[f"in/acme/{name}"] = b"another file"
+
+    bulk.planner.plan(bulk.batch.batch_id)
+    bulk.drain()
+
+    assert {"succeeded": 3} == kinds(bulk)
+
+
 # Rows ------------------------------------------------------------------------------------------------------
 
 
