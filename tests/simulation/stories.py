@@ -32,7 +32,7 @@ from tests.simulation.faults import (
     TwoSweeps,
 )
 from tests.simulation.story import STATED, Order, Story, Upload, of_single_jobs
-from tests.simulation.troubles import AT_LOW_LIMITS, of_neighbors
+from tests.simulation.troubles import AT_LOW_LIMITS, OF_SCOPES, of_neighbors
 
 TENANTS: Final = ("acme", "birch", "cedar")
 
@@ -80,6 +80,8 @@ def story_of(seed: int) -> Story:
         return of_neighbors(seed)
     if seed % 64 == 15:
         return of_neighbors(seed, AT_LOW_LIMITS)
+    if seed % 64 == 31:
+        return of_neighbors(seed, OF_SCOPES)
     return of_single_jobs(seed)
 
 
