@@ -149,10 +149,14 @@ class Windows:
         if line.offset in self._unreadable:
             return bad_row_records(line, BadRow(DEADLY))
         try:
-            return self._read(line)
+            found = self._read(line)
         except Exception as error:  # noqa: BLE001 - the other lines of the range must run
             self._events.problem("row not read", batch_id=self._batch.batch_id, offset=line.offset)
             return bad_row_records(line, BadRow(f"the line cannot be read: {type(error).__name__}"))
+        if isinstance(found, Seat) and found.ended is None:
+            # Not an error of the line if the ledger is busy.
+            found.lost = self._lost_calls(found.job, line.offset)
+        return found
 
     def _read(self, line: Line) -> Seat | list[Record]:
         row = read_row(line, self._batch.options)
@@ -168,7 +172,7 @@ class Windows:
         ended = self._saved.records.pop(line.offset, None)
         if ended is not None:
             return Seat(replace(line, text=b""), job, ended=ended)
-        return Seat(line, job, lost=self._lost_calls(job, line.offset))
+        return Seat(line, job)
 
     def _pieces(self) -> Iterator[bytes]:
         """Read from the byte before the range to its end, and further on demand."""
