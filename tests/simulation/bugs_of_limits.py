@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Final
 
 from sluice.domain import jobs as life
+from sluice.domain.breakers import Breaker
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import PriceList, Usage
@@ -21,7 +22,7 @@ from sluice.notices.publish import Publish
 from sluice.upkeep import dead_letters
 from sluice.upkeep.dead_letters import TakeDeadLetter
 from sluice.upkeep.sweep import Sweep
-from sluice.worker import keys, outcome
+from sluice.worker import keys, limit_planner, outcome
 from sluice.worker.keys import KeyChoice
 from sluice.worker.limiter import Limiter
 from sluice.worker.outcome import Outcome
@@ -190,6 +191,18 @@ def _cancel_for_anybody() -> Iterator[None]:
 
 
 BUGS_OF_LIMITS: Final[Mapping[str, Bug]] = {
+    "blame_the_organization": Bug(
+        "what a workspace is refused blocks its organization",
+        in_place_of(KeyChoice, "workspace", lambda *_: None),
+    ),
+    "blame_the_endpoint": Bug(
+        "failures of one model or tenant open the breaker of the endpoint for all",
+        in_place_of(Breaker, "concerns", lambda *_: True),
+    ),
+    "wait_despite_a_fallback": Bug(
+        "a job with a fallback model waits behind the breaker of its model",
+        in_place_of(limit_planner, "_elsewhere", nothing),
+    ),
     "block_nobody": Bug(
         "a 429 does not block its limit group", in_place_of(Limiter, "throttled", nothing)
     ),

@@ -32,19 +32,23 @@ SLACK_MS: Final = 45 * SECOND
 
 
 class IllCalls(Fault):
-    """All calls of a tenant meet the same, for the first minutes."""
+    """All calls of a tenant meet the same, for the first minutes; calls of everybody, if so."""
 
-    def __init__(self, meets: Callable[[Call], Plan | None], whose: str = ILL) -> None:
+    def __init__(
+        self, meets: Callable[[Call], Plan | None], whose: str = ILL, *, everybody: bool = False
+    ) -> None:
         super().__init__(random.Random(0), CALM_MS)  # noqa: S311 - nothing is drawn
         self._meets = meets
         self.whose = whose
+        self._everybody = everybody
 
     def calm(self, world: World) -> None:
         world.pool.pool = [replace(key, api_key=f"{key.api_key}-new") for key in world.pool.pool]
 
     def reply(self, call: Call) -> Plan | None:
         world: World = call.machine.world
-        return self._meets(call) if world.orders[call.name].tenant == self.whose else None
+        is_its = self._everybody or world.orders[call.name].tenant == self.whose
+        return self._meets(call) if is_its else None
 
 
 def _rejected(status: int | None, kind: str, message: str = "no", **facts: object) -> Fault:
@@ -220,6 +224,56 @@ AT_LOW_LIMITS: Final[Mapping[str, Callable[[Story], Story]]] = {
     "a slow file": slow_file,
     "a slow file of its own": own_slow_file,
     "many files": many_files,
+}
+
+
+def failing_sibling(story: Story) -> Story:
+    """The ill tenant's model answers with 500; it shares its limits with the healthy tenant's."""
+    return _with(_ill_orders(story, 30, model="claude-a2"), _rejected(500, "api_error"))
+
+
+def breaking_requests(story: Story) -> Story:
+    """The ill tenant's requests break the connection; its model and key are the healthy tenant's as well."""
+    return _with(_ill_orders(story, 30), _rejected(None, "connection_error"))
+
+
+def overloaded_with_fallback(story: Story) -> Story:
+    """The model of both is overloaded; the healthy tenant's jobs have a fallback model."""
+
+    def meets(call: Call) -> Plan | None:
+        overloaded = Plan(refused(call, 529, "overloaded_error"), REFUSED_MS)
+        return overloaded if call.request.model == "claude-a" else None
+
+    well = [replace(each, fallback_models=("claude-b",)) for each in story.orders]
+    story = _ill_orders(replace(story, orders=well), 10)
+    return _with(story, IllCalls(meets, everybody=True))
+
+
+def unpaid_workspace(story: Story) -> Story:
+    """The ill tenant's workspace gets a 402, which does not say whose it is."""
+    story = _own_keys(_ill_orders(story, 10), Home("org", "ill"))
+    return _with(story, _rejected(402, "error"))
+
+
+def shared_spent_workspace(story: Story) -> Story:
+    """Both may use a key of a spent workspace, and the healthy tenant one of another workspace."""
+
+    def meets(call: Call) -> Plan | None:
+        message = "You have reached your specified workspace API usage limits."
+        spent = Plan(refused(call, 400, "invalid_request_error", message), REFUSED_MS)
+        return spent if call.request.key.id == "key-ill" else None
+
+    story = _own_keys(_ill_orders(story, 10), Home("org", "ill"))
+    keys = [replace(key, tenants=None) if key.id == "key-ill" else key for key in story.keys]
+    return _with(replace(story, keys=keys), IllCalls(meets, everybody=True))
+
+
+OF_SCOPES: Final[Mapping[str, Callable[[Story], Story]]] = {
+    "a failing model of the same limits": failing_sibling,
+    "requests that break the connection": breaking_requests,
+    "an overloaded model with a fallback": overloaded_with_fallback,
+    "an unpaid workspace": unpaid_workspace,
+    "a spent workspace of both": shared_spent_workspace,
 }
 
 

@@ -57,6 +57,11 @@ FIELD: list[tuple[int, str, Scope, Consequence]] = [
     (403, "Your account has been temporarily suspended.", ORGANIZATION, PARK),
     (403, "This workspace has been archived.", WORKSPACE, PARK),
     (403, "Your organization does not have access to Claude.", ORGANIZATION, PARK),
+    (403, "Your organization does not have access to Claude. Please login again.", ORGANIZATION, PARK),
+    # What a request asks for is its own trouble, although the organization has no access to it.
+    (403, "Your organization does not have access to the computer-use-2026-01-01 beta.", KEY, END),
+    (400, "This organization does not have permission to use fast mode.", REQUEST, END),
+    (404, "Your account does not have access to Claude Mythos 5.", REQUEST, END),
     (403, "OAuth authentication is currently not allowed for this organization.", ORGANIZATION, PARK),
     (403, "Access to Anthropic models is not allowed from unsupported countries or regions.", ORGANIZATION, PARK),
     (400, "Outbound web identity federation is disabled for your account", ORGANIZATION, PARK),

@@ -137,6 +137,9 @@ _IS_OFF: Final = (
     r"( (has been|was|is))?( \w+)? (disabled|suspended|deactivated|banned|closed|archived|deleted"
     r"|restricted|on hold)"
 )
+_HAS_NO: Final = (
+    r"(this|your|the) (organization|account) (does not|doesn't|do not) have (access|permission)"
+)
 _FIELD: Final = (
     r"""(?-i:(?!(error|api|upstream|anthropic|account|organization|billing|auth)\w*:)"""
     r"""[`'"]?[a-z_][a-z0-9_`'"-]*([.\[][a-z0-9_\]`'"-]+)*:)( |$)"""
@@ -196,7 +199,8 @@ TABLE: Final = (
     _row(_WORKSPACE, _PARK, DISABLED, 400, 401, 403, 404, 429,
          begins=r"(this|your|the) workspace" + _IS_OFF),
     _row(_ORGANIZATION, _PARK, NO_ACCESS, 400, 401, 403, 404,
-         begins=r"(this|your|the) (organization|account) (does not|doesn't|do not) have (access|permission)"
+         begins=_HAS_NO
+                + r"( to( use)? (claude|(the |this )?((claude|anthropic|messages) )?(api|models?|service)))?([.,]|$)"
                 r"|oauth authentication is (currently )?not (allowed|supported)"
                 r"|access to anthropic models is not allowed from"
                 r"|outbound web identity federation is disabled"
@@ -217,12 +221,14 @@ TABLE: Final = (
     _row(_KEY, _PARK, KEY_REJECTED, 401),
     _row(_KEY, _END, NOT_PERMITTED, 403,
          begins=r"(your|this|the) (api )?key (does not|doesn't|is not|isn't)"),
+    _row(_KEY, _END, NOT_PERMITTED, 403, begins=_HAS_NO),
     _row(_KEY, _END, NOT_PERMITTED, 403, is_known=False),
     # The request.
     _row(_REQUEST, _END, TOO_LARGE, 413),
     _row(_REQUEST, _END, TOO_LARGE, type_="request_too_large"),
     _row(_REQUEST, _END, INVALID, 422),
     _row(_REQUEST, _END, INVALID, 400, 404, begins=_FIELD),
+    _row(_REQUEST, _END, INVALID, 400, 404, begins=_HAS_NO),
     _row(_REQUEST, _END, INVALID, 400, begins=_ABOUT_THE_REQUEST),
     # What may pass, and what the status alone says.
     _row(_REQUEST, _RETRY, "may pass", 408, 409, 425),
