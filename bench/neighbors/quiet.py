@@ -79,10 +79,10 @@ def _round(quiet: Side, number: int, submitted: dict[str, float]) -> tuple[float
         ended = [job for job in quiet.get(f"/jobs?ids={ids}")["data"] if job["finished_at"]]
         if batch["ended_at"] and len(ended) == JOBS:
             # The machine may be slow to answer: each of them records when it ended.
-            last = max(batch["ended_at"], *(job["finished_at"] for job in ended))
+            ends = [batch["ended_at"], *(job["finished_at"] for job in ended)]
             good = sum(job["state"] == "succeeded" for job in ended)
             lost = BATCH_ROWS + JOBS - good - batch["request_counts"]["succeeded"]
-            return datetime.fromisoformat(last).timestamp(), lost
+            return max(datetime.fromisoformat(each).timestamp() for each in ends), lost
     return time.time(), BATCH_ROWS + JOBS
 
 
