@@ -19,13 +19,26 @@ MODEL_GROUPS: Final[Mapping[str, str]] = {
 }
 """Two models share the limits of one group."""
 
+NEW_MODEL: Final = "claude-new"
+"""It was released today: no list has it yet, and it works."""
+
+INVENTED: Final = tuple(f"claude-{number}" for number in range(20))
+"""Models that do not exist; a relay may answer for them all the same."""
+
 PRICES: Final[Mapping[str, int]] = {
     "claude-a": 10,
     "claude-a2": 15,
     "claude-b": 20,
     "claude-c": 30,
+    NEW_MODEL: 25,
+    **dict.fromkeys(INVENTED, 12),
 }
 """Dollars per million output tokens; the others follow from it (see `tests.fakes.price_list`)."""
+
+
+def limits_of(model: str) -> str:
+    """Return whose limits a model really draws on: one that no list has does not share any."""
+    return MODEL_GROUPS.get(model, model)
 
 
 @dataclass(frozen=True, slots=True)

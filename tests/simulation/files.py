@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from sluice.adapters import job_records
+from sluice.bulk import assemble, sections
 from sluice.bulk.assemble import Assemble, JoinAtOnce
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
@@ -23,7 +24,7 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
-from sluice.worker import newcomers, ranges
+from sluice.worker import newcomers, range_windows, ranges
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
 from sluice.worker.range_rows import WindowRows
@@ -91,6 +92,8 @@ class StoryObjects(MemoryObjects):
         self.world = world
         self.joined: Counter[str] = Counter()
         """How often each section's index was written."""
+        self.steps: Counter[str] = Counter()
+        """How often each step of the end of a batch was done."""
 
     def _do(self, verb: str, about: str = "") -> None:
         self.world.touch(self.name, verb)
@@ -100,6 +103,8 @@ class StoryObjects(MemoryObjects):
         etag = super().put(key, body)
         if key.endswith(".index"):
             self.joined[key] += 1
+        if key.endswith((".repeats", ".counts")):
+            self.steps[key] += 1
         return etag
 
 
@@ -189,6 +194,7 @@ class RangeEnvironment:
         self.files = files
         self.machine = world.machine("ranges", Party.WORKER)
         self.line = world.line(self.machine)
+        self.rows: list[WindowRows] = []
         own = self.runner()
         self.run = RunRanges(own, lambda: self.runner(own.worker))
 
@@ -196,6 +202,7 @@ class RangeEnvironment:
         """Return what runs one range at a time."""
         world, files, machine = self.world, self.files, self.machine
         rows = WindowRows(machine)
+        self.rows.append(rows)
         tools = Tools(
             jobs=rows,
             params=rows,
@@ -501,21 +508,23 @@ def _done(call: Callable[..., bool | None], *args: Any) -> bool:
 @contextmanager
 def cut_as(story: Any) -> Iterator[None]:
     """Cut files into small ranges and sections, as a story wants: large files have many of both."""
-    cut: Mapping[str, int] = {
-        "LINES_PER_RANGE": story.lines_per_range,
-        "RANGES_PER_SECTION": story.ranges_per_section,
+    cut: Mapping[Any, Mapping[str, int]] = {
+        domain: {
+            "LINES_PER_RANGE": story.lines_per_range,
+            "RANGES_PER_SECTION": story.ranges_per_section,
+        },
+        range_windows: {"WINDOW_ROWS": story.window_rows},
+        sections: {"ENTRIES_AT_ONCE": story.compared_at_once},
+        assemble: {"END_MS": story.end_ms},
+        # Housekeeping ten times a second would take most of the time of a story.
+        ranges: {"TICK_MS": 500},
+        newcomers: {"LOOK_MS": 3 * SECOND},
     }
-    # Housekeeping ten times a second would take most of the time of a story.
-    wanted: Sequence[tuple[Any, str, int]] = (
-        *((domain, name, value) for name, value in cut.items()),
-        (ranges, "TICK_MS", 500),
-        (newcomers, "LOOK_MS", 3 * SECOND),
-    )
-    before = [(module, name, vars(module)[name]) for module, name, _ in wanted]
-    for module, name, value in wanted:
-        setattr(module, name, value)
+    before = {module: {name: vars(module)[name] for name in cut[module]} for module in cut}
+    for module, names in cut.items():
+        vars(module).update(names)
     try:
         yield
     finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+        for module, names in before.items():
+            vars(module).update(names)

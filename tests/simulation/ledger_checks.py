@@ -90,8 +90,8 @@ class RowsAreOnRecord(Check):
                 continue
             ids = self._ids(world, batch, upload.names)
             spent = Spend()
-            for name, job_id in ids.items():
-                rows = rows_of.get(job_id, [])
+            for name, job_ids in ids.items():
+                rows = [row for job_id in job_ids for row in rows_of.get(job_id, [])]
                 spent = sum((row.spend for row in rows), spent)
                 if missing := unnamed(calls[name], rows, ()):
                     world.fail(self.name, f"{name}: {missing} calls are in no ledger")
@@ -102,15 +102,15 @@ class RowsAreOnRecord(Check):
                 world.fail(self.name, f"{batch.name} has {found}, the ledger {booked}")
 
     @staticmethod
-    def _ids(world: World, batch: Batch, names: Sequence[str]) -> Mapping[str, str]:
-        """Return the job ids of a batch's rows, by name."""
-        found: dict[str, str] = {}
+    def _ids(world: World, batch: Batch, names: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Return the job ids of a batch's rows, by name: of each line with that name."""
+        found: dict[str, list[str]] = {}
         offset = 0
         wanted = {f'"{name}"'.encode(): name for name in names}
         for line in world.files.objects.stored[batch.input_key].splitlines(keepends=True):
             for quoted, name in wanted.items():
                 if quoted in line:
-                    found.setdefault(name, row_job_id(batch.batch_id, offset))
+                    found.setdefault(name, []).append(row_job_id(batch.batch_id, offset))
             offset += len(line)
         return found
 

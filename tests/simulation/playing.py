@@ -10,6 +10,7 @@ from tests.simulation.bounds import BOUNDS
 from tests.simulation.checks import CHECKS, Check, Violation
 from tests.simulation.file_checks import FILE_CHECKS
 from tests.simulation.ledger_checks import LEDGER_CHECKS
+from tests.simulation.size_checks import SIZE_CHECKS
 from tests.simulation.stories import story_of
 from tests.simulation.story import START
 from tests.simulation.troubles import compared
@@ -20,6 +21,7 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
     *CHECKS,
     *BOUNDS,
     *FILE_CHECKS,
+    *SIZE_CHECKS,
     *LEDGER_CHECKS,
     EndsAreNotified,
 )

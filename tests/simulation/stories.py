@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from sluice.domain.keys import UpstreamKey
 from tests.fakes import MINUTE, SECOND, upstream_key
-from tests.simulation.accounts import MODEL_GROUPS, Home
+from tests.simulation.accounts import INVENTED, MODEL_GROUPS, NEW_MODEL, Home
 from tests.simulation.faults import (
     FAULTS_OF_FILES,
     FAULTS_OF_TENANTS,
@@ -70,19 +72,8 @@ ALSO_OF_FILES: Final[tuple[type[Fault], ...]] = (
 )
 
 
-def story_of(seed: int) -> Story:
-    """Return the story of a seed."""
-    if seed % 4 == 2:
-        return of_tenants(seed)
-    if seed % 8 == 3:
-        return of_files(seed)
-    if seed % 16 == 7:
-        return of_neighbors(seed)
-    if seed % 64 == 15:
-        return of_neighbors(seed, AT_LOW_LIMITS)
-    if seed % 64 == 31:
-        return of_neighbors(seed, OF_SCOPES)
-    return of_single_jobs(seed)
+MILD: Final = frozenset({ConnectionLost, KilledAtAnyMoment, ServerErrors, SlowAnswers, TwoSweeps})
+"""Faults that do not keep upstream from answering for a model."""
 
 
 def of_tenants(seed: int) -> Story:
@@ -178,6 +169,50 @@ def of_files(seed: int) -> Story:
     )
 
 
+def of_invented_models(seed: int) -> Story:
+    """Return a story of tenants who use models that no list has: some do not exist, and one is new."""
+    rng = random.Random(f"models {seed}")  # noqa: S311 - chance that can be repeated
+    story = of_tenants(seed)
+    invented = [
+        Order(at_ms=0, names=[f"by-{model}"], tenant=TENANTS[0], model=model)
+        for model in INVENTED[: rng.choice((5, 20))]
+    ]
+    names = [f"new-{position}" for position in range(rng.choice((2, 30)))]
+    new = Order(rng.randrange(MINUTE), names, tenant=rng.choice(TENANTS[:2]), model=NEW_MODEL)
+    later = replace(new, at_ms=new.at_ms + MINUTE, names=["new-later"])
+    return replace(
+        story,
+        orders=[*story.orders, *invented, new, later],
+        keys=[replace(key, models=None, tenants=None) for key in story.keys],
+        faults=[each for each in story.faults if type(each) in MILD],
+        answers_any_model=rng.random() < 0.5,
+    )
+
+
+def of_long_ends(seed: int) -> Story:
+    """Return a story of files whose end takes many invocations, and whose ranges take many windows."""
+    rng = random.Random(f"ends {seed}")  # noqa: S311 - chance that can be repeated
+    story = of_files(seed)
+    uploads = [
+        replace(
+            each,
+            lines=[*each.lines, *each.names, each.names[0]],
+            fallback_models=(),
+            by_api=False,
+        )
+        for each in {(each.tenant, each.name): each for each in story.uploads}.values()
+    ]
+    return replace(
+        story,
+        uploads=uploads,
+        lines_per_range=rng.choice((3, 5, 100)),
+        ranges_per_section=rng.choice((1, 2)),
+        window_rows=rng.choice((2, 5)),
+        compared_at_once=rng.choice((2, 5)),
+        end_ms=rng.choice((50, 200)),
+    )
+
+
 BAD_LINES: Final = (
     b"",
     b"not JSON",
@@ -243,3 +278,21 @@ def _keys(
             key = replace(key, models=frozenset(rng.sample(sorted(MODEL_GROUPS), 2)))
         keys.append(key)
     return keys, homes
+
+
+KINDS: Final[Mapping[tuple[int, int], Callable[[int], Story]]] = {
+    (4, 2): of_tenants,
+    (8, 3): of_files,
+    (16, 7): of_neighbors,
+    (64, 15): partial(of_neighbors, troubles=AT_LOW_LIMITS),
+    (64, 25): of_invented_models,
+    (64, 31): partial(of_neighbors, troubles=OF_SCOPES),
+    (64, 53): of_long_ends,
+}
+"""By divisor and remainder of the seed."""
+
+
+def story_of(seed: int) -> Story:
+    """Return the story of a seed."""
+    kinds = (kind for (divisor, rest), kind in KINDS.items() if seed % divisor == rest)
+    return next(kinds, of_single_jobs)(seed)

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final
 
+from sluice.bulk.assemble import END_MS
+from sluice.bulk.sections import ENTRIES_AT_ONCE
 from sluice.domain.batches import LINES_PER_RANGE, RANGES_PER_SECTION
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import DIMENSIONS, SCALE, Dimension, Group, new_group
 from sluice.intake.submit import Submission
 from sluice.worker.memory import BUDGET, Budget
+from sluice.worker.range_windows import WINDOW_ROWS
 from tests.fakes import MINUTE, SECOND, upstream_key
 from tests.simulation.accounts import ORGANIZATION, Home
 from tests.simulation.faults import FAULTS, Fault
@@ -156,6 +159,14 @@ class Story:
     ranges_per_section: int = RANGES_PER_SECTION
     cached: bool = False
     """Usage has cached input."""
+    answers_any_model: bool = False
+    """Upstream is a relay that answers for every model name."""
+    window_rows: int = WINDOW_ROWS
+    """Rows of a range that are in memory at once."""
+    compared_at_once: int = ENTRIES_AT_ONCE
+    """`custom_id`s that are compared in one step of the end of a batch."""
+    end_ms: int = END_MS
+    """How long an invocation starts steps of the end of a batch."""
     ill: str | None = None
     """The tenant that is in trouble: the others must not wait because of it."""
     ill_file: str = ""

@@ -13,7 +13,7 @@ from sluice.domain.pricing import Usage
 from sluice.domain.retries import Failure
 from sluice.ports.claude import Answer, CallRequest, Headers, Refused
 from tests.fakes import ROOMY
-from tests.simulation.accounts import MODEL_GROUPS, ORGANIZATION, Home
+from tests.simulation.accounts import INVENTED, ORGANIZATION, Home, limits_of
 from tests.simulation.machines import Killed, Machine
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Call:
     @property
     def group(self) -> tuple[Home, str]:
         """Whose limits it draws on."""
-        return self.home, MODEL_GROUPS[self.request.model]
+        return self.home, limits_of(self.request.model)
 
     @property
     def request_id(self) -> str:
@@ -170,6 +170,10 @@ class Upstream:
                 break
         if plan is not None:
             return plan
+        if call.request.model in INVENTED and not world.story.answers_any_model:
+            text = f"model: {call.request.model}"
+            failure = Failure("not_found_error", text, 404, request_id=call.request_id)
+            return Plan(Refused(failure), REFUSED_MS, billed=False)
         if self.headers == "true" and not self._bucket(call).take(
             world.time.now(), requests=1, input_tokens=call.usage.input_tokens
         ):

@@ -56,7 +56,7 @@ from tests.fakes import (
     VirtualTime,
     price_list,
 )
-from tests.simulation.accounts import MODEL_GROUPS, ORGANIZATION, PRICES, Home
+from tests.simulation.accounts import MODEL_GROUPS, ORGANIZATION, PRICES, Home, limits_of
 from tests.simulation.checks import Check, Violation
 from tests.simulation.faults import Fault
 from tests.simulation.files import Files, cut_as
@@ -214,7 +214,7 @@ class StoryQueue(MemoryQueue):
 
     def _fair_group(self, message: Any) -> tuple[str, str]:
         job = self.world.jobs.stored.get(message.job_id or "")
-        return (job.tenant, MODEL_GROUPS[job.current_model]) if job else ("", "")
+        return (job.tenant, limits_of(job.current_model)) if job else ("", "")
 
     def deliver(self, most: int = 50, hidden_ms: int = VISIBILITY_MS) -> list[Received]:
         if len(self.world.tenants) > 1:

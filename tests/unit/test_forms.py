@@ -140,6 +140,16 @@ def test_a_record_of_another_length_is_a_bad_row_and_no_more() -> None:
     assert "Summarise: x" == said(good)
 
 
+def test_a_request_that_is_too_long_in_utf_8_has_its_own_id() -> None:
+    body = b"custom_id,text\nu-1," + "€".encode() * 3_000_000 + b"\nu-2,x\n"
+
+    bad, good = rows(body, size=1_000_000)
+
+    assert "u-1" == bad["custom_id"]
+    assert "the request has 9,000,0" in bad[PROBLEM]
+    assert ("u-2", "Summarise: x") == (good["custom_id"], said(good))
+
+
 def test_a_prompt_that_would_become_too_long_is_a_bad_row_and_is_not_filled() -> None:
     """A template of a few kilobytes can name a long field a thousand times: gigabytes, if it were filled in."""
     options = replace(PROMPT, prompt="{text}" * 1_000)

@@ -26,7 +26,7 @@ from sluice.domain.batches import (
     older_file_batch_id,
     planned,
 )
-from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
+from sluice.domain.errors import InvalidRequest, StoreBusy
 from sluice.domain.rows import Encoded
 from sluice.intake.requests import read_options
 from tests.bulk_fakes import Bulk, a_row, jsonl
@@ -852,16 +852,6 @@ def test_an_assembler_that_dies_at_the_end_is_followed_by_one_that_ends_it(make:
     bulk.assemble.join(*join)
 
     assert ["row-1", "row-2"] == ids(bulk.results())
-
-
-def test_a_missing_part_is_not_skipped(make: Make) -> None:
-    bulk = make(joins_at_once=False)
-    bulk.upload(jsonl(a_row(1)))
-    bulk.once()
-    del bulk.objects.stored[bulk.batch.part_key(0)]
-
-    with pytest.raises(InputMissing):
-        bulk.assemble.join(*bulk.queues.joins[0])
 
 
 def test_a_cancel_that_comes_while_results_are_joined_stays_on_record(make: Make) -> None:

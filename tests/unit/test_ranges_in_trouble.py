@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sluice.bulk.sections import PART_MISSING
 from sluice.domain.batches import (
     LATE_MS,
     MOST_LOST_READING,
@@ -482,6 +483,23 @@ def test_a_busy_queue_is_not_taken_for_an_empty_one(make: Make) -> None:
     bulk.planner.plan(bulk.batch.batch_id)
 
     assert before == len(bulk.queues.ranges)
+
+
+def test_a_batch_ends_without_the_part_of_a_range_that_was_deleted(make: Make) -> None:
+    bulk = make(joins_at_once=False)
+    bulk.upload(of(300))
+    while bulk.queues.next_visible() is not None:
+        bulk.once()
+    del bulk.objects.stored[bulk.batch.part_key(1)]
+
+    bulk.drain()
+
+    found = [row["custom_id"] for row in bulk.results()]
+    first = next(number for number, name in enumerate(found) if name != f"row-{number}")
+    assert ["row-299"] == found[-1:]
+    assert 90 < first < 200 < len(found) < 210
+    (error,) = bulk.errors()
+    assert (first + 1, PART_MISSING) == (error["line"], error["error"]["message"])
 
 
 # Rows ------------------------------------------------------------------------------------------------------

@@ -189,6 +189,25 @@ def test_a_line_above_the_limit_is_an_error_and_not_held_in_memory(beyond: int) 
     assert f"the line exceeds {MOST_LINE_BYTES:,} bytes" == bad.message
 
 
+@pytest.mark.parametrize(
+    ("beginning", "custom_id"),
+    [
+        (b'{"custom_id": "a-1", "params": "x', "a-1"),
+        (b'\xef\xbb\xbf { "custom_id":"a-1" ,"params": "x', "a-1"),
+        (b'{"params": {"custom_id": "a-1", "x', None),
+        (b'{"custom_id": "a b", "params": "x', None),
+        (b'{"custom_id": "a-1', None),
+    ],
+)
+def test_the_error_of_a_line_above_the_limit_has_its_id(
+    beginning: bytes, custom_id: str | None
+) -> None:
+    bad = read_row(line(beginning + b"x" * 100, too_long=True), Options())
+
+    assert isinstance(bad, BadRow)
+    assert custom_id == bad.custom_id
+
+
 def test_the_end_of_a_line_above_the_limit_is_not_searched_for() -> None:
     pieces = iter([b"x" * MOST_LINE_BYTES, b"x", b"not asked for"])
 

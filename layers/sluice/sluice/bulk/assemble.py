@@ -131,23 +131,23 @@ class Assemble:
     # The whole -------------------------------------------------------------------------------------------------
 
     def _finish(self, batch: Batch, plan: Plan, latest: int) -> bool:
-        """Do what is left of the end, in steps whose results are kept; False if no step may start any more."""
+        """Do what is left of the end, in steps whose results are kept: at least one. False if no more may start."""
         groups = self._batches.groups(batch.batch_id, "section#")
         tally = sum((group.tally for group in groups.values()), Tally())
         shares = shares_of(tally.rows)
         for share in self._sections.unsearched(batch, shares):
+            self._sections.search(batch, plan, share, shares)
             if self._clock.now() > latest:
                 return False
-            self._sections.search(batch, plan, share, shares)
         repeated = self._sections.repeated(batch, shares)
         errors = self._sections.with_errors(batch, plan, repeated)
         unfinished = self._sections.unfinished(batch, errors)
         base = 1
         for section in range(plan.sections):
             if section in unfinished:
+                self._sections.finish(batch, plan, section, repeated.get(section, Places()), base)
                 if self._clock.now() > latest:
                     return False
-                self._sections.finish(batch, plan, section, repeated.get(section, Places()), base)
             base += groups[f"section#{section:06d}"].tally.lines
         changed, duplicates = self._sections.changes(batch, repeated)
         size = self._sections.assemble(batch, plan, repeated, errors)

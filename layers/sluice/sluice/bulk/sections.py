@@ -16,6 +16,7 @@ from hashlib import sha256
 from typing import Final
 
 from sluice.domain.batches import Batch, Plan, Tally
+from sluice.domain.errors import InputMissing
 from sluice.domain.rows import Encoded, Record, error_line, numbered, split
 from sluice.ports.batches import Objects, Stored
 
@@ -37,6 +38,8 @@ ENTRIES_AT_ONCE: Final = 400_000
 """Compared in memory at once: about 45 MB. A batch of 100 million rows has 256 searches of this size."""
 
 READS_AT_ONCE: Final = 16
+
+PART_MISSING: Final = "the results of the rows from here on were deleted before they were joined"
 
 
 class Sections:
@@ -101,17 +104,23 @@ class Sections:
     def _parts(self, batch: Batch, plan: Plan, section: int) -> Iterator[Iterator[bytes]]:
         """Yield the parts of a section's ranges, in order and piece by piece; the first pieces are prefetched."""
         with ThreadPoolExecutor(PARTS_AHEAD) as threads:
-            waiting: deque[tuple[str, Future[bytes]]] = deque()
+            waiting: deque[tuple[str, int, Future[bytes]]] = deque()
             for number in plan.members(section):
-                key = batch.part_key(number)
-                waiting.append((key, threads.submit(self._objects.read, key, 0, AHEAD_BYTES)))
+                key, (start, _) = batch.part_key(number), plan.bounds(number)
+                first = threads.submit(self._objects.read, key, 0, AHEAD_BYTES)
+                waiting.append((key, start, first))
                 if len(waiting) > PARTS_AHEAD:
                     yield self._pieces(*waiting.popleft())
             while waiting:
                 yield self._pieces(*waiting.popleft())
 
-    def _pieces(self, key: str, first: Future[bytes]) -> Iterator[bytes]:
-        piece, at = first.result(), 0
+    def _pieces(self, key: str, start: int, first: Future[bytes]) -> Iterator[bytes]:
+        try:
+            piece, at = first.result(), 0
+        except InputMissing:
+            # Deleted by hand, or after its retention: the others still have their results.
+            yield Record("E", start, 0, "", Tally(), error_line(start, PART_MISSING)).encoded()
+            return
         while piece:
             yield piece
             at += len(piece)

@@ -123,7 +123,11 @@ def csv_rows(pieces: Iterable[bytes], options: Options) -> Iterator[bytes]:
     for number, record in enumerate(file.records(header.delimiter), start=1):
         if record.is_blank:
             continue
-        line = _line(_csv_item(header.names, record, number, template))
+        item = _csv_item(header.names, record, number, template)
+        line = _line(item)
+        if len(line) > MOST_LINE_BYTES:
+            problem = f"the request has {len(line):,} bytes; the maximum is {MOST_LINE_BYTES:,}"
+            line = _line({"custom_id": item["custom_id"], PROBLEM: problem})
         yield growth.written(b"\n" * (record.line - 1 - written) + line)
         written = record.line
     yield growth.written(b"\n" * (file.line - 1 - written))

@@ -346,10 +346,16 @@ def read_items(items: Sequence[object], kind: type[BatchRequest], place: str) ->
 # Rows ----------------------------------------------------------------------------------------------------------
 
 
+_NAMED_FIRST: Final = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,')
+"""The beginning of a row that is not parsed because it is too long, if its `custom_id` comes first."""
+
+
 def read_row(line: Line, options: Options) -> Row | BadRow | None:
     """Return the row in a line, or why it cannot run; None for a blank line."""
     if line.too_long:
-        return BadRow(f"the line exceeds {MOST_LINE_BYTES:,} bytes")
+        named = _NAMED_FIRST.match(line.text.removeprefix(BOM))
+        custom_id = named[1].decode() if named else None
+        return BadRow(f"the line exceeds {MOST_LINE_BYTES:,} bytes", custom_id)
     text = line.text.removeprefix(BOM).strip()
     if not text:
         return None
