@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.limits.doors import BatchesDoor, JobsDoor, RunFailed
 from bench.neighbors.attacks import ATTACKS, Attack, Load
 from bench.neighbors.quiet import Waited, measured
 from bench.neighbors.side import Side
@@ -24,6 +26,9 @@ from scripts.local_stack.credentials import install_client_key, new_client_key
 
 QUIET, HOSTILE = "quiet", "hostile"
 RPM: Final = 600
+WORKERS: Final = 4
+"""Invocations at a time, for jobs and for ranges: each is a process of this machine."""
+
 MOST_RATIO: Final = 1.5
 SLACK_SECONDS: Final = 3.0
 """A longer wait by less than this is the noise of the machine."""
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             harmless = [_once(attack, chosen, None) for _ in range(chosen.repeat)]
             rows.append(Row(name, attack, _middle(beside), _middle(harmless)))
             print(_line(rows[-1]), flush=True)
-    except StackError as error:
+    except (RunFailed, StackError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     Console(width=160).print(_table(rows))
@@ -104,7 +109,7 @@ def _once(attack: Attack, chosen: argparse.Namespace, load: Load | None) -> Wait
             key=hostile.key,
             tenant=HOSTILE,
         )
-        measured(Side(ready, "warm", ready.client_key), claude_url, 1)
+        _warm_up(ready)
         side = quiet if load and attack.by_the_quiet_tenant else hostile
         thread = threading.Thread(
             target=load or attack.harmless, args=(side, chosen.rows), daemon=True
@@ -116,6 +121,14 @@ def _once(attack: Attack, chosen: argparse.Namespace, load: Load | None) -> Wait
         finally:
             side.stopped.set()
             thread.join(60)
+
+
+def _warm_up(ready: Ready) -> None:
+    """Have all worker processes started, and the limits learned: their imports would share the cores with the load."""
+    for door in (JobsDoor(ready), BatchesDoor(ready)):
+        rows = Side(ready, f"warm-{door.name}", ready.client_key).rows("row", WORKERS)
+        door.warm_up([each["params"] for each in rows], WORKERS)
+        door.close()
 
 
 @contextmanager
@@ -134,7 +147,10 @@ def _stack(of_hostile: Any) -> Iterator[tuple[Ready, str]]:
             keys[0]["tenants"] = [QUIET]
             keys.append({"id": "own", "api_key": "sk-ant-test-hostile", "tenants": [HOSTILE]})
         pool = {"keys": [{**each, "base_url": claude.url} for each in keys]}
-        with LocalStack(key_pool=pool, tenant=QUIET).running() as ready:
+        local = LocalStack(
+            key_pool=pool, tenant=QUIET, concurrency=WORKERS, bulk_concurrency=WORKERS
+        )
+        with local.running() as ready:
             yield ready, claude.url
 
 

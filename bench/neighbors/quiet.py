@@ -65,9 +65,9 @@ def measured(quiet: Side, claude_url: str, rounds: int) -> Waited:
 def _round(quiet: Side, number: int, submitted: dict[str, float]) -> int:
     """Submit a batch and some jobs, and wait for them; return how many did not succeed."""
     rows, jobs = quiet.rows(f"row-{number}", BATCH_ROWS), quiet.rows(f"job-{number}", JOBS)
-    for each in (*rows, *jobs):
-        submitted[each["custom_id"]] = time.time()
+    submitted |= dict.fromkeys((each["custom_id"] for each in rows), time.time())
     batch_id = quiet.create(rows)
+    submitted |= dict.fromkeys((each["custom_id"] for each in jobs), time.time())
     job_ids = quiet.submit(jobs)
     until = time.time() + PATIENCE_SECONDS
     batch: dict[str, Any] = {}

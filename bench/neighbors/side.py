@@ -13,7 +13,7 @@ import httpx
 from scripts.local_stack import Ready
 
 MODEL: Final = "claude-haiku-5-5"
-TIMEOUT_SECONDS: Final = 30.0
+TIMEOUT_SECONDS: Final = 60.0
 
 Json = dict[str, Any]
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
+from sluice.domain import jobs as life
 from sluice.domain.batches import RangeState
-from sluice.domain.jobs import DueFor, Job
+from sluice.domain.jobs import DueFor, Job, Step
 from sluice.domain.pricing import LedgerRow, Spend
 from sluice.ports.jobs import Due
 from sluice.worker.attempt import Attempt
@@ -16,7 +17,7 @@ from sluice.worker.invocation import DONE, Ending
 from sluice.worker.ledger import Ledger
 from sluice.worker.range_claim import ClaimedRange
 from sluice.worker.range_source import RangeSource
-from tests.fakes import MemoryJobs
+from tests.fakes import MINUTE, MemoryJobs
 from tests.simulation.bugs_of_limits import in_place_of
 from tests.simulation.deliberate import Bug, instead
 
@@ -35,6 +36,20 @@ def _let_ended_jobs_owe() -> Iterator[None]:
         return [] if why is DueFor.BOOKS else due(store, why, now, limit)
 
     with instead(MemoryJobs, "due", others):
+        yield
+
+
+@contextmanager
+def _honor_leases_of_the_dead() -> Iterator[None]:
+    next_step = life.next_step
+
+    def patient(job: Job, now: int, max_attempts: int) -> Step:
+        lease = job.lease
+        if lease is not None and lease.until <= now < lease.until + 5 * MINUTE:
+            return Step.BUSY
+        return next_step(job, now, max_attempts)
+
+    with instead(life, "next_step", patient):
         yield
 
 
@@ -76,6 +91,10 @@ BUGS_OF_THE_LEDGER: Final[Mapping[str, Bug]] = {
     "believe_that_ended_jobs_are_booked": Bug(
         "the message of an ended job is acknowledged without a look at the ledger",
         in_place_of(Attempt, "_drop", _believe),
+    ),
+    "honor_leases_of_the_dead": Bug(
+        "the job of a dead worker waits until five minutes after its lease",
+        _honor_leases_of_the_dead,
     ),
     "forget_the_rows_of_a_dead_worker": Bug(
         "the calls of rows whose worker died are in no sum",

@@ -310,6 +310,10 @@ class Files:
         if batch_id is not None:
             self.accepted[batch_id] = upload
 
+    def was_replaced(self, batch: Batch) -> bool:
+        """Return whether another file has taken the place of a batch's own."""
+        return self.dropped.get(batch.input_key) is not self.accepted.get(batch.batch_id)
+
     async def cancel(self, batch_id: str, tenant: str | None = None) -> None:
         """Cancel a batch as a tenant: its own by default."""
         upload = self.accepted[batch_id]

@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from sluice.domain import waits
 from sluice.domain.batches import Batch, row_job_id
+from sluice.domain.jobs import most_in_flight
 from sluice.domain.pricing import LedgerRow, Spend
-from tests.simulation.checks import Check
+from tests.simulation.checks import GRACE_MS, Check
 from tests.simulation.file_checks import calls_by_name, ended_batches
+from tests.simulation.machines import Machine
 from tests.simulation.upstream import Call
 
 if TYPE_CHECKING:
-    from tests.simulation.world import World
+    from tests.simulation.world import World, Write
 
 
 def unnamed(calls: Sequence[Call], rows: Sequence[LedgerRow], known: Sequence[str | None]) -> int:
@@ -132,9 +135,81 @@ class TheSumsAreThoseOfTheLedger(Check):
                 world.fail(self.name, f"{tenant} was charged {cost}, not {booked[tenant]}")
 
 
+HIDING: Final = frozenset(
+    {
+        "LateDelivery",
+        "LostMessage",
+        "PoisonMessage",
+        "QueueBusy",
+        "VisibilityRunsOut",
+        "SecretsOutage",
+        "RevokedKey",
+        "ChangedLimits",
+        "OtherTraffic",
+        "KillerJob",
+        "LargeAnswers",
+        "SlowUploads",
+        "LongBlocks",
+        "ParkedByHand",
+        "EndpointDown",
+        "ServerErrors",
+        "NoConnection",
+        "ModelOverloaded",
+    }
+)
+"""Faults that hide messages, or that make jobs wait for something else."""
+
+
+class JobsOfDeadWorkersGoOn(Check):
+    """The job of a worker that dies is taken over in time; if its next worker dies too, the time starts again."""
+
+    name = "jobs of dead workers go on"
+
+    def __init__(self) -> None:
+        self.since: dict[str, int] = {}
+
+    def died(self, world: World, machine: Machine) -> None:
+        environment = world.environment_of(machine)
+        if environment is None or {type(each).__name__ for each in world.faults} & HIDING:
+            return
+        now = world.time.now()
+        held = {message.job_id for message in environment.held.values()}
+        for job in world.jobs.stored.values():
+            is_leased = job.lease is not None and job.lease.owner == environment.line.owner
+            if is_leased or (job.job_id in held and job.job_id in self.since):
+                self.since[job.job_id] = now
+        for message in environment.held.values():
+            hidden = world.queue.hidden_until(message)
+            if hidden is not None and hidden > now + waits.LEASE_MS + GRACE_MS:
+                # It died before its first act, which is to hide its messages for a lease only: the sweep finds them.
+                self.since.pop(message.job_id or "", None)
+
+    def wrote(self, world: World, write: Write) -> None:
+        job, since = write.after, self.since.pop(write.after.job_id, None)
+        if since is None:
+            return
+        most = most_in_flight(job)
+        waited = write.at - since
+        if (
+            most is None
+            and waited > waits.RECOVERY_MS + GRACE_MS
+            and not self._was_refused(world, since)
+        ):
+            world.fail(self.name, f"{job.custom_id} went on after {waited // 1000} s")
+
+    @staticmethod
+    def _was_refused(world: World, since: int) -> bool:
+        """Return whether upstream refused calls, so that jobs wait for their limits."""
+        return any(
+            (call.ended_at or 0) >= since and call.fate == "refused"
+            for call in world.upstream.calls
+        )
+
+
 LEDGER_CHECKS: Final[Sequence[type[Check]]] = (
     CallsAreOnRecord,
     EndedCallsAreBooked,
     RowsAreOnRecord,
     TheSumsAreThoseOfTheLedger,
+    JobsOfDeadWorkersGoOn,
 )

@@ -122,6 +122,19 @@ def test_ranges_that_the_queue_did_not_take_are_sent_by_the_planner(caller: Call
     assert 250 == len(caller.bulk.claude.calls)
 
 
+def test_a_small_batch_is_announced_and_starts_also_if_that_fails(caller: Caller) -> None:
+    large = caller.create(*(a_row(number) for number in range(400)))
+    small = caller.create(*(a_row(number) for number in range(10)))
+
+    assert {small.batch_id} == {each.batch_id for each in caller.bulk.batches.announced}
+    caller.bulk.batches.fail_next("announce")
+    other = caller.create(*(a_row(number) for number in range(20)))
+    assert ["newcomer not announced"] == caller.bulk.events.problem_names
+    assert {large.batch_id, small.batch_id, other.batch_id} == {
+        batch_id for batch_id, _ in sent(caller.bulk)
+    }
+
+
 def test_a_create_that_dies_before_it_is_marked_as_started_repeats_no_call(
     caller: Caller,
 ) -> None:

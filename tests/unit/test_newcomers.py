@@ -177,6 +177,17 @@ def test_trouble_with_newcomers_is_not_the_ranges(bulk: Bulk) -> None:
     assert bulk.batches.ranges[of(bulk, LARGE).batch_id, 0].done
 
 
+def test_a_newcomer_that_cannot_be_removed_from_the_list_runs_once(bulk: Bulk) -> None:
+    bulk.batches.fail_next("welcome")
+
+    Story(bulk).play()
+
+    assert "newcomer not removed" in bulk.events.problem_names
+    assert Phase.ENDED == of(bulk, SMALL).phase
+    bulk.drain()
+    assert 510 == len(bulk.claude.calls)
+
+
 def test_a_range_that_has_lost_workers_runs_alone(bulk: Bulk) -> None:
     """Otherwise the search for a row that kills its workers would blame the wrong ones."""
     arrive(bulk, LARGE, 500)

@@ -428,6 +428,20 @@ def test_a_range_that_was_done_but_not_counted_is_counted_though_its_message_is_
     assert 3 == len(bulk.claude.calls)
 
 
+def test_another_message_of_a_range_that_is_counted_reads_no_results(make: Make) -> None:
+    bulk = make(joins_at_once=False)
+    bulk.upload(of(300))
+    bulk.once()
+    (number,) = (each.number for each in bulk.batches.ranges.values())
+    bulk.queues.ranges.clear()
+    bulk.queues.send_ranges(bulk.batch, [number])
+    bulk.objects.break_down("read")
+
+    assert bulk.once()
+
+    assert [] == bulk.events.problem_names
+
+
 def test_ranges_that_wait_for_limits_are_not_taken_for_lost(make: Make) -> None:
     bulk = make()
     bulk.claude.otherwise = LONG
@@ -500,6 +514,27 @@ def test_a_batch_ends_without_the_part_of_a_range_that_was_deleted(make: Make) -
     assert 90 < first < 200 < len(found) < 210
     (error,) = bulk.errors()
     assert (first + 1, PART_MISSING) == (error["line"], error["error"]["message"])
+
+
+@pytest.mark.parametrize("name", ["first.jsonl", "first.csv"])
+def test_a_file_that_is_replaced_after_its_rows_were_kept_runs_as_it_was(
+    make: Make, name: str
+) -> None:
+    """The planner of the first file met a busy store just after that."""
+    bulk = make()
+    body = of(3) if name.endswith("jsonl") else b"text\nSay 1\nSay 2\nSay 3\n"
+    options = {"sluice-model": "claude-a", "sluice-max-tokens": "9", "sluice-prompt": "{text}"}
+
+    bulk.batches.break_down("replace")
+    with pytest.raises(StoreBusy):
+        bulk.upload(body, name, **options)
+    bulk.batches.recover()
+    bulk.objects.stored[f"in/acme/{name}"] = b"another file"
+
+    bulk.planner.plan(bulk.batch.batch_id)
+    bulk.drain()
+
+    assert {"succeeded": 3} == kinds(bulk)
 
 
 # Rows ------------------------------------------------------------------------------------------------------

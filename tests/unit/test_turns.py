@@ -1,6 +1,6 @@
 """Work is taken in turns, so that a large backlog of one owner delays nobody else."""
 
-from sluice.domain.turns import Shares, group_of_range, in_turns
+from sluice.domain.turns import EarlyStarts, Shares, group_of_range, in_turns
 
 
 def first(item: str) -> str:
@@ -45,3 +45,16 @@ def test_the_first_ranges_of_a_batch_do_not_wait_behind_the_many_of_their_tenant
     assert {"acme/0", "acme/1", "acme/2", "acme/3"} == first, "few: see SLOTS"
     assert {"acme"} == later
     assert 1 == len({group_of_range("acme", "msgbatch_1", n, 50) for n in range(50)})
+
+
+def test_an_owner_has_some_early_starts_and_gets_them_back_slowly() -> None:
+    early = EarlyStarts()
+
+    assert [True] * 30 + [False] * 2 == [early.take("large", 0) for _ in range(32)]
+    assert early.take("small", 0)
+    assert not early.take("large", 9_999)
+    assert [True, False] == [early.take("large", 10_000) for _ in range(2)]
+    assert [True, True, False] == [early.take("large", 30_000) for _ in range(3)]
+    assert [True] * 30 + [False] == [early.take("large", 10_000_000) for _ in range(31)]
+    assert not early.take("large", 10_009_999)
+    assert early.take("large", 10_010_000)

@@ -388,19 +388,23 @@ class PlanBatch:
 
     def _cut(self, batch: Batch) -> Batch:
         key, etag, rows_etag = batch.input_key, batch.input_etag, None
+        made = None if _is_folder(key) else self._objects.head(batch.rows_key)
+        if made is not None:
+            # By a planner that died later. The file itself may have been replaced since.
+            key, etag, rows_etag = batch.rows_key, made.etag, made.etag
         sample = b"" if _is_folder(key) else self._objects.read(key, 0, SAMPLE_BYTES, etag)
         problem = None if _is_folder(key) else _unreadable(sample)
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
         unsupported: Sequence[str] = ()
-        if _has_no_lines(key, sample):
+        if made is None and _has_no_lines(key, sample):
             if _is_folder(key):
                 unsupported = self._named(batch)
             rows_etag = etag = self._made_rows(batch, sample)
             key = batch.rows_key
             sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
-        elif (copied := self._copied(batch)) is not None:
+        elif made is None and (copied := self._copied(batch)) is not None:
             key, rows_etag, etag = batch.rows_key, copied, copied
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Generic, TypeVar
 
@@ -39,6 +40,33 @@ def in_turns(items: Iterable[T], *owners: Callable[[T], Hashable]) -> list[T]:
         # Sorting is stable: within a turn, the owner whose item came first stays first.
         ordered = [item for _, item in sorted(numbered, key=lambda each: each[0])]
     return ordered
+
+
+EARLY_STARTS: Final = 30
+EARLY_AGAIN_MS: Final = 10_000
+"""An owner's first jobs in a worker may reserve further ahead than others: so many, and one more each such time.
+
+Shares of the start times go to workers, and an owner with many jobs is in many of them. A large backlog soon has used
+its early starts everywhere; a small batch needs no more.
+"""
+
+
+@dataclass(slots=True)
+class EarlyStarts:
+    """The early starts that the owners have left in one worker."""
+
+    left: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By owner: how many at a time."""
+
+    def take(self, owner: str, now: int) -> bool:
+        """Take one of the owner's early starts; False if none is left."""
+        count, at = self.left.get(owner, (EARLY_STARTS, now))
+        more = (now - at) // EARLY_AGAIN_MS
+        count, at = min(EARLY_STARTS, count + more), at + more * EARLY_AGAIN_MS
+        if count >= EARLY_STARTS:
+            at = now
+        self.left[owner] = max(0, count - 1), at
+        return count > 0
 
 
 class Shares(Generic[H]):

@@ -287,12 +287,13 @@ class Attempt:
     async def _drop(self) -> Ending:
         """Acknowledge the message of an ended job, once the ledger has its calls: their worker may have died with them.
 
-        A job that has ended just now may be in the hands of its worker, which will write them.
+        A job that has ended just now may be in the hands of its worker, which will write them. But the message may be
+        its only one: it is returned, and deleted at its next delivery.
         """
         ended_ago = self._invocation.now() - (self._job.finished_at or 0)
-        if ended_ago < waits.BOOKING_MS or await self._invocation.ledger.book(
-            life.billed_rows(self._job)
-        ):
+        if ended_ago < waits.BOOKING_MS:
+            return self._invocation.in_queue(waits.BOOKING_MS - ended_ago)
+        if await self._invocation.ledger.book(life.billed_rows(self._job)):
             return DONE
         return self._invocation.in_queue(waits.STORE_BUSY_MS)
 

@@ -22,6 +22,7 @@ from sluice.domain.limits import (
     group_id,
     usual_gap,
 )
+from sluice.domain.turns import EarlyStarts
 from sluice.ports.claude import Headers
 
 HORIZON_MS: Final = 3_000
@@ -31,6 +32,9 @@ LEAST_BLOCK: Final = 16
 """Jobs that a write should reserve for, if the rate permits; at slow rates the horizon grows to include them."""
 
 LONGEST_HORIZON_MS: Final = 15_000
+
+EARLY_MS: Final = 3_000
+"""How much further ahead an early job reserves: beyond the start times that others have reserved."""
 
 SETTLE_MS: Final = 10_000
 """How long settlements may wait to be written together with a reservation."""
@@ -170,6 +174,8 @@ class Waiter:
     """Whose job it is: the owners of the jobs in a line take turns."""
     may_fall_back: bool = False
     """The job has a fallback model: it does not wait for the circuit breaker of its model."""
+    is_early: bool = False
+    """It is one of the first of its owner here, and may reserve further ahead than others."""
 
     def horizon(self, group: Group, cost: Cost, now: int) -> int:
         """Return how far ahead it may reserve, at its `cost` in this group.
@@ -180,6 +186,8 @@ class Waiter:
         usual = HORIZON_MS
         if len(self.claimants) == 1:
             usual = min(LONGEST_HORIZON_MS, max(usual, LEAST_BLOCK * usual_gap(group)))
+        if self.is_early:
+            usual += EARLY_MS
         if now - self.since < PATIENCE_MS:
             return usual
         is_large = any(
@@ -203,6 +211,7 @@ class Line:
 
     def __init__(self) -> None:
         self.waiters: list[Waiter] = []
+        self.early = EarlyStarts()
         self.drained_at = 0
         """When the queue was last seen empty: no job waits behind those that workers hold."""
 

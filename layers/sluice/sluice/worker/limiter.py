@@ -127,6 +127,7 @@ class Limiter:
         waiter = Waiter(
             claimants, input_chars, max_tokens, latest_start, since, answer, owner, may_fall_back
         )
+        waiter.is_early = bool(owner) and self._line.early.take(owner, since)
         self._line.waiters.append(waiter)
         self._planner.wake()
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, ParamSpec
 
 from sluice.domain import waits
-from sluice.domain.batches import Batch, Phase, RangeState, Tally, claim_range, killers
+from sluice.domain.batches import Batch, Phase, Progress, RangeState, Tally, claim_range, killers
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
@@ -170,17 +170,22 @@ class RunRange:
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
         """Count the range as done; the last one of a section causes the results to be joined."""
         assert batch.plan is not None
-        if tally is None:
-            key = batch.part_key(number)
-            tally = await self.tools.blocking(stored_tally, self.tools.objects, key)
         section = batch.plan.section_of(number)
-        progress = await self.tools.blocking(
-            self.tools.batches.mark, batch.batch_id, f"section#{section:06d}", number, tally
-        )
+        progress = await self.tools.blocking(self._counted, batch, section, number, tally)
         if progress.members == len(batch.plan.members(section)):
             await self.tools.blocking(
                 self.tools.queue.send_join, batch.batch_id, section, batch.tenant
             )
+
+    def _counted(self, batch: Batch, section: int, number: int, tally: Tally | None) -> Progress:
+        """Count a range once; the sums of one that another worker has finished are read only if it is not counted."""
+        batches, group = self.tools.batches, f"section#{section:06d}"
+        if tally is None:
+            progress = batches.groups(batch.batch_id, group).get(group)
+            if progress is not None and number in progress.done:
+                return progress
+            tally = stored_tally(self.tools.objects, batch.part_key(number))
+        return batches.mark(batch.batch_id, group, number, tally)
 
 
 class _Run:
