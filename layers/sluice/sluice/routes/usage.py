@@ -77,7 +77,8 @@ def show_limits() -> dict[str, Any]:
     now, own = shared.CLOCK.now(), account(router)
     models = own.models()
     groups = own.groups(shared.model_groups(), models)
-    return {"data": [views.group_view(group, models, now) for group in groups]}
+    tenant = router.context["tenant"]
+    return {"data": [views.group_view(group, models, tenant, now) for group in groups]}
 
 
 @router.get(
