@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from sluice.api import requests, views
-from sluice.domain.breakers import Breaker
+from sluice.domain.breakers import Breaker, pseudonym, refusals_circuit
 from sluice.domain.errors import InvalidRequest, RequestTooLarge, Unauthenticated
 from sluice.domain.jobs import JobError, Result, State, claim, give_up, snooze, succeed
 from sluice.domain.limits import Observation, Seen, block, new_group, observe
 from sluice.domain.pricing import Spend, Usage
+from sluice.domain.workspaces import Workspace
 from sluice.intake.accounts import UsageRow
 from sluice.intake.admission import MOST_BYTES
 from sluice.intake.submit import Submission
@@ -379,7 +380,7 @@ def test_a_limit_group_shows_what_it_believes() -> None:
     )
     group = observe(new_group("org", "a", NOON), seen, NOON)
 
-    view = views.group_view(group, (), NOON)
+    view = views.group_view(group, (), "acme", NOON)
 
     assert ("org/a", "org", "a", True) == (
         view["group"],
@@ -397,13 +398,16 @@ def test_a_limit_group_shows_what_it_believes() -> None:
 
 
 def test_the_limits_of_an_unused_group_are_not_learned() -> None:
-    assert not views.group_view(new_group("org", "a", NOON), (), NOON)["learned"]
+    assert not views.group_view(new_group("org", "a", NOON), (), "acme", NOON)["learned"]
 
 
 def test_a_block_is_shown_while_it_lasts() -> None:
     group = block(new_group("org", "a", NOON), NOON + SECOND, "rate limited", NOON)
 
-    during, after = views.group_view(group, (), NOON), views.group_view(group, (), NOON + SECOND)
+    during, after = (
+        views.group_view(group, (), "acme", NOON),
+        views.group_view(group, (), "acme", NOON + SECOND),
+    )
 
     until = datetime.fromtimestamp(NOON / 1000 + 1, UTC).isoformat(timespec="milliseconds")
     assert (until.replace("+00:00", "Z"), "rate limited") == (
@@ -419,12 +423,21 @@ def test_a_group_shows_neither_the_models_of_others_nor_an_endpoint() -> None:
         "model claude-a": Breaker(5, NOON + SECOND),
         "model claude-secret": Breaker(5, NOON + SECOND),
         "endpoint https://relay.example": Breaker(5, NOON + SECOND),
+        "endpoint https://other.example": Breaker(5, NOON + SECOND, tenant=pseudonym("birch")),
+        "endpoint https://third.example": Breaker(5, NOON + SECOND, model="claude-secret"),
+        refusals_circuit("birch"): Breaker(5, NOON + SECOND),
+        refusals_circuit("acme"): Breaker(5, NOON + SECOND),
     }
-    group = replace(new_group("org", "a", NOON), circuits=circuits)
+    workspaces = {
+        "wrkspc_secret": Workspace(NOON + SECOND, "spend limit"),
+        "wrkspc_past": Workspace(NOON),
+    }
+    group = replace(new_group("org", "a", NOON), circuits=circuits, workspaces=workspaces)
 
-    view = views.group_view(group, {"claude-a"}, NOON)
+    view = views.group_view(group, {"claude-a"}, "acme", NOON)
 
-    assert ["endpoint", "model claude-a"] == [each["what"] for each in view["set_aside"]]
+    shown = [each["what"] for each in view["set_aside"]]
+    assert ["endpoint", "model claude-a", "refusals", "workspace"] == shown
 
 
 def test_every_state_has_a_word() -> None:

@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from sluice.domain.batches import Options
+from sluice.domain.breakers import STREAK, Breaker
 from sluice.domain.jobs import Job, State
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import Seen, block
 from sluice.ports.claude import CallRequest, Headers, Refused
 from sluice.worker.worker import Worker
+from tests.bulk_fakes import Bulk, a_row, jsonl
 from tests.fakes import (
     MINUTE,
     NOON,
@@ -447,3 +450,44 @@ def test_jobs_that_cannot_start_stop_no_refills(
     beside = _makespan(make, jobs("stuck", 60, **facts), hinder)
 
     assert beside < 1.2 * alone
+
+
+# Rows of files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bulk() -> Iterator[Bulk]:
+    made = Bulk(keys=own_keys("acme", "birch"))
+    for name in "ab":
+        made.gateway.know(known_group("org", name))
+    yield made
+    made.close()
+
+
+def test_rows_of_a_spent_workspace_wait_and_keep_no_other_file_waiting(bulk: Bulk) -> None:
+    bulk.claude.when = by_key({"birch": REFUSALS["spent"]})
+    bulk.objects.put("in/birch/spent.jsonl", jsonl(*map(a_row, range(20))))
+    bulk.planner.arrived("in/birch/spent.jsonl")
+    bulk.upload(jsonl(*map(a_row, range(20))))
+
+    bulk.once(minutes=5)
+    bulk.once(minutes=5)
+
+    ended = {each.tenant: each.ended_at for each in bulk.batches.stored.values()}
+    assert ended["acme"] is not None
+    assert ended["acme"] < NOON + MINUTE
+    assert ended["birch"] is None
+    assert 0 == bulk.events.counted("JobsErrored")
+    assert 20 >= sum(call.key_id == "birch" for call in bulk.claude.calls)
+
+
+def test_rows_behind_an_open_breaker_use_their_fallback_model(bulk: Bulk) -> None:
+    overloaded = {"model claude-a": Breaker(STREAK, NOON + MINUTE)}
+    bulk.gateway.know(replace(known_group("org", "a"), circuits=overloaded))
+    bulk.add(jsonl(*map(a_row, range(30))), options=Options(fallback_models=("claude-b",)))
+
+    bulk.drain()
+
+    assert bulk.time.now() - NOON < MINUTE
+    assert {"claude-b"} == {call.model for call in bulk.claude.calls}
+    assert 30 == len(bulk.claude.answered)

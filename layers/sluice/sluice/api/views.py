@@ -9,6 +9,7 @@ from typing import Any
 
 from sluice.domain import batches as life_of_batches
 from sluice.domain.batches import Phase, Tally
+from sluice.domain.breakers import Breaker, pseudonym, refusals_circuit
 from sluice.domain.jobs import Attempt, Job
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, Group, advanced
 from sluice.domain.pricing import Spend, base_model, cost_facts
@@ -192,15 +193,21 @@ def usage_view(first: str, last: str, group_by: Sequence[str], rows: Sequence[Us
     }
 
 
-def _shown_circuit(name: str, own_models: Collection[str]) -> str | None:
-    """Return what to show of a circuit: not the models of others, and not the address of an endpoint."""
+def _shown_circuit(
+    name: str, breaker: Breaker, own_models: Collection[str], tenant: str
+) -> str | None:
+    """Return what to show of a circuit: nothing of other tenants, and not the address of an endpoint."""
     kind, _, rest = name.partition(" ")
     if kind == "model":
         return name if base_model(rest) in own_models else None
-    return kind
+    is_own = breaker.tenant in {"", pseudonym(tenant)} and (
+        not breaker.model or base_model(breaker.model) in own_models
+    )
+    is_others = kind == "refusals" and name != refusals_circuit(tenant)
+    return kind if is_own and not is_others else None
 
 
-def group_view(group: Group, own_models: Collection[str], now: int) -> dict[str, Any]:
+def group_view(group: Group, own_models: Collection[str], tenant: str, now: int) -> dict[str, Any]:
     """Show a limit group to a tenant that uses it: its limits, and what its jobs wait for.
 
     Neither what is left of the limits, nor how large calls are, nor whose call was refused: that is the load of all
@@ -221,7 +228,7 @@ def group_view(group: Group, own_models: Collection[str], now: int) -> dict[str,
         "set_aside": [
             {"what": what, "until": time(max(now, breaker.open_until))}
             for name, breaker in sorted(current.circuits.items())
-            if breaker.is_open and (what := _shown_circuit(name, own_models))
+            if breaker.is_open and (what := _shown_circuit(name, breaker, own_models, tenant))
         ]
         + [
             {"what": "workspace", "until": time(each.blocked_until)}

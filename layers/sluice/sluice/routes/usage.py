@@ -65,7 +65,8 @@ def show_usage(
 @router.get(
     "/limits",
     summary="Show rate limits",
-    description="Returns the limit groups of the models you use, with their limits and current blocks.",
+    description="Returns the limit groups of the models you use, in the organizations that made your calls in the "
+    "last 30 days, with their limits and current blocks.",
     tags=["limits"],
     security=document.CLIENT_KEY,
     responses=document.responses(200, "The limit groups.", document.Limits, 400, 401, 503),
@@ -76,7 +77,8 @@ def show_limits() -> dict[str, Any]:
     now, own = shared.CLOCK.now(), account(router)
     models = own.models()
     groups = own.groups(shared.model_groups(), models)
-    return {"data": [views.group_view(group, models, now) for group in groups]}
+    tenant = router.context["tenant"]
+    return {"data": [views.group_view(group, models, tenant, now) for group in groups]}
 
 
 @router.get(

@@ -24,7 +24,7 @@ from sluice.domain.limits import (
     usual_gap,
 )
 from sluice.domain.turns import in_turns
-from sluice.domain.waits import Waits
+from sluice.domain.waits import ROW_STAY_MS, Waits
 from sluice.ports.world import Clock, Events, Jitter
 from sluice.worker.limit_books import (
     LEAST_BLOCK,
@@ -48,8 +48,10 @@ BLOCK_MS: Final = 15_000
 MOST_HELD_BACK: Final = 30
 """Jobs that wait in a worker for their own circuit breaker or workspace; more than probe it would only use up slots."""
 
-HELD_BACK_MS: Final = 60_000
-"""Others of them are returned to the queue for at least this time: the longest pause of a circuit breaker."""
+HELD_BACK_MS: Final = 45_000
+"""Others of them are returned for at least this time. Rows of a range stay in their invocation meanwhile."""
+
+assert HELD_BACK_MS < ROW_STAY_MS
 
 
 @dataclass(eq=False, slots=True)

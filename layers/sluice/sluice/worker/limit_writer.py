@@ -303,6 +303,18 @@ class LimitWriter:
         return True
 
     def _report_block(self, before: Group, after: Group, now: int) -> None:
+        for name, each in after.workspaces.items():
+            known = before.workspaces.get(name)
+            if each.blocked_until > max(now, known.blocked_until if known else 0):
+                self._events.note(
+                    "workspace blocked",
+                    limit_group=after.id,
+                    workspace=name,
+                    until=each.blocked_until,
+                    seconds=(each.blocked_until - now) // 1000,
+                    reason=each.blocked_reason,
+                    by=each.blocked_by,
+                )
         if after.blocked_until > max(now, before.blocked_until):
             self._events.note(
                 "limit group blocked",
