@@ -16,7 +16,6 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.limits.doors import BatchesDoor, JobsDoor, RunFailed
 from bench.neighbors.attacks import ATTACKS, Attack, Load
 from bench.neighbors.quiet import Waited, measured
 from bench.neighbors.side import Side
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             harmless = [_once(attack, chosen, None) for _ in range(chosen.repeat)]
             rows.append(Row(name, attack, _middle(beside), _middle(harmless)))
             print(_line(rows[-1]), flush=True)
-    except (RunFailed, StackError, httpx.HTTPError) as error:
+    except (StackError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     Console(width=160).print(_table(rows))
@@ -109,7 +108,8 @@ def _once(attack: Attack, chosen: argparse.Namespace, load: Load | None) -> Wait
             key=hostile.key,
             tenant=HOSTILE,
         )
-        _warm_up(ready)
+        # The first calls teach the limits, and start a process of each function.
+        measured(Side(ready, "warm", ready.client_key), claude_url, 1)
         side = quiet if load and attack.by_the_quiet_tenant else hostile
         thread = threading.Thread(
             target=load or attack.harmless, args=(side, chosen.rows), daemon=True
@@ -121,14 +121,6 @@ def _once(attack: Attack, chosen: argparse.Namespace, load: Load | None) -> Wait
         finally:
             side.stopped.set()
             thread.join(60)
-
-
-def _warm_up(ready: Ready) -> None:
-    """Have all worker processes started, and the limits learned: their imports would share the cores with the load."""
-    for door in (JobsDoor(ready), BatchesDoor(ready)):
-        rows = Side(ready, f"warm-{door.name}", ready.client_key).rows("row", WORKERS)
-        door.warm_up([each["params"] for each in rows], WORKERS)
-        door.close()
 
 
 @contextmanager

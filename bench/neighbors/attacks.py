@@ -7,6 +7,7 @@ bounded by `rows`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -50,7 +51,8 @@ def many_batches(side: Side, rows: int) -> None:
     for number in range(rows // SMALL_ROWS):
         if side.stopped.is_set():
             return
-        side.create(side.rows(f"batch-{number}", SMALL_ROWS))
+        with suppress(httpx.HTTPError):
+            side.create(side.rows(f"batch-{number}", SMALL_ROWS))
 
 
 def many_jobs(side: Side, rows: int) -> None:
@@ -58,7 +60,8 @@ def many_jobs(side: Side, rows: int) -> None:
     for number in range(rows // 100):
         if side.stopped.is_set():
             return
-        side.submit(side.rows(f"list-{number}", 100))
+        with suppress(httpx.HTTPError):
+            side.submit(side.rows(f"list-{number}", 100))
 
 
 def bad_rows(side: Side, rows: int) -> None:
@@ -89,10 +92,8 @@ def large_bodies(side: Side, rows: int) -> None:
 def _post(side: Side, headers: Mapping[str, str]) -> None:
     body = b'{"jobs": [' + b" " * FLOOD_BYTES
     while not side.stopped.wait(FLOOD_PAUSE_SECONDS):
-        try:
+        with suppress(httpx.HTTPError):
             side.send("POST", "/jobs", body, headers)
-        except httpx.HTTPError:
-            continue
 
 
 ATTACKS: Final[Mapping[str, Attack]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 import httpx
@@ -16,7 +17,6 @@ BATCH_ROWS: Final = 30
 JOBS: Final = 10
 LOOK_SECONDS: Final = 0.2
 PATIENCE_SECONDS: Final = 900.0
-FINAL: Final = frozenset({"succeeded", "errored", "canceled", "expired"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,9 @@ def measured(quiet: Side, claude_url: str, rounds: int) -> Waited:
     total, lost = 0.0, 0
     for number in range(rounds):
         began = time.time()
-        lost += _round(quiet, number, submitted)
-        total += time.time() - began
+        ended_at, failed = _round(quiet, number, submitted)
+        total += ended_at - began
+        lost += failed
     calls = _calls(claude_url)
     started: dict[str, float] = {}
     for call in calls:
@@ -62,32 +63,27 @@ def measured(quiet: Side, claude_url: str, rounds: int) -> Waited:
     )
 
 
-def _round(quiet: Side, number: int, submitted: dict[str, float]) -> int:
-    """Submit a batch and some jobs, and wait for them; return how many did not succeed."""
+def _round(quiet: Side, number: int, submitted: dict[str, float]) -> tuple[float, int]:
+    """Submit a batch and some jobs; return when the last of them ended, and how many did not succeed."""
     rows, jobs = quiet.rows(f"row-{number}", BATCH_ROWS), quiet.rows(f"job-{number}", JOBS)
     submitted |= dict.fromkeys((each["custom_id"] for each in rows), time.time())
     batch_id = quiet.create(rows)
     submitted |= dict.fromkeys((each["custom_id"] for each in jobs), time.time())
-    job_ids = quiet.submit(jobs)
+    ids = ",".join(quiet.submit(jobs))
     until = time.time() + PATIENCE_SECONDS
-    batch: dict[str, Any] = {}
-    waiting, succeeded = list(job_ids), 0
-    while time.time() < until and (waiting or not batch.get("ended_at")):
+    while time.time() < until:
         if reason := quiet.ready.ended():
             raise StackError(reason)
         time.sleep(LOOK_SECONDS)
-        if not batch.get("ended_at"):
-            batch = quiet.get(f"/v1/messages/batches/{batch_id}")
-        if waiting:
-            ended = {
-                job["id"]: job["state"]
-                for job in quiet.get(f"/jobs?ids={','.join(waiting)}")["data"]
-                if job["state"] in FINAL
-            }
-            succeeded += sum(state == "succeeded" for state in ended.values())
-            waiting = [each for each in waiting if each not in ended]
-    good = batch.get("request_counts", {}).get("succeeded", 0) if batch.get("ended_at") else 0
-    return BATCH_ROWS + JOBS - good - succeeded
+        batch = quiet.get(f"/v1/messages/batches/{batch_id}")
+        ended = [job for job in quiet.get(f"/jobs?ids={ids}")["data"] if job["finished_at"]]
+        if batch["ended_at"] and len(ended) == JOBS:
+            # The machine may be slow to answer: each of them records when it ended.
+            ends = [batch["ended_at"], *(job["finished_at"] for job in ended)]
+            good = sum(job["state"] == "succeeded" for job in ended)
+            lost = BATCH_ROWS + JOBS - good - batch["request_counts"]["succeeded"]
+            return max(datetime.fromisoformat(each).timestamp() for each in ends), lost
+    return time.time(), BATCH_ROWS + JOBS
 
 
 def _calls(claude_url: str) -> list[dict[str, Any]]:

@@ -427,7 +427,7 @@ def test_the_next_worker_books_the_call_of_one_that_died(stack: Stack) -> None:
 def test_the_sweep_books_the_call_of_a_job_that_nobody_runs_again(stack: Stack) -> None:
     stack.pause("WorkerMapping")
     job = killed(stack)
-    canceled = stack.http.post(f"/jobs/{job.job_id}/cancel").json()
+    canceled = stack.http.delete(f"/jobs/{job.job_id}").json()
 
     stack.govern()
     stack.resume("WorkerMapping")

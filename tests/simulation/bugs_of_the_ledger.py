@@ -89,7 +89,7 @@ BUGS_OF_THE_LEDGER: Final[Mapping[str, Bug]] = {
         "nobody writes the ledger rows of jobs that ended without a worker", _let_ended_jobs_owe
     ),
     "believe_that_ended_jobs_are_booked": Bug(
-        "the message of an ended job is acknowledged without a look at the ledger",
+        "the message of an ended job is acknowledged although the ledger may lack its calls",
         in_place_of(Attempt, "_drop", _believe),
     ),
     "honor_leases_of_the_dead": Bug(

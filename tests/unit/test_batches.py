@@ -64,6 +64,7 @@ from sluice.domain.batches import (
     start_batch,
     unreadable,
     upload_prefix,
+    usual_rows,
 )
 from sluice.domain.errors import LeaseLost, RangeBusy
 from sluice.domain.rows import lines
@@ -149,6 +150,14 @@ def test_samples_are_of_the_start_of_the_end_and_of_places_between_them(size: in
     assert 1 <= len(places) <= SAMPLES
     assert [0, max(0, size - SAMPLE_BYTES)] == [places[0], places[-1]]
     assert places == sorted(set(places))
+
+
+def test_a_stretch_of_blank_lines_does_not_make_a_file_look_too_long() -> None:
+    lines, blank = (b"y" * 999 + b"\n") * 65, b"\n" * SAMPLE_BYTES
+
+    assert 1_000_000 == usual_rows(10**9, [lines] * 7 + [blank])
+    assert 10**9 == usual_rows(10**9, [blank] * 7 + [lines])
+    assert 0 == usual_rows(0, [b""])
 
 
 def test_an_enormous_object_has_longer_ranges_and_not_more() -> None:

@@ -90,6 +90,14 @@ def test_a_tenant_makes_few_models_known_and_no_other_tenant_fewer() -> None:
     assert "claude-new" in models.groups()
 
 
+@pytest.mark.parametrize("model", ["unknown:other", "claude-a.x", "claude-a.x-20270101"])
+def test_a_model_named_like_a_limit_group_does_not_join_it(model: str) -> None:
+    """A relay may answer for any name."""
+    models = with_answer(KnownModels(), model, "acme", NOON, taken={"claude-a.x"})
+
+    assert {} == models.groups()
+
+
 def test_the_list_of_all_tenants_is_bounded() -> None:
     models = KnownModels()
     for number in range(2 * MOST_ANSWERED):
@@ -157,6 +165,16 @@ def test_an_upstream_that_answers_for_every_name_gives_out_few_groups(make: Make
     assert starts[-1] - starts[0] >= (60 - 2 * MOST_OF_A_TENANT) * SECOND, (
         "the pace of one new group"
     )
+
+
+def test_no_tenant_uses_the_limits_of_another_groups_name() -> None:
+    jobs = [a_job(f"job_{n}", model=name) for n, name in enumerate(("a", "unknown:other"))]
+    gateway = Gateway(*jobs)
+
+    gateway.drain()
+    gateway.time.close()
+
+    assert {"org/unknown:acme"} == names_of(gateway)
 
 
 def test_a_new_model_has_its_own_limits_after_its_first_answer(make: Make) -> None:

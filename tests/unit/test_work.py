@@ -1153,6 +1153,7 @@ def test_a_finished_job_is_only_acknowledged(make: Make) -> None:
     gateway = make(a_job())
     gateway.once()
     done = gateway.job()
+    gateway.time.run(asyncio.sleep(BOOKING_MS / 1000))
     gateway.queue.post(job_id="job_1")
 
     assert [] == gateway.once()
@@ -1609,6 +1610,19 @@ def test_a_message_is_kept_until_the_ledger_has_the_calls_of_its_job(make: Make)
     (attempt,) = gateway.job().attempts
     assert (attempt.request_id, "succeeded", True) == (row.request_id, row.outcome, row.certain)
     assert [row.spend] == list(gateway.ledger.sums.values())
+
+
+def test_the_only_message_of_a_job_that_ended_just_now_is_kept(make: Make) -> None:
+    """SQS has delivered it twice, and its first receiver may die before it has written the row."""
+    gateway = make(a_job())
+    gateway.once()
+    gateway.ledger.rows.clear()
+    gateway.queue.post(job_id="job_1")
+
+    assert ["message-2"] == gateway.once()
+    gateway.drain()
+
+    assert ["succeeded"] == gateway.ledger.outcomes
 
 
 def test_a_message_received_again_adds_no_row_and_no_usage(make: Make) -> None:

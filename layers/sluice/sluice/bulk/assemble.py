@@ -140,6 +140,8 @@ class Assemble:
             if self._clock.now() > latest:
                 return False
         repeated = self._sections.repeated(batch, shares)
+        # Reading what was found takes up to a minute, and is no step: it would be all that an invocation does.
+        latest = max(latest, self._clock.now() + END_MS)
         errors = self._sections.with_errors(batch, plan, repeated)
         unfinished = self._sections.unfinished(batch, errors)
         base = 1

@@ -40,6 +40,7 @@ from sluice.domain.batches import (
     prefix_of_upload,
     sample_places,
     start_batch,
+    usual_rows,
 )
 from sluice.domain.errors import InputMissing, InvalidRequest, StoreBusy
 from sluice.domain.forms import (
@@ -409,8 +410,9 @@ class PlanBatch:
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
-        plan = planned(stored.size, sample, *self._samples(key, stored.size, etag))
-        problem = _unreadable(sample) or _too_long(plan)
+        samples = [sample, *self._samples(key, stored.size, etag)]
+        plan = planned(stored.size, *samples)
+        problem = _unreadable(sample) or _too_long(usual_rows(stored.size, samples))
         if problem is not None:
             self._assemble.fail(batch, problem)
             return batch
@@ -595,12 +597,14 @@ def _has_no_lines(key: str, sample: bytes) -> bool:
     return _is_folder(key) or is_packed or is_csv or ends_lines_with_cr(sample)
 
 
-def _too_long(plan: Plan) -> str | None:
+def _too_long(rows: int) -> str | None:
     """Return what is wrong with a file of more rows than the end of a batch can compare."""
-    if plan.estimated_rows <= MOST_ROWS:
+    if rows <= MOST_ROWS:
         return None
-    rows = f"{plan.estimated_rows:,} rows; the maximum is {MOST_ROWS:,}"
-    return f"the file has about {rows}. Split it into several files"
+    return (
+        f"the file has about {rows:,} rows; the maximum is {MOST_ROWS:,}. "
+        "Split it into several files"
+    )
 
 
 def _unreadable(sample: bytes) -> str | None:

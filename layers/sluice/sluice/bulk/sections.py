@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
+from struct import iter_unpack
 from typing import Final
 
 from sluice.domain.batches import Batch, Plan, Tally
@@ -156,9 +157,7 @@ class Sections:
         repeated: dict[int, Places] = {}
         for share in range(shares):
             found = self._objects.get(batch.section_key(share, "repeats")) or b""
-            for at in range(0, len(found), 8):
-                section = int.from_bytes(found[at : at + 4])
-                place = int.from_bytes(found[at + 4 : at + 8])
+            for section, place in iter_unpack(">II", found):
                 repeated.setdefault(section, Places()).add(place)
         return repeated
 

@@ -448,6 +448,18 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
     return Plan(first, size, range_bytes, -(-length // range_bytes), line_bytes)
 
 
+def usual_rows(size: int, samples: Sequence[bytes]) -> int:
+    """Estimate the rows of an object by the sample whose lines have the median length.
+
+    A stretch of blank lines, of which one sample may consist, must not make a file look as if it had too many rows.
+    """
+    lengths = sorted(
+        max(1, (each.rfind(b"\n") + 1 or len(each)) // max(1, each.count(b"\n")))
+        for each in samples
+    )
+    return size // lengths[len(lengths) // 2]
+
+
 # Transitions ---------------------------------------------------------------------------------------------------
 
 

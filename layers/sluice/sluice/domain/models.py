@@ -8,7 +8,7 @@ of one tenant share one group in each organization: a tenant delays only itself 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -68,9 +68,16 @@ def with_loaded(models: KnownModels, loaded: Mapping[str, str]) -> KnownModels:
     return replace(models, version=models.version + 1, loaded=dict(loaded))
 
 
-def with_answer(models: KnownModels, model: str, tenant: str, now: int) -> KnownModels:
-    """Add a model that upstream has answered a tenant's call for, unless there are too many."""
+def with_answer(
+    models: KnownModels, model: str, tenant: str, now: int, taken: Collection[str] = ()
+) -> KnownModels:
+    """Add a model that upstream has answered a tenant's call for, unless there are too many.
+
+    `taken`: names of groups, which such a model would otherwise share with the models that are in them.
+    """
     name = base_model(model)
+    if is_unknown(name) or name in taken:
+        return models
     kept = {key: each for key, each in models.answered.items() if now - each.at < KEPT_MS}
     of_tenant = sum(each.tenant == tenant for each in kept.values())
     if name in kept or of_tenant >= MOST_OF_A_TENANT or len(kept) >= MOST_ANSWERED:

@@ -242,7 +242,8 @@ class KeyChoice:
 
     def _known_with(self, model: str, tenant: str) -> None:
         store, now = self._tools.limits, self._tools.clock.now()
-        rule = partial(with_answer, model=model, tenant=tenant, now=now)
+        taken = frozenset(self._groups.values())
+        rule = partial(with_answer, model=model, tenant=tenant, now=now, taken=taken)
         change(store.replace_models, store.models(), rule, "the known models")
 
     def _chosen(

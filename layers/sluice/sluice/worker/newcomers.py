@@ -24,7 +24,7 @@ LOOK_MS: Final = 1_000
 BESIDE: Final = 2
 """Maximum newcomers in one invocation beside its own range: each needs some 35 MB for its rows and records."""
 
-MOST_BYTES: Final = 256 * 1024
+MOST_BYTES: Final = 2 * 1024 * 1024
 """A larger range waits for an invocation of its own."""
 
 BESIDE_HELD_BYTES: Final = 8 * 1024 * 1024
@@ -125,6 +125,8 @@ class RunRanges:
 
 
 def _ranges(batch: Batch) -> range:
-    if batch.plan is None or batch.phase is Phase.ENDED or batch.plan.range_bytes > MOST_BYTES:
+    plan = batch.plan
+    if plan is None or batch.phase is Phase.ENDED:
         return range(0)
-    return range(batch.plan.ranges)
+    start, end = plan.bounds(0)
+    return range(plan.ranges if end - start <= MOST_BYTES else 0)
