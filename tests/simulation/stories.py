@@ -286,7 +286,7 @@ KINDS: Final[Mapping[tuple[int, int], Callable[[int], Story]]] = {
     (16, 7): of_neighbors,
     (64, 15): partial(of_neighbors, troubles=AT_LOW_LIMITS),
     (64, 25): of_invented_models,
-    (64, 31): partial(of_neighbors, troubles=OF_SCOPES),
+    (64, 63): partial(of_neighbors, troubles=OF_SCOPES),
     (64, 53): of_long_ends,
 }
 """By divisor and remainder of the seed."""
