@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Final
 
 from sluice.bulk import plan
 from sluice.bulk.assemble import Assemble
 from sluice.domain import batches as domain
 from sluice.domain.batches import Batch, Plan, RangeState
+from sluice.domain.breakers import Breaker
 from sluice.domain.errors import InputMissing, StoreBusy
 from sluice.domain.jobs import DueFor
 from sluice.domain.keys import UpstreamKey
@@ -168,6 +168,13 @@ def _as_a_lost_connection(failure: Failure, _: dict[str, Any]) -> Failure:
 
 
 @contextmanager
+def _take_a_local_error_for_upstreams() -> Iterator[None]:
+    # Breakers that concern only the tenant whose requests fail would make it harmless for the others.
+    with judged(_as_a_lost_connection), instead(Breaker, "concerns", lambda *_: True):
+        yield
+
+
+@contextmanager
 def _copy_what_ends_last() -> Iterator[None]:
     def latest(self: MemoryBatches, batch: Batch) -> str:
         del self
@@ -265,8 +272,8 @@ BUGS_OF_FILES: Final[Mapping[str, Bug]] = {
         "due ranges are read oldest first only", _read_the_oldest_ranges_only
     ),
     "take_a_local_error_for_upstreams": Bug(
-        "a request that cannot be sent counts as a failure of the endpoint",
-        partial(judged, _as_a_lost_connection),
+        "a request that cannot be sent counts as a failure of the endpoint, for all tenants",
+        _take_a_local_error_for_upstreams,
     ),
     "reject_all_keys": Bug(
         "a rejected key takes the others of the pool with it",

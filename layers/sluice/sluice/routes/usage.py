@@ -65,8 +65,8 @@ def show_usage(
 @router.get(
     "/limits",
     summary="Show rate limits",
-    description="Returns the limit groups of the models you use, in the organizations that made your calls in the last 30 days, "
-    "with their limits and current blocks.",
+    description="Returns the limit groups of the models you use, in the organizations that made your calls in the "
+    "last 30 days, with their limits and current blocks.",
     tags=["limits"],
     security=document.CLIENT_KEY,
     responses=document.responses(200, "The limit groups.", document.Limits, 400, 401, 503),
