@@ -118,6 +118,22 @@ def test_an_invocation_runs_few_newcomers_at_a_time(bulk: Bulk) -> None:
     bulk.time.run(story())
 
 
+def test_one_tenant_does_not_take_all_room_for_newcomers(bulk: Bulk) -> None:
+    async def story() -> None:
+        arrive(bulk, LARGE, 500)
+        invocation = asyncio.create_task(bulk.invoke(bulk.runners()))
+        for number in range(6):
+            arrive(bulk, f"in/a-flood/{number}.jsonl", 30, first=1_000 + 100 * number)
+        await asyncio.sleep(8)
+        assert 2 == sum(each.owner is not None for each in bulk.batches.ranges.values())
+        small = arrive(bulk, "in/zenith/small.jsonl", 5, first=5_000)
+        await asyncio.sleep(2)
+        assert bulk.batches.ranges[small.batch_id, 0].owner is not None
+        await invocation
+
+    bulk.time.run(story())
+
+
 def test_tenants_take_turns_as_newcomers(bulk: Bulk) -> None:
     """Whatever the order of their names, and however many batches one of them has."""
 

@@ -65,6 +65,8 @@ class RunRanges:
         """Runners for newcomers, kept for the next invocation."""
         self._turn = ""
         """The tenant of the last newcomer: the next one is another tenant's, if there is one."""
+        self._tenants: set[str] = set()
+        """Those of the newcomers that run: none starts another one, so that one tenant does not take all room."""
 
     async def __call__(self, pointer: RangePointer, stop_at: int, owner: str) -> bool:
         """Run a range as far as possible; return whether its message is done. See `RunRange`."""
@@ -80,13 +82,16 @@ class RunRanges:
                 continue
             newcomer = await self._newcomer()
             if newcomer is not None:
-                task = asyncio.create_task(self._run(newcomer, stop_at, owner), name=f"{owner} new")
+                self._tenants.add(self._turn)
+                task = asyncio.create_task(
+                    self._run(newcomer, self._turn, stop_at, owner), name=f"{owner} new"
+                )
                 beside.add(task)
                 task.add_done_callback(beside.discard)
         await asyncio.gather(*beside)
         return await running
 
-    async def _run(self, newcomer: RangePointer, stop_at: int, owner: str) -> None:
+    async def _run(self, newcomer: RangePointer, tenant: str, stop_at: int, owner: str) -> None:
         """Run a newcomer; if that fails, its message in the queue is still there."""
         runner = self._idle.pop() if self._idle else self._beside()
         try:
@@ -94,16 +99,20 @@ class RunRanges:
         except Exception:  # noqa: BLE001 - the invocation's own range must not suffer
             self._own.tools.events.problem("newcomer not run", batch_id=newcomer.batch_id)
         self._idle.append(runner)
+        self._tenants.discard(tenant)
 
     async def _newcomer(self) -> RangePointer | None:
         """Return a range that no worker has claimed, of the next tenant that has one."""
-        tools = self._own.tools
+        tools, is_second_pass = self._own.tools, not self._turn
         try:
             for _ in range(MOST_SKIPPED):
                 found = await tools.blocking(tools.batches.newcomer, self._turn)
-                if found is None and not self._turn:
+                if found is None and is_second_pass:
                     return None
+                is_second_pass = is_second_pass or found is None
                 self._turn = found.tenant if found else ""
+                if self._turn in self._tenants:
+                    continue
                 number = await self._unclaimed(found) if found else None
                 if found and number is not None:
                     return RangePointer(MESSAGE, found.batch_id, number)
