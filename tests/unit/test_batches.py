@@ -383,6 +383,20 @@ def test_the_results_of_files_are_copied_unless_s3_could_not_name_the_copies() -
     assert not a_batch(source=Source.JOBS).has_copy
 
 
+@pytest.mark.parametrize(
+    ("file", "has_offsets"),
+    [("x.jsonl", True), ("x.jsonl.gz", True), ("x.CSV.gz", False), ("docs/options.json", False)],
+)
+def test_rows_have_the_offsets_of_a_file_that_has_lines(file: str, *, has_offsets: bool) -> None:
+    batch = a_batch(input_key="batches/msgbatch_1/rows.jsonl", given_key=f"in/acme/{file}")
+
+    assert has_offsets == batch.has_offsets
+    assert (batch.rows_key, "batches/msgbatch_1/documents.jsonl") == (
+        batch.input_key,
+        batch.documents_key,
+    )
+
+
 def test_a_later_batch_has_a_greater_rank() -> None:
     first = a_batch()
 

@@ -291,6 +291,37 @@ def test_a_line_without_end_is_one_bad_row_and_not_held_in_memory(
     ] == [(line, row.get(PROBLEM)) for line, row in found]
 
 
+@pytest.mark.parametrize("size", [3, 1_000])
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b'"x', [(2, "field 1 begins with a quote that is not closed")]),
+        (b'"x""', [(2, "field 1 begins with a quote that is not closed")]),
+        (b'"x"', [(2, None)]),
+        (b'a\r\n"x"\r', [(2, None), (3, None)]),
+        (b"y" * 500, [(2, "the line exceeds 100 characters")]),
+        (b"y" * 500 + b"\r\nz", [(2, "the line exceeds 100 characters"), (3, None)]),
+        (
+            b'"' + b"z\n" * 60 + b'"',
+            [
+                (2, "field 1 exceeds 100 characters, or its quote is not closed"),
+                *((line, None) for line in range(3, 62)),
+                (62, "field 1 begins with a quote that is not closed"),
+            ],
+        ),
+    ],
+)
+def test_the_end_of_a_file_may_be_anywhere(
+    monkeypatch: pytest.MonkeyPatch, body: bytes, found: list[tuple[int, str | None]], size: int
+) -> None:
+    monkeypatch.setattr(csv_files, "MOST_LINE_BYTES", 100)
+    monkeypatch.setattr(csv_files, "PIECE_BYTES", 10)
+
+    made = numbered_rows(b"text\n" + body, size=size)
+
+    assert found == [(line, row.get(PROBLEM)) for line, row in made]
+
+
 # Documents -------------------------------------------------------------------------------------------------
 
 

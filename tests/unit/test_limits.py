@@ -57,7 +57,7 @@ from sluice.domain.limits import (
     workspace_answered,
 )
 from sluice.domain.waits import USUAL, Waits
-from sluice.domain.workspaces import WorkspaceRefusal
+from sluice.domain.workspaces import Workspace, WorkspaceRefusal
 from tests.fakes import MINUTE, NOON, SECOND, known_group
 
 # The same examples in every run: a gate must not fail by chance, nor because the machine is busy.
@@ -1444,6 +1444,8 @@ def test_the_record_of_an_unused_group_expires_after_its_block() -> None:
     assert (NOON + 35 * DAY_MS) // 1000 == expires_at(group())
     assert (NOON + 75 * DAY_MS) // 1000 == expires_at(blocked)
     assert (NOON + DAY_MS) // 1000 == expires_at(new_group("org", "unknown:acme", NOON))
+    parked = replace(group(), workspaces={"w": Workspace(blocked_until=NOON + 20 * DAY_MS)})
+    assert (NOON + 55 * DAY_MS) // 1000 == expires_at(parked)
 
 
 def test_invented_models_do_not_grow_a_group() -> None:

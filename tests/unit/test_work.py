@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from sluice.domain.errors import KeyPoolBroken, StoreBusy
+from sluice.domain.errors import KeyPoolBroken, NotStorable, StoreBusy
 from sluice.domain.jobs import (
     FEW,
     LOSSES_TO_SUSPECT,
@@ -1476,6 +1476,18 @@ def test_a_claim_that_cannot_be_written_makes_no_call(make: Make) -> None:
     gateway.jobs.recover()
     gateway.drain()
     assert State.SUCCEEDED == gateway.job().state
+
+
+def test_a_record_that_no_store_takes_is_the_jobs_own_failure(make: Make) -> None:
+    """Not a busy store: it would be refused a thousand times."""
+    gateway = make(a_job("job_1"), a_job("job_2"))
+    gateway.jobs.fail_next("replace", error=NotStorable("the jobs table", "it is too large"))
+
+    assert [] == gateway.once()
+
+    ended = [job for job in gateway.jobs.stored.values() if job.error]
+    assert ["record_not_storable"] == [job.error.type for job in ended if job.error]
+    assert (1, 1) == (len(ended), len(gateway.claude.calls))
 
 
 def test_a_store_that_is_busy_for_a_while_costs_no_receive(make: Make) -> None:

@@ -420,7 +420,8 @@ def group_id(organization: str, model_group: str) -> str:
 
 def expires_at(group: Group) -> int:
     """Return when the record of an unused group may be deleted (epoch seconds); its limits are then learned again."""
-    used = max(group.requests.at, group.last_start, group.blocked_until)
+    blocks = [group.blocked_until, *(each.blocked_until for each in group.workspaces.values())]
+    used = max(group.requests.at, group.last_start, *blocks)
     return (used + (UNKNOWN_KEPT_MS if is_unknown(group.model_group) else KEPT_MS)) // 1000
 
 

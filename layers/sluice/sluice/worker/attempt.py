@@ -10,7 +10,7 @@ from typing import assert_never
 
 from sluice.domain import jobs as life
 from sluice.domain import waits
-from sluice.domain.errors import StoreBusy
+from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import Job, JobError, State, Step
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.refusals import OVERLOADED
@@ -65,6 +65,13 @@ class Attempt:
                     return await self._with_call(grant, hold_ms)
         except NoCall as no_call:
             return no_call.ending
+        except NotStorable as error:
+            if self._job.is_leased(self._invocation.now()):
+                raise
+            # Its own fault, and no busy store: it would be refused again at every delivery.
+            return await self._end(
+                State.ERRORED, JobError("record_not_storable", f"the job cannot run: {error}")
+            )
 
     async def _with_call(self, grant: Grant, hold_ms: int) -> Ending:
         """Choose, admit, claim, call, record."""

@@ -50,7 +50,9 @@ class Ledger:
         """Write the rows that are missing, at once; return whether the ledger has all of them now."""
         try:
             if rows:
-                self._to_add_up.extend(await self._written(self._books.record_missing, rows))
+                written = await self._written(self._books.record_missing, rows)
+                # Not in one line: the list may be replaced during the write.
+                self._to_add_up.extend(written)
         except Exception:  # noqa: BLE001 - the job continues, and its record keeps the rows
             return False
         return True

@@ -145,33 +145,34 @@ class Windows:
         return Window((), [bad], self._end, count, is_last=True, others=list(others))
 
     def _found(self, line: Line) -> Seat | list[Record]:
-        """Return the row of a line; any exception in reading it is the error of this line alone."""
+        """Return the row of a line; any exception is the error of this line alone."""
         if line.offset in self._unreadable:
             return bad_row_records(line, BadRow(DEADLY))
         try:
             found = self._read(line)
         except Exception as error:  # noqa: BLE001 - the other lines of the range must run
             self._events.problem("row not read", batch_id=self._batch.batch_id, offset=line.offset)
-            found = BadRow(f"the line cannot be read: {type(error).__name__}")
-        if found is None:
-            return []
-        if isinstance(found, BadRow):
-            return bad_row_records(line, found)
-        ended = self._saved.records.pop(line.offset, None)
-        if ended is not None:
-            return Seat(replace(line, text=b""), found, ended=ended)
-        return Seat(line, found, lost=self._lost_calls(found, line.offset))
+            return bad_row_records(line, BadRow(f"the line cannot be read: {type(error).__name__}"))
+        if isinstance(found, Seat) and found.ended is None:
+            # Not an error of the line if the ledger is busy.
+            found.lost = self._lost_calls(found.job, line.offset)
+        return found
 
-    def _read(self, line: Line) -> Job | BadRow | None:
-        """Return the job of a line; None for a blank one."""
+    def _read(self, line: Line) -> Seat | list[Record]:
         row = read_row(line, self._batch.options)
-        if row is None or isinstance(row, BadRow):
-            return row
+        if row is None:
+            return []
+        if isinstance(row, BadRow):
+            return bad_row_records(line, row)
         job_id = row_job_id(self._batch.batch_id, line.offset)
         job = self._saved.jobs.pop(job_id, None) or self._make_job(job_id, row)
-        return replace(
+        job = replace(
             job, version=self._state.claims * CLAIM_VERSIONS, request_bytes=len(line.text)
         )
+        ended = self._saved.records.pop(line.offset, None)
+        if ended is not None:
+            return Seat(replace(line, text=b""), job, ended=ended)
+        return Seat(line, job)
 
     def _pieces(self) -> Iterator[bytes]:
         """Read from the byte before the range to its end, and further on demand."""
