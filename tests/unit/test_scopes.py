@@ -308,7 +308,8 @@ def test_trouble_of_one_model_keeps_no_job_of_its_sibling_waiting(
     gateway.time.run(story())
 
     assert 20 == len(delays(gateway, "well"))
-    assert delays(gateway, "well")[-1] < 15 * SECOND
+    # Some of the 200 become visible again just then, and are received first.
+    assert delays(gateway, "well")[-1] < (15 if count < 100 else 30) * SECOND
 
 
 def test_one_tenants_requests_that_break_the_endpoint_stop_only_its_own(make: Make) -> None:
