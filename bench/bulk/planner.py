@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.client import HTTPConnection
@@ -19,6 +19,9 @@ from scripts.local_doors import LocalHandler
 from scripts.local_stack.emulator import free_port
 
 NAME: Final = "huge"
+COPY: Final = "rows.jsonl"
+"""Name of the batch's own copy, which the planner has S3 make."""
+ETAG: Final = '"of-what-is-not-there"'
 PATIENCE_SECONDS: Final = 600
 
 
@@ -102,52 +105,85 @@ def _at(line: dict[str, Any]) -> float:
     return whole + int(milliseconds[:3]) / 1000
 
 
+class _Serve(LocalHandler):
+    """Serves S3: one object is generated when it is read, and its copy; all other requests are forwarded."""
+
+    protocol_version = "HTTP/1.1"
+    emulator = ""
+    size = 0
+    line = b""
+    is_copied = False
+
+    def do_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        path = self.path.partition("?")[0]
+        if not path.endswith((f"/{COPY}", f"/{NAME}.jsonl")):
+            self._forward(body)
+        elif self.command not in {"HEAD", "GET"}:
+            self._copy()
+        elif path.endswith(f"/{COPY}") and not self.is_copied:
+            self._answer(404, b"")
+        else:
+            self._make()
+
+    def _forward(self, body: bytes) -> None:
+        connection = HTTPConnection(self.emulator)
+        # Its Host, too: a link is signed for the address it names.
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        content = answer.read()
+        self._answer(answer.status, content, answer.getheaders())
+        connection.close()
+
+    def _copy(self) -> None:
+        """Answer the calls of a copy in parts, of which nothing is kept."""
+        type(self).is_copied = True
+        if self.command == "PUT":
+            kind = "CopyPartResult"
+        elif "?uploads" in self.path:
+            kind = "InitiateMultipartUploadResult"
+        else:
+            kind = "CompleteMultipartUploadResult"
+        answer = f"<{kind}><UploadId>copy</UploadId><ETag>{ETAG}</ETag></{kind}>"
+        self._answer(200, answer.encode())
+
+    def _make(self) -> None:
+        first, last = 0, self.size - 1
+        asked = self.headers.get("range")
+        if asked:
+            first, last = (int(each) for each in asked.removeprefix("bytes=").split("-"))
+        is_head = self.command == "HEAD"
+        content = b"" if is_head else _piece(self.line, first, min(last, self.size - 1))
+        facts = [("etag", ETAG), ("last-modified", formatdate(usegmt=True))]
+        length = len(content) if asked else self.size
+        self._answer(206 if asked else 200, content, facts, length)
+
+    def _answer(
+        self,
+        status: int,
+        content: bytes,
+        headers: Sequence[tuple[str, str]] = (),
+        length: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            if name.lower() not in {"transfer-encoding", "content-length", "connection"}:
+                self.send_header(name, value)
+        self.send_header("content-length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_any  # noqa: N815 - http.server's names
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @contextmanager
 def _bucket(emulator: str, size: int, line: bytes) -> Iterator[str]:
-    """Serve S3: one object is generated when it is read, all other requests are forwarded."""
-
-    class Serve(LocalHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            if self.path.endswith(f"/{NAME}.jsonl") and self.command in {"HEAD", "GET"}:
-                self._made()
-                return
-            connection = HTTPConnection(emulator)
-            # Its Host, too: a link is signed for the address it names.
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            content = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in {"transfer-encoding", "content-length", "connection"}:
-                    self.send_header(name, value)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-            connection.close()
-
-        def _made(self) -> None:
-            first, last = 0, size - 1
-            asked = self.headers.get("range")
-            if asked:
-                first, last = (int(each) for each in asked.removeprefix("bytes=").split("-"))
-            content = b"" if self.command == "HEAD" else _piece(line, first, min(last, size - 1))
-            self.send_response(206 if asked else 200)
-            self.send_header("etag", '"of-what-is-not-there"')
-            self.send_header("last-modified", formatdate(usegmt=True))
-            length = len(content) if asked else size
-            self.send_header("content-length", str(length))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_any  # noqa: N815 - http.server's names
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Serve)
+    """Serve S3 with the object, of so many bytes of this line."""
+    handler = type("Serve", (_Serve,), {"emulator": emulator, "size": size, "line": line})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -95,8 +95,8 @@ def test_a_long_list_of_jobs_arrives_whole_each_in_its_fair_group(cloud: Aws) ->
         for record in arrived
         for message in received([as_lambda_delivers(record)])
     }
-    names = ("a", "a", "a", "claude-new")
-    assert groups == {job_id(n): f"tenant-{n % 3}/{names[n % 4]}" for n in range(25)}
+    names = ("a", "a", "a", "unknown:tenant-{}")
+    assert groups == {job_id(n): f"tenant-{n % 3}/{names[n % 4].format(n % 3)}" for n in range(25)}
     assert all({"v": 1, "job_id": json.loads(r["Body"])["job_id"]} == json.loads(r["Body"])
                for r in arrived)  # fmt: skip
 

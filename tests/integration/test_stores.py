@@ -163,6 +163,26 @@ ATTEMPTS = st.builds(
     request_id=maybe(WORD),
     usage=maybe(USAGES),
     cost_micro_usd=maybe(COUNT),
+    alone=st.booleans(),
+    version=COUNT,
+    organization=maybe(WORD),
+    key_id=WORD,
+)
+LEDGER_ROWS = st.builds(
+    LedgerRow,
+    tenant=WORD,
+    day=st.dates(date(2026, 1, 1), date(2030, 1, 1)),
+    call_id=WORD,
+    job_id=WORD,
+    model=WORD,
+    lane=st.just("live"),
+    organization=maybe(WORD),
+    key_id=WORD,
+    request_id=maybe(WORD),
+    outcome=WORD,
+    spend=st.builds(Spend, **{each.name: COUNT for each in fields(Spend)}),
+    certain=st.booleans(),
+    note=maybe(TEXT),
 )
 FALLBACKS = st.lists(WORD, max_size=3).map(tuple)
 JOBS = st.builds(
@@ -205,6 +225,8 @@ JOBS = st.builds(
     ),
     error=maybe(ERRORS),
     redrives=st.lists(st.builds(Redrive, at=TIME, error=ERRORS), max_size=2).map(tuple),
+    uncertain_calls=COUNT,
+    unbooked=st.lists(LEDGER_ROWS, max_size=2).map(tuple),
 ).map(lambda job: replace(job, fallbacks_used=min(job.fallbacks_used, len(job.fallback_models))))
 
 

@@ -150,6 +150,7 @@ HIDING: Final = frozenset(
         "LargeAnswers",
         "SlowUploads",
         "LongBlocks",
+        "SpendLimit",
         "ParkedByHand",
         "EndpointDown",
         "ServerErrors",

@@ -20,7 +20,7 @@ from sluice.ports.claude import Body
 from sluice.ports.swap import swap
 from sluice.worker.call import Call
 from sluice.worker.invocation import DONE, Again, Done, Ending, Invocation, Wait
-from sluice.worker.limit_books import Admission, Later, Moved, Overloaded, TooLarge
+from sluice.worker.limit_books import NO_CAPACITY, Admission, Later, Moved, Overloaded, TooLarge
 from sluice.worker.memory import Grant
 from sluice.worker.outcome import Outcome
 from sluice.worker.source import Taken
@@ -185,6 +185,7 @@ class Attempt:
         is_scout = self._taken.is_scout
         if not is_scout:
             self._invocation.held.misses += 1
+            self._invocation.held.is_short = later.reason == NO_CAPACITY
             with self._invocation.held.leaving():
                 await self._linger(later.at)
         now = self._invocation.now()

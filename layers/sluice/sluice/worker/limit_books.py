@@ -131,6 +131,10 @@ class Admission:
             self.settle(None)
 
 
+NO_CAPACITY: Final = "no capacity soon"
+"""Why a job cannot start in an invocation although nothing is blocked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Later:
     """No start in this invocation; the earliest expected start, in epoch milliseconds."""

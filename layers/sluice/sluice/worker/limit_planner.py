@@ -28,6 +28,7 @@ from sluice.domain.waits import ROW_STAY_MS, Waits
 from sluice.ports.world import Clock, Events, Jitter
 from sluice.worker.limit_books import (
     LEAST_BLOCK,
+    NO_CAPACITY,
     Admitted,
     Later,
     Line,
@@ -275,7 +276,7 @@ def _later(waiter: Waiter, group: Group, cost: Cost, start: int, now: int) -> La
         return Later(start, reason or "blocked")
     # Before the first answer the rate is only a safe guess: a job returned now would be received too late.
     if start > waiter.latest_start and (group.has_answers or now > waiter.latest_start):
-        return Later(start, "no capacity soon")
+        return Later(start, NO_CAPACITY)
     return None
 
 

@@ -142,7 +142,7 @@ class QueueSource:
         return waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
 
     async def _receive(self, held: Held) -> Sequence[Taken]:
-        is_scout = self._has_enough(held)
+        is_scout = self._has_enough(held) or (held.is_short and held.misses >= MOST_MISSES)
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = self._tools.clock.now() + waits.SCOUT_MS
         messages: Sequence[Received] = ()

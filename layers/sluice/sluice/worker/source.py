@@ -68,6 +68,8 @@ class Held:
         self.changed = asyncio.Event()
         self.misses = 0
         """Jobs in a row that could not start soon, since the last call."""
+        self.is_short = False
+        """The last of them waits for capacity of its limit, not for the end of a block: those behind it also would."""
         self._leaving = 0
         self.suspects = Suspects(clock.now, lambda: len(self._tasks) + self._takes)
 
