@@ -52,6 +52,7 @@ SMOKE_RUNS: Final = (
     SmokeRun(
         "bench.bulk timeline", "--rows 3 --repeat 1 --cold", r"rows +created(.|\n)* +3 +\d", 15
     ),
+    SmokeRun("bench.bulk joins", "--rows 2000", r"rewritten: [\d,]+ rows per second\n", 2),
     SmokeRun("bench.bulk planner", "--gigabytes 0.02", r"messages for ranges: 40\d\n", 6),
     SmokeRun("bench.intake", "--requests 50", r"together +│ 2 ", 7),
     SmokeRun(

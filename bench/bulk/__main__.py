@@ -1,11 +1,11 @@
-"""Run the benchmark: `python -m bench.bulk kills`, `planner` or `timeline`; `--help` names the choices."""
+"""Run the benchmark: `python -m bench.bulk kills`, `planner`, `timeline` or `joins`; `--help` names the choices."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench.bulk import kills, planner, timeline
+from bench.bulk import joins, kills, planner, timeline
 from scripts.local_stack import StackError
 
 
@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     steps.add_argument("--rows", type=int, nargs="+", default=[10, 600])
     steps.add_argument("--repeat", type=int, default=3, help="number of runs per median (3)")
     steps.add_argument("--cold", action="store_true", help="end all processes before each batch")
+    ends = benches.add_parser("joins", help="only the code that joins the rows of a section")
+    ends.add_argument("--rows", type=int, default=100_000)
     return made
 
 
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             return kills.run(chosen.lines, chosen.bad, chosen.kills)
         if chosen.bench == "timeline":
             return timeline.run(chosen.rows, chosen.repeat, cold=chosen.cold)
+        if chosen.bench == "joins":
+            return joins.run(chosen.rows)
         return planner.run(int(chosen.gigabytes * 1e9), chosen.line_bytes)
     except StackError as error:
         print(f"error: {error}", file=sys.stderr)
