@@ -21,6 +21,7 @@ from sluice.domain.rows import (
     lines,
     numbered,
     result_line,
+    split,
 )
 from sluice.intake.requests import read_row
 from tests.fakes import NOON, a_job
@@ -38,6 +39,11 @@ def read(text: bytes | object, options: Options = Options()) -> Row | BadRow | N
 
 
 # Reading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [[b"a\nb\n\nc"], [b"a", b"\nb\n", b"", b"\nc"]])
+def test_lines_are_split_also_across_pieces_and_without_a_last_end(pieces: list[bytes]) -> None:
+    assert [b"a", b"b", b"", b"c"] == list(split(pieces))
 
 
 @pytest.mark.parametrize(

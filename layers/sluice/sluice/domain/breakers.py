@@ -74,9 +74,7 @@ def served(breaker: Breaker) -> Breaker | None:
 
 
 def probed(breaker: Breaker, start: int, waits: Waits = USUAL) -> Breaker:
-    """Allow one probe at `start`. The next one may start after a pause, or as soon as this one succeeds."""
-    if not breaker.is_open:
-        return breaker
+    """Allow one probe of an open breaker at `start`. The next one starts after a pause, or once this one succeeds."""
     return replace(breaker, open_until=start + _pause(breaker.streak, waits))
 
 

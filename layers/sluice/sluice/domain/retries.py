@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Final, assert_never
+from typing import Final
 
 from sluice.domain.jobs import JobError
 from sluice.domain.pricing import Usage
@@ -225,8 +225,6 @@ def judge(  # noqa: PLR0911, PLR0913 - a return per row; the facts
             return Verdict(GiveUp(), is_known=row.is_known)
         case Consequence.RETRY:
             return _again(failure, row, attempts_used, jitter, policy)
-        case _:
-            assert_never(row.consequence)
 
 
 def refused_alike(policy: RetryPolicy) -> Verdict:
