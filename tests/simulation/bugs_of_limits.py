@@ -14,6 +14,7 @@ from sluice.domain.jobs import Job, State, Step
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import PriceList, Usage
 from sluice.domain.retries import Failure
+from sluice.domain.turns import Owner
 from sluice.domain.webhooks import GiveUp
 from sluice.intake import accounts
 from sluice.intake.accounts import Account
@@ -22,7 +23,7 @@ from sluice.notices.publish import Publish
 from sluice.upkeep import dead_letters
 from sluice.upkeep.dead_letters import TakeDeadLetter
 from sluice.upkeep.sweep import Sweep
-from sluice.worker import keys, limit_planner, outcome
+from sluice.worker import keys, limit_books, limit_planner, outcome
 from sluice.worker.keys import KeyChoice
 from sluice.worker.limiter import Limiter
 from sluice.worker.outcome import Outcome
@@ -50,6 +51,10 @@ def judged(change: Callable[[Failure, dict[str, Any]], Failure]) -> Iterator[Non
 
     with instead(outcome, "judge", judge):
         yield
+
+
+def _names_of_the_tenant(owner: Owner) -> tuple[str, str]:
+    return owner.tenant, f"{owner.tenant}/"
 
 
 def _without_time(failure: Failure, _: dict[str, Any]) -> Failure:
@@ -233,6 +238,14 @@ BUGS_OF_LIMITS: Final[Mapping[str, Bug]] = {
     "use_limits_of_another_organization": Bug(
         "all keys are admitted by the limits of one organization",
         in_place_of(keys, "organization_of", lambda *_: "org"),
+    ),
+    "share_by_workers": Bug(
+        "start times go to whichever worker is quickest, whatever its owners have had",
+        in_place_of(limit_books, "precedence", lambda *_: 0),
+    ),
+    "share_by_tenants_only": Bug(
+        "a small batch has no precedence over a large one of the same tenant",
+        in_place_of(Owner, "names", property(_names_of_the_tenant)),
     ),
     "use_rejected_keys": Bug(
         "a key that was rejected with 401 is used again",

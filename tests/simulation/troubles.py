@@ -168,6 +168,21 @@ def own_slow_file(story: Story) -> Story:
     return slow_file(story, WELL)
 
 
+def held_file(story: Story, whose: str = ILL) -> Story:
+    """All of many workers hold rows of a large file; a small one comes later, and has one of them."""
+    story = replace(_files(story, 240), lines_per_range=30, headers="true", fleet=6)
+    small, large = story.uploads
+    small = replace(small, at_ms=60 * SECOND, lines=[f"small-{row}" for row in range(25)])
+    uploads = [small, replace(large, tenant=whose)]
+    limits = {**story.limits, "requests": 60}
+    return replace(story, uploads=uploads, ill_file="large", limits=limits)
+
+
+def own_held_file(story: Story) -> Story:
+    """The large file is of the same tenant."""
+    return held_file(story, WELL)
+
+
 def many_files(story: Story) -> Story:
     """The ill tenant has uploaded many small files beside a large one, to low limits."""
     story = slow_file(story)
@@ -224,6 +239,8 @@ AT_LOW_LIMITS: Final[Mapping[str, Callable[[Story], Story]]] = {
     "a slow file": slow_file,
     "a slow file of its own": own_slow_file,
     "many files": many_files,
+    "a file in all workers": held_file,
+    "a file of its own in all workers": own_held_file,
 }
 
 

@@ -22,6 +22,7 @@ from sluice.domain.limits import (
     block,
     group_id,
 )
+from sluice.domain.turns import Owner
 from sluice.ports.claude import Headers
 from sluice.worker.limit_books import (
     REFUND_MS,
@@ -1024,7 +1025,7 @@ def test_the_owners_of_waiting_jobs_take_turns(crew: Crew) -> None:
 
     async def job(limiter: Limiter, owner: str) -> None:
         latest = crew.time.now() + 5 * MINUTE
-        admitted = await limiter.admit([claimant()], 100, 100, latest, owner=owner)
+        admitted = await limiter.admit([claimant()], 100, 100, latest, owner=Owner(owner))
         assert isinstance(admitted, Admission)
         await limiter.wait_for_start(admitted)
         started.append(owner)
@@ -1046,32 +1047,52 @@ def test_the_owners_of_waiting_jobs_take_turns(crew: Crew) -> None:
     assert len(started) <= 5 + 18 + 2 * 5
 
 
-def test_a_small_batch_starts_before_a_backlog_that_many_workers_hold(crew: Crew) -> None:
+def others(number: int) -> Owner:
+    return Owner("other", f"msgbatch_{number}")
+
+
+@pytest.mark.parametrize(
+    ("owner_of", "after_ms"),
+    [
+        pytest.param(lambda _: Owner("other", "large"), 0, id="another tenant's"),
+        pytest.param(lambda _: Owner("own", "large"), 0, id="its own tenant's"),
+        pytest.param(others, 0, id="many batches of another tenant"),
+        pytest.param(lambda _: Owner("other", "large"), 20 * SECOND, id="the second one"),
+    ],
+)
+def test_a_small_batch_starts_before_a_backlog_that_many_workers_hold(
+    crew: Crew, owner_of: Callable[[int], Owner], after_ms: int
+) -> None:
     """Each of ten workers would have a tenth of the starts: 30 rows would take 30 s at ten calls a second."""
     crew.know(known_group(seen=limited(600, 10)))
-    started: list[int] = []
+    small = Owner("own", "small")
 
-    async def job(limiter: Limiter, owner: str) -> None:
+    async def job(limiter: Limiter, owner: Owner) -> int:
         latest = crew.time.now() + 5 * MINUTE
         while True:
             admitted = await limiter.admit([claimant()], 100, 100, latest, owner=owner)
             assert isinstance(admitted, Admission)
             if await limiter.wait_for_start(admitted):
-                break
+                limiter.settle(admitted, admitted.reserved)
+                return crew.time.now()
             limiter.settle(admitted, None)
-        if owner == "few":
-            started.append(crew.time.now())
-        limiter.settle(admitted, admitted.reserved)
 
     async def story() -> None:
         async with AsyncExitStack() as stack:
             workers = [await stack.enter_async_context(crew.limiter()) for _ in range(10)]
-            many = [asyncio.create_task(job(each, "many")) for each in workers for _ in range(80)]
+            many = [
+                asyncio.create_task(job(each, owner_of(number)))
+                for each in workers
+                for number in range(80)
+            ]
             await asyncio.sleep(40)
-            last = await stack.enter_async_context(crew.limiter())
-            began = crew.time.now()
-            await asyncio.gather(*(job(last, "few") for _ in range(30)))
-            assert max(started) - began < 10 * SECOND
+            # The last worker has worked for the backlog as well.
+            last = workers[-1]
+            for pause in (0, after_ms):
+                await asyncio.sleep(pause / 1000)
+                began = crew.time.now()
+                ends = await asyncio.gather(*(job(last, small) for _ in range(30)))
+                assert max(ends) - began < 10 * SECOND
             for each in many:
                 each.cancel()
             await asyncio.gather(*many, return_exceptions=True)

@@ -1,6 +1,17 @@
 """Work is taken in turns, so that a large backlog of one owner delays nobody else."""
 
-from sluice.domain.turns import EarlyStarts, Shares, group_of_range, in_turns
+from sluice.domain.turns import (
+    BATCH_BEHIND,
+    HALF_LIFE_MS,
+    MOST_PORTIONS,
+    TENANT_BEHIND,
+    Owner,
+    Shares,
+    group_of_range,
+    in_turns,
+    portions_after,
+    precedence,
+)
 
 
 def first(item: str) -> str:
@@ -47,14 +58,49 @@ def test_the_first_ranges_of_a_batch_do_not_wait_behind_the_many_of_their_tenant
     assert 1 == len({group_of_range("acme", "msgbatch_1", n, 50) for n in range(50)})
 
 
-def test_an_owner_has_some_early_starts_and_gets_them_back_slowly() -> None:
-    early = EarlyStarts()
+LARGE, SMALL, OTHER = Owner("a", "large"), Owner("a", "small"), Owner("b", "one")
 
-    assert [True] * 30 + [False] * 2 == [early.take("large", 0) for _ in range(32)]
-    assert early.take("small", 0)
-    assert not early.take("large", 9_999)
-    assert [True, False] == [early.take("large", 10_000) for _ in range(2)]
-    assert [True, True, False] == [early.take("large", 30_000) for _ in range(3)]
-    assert [True] * 30 + [False] == [early.take("large", 10_000_000) for _ in range(31)]
-    assert not early.take("large", 10_009_999)
-    assert early.take("large", 10_010_000)
+
+def test_nobody_goes_before_others_who_is_alone_or_has_as_much() -> None:
+    alone = portions_after({}, 0, [(LARGE, 1_000)])
+    equal = portions_after({}, 0, [(LARGE, 1_000), (OTHER, 1_000)])
+
+    assert [0, 0] == [precedence({}, LARGE), precedence(alone, LARGE)]
+    assert [0, 0] == [precedence(equal, LARGE), precedence(equal, OTHER)]
+
+
+def test_who_had_less_than_its_share_goes_before_others_until_it_has_as_much() -> None:
+    portions = portions_after({}, 0, [(LARGE, 1_000), (SMALL, 100)])
+
+    assert [0, BATCH_BEHIND] == [precedence(portions, each) for each in (LARGE, SMALL)]
+    assert [TENANT_BEHIND, BATCH_BEHIND] == [
+        precedence(portions, each) for each in (OTHER, Owner("a"))
+    ]
+    portions = portions_after(portions, 0, [(OTHER, 1_099)])
+    assert TENANT_BEHIND == precedence(portions, OTHER)
+    portions = portions_after(portions, 0, [(OTHER, 1)])
+    assert 0 == precedence(portions, OTHER)
+
+
+def test_many_batches_put_a_tenant_before_no_other() -> None:
+    many = [(Owner("a", f"msgbatch_{number}"), 10) for number in range(1_000)]
+    portions = portions_after({}, 0, [*many, (OTHER, 1_000)])
+
+    assert len(portions) == MOST_PORTIONS
+    assert precedence(portions, Owner("a", "new")) == BATCH_BEHIND
+    assert precedence(portions, Owner("b", "new")) == TENANT_BEHIND
+
+
+def test_idle_tenants_do_not_make_a_tenant_with_less_appear_to_have_enough() -> None:
+    idle = [(Owner(f"idle-{number}"), 10) for number in range(8)]
+    portions = portions_after({}, 0, [*idle, (LARGE, 1_000), (OTHER, 900)])
+
+    assert [0, TENANT_BEHIND] == [precedence(portions, each) for each in (LARGE, OTHER)]
+
+
+def test_what_was_taken_counts_half_after_a_while() -> None:
+    portions = portions_after({}, 0, [(LARGE, 1_000)])
+
+    assert {500} == set(portions_after(portions, HALF_LIFE_MS, ()).values())
+    assert {} == portions_after(portions, 11 * HALF_LIFE_MS, ())
+    assert portions == portions_after(portions, -5_000, ()), "clocks of workers differ"

@@ -21,6 +21,7 @@ from typing import Final, Literal
 
 from sluice.domain.breakers import Breaker, failed, probed, served
 from sluice.domain.models import is_unknown
+from sluice.domain.turns import Owner, Portions, portions_after
 from sluice.domain.waits import USUAL, Waits
 from sluice.domain.workspaces import (
     EQUAL_RATE,
@@ -266,6 +267,9 @@ class Group:
     """Limits stated in the key pool, per dimension: upper bounds for the learned ones."""
     day: Bucket | None = None
     """Input and output tokens per day, if the key pool or the Rate Limits API has such a limit."""
+    portions: Portions = field(default_factory=dict)
+    """What each owner has recently taken, in milliseconds of refill, as of `portions_at`."""
+    portions_at: int = 0
     recent_writes: tuple[str, ...] = ()
     """Tokens of the last writes, newest last: a writer whose response was lost finds out whether it was written."""
     moved_to: str | None = None
@@ -895,6 +899,15 @@ def lined_up(group: Group, worker: str, jobs: int, now: int) -> Group:
     while len(waiting) > MOST_WORKERS:
         del waiting[min(waiting, key=lambda name: waiting[name][1])]
     return replace(group, waiting=waiting)
+
+
+def taken(group: Group, starts: Iterable[tuple[Owner, Cost]], now: int) -> Group:
+    """Record whose calls were given start times."""
+    by = [(owner, _least_gap(group, cost)) for owner, cost in starts]
+    if not by:
+        return group
+    portions = portions_after(group.portions, now - group.portions_at, by)
+    return replace(group, portions=portions, portions_at=max(now, group.portions_at))
 
 
 def recalled(group: Group, now: int) -> Group:

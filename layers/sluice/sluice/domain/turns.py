@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Final, Generic, TypeVar
 
@@ -42,31 +43,70 @@ def in_turns(items: Iterable[T], *owners: Callable[[T], Hashable]) -> list[T]:
     return ordered
 
 
-EARLY_STARTS: Final = 30
-EARLY_AGAIN_MS: Final = 10_000
-"""An owner's first jobs in a worker may reserve further ahead than others: so many, and one more each such time.
+HALF_LIFE_MS: Final = 30_000
+"""What an owner has taken of a limit group counts half after this time: what it took long ago is no reason to wait."""
 
-Shares of the start times go to workers, and an owner with many jobs is in many of them. A large backlog soon has used
-its early starts everywhere; a small batch needs no more.
-"""
+MOST_PORTIONS: Final = 32
+"""Owners whose portions are kept, the largest ones: one that is missing counts as having taken nothing."""
+
+TENANT_BEHIND: Final = 2
+BATCH_BEHIND: Final = 1
+"""How far a job goes before others: its tenant has had less than its share, or its batch less than its siblings."""
 
 
-@dataclass(slots=True)
-class EarlyStarts:
-    """The early starts that the owners have left in one worker."""
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose job it is."""
 
-    left: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By owner: how many at a time."""
+    tenant: str = ""
+    batch_id: str = ""
+    """Empty for a single job: those of a tenant share its limits with its batches as one more batch would."""
 
-    def take(self, owner: str, now: int) -> bool:
-        """Take one of the owner's early starts; False if none is left."""
-        count, at = self.left.get(owner, (EARLY_STARTS, now))
-        more = (now - at) // EARLY_AGAIN_MS
-        count, at = min(EARLY_STARTS, count + more), at + more * EARLY_AGAIN_MS
-        if count >= EARLY_STARTS:
-            at = now
-        self.left[owner] = max(0, count - 1), at
-        return count > 0
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of its portions: its tenant's, and that of the batch. Short, for there are many in a record."""
+        tenant = _short(self.tenant)
+        return tenant, f"{tenant}/{_short(self.batch_id)}"
+
+
+@lru_cache(maxsize=1_000)
+def _short(name: str) -> str:
+    return sha256(name.encode()).hexdigest()[:8]
+
+
+Portions = Mapping[str, int]
+"""What each owner has recently taken of a limit group, as milliseconds of its refill; of each tenant and each batch."""
+
+
+def portions_after(
+    portions: Portions, passed_ms: int, taken: Iterable[tuple[Owner, int]]
+) -> Portions:
+    """Return the portions after a time, and after these owners have taken something."""
+    sums: Counter[str] = Counter()
+    for name, portion in portions.items():
+        sums[name] = int(portion * 0.5 ** (max(0, passed_ms) / HALF_LIFE_MS))
+    for owner, milliseconds in taken:
+        for name in owner.names:
+            sums[name] += milliseconds
+    return {name: portion for name, portion in sums.most_common(MOST_PORTIONS) if portion > 0}
+
+
+def precedence(portions: Portions, owner: Owner) -> int:
+    """Return how far a job of this owner goes before others; 0: it has had its share.
+
+    A tenant is behind if it has taken less than the owner of the average millisecond that was taken, who is rather one
+    with much than one with little: so idle tenants do not make the others appear to have enough. Likewise a batch
+    among those of its tenant. What a tenant takes by many batches puts it behind no other tenant.
+    """
+    tenant, batch = owner.names
+    if _is_behind(portions.get(tenant, 0), [n for name, n in portions.items() if "/" not in name]):
+        return TENANT_BEHIND
+    siblings = [n for name, n in portions.items() if name.startswith(f"{tenant}/")]
+    return BATCH_BEHIND if _is_behind(portions.get(batch, 0), siblings) else 0
+
+
+def _is_behind(own: int, portions: Sequence[int]) -> bool:
+    return own * sum(portions) < sum(portion * portion for portion in portions)
 
 
 class Shares(Generic[H]):

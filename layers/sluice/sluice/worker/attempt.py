@@ -14,6 +14,7 @@ from sluice.domain.errors import NotStorable, StoreBusy
 from sluice.domain.jobs import Job, JobError, State, Step
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.refusals import OVERLOADED
+from sluice.domain.turns import Owner
 from sluice.domain.waits import Place, place_of
 from sluice.notices.report import report_end
 from sluice.ports.claude import Body
@@ -144,7 +145,7 @@ class Attempt:
             self._job.input_chars,
             self._job.max_tokens,
             latest,
-            owner=self._job.tenant,
+            owner=Owner(self._job.tenant, self._taken.batch_id),
             may_fall_back=self._job.has_fallback,
         )
         match admission:

@@ -22,7 +22,7 @@ from sluice.domain.limits import (
     group_id,
     usual_gap,
 )
-from sluice.domain.turns import EarlyStarts
+from sluice.domain.turns import Owner, precedence
 from sluice.ports.claude import Headers
 
 HORIZON_MS: Final = 3_000
@@ -33,8 +33,8 @@ LEAST_BLOCK: Final = 16
 
 LONGEST_HORIZON_MS: Final = 15_000
 
-EARLY_MS: Final = 3_000
-"""How much further ahead an early job reserves: beyond the start times that others have reserved."""
+PRECEDENCE_MS: Final = 3_000
+"""How much further ahead a job reserves for each step of precedence: beyond the start times that others reserve."""
 
 SETTLE_MS: Final = 10_000
 """How long settlements may wait to be written together with a reservation."""
@@ -44,6 +44,8 @@ REFUND_MS: Final = 300
 
 PATIENCE_MS: Final = 10_000
 """After this time a large job no longer yields to small ones of other workers."""
+
+NOBODY: Final = Owner()
 
 assert HORIZON_MS < LONGEST_HORIZON_MS
 assert REFUND_MS < SETTLE_MS
@@ -174,24 +176,21 @@ class Waiter:
     latest_start: int
     since: int
     answer: asyncio.Future[Admitted]
-    owner: str = ""
+    owner: Owner = NOBODY
     """Whose job it is: the owners of the jobs in a line take turns."""
     may_fall_back: bool = False
     """The job has a fallback model: it does not wait for the circuit breaker of its model."""
-    is_early: bool = False
-    """It is one of the first of its owner here, and may reserve further ahead than others."""
 
     def horizon(self, group: Group, cost: Cost, now: int) -> int:
         """Return how far ahead it may reserve, at its `cost` in this group.
 
-        At slow rates further, so that a block is worth its write, but not if another group could still be quicker. A
-        large job that has waited long reserves further ahead.
+        At slow rates further, so that a block is worth its write, but not if another group could still be quicker; and
+        further if its owner has had less than its share. A large job that has waited long reserves further ahead.
         """
         usual = HORIZON_MS
         if len(self.claimants) == 1:
             usual = min(LONGEST_HORIZON_MS, max(usual, LEAST_BLOCK * usual_gap(group)))
-        if self.is_early:
-            usual += EARLY_MS
+        usual += PRECEDENCE_MS * precedence(group.portions, self.owner)
         if now - self.since < PATIENCE_MS:
             return usual
         is_large = any(
@@ -215,7 +214,6 @@ class Line:
 
     def __init__(self) -> None:
         self.waiters: list[Waiter] = []
-        self.early = EarlyStarts()
         self.drained_at = 0
         """When the queue was last seen empty: no job waits behind those that workers hold."""
 

@@ -23,7 +23,7 @@ from sluice.domain.limits import (
     start_on,
     usual_gap,
 )
-from sluice.domain.turns import in_turns
+from sluice.domain.turns import Owner, in_turns, precedence
 from sluice.domain.waits import ROW_STAY_MS, Waits
 from sluice.ports.world import Clock, Events, Jitter
 from sluice.worker.limit_books import (
@@ -173,7 +173,7 @@ class Planner:
         }
         planned: dict[str, list[Waiter]] = {}
         self.held_back = 0
-        for waiter in in_turns(self._line.waiters, _owner):
+        for waiter in self._in_turns():
             if any(claimant.group not in drafts for claimant in waiter.claimants):
                 # It arrived while the groups were read: the next turn includes it.
                 continue
@@ -204,6 +204,16 @@ class Planner:
             for name, waiters in planned.items()
             if self._is_worth_a_write(name, waiters, now)
         }
+
+    def _in_turns(self) -> Sequence[Waiter]:
+        """Return the waiters in turns over tenants and batches, those first whose owner has had less than its share."""
+        waiters = in_turns(self._line.waiters, _tenant, _owner)
+        return sorted(waiters, key=self._precedence, reverse=True)
+
+    def _precedence(self, waiter: Waiter) -> int:
+        names = {claimant.group for claimant in waiter.claimants} & self._books.keys()
+        groups = (self._books[name].group for name in names)
+        return max((precedence(each.portions, waiter.owner) for each in groups), default=0)
 
     def _is_worth_a_write(self, name: str, waiters: Sequence[Waiter], now: int) -> bool:
         """Wait for a fuller block while its first job would not start at once anyway."""
@@ -244,7 +254,11 @@ class Planner:
         return latest if full >= latest else full + int(self._jitter() * (latest - full))
 
 
-def _owner(waiter: Waiter) -> str:
+def _tenant(waiter: Waiter) -> str:
+    return waiter.owner.tenant
+
+
+def _owner(waiter: Waiter) -> Owner:
     return waiter.owner
 
 

@@ -27,6 +27,7 @@ from sluice.domain.limits import (
     reserve,
     restated,
     settle,
+    taken,
 )
 from sluice.domain.waits import Waits
 from sluice.ports.limits import LimitStore
@@ -259,6 +260,8 @@ class LimitWriter:
         horizons = [horizon_ms for _, _, horizon_ms in in_time]
         probes = [bool(breakers_of(new, cost.ties)) for cost in costs]
         new, starts = reserve(new, costs, now, horizons, self._waits)
+        given = zip(waiting[: len(starts)], costs, strict=False)
+        new = taken(new, [(waiter.owner, cost) for waiter, cost in given], now)
         return _Plan(now, group, new, waiting, costs, probes, starts)
 
     def _posted(self, books: Books, parcel: Parcel, group: Group, now: int) -> Group:

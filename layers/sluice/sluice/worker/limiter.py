@@ -35,12 +35,14 @@ from sluice.domain.limits import (
 )
 from sluice.domain.limits import blocked as blocked_for
 from sluice.domain.models import is_unknown
+from sluice.domain.turns import Owner
 from sluice.domain.waits import USUAL, Waits
 from sluice.domain.workspaces import WorkspaceRefusal
 from sluice.ports.claude import NO_HEADERS, Headers
 from sluice.ports.limits import LimitStore
 from sluice.ports.world import Blocking, Clock, Events, Jitter
 from sluice.worker.limit_books import (
+    NOBODY,
     Admission,
     Admitted,
     Books,
@@ -118,7 +120,7 @@ class Limiter:
         max_tokens: int,
         latest_start: int,
         *,
-        owner: str = "",
+        owner: Owner = NOBODY,
         may_fall_back: bool = False,
     ) -> Admitted:
         """Wait for a reservation in the group that can start first; Later if none starts by `latest_start`."""
@@ -127,7 +129,6 @@ class Limiter:
         waiter = Waiter(
             claimants, input_chars, max_tokens, latest_start, since, answer, owner, may_fall_back
         )
-        waiter.is_early = bool(owner) and self._line.early.take(owner, since)
         self._line.waiters.append(waiter)
         self._planner.wake()
         try:

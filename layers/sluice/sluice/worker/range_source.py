@@ -58,6 +58,7 @@ class RangeSource:
         self._check_at = 0
         self._lock = threading.Lock()
         self._held: Held | None = None
+        self._batch_id = state.batch_id
         self._losses = state.losses
         self._suspects = self._ids(state.suspects) if state.suspects else None
         """Rows that the search for a killer must run. None: all of the window."""
@@ -93,7 +94,7 @@ class RangeSource:
         self._held = held
         while True:
             if seats := self._next_rows():
-                return [_taken(seat) for seat in seats]
+                return [self._taken(seat) for seat in seats]
             due_at = min((seat.due_at for seat in self._resting), default=None)
             if not held.count and due_at is None and not self._waits_for_saving():
                 return ()
@@ -209,6 +210,18 @@ class RangeSource:
             seats.append(seat)
         return seats
 
+    def _taken(self, seat: Seat) -> Taken:
+        job = seat.job
+        message = Received(
+            job.job_id,
+            "",
+            "",
+            job.job_id,
+            receive_count=seat.receive_count,
+            sent_at=job.created_at,
+        )
+        return Taken(message, job.job_id, job, batch_id=self._batch_id)
+
     def _line_up(self, seat: Seat) -> None:
         """Put a row behind all others, but before those that run alone."""
         at = len(self._ready)
@@ -263,16 +276,3 @@ class RangeSource:
         self._suspects_waiting.discard(job_id)
         if not self._suspects and not self._suspects_waiting:
             self._losses = 0
-
-
-def _taken(seat: Seat) -> Taken:
-    job = seat.job
-    message = Received(
-        job.job_id,
-        "",
-        "",
-        job.job_id,
-        receive_count=seat.receive_count,
-        sent_at=job.created_at,
-    )
-    return Taken(message, job.job_id, job)

@@ -28,6 +28,8 @@ class Taken:
     """Taken to find out whether the queue has a job that can start at once; if it cannot, it is returned soon."""
     linger_until: int = 0
     """A job that cannot start soon is not returned before this time (epoch milliseconds)."""
+    batch_id: str = ""
+    """The batch of a row."""
 
 
 class Source(Protocol):
