@@ -25,8 +25,8 @@ from sluice.adapters.s3 import Objects
 from sluice.adapters.system import SystemClock
 from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
 from sluice.domain.batches import LATE_MS, Phase, claim_range, row_job_id
-from sluice.domain.jobs import Job, claim
-from sluice.domain.pricing import LedgerRow, utc_day
+from sluice.domain.jobs import AttemptOutcome, Job, State, claim
+from sluice.domain.pricing import LedgerRow, Usage, utc_day
 from sluice.domain.waits import LEASE_MS
 from sluice.intake.batches import MOST_STARTED
 from sluice.ports.batches import Stored
@@ -436,6 +436,34 @@ def test_the_sweep_books_the_call_of_a_job_that_nobody_runs_again(stack: Stack) 
     assert ["worker_lost"] == [row.outcome for row in stack.calls_of(job.job_id)]
     stack.govern()
     assert 1 == len(stack.calls_of(job.job_id))
+
+
+def test_a_dead_letter_books_the_call_of_a_job_whose_worker_died_after_its_end(
+    stack: Stack,
+) -> None:
+    stack.pause("WorkerMapping")
+    job = killed(stack)
+    usage = Usage(input_tokens=5, output_tokens=7)
+    answered = replace(job.attempts[-1], outcome=AttemptOutcome.SUCCEEDED, usage=usage)
+    ended = replace(
+        job,
+        version=job.version + 1,
+        state=State.SUCCEEDED,
+        attempts=(answered,),
+        lease=None,
+        finished_at=SystemClock().now(),
+    )
+    stack.jobs.replace(ended, job.version)
+
+    stack.ready.client("sqs").send_message(
+        QueueUrl=stack.ready.resources["DeadLettersQueue"],
+        MessageBody=json.dumps({"v": 1, "job_id": job.job_id}),
+    )
+    rows = within(lambda: stack.calls_of(job.job_id) or None)
+    stack.resume("WorkerMapping")
+
+    assert [("succeeded", 7)] == [(row.outcome, row.spend.output_tokens) for row in rows]
+    assert "succeeded" == stack.ended(job.job_id)["state"]
 
 
 def test_the_next_worker_books_the_calls_of_rows_whose_worker_died(stack: Stack) -> None:

@@ -721,6 +721,7 @@ class World:
             use_case = TakeDeadLetter(
                 Through(self.jobs),
                 Through(self.graveyard),
+                Through(self.ledger),
                 machine,
                 self.events,
             )

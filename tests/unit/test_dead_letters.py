@@ -6,6 +6,7 @@ import pytest
 
 from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import (
+    Attempt,
     AttemptOutcome,
     DueFor,
     Job,
@@ -20,6 +21,7 @@ from sluice.domain.jobs import (
     why_not_redriven,
 )
 from sluice.domain.limits import new_group
+from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
 from sluice.ports.jobs import Params, Received
 from sluice.upkeep.dead_letters import DeadLetter, Estimate, Redriver, TakeDeadLetter
 from tests.fakes import (
@@ -29,6 +31,7 @@ from tests.fakes import (
     FrozenClock,
     MemoryGraveyard,
     MemoryJobs,
+    MemoryLedger,
     MemoryLimits,
     MemoryParams,
     RecordingEvents,
@@ -37,6 +40,9 @@ from tests.fakes import (
 )
 
 LEASE_END = NOON + 120 * SECOND
+ANSWERED = Attempt(
+    2, "claude-a", NOON, NOON + 1, AttemptOutcome.SUCCEEDED, usage=Usage(output_tokens=7), version=2
+)
 DEAD = JobError("dead_letter", "received 1001 times without being deleted")
 
 
@@ -46,7 +52,8 @@ class Scene:
         self.graveyard = MemoryGraveyard()
         self.clock = FrozenClock()
         self.events = RecordingEvents()
-        self.take = TakeDeadLetter(self.jobs, self.graveyard, self.clock, self.events)
+        self.ledger = MemoryLedger()
+        self.take = TakeDeadLetter(self.jobs, self.graveyard, self.ledger, self.clock, self.events)
 
 
 @pytest.fixture
@@ -96,6 +103,29 @@ def test_a_job_that_has_ended_stays_as_it_is(scene: Scene, state: State) -> None
 
     assert ended == scene.jobs.stored["job_1"]
     assert 1 == len(scene.graveyard.kept)
+
+
+def test_the_call_of_a_job_that_has_ended_is_booked_once(scene: Scene) -> None:
+    """Its worker may have died between the end of the job and the ledger; the letter is the last word of it."""
+    owed = LedgerRow(
+        "acme", utc_day(NOON), "job_1#1", "job_1", "claude-a", "live", None, "key-0", None,
+        "worker_lost", Spend(calls=1, uncertain_calls=1),
+    )  # fmt: skip
+    scene.jobs.add(a_job(state=State.SUCCEEDED, attempts=(ANSWERED,), unbooked=(owed,)))
+
+    for _ in range(2):
+        assert scene.take(letter())
+
+    assert {"job_1#1", "job_1#2"} == {row.call_id for row in scene.ledger.rows.values()}
+    assert 7 == sum(spend.output_tokens for spend in scene.ledger.sums.values())
+
+
+def test_a_letter_comes_again_while_the_ledger_is_busy(scene: Scene) -> None:
+    scene.jobs.add(a_job(state=State.SUCCEEDED, attempts=(ANSWERED,)))
+    scene.ledger.fail_next("record_missing")
+
+    with pytest.raises(StoreBusy):
+        scene.take(letter())
 
 
 def test_while_a_worker_is_at_the_job_its_letter_waits(scene: Scene) -> None:

@@ -13,6 +13,7 @@ from sluice.domain.jobs import (
     Job,
     JobError,
     State,
+    billed_rows,
     finish_waiting,
     redrive,
     why_not_redriven,
@@ -20,10 +21,11 @@ from sluice.domain.jobs import (
 from sluice.domain.limits import new_group
 from sluice.domain.models import model_group
 from sluice.domain.pricing import PriceList, Usage, utc_day
-from sluice.ports.jobs import JobStore, ParamsStore, Received
+from sluice.ports.jobs import CallBooks, JobStore, ParamsStore, Received
 from sluice.ports.limits import LimitStore
 from sluice.ports.swap import Deleted, Kept, Written, change, swap
 from sluice.ports.world import Clock, Events
+from sluice.upkeep.booking import book
 
 PARALLEL_READS: Final = 16
 
@@ -68,17 +70,26 @@ class DeadLetter:
 class TakeDeadLetter:
     """The use case behind the dead-letter queue."""
 
-    def __init__(self, jobs: JobStore, kept: DeadLetterStore, clock: Clock, events: Events) -> None:
+    def __init__(
+        self,
+        jobs: JobStore,
+        kept: DeadLetterStore,
+        ledger: CallBooks,
+        clock: Clock,
+        events: Events,
+    ) -> None:
         self._jobs = jobs
         self._kept = kept
+        self._ledger = ledger
         self._clock = clock
         self._events = events
 
     def __call__(self, letter: DeadLetter) -> bool:
         """Store the letter and end its job as errored, unless the job has another message to come.
 
-        Returns False if a worker runs the job: the worker may return the message that is now a dead letter, so the
-        letter must be received again.
+        If the job has ended before, its worker may have died before it booked the calls, and no other message leads to
+        them: they are booked now. Returns False if a worker runs the job: the worker may return the message that is now
+        a dead letter, so the letter must be received again.
         """
         message = letter.message
         job = self._jobs.get(message.job_id) if message.job_id is not None else None
@@ -105,6 +116,8 @@ class TakeDeadLetter:
                 self._events.count("JobsErrored")
                 return True
             case Kept(job):
+                if job.state.is_final:
+                    book(self._ledger, billed_rows(job), self._events)
                 return not job.is_leased(self._clock.now())
             case Deleted():
                 return True

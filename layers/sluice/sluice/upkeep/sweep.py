@@ -20,11 +20,10 @@ from itertools import zip_longest
 from typing import Final
 
 from sluice.domain.capacity import NEW_POOL_MS, Backlog, is_new, startable
-from sluice.domain.errors import NotStorable, StoreBusy
+from sluice.domain.errors import StoreBusy
 from sluice.domain.jobs import WATCH_MS, DueFor, JobError, State, finish_waiting
 from sluice.domain.limits import Group
 from sluice.domain.models import model_group
-from sluice.domain.pricing import LedgerRow, added_up
 from sluice.domain.turns import in_turns
 from sluice.domain.waits import LONGEST_PARK_MS
 from sluice.notices.report import report_end
@@ -32,6 +31,7 @@ from sluice.ports.jobs import CallBooks, Due, DueJobs, JobQueue, JobStore, Point
 from sluice.ports.limits import LimitStore, PoolHistory
 from sluice.ports.swap import swap
 from sluice.ports.world import Clock, Events
+from sluice.upkeep.booking import book
 from sluice.upkeep.schedule import RUN_MS, UNSENT_MS
 
 MARGIN_MS: Final = 15_000
@@ -214,20 +214,10 @@ class Sweep:
                 if self._clock.now() >= stop_at:
                     return
                 job = self._jobs.get(owing.job_id)
-                for row in job.unbooked if job else ():
-                    self._record(row)
+                book(self._ledger, job.unbooked if job else (), self._events)
                 self._due.forget(owing)
         except StoreBusy as busy:
             self._events.problem("ledger rows not written", what=busy.what)
-
-    def _record(self, row: LedgerRow) -> None:
-        try:
-            written = self._ledger.record_missing([row])
-        except NotStorable as error:
-            self._events.problem("ledger row not storable", job_id=row.job_id, what=error.what)
-            written = self._ledger.record_missing([row.bare()])
-        if written:
-            self._ledger.add_up(added_up(written))
 
     def _paced(
         self,

@@ -7,10 +7,10 @@ from functools import cache
 from sluice.adapters.s3 import DeadLetterObjects
 from sluice.upkeep.dead_letters import TakeDeadLetter
 from sluice.wiring.shared import CLOCK, telemetry
-from sluice.wiring.stores import jobs, objects
+from sluice.wiring.stores import jobs, ledger, objects
 
 
 @cache
 def take_dead_letter() -> TakeDeadLetter:
     """Return the use case behind the dead-letter queue."""
-    return TakeDeadLetter(jobs(), DeadLetterObjects(objects()), CLOCK, telemetry())
+    return TakeDeadLetter(jobs(), DeadLetterObjects(objects()), ledger(), CLOCK, telemetry())
