@@ -52,6 +52,7 @@ class MemoryBatches(Fragile):
         self.marked: dict[tuple[str, str], dict[int, Tally]] = {}
         self.running: dict[tuple[str, str], dict[int, Tally]] = {}
         self.creates: dict[tuple[str, str], tuple[str, int]] = {}
+        self.turns: dict[str, tuple[str, int]] = {}
         self.latest: dict[tuple[str, str], Batch] = {}
         self.held: dict[tuple[str, int | None], int | None] = {}
         """What the index of due things says instead of the record: held until, or released (None)."""
@@ -152,6 +153,19 @@ class MemoryBatches(Fragile):
             return made
         self.creates[tenant, name] = (batch_id, self._now())
         return batch_id
+
+    def take_turn(self, tenant: str, batch_id: str, now: int, until: int) -> bool:
+        self._do("take_turn", batch_id)
+        holder, end = self.turns.get(tenant, (batch_id, 0))
+        if holder != batch_id and end > now:
+            return False
+        self.turns[tenant] = batch_id, until
+        return True
+
+    def end_turn(self, tenant: str, batch_id: str) -> None:
+        self._do("end_turn", batch_id)
+        if self.turns.get(tenant, ("", 0))[0] == batch_id:
+            self.turns[tenant] = batch_id, 0
 
     def announce(self, newcomer: Newcomer) -> None:
         self._do("announce", newcomer.batch_id)

@@ -6,6 +6,8 @@ bounded by `rows`.
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +20,9 @@ from bench.neighbors.side import Side
 Load = Callable[[Side, int], None]
 
 SMALL_ROWS: Final = 30
+CANCELED_ROWS: Final = 300
+PACKED_FILES: Final = 6
+PACKED_BYTES: Final = 5_000_000
 FLOOD_BYTES: Final = 1_000_000
 FLOOD_PAUSE_SECONDS: Final = 0.5
 
@@ -77,6 +82,36 @@ def _bad(side: Side, number: int) -> dict[str, Any] | str:
     )[number // 2 % 3]
 
 
+def canceled_batches(side: Side, rows: int) -> None:
+    """Create batches, and cancel each at once."""
+    for number in range(rows // CANCELED_ROWS):
+        if side.stopped.is_set():
+            return
+        with suppress(httpx.HTTPError):
+            batch_id = side.create(side.rows(f"canceled-{number}", CANCELED_ROWS))
+            side.send("POST", f"/v1/messages/batches/{batch_id}/cancel")
+
+
+def invented_models(side: Side, rows: int) -> None:
+    """Submit single jobs, each for a model of its own that does not exist."""
+    for number in range(rows // 100):
+        if side.stopped.is_set():
+            return
+        names = [f"list-{number}-{job}" for job in range(100)]
+        with suppress(httpx.HTTPError):
+            side.submit([side.row(name, model=f"claude-{name}") for name in names])
+
+
+def packed_files(side: Side, rows: int) -> None:
+    """Upload gzip files with a member for each byte of their rows, beside a file of the usual rows."""
+    one_file(side, rows)
+    for number in range(PACKED_FILES):
+        line = json.dumps(side.row(f"packed-{number}")).encode() + b"\n"
+        member = [gzip.compress(bytes([byte]), compresslevel=0) for byte in line]
+        copies = PACKED_BYTES // sum(map(len, member))
+        side.put(f"packed-{number}.jsonl.gz", b"".join(member) * copies)
+
+
 def strangers(side: Side, rows: int) -> None:
     """Post large bodies without a key, beside a file of the usual rows."""
     one_file(side, rows)
@@ -111,6 +146,18 @@ ATTACKS: Final[Mapping[str, Attack]] = {
         upstream={"blocked_by": "spend_cap"},
     ),
     "bad-rows": Attack("bad rows", "every second row cannot be run", bad_rows, one_file),
+    "canceled": Attack(
+        "ranges", "batches of 300 rows, each canceled at once", canceled_batches, one_file
+    ),
+    "invented-models": Attack(
+        "sizes", "single jobs, each for a model that does not exist", invented_models, one_file
+    ),
+    "packed-files": Attack(
+        "sizes",
+        "one file, and six of 5 MB whose every byte is a gzip member",
+        packed_files,
+        one_file,
+    ),
     "strangers": Attack(
         "before authentication", "1 MB bodies without a key, two a second", strangers, large_bodies
     ),

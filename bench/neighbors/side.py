@@ -42,10 +42,12 @@ class Side:
     def upload(self, name: str, lines: Iterable[Json | str]) -> None:
         """Put a file under `in/`. Text is a line as it is."""
         texts = (each if isinstance(each, str) else json.dumps(each) for each in lines)
+        self.put(f"{name}.jsonl", "".join(f"{text}\n" for text in texts).encode())
+
+    def put(self, name: str, body: bytes) -> None:
+        """Put a file of any kind under `in/`."""
         self.ready.client("s3").put_object(
-            Bucket=self.ready.resources["DataBucket"],
-            Key=f"in/{self.tenant}/{name}.jsonl",
-            Body="".join(f"{text}\n" for text in texts).encode(),
+            Bucket=self.ready.resources["DataBucket"], Key=f"in/{self.tenant}/{name}", Body=body
         )
 
     def create(self, rows: Sequence[Json]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sluice.bulk.turns import NOT_ITS_TURN_MS
+from sluice.domain.errors import NotItsTurn
+from sluice.domain.waits import grown
 from sluice.ports.messages import BatchMessage, batch_messages
 from sluice.wiring import batches as wiring
 from sluice.wiring import shared
@@ -22,15 +25,24 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:  #
                 _do(each)
             else:
                 with wiring.hidden(each.message) as hidden:
-                    if not _do(each):
-                        # What it has done is kept, and the next invocation continues.
-                        hidden.show()
+                    left_ms = _left_ms(each)
+                    if left_ms is not None:
+                        # What it has done is kept, and another invocation continues.
+                        hidden.show(left_ms // 1000)
                         failures.append({"itemIdentifier": each.message.message_id})
         except Exception:  # noqa: BLE001 - the message comes again, whatever it was
             shared.telemetry().problem("batch message not done", batch_id=each.batch_id)
             failures.append({"itemIdentifier": each.message.message_id})
     shared.telemetry().flush()
     return {"batchItemFailures": failures}
+
+
+def _left_ms(each: BatchMessage) -> int | None:
+    """Do what a message says; return after which time to do what is left, None if it is done."""
+    try:
+        return None if _do(each) else 0
+    except NotItsTurn:
+        return grown(NOT_ITS_TURN_MS, each.message.receive_count)
 
 
 def _do(each: BatchMessage) -> bool:

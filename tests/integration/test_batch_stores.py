@@ -217,6 +217,18 @@ def test_a_repeated_create_finds_the_first_ones_batch(batches: Both) -> None:
     assert "g" == batches.name_create("other", "body", "g", NOON - 10, fresh=False)
 
 
+def test_one_batch_of_a_tenant_has_its_turn_until_it_ends_or_dies(batches: Both) -> None:
+    assert batches.take_turn("acme", "a", NOON, NOON + 10)
+    assert batches.take_turn("acme", "a", NOON + 1, NOON + 10), "it may continue after a death"
+    assert not batches.take_turn("acme", "b", NOON + 9, NOON + 30)
+    assert batches.take_turn("other", "c", NOON + 9, NOON + 30)
+    batches.end_turn("acme", "b")
+    assert not batches.take_turn("acme", "b", NOON + 9, NOON + 30), "not its own turn"
+    assert batches.take_turn("acme", "b", NOON + 10, NOON + 30), "the holder has died"
+    batches.end_turn("acme", "b")
+    assert batches.take_turn("acme", "a", NOON + 11, NOON + 30)
+
+
 def test_the_latest_batch_of_a_name_is_the_one_accepted_last(batches: Both) -> None:
     one, two, three = (a_batch(number) for number in (1, 2, 3))
     at_once = a_batch(30, created_at=three.created_at)

@@ -13,6 +13,7 @@ from sluice.bulk import assemble
 from sluice.wiring import batches as wiring
 from sluice.wiring import shared
 from tests.bulk_fakes import Bulk, a_row, jsonl
+from tests.fakes import MINUTE
 
 
 @pytest.fixture
@@ -27,20 +28,30 @@ def bulk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bulk]:
     made.close()
 
 
-def test_the_end_of_a_batch_continues_at_once_until_it_is_done(
-    bulk: Bulk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hidden_for: list[int] = []
+@pytest.fixture
+def hidden_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return for how many seconds the message was hidden, one time after the other."""
+    seconds: list[int] = []
 
     def change_message_visibility(**said: Any) -> None:
-        hidden_for.append(said["VisibilityTimeout"])
+        seconds.append(said["VisibilityTimeout"])
 
     client: Any = SimpleNamespace(change_message_visibility=change_message_visibility)
     monkeypatch.setattr(wiring, "hidden", lambda message: Hidden(client, "url", message))
+    return seconds
+
+
+def join(bulk: Bulk) -> dict[str, Any]:
     ((batch_id, section),) = bulk.queues.joins
     body = json.dumps({"v": 1, "batch_id": batch_id, "join": section})
     record = {"messageId": "m", "receiptHandle": "r", "body": body, "attributes": {}}
-    event = {"Records": [{**record, "eventSourceARN": "arn:aws:sqs:us-east-1:1:batches"}]}
+    return {"Records": [{**record, "eventSourceARN": "arn:aws:sqs:us-east-1:1:batches"}]}
+
+
+def test_the_end_of_a_batch_continues_at_once_until_it_is_done(
+    bulk: Bulk, hidden_for: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = join(bulk)
 
     with monkeypatch.context() as short:
         short.setattr(assemble, "END_MS", -1)
@@ -50,4 +61,21 @@ def test_the_end_of_a_batch_continues_at_once_until_it_is_done(
     assert {"batchItemFailures": [{"itemIdentifier": "m"}]} == first
     assert {"batchItemFailures": []} == second
     assert hidden_for.count(0) == 1, "visible at once, and only after the first"
+    assert 2 == len(bulk.results())
+
+
+def test_the_end_of_a_large_batch_waits_for_its_turn_among_those_of_its_tenant(
+    bulk: Bulk, hidden_for: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "QUICK_TO_END_RANGES", 0)
+    now = bulk.time.now()
+    assert bulk.batches.take_turn(bulk.batch.tenant, "another", now, now + MINUTE)
+
+    first = app.handler(join(bulk), None)  # type: ignore[arg-type]
+    bulk.batches.end_turn(bulk.batch.tenant, "another")
+    second = app.handler(join(bulk), None)  # type: ignore[arg-type]
+
+    assert {"batchItemFailures": [{"itemIdentifier": "m"}]} == first
+    assert {"batchItemFailures": []} == second
+    assert hidden_for.count(15) == 1
     assert 2 == len(bulk.results())

@@ -26,7 +26,7 @@ from sluice.domain.batches import (
     older_file_batch_id,
     planned,
 )
-from sluice.domain.errors import InvalidRequest, StoreBusy
+from sluice.domain.errors import InvalidRequest, NotItsTurn, StoreBusy
 from sluice.domain.rows import Encoded
 from sluice.intake.requests import read_options
 from tests.bulk_fakes import Bulk, a_row, jsonl
@@ -402,6 +402,43 @@ def test_a_csv_file_that_is_replaced_while_it_is_converted_says_so(
     bulk.upload(b"text\nx\ny\nz\n", "first.csv")
 
     assert "was deleted or replaced" in (bulk.batch.problem or "")
+
+
+def test_the_rows_of_one_large_file_of_a_tenant_are_made_at_a_time(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four that take ten minutes each would hold all invocations of the function, and so the batches of all tenants."""
+    bulk = make()
+    packed = gzip.compress(jsonl(a_row(1), a_row(2)))
+    small = gzip.compress(jsonl(a_row(3)))
+    monkeypatch.setattr(plans, "QUICK_TO_CONVERT_BYTES", len(packed) - 1)
+    now = bulk.time.now()
+    assert bulk.batches.take_turn("acme", "another", now, now + 15 * MINUTE)
+
+    with pytest.raises(NotItsTurn):
+        bulk.upload(packed, "large.jsonl.gz")
+    assert Phase.PLANNING == bulk.batch.phase
+    bulk.upload(small, "small.jsonl.gz")
+    bulk.batches.end_turn("acme", "another")
+    bulk.planner.arrived("in/acme/large.jsonl.gz")
+
+    assert {Phase.RUNNING} == {each.phase for each in bulk.batches.stored.values()}
+    assert bulk.batches.take_turn("acme", "another", now, now), "the turn has ended"
+
+
+@pytest.mark.parametrize(("documents", "tenants"), [(100, set()), (101, {"acme"})])
+def test_a_folder_of_many_documents_takes_its_turn(
+    make: Make, documents: int, tenants: set[str]
+) -> None:
+    bulk = make()
+    for number in range(documents):
+        bulk.objects.put(f"in/acme/notes/{number}.txt", b"a note")
+    options = json.dumps({"model": "claude-a", "max_tokens": 5, "prompt": "Sum up {{document}}"})
+
+    bulk.upload(options.encode(), "notes/options.json")
+
+    assert Phase.RUNNING == bulk.batch.phase
+    assert tenants == set(bulk.batches.turns)
 
 
 def test_a_broken_gzip_file_says_so(make: Make) -> None:

@@ -198,6 +198,50 @@ class DynamoBatches:
         )
         return batch_id if current is None else current["made"]["S"]
 
+    # Turns -----------------------------------------------------------------------------------------------------
+
+    def take_turn(self, tenant: str, batch_id: str, now: int, until: int) -> bool:
+        """Give the tenant's turn to a batch until a time; False if another batch has it now."""
+        return self._put_turn(
+            tenant,
+            batch_id,
+            until,
+            "attribute_not_exists(batch_id) OR #until <= :now OR holder = :holder",
+            {":now": {"N": str(now)}},
+            {"#until": "until"},
+        )
+
+    def end_turn(self, tenant: str, batch_id: str) -> None:
+        """End the turn, if the batch has it."""
+        self._put_turn(tenant, batch_id, 0, "holder = :holder", {}, {})
+
+    def _put_turn(  # noqa: PLR0913, PLR0917 - a conditional write
+        self,
+        tenant: str,
+        batch_id: str,
+        until: int,
+        condition: str,
+        values: Item,
+        names: Mapping[str, str],
+    ) -> bool:
+        item: Item = {
+            "batch_id": {"S": f"turn#{tenant}"},
+            "part": {"S": "turn"},
+            "holder": {"S": batch_id},
+            "until": {"N": str(until)},
+            "expires_at": {"N": str(self._clock.now() // 1000 + job_records.DAY_SECONDS)},
+        }
+        named = {"ExpressionAttributeNames": names} if names else {}
+        return (
+            self._table.put_if(
+                item,
+                condition,
+                ExpressionAttributeValues={":holder": item["holder"], **values},
+                **named,
+            )
+            is None
+        )
+
     # Newcomers -------------------------------------------------------------------------------------------------
 
     def announce(self, newcomer: Newcomer) -> None:

@@ -207,7 +207,7 @@ class Hidden:
         self._url = url
         self._message = message
         self._done = threading.Event()
-        self._is_shown = False
+        self._shown_after: int | None = None
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def __enter__(self) -> Self:
@@ -217,15 +217,15 @@ class Hidden:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self._is_shown:
-            self._hide(0)
+        if self._shown_after is not None:
+            self._hide(self._shown_after)
         elif kind is not None:
             doublings = min(self._message.receive_count, 6)
             self._hide(min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS << doublings))
 
-    def show(self) -> None:
-        """Make the message visible at the end, because some of its work is left."""
-        self._is_shown = True
+    def show(self, after_seconds: int = 0) -> None:
+        """Make the message visible at the end, or so long after it, because some of its work is left."""
+        self._shown_after = after_seconds
 
     def _keep(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from sluice.bulk.sections import Places, Sections, shares_of
+from sluice.bulk.turns import in_turn
 from sluice.domain.batches import (
     OUTPUTS,
     SUMMARY,
@@ -47,6 +48,9 @@ MOST_TOKENS_AT_ONCE: Final = 2_000_000
 """A batch of one section with at most this many ranges and output tokens (about 8 MB) is joined in a second or two, by
 the function that ran its last range."""
 
+QUICK_TO_END_RANGES: Final = 1_000
+"""A batch of so many ranges, some 100,000 rows, ends within seconds once its sections are joined."""
+
 SECTIONS: Final = "sections"
 """The group of all sections of a batch."""
 
@@ -75,7 +79,7 @@ class Assemble:
     def join(self, batch_id: str, section: int, latest: int | None = None) -> bool:
         """Join a section; the last one ends the batch. False: some of the end is left, and the same call continues.
 
-        No step of the end starts after `latest`.
+        No step of the end starts after `latest`. Raises NotItsTurn if another large batch of the tenant ends now.
         """
         latest = self._clock.now() + END_MS if latest is None else latest
         batch = self._batches.get(batch_id)
@@ -89,7 +93,9 @@ class Assemble:
         progress = self._batches.mark(batch_id, SECTIONS, section, Tally())
         if progress.members < batch.plan.sections:
             return True
-        return self._finish(batch, batch.plan, latest)
+        is_long = batch.plan.ranges > QUICK_TO_END_RANGES
+        with in_turn(self._batches, self._clock, self._events, batch, is_long=is_long):
+            return self._finish(batch, batch.plan, latest)
 
     def is_small(self, batch_id: str, section: int) -> bool:
         """Return whether a complete section is a whole batch and takes no longer to join than to send elsewhere."""

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Final
 
 from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
+from sluice.bulk.turns import in_turn
 from sluice.domain.batches import (
     BOM,
     LONGEST_MS,
@@ -73,6 +74,11 @@ MOST_COPIED_BYTES: Final = 200 * 1024**3
 
 CONVERT_MS: Final = 10 * 60_000
 """Maximum time to make the rows of a file that is not plain JSONL: another invocation would start from nothing."""
+
+QUICK_TO_CONVERT_BYTES: Final = 1024 * 1024
+QUICK_TO_COPY_BYTES: Final = 1024**3
+QUICK_DOCUMENTS: Final = 100
+"""The rows of files up to these sizes, and of so many documents, are made or copied within seconds (docs/bounds.md)."""
 
 JOIN_MS: Final = 5 * 60_000
 """After this time no further section is joined in this check of a batch; ten minutes remain for the last one."""
@@ -399,14 +405,18 @@ class PlanBatch:
             self._assemble.fail(batch, problem)
             return batch
         unsupported: Sequence[str] = ()
-        if made is None and _has_no_lines(key, sample):
-            if _is_folder(key):
-                unsupported = self._named(batch)
-            rows_etag = etag = self._made_rows(batch, sample)
-            key = batch.rows_key
-            sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
-        elif made is None and (copied := self._copied(batch)) is not None:
-            key, rows_etag, etag = batch.rows_key, copied, copied
+        if made is None:
+            is_converted = _has_no_lines(key, sample)
+            is_long = self._is_long(batch, is_converted=is_converted)
+            with in_turn(self._batches, self._clock, self._events, batch, is_long=is_long):
+                if is_converted:
+                    if _is_folder(key):
+                        unsupported = self._named(batch)
+                    rows_etag = etag = self._made_rows(batch, sample)
+                    key = batch.rows_key
+                    sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
+                elif (copied := self._copied(batch)) is not None:
+                    key, rows_etag, etag = batch.rows_key, copied, copied
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
@@ -423,6 +433,17 @@ class PlanBatch:
             return current if is_planned else plan_batch(current, plan, rows_etag, unsupported)
 
         return self._changed(batch, with_plan)
+
+    def _is_long(self, batch: Batch, *, is_converted: bool) -> bool:
+        """Return whether it may take long to make, or to copy, the rows of a file."""
+        if _is_folder(batch.input_key):
+            folder = batch.input_key.removesuffix(FOLDER_OPTIONS)
+            return len(list(islice(self._documents(folder), QUICK_DOCUMENTS + 1))) > QUICK_DOCUMENTS
+        if batch.source is not Source.FILE:
+            return False
+        stored = self._objects.head(batch.input_key)
+        quick = QUICK_TO_CONVERT_BYTES if is_converted else QUICK_TO_COPY_BYTES
+        return stored is not None and stored.size > quick
 
     def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
         """Read the samples of an object except the first."""

@@ -105,6 +105,13 @@ class StoreBusy(SluiceError):
         self.may_be_done = may_be_done
 
 
+class NotItsTurn(SluiceError):
+    """Another batch of the tenant is at a long step; this one continues later."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"another batch of the tenant goes before {batch_id}")
+
+
 class NotStorable(SluiceError):
     """A store cannot take a record: it is too large or not encodable. Writing it again would fail again."""
 

@@ -45,7 +45,19 @@ class Newcomers(Protocol):
         ...
 
 
-class BatchStore(Newcomers, Protocol):
+class Turns(Protocol):
+    """Whose turn it is among the batches of each tenant, for steps that take minutes."""
+
+    def take_turn(self, tenant: str, batch_id: str, now: int, until: int) -> bool:
+        """Give the tenant's turn to a batch until a time; False if another batch has it now."""
+        ...
+
+    def end_turn(self, tenant: str, batch_id: str) -> None:
+        """End the turn, if the batch has it."""
+        ...
+
+
+class BatchStore(Newcomers, Turns, Protocol):
     """The records of batches and of their ranges, and the counts of what is done."""
 
     def add(self, batch: Batch) -> None:
