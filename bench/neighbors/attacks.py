@@ -105,11 +105,13 @@ def invented_models(side: Side, rows: int) -> None:
 def packed_files(side: Side, rows: int) -> None:
     """Upload gzip files with a member for each byte of their rows, beside a file of the usual rows."""
     one_file(side, rows)
+    member = [gzip.compress(bytes([byte]), compresslevel=0) for byte in range(256)]
     for number in range(PACKED_FILES):
-        line = json.dumps(side.row(f"packed-{number}")).encode() + b"\n"
-        member = [gzip.compress(bytes([byte]), compresslevel=0) for byte in line]
-        copies = PACKED_BYTES // sum(map(len, member))
-        side.put(f"packed-{number}.jsonl.gz", b"".join(member) * copies)
+        body = bytearray()
+        while len(body) < PACKED_BYTES:
+            line = json.dumps(side.row(f"packed-{number}-{len(body)}"))
+            body += b"".join(member[byte] for byte in f"{line}\n".encode())
+        side.put(f"packed-{number}.jsonl.gz", bytes(body))
 
 
 def strangers(side: Side, rows: int) -> None:
