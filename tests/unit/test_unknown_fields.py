@@ -51,7 +51,7 @@ from sluice.ports.messages import batch_messages, received, webhook_of
 from sluice.worker.range_claim import Sums
 from tests.fakes import NOON, FrozenClock, a_job, known_group
 
-BY_NAME: Final = frozenset({"metadata", "circuits", "waiting", "stated", "workspaces", "portions"})
+BY_NAME: Final = frozenset({"metadata", "circuits", "waiting", "stated", "workspaces"})
 """Maps whose names are data, not fields: what is in them is shown or used."""
 
 NEWS: Final = st.dictionaries(
@@ -161,7 +161,7 @@ GROUP: Final = replace(
     workspaces={"wrkspc_1": Workspace(NOON + 5, "spend limit", "key req", NOON, 500, NOON)},
     waiting={"worker": (3, NOON)},
     stated={"requests": 5},
-    portions={"0123abcd": 5, "0123abcd/4567abcd": 5},
+    portions=(("0123abcd", 5), ("0123abcd/4567abcd", 5)),
     recent_writes=("a", "b"),
 )
 BATCH: Final = Batch(

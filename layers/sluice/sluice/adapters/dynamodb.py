@@ -520,6 +520,7 @@ def _group(item: Item) -> Group:
     for dimension in DIMENSIONS:
         record[dimension] = job_records.made(Bucket, record[dimension])
     record["recent_writes"] = tuple(record.get("recent_writes", ()))
+    record["portions"] = tuple((name, part) for name, part in record.get("portions", ()))
     record["waiting"] = {name: tuple(said) for name, said in record.get("waiting", {}).items()}
     if record.get("day"):
         record["day"] = job_records.made(Bucket, record["day"])

@@ -267,7 +267,7 @@ class Group:
     """Limits stated in the key pool, per dimension: upper bounds for the learned ones."""
     day: Bucket | None = None
     """Input and output tokens per day, if the key pool or the Rate Limits API has such a limit."""
-    portions: Portions = field(default_factory=dict)
+    portions: Portions = ()
     """What each owner has recently taken, in milliseconds of refill, as of `portions_at`."""
     portions_at: int = 0
     recent_writes: tuple[str, ...] = ()

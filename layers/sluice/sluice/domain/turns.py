@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -74,7 +74,7 @@ def _short(name: str) -> str:
     return sha256(name.encode()).hexdigest()[:8]
 
 
-Portions = Mapping[str, int]
+Portions = tuple[tuple[str, int], ...]
 """What each owner has recently taken of a limit group, as milliseconds of its refill; of each tenant and each batch."""
 
 
@@ -83,14 +83,15 @@ def portions_after(
 ) -> Portions:
     """Return the portions after a time, and after these owners have taken something."""
     sums: Counter[str] = Counter()
-    for name, portion in portions.items():
+    for name, portion in portions:
         sums[name] = int(portion * 0.5 ** (max(0, passed_ms) / HALF_LIFE_MS))
     for owner, milliseconds in taken:
         for name in owner.names:
             sums[name] += milliseconds
-    return {name: portion for name, portion in sums.most_common(MOST_PORTIONS) if portion > 0}
+    return tuple(each for each in sums.most_common(MOST_PORTIONS) if each[1] > 0)
 
 
+@lru_cache(maxsize=1_000)
 def precedence(portions: Portions, owner: Owner) -> int:
     """Return how far a job of this owner goes before others; 0: it has had its share.
 
@@ -99,10 +100,11 @@ def precedence(portions: Portions, owner: Owner) -> int:
     among those of its tenant. What a tenant takes by many batches puts it behind no other tenant.
     """
     tenant, batch = owner.names
-    if _is_behind(portions.get(tenant, 0), [n for name, n in portions.items() if "/" not in name]):
+    had = dict(portions)
+    if _is_behind(had.get(tenant, 0), [part for name, part in portions if "/" not in name]):
         return TENANT_BEHIND
-    siblings = [n for name, n in portions.items() if name.startswith(f"{tenant}/")]
-    return BATCH_BEHIND if _is_behind(portions.get(batch, 0), siblings) else 0
+    siblings = [part for name, part in portions if name.startswith(f"{tenant}/")]
+    return BATCH_BEHIND if _is_behind(had.get(batch, 0), siblings) else 0
 
 
 def _is_behind(own: int, portions: Sequence[int]) -> bool:
