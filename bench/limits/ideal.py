@@ -68,9 +68,12 @@ def _earliest(amount: float, supplies: Sequence[Supply]) -> float:
 
 def supplies(scenario: Scenario, dimension: str) -> list[Supply]:
     """Return the bucket of every organization for `requests`, `input_tokens` or `output_tokens`."""
+    seconds = scenario.burst_seconds
+    if dimension == "requests" and scenario.request_burst_seconds is not None:
+        seconds = scenario.request_burst_seconds
     return [
         Supply(
-            capacity=max(1.0, limit / 60 * scenario.burst_seconds),
+            capacity=max(1.0, limit / 60 * seconds),
             refills=_refills(scenario, organisation.id, limit, dimension),
         )
         for organisation in scenario.organisations

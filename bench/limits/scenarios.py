@@ -83,6 +83,8 @@ class Scenario:
     service: Service = Service()
     max_tokens: int = 1024
     burst_seconds: float = 10.0
+    request_burst_seconds: float | None = None
+    """Requests are also held to a bucket of so many seconds that no header shows."""
     retry_after: str = "next_slot"
     faults: Mapping[str, float] = field(default_factory=dict)
     revoked_after_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class Scenario:
                         }
                     },
                     "burst_seconds": self.burst_seconds,
+                    "request_burst_seconds": self.request_burst_seconds,
                     "retry_after": self.retry_after,
                 }
                 for organisation in self.organisations
@@ -282,3 +285,16 @@ SCENARIOS: Final = (
         changes=(Change(40.0, "one", 300), Change(90.0, "one", 600)),
     ),
 )
+
+HIDDEN: Final = tuple(
+    Scenario(
+        name=f"hidden-{seconds}",
+        title=f"600 RPM, at most {seconds} s of them at once, which no header shows",
+        jobs=1500,
+        organisations=_ONE,
+        burst_seconds=60.0,
+        request_burst_seconds=float(seconds),
+    )
+    for seconds in (1, 5)
+)
+"""Upstream may enforce 60 requests per minute as one per second (Anthropic, rate limits): on the virtual clock only."""

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench.limits.ideal import ideal_seconds
 from bench.limits.runners import IN_FLIGHT, Task
-from bench.limits.scenarios import SCENARIOS, Scenario
+from bench.limits.scenarios import HIDDEN, SCENARIOS, Scenario
 from bench.limits.scoring import Calls, calls_of, rows_of, score, seconds_until_followed, taken_by
 from scripts.claude_simulator import params_hash, settings
 from scripts.claude_simulator.accounts import Refused
@@ -474,7 +474,7 @@ def play(scenario: Scenario, workers: int, seed: int, door: str = "jobs") -> Pla
 def parser() -> argparse.ArgumentParser:
     """Return what the command line may name."""
     made = argparse.ArgumentParser(prog="python -m bench.limits.virtual", description=__doc__)
-    names = [scenario.name for scenario in SCENARIOS]
+    names = [scenario.name for scenario in (*SCENARIOS, *HIDDEN)]
     add = made.add_argument
     add("--only", action="append", choices=names, help="only this scenario (may be repeated)")
     add("--door", default="jobs,batches", help="jobs, batches or both (both)")
@@ -490,7 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("scenario", "door", "workers", "seed", "score", "seconds", "ideal", "lost", "429s per answer",
                   "billed twice", "avoidable", "writes", "receives", "followed")  # fmt: skip
     status = 0
-    for scenario in SCENARIOS:
+    for scenario in (*SCENARIOS, *HIDDEN):
         if chosen.only and scenario.name not in chosen.only:
             continue
         scaled = scenario.scaled(chosen.jobs_scale)

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any, Final
 
 from sluice.domain import jobs as life
+from sluice.domain import limits
 from sluice.domain.breakers import Breaker
 from sluice.domain.jobs import Job, State, Step
 from sluice.domain.keys import UpstreamKey
+from sluice.domain.limits import BURST_PACE, FULL_RATE
 from sluice.domain.pricing import PriceList, Usage
 from sluice.domain.retries import Failure
 from sluice.domain.turns import Owner
@@ -238,6 +240,10 @@ BUGS_OF_LIMITS: Final[Mapping[str, Bug]] = {
     "use_limits_of_another_organization": Bug(
         "all keys are admitted by the limits of one organization",
         in_place_of(keys, "organization_of", lambda *_: "org"),
+    ),
+    "burst_as_before": Bug(
+        "a 429 for a burst that no header forbids changes nothing about the next burst",
+        in_place_of(limits, "LEAST_PACE", BURST_PACE * FULL_RATE),
     ),
     "share_by_workers": Bug(
         "start times go to whichever worker is quickest, whatever its owners have had",

@@ -189,6 +189,27 @@ def of_invented_models(seed: int) -> Story:
     )
 
 
+def of_hidden_bursts(seed: int) -> Story:
+    """Return a story of many jobs whose limit is enforced by the second, which no header shows."""
+    rng = random.Random(f"bursts {seed}")  # noqa: S311 - chance that can be repeated
+    names = [f"job-{position}" for position in range(400)]
+    return Story(
+        seed=seed,
+        orders=[Order(at_ms=0, names=names)],
+        keys=[upstream_key("key-0")],
+        faults=(),
+        headers="true",
+        hidden_ms=rng.choice((1, 2, 5)) * SECOND,
+        limits={"requests": 600, "input_tokens": 600_000, "output_tokens": 600_000},
+        fleet=rng.choice((2, 3, 5)),
+        batch_size=50,
+        call_ms=(300, 2_000),
+        skew_ms=rng.choice((0, 500)),
+        calm_at_ms=MINUTE,
+        patience_ms=9 * 60 * MINUTE,
+    )
+
+
 def of_long_ends(seed: int) -> Story:
     """Return a story of files whose end takes many invocations, and whose ranges take many windows."""
     rng = random.Random(f"ends {seed}")  # noqa: S311 - chance that can be repeated
@@ -288,6 +309,7 @@ KINDS: Final[Mapping[tuple[int, int], Callable[[int], Story]]] = {
     (64, 25): of_invented_models,
     (64, 63): partial(of_neighbors, troubles=OF_SCOPES),
     (64, 53): of_long_ends,
+    (64, 41): of_hidden_bursts,
 }
 """By divisor and remainder of the seed."""
 

@@ -132,6 +132,8 @@ class Story:
     keys: Sequence[UpstreamKey]
     faults: Sequence[Fault]
     headers: str = "roomy"
+    hidden_ms: int | None = None
+    """Upstream holds requests to a bucket with so much refill, which no header shows."""
     limits: Mapping[Dimension, int] = field(default_factory=lambda: dict(STATED))
     groups: Sequence[Group] = ()
     """Limit groups that are known already."""

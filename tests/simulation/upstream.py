@@ -88,8 +88,14 @@ class Call:
 class Buckets:
     """The organization's actual capacity: continuous token buckets."""
 
-    def __init__(self, limits: Mapping[Dimension, int], now: int) -> None:
+    def __init__(
+        self, limits: Mapping[Dimension, int], now: int, hidden_ms: int | None = None
+    ) -> None:
+        """`hidden_ms`: requests are also held to a bucket with so much refill, which no header shows."""
         self.limits = dict(limits)
+        self.most_hidden = limits["requests"] * (hidden_ms or 0) / 60_000
+        self.hidden = self.most_hidden
+        self.has_hidden = hidden_ms is not None
         self.levels = {name: float(limit) for name, limit in limits.items()}
         self.at = now
 
@@ -98,9 +104,14 @@ class Buckets:
         for name, limit in self.limits.items():
             refilled = self.levels[name] + limit * (now - self.at) / 60_000
             self.levels[name] = min(limit, refilled)
+        refilled = self.hidden + self.limits["requests"] * (now - self.at) / 60_000
+        self.hidden = min(self.most_hidden, refilled)
         self.at = now
-        if any(self.levels[name] < 1 for name in self.levels):
+        if any(level < 1 for level in self.levels.values()) or (
+            self.has_hidden and self.hidden < 1
+        ):
             return False
+        self.hidden -= 1
         for name in DIMENSIONS:
             self.levels[name] -= units.get(name, 0)
         return True
@@ -255,7 +266,8 @@ class Upstream:
         home, group = call.group
         name = f"{home.organization}/{home.workspace}/{group}"
         if name not in self.buckets:
-            self.buckets[name] = Buckets(self.limits, self.world.time.now())
+            hidden_ms = self.world.story.hidden_ms
+            self.buckets[name] = Buckets(self.limits, self.world.time.now(), hidden_ms)
         return self.buckets[name]
 
     def _headers(self, call: Call) -> Headers:

@@ -21,6 +21,8 @@ from sluice.domain.limits import (
     OUTPUT_MARGIN,
     OUTPUT_MARGIN_MS,
     OVERDRAFT_MS,
+    PACE_KEPT_MS,
+    RAMP_MS,
     SCALE,
     TOKENS_PER_DAY,
     UNUSED,
@@ -130,6 +132,7 @@ class Stop:
 
     milliseconds: int
     overdrawn: bool
+    hidden: bool
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def law_group(*, learned: bool = True) -> Group:
 costs = st.builds(Cost, st.just(1), st.integers(0, LAW_BURSTS[1]), st.integers(1, LAW_BURSTS[2]))
 blocks = st.lists(costs, min_size=1, max_size=12).map(tuple)
 waits = st.builds(Wait, st.integers(0, 20_000) | st.integers(MINUTE, 2 * MINUTE))
-stops = st.builds(Stop, st.integers(1, 10_000), st.booleans())
+stops = st.builds(Stop, st.integers(1, 10_000), st.booleans(), st.booleans())
 empties = st.builds(Drained)
 nobody_waits = st.just(0)
 seconds_off = st.integers(-5_000, 5_000)
@@ -208,8 +211,15 @@ def play(steps: Sequence[Step]) -> tuple[list[Started], Group, int]:
                 now += milliseconds
             case Drained():
                 state = drained(state, now)
-            case Stop(milliseconds, overdrawn):
-                state = block(state, now + milliseconds, "rate limited", now, overdrawn=overdrawn)
+            case Stop(milliseconds, overdrawn, hidden):
+                state = block(
+                    state,
+                    now + milliseconds,
+                    "rate limited",
+                    now,
+                    overdrawn=overdrawn,
+                    hidden=hidden,
+                )
                 # Reservations that had not started by then are invalid, and released by their worker.
                 unsent = [each for each in started if each.at > now and each.epoch < state.epoch]
                 started = [each for each in started if each not in unsent]
@@ -1076,6 +1086,45 @@ def test_a_block_stops_everybody_until_its_time_and_then_goes_on_more_slowly() -
     assert 0 < blocked.rate_factor < FULL_RATE
     # From an empty bucket: the nineteen after the first take at least as long as the limit says.
     assert starts[-1] - starts[0] >= 19 * 100
+
+
+def test_a_burst_that_is_refused_although_the_headers_had_room_makes_the_next_one_slower() -> None:
+    """60 requests per minute may be enforced as 1 per second (Anthropic, rate limits), which no header shows."""
+    state, at = group(requests=600, burst=600), NOON + RAMP_MS
+    state = replace(state, last_start=at, warm_since=NOON)
+    gaps = []
+    for _ in range(4):
+        _, starts = reserve(state, [ONE] * 2, at, MINUTE)
+        gaps.append(starts[1] - starts[0])
+        state = block(state, at + SECOND, "rate limited", at, hidden=True)
+        assert FULL_RATE == state.rate_factor
+        at += MINUTE // 2
+        state = replace(state, requests=bucket(600, 600))
+
+    assert [20, 40, 80, 100] == gaps
+    at += PACE_KEPT_MS
+    _, starts = reserve(replace(state, last_start=at, warm_since=NOON), [ONE] * 2, at, MINUTE)
+    assert 50 == starts[1] - starts[0], "it is tried again after half an hour"
+
+
+def test_429s_of_one_burst_slow_the_next_one_once() -> None:
+    state = block(group(requests=600), NOON + SECOND, "rate limited", NOON, hidden=True)
+
+    for until in (NOON + SECOND, NOON + MINUTE):
+        again = block(state, until, "rate limited", NOON, hidden=True)
+        assert state.burst_pace == again.burst_pace < group(requests=600).burst_pace
+
+
+def test_an_unused_start_leaves_the_others_their_times() -> None:
+    """Saved-up requests for all, so that only the pace keeps the calls apart."""
+    state = replace(group(requests=600, burst=600), last_start=NOON, warm_since=NOON)
+    state, starts = reserve(state, [ONE] * 20, NOON, MINUTE)
+    state = settle(state, [Settlement(state.epoch, ONE, UNUSED)], NOON)
+
+    assert next_start(state, ONE, NOON) == starts[-1]
+    voided = block(state, NOON + SECOND, "rate limited", NOON)
+    late = settle(voided, [Settlement(state.epoch, ONE, UNUSED)] * 19, NOON)
+    assert next_start(voided, ONE, NOON) == next_start(late, ONE, NOON)
 
 
 def test_a_block_voids_what_had_not_started() -> None:

@@ -10,6 +10,7 @@ from sluice.domain.workspaces import (
     EQUAL_RATE,
     MIN_RATE,
     MOST_WORKSPACES,
+    PACED_MS,
     PROBE_MS,
     REGAIN_MS,
     WITHIN_MS,
@@ -58,8 +59,11 @@ def test_after_a_429_a_workspace_goes_on_at_half_its_rate_and_regains_it() -> No
     assert EQUAL_RATE * 3 // 4 == known["w"].rate(until + REGAIN_MS // 2)
     assert EQUAL_RATE == known["w"].rate(until + REGAIN_MS)
     assert until + MINUTE == started(known, "w", until + MINUTE)["w"].last_start
-    # At the rate of the organization it has no pace of its own.
-    assert until == started(known, "w", until + MINUTE)["w"].next_start(10, until + MINUTE)
+    # At the rate of the organization it has its pace, and no bursts for half an hour.
+    last = started(known, "w", until + MINUTE)["w"]
+    assert until + MINUTE + 10 == last.next_start(10, until + MINUTE)
+    assert until == last.next_start(10, NOON + PACED_MS)
+    assert [True, False] == [last.is_slow(at) for at in (until, until + MINUTE)]
 
 
 def test_429s_of_calls_in_flight_together_lower_the_rate_once() -> None:
@@ -145,7 +149,8 @@ def test_entries_that_say_nothing_any_more_are_dropped() -> None:
         return set(refused(known, throttled("c", at=at), at))
 
     assert {"a", "b", "c"} == left(NOON + 30 * SECOND)
-    assert {"b", "c"} == left(NOON + 5 * MINUTE)
+    assert {"a", "b", "c"} == left(NOON + PACED_MS - 1)
+    assert {"b", "c"} == left(NOON + PACED_MS)
     assert {"c"} == left(NOON + 2 * DAY)
 
 

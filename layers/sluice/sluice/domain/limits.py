@@ -50,7 +50,13 @@ RECOVERY_PER_SECOND: Final = 20
 """Thousandths that the rate factor gains each second (additive recovery)."""
 
 BURST_PACE: Final = 5
-"""Saved-up capacity is used at most this many times faster than the limit: 60 RPM may be enforced as 1 per second."""
+"""Saved-up capacity is used at most this many times faster than the limit."""
+
+LEAST_PACE: Final = FULL_RATE
+PACE_KEPT_MS: Final = 1_800_000
+"""60 RPM may be enforced as 1 per second (Anthropic, rate limits), which no header shows. After a 429 whose headers had
+enough left, saved-up capacity is used half as fast, at the least at the pace of the limit, and twice as fast again
+after this time."""
 
 IDLE_MS: Final = 60_000
 """A group without a start for this long makes a slow start, because Anthropic limits sharp growth as well."""
@@ -267,6 +273,9 @@ class Group:
     """Limits stated in the key pool, per dimension: upper bounds for the learned ones."""
     day: Bucket | None = None
     """Input and output tokens per day, if the key pool or the Rate Limits API has such a limit."""
+    burst_pace: int = BURST_PACE * FULL_RATE
+    """Learned: how fast saved-up capacity may be used, in thousandths of the limit's pace, as of `burst_pace_at`."""
+    burst_pace_at: int = 0
     portions: Portions = ()
     """What each owner has recently taken, in milliseconds of refill, as of `portions_at`."""
     portions_at: int = 0
@@ -472,6 +481,14 @@ def free_at(group: Group, cost: Cost, now: int) -> int:
     return max(times, default=0)
 
 
+def is_held_back(group: Group, cost: Cost, now: int) -> bool:
+    """Return whether the call waits for its own circuit breaker or workspace, and others need not."""
+    workspace = group.workspaces.get(cost.ties.workspace)
+    if workspace is not None and not workspace.is_slow(now):
+        cost = replace(cost, ties=replace(cost.ties, workspace=""))
+    return free_at(group, cost, now) > now
+
+
 def blocked(group: Group, ties: Ties) -> tuple[int, str | None]:
     """Return until when a call is blocked, and why: by its organization's limits or its workspace's."""
     workspace = group.workspaces.get(ties.workspace)
@@ -553,6 +570,7 @@ def _gap(group: Group, cost: Cost, now: int, *, is_end: bool) -> int:
     """Return the minimum time between the last start and one of this cost, at the current pace."""
     warm = min(RAMP_MS, max(0, now - group.warm_since))
     pace = FULL_RATE * (RAMP_MS + (BURST_PACE - 1) * warm) // RAMP_MS
+    pace = min(pace, _burst_pace(group, now))
     minute = 60_000 * FULL_RATE * 1000
     dimensions = ("requests", "input_tokens") if is_end else DIMENSIONS
     return max(
@@ -562,6 +580,12 @@ def _gap(group: Group, cost: Cost, now: int, *, is_end: bool) -> int:
             for name in dimensions
         ),
     )
+
+
+def _burst_pace(group: Group, now: int) -> int:
+    """Return how fast saved-up capacity may be used now, in thousandths of the limit's pace."""
+    doublings = max(0, now - group.burst_pace_at) // PACE_KEPT_MS
+    return min(BURST_PACE * FULL_RATE, group.burst_pace << min(doublings, BURST_PACE))
 
 
 def _is_drained(group: Group, now: int) -> bool:
@@ -670,15 +694,18 @@ def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
                 output_tokens=group.output_tokens.less(used.output_tokens - reserved.output_tokens),
             )
         if used == UNUSED:
-            # Its start time is free again; the pace does not depend on which of several it was.
-            group = replace(
-                group,
-                under_way=max(0, group.under_way - reserved.output_tokens),
-                last_start=min(group.last_start, max(now, group.blocked_until)),
-            )
+            group = replace(group, under_way=max(0, group.under_way - reserved.output_tokens))
+            if each.epoch == group.epoch:
+                group = replace(group, last_start=_one_back(group, reserved, now))
         if each.call_ms or each.input_chars:
             group = _taught(group, each)
     return group
+
+
+def _one_back(group: Group, cost: Cost, now: int) -> int:
+    """Return the last start without one of this cost, but none that is over: the others keep their times."""
+    over = min(group.last_start, max(now, group.blocked_until))
+    return max(over, group.last_start - _gap(group, cost, now, is_end=False))
 
 
 def _taught(group: Group, settlement: Settlement) -> Group:
@@ -830,11 +857,13 @@ def block(  # noqa: PLR0913 - the facts of one 429
     by: str | None = None,
     ramp: bool = False,
     overdrawn: bool = False,
+    hidden: bool = False,
 ) -> Group:
     """Block the group until a time; afterwards it starts without saved-up requests, at a reduced rate.
 
     429s of calls that were in flight together are one event: only the first reduces the rate. `overdrawn`: only
-    in-flight output caused the 429; the rate is unchanged.
+    in-flight output caused the 429; the rate is unchanged. `hidden`: there was enough left by the headers; the rate is
+    unchanged, and saved-up capacity is used more slowly from now on.
     """
     group = advanced(group, now)
     # `retry-after` is in whole seconds, so workers compute slightly different times for one event.
@@ -848,6 +877,10 @@ def block(  # noqa: PLR0913 - the facts of one 429
     )
     if overdrawn:
         requests = _voided(group.requests)
+    elif hidden:
+        if group.blocked_until <= now:
+            slower = max(LEAST_PACE, _burst_pace(group, now) // 2)
+            group = replace(group, burst_pace=slower, burst_pace_at=now)
     elif group.blocked_until <= now:
         rate = max(MIN_RATE, rate * (RATE_AFTER_RAMP if ramp else RATE_AFTER_429) // FULL_RATE)
     return replace(

@@ -24,6 +24,10 @@ REGAIN_MS: Final = 50_000
 PROBE_MS: Final = 30_000
 """Time between two calls that try whether a workspace that was parked works again, unless one of them is answered."""
 
+PACED_MS: Final = 1_800_000
+"""For so long after a 429 a workspace's calls start no faster than its organization's limit is refilled. Its own limit
+may be enforced by the second (Anthropic, rate limits), which no header shows."""
+
 WITHIN_MS: Final = 10_000
 """Two workspaces refused within this time, without a word whose limit it was: it is their organization's."""
 
@@ -50,6 +54,8 @@ class Workspace:
     rate_factor: int = EQUAL_RATE
     """Of the time when its last block ended."""
     last_start: int = 0
+    paced_until: int = 0
+    """Until then its calls start in even intervals at most as fast as the organization's limit."""
     is_probed: bool = False
     """It was parked, for money or by its owner, and has answered no call since."""
 
@@ -59,12 +65,17 @@ class Workspace:
         regained = (self.rate_factor << min(doublings, 20)) * (REGAIN_MS + rest) // REGAIN_MS
         return min(EQUAL_RATE, regained)
 
+    def is_slow(self, now: int) -> bool:
+        """Return whether its calls wait longer than those of other workspaces."""
+        at = max(now, self.blocked_until)
+        return at > now or self.is_probed or self.rate(at) < EQUAL_RATE
+
     def next_start(self, gap: int, now: int) -> int:
         """Return when its next call may start; `gap` is the time between two calls at the organization's rate."""
         if self.is_probed:
             return max(self.blocked_until, self.last_start + PROBE_MS)
         rate = self.rate(max(now, self.blocked_until))
-        if rate >= EQUAL_RATE:
+        if rate >= EQUAL_RATE and now >= self.paced_until:
             return self.blocked_until
         return max(self.blocked_until, self.last_start + gap * EQUAL_RATE // rate)
 
@@ -104,6 +115,7 @@ def refused(
                 blocked_by=refusal.by,
                 rate_factor=rate,
                 last_start=refusal.until if refusal.is_rate else 0,
+                paced_until=now + PACED_MS if refusal.is_rate else before.paced_until,
                 is_probed=before.is_probed or not refusal.is_rate,
             )
         if not refusal.is_said and name == refusal.names[0]:
@@ -157,6 +169,7 @@ def _latest(workspaces: Mapping[str, Workspace], now: int) -> Mapping[str, Works
         or each.refused_at > now - WITHIN_MS
         or (each.is_probed and each.blocked_until > now - PARKED_MS)
         or each.rate(now) < EQUAL_RATE
+        or each.paced_until > now
     }
     names: Iterable[str] = sorted(kept, key=lambda name: kept[name].blocked_until)
     return {name: kept[name] for name in list(names)[-MOST_WORKSPACES:]}

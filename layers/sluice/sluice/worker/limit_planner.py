@@ -18,6 +18,7 @@ from sluice.domain.limits import (
     blocked,
     breakers_of,
     free_at,
+    is_held_back,
     next_start,
     reserve,
     start_on,
@@ -182,8 +183,8 @@ class Planner:
                 self._line.answer(waiter, best)
                 continue
             start, draft, cost = best
-            is_held_back = free_at(draft.group, cost, now) > now
-            if is_held_back and (elsewhere := _elsewhere(waiter, draft.group, now)):
+            held_back = is_held_back(draft.group, cost, now)
+            if held_back and (elsewhere := _elsewhere(waiter, draft.group, now)):
                 self._line.answer(waiter, elsewhere)
                 continue
             if start <= min(now + waiter.horizon(draft.group, cost, now), waiter.latest_start):
@@ -191,14 +192,14 @@ class Planner:
                 planned.setdefault(draft.group.id, []).append(waiter)
                 continue
             later = _later(waiter, draft.group, cost, start, now)
-            if is_held_back and later is None and self.held_back >= MOST_HELD_BACK:
+            if held_back and later is None and self.held_back >= MOST_HELD_BACK:
                 later = Later(max(start, now + HELD_BACK_MS), "others wait for the same")
-            if not is_held_back:
+            if not held_back:
                 draft.leave_waiting(start)
             if later is not None:
                 self._line.answer(waiter, later)
             else:
-                self.held_back += is_held_back
+                self.held_back += held_back
         return {
             name: waiters
             for name, waiters in planned.items()

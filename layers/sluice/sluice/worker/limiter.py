@@ -226,10 +226,21 @@ class Limiter:
         empty = {dimension for dimension, seen in headers.seen.items() if seen.remaining == 0}
         by = " ".join(filter(None, (admission.claimant.key_id, request_id)))
         overdrawn = empty == {"output_tokens"}
+        hidden = "requests" in headers.seen and all(
+            seen.remaining >= max(1, admission.reserved.of(dimension))
+            for dimension, seen in headers.seen.items()
+        )
         self._react(
             admission,
             lambda group, now: block(
-                group, until, reason, now, by=by, ramp=ramp, overdrawn=overdrawn
+                group,
+                until,
+                reason,
+                now,
+                by=by,
+                ramp=ramp,
+                overdrawn=overdrawn,
+                hidden=hidden and not ramp,
             ),
         )
 
