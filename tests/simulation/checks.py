@@ -403,7 +403,7 @@ class AcceptedJobsAreOnTheirWay(Check):
         why, _ = world.jobs.due_jobs.get(job_id, (None, None))
         is_parked = why is DueFor.CALL and job.not_before is not None
         began = job.state is not State.QUEUED or job.attempts_used or job.snoozes
-        sent = world.queue.messages_of(job_id) or job_id in world.queue.lost
+        sent = world.queue.had_message(job_id)
         not_parked = ("job not parked", {"job_id": job_id}) in world.events.problems
         if not (is_parked or began or sent or not_parked):
             world.fail(self.name, f"{job.custom_id} was accepted, and nobody knows of it")

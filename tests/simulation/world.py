@@ -306,6 +306,11 @@ class StoryQueue(MemoryQueue):
         """Return how many messages a job has."""
         return sum(each.job_id == job_id for each in self._messages.values())
 
+    def had_message(self, job_id: str) -> bool:
+        """Return whether a job was sent, also if a fault has made away with its message since."""
+        is_dead_letter = any(message.job_id == job_id for message, _ in self.rejected)
+        return is_dead_letter or job_id in self.lost or self.messages_of(job_id) > 0
+
 
 class StoryPool(StaticKeyPool):
     """The key pool; as an outage of Secrets Manager is a fault of its own, it has a name like a store."""
