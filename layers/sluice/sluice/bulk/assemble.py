@@ -16,6 +16,7 @@ from typing import Any, Final
 from sluice.bulk.sections import Places, Sections, shares_of
 from sluice.domain.batches import (
     OUTPUTS,
+    SECTIONS,
     SUMMARY,
     Batch,
     Phase,
@@ -46,9 +47,6 @@ MOST_RANGES_AT_ONCE: Final = 20
 MOST_TOKENS_AT_ONCE: Final = 2_000_000
 """A batch of one section with at most this many ranges and output tokens (about 8 MB) is joined in a second or two, by
 the function that ran its last range."""
-
-SECTIONS: Final = "sections"
-"""The group of all sections of a batch."""
 
 SECTIONS_PREFIX: Final = "section"
 """Common prefix of that group and of the groups of each section's ranges."""

@@ -24,6 +24,9 @@ RANGES_PER_SECTION: Final = 100
 """About 10,000 rows: their results exceed the 5 MiB that S3 requires of a part, and 1,000 such parts are 10 million
 rows."""
 
+SECTIONS: Final = "sections"
+"""The group of all sections of a batch: a member is done when it is joined."""
+
 MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
 """Limit for objects with fewer than `MOST_RANGES` ranges. Memory does not depend on it: a range runs by windows."""
 

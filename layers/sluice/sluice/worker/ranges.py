@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Final, ParamSpec
 
 from sluice.domain import waits
-from sluice.domain.batches import Batch, Phase, Progress, RangeState, Tally, claim_range, killers
+from sluice.domain.batches import (
+    SECTIONS,
+    Batch,
+    Phase,
+    Progress,
+    RangeState,
+    Tally,
+    claim_range,
+    killers,
+)
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
@@ -168,14 +177,29 @@ class RunRange:
             self.tools.events.problem("range not hidden", what=error.what)
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
-        """Count the range as done; the last one of a section causes the results to be joined."""
+        """Count the range as done; the last one of a section causes the results to be joined.
+
+        Without a tally, by the message of a range that was done before: its worker may have died before it sent on.
+        """
         assert batch.plan is not None
         section = batch.plan.section_of(number)
         progress = await self.tools.blocking(self._counted, batch, section, number, tally)
-        if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(
-                self.tools.queue.send_join, batch.batch_id, section, batch.tenant
-            )
+        if progress.members < len(batch.plan.members(section)):
+            return
+        if tally is None and await self.tools.blocking(self._is_sent_on, batch, section):
+            return
+        await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section, batch.tenant)
+
+    def _is_sent_on(self, batch: Batch, section: int) -> bool:
+        """Return whether a section was joined by its own message, which is repeated until that is done.
+
+        A second message would repeat the end of the whole batch. The only section of a batch may have been joined by a
+        ranges worker, without a message; then this one must go on with the end if that worker died.
+        """
+        if batch.plan is None or batch.plan.sections == 1:
+            return False
+        joined = self.tools.batches.groups(batch.batch_id, SECTIONS).get(SECTIONS)
+        return joined is not None and section in joined.done
 
     def _counted(self, batch: Batch, section: int, number: int, tally: Tally | None) -> Progress:
         """Count a range once; the sums of one that another worker has finished are read only if it is not counted."""
