@@ -54,6 +54,7 @@ class KeyChoice:
         self._groups: Mapping[str, str] = model_groups
         self._rereads_groups = True
         """A job waits for a model that is unknown here; another worker may have had an answer for it."""
+        self._groups_read_at = 0
         self._has_no_place: set[str] = set()
         """Models that were answered but stay unknown, because too many are known."""
         self._marks: dict[str, KeyMark] = {}
@@ -65,6 +66,7 @@ class KeyChoice:
         """Return one key for each limit group that the job may use; empty while all are rejected."""
         try:
             keys = await self._pool()
+            name = await self._group_of(job)
         except (KeyPoolBroken, StoreBusy) as error:
             self._tools.events.problem("key pool not readable", reason=str(error))
             return []
@@ -81,14 +83,23 @@ class KeyChoice:
             return next(iter(refusals.values()))
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
         stated = stated_limits(keys, self._marks)
-        name = model_group(model, self._groups, job.tenant)
-        self._rereads_groups = self._rereads_groups or is_unknown(name)
         for key in allowed:
             if key.id in refusals or self.is_rejected(key):
                 continue
             claimant = self._claimant(job, key, name, stated)
             usable.setdefault(claimant.group, []).append((claimant, key))
         return [self._chosen(choices) for choices in usable.values()]
+
+    async def _group_of(self, job: Job) -> str:
+        """Return the model group of a job: that of unknown models only if nobody knew it a few seconds ago."""
+        name = model_group(job.current_model, self._groups, job.tenant)
+        if is_unknown(name):
+            async with self._reading:
+                if self._tools.clock.now() - self._groups_read_at >= KEYS_MS:
+                    await self._read_groups()
+            name = model_group(job.current_model, self._groups, job.tenant)
+            self._rereads_groups = self._rereads_groups or is_unknown(name)
+        return name
 
     def _claimant(
         self, job: Job, key: UpstreamKey, name: str, stated: Mapping[str, Mapping[str, int]]
@@ -212,7 +223,7 @@ class KeyChoice:
         known = await self._tools.blocking(self._tools.limits.models)
         stated = await self._tools.blocking(self._tools.keys.model_groups)
         groups = {**known.groups(), **self._model_groups, **known.loaded, **stated}
-        self._rereads_groups = False
+        self._rereads_groups, self._groups_read_at = False, self._tools.clock.now()
         if groups != self._groups:
             self._groups = groups
             self._limiter.choose_again()
