@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from sluice.domain.breakers import endpoint_circuit, model_circuit, pseudonym, refusals_circuit
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
@@ -28,6 +28,8 @@ from sluice.ports.swap import change
 from sluice.worker.limit_books import Claimant, claimant_for
 from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
+
+T = TypeVar("T")
 
 KEYS_MS: Final = 5_000
 """Maximum age of the key pool and of the key marks of other workers."""
@@ -63,11 +65,14 @@ class KeyChoice:
         """By job and key, because a 403 can concern the request as well as the key."""
 
     async def claimants(self, job: Job) -> list[tuple[Claimant, UpstreamKey]] | JobError:
-        """Return one key for each limit group that the job may use; empty while all are rejected."""
+        """Return one key for each limit group that the job may use; empty while all are rejected, or none is known.
+
+        Raises StoreBusy if what workers have learned about the keys cannot be read: that is no lack of keys.
+        """
         try:
             keys = await self._pool()
             name = await self._group_of(job)
-        except (KeyPoolBroken, StoreBusy) as error:
+        except KeyPoolBroken as error:
             self._tools.events.problem("key pool not readable", reason=str(error))
             return []
         model = job.current_model
@@ -203,7 +208,7 @@ class KeyChoice:
         async with self._reading:
             now = self._tools.clock.now()
             if self._keys is None or now - self._read_at >= KEYS_MS:
-                keys = await self._tools.blocking(self._tools.keys.keys)
+                keys = await self._of_secret(self._tools.keys.keys)
                 marks = await self._tools.blocking(
                     self._tools.limits.marks, [key.id for key in keys]
                 )
@@ -218,10 +223,17 @@ class KeyChoice:
                         self._tools.events.note("keys share an organization", advice=sentence)
             return self._keys
 
+    async def _of_secret(self, read: Callable[[], T]) -> T:
+        """Read something of the key pool's secret; raises KeyPoolBroken also if Secrets Manager is busy."""
+        try:
+            return await self._tools.blocking(read)
+        except StoreBusy as busy:
+            raise KeyPoolBroken(str(busy)) from busy
+
     async def _read_groups(self) -> None:
         """Read which models share limits: the deployed data, corrected by upstream, then by the key pool."""
         known = await self._tools.blocking(self._tools.limits.models)
-        stated = await self._tools.blocking(self._tools.keys.model_groups)
+        stated = await self._of_secret(self._tools.keys.model_groups)
         groups = {**known.groups(), **self._model_groups, **known.loaded, **stated}
         self._rereads_groups, self._groups_read_at = False, self._tools.clock.now()
         if groups != self._groups:
