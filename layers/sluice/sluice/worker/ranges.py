@@ -416,7 +416,8 @@ class _Run:
         """Note rows whose calls have ended: they are not the cause of a later death of the worker."""
         is_searching = self._source is not None and self._source.is_searching
         if is_searching and set(self._range.state.running) - set(self._running()):
-            await self._tools.blocking(self._range.note_running, self._running)
+            note = self._range.note_running
+            await self._tools.blocking(note, self._running, self._rows.called)
 
     async def _report_progress(self) -> None:
         """Store the sums of the saved rows, every few seconds."""
@@ -500,7 +501,7 @@ class _Run:
         if self._rows.is_closed:
             return
         try:
-            self._range.note_running(self._running)
+            self._range.note_running(self._running, self._rows.called)
         except LeaseLost:
             self._lose()
 
@@ -534,14 +535,25 @@ class _Run:
 
     async def _drop(self) -> None:
         """Return the range without what no store has taken: it has lost no worker, and no row is to blame."""
-        chunks, dropped = self._range.state.chunks, not self._rows.are_saved
+        chunks, called = self._range.state.chunks, self._called()
+        dropped = bool(called) or not self._rows.are_saved
         wait = RangeWait(self._tools.clock.now() + not_read_ms(self._pointer))
+        release = self._range.release
         try:
-            await self._tools.blocking(self._range.release, wait, chunks, dropped=dropped)
+            await self._tools.blocking(release, wait, chunks, dropped=dropped, called=called)
             await self._runner.back(self._pointer, not_read_ms(self._pointer))
         except (StoreBusy, LeaseLost):
             # Left to the next worker, as if this one had died.
             self._tools.events.problem("range not released", batch_id=self._batch.batch_id)
+
+    def _called(self) -> list[int]:
+        """Return the rows with unsaved calls, except those that ended in flight: their state has them as running."""
+        running = self._range.state.running
+        return [
+            seat.line.offset
+            for seat in self._rows.seats()
+            if seat.has_unsaved_calls and not (seat.ended and seat.line.offset in running)
+        ]
 
     async def _end_window(self, window: Window) -> bool:
         """Store an ended window as one chunk, which replaces those it was saved in."""
@@ -564,8 +576,8 @@ class _Run:
         if state.owner is not None:
             await self._save()
             wait, dropped = RangeWait(self._tools.clock.now() + delay), state.dropped
-            chunks = self._range.state.chunks
-            await self._tools.blocking(self._range.release, wait, chunks, dropped=dropped)
+            chunks, called, release = self._range.state.chunks, self._called(), self._range.release
+            await self._tools.blocking(release, wait, chunks, dropped=dropped, called=called)
         await self._runner.back(self._pointer, delay)
         return False
 
