@@ -27,7 +27,7 @@ from sluice.bulk.assemble import MOST_RANGES_AT_ONCE
 from sluice.domain.batches import LATE_MS, Phase, claim_range, row_job_id
 from sluice.domain.jobs import AttemptOutcome, Job, State, claim
 from sluice.domain.pricing import LedgerRow, Usage, utc_day
-from sluice.domain.waits import LEASE_MS
+from sluice.domain.waits import BOOKING_MS, LEASE_MS
 from sluice.intake.batches import MOST_STARTED
 from sluice.ports.batches import Stored
 
@@ -451,7 +451,7 @@ def test_a_dead_letter_books_the_call_of_a_job_whose_worker_died_after_its_end(
         state=State.SUCCEEDED,
         attempts=(answered,),
         lease=None,
-        finished_at=SystemClock().now(),
+        finished_at=SystemClock().now() - BOOKING_MS,
     )
     stack.jobs.replace(ended, job.version)
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from sluice.domain.jobs import DEAD_LETTER, NOT_STORED, Job, State
+from sluice.domain.jobs import DEAD_LETTER, NOT_STORED, AttemptOutcome, Job, State
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.accounts import INVENTED, MODEL_GROUPS, cost_of, limits_of
 from tests.simulation.checks import Check
@@ -280,9 +280,17 @@ class CostsAddUp(Check):
     def ended(self, world: World) -> None:
         calls = {call.request_id: call for call in world.upstream.calls}
         lost: Counter[str] = Counter()
+        died = {
+            f"{job.job_id}#{attempt.version}"
+            for job in world.jobs.stored.values()
+            for attempt in job.attempts
+            if attempt.outcome is AttemptOutcome.LOST
+        }
         for row in world.ledger.rows.values():
-            # Its answer was paid for, and no store took it to the end of the invocation.
-            lost[row.job_id] += row.spend.cost_micro_usd if row.note == NOT_STORED else 0
+            # Its answer was paid for, and no store took it to the end of the invocation. If its worker died before it
+            # wrote this into the job, the job has a call that may have been billed instead.
+            is_known = row.note == NOT_STORED and row.call_id not in died
+            lost[row.job_id] += row.spend.cost_micro_usd if is_known else 0
         for job in world.jobs.stored.values():
             spent = lost[job.job_id] + sum(each.cost_micro_usd or 0 for each in job.attempts)
             if job.cost_micro_usd != spent:

@@ -403,7 +403,7 @@ class AcceptedJobsAreOnTheirWay(Check):
         why, _ = world.jobs.due_jobs.get(job_id, (None, None))
         is_parked = why is DueFor.CALL and job.not_before is not None
         began = job.state is not State.QUEUED or job.attempts_used or job.snoozes
-        sent = world.queue.messages_of(job_id) or job_id in world.queue.lost
+        sent = world.queue.had_message(job_id)
         not_parked = ("job not parked", {"job_id": job_id}) in world.events.problems
         if not (is_parked or began or sent or not_parked):
             world.fail(self.name, f"{job.custom_id} was accepted, and nobody knows of it")
@@ -418,7 +418,8 @@ class MessagesAreKeptUntilDone(Check):
         job = world.jobs.stored.get(message.job_id or "")
         if job is None or job.state.is_final or job.not_before is not None:
             return
-        if world.queue.messages_of(job.job_id) < 2:
+        # The message itself may be a dead letter by now.
+        if not world.queue.messages_of(job.job_id, beside=message.message_id):
             world.fail(self.name, f"{world.about(message)} is deleted while its job is {job.state}")
 
 

@@ -136,7 +136,9 @@ class TimedOutInvocation(Fault):
     async def before(self, point: Point) -> None:
         if self.rng.random() < self.often / 5:
             self.hit(point, "hangs")
-            await asyncio.sleep(self.rng.choice((20, 150, 900)))
+            seconds, now = self.rng.choice((20, 150, 900)), point.machine.world.time.now()
+            point.machine.hangs.append((now, now + seconds * SECOND))
+            await asyncio.sleep(seconds)
 
 
 class ClockSkew(Fault):

@@ -162,7 +162,7 @@ HIDING: Final = frozenset(
 
 
 class JobsOfDeadWorkersGoOn(Check):
-    """The job of a worker that dies is taken over in time; if its next worker dies too, the time starts again."""
+    """The job of a worker that dies is taken over in time; if its next worker dies or hangs, the time starts again."""
 
     name = "jobs of dead workers go on"
 
@@ -190,7 +190,13 @@ class JobsOfDeadWorkersGoOn(Check):
         if since is None:
             return
         most = most_in_flight(job)
-        waited = write.at - since
+        # No store keeps a call for so long: the worker itself hangs, which is as if it had died.
+        stuck = [
+            until
+            for began, until in (write.machine.hangs if write.machine else ())
+            if until - began > waits.STORE_STAY_MS and until <= write.at
+        ]
+        waited = write.at - max([since, *stuck])
         if (
             most is None
             and waited > waits.RECOVERY_MS + GRACE_MS

@@ -54,6 +54,8 @@ class Machine:
         self.died_of = ""
         self.troubles: list[str] = []
         """Faults that hit this machine's calls: they may explain what it could not write."""
+        self.hangs: list[tuple[int, int]] = []
+        """When calls of this machine hung, from and until."""
         self.tasks: dict[asyncio.Task[Any], None] = {}
 
     @property

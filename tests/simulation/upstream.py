@@ -179,12 +179,14 @@ class Upstream:
             if plan is not None:
                 fault.struck += 1
                 break
-        if plan is not None:
-            return plan
-        if call.request.model in INVENTED and not world.story.answers_any_model:
+        # No fault makes a model exist: one that delays an answer leaves it the refusal that it is.
+        is_answer = plan is None or (plan.reply is None and plan.raises is None)
+        if is_answer and call.request.model in INVENTED and not world.story.answers_any_model:
             text = f"model: {call.request.model}"
             failure = Failure("not_found_error", text, 404, request_id=call.request_id)
             return Plan(Refused(failure), REFUSED_MS, billed=False)
+        if plan is not None:
+            return plan
         if self.headers == "true" and not self._bucket(call).take(
             world.time.now(), requests=1, input_tokens=call.usage.input_tokens
         ):

@@ -302,9 +302,17 @@ class StoryQueue(MemoryQueue):
         """Return when a message that a worker holds is visible again; None when it is not its any more."""
         return self._messages[message.message_id].visible_at if self.is_held(message) else None
 
-    def messages_of(self, job_id: str) -> int:
-        """Return how many messages a job has."""
-        return sum(each.job_id == job_id for each in self._messages.values())
+    def messages_of(self, job_id: str, beside: str = "") -> int:
+        """Return how many messages a job has, not counting the one with the id `beside`."""
+        return sum(
+            each.job_id == job_id and message_id != beside
+            for message_id, each in self._messages.items()
+        )
+
+    def had_message(self, job_id: str) -> bool:
+        """Return whether a job was sent, also if a fault has made away with its message since."""
+        is_dead_letter = any(message.job_id == job_id for message, _ in self.rejected)
+        return is_dead_letter or job_id in self.lost or self.messages_of(job_id) > 0
 
 
 class StoryPool(StaticKeyPool):

@@ -587,6 +587,33 @@ def test_dropped_answers_are_remembered_until_something_is_saved() -> None:
     assert not save_chunk(again, "two", NOON, "2-1", ()).dropped
 
 
+def test_calls_of_rows_that_wait_are_remembered_until_the_rows_are_saved() -> None:
+    """Unlike those of rows in flight they have all ended, and no row is suspected because of them."""
+    claimed = claim_range(a_range(), "one", NOON, NOON + 60)
+    noted = note_running(claimed, "one", rows=[5], called=[7, 9])
+
+    again = claim_range(noted, "two", NOON + 60, NOON + 120)
+    saved = save_chunk(again, "two", NOON + 120, "2-1", rows=[7])
+
+    assert (((5, 1, NOON + 60),), ()) == (again.lost, again.called)
+    assert ((7, 1, NOON + 60), (9, 1, NOON + 60)) == again.unsaved
+    assert ((9, 1, NOON + 60),) == saved.unsaved
+
+
+@pytest.mark.parametrize(("dropped", "lost"), [(False, []), (True, [5])])
+def test_calls_of_rows_that_wait_are_remembered_when_a_range_is_released(
+    dropped: bool,  # noqa: FBT001 - a parameter of the test
+    lost: list[int],
+) -> None:
+    claimed = claim_range(a_range(), "one", NOON, NOON + 60)
+    noted = note_running(claimed, "one", rows=[5, 7])
+
+    released = release_range(noted, "one", chunks=(), dropped=dropped, called=[7])
+
+    assert ((7, 1, NOON + 60),) == released.unsaved
+    assert lost == [row for row, *_ in released.lost]
+
+
 def test_a_window_that_has_ended_takes_the_place_of_its_chunks() -> None:
     state = a_range(owner="one", chunks=("w1", "1-2", "1-3"), windows=1, losses=2)
     state = replace(state, running=(1,), suspects=(1, 2), blamed=(3,))

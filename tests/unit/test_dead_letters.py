@@ -22,6 +22,7 @@ from sluice.domain.jobs import (
 )
 from sluice.domain.limits import new_group
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
+from sluice.domain.waits import BOOKING_MS
 from sluice.ports.jobs import Params, Received
 from sluice.upkeep.dead_letters import DeadLetter, Estimate, Redriver, TakeDeadLetter
 from tests.fakes import (
@@ -118,6 +119,20 @@ def test_the_call_of_a_job_that_has_ended_is_booked_once(scene: Scene) -> None:
 
     assert {"job_1#1", "job_1#2"} == {row.call_id for row in scene.ledger.rows.values()}
     assert 7 == sum(spend.output_tokens for spend in scene.ledger.sums.values())
+
+
+def test_a_letter_waits_while_the_worker_of_an_ended_job_may_book_its_call(scene: Scene) -> None:
+    """Both would add it to the sums."""
+    ended = a_job(state=State.SUCCEEDED, attempts=(ANSWERED,), finished_at=scene.clock.now())
+    scene.jobs.add(ended)
+
+    assert not scene.take(letter())
+    assert not scene.graveyard.kept
+    assert not scene.ledger.rows
+
+    scene.clock.at += BOOKING_MS
+    assert scene.take(letter())
+    assert 1 == len(scene.ledger.rows)
 
 
 def test_a_letter_comes_again_while_the_ledger_is_busy(scene: Scene) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 
@@ -49,6 +49,7 @@ from tests.fakes import (
     known_group,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 PLENTY = Seen(6_000_000, 1_000_000)
 
@@ -849,6 +850,43 @@ def test_a_store_that_is_busy_at_the_end_is_logged(crew: Crew) -> None:
     crew.play(story)
 
     assert "limits table busy" in crew.events.problem_names
+
+
+class SlowForOthers(DirectCalls):
+    """From a moment on, writes of the group `other/a` take their time."""
+
+    is_slow = False
+
+    async def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.is_slow and any(getattr(each, "id", None) == "other/a" for each in args):
+            await asyncio.sleep(10)
+        return await super().__call__(call, *args, **kwargs)
+
+
+def test_no_write_goes_on_after_the_invocation_when_another_one_failed(crew: Crew) -> None:
+    """The worker is frozen then: the write would end in its next invocation, if there is one."""
+    for organization in ("org", "other"):
+        crew.know(known_group(organization, seen=limited(600, 100)))
+
+    crew.blocking = blocking = SlowForOthers()
+
+    async def story() -> set[str]:
+        async with crew.limiter() as limiter:
+            given = [await crew.admit(limiter, [claimant(each)]) for each in ("org", "other")]
+            blocking.is_slow = True
+            crew.store.fail_next("replace")
+            for admission in given:
+                assert isinstance(admission, Admission)
+                limiter.throttled(admission, NOON + MINUTE, "rate limited")
+                limiter.settle(admission, None)
+            await asyncio.sleep(1)
+        return {
+            each.get_name() for each in asyncio.all_tasks() if each is not asyncio.current_task()
+        }
+
+    assert set() == crew.time.run(story())
+    reasons = {group.blocked_reason for group in crew.store.stored.values()}
+    assert {"rate limited"} == reasons
 
 
 def test_no_job_waits_longer_than_requested_for_a_busy_store(crew: Crew) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -203,6 +204,26 @@ def test_a_new_model_is_known_to_a_worker_that_runs_already(make: Make) -> None:
     groups = [call.request.model for call in gateway.claude.calls]
     assert ["claude-new", "claude-new"] == groups
     assert {"org/claude-new", "org/unknown:acme"} == names_of(gateway)
+
+
+def test_a_model_that_another_worker_has_made_known_has_its_own_limits_at_once(make: Make) -> None:
+    """Also if this invocation ran only known models before, and has just read the key pool for one of them."""
+    gateway = make(a_job(), latency_ms=40 * SECOND)
+
+    async def later_jobs() -> None:
+        invocation = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(10)
+        gateway.submit(a_job("job_2", model="claude-b"))
+        await asyncio.sleep(2)
+        known = with_answer(KnownModels(), "claude-new", "other", gateway.time.now())
+        gateway.limits.known_models = known
+        gateway.submit(a_job("job_3", model="claude-new"))
+        await invocation
+
+    gateway.time.run(later_jobs())
+
+    assert gateway.job("job_3").state == "succeeded"
+    assert {"org/a", "org/b", "org/claude-new"} == names_of(gateway)
 
 
 def test_a_model_answered_by_a_key_without_an_organization_belongs_to_the_learned_one(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sluice.bulk import assemble
-from sluice.domain.batches import Options, Phase, cancel_batch
+from sluice.domain import batches
+from sluice.domain.batches import SECTIONS, Options, Phase, Tally, cancel_batch
 from sluice.domain.capacity import ROWS_AT_ONCE
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Received
@@ -555,6 +556,27 @@ def test_a_message_that_is_delivered_again_repeats_no_row(make: Make) -> None:
 
     assert 1 == len(bulk.claude.calls)
     assert 1 == bulk.summary()["counts"]["succeeded"]
+
+
+def test_a_second_message_of_a_range_does_not_repeat_the_end_of_a_batch(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "LINES_PER_RANGE", 1)
+    monkeypatch.setattr(batches, "RANGES_PER_SECTION", 2)
+    bulk = make(joins_at_once=False)
+    bulk.upload(jsonl(*(a_row(number) for number in range(4))))
+    for _ in range(4):
+        bulk.once()
+    assert [0, 1] == [section for _, section in bulk.queues.joins]
+    for section in (0, 1):
+        bulk.batches.mark(bulk.batch.batch_id, SECTIONS, section, Tally())
+
+    bulk.queues.send_ranges(bulk.batch, [0, 1, 2, 3])
+    for _ in range(4):
+        bulk.once()
+
+    assert [0, 1] == [section for _, section in bulk.queues.joins]
+    assert bulk.queues.next_visible() is None
 
 
 # In line -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,13 +20,13 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import StoreBusy
 from sluice.domain.rows import Line
-from sluice.ports.claude import CallRequest
+from sluice.ports.claude import CallRequest, Refused
 from sluice.upkeep.resume import Resume
 from sluice.worker import range_rows, range_windows
 from sluice.worker.range_claim import HIDE_MS, LEASE_MS
 from sluice.worker.range_windows import DEADLY
 from tests.bulk_fakes import Bulk, MemoryBatches, a_row, jsonl, number_in
-from tests.fakes import MINUTE, NOON, SECOND, VirtualClock, known_group, refused
+from tests.fakes import MINUTE, NOON, SECOND, Call, VirtualClock, known_group, refused
 
 HOUR = 60 * MINUTE
 LONG = refused(429, "rate_limit_error", retry_after_ms=2 * HOUR)
@@ -243,6 +244,83 @@ def test_answers_that_no_store_takes_blame_no_row_and_are_asked_for_again_only_o
     summary, spent = bulk.summary(), [row.spend for row in bulk.ledger.rows.values()]
     assert sum(each.cost_micro_usd for each in spent) == summary["known_cost_micro_usd"]
     assert (6, 0) == (summary["calls"], summary["uncertain_calls"])
+
+
+@dataclass(frozen=True)
+class Doubtful:
+    """Two rows: the first call of one may be billed, and it waits for a later invocation; the other goes on."""
+
+    bulk: Bulk
+
+    def said(self, request: CallRequest) -> Refused | None:
+        is_first = [each.body for each in self.calls].count(request.body.data) == 1
+        if not is_first:
+            return None
+        if b"Say 0" in bytes(request.body.data):
+            return refused(None, may_be_billed=True, retry_after_ms=2 * HOUR)
+        return refused(500, retry_after_ms=5 * SECOND)
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        return self.bulk.claude.calls
+
+    def assert_booked(self, uncertain: int) -> None:
+        summary, spent = (
+            self.bulk.summary(),
+            [each.spend for each in self.bulk.ledger.rows.values()],
+        )
+        assert {"succeeded": 2} == kinds(self.bulk)
+        assert uncertain == sum(each.uncertain_calls for each in spent)
+        assert uncertain == summary["uncertain_calls"]
+        assert sum(each.cost_micro_usd for each in spent) == summary["known_cost_micro_usd"]
+
+
+@pytest.fixture
+def doubtful(make: Make) -> Doubtful:
+    """Return the story, before its first invocation."""
+    bulk = make(latency_ms=10_000)
+    bulk.gateway.know(known_group("org", "a"))
+    bulk.upload(of(2))
+    story = Doubtful(bulk)
+    bulk.claude.when = story.said
+    return story
+
+
+def test_the_calls_of_a_row_that_waits_when_its_worker_dies_count_in_its_batch(
+    doubtful: Doubtful,
+) -> None:
+    """Its call had ended before the worker noted which rows are in flight for the last time."""
+    bulk = doubtful.bulk
+
+    async def story() -> None:
+        task = asyncio.create_task(bulk.invoke())
+        await asyncio.sleep(20)
+        assert 3 == len(bulk.claude.calls)
+        await bulk.kill(task)
+
+    bulk.time.run(story())
+    bulk.drain()
+
+    # The call of the other row was in flight.
+    doubtful.assert_booked(uncertain=2)
+
+
+def test_the_calls_of_a_row_that_waits_when_no_store_takes_its_record_count_in_its_batch(
+    doubtful: Doubtful,
+) -> None:
+    bulk = doubtful.bulk
+
+    async def story() -> None:
+        asyncio.get_running_loop().call_later(5, lambda: bulk.objects.break_down("put"))
+        await bulk.invoke()
+        (state,) = bulk.batches.ranges.values()
+        assert state.dropped
+
+    bulk.time.run(story())
+    bulk.objects.recover()
+    bulk.drain()
+
+    doubtful.assert_booked(uncertain=1)
 
 
 def test_an_unexpected_error_of_a_range_is_no_death_of_its_worker(make: Make) -> None:

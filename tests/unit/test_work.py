@@ -844,6 +844,19 @@ def test_a_broken_pool_is_logged_and_its_jobs_wait(
     assert State.SUCCEEDED == gateway.job().state
 
 
+@pytest.mark.parametrize("verb", ["marks", "models"])
+def test_a_busy_table_of_limits_is_no_lack_of_keys(make: Make, verb: str) -> None:
+    """The job tries again in the invocation, as for every other store; without a key it waits for a minute."""
+    gateway = make(a_job())
+    gateway.limits.fail_next(verb)
+
+    assert [] == gateway.once()
+
+    assert State.SUCCEEDED == gateway.job().state
+    assert gateway.time.now() - NOON < 3 * STORE_BUSY_MS
+    assert ["store busy"] == gateway.events.problem_names
+
+
 def test_an_organization_is_learned_from_the_first_answer_and_kept_for_all(make: Make) -> None:
     gateway = make(*(a_job(f"job_{n}") for n in range(3)), keys=[upstream_key(organization=None)])
     gateway.claude.otherwise = answer(organization="org-7")

@@ -17,6 +17,7 @@ from sluice.bulk.sections import Places, Sections, shares_of
 from sluice.bulk.turns import in_turn
 from sluice.domain.batches import (
     OUTPUTS,
+    SECTIONS,
     SUMMARY,
     Batch,
     Phase,
@@ -50,9 +51,6 @@ the function that ran its last range."""
 
 QUICK_TO_END_RANGES: Final = 1_000
 """A batch of so many ranges, some 100,000 rows, ends within seconds once its sections are joined."""
-
-SECTIONS: Final = "sections"
-"""The group of all sections of a batch."""
 
 SECTIONS_PREFIX: Final = "section"
 """Common prefix of that group and of the groups of each section's ranges."""

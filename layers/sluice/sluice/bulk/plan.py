@@ -11,7 +11,7 @@ from hashlib import sha256
 from itertools import islice
 from typing import Any, Final
 
-from sluice.bulk.assemble import SECTIONS, SECTIONS_PREFIX, Assemble
+from sluice.bulk.assemble import SECTIONS_PREFIX, Assemble
 from sluice.bulk.turns import in_turn
 from sluice.domain.batches import (
     BOM,
@@ -22,6 +22,7 @@ from sluice.domain.batches import (
     MOST_UNSUPPORTED,
     PLANNING_MS,
     SAMPLE_BYTES,
+    SECTIONS,
     WATCH_MS,
     Batch,
     Options,

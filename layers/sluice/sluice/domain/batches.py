@@ -24,6 +24,9 @@ RANGES_PER_SECTION: Final = 100
 """About 10,000 rows: their results exceed the 5 MiB that S3 requires of a part, and 1,000 such parts are 10 million
 rows."""
 
+SECTIONS: Final = "sections"
+"""The group of all sections of a batch: a member is done when it is joined."""
+
 MOST_RANGE_BYTES: Final = 8 * 1024 * 1024
 """Limit for objects with fewer than `MOST_RANGES` ranges. Memory does not depend on it: a range runs by windows."""
 
@@ -581,9 +584,13 @@ class RangeState:
     """The model of the row that is due first, while the range is parked."""
     running: tuple[int, ...] = ()
     """The byte offsets of the rows whose calls may be in flight, or have ended without being saved."""
+    called: tuple[int, ...] = ()
+    """The other rows with calls under this claim that may have been billed, and are in no chunk yet: they wait."""
     lost: tuple[tuple[int, int, int], ...] = ()
     """Each row that was running when a worker was lost, until it is saved: its byte offset, the number of that worker's
     claim, and the end of its lease. Calls under that claim may have been billed."""
+    unsaved: tuple[tuple[int, int, int], ...] = ()
+    """The same of each row that waited: its calls under that claim had ended, so that all of them are in the ledger."""
     suspects: tuple[int, ...] = ()
     """The rows that were in flight when the last worker was lost and have not ended. Empty although `losses` is not 0:
     any row of the window may be the killer."""
@@ -612,7 +619,9 @@ def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> Ra
         lease_until=lease_until,
         claims=state.claims + 1,
         running=(),
+        called=(),
         lost=_with_running(state),
+        unsaved=_with_called(state),
         reading=None,
         not_before=None,
         model=None,
@@ -622,6 +631,11 @@ def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> Ra
 def _with_running(state: RangeState) -> tuple[tuple[int, int, int], ...]:
     """Return the lost rows with those that are running: their answers will not be saved."""
     return (*state.lost, *((row, state.claims, state.lease_until) for row in state.running))
+
+
+def _with_called(state: RangeState) -> tuple[tuple[int, int, int], ...]:
+    """Return the unsaved rows with those that wait: their records will not be saved."""
+    return (*state.unsaved, *((row, state.claims, state.lease_until) for row in state.called))
 
 
 def claim_of(call_id: str) -> int:
@@ -671,10 +685,13 @@ def note_reading(state: RangeState, owner: str, line: int | None) -> RangeState:
     return state if line == state.reading else _moved(state, reading=line)
 
 
-def note_running(state: RangeState, owner: str, rows: Sequence[int]) -> RangeState:
-    """Record the rows in flight, before their requests are made."""
+def note_running(
+    state: RangeState, owner: str, rows: Sequence[int], called: Sequence[int] = ()
+) -> RangeState:
+    """Record the rows in flight, before their requests are made, and those that wait with unsaved calls."""
     _owned(state, owner)
-    return state if tuple(rows) == state.running else _moved(state, running=tuple(rows))
+    noted = replace(state, running=tuple(rows), called=tuple(called))
+    return state if noted == state else _moved(noted)
 
 
 def keep_range(state: RangeState, owner: str, lease_until: int) -> RangeState:
@@ -694,7 +711,9 @@ def save_chunk(
         chunks=(*state.chunks, chunk),
         dropped=False,
         running=tuple(row for row in state.running if row not in rows),
+        called=tuple(row for row in state.called if row not in rows),
         lost=tuple(each for each in state.lost if each[0] not in rows),
+        unsaved=tuple(each for each in state.unsaved if each[0] not in rows),
         blamed=tuple(row for row in state.blamed if row not in rows),
     )
 
@@ -720,7 +739,9 @@ def end_window(  # noqa: PLR0913 - what the next window needs to know
         resume_line=resume_line,
         losses=0,
         running=(),
+        called=(),
         lost=(),
+        unsaved=(),
         suspects=(),
         blamed=(),
         is_stuck=False,
@@ -738,16 +759,27 @@ def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to
     not_before: int | None = None,
     model: str | None = None,
     dropped: bool = False,
+    called: Collection[int] = (),
 ) -> RangeState:
-    """Release the lease of an unfinished range, of which `chunks` hold what has ended. Suspects are kept."""
+    """Release the lease of an unfinished range, of which `chunks` hold what has ended. Suspects are kept.
+
+    `called`: the rows that wait with calls that are not saved.
+    """
     _owned(state, owner)
+    state = replace(
+        state,
+        running=tuple(row for row in state.running if row not in called),
+        called=tuple(called),
+    )
     return _moved(
         state,
         owner=None,
         lease_until=0,
         chunks=tuple(chunks),
         running=(),
+        called=(),
         lost=_with_running(state) if dropped else state.lost,
+        unsaved=_with_called(state),
         reading=None,
         expected_at=expected_at,
         not_before=not_before,
@@ -768,7 +800,9 @@ def finish_range(state: RangeState, owner: str) -> RangeState:
         done=True,
         losses=0,
         running=(),
+        called=(),
         lost=(),
+        unsaved=(),
         suspects=(),
         blamed=(),
         is_stuck=False,

@@ -14,7 +14,7 @@ from typing import Final
 
 from sluice.domain.errors import IllegalTransition, LeaseLost
 from sluice.domain.pricing import LedgerRow, Spend, Usage, utc_day
-from sluice.domain.waits import LEASE_MS
+from sluice.domain.waits import BOOKING_MS, LEASE_MS
 
 MOST_REMEMBERED: Final = 30
 WHOLE_TEXTS: Final = 6
@@ -412,6 +412,16 @@ def lost_row(job: Job, call: str, model: str, at: int, note: str) -> LedgerRow:
 def billed_rows(job: Job) -> tuple[LedgerRow, ...]:
     """Return the rows of an ended job's calls, as far as its record has them: a worker may have died with them."""
     return (*job.unbooked, *(_billed_row(job, each) for each in job.attempts if _is_billed(each)))
+
+
+def left_to_worker_ms(job: Job, now: int) -> int:
+    """Return for how long the calls of an ended job are still its worker's to book; 0: from now on others may.
+
+    The worker does so soon after the end, unless it died. Who books them beside it has them added up twice.
+    """
+    if not billed_rows(job):
+        return 0
+    return max(0, (job.finished_at or 0) + BOOKING_MS - now)
 
 
 def _is_billed(attempt: Attempt) -> bool:

@@ -15,6 +15,7 @@ from sluice.domain.jobs import (
     State,
     billed_rows,
     finish_waiting,
+    left_to_worker_ms,
     redrive,
     why_not_redriven,
 )
@@ -88,12 +89,12 @@ class TakeDeadLetter:
         """Store the letter and end its job as errored, unless the job has another message to come.
 
         If the job has ended before, its worker may have died before it booked the calls, and no other message leads to
-        them: they are booked now. Returns False if a worker runs the job: the worker may return the message that is now
-        a dead letter, so the letter must be received again.
+        them: they are booked now. Returns False if a worker runs the job, or has ended it just now: it may return the
+        message that is now a dead letter, or still book the calls, so the letter must be received again.
         """
         message = letter.message
         job = self._jobs.get(message.job_id) if message.job_id is not None else None
-        if job is not None and job.is_leased(self._clock.now()):
+        if job is not None and self._is_in_hands(job):
             return False
         reason = letter.reason or f"received {message.receive_count} times without being deleted"
         self._kept.keep(message, reason)
@@ -115,12 +116,19 @@ class TakeDeadLetter:
             case Written():
                 self._events.count("JobsErrored")
                 return True
+            case Kept(job) if self._is_in_hands(job):
+                return False
             case Kept(job):
                 if job.state.is_final:
                     book(self._ledger, billed_rows(job), self._events)
-                return not job.is_leased(self._clock.now())
+                return True
             case Deleted():
                 return True
+
+    def _is_in_hands(self, job: Job) -> bool:
+        """Return whether a worker runs the job, or has its calls to book."""
+        now = self._clock.now()
+        return job.is_leased(now) or (job.state.is_final and left_to_worker_ms(job, now) > 0)
 
     def _depends_on(self, job: Job, message: Received) -> bool:
         """Return whether the job has not ended and will get no other message than this one."""

@@ -299,11 +299,9 @@ class Attempt:
         A job that has ended just now may be in the hands of its worker, which will write them. But the message may be
         its only one: it is returned, and deleted at its next delivery.
         """
-        rows = life.billed_rows(self._job)
-        ended_ago = self._invocation.now() - (self._job.finished_at or 0)
-        if rows and ended_ago < waits.BOOKING_MS:
-            return self._invocation.in_queue(waits.BOOKING_MS - ended_ago)
-        if await self._invocation.ledger.book(rows):
+        if delay := life.left_to_worker_ms(self._job, self._invocation.now()):
+            return self._invocation.in_queue(delay)
+        if await self._invocation.ledger.book(life.billed_rows(self._job)):
             return DONE
         return self._invocation.in_queue(waits.STORE_BUSY_MS)
 

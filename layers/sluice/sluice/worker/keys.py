@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from sluice.domain.breakers import endpoint_circuit, model_circuit, pseudonym, refusals_circuit
 from sluice.domain.errors import KeyPoolBroken, StoreBusy
@@ -28,6 +28,8 @@ from sluice.ports.swap import change
 from sluice.worker.limit_books import Claimant, claimant_for
 from sluice.worker.limiter import Limiter
 from sluice.worker.tools import Tools
+
+T = TypeVar("T")
 
 KEYS_MS: Final = 5_000
 """Maximum age of the key pool and of the key marks of other workers."""
@@ -54,6 +56,7 @@ class KeyChoice:
         self._groups: Mapping[str, str] = model_groups
         self._rereads_groups = True
         """A job waits for a model that is unknown here; another worker may have had an answer for it."""
+        self._groups_read_at = 0
         self._has_no_place: set[str] = set()
         """Models that were answered but stay unknown, because too many are known."""
         self._marks: dict[str, KeyMark] = {}
@@ -62,10 +65,14 @@ class KeyChoice:
         """By job and key, because a 403 can concern the request as well as the key."""
 
     async def claimants(self, job: Job) -> list[tuple[Claimant, UpstreamKey]] | JobError:
-        """Return one key for each limit group that the job may use; empty while all are rejected."""
+        """Return one key for each limit group that the job may use; empty while all are rejected, or none is known.
+
+        Raises StoreBusy if what workers have learned about the keys cannot be read: that is no lack of keys.
+        """
         try:
             keys = await self._pool()
-        except (KeyPoolBroken, StoreBusy) as error:
+            name = await self._group_of(job)
+        except KeyPoolBroken as error:
             self._tools.events.problem("key pool not readable", reason=str(error))
             return []
         model = job.current_model
@@ -81,14 +88,23 @@ class KeyChoice:
             return next(iter(refusals.values()))
         usable: dict[str, list[tuple[Claimant, UpstreamKey]]] = {}
         stated = stated_limits(keys, self._marks)
-        name = model_group(model, self._groups, job.tenant)
-        self._rereads_groups = self._rereads_groups or is_unknown(name)
         for key in allowed:
             if key.id in refusals or self.is_rejected(key):
                 continue
             claimant = self._claimant(job, key, name, stated)
             usable.setdefault(claimant.group, []).append((claimant, key))
         return [self._chosen(choices) for choices in usable.values()]
+
+    async def _group_of(self, job: Job) -> str:
+        """Return the model group of a job: that of unknown models only if nobody knew it a few seconds ago."""
+        name = model_group(job.current_model, self._groups, job.tenant)
+        if is_unknown(name):
+            async with self._reading:
+                if self._tools.clock.now() - self._groups_read_at >= KEYS_MS:
+                    await self._read_groups()
+            name = model_group(job.current_model, self._groups, job.tenant)
+            self._rereads_groups = self._rereads_groups or is_unknown(name)
+        return name
 
     def _claimant(
         self, job: Job, key: UpstreamKey, name: str, stated: Mapping[str, Mapping[str, int]]
@@ -192,7 +208,7 @@ class KeyChoice:
         async with self._reading:
             now = self._tools.clock.now()
             if self._keys is None or now - self._read_at >= KEYS_MS:
-                keys = await self._tools.blocking(self._tools.keys.keys)
+                keys = await self._of_secret(self._tools.keys.keys)
                 marks = await self._tools.blocking(
                     self._tools.limits.marks, [key.id for key in keys]
                 )
@@ -207,12 +223,19 @@ class KeyChoice:
                         self._tools.events.note("keys share an organization", advice=sentence)
             return self._keys
 
+    async def _of_secret(self, read: Callable[[], T]) -> T:
+        """Read something of the key pool's secret; raises KeyPoolBroken also if Secrets Manager is busy."""
+        try:
+            return await self._tools.blocking(read)
+        except StoreBusy as busy:
+            raise KeyPoolBroken(str(busy)) from busy
+
     async def _read_groups(self) -> None:
         """Read which models share limits: the deployed data, corrected by upstream, then by the key pool."""
         known = await self._tools.blocking(self._tools.limits.models)
-        stated = await self._tools.blocking(self._tools.keys.model_groups)
+        stated = await self._of_secret(self._tools.keys.model_groups)
         groups = {**known.groups(), **self._model_groups, **known.loaded, **stated}
-        self._rereads_groups = False
+        self._rereads_groups, self._groups_read_at = False, self._tools.clock.now()
         if groups != self._groups:
             self._groups = groups
             self._limiter.choose_again()

@@ -160,9 +160,11 @@ class Planner:
             for group, books in self._books.items()
             if planned.get(group) or books.urgent or now >= books.due_at
         ]
-        await asyncio.gather(
-            *(self._writer.write(books, planned.get(books.group.id, ())) for books in due)
-        )
+        writes = (self._writer.write(books, planned.get(books.group.id, ())) for books in due)
+        # No write outlasts its turn, also if another one failed: after the last turn the worker may be frozen.
+        for outcome in await asyncio.gather(*writes, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
         return self._pause()
 
     def _plan(self, now: int) -> dict[str, list[Waiter]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -132,17 +132,32 @@ class ClaimedRange:
         """Renew it."""
         self._change(lambda state: keep_range(state, self._owner, self._until))
 
-    def note_running(self, running: Callable[[], Sequence[int]]) -> None:
-        """Record which rows are in flight at the time of the write."""
-        self._change(lambda state: note_running(state, self._owner, running()))
+    def note_running(
+        self, running: Callable[[], Sequence[int]], called: Callable[[], Sequence[int]]
+    ) -> None:
+        """Record which rows are in flight at the time of the write, and which wait with calls that are not saved."""
+
+        def noted(state: RangeState) -> RangeState:
+            in_flight = running()
+            waiting = [row for row in called() if row not in in_flight]
+            return note_running(state, self._owner, in_flight, waiting)
+
+        self._change(noted)
 
     def note_reading(self, line: int | None) -> None:
         """Record which line is read next, if a line may have killed a worker."""
         if self.state.is_stuck:
             self._change(lambda state: note_reading(state, self._owner, line))
 
-    def release(self, wait: RangeWait, chunks: Sequence[str], *, dropped: bool = False) -> None:
-        """Return the range with its saved chunks; `dropped`: answers could not be saved."""
+    def release(
+        self,
+        wait: RangeWait,
+        chunks: Sequence[str],
+        *,
+        dropped: bool = False,
+        called: Collection[int] = (),
+    ) -> None:
+        """Return the range with its saved chunks; `dropped`: answers could not be saved; `called`: nor waiting rows."""
         self._change(
             lambda state: release_range(
                 state,
@@ -152,6 +167,7 @@ class ClaimedRange:
                 not_before=wait.until if wait.is_parked else None,
                 model=wait.model,
                 dropped=dropped,
+                called=called,
             )
         )
 
@@ -201,15 +217,17 @@ class ClaimedRange:
     def lost_calls(self, job: Job, offset: int) -> Spend:
         """Return the sums of a row's calls under claims whose workers were lost; the ledger then has each of them.
 
-        What a worker booked before it died is known. Unless that ended the row, one more call may have been in flight.
+        What a worker booked before it died is known. Unless that ended the row, or the row waited, one more call may
+        have been in flight.
         """
-        claims = {claim: at for row, claim, at in self.state.lost if row == offset}
+        lost = {claim: at for row, claim, at in self.state.lost if row == offset}
+        unsaved = {claim: at for row, claim, at in self.state.unsaved if row == offset}
         spent = Spend()
-        for claim, at in claims.items():
+        for claim, at in (unsaved | lost).items():
             days = sorted({utc_day(at - INVOCATION_MS), utc_day(at)})
             calls = self._tools.ledger.calls_of(job.tenant, days, job.job_id)
             booked = [row for row in calls if claim_of(row.call_id) == claim]
-            if not any(row.outcome in LAST_CALLS for row in booked):
+            if claim in lost and not any(row.outcome in LAST_CALLS for row in booked):
                 booked.append(self._lost_row(job, claim, at))
             spent = sum((row.spend for row in booked), spent)
         return spent

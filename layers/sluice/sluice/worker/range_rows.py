@@ -62,6 +62,16 @@ class Seat:
     """Claude's answer, until the record is made from it."""
     lost: Spend = field(default_factory=Spend)
     """Its calls whose answers were lost with a worker: they count in the sums of the batch."""
+    _billed_before: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._billed_before = _billed(self.job)
+
+    @property
+    def has_unsaved_calls(self) -> bool:
+        """Return whether calls that may have been billed are in no chunk yet."""
+        is_saved = self.ended is not None and self.ended.chunk is not None
+        return not is_saved and _billed(self.job) != self._billed_before
 
     @property
     def expected_bytes(self) -> int:
@@ -82,6 +92,10 @@ class Seat:
     def wakes_at(self) -> int:
         """When something can be done for it: its next attempt, or its end at its deadline."""
         return min(self.may_go_on_at, self.job.deadline or self.may_go_on_at)
+
+
+def _billed(job: Job) -> tuple[int, ...]:
+    return job.cost_micro_usd, job.unknown_costs, job.uncertain_calls
 
 
 class WindowRows:
@@ -121,6 +135,10 @@ class WindowRows:
     def are_saved(self) -> bool:
         """Whether all ended rows are saved."""
         return all(seat.ended is None or seat.ended.chunk for seat in self._seats.values())
+
+    def called(self) -> list[int]:
+        """Return the byte offsets of the rows with calls that may have been billed, and are not saved."""
+        return [seat.line.offset for seat in self._seats.values() if seat.has_unsaved_calls]
 
     def watch_starts(self, starting: Callable[[Sequence[str]], None]) -> None:
         """Call `starting`, in a thread, with the ids of rows before their requests are made."""

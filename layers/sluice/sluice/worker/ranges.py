@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Final, ParamSpec
 
 from sluice.domain import waits
-from sluice.domain.batches import Batch, Phase, Progress, RangeState, Tally, claim_range, killers
+from sluice.domain.batches import (
+    SECTIONS,
+    Batch,
+    Phase,
+    Progress,
+    RangeState,
+    Tally,
+    claim_range,
+    killers,
+)
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
 from sluice.domain.params import NEWEST_VERSION, input_chars
@@ -168,14 +177,29 @@ class RunRange:
             self.tools.events.problem("range not hidden", what=error.what)
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
-        """Count the range as done; the last one of a section causes the results to be joined."""
+        """Count the range as done; the last one of a section causes the results to be joined.
+
+        Without a tally, by the message of a range that was done before: its worker may have died before it sent on.
+        """
         assert batch.plan is not None
         section = batch.plan.section_of(number)
         progress = await self.tools.blocking(self._counted, batch, section, number, tally)
-        if progress.members == len(batch.plan.members(section)):
-            await self.tools.blocking(
-                self.tools.queue.send_join, batch.batch_id, section, batch.tenant
-            )
+        if progress.members < len(batch.plan.members(section)):
+            return
+        if tally is None and await self.tools.blocking(self._is_sent_on, batch, section):
+            return
+        await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section, batch.tenant)
+
+    def _is_sent_on(self, batch: Batch, section: int) -> bool:
+        """Return whether a section was joined by its own message, which is repeated until that is done.
+
+        A second message would repeat the end of the whole batch. The only section of a batch may have been joined by a
+        ranges worker, without a message; then this one must go on with the end if that worker died.
+        """
+        if batch.plan is None or batch.plan.sections == 1:
+            return False
+        joined = self.tools.batches.groups(batch.batch_id, SECTIONS).get(SECTIONS)
+        return joined is not None and section in joined.done
 
     def _counted(self, batch: Batch, section: int, number: int, tally: Tally | None) -> Progress:
         """Count a range once; the sums of one that another worker has finished are read only if it is not counted."""
@@ -392,7 +416,8 @@ class _Run:
         """Note rows whose calls have ended: they are not the cause of a later death of the worker."""
         is_searching = self._source is not None and self._source.is_searching
         if is_searching and set(self._range.state.running) - set(self._running()):
-            await self._tools.blocking(self._range.note_running, self._running)
+            note = self._range.note_running
+            await self._tools.blocking(note, self._running, self._rows.called)
 
     async def _report_progress(self) -> None:
         """Store the sums of the saved rows, every few seconds."""
@@ -476,7 +501,7 @@ class _Run:
         if self._rows.is_closed:
             return
         try:
-            self._range.note_running(self._running)
+            self._range.note_running(self._running, self._rows.called)
         except LeaseLost:
             self._lose()
 
@@ -510,14 +535,25 @@ class _Run:
 
     async def _drop(self) -> None:
         """Return the range without what no store has taken: it has lost no worker, and no row is to blame."""
-        chunks, dropped = self._range.state.chunks, not self._rows.are_saved
+        chunks, called = self._range.state.chunks, self._called()
+        dropped = bool(called) or not self._rows.are_saved
         wait = RangeWait(self._tools.clock.now() + not_read_ms(self._pointer))
+        release = self._range.release
         try:
-            await self._tools.blocking(self._range.release, wait, chunks, dropped=dropped)
+            await self._tools.blocking(release, wait, chunks, dropped=dropped, called=called)
             await self._runner.back(self._pointer, not_read_ms(self._pointer))
         except (StoreBusy, LeaseLost):
             # Left to the next worker, as if this one had died.
             self._tools.events.problem("range not released", batch_id=self._batch.batch_id)
+
+    def _called(self) -> list[int]:
+        """Return the rows with unsaved calls, except those that ended in flight: their state has them as running."""
+        running = self._range.state.running
+        return [
+            seat.line.offset
+            for seat in self._rows.seats()
+            if seat.has_unsaved_calls and not (seat.ended and seat.line.offset in running)
+        ]
 
     async def _end_window(self, window: Window) -> bool:
         """Store an ended window as one chunk, which replaces those it was saved in."""
@@ -540,8 +576,8 @@ class _Run:
         if state.owner is not None:
             await self._save()
             wait, dropped = RangeWait(self._tools.clock.now() + delay), state.dropped
-            chunks = self._range.state.chunks
-            await self._tools.blocking(self._range.release, wait, chunks, dropped=dropped)
+            chunks, called, release = self._range.state.chunks, self._called(), self._range.release
+            await self._tools.blocking(release, wait, chunks, dropped=dropped, called=called)
         await self._runner.back(self._pointer, delay)
         return False
 
