@@ -789,12 +789,11 @@ def release_range(  # noqa: PLR0913 - what the next worker and the sweep need to
 
 
 def finish_range(state: RangeState, owner: str) -> RangeState:
-    """Record that the part of the range is stored."""
+    """Record that the part of the range is stored. Until its lease ends, the owner is about to report that."""
     _owned(state, owner)
     return _moved(
         state,
         owner=None,
-        lease_until=0,
         chunks=(),
         windows=0,
         done=True,

@@ -117,8 +117,7 @@ class RunRange:
             return True
         state = await self.tools.blocking(self.tools.batches.range_state, batch, number)
         if state.done:
-            await self.report(batch, number)
-            return True
+            return await self._report_again(pointer, batch, state)
         now = self.tools.clock.now()
         try:
             claimed = claim_range(state, owner, now, now + LEASE_MS)
@@ -177,18 +176,33 @@ class RunRange:
             self.tools.events.problem("range not hidden", what=error.what)
 
     async def report(self, batch: Batch, number: int, tally: Tally | None = None) -> None:
-        """Count the range as done; the last one of a section causes the results to be joined.
-
-        Without a tally, by the message of a range that was done before: its worker may have died before it sent on.
-        """
+        """Count the range as done; the last one of a section causes the results to be joined."""
         assert batch.plan is not None
         section = batch.plan.section_of(number)
         progress = await self.tools.blocking(self._counted, batch, section, number, tally)
-        if progress.members < len(batch.plan.members(section)):
-            return
-        if tally is None and await self.tools.blocking(self._is_sent_on, batch, section):
-            return
-        await self.tools.blocking(self.tools.queue.send_join, batch.batch_id, section, batch.tenant)
+        if progress.members == len(batch.plan.members(section)):
+            await self._send_on(batch, section)
+
+    async def _report_again(self, pointer: RangePointer, batch: Batch, state: RangeState) -> bool:
+        """Report a range that was done before, because its worker may have died before; return whether that is done.
+
+        The range may have ended just now beside another one, and its worker be about to report it.
+        """
+        assert batch.plan is not None
+        section, now = batch.plan.section_of(state.number), self.tools.clock.now()
+        progress = await self.tools.blocking(self._counted, batch, section, state.number, None)
+        is_last = progress.members == len(batch.plan.members(section))
+        if not is_last or await self.tools.blocking(self._is_sent_on, batch, section):
+            return True
+        if now < state.lease_until:
+            await self.back(pointer, state.lease_until - now)
+            return False
+        await self._send_on(batch, section)
+        return True
+
+    async def _send_on(self, batch: Batch, section: int) -> None:
+        send = self.tools.queue.send_join
+        await self.tools.blocking(send, batch.batch_id, section, batch.tenant)
 
     def _is_sent_on(self, batch: Batch, section: int) -> bool:
         """Return whether a section was joined by its own message, which is repeated until that is done.
