@@ -1117,7 +1117,9 @@ def test_429s_of_one_burst_slow_the_next_one_once() -> None:
 
 def test_an_unused_start_leaves_the_others_their_times() -> None:
     """Saved-up requests for all, so that only the pace keeps the calls apart."""
-    state = replace(group(requests=600, burst=600), last_start=NOON, warm_since=NOON)
+    state = replace(
+        group(requests=600, burst=600), last_start=NOON, burst_pace=FULL_RATE, burst_pace_at=NOON
+    )
     state, starts = reserve(state, [ONE] * 20, NOON, MINUTE)
     state = settle(state, [Settlement(state.epoch, ONE, UNUSED)], NOON)
 

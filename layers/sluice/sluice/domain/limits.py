@@ -695,17 +695,24 @@ def settle(group: Group, settlements: Iterable[Settlement], now: int) -> Group:
             )
         if used == UNUSED:
             group = replace(group, under_way=max(0, group.under_way - reserved.output_tokens))
-            if each.epoch == group.epoch:
-                group = replace(group, last_start=_one_back(group, reserved, now))
+            group = replace(group, last_start=_without(group, each, now))
         if each.call_ms or each.input_chars:
             group = _taught(group, each)
     return group
 
 
-def _one_back(group: Group, cost: Cost, now: int) -> int:
-    """Return the last start without one of this cost, but none that is over: the others keep their times."""
-    over = min(group.last_start, max(now, group.blocked_until))
-    return max(over, group.last_start - _gap(group, cost, now, is_end=False))
+def _without(group: Group, unused: Settlement, now: int) -> int:
+    """Return the last start without an unused one.
+
+    The next call may start at once: the buckets keep it apart from the others that have their times. If upstream holds
+    bursts to a pace, nothing else does: then the last start moves back by one gap, or not at all after a block, which
+    has voided the time.
+    """
+    first = min(group.last_start, max(now, group.blocked_until))
+    if _burst_pace(group, now) == BURST_PACE * FULL_RATE:
+        return first
+    gap = _least_gap(group, unused.reserved) if unused.epoch == group.epoch else 0
+    return max(first, group.last_start - gap)
 
 
 def _taught(group: Group, settlement: Settlement) -> Group:
