@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 from tests.simulation.bugs import BUG_SEEDS, BUGS
 from tests.simulation.playing import first_failure, play, shown
@@ -33,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--record", action="store_true", help="find a story for every bug, and keep it"
     )
-    made.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
     return made
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wanted.seed is not None:
         with bug:
             return _one(wanted.seed)
-    seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds, wanted.step)
+    seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds)
     if wanted.record:
         return _record([wanted.bug] if wanted.bug else list(BUGS), seeds)
     if wanted.bug:
@@ -99,16 +99,19 @@ def _all(seeds: Iterable[int]) -> int:
 
 
 def _shared(first_seed: int, seeds: int, processes: int) -> int:
-    """Deal the seeds out to processes of their own, so that none of them shares anything."""
+    """Give each process of its own a part of the seeds, so that none of them shares anything.
+
+    Consecutive ones, which have stories of all kinds: every second one would have those that take long.
+    """
+    borders = [first_seed + seeds * number // processes for number in range(processes + 1)]
     children = [
         subprocess.Popen(
             [
                 sys.executable, "-m", "tests.simulation", "--processes", "1",
-                "--first-seed", str(first_seed + number), "--step", str(processes),
-                "--seeds", str(max(0, seeds - number)),
+                "--first-seed", str(first), "--seeds", str(end - first),
             ]
         )
-        for number in range(processes)
+        for first, end in pairwise(borders)
     ]  # fmt: skip
     return max(child.wait() for child in children)
 
