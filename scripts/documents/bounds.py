@@ -7,8 +7,9 @@ from typing import Final
 from scripts.documents.markers import replaced, row
 from sluice.adapters import claude_answers, claude_bodies, s3
 from sluice.api import requests
-from sluice.bulk import assemble, plan, sections
+from sluice.bulk import assemble, plan, sections, turns
 from sluice.domain import batches, forms, jobs, limits, models, webhooks
+from sluice.domain import turns as owners
 from sluice.intake import admission, start_estimate, uploads
 from sluice.intake import batches as intake
 from sluice.intake import requests as validator
@@ -140,6 +141,15 @@ ROWS: Final = (
         "each step is kept; other batches get their turn, then it continues",
     ),
     (
+        "long steps of one tenant's batches",
+        (
+            f"one at a time: rows from a file above {size(plan.QUICK_TO_CONVERT_BYTES)} or from more than "
+            f"{plan.QUICK_DOCUMENTS} documents, a copy above {size(plan.QUICK_TO_COPY_BYTES)}, the end of a "
+            f"batch above {assemble.QUICK_TO_END_RANGES:,} ranges"
+        ),
+        f"the next one is tried again after {span(turns.NOT_ITS_TURN_MS)}, later after many tries",
+    ),
+    (
         "results in a response",
         f"{size(intake.MOST_INLINE_BYTES)}, gzipped; {size(assemble.MOST_PACKED_BYTES)} unpacked",
         "a link",
@@ -172,7 +182,8 @@ ROWS: Final = (
     (
         "the record of a limit group",
         (
-            f"{limits.MOST_CIRCUITS} circuit breakers, reports of {limits.MOST_WORKERS} workers; kept for "
+            f"{limits.MOST_CIRCUITS} circuit breakers, reports of {limits.MOST_WORKERS} workers, what "
+            f"{owners.MOST_PORTIONS} tenants and batches have had; kept for "
             f"{limits.KEPT_MS // batches.DAY_MS} days"
         ),
         "the oldest are dropped",
