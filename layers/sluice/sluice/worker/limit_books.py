@@ -33,7 +33,7 @@ LEAST_BLOCK: Final = 16
 
 LONGEST_HORIZON_MS: Final = 15_000
 
-PRECEDENCE_MS: Final = 3_000
+PRECEDENCE_MS: Final = 1_500
 """How much further ahead a job reserves for each step of precedence: beyond the start times that others reserve."""
 
 SETTLE_MS: Final = 10_000

@@ -219,10 +219,19 @@ class Planner:
         return max((precedence(each.portions, waiter.owner) for each in groups), default=0)
 
     def _is_worth_a_write(self, name: str, waiters: Sequence[Waiter], now: int) -> bool:
-        """Wait for a fuller block while its first job would not start at once anyway."""
-        if len(waiters) >= min(LEAST_BLOCK, self._line.counts()[name]):
-            return True
+        """Wait for a fuller block while its first job would not start at once anyway.
+
+        A block with all that go before others is full: until those behind them may reserve, it would be too late.
+        """
         group = self._books[name].group
+        in_line = [
+            precedence(group.portions, waiter.owner)
+            for waiter in self._line.waiters
+            if any(claimant.group == name for claimant in waiter.claimants)
+        ]
+        first = in_line.count(max(in_line, default=0))
+        if len(waiters) >= min(LEAST_BLOCK, first):
+            return True
         return next_start(group, waiters[0].cost(group), now) <= now + SOON_MS
 
     def _pause(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -43,6 +44,10 @@ MOST_MISSES: Final = RECEIVE_AT_ONCE
 Those behind them in the queue are probably of the same blocked group. They need not be: a fair queue delivers others
 first.
 """
+
+FEW: Final = RECEIVE_AT_ONCE
+"""A tenant with at most so many jobs in a full worker has few. If a scout brings one of them, a fair queue probably has
+more of it, and they need not wait for the many of others: more are received at once."""
 
 assert WAITING <= MOST_WAITING <= SLOTS - RECEIVE_AT_ONCE
 
@@ -97,6 +102,10 @@ class QueueSource:
         self._hide_at = now
         self._jobs: dict[str, list[Received]] = {}
         """Held jobs, each with further messages that name it."""
+        self._tenants: dict[str, str] = {}
+        """The tenants of held jobs, by job."""
+        self._expects_few = False
+        """The last receive brought a job of a tenant that has few here."""
         self._strangers: list[tuple[Received, str]] = []
         """Messages that name no job, and why they are rejected."""
         self._to_put_back: list[tuple[Received, int]] = []
@@ -126,6 +135,8 @@ class QueueSource:
             end = min(end, held.suspects.refill_until)
         if not held.count or self._tools.clock.now() >= end:
             return None
+        if self._expects_few and held.count < SLOTS:
+            return self._refill_at
         if not self._has_enough(held):
             is_slow = held.misses >= MOST_MISSES
             return max(self._refill_at, self._scout_at) if is_slow else self._refill_at
@@ -142,7 +153,8 @@ class QueueSource:
         return waiting >= min(MOST_WAITING, self._limiter.starts_in(AHEAD_MS))
 
     async def _receive(self, held: Held) -> Sequence[Taken]:
-        is_scout = self._has_enough(held) or (held.is_short and held.misses >= MOST_MISSES)
+        is_short = held.is_short and held.misses >= MOST_MISSES
+        is_scout = is_short or (self._has_enough(held) and not self._expects_few)
         most = 1 if is_scout else RECEIVE_AT_ONCE
         self._scout_at = self._tools.clock.now() + waits.SCOUT_MS
         messages: Sequence[Received] = ()
@@ -155,7 +167,14 @@ class QueueSource:
                 self._limiter.drained()
         if len(messages) < most:
             self._refill_at = self._tools.clock.now() + REFILL_PAUSE_MS
-        return await self._jobs_of(messages, is_scout=is_scout)
+        taken = await self._jobs_of(messages, is_scout=is_scout)
+        self._expects_few = not is_short and any(self._has_few(each) for each in taken)
+        return taken
+
+    def _has_few(self, taken: Taken) -> bool:
+        """Return whether the tenant of a job has few jobs here."""
+        tenant = self._tenants.get(taken.job_id)
+        return tenant is not None and Counter(self._tenants.values())[tenant] <= FEW
 
     async def _jobs_of(
         self, messages: Sequence[Received], *, is_scout: bool = False
@@ -176,6 +195,8 @@ class QueueSource:
                 self._strangers.append((message, "no such job"))
                 continue
             job = None if jobs is None else jobs[job_id]
+            if job is not None:
+                self._tenants[job_id] = job.tenant
             linger_until = 0 if is_scout else self._linger_until
             taken.append(Taken(message, job_id, job, is_scout, linger_until))
         return taken
@@ -214,6 +235,7 @@ class QueueSource:
         self._delete_others(message)
 
     def _delete_others(self, message: Received) -> None:
+        self._tenants.pop(message.job_id or "", None)
         for other in self._jobs.pop(message.job_id or "", ()):
             self._delete(other)
 
