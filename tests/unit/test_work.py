@@ -1980,6 +1980,25 @@ def test_jobs_that_wait_for_their_limits_keep_no_job_of_another_group_out(make: 
     assert {State.SUCCEEDED} == states(gateway)
 
 
+def test_a_full_worker_that_sees_a_job_of_another_tenant_takes_all_of_them(make: Make) -> None:
+    """One message every 5 s would be 50 s for ten jobs."""
+    gateway = make(*some_jobs(40))
+    gateway.know(known_group(seen=paced(20, 1)))
+    gateway.claude.otherwise = answer(seen={})
+
+    async def story() -> None:
+        running = asyncio.create_task(gateway.invoke())
+        await asyncio.sleep(20)
+        before = gateway.queue.receives
+        for number in range(10):
+            gateway.submit(a_job(f"job_other_{number}", tenant="other"))
+        await asyncio.sleep(SCOUT_MS / 1000 + 2)
+        assert before + 10 <= gateway.queue.receives
+        await running
+
+    gateway.time.run(story())
+
+
 def test_a_probing_job_that_must_wait_too_is_returned_at_once(make: Make) -> None:
     gateway = make(*some_jobs(70))
     gateway.know(known_group(seen=paced(20, 1)))
