@@ -199,13 +199,19 @@ class BrokenModelsAreProbed(Check):
 class OverloadFallsBack(Check):
     """A job whose model was overloaded is called with a later one of its models, if it has one.
 
-    With the next one, unless that is known to be overloaded too.
+    With the next one, unless that was overloaded before.
     """
 
     name = "overload falls back"
 
     def __init__(self) -> None:
         self.last: dict[str, Call] = {}
+        self.overloaded: set[str] = set()
+
+    def call_ended(self, world: World, call: Call) -> None:  # noqa: ARG002 - the same signature as the other checks
+        reply = call.plan.reply
+        if call.fate == "refused" and reply is not None and reply.failure.status == 529:
+            self.overloaded.add(call.request.model)
 
     def called(self, world: World, call: Call) -> None:
         before = self.last.get(call.name)
@@ -218,6 +224,8 @@ class OverloadFallsBack(Check):
             later = models[models.index(before.request.model) + 1 :]
             if call.request.model not in later:
                 world.fail(self.name, f"{call.name} was sent to {call.request.model} again")
+            elif skipped := set(later[: later.index(call.request.model)]) - self.overloaded:
+                world.fail(self.name, f"{call.name} was not sent to {sorted(skipped)}")
 
 
 class DeadlinesAreKept(Check):

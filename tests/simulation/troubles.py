@@ -153,14 +153,21 @@ def large_file(story: Story) -> Story:
     return replace(story, limits={**story.limits, "requests": 60})
 
 
+def _beside_large(  # noqa: PLR0913 - the numbers of a story
+    story: Story, whose: str, rows: int, *, fleet: int, rpm: int, small_rows: int, at_ms: int
+) -> Story:
+    """Let a small file arrive beside a large one of some tenant, which low limits keep in the workers for minutes."""
+    story = replace(_files(story, rows), lines_per_range=30, headers="true", fleet=fleet)
+    small, large = story.uploads
+    lines = [f"small-{row}" for row in range(small_rows)]
+    uploads = [replace(small, at_ms=at_ms, lines=lines), replace(large, tenant=whose)]
+    limits = {**story.limits, "requests": rpm}
+    return replace(story, uploads=uploads, ill_file="large", limits=limits)
+
+
 def slow_file(story: Story, whose: str = ILL) -> Story:
     """The ranges of a large file occupy all workers for minutes, because the limits are low."""
-    story = replace(_files(story, 120), lines_per_range=30, headers="true", fleet=2)
-    small, large = story.uploads
-    small = replace(small, at_ms=10 * SECOND, lines=small.lines[:5])
-    uploads = [small, replace(large, tenant=whose)]
-    limits = {**story.limits, "requests": 40}
-    return replace(story, uploads=uploads, ill_file="large", limits=limits)
+    return _beside_large(story, whose, 120, fleet=2, rpm=40, small_rows=5, at_ms=10 * SECOND)
 
 
 def own_slow_file(story: Story) -> Story:
@@ -170,12 +177,7 @@ def own_slow_file(story: Story) -> Story:
 
 def held_file(story: Story, whose: str = ILL) -> Story:
     """All of many workers hold rows of a large file; a small one comes later, and has one of them."""
-    story = replace(_files(story, 240), lines_per_range=30, headers="true", fleet=6)
-    small, large = story.uploads
-    small = replace(small, at_ms=60 * SECOND, lines=[f"small-{row}" for row in range(25)])
-    uploads = [small, replace(large, tenant=whose)]
-    limits = {**story.limits, "requests": 60}
-    return replace(story, uploads=uploads, ill_file="large", limits=limits)
+    return _beside_large(story, whose, 240, fleet=6, rpm=60, small_rows=25, at_ms=60 * SECOND)
 
 
 def own_held_file(story: Story) -> Story:

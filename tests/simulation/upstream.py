@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from sluice.domain.limits import DIMENSIONS, Dimension, Seen
@@ -93,9 +94,8 @@ class Buckets:
     ) -> None:
         """`hidden_ms`: requests are also held to a bucket with so much refill, which no header shows."""
         self.limits = dict(limits)
-        self.most_hidden = limits["requests"] * (hidden_ms or 0) / 60_000
+        self.most_hidden = inf if hidden_ms is None else limits["requests"] * hidden_ms / 60_000
         self.hidden = self.most_hidden
-        self.has_hidden = hidden_ms is not None
         self.levels = {name: float(limit) for name, limit in limits.items()}
         self.at = now
 
@@ -107,9 +107,7 @@ class Buckets:
         refilled = self.hidden + self.limits["requests"] * (now - self.at) / 60_000
         self.hidden = min(self.most_hidden, refilled)
         self.at = now
-        if any(level < 1 for level in self.levels.values()) or (
-            self.has_hidden and self.hidden < 1
-        ):
+        if any(level < 1 for level in (*self.levels.values(), self.hidden)):
             return False
         self.hidden -= 1
         for name in DIMENSIONS:

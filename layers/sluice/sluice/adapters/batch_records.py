@@ -202,45 +202,24 @@ class DynamoBatches:
 
     def take_turn(self, tenant: str, batch_id: str, now: int, until: int) -> bool:
         """Give the tenant's turn to a batch until a time; False if another batch has it now."""
-        return self._put_turn(
-            tenant,
-            batch_id,
-            until,
-            "attribute_not_exists(batch_id) OR #until <= :now OR holder = :holder",
-            {":now": {"N": str(now)}},
-            {"#until": "until"},
-        )
+        free = "attribute_not_exists(batch_id) OR held_until <= :now OR holder = :holder"
+        return self._hold(tenant, batch_id, until, free, {":now": {"N": str(now)}})
 
     def end_turn(self, tenant: str, batch_id: str) -> None:
         """End the turn, if the batch has it."""
-        self._put_turn(tenant, batch_id, 0, "holder = :holder", {}, {})
+        self._hold(tenant, batch_id, 0, "holder = :holder", {})
 
-    def _put_turn(  # noqa: PLR0913, PLR0917 - a conditional write
-        self,
-        tenant: str,
-        batch_id: str,
-        until: int,
-        condition: str,
-        values: Item,
-        names: Mapping[str, str],
-    ) -> bool:
+    def _hold(self, tenant: str, batch_id: str, until: int, condition: str, values: Item) -> bool:
+        """Write who has a tenant's turn, and until when, if the condition holds; return whether it does."""
         item: Item = {
             "batch_id": {"S": f"turn#{tenant}"},
             "part": {"S": "turn"},
             "holder": {"S": batch_id},
-            "until": {"N": str(until)},
+            "held_until": {"N": str(until)},
             "expires_at": {"N": str(self._clock.now() // 1000 + job_records.DAY_SECONDS)},
         }
-        named = {"ExpressionAttributeNames": names} if names else {}
-        return (
-            self._table.put_if(
-                item,
-                condition,
-                ExpressionAttributeValues={":holder": item["holder"], **values},
-                **named,
-            )
-            is None
-        )
+        values = {":holder": item["holder"], **values}
+        return self._table.put_if(item, condition, ExpressionAttributeValues=values) is None
 
     # Newcomers -------------------------------------------------------------------------------------------------
 

@@ -408,7 +408,8 @@ class PlanBatch:
         unsupported: Sequence[str] = ()
         if made is None:
             is_converted = _has_no_lines(key, sample)
-            is_long = self._is_long(batch, is_converted=is_converted)
+            stored = None if is_converted else self._to_copy(batch)
+            is_long = self._is_long_to_convert(batch) if is_converted else _is_long_to_copy(stored)
             with in_turn(self._batches, self._clock, self._events, batch, is_long=is_long):
                 if is_converted:
                     if _is_folder(key):
@@ -416,8 +417,9 @@ class PlanBatch:
                     rows_etag = etag = self._made_rows(batch, sample)
                     key = batch.rows_key
                     sample = self._objects.read(key, 0, SAMPLE_BYTES, etag)
-                elif (copied := self._copied(batch)) is not None:
-                    key, rows_etag, etag = batch.rows_key, copied, copied
+                elif stored is not None:
+                    key = batch.rows_key
+                    rows_etag = etag = self._objects.copy(stored, key)
         stored = self._objects.head(key)
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
@@ -435,33 +437,28 @@ class PlanBatch:
 
         return self._changed(batch, with_plan)
 
-    def _is_long(self, batch: Batch, *, is_converted: bool) -> bool:
-        """Return whether it may take long to make, or to copy, the rows of a file."""
+    def _is_long_to_convert(self, batch: Batch) -> bool:
+        """Return whether it may take long to make the rows of a file or a folder."""
         if _is_folder(batch.input_key):
             folder = batch.input_key.removesuffix(FOLDER_OPTIONS)
             return len(list(islice(self._documents(folder), QUICK_DOCUMENTS + 1))) > QUICK_DOCUMENTS
-        if batch.source is not Source.FILE:
-            return False
         stored = self._objects.head(batch.input_key)
-        quick = QUICK_TO_CONVERT_BYTES if is_converted else QUICK_TO_COPY_BYTES
-        return stored is not None and stored.size > quick
+        return stored is not None and stored.size > QUICK_TO_CONVERT_BYTES
 
     def _samples(self, key: str, size: int, etag: str) -> Iterator[bytes]:
         """Read the samples of an object except the first."""
         for place in sample_places(size)[1:]:
             yield self._objects.read(key, place, SAMPLE_BYTES, etag)
 
-    def _copied(self, batch: Batch) -> str | None:
-        """Copy a file that its owner may replace at any time; return the ETag of the copy, None if there is none."""
+    def _to_copy(self, batch: Batch) -> Stored | None:
+        """Return a file to copy, because its owner may replace it at any time; None if it is read where it is."""
         key = batch.input_key
         if batch.source is not Source.FILE or prefix_of_upload(key):
             return None
         stored = self._objects.head(key)
         if stored is None or stored.etag != batch.input_etag:
             raise InputMissing(key)
-        return (
-            None if stored.size > MOST_COPIED_BYTES else self._objects.copy(stored, batch.rows_key)
-        )
+        return None if stored.size > MOST_COPIED_BYTES else stored
 
     def _named(self, batch: Batch) -> list[str]:
         """Store which document has which `custom_id`; return the first ones of unsupported types."""
@@ -564,6 +561,10 @@ class PlanBatch:
     def read_options(self, said: Mapping[str, Any]) -> Options:
         """Return the options of a file; raises InvalidRequest."""
         return read_options(said, self._networks)
+
+
+def _is_long_to_copy(stored: Stored | None) -> bool:
+    return stored is not None and stored.size > QUICK_TO_COPY_BYTES
 
 
 def is_known(path: str) -> bool:
