@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
@@ -90,11 +91,11 @@ def bucket() -> Iterator[Bucket]:
         def do_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             here.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
-            connection = HTTPConnection(here.to)
-            # Its Host, too: a link is signed for the address it names.
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            content = answer.read()
+            with closing(HTTPConnection(here.to)) as connection:
+                # Its Host, too: a link is signed for the address it names.
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                content = answer.read()
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in {"transfer-encoding", "content-length", "connection"}:
@@ -103,7 +104,6 @@ def bucket() -> Iterator[Bucket]:
             self.send_header("content-length", length or str(len(content)))
             self.end_headers()
             self.wfile.write(content)
-            connection.close()
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_any  # noqa: N815 - http.server's names
 
