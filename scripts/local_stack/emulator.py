@@ -35,6 +35,9 @@ REGION = "us-east-1"
 START_SECONDS = 30.0
 """How long the emulator may take to answer; it usually takes 0.3 s to 1 s."""
 
+LONGEST_FUNCTION_SECONDS = 900
+"""Lambda's maximum (AWS Lambda quotas, function timeout)."""
+
 KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 """All else stays outside: proxies, real AWS and Anthropic credentials, emulator settings."""
 
@@ -171,7 +174,7 @@ class Emulator:
         """Return the (cached) boto3 client of a service, whatever the user's AWS settings are."""
         if service not in self._clients:
             self._clients[service] = self._boto3_session().client(
-                service, endpoint_url=self.endpoint_url, config=_client_config()
+                service, endpoint_url=self.endpoint_url, config=_client_config(service)
             )
         return self._clients[service]
 
@@ -200,13 +203,14 @@ class Emulator:
         return self._session
 
 
-def _client_config() -> Config:
+def _client_config(service: str) -> Config:
     from botocore.config import Config  # noqa: PLC0415 - see check_packages
 
     return Config(
         proxies={},
         retries={"mode": "standard", "total_max_attempts": 2},
-        read_timeout=30,
+        # An invocation is answered when it ends; giving up earlier would also invoke it a second time.
+        read_timeout=LONGEST_FUNCTION_SECONDS + 30 if service == "lambda" else 30,
         max_pool_connections=32,
         s3={"addressing_style": "path"},
     )
