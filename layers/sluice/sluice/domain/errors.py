@@ -18,6 +18,7 @@
     ├── LeaseLost            this worker no longer holds the lease on the job or range
     ├── RangeBusy            another worker holds the lease on the range
     ├── InputMissing            a batch's object was deleted or replaced
+    ├── ResultsInterrupted      the connection broke while the results of an upstream batch were read
     └── KeyPoolBroken        the key-pool secret cannot be read or is invalid
 
 ``functions/api/app.py`` maps each of them to an HTTP status.
@@ -166,6 +167,17 @@ class InputMissing(SluiceError):
     def __init__(self, key: str) -> None:
         super().__init__(f"{key} was deleted or replaced while the batch ran")
         self.key = key
+
+
+class ResultsInterrupted(SluiceError):
+    """The connection broke while the results of an upstream batch were read."""
+
+    def __init__(self, batch_id: str, rows: int, reason: str) -> None:
+        super().__init__(
+            f"the results of {batch_id} broke off after {rows:,} rows ({reason}); read them again from the start"
+        )
+        self.batch_id = batch_id
+        self.rows = rows
 
 
 class KeyPoolBroken(SluiceError):
