@@ -77,6 +77,8 @@ FIELD: list[tuple[int, str, Scope, Consequence]] = [
     (429, "This request would exceed your account's rate limit. Please try again later.", ACCOUNT, WAIT),
     (429, "Number of request tokens has exceeded your daily rate limit", ACCOUNT, WAIT),
     (429, "Number of concurrent connections has exceeded your rate limit.", ACCOUNT, WAIT),
+    (429, "This request would exceed your organization's limit of 200,000 batch requests in the processing queue.",
+     ORGANIZATION, WAIT),
     (429, "Too many tokens, please wait before trying again.", ACCOUNT, WAIT),
     (529, "Overloaded", MODEL, WAIT),
     # The request.

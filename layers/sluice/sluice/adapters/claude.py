@@ -36,6 +36,7 @@ from sluice.adapters.claude_bodies import (
     parsed,
 )
 from sluice.adapters.claude_events import UNFIT
+from sluice.domain.keys import UpstreamKey
 from sluice.domain.retries import UNSENDABLE, Failure
 from sluice.ports.claude import NO_HEADERS, Answer, CallRequest, Refused
 from sluice.ports.world import Clock
@@ -79,7 +80,7 @@ class SdkClaude:
 
     async def send(self, request: CallRequest) -> Answer | Refused:
         """Make one call, without retries. Errors of upstream and of the network are returned, not raised."""
-        problem = _unsendable(request)
+        problem = unsendable(request.key, request.anthropic_version, request.anthropic_beta)
         if problem is None:
             return await self._sent(request)
         request.body.release()
@@ -186,15 +187,18 @@ class SdkClaude:
         return message_of(message, None, partial)
 
 
+def version_headers(version: str, beta: str | None) -> dict[str, str]:
+    """Return the headers that name the version of the API and the betas."""
+    return {"anthropic-version": version} | ({"anthropic-beta": beta} if beta else {})
+
+
 def arguments(request: CallRequest, *, stream: bool) -> dict[str, Any]:
     """Return what the SDK is called with."""
     headers: dict[str, str | Omit] = {
         "X-Api-Key": request.key.api_key,
         "Authorization": Omit(),
-        "anthropic-version": request.anthropic_version,
+        **version_headers(request.anthropic_version, request.anthropic_beta),
     }
-    if request.anthropic_beta:
-        headers["anthropic-beta"] = request.anthropic_beta
     seconds = request.window_ms / 1000
     silence = SILENCE_SECONDS
     if not stream:
@@ -226,20 +230,16 @@ def _out_of_time(request: CallRequest, partial: Partial) -> Refused:
     return Refused(failure, partial.headers)
 
 
-def _unsendable(request: CallRequest) -> Failure | None:
+def unsendable(key: UpstreamKey, version: str, beta: str | None) -> Failure | None:
     """Return the failure of a call whose headers cannot be written to the wire, or None.
 
     They are validated when a job is accepted. One that passed all the same must not look like a broken endpoint.
     """
-    headers = {
-        "anthropic-version": request.anthropic_version,
-        "anthropic-beta": request.anthropic_beta,
-    }
-    for name, value in headers.items():
+    for name, value in {"anthropic-version": version, "anthropic-beta": beta}.items():
         if value and not _HEADER_VALUE.fullmatch(value):
             return Failure(UNSENDABLE, f"{name}: the value cannot be sent as an HTTP header")
-    if not _HEADER_VALUE.fullmatch(request.key.api_key):
+    if not _HEADER_VALUE.fullmatch(key.api_key):
         # As upstream would answer: the key is unusable, not the endpoint.
-        reason = f"the upstream key {request.key.id} cannot be sent as an HTTP header"
+        reason = f"the upstream key {key.id} cannot be sent as an HTTP header"
         return Failure("authentication_error", reason, status=401)
     return None

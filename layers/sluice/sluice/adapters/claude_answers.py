@@ -100,7 +100,7 @@ class Partial:
     def take_headers(self, headers: Mapping[str, str], now: int) -> None:
         """Read the headers of the response; `now` is in epoch milliseconds."""
         self.headers = limit_headers(headers, now)
-        self.request_id = _name(headers.get("request-id"))
+        self.request_id = identifier(headers.get("request-id"))
 
 
 # Text ----------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def fit(text: str, most: int = MOST_MESSAGE) -> str:
     return fitting if cut == text else f"{fitting} ... ({len(text):,} characters in all)"
 
 
-def _name(value: object) -> str | None:
+def identifier(value: object) -> str | None:
     """Return an identifier, or None for what cannot be one."""
     if isinstance(value, str) and len(value) <= MOST_NAME and _NAME.fullmatch(value):
         return value
@@ -147,7 +147,7 @@ def message_of(message: Any, text: str | None, partial: Partial) -> Answer | Ref
     return Answer(
         text,
         bill.usage if bill else None,
-        _name(message.get("stop_reason")),
+        identifier(message.get("stop_reason")),
         partial.request_id,
         partial.headers,
         bill,
@@ -223,7 +223,7 @@ def refusal(
     body = body if isinstance(body, dict) else {}
     inner: Any = body.get("error") if isinstance(body.get("error"), dict) else body
     details: Any = inner.get("details") if isinstance(inner.get("details"), dict) else {}
-    named = [_name(inner.get(name)) for name in ("type", "__type", "status")]
+    named = [identifier(inner.get(name)) for name in ("type", "__type", "status")]
     kind = next((each for each in named if each and each != "error"), None)
     if status < 400:  # noqa: PLR2004 - HTTP
         status = _STATUS_OF.get(kind or "api_error", 500)
@@ -232,10 +232,10 @@ def refusal(
         type=kind,
         message=fit(_reason(document) or f"upstream answered {status}"),
         status=status,
-        error_code=_name(details.get("error_code")) or _name(inner.get("code")),
+        error_code=identifier(details.get("error_code")) or identifier(inner.get("code")),
         retry_after_ms=retry_after_ms(headers, now),
         should_retry={"true": True, "false": False}.get(headers.get("x-should-retry", "").lower()),
-        request_id=partial.request_id or _name(body.get("request_id")),
+        request_id=partial.request_id or identifier(body.get("request_id")),
         usage=partial.message.usage(),
         may_be_billed=partial.message.document is not None,
     )
@@ -305,9 +305,9 @@ def limit_headers(headers: Mapping[str, str], now: int) -> Headers:
                 limit, remaining, _full_in_ms(headers.get(f"{prefix}-reset"), now)
             )
     return Headers(
-        _name(headers.get("anthropic-organization-id")),
+        identifier(headers.get("anthropic-organization-id")),
         seen,
-        _name(headers.get("anthropic-workspace-id")),
+        identifier(headers.get("anthropic-workspace-id")),
     )
 
 

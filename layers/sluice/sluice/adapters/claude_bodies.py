@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from codecs import getincrementaldecoder
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,7 +56,7 @@ class _Member:
 
 
 def _members(body: bytes) -> Iterator[_Member]:
-    """Yield the members of an object in the format of `json.dumps`, without parsing their values."""
+    """Yield the members of a JSON object, without parsing their values."""
     depth, name, begins = 0, b"", 0
     for token in _TOKEN.finditer(body):
         kind = body[token.start()]
@@ -124,22 +124,58 @@ class _Upload(httpx2.AsyncByteStream):
 # Answers -------------------------------------------------------------------------------------------------------
 
 
+class Unpacker:
+    """Decompresses a body in pieces of at most `PIECE_BYTES`, by its `content-encoding`."""
+
+    def __init__(self, packed: str) -> None:
+        packed = packed.strip().lower()
+        self._stream = None
+        if packed in {"gzip", "x-gzip", "deflate"}:
+            self._stream = zlib.decompressobj(
+                zlib.MAX_WBITS | 32 if "gzip" in packed else zlib.MAX_WBITS
+            )
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the body is compressed, and its end has not been seen."""
+        return self._stream is not None and not self._stream.eof
+
+    def pieces(self, packed: bytes) -> Iterator[bytes]:
+        """Yield what the next bytes contain; raises DecodingError."""
+        if self._stream is None:
+            yield packed
+            return
+        while packed and not self._stream.eof:
+            try:
+                yield self._stream.decompress(packed, PIECE_BYTES)
+            except zlib.error as error:
+                raise httpx2.DecodingError(
+                    "the answer does not match its content-encoding"
+                ) from error
+            packed = self._stream.unconsumed_tail
+
+
+def pieces_of(response: httpx2.Response) -> Iterator[bytes]:
+    """Yield the body of a response, decompressed; raises HTTPError, also if a compressed body ends early."""
+    unpacker = Unpacker(response.headers.get("content-encoding", ""))
+    for packed in response.iter_raw():
+        yield from unpacker.pieces(packed)
+    if unpacker.is_cut_off:
+        raise httpx2.DecodingError("the compressed body ended early")
+
+
 class _Download(httpx2.AsyncByteStream):
     """The body of an answer as it arrives, decompressed, up to the limit."""
 
     def __init__(self, inner: httpx2.AsyncByteStream, packed: str, exchange: Exchange) -> None:
         self._inner = inner
-        self._unpacker = None
-        if packed in {"gzip", "x-gzip", "deflate"}:
-            self._unpacker = zlib.decompressobj(
-                zlib.MAX_WBITS | 32 if "gzip" in packed else zlib.MAX_WBITS
-            )
+        self._unpacker = Unpacker(packed)
         self._exchange = exchange
         self._utf8 = getincrementaldecoder("utf-8")("replace")
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for packed in self._inner:
-            async for piece in self._unpacked(packed):
+            for piece in self._unpacker.pieces(packed):
                 allowed = await self._exchange.allowed(piece)
                 # The SDK decodes events strictly: one bad byte would lose an answer that is paid.
                 valid = self._utf8.decode(allowed).encode()
@@ -147,20 +183,6 @@ class _Download(httpx2.AsyncByteStream):
                     yield valid
                 if len(allowed) < len(piece):
                     return
-
-    async def _unpacked(self, packed: bytes) -> AsyncIterator[bytes]:
-        unpacker = self._unpacker
-        if unpacker is None:
-            yield packed
-            return
-        while packed and not unpacker.eof:
-            try:
-                yield unpacker.decompress(packed, PIECE_BYTES)
-            except zlib.error as error:
-                raise httpx2.DecodingError(
-                    "the answer does not match its content-encoding"
-                ) from error
-            packed = unpacker.unconsumed_tail
 
     @property
     def elapsed(self) -> timedelta | None:
@@ -193,7 +215,7 @@ class Exchange:
         """Limit the body of an HTTP response."""
         self._is_error = response.is_error
         self._is_streamed &= "json" not in response.headers.get("content-type", "")
-        packed = response.headers.pop("content-encoding", "identity").strip().lower()
+        packed = response.headers.pop("content-encoding", "identity")
         # JSON is UTF-8, whatever a relay names as charset.
         response.encoding = "utf-8"
         response.stream = _Download(response.stream, packed, self)  # type: ignore[arg-type]
@@ -218,6 +240,26 @@ class Exchange:
                 self._read = len(seam) - blank
         await self._request.room(self._read)
         return piece
+
+
+def object_of(value: object) -> Mapping[str, Any]:
+    """Return a JSON object, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def raw_member(body: bytes, *names: bytes) -> bytes | None:
+    """Return the value at a path of member names exactly as it is in the bytes of a valid JSON object.
+
+    None if there is none, or if a name is written with escapes. Of equal names the last one counts, as for `json`.
+    """
+    begins, ends = 0, len(body)
+    for name in names:
+        body = body[begins:ends]
+        found = [member for member in _members(body) if member.name == name]
+        if not found:
+            return None
+        begins, ends = found[-1].begins, found[-1].ends
+    return body[begins:ends].strip()
 
 
 EXCHANGE: Final[ContextVar[Exchange | None]] = ContextVar("EXCHANGE", default=None)

@@ -113,6 +113,7 @@ NO_CREDIT: Final = "no credit"
 DISABLED: Final = "account disabled"
 NO_ACCESS: Final = "account has no access"
 RATE_LIMITED: Final = "rate limited"
+QUEUE_FULL: Final = "batch queue full"
 RAMP: Final = "rate limited: usage grew too fast"
 OVERLOADED: Final = "overloaded"
 KEY_REJECTED: Final = "key rejected"
@@ -151,6 +152,10 @@ _EXCEEDS: Final = (
     r" (the rate limits? (for|of) )?(your|the) "
 )
 """The beginning of a 429 that says whose limit it is."""
+
+_QUEUE: Final = _EXCEEDS + r"[\w', ]{1,80}\bqueue\b"
+"""The beginning of a 429 for too many batch requests in processing. Anthropic documents the limit (rate limits, Message
+Batches API), but not its refusal; one that begins otherwise is a rate limit."""
 
 _ABOUT_THE_REQUEST: Final = (
     r"(prompt|input|request|output|image|document|file)s?( body)? (is|are) too (long|large|many)"
@@ -212,6 +217,7 @@ TABLE: Final = (
     _row(_REQUEST, _END, "refused for good", 429, should_retry=False, named_time=False, is_known=False),
     # Limits that refill.
     _row(_ORGANIZATION, _WAIT, RAMP, code="ramp_limit_exceeded"),
+    _row(_ORGANIZATION, _WAIT, QUEUE_FULL, 429, begins=_QUEUE),
     _row(_WORKSPACE, _WAIT, RATE_LIMITED, 429, begins=_EXCEEDS + "workspace"),
     _row(_ORGANIZATION, _WAIT, RATE_LIMITED, 429, begins=_EXCEEDS + "organization"),
     _row(_ACCOUNT, _WAIT, RATE_LIMITED, 429),

@@ -22,3 +22,14 @@ def rfc3339(milliseconds: int | None) -> str | None:
         return None
     when = _EPOCH + timedelta(milliseconds=min(max(milliseconds, EARLIEST_MS), LATEST_MS))
     return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def from_rfc3339(text: object) -> int | None:
+    """Return the time of an RFC 3339 text in epoch milliseconds, rounded down; None for anything else."""
+    try:
+        when = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    if when is None or when.tzinfo is None:
+        return None
+    return (when - _EPOCH) // timedelta(milliseconds=1)
