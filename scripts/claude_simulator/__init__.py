@@ -28,14 +28,23 @@ Limits
 Message Batches
     Creating a batch validates only the structure of `requests`. Each `params` is validated when its
     request runs, under the version of the create call; an invalid one errors only its own result. A
-    batch starts after `start_seconds` and takes `seconds`, or its size at `items_per_second`; it
-    keeps the speed it was created with. Rate limits and the failure rates of `faults` do not apply to
+    batch starts after `start_seconds` and takes a time of its `regimes`; without these `seconds`, or
+    its size at `items_per_second`. It keeps the speed it was created with, and its requests end at a
+    uniform rate within its time. Rate limits and the failure rates of `faults` do not apply to
     its requests; `errored_rate`, `expired_rate` and markers do. Counts stay `processing`
     until the whole batch has ended. Requests that are not complete end canceled when the batch is
     canceled, or expired after one day. Only keys of the batch's workspace can read it; results are
     deleted after 29 days. The seed determines the processing order, which is also the results order.
     The queue holds `queued_requests` per organization; a batch that exceeds it gets a 429.
     The batch clock follows the real clock until it is advanced.
+
+    `regimes` are completion times as users report them, whatever the size of a batch. Each day of the
+    batch clock is slow by `slow_day_rate`. A batch takes a lognormal time by the regime of its day: on
+    normal days a median of 7 minutes (95 % within 110 minutes, 10 % beyond 1 h, 0.07 % beyond 24 h), on
+    slow days of 21 minutes (95 % within 13 h, 32 % beyond 1 h, 3 % beyond 24 h), and at least 60 s. The
+    times are determined by the seed, the day and the number of the batch. `speed` divides all of them,
+    the day of a regime, and the day until requests expire: with 60, a slow day lasts 24 minutes. It does
+    not divide `start_seconds` and `cancel_seconds`; a cancel takes about 120 s at Anthropic.
 
 Faults
     By rate in `faults`, or by a marker in `metadata.user_id` such as "sim:529x3,thinking": see
@@ -54,6 +63,10 @@ Configuration (`--config FILE`; every part has a default)
      "service_by_group": {"opus-5": {...}},
      "faults": {"529": 0.02, "drop_after_billing": 0.001, "thinking": 0.1},
      "batches": {"start_seconds": 0, "seconds": null, "items_per_second": 100,    null: at once
+                 "regimes": null,                        or completion times; {} has these defaults:
+                            {"speed": 1, "slow_day_rate": 0.2857,    0: all days are normal; 1: slow
+                             "normal": {"median_seconds": 420, "sigma": 1.68, "at_least_seconds": 60},
+                             "slow": {"median_seconds": 1260, "sigma": 2.2, "at_least_seconds": 60}},
                  "cancel_seconds": 1,                    from cancel to end
                  "errored_rate": 0, "expired_rate": 0,
                  "create_faults": {"529": 0.01, "drop_after_billing": 0.01},   of the create call

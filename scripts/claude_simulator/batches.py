@@ -21,7 +21,7 @@ from scripts.claude_simulator.books import Row
 from scripts.claude_simulator.checks import MAX_BATCH_BYTES, RequestError, check_size
 from scripts.claude_simulator.faults import Failure, drawn
 from scripts.claude_simulator.limits import SECOND, ceil_div
-from scripts.claude_simulator.settings import BatchService, Settings
+from scripts.claude_simulator.settings import BatchService, Regimes, Settings
 
 MAX_REQUESTS: Final = 100_000
 CUSTOM_ID: Final = re.compile("[a-zA-Z0-9_-]{1,64}")
@@ -68,6 +68,7 @@ class Batch:
     accepted_at: int  # on the engine's clock, as in the ledger
     created_at: int
     service: BatchService
+    duration: int
     cancel_initiated_at: int | None = None
     ended_at: int | None = None
     total: int = 0
@@ -91,12 +92,12 @@ class Batch:
     @property
     def finishes_at(self) -> int:
         """When the last request has its answer, if nothing comes between."""
-        return self.starts_at + self.service.duration_of(self.total)
+        return self.starts_at + self.duration
 
     @property
     def expires_at(self) -> int:
         """When what has no answer yet expires."""
-        return self.created_at + EXPIRES_AFTER
+        return self.created_at + day_of(self.service.regimes)
 
     @property
     def over_at(self) -> int:
@@ -200,6 +201,12 @@ class Batches:
         """Begin a batch."""
         self._number += 1
         key = settings.seed.to_bytes(16, "big", signed=True)
+        service, now = settings.batches, self.now()
+        duration = (
+            service.duration_of(len(items))
+            if service.regimes is None
+            else drawn_duration(service.regimes, settings.seed, now, self._number)
+        )
         batch = Batch(
             id=f"{_PREFIX}{self._id_prefix}{self._number:010x}",
             number=self._number,
@@ -215,8 +222,9 @@ class Batches:
                 ).digest(),
             ),
             accepted_at=self._clock(),
-            created_at=self.now(),
-            service=settings.batches,
+            created_at=now,
+            service=service,
+            duration=duration,
         )
         self._of(caller)[batch.id] = batch
         self._open[batch.id] = batch
@@ -338,6 +346,25 @@ class Batches:
     def _of(self, caller: Caller) -> dict[str, Batch]:
         place = (caller.account.settings.id, caller.workspace)
         return self._by_workspace.setdefault(place, {})
+
+
+def day_of(regimes: Regimes | None) -> int:
+    """Return the nanoseconds of a day: the time until requests expire."""
+    return EXPIRES_AFTER if regimes is None else round(EXPIRES_AFTER / regimes.speed)
+
+
+def is_slow(regimes: Regimes, seed: int, day: int) -> bool:
+    """Say whether a day, counted since the epoch, is a slow one."""
+    return answers.chances(seed, "slow day", day)[0] < regimes.slow_day_rate
+
+
+def drawn_duration(regimes: Regimes, seed: int, created_at: int, number: int) -> int:
+    """Return the nanoseconds a batch is worked on: by seed, day and number of the batch only."""
+    day = created_at // day_of(regimes)
+    regime = regimes.slow if is_slow(regimes, seed, day) else regimes.normal
+    chance = answers.chances(seed, f"batch of day {day}", number)[0]
+    seconds = answers.lognormal(regime.median_seconds, regime.sigma, chance)
+    return round(max(seconds, regime.at_least_seconds) / regimes.speed * SECOND)
 
 
 def rfc3339_micros(nanoseconds: int | None) -> str | None:

@@ -71,11 +71,34 @@ class BatchLimitSettings(_Part):
     queued_requests: Annotated[int, Field(ge=1)] | None = 200_000
 
 
+class Regime(_Part):
+    """How long batches of one day take: lognormal, and never less than `at_least_seconds`."""
+
+    median_seconds: Annotated[float, Field(gt=0)]
+    sigma: Annotated[float, Field(ge=0, le=5)]
+    at_least_seconds: Seconds = 60.0
+
+
+class Regimes(_Part):
+    """Completion times as users report them: of normal and of slow days, whatever the size of a batch.
+
+    `speed` divides all of it: the times, the day they belong to, and the day after which requests expire.
+    """
+
+    speed: Annotated[float, Field(gt=0, le=86_400)] = 1.0
+    slow_day_rate: Rate = 2 / 7
+    normal: Regime = Regime(median_seconds=7 * 60, sigma=1.68)
+    slow: Regime = Regime(median_seconds=21 * 60, sigma=2.2)
+
+
 class BatchService(_Part):
     """How Message Batches are worked off; a batch keeps the speed it began with.
 
-    A batch takes `seconds`, whatever its size, or by `items_per_second`; null is at once.
+    A batch takes a time of its `regimes`, or else `seconds`, whatever its size, or by `items_per_second`; null is at
+    once.
     """
+
+    regimes: Regimes | None = None
 
     start_seconds: Seconds = 0.0
     seconds: Seconds | None = None

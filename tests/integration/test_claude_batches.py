@@ -275,6 +275,23 @@ def test_the_list_has_what_was_created_since_a_moment(upstream: UpstreamBatches)
         assert [] == listed(upstream.since(by, advance(simulator, 100)))
 
 
+def test_a_batch_takes_the_time_of_a_regime_that_was_set_while_the_simulator_runs(
+    upstream: UpstreamBatches,
+) -> None:
+    with claude() as (simulator, by):
+        regimes = {"speed": 1440, "slow_day_rate": 1}
+        httpx.post(f"{simulator.url}/_simulator/config", json={"batches": {"regimes": regimes}})
+        batch = created(upstream, by, requests(20))
+        advance(simulator, 60)
+        last = ended(upstream, by, batch.id)
+
+    # A day in a minute: at least a minute of it, at most the day in which requests expire.
+    assert batch.created_at is not None
+    assert last.ended_at is not None
+    assert 60_000 / 1440 <= last.ended_at - batch.created_at + 1 <= 60_001
+    assert last.counts.succeeded + last.counts.expired == 20
+
+
 # A lost reply --------------------------------------------------------------------------------------------------
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from scripts.claude_simulator.accounts import Caller, Refused
-from scripts.claude_simulator.batches import Batch, read_items
+from scripts.claude_simulator.batches import Batch, drawn_duration, is_slow, read_items
 from scripts.claude_simulator.checks import RequestError
 from scripts.claude_simulator.engine import Call, Engine
 from scripts.claude_simulator.limits import SECOND
-from scripts.claude_simulator.settings import SettingsError, read
+from scripts.claude_simulator.settings import Regime, Regimes, SettingsError, read
 
 KEY, OTHER_KEY = "sk-ant-test-one", "sk-ant-test-two"
 OLD, NEW = "2023-06-01", "2026-10-21"
@@ -297,6 +298,106 @@ def test_the_beta_for_long_answers_permits_more_output_for_newer_models(
 
 
 # -- faults -----------------------------------------------------------------------------------
+
+
+# -- completion times -------------------------------------------------------------------------
+
+
+def share_beyond(seconds: float, median: float, sigma: float) -> float:
+    """Return the share of a lognormal distribution beyond a time, from the error function."""
+    return math.erfc(math.log(seconds / median) / (sigma * math.sqrt(2))) / 2
+
+
+@pytest.mark.parametrize(
+    ("slow_day_rate", "median", "sigma", "published"),
+    [
+        # Minutes at 95 %, and the shares beyond 1 h, 6 h and 24 h, as reports of users were summed up.
+        (0, 7, 1.68, (110, 0.10, 0.01, 0.0007)),
+        (1, 21, 2.2, (13 * 60, 0.32, 0.10, 0.03)),
+    ],
+    ids=["normal", "slow"],
+)
+@pytest.mark.parametrize("speed", [1, 60])
+def test_completion_times_are_those_that_users_report(
+    slow_day_rate: float,
+    median: float,
+    sigma: float,
+    published: tuple[float, float, float, float],
+    speed: float,
+) -> None:
+    regimes = Regimes(speed=speed, slow_day_rate=slow_day_rate)
+    count = 40_000
+    minutes = sorted(
+        drawn_duration(regimes, 1, number * HOUR, number) / 60 / SECOND * speed
+        for number in range(count)
+    )
+
+    assert minutes[0] == pytest.approx(1)
+    assert minutes[count // 2] == pytest.approx(median, rel=0.03)
+    assert minutes[count * 95 // 100] == pytest.approx(published[0], rel=0.05)
+    for hours, rounded in zip((1, 6, 24), published[1:], strict=True):
+        expected = share_beyond(hours * 60, median, sigma)
+        deviation = math.sqrt(expected * (1 - expected) / count)
+        found = sum(each > hours * 60 for each in minutes) / count
+        assert found == pytest.approx(expected, abs=4 * deviation)
+        # The table has one or two digits.
+        assert expected == pytest.approx(rounded, rel=0.15)
+
+
+def test_the_regime_is_that_of_the_day_and_two_of_seven_days_are_slow() -> None:
+    slow = [is_slow(Regimes(), 1, day) for day in range(7_000)]
+    fast, late = (
+        Regimes(normal=always(60), slow=always(3600), slow_day_rate=rate) for rate in (0, 1)
+    )
+    mixed = Regimes(normal=always(60), slow=always(3600))
+    day = slow.index(True)
+
+    assert sum(slow) == pytest.approx(2_000, abs=150)
+    assert {60 * SECOND} == {drawn_duration(fast, 1, number, number) for number in range(9)}
+    assert {HOUR} == {drawn_duration(late, 1, number, number) for number in range(9)}
+    assert {HOUR} == {drawn_duration(mixed, 1, day * DAY + hour * HOUR, 7) for hour in range(24)}
+    assert {1, 60} == {
+        drawn_duration(mixed, 1, number * DAY, 7) // (60 * SECOND) for number in range(20)
+    }
+
+
+def always(seconds: float) -> Regime:
+    return Regime(median_seconds=seconds, sigma=0, at_least_seconds=0)
+
+
+def test_a_completion_time_depends_on_seed_day_and_number_only() -> None:
+    regimes = Regimes()
+    first = drawn_duration(regimes, 1, 0, 1)
+
+    assert first == drawn_duration(regimes, 1, DAY - 1, 1)
+    others = {drawn_duration(regimes, *each) for each in ((2, 0, 1), (1, DAY, 1), (1, 0, 2))}
+    assert first not in others
+    assert 3 == len(others)
+
+
+def test_a_batch_takes_the_time_of_its_regime_and_its_requests_end_evenly() -> None:
+    regimes = {"speed": 60, "slow_day_rate": 0, "normal": {"median_seconds": 6000, "sigma": 0}}
+    claude = Claude(batches={"regimes": regimes})
+    batch = claude.create(requests(10))
+    claude.engine.configure({"batches": {"regimes": {"speed": 1}}})
+    claude.after(50)
+    half = claude.stats()["items"]["answered"]
+    claude.after(49.9)
+    before = batch.status
+    claude.after(0.1)
+
+    assert (5, "in_progress", "ended") == (half, before, batch.status)
+
+
+def test_requests_expire_after_the_day_of_their_regime() -> None:
+    sure = {"median_seconds": 2 * 86_400, "sigma": 0}
+    claude = Claude(batches={"regimes": {"speed": 1440, "normal": sure, "slow": sure}})
+    batch = claude.create(requests(10))
+    claude.after(60)
+
+    assert "ended" == batch.status
+    assert {"expired": 5, "succeeded": 5} == types(claude.results(batch))
+    assert claude.shown(batch)["expires_at"] == "2026-11-23T02:14:20.000000Z"
 
 
 def test_requests_err_and_expire_by_rate_and_the_seed_says_which() -> None:
@@ -732,6 +833,10 @@ def test_a_batch_of_more_than_100_000_is_refused() -> None:
         {"create_faults": {"sse_error": 0.1}},
         {"items_per_second": 0},
         {"results_url": "nowhere"},
+        {"regimes": {"speed": 0}},
+        {"regimes": {"slow_day_rate": 1.1}},
+        {"regimes": {"normal": {"median_seconds": 0, "sigma": 1}}},
+        {"regimes": {"fast": {}}},
     ],
 )
 def test_a_wrong_configuration_is_refused(batches: dict[str, Any]) -> None:
