@@ -10,6 +10,7 @@ import socket
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -290,6 +291,16 @@ def test_a_batch_takes_the_time_of_a_regime_that_was_set_while_the_simulator_run
     assert last.ended_at is not None
     assert 60_000 / 1440 <= last.ended_at - batch.created_at + 1 <= 60_001
     assert last.counts.succeeded + last.counts.expired == 20
+
+
+def test_several_threads_may_use_one_adapter(upstream: UpstreamBatches) -> None:
+    with claude() as (_, by), ThreadPoolExecutor(8) as threads:
+        batches = list(
+            threads.map(lambda size: created(upstream, by, requests(size)), range(1, 17))
+        )
+        found = list(threads.map(lambda batch: upstream.get(by, batch.id), batches))
+
+    assert list(range(1, 17)) == [seen(each).requests for each in found]
 
 
 # A lost reply --------------------------------------------------------------------------------------------------

@@ -52,6 +52,9 @@ def failure_of(row: ResultRow) -> Failure:
     [
         succeeded(RAW),
         b'{"custom_id":"row","result":{"message":' + RAW + b',"type":"succeeded"}}',
+        b'{"custom_id": "row", "result": {"type": "succeeded", "message": ' + RAW + b"}}",
+        b'{"custom_id":"row","result":{"type":"succeeded","message":' + RAW + b',"later":{}}}',
+        b'{"custom_id":"row","result":{"type":"succeeded","message":' + RAW + b'},"later":{"x":{}}}',
         b'{ "result" :\t{ "message" : ' + RAW + b' , "type":"succeeded" } , "custom_id" : "row" }',
         # What looks like the message and is not it.
         b'{"custom_id":"row","message":{},"x":{"message":1},"result":{"x":[{"message":2}],"y":"\\"message\\":3",'

@@ -28,6 +28,11 @@ MOST_LINE_BYTES: Final = BUDGET.most_answer + MEBIBYTE
 
 _CUSTOM_ID: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _BEGINNING: Final = re.compile(rb'[ \t]*\{[ \t]*"custom_id"[ \t]*:[ \t]*"([a-zA-Z0-9_-]{1,64})"')
+_TO_MESSAGE: Final = re.compile(
+    rb'\{"custom_id":[ ]?"([a-zA-Z0-9_-]{1,64})",[ ]?"result":[ ]?\{"type":[ ]?"succeeded",[ ]?"message":'
+)
+"""The beginning of a succeeded row as Anthropic writes it."""
+
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -116,20 +121,41 @@ def row_of(line: bytes, *, is_whole: bool = True) -> ResultRow:
     if not is_whole:
         return _too_large(custom_id)
     try:
-        document, is_exact = _read(line)
+        return _usual(line) or _other(line)
     except ValueError:
         return _broken(custom_id, "is not JSON")
     except AnswerTooLarge:
         return _too_large(custom_id)
+
+
+def _usual(line: bytes) -> ResultRow | None:
+    """Return the row of a line that is written as Anthropic does, which is read three times as fast; None for others.
+
+    If what is between its beginning and its end is JSON, so is the line, and it has no other members.
+    """
+    beginning = _TO_MESSAGE.match(line)
+    if beginning is None or not line.endswith(b"}}"):
+        return None
+    raw = line[beginning.end() : -2].strip()
+    try:
+        message, is_exact = _read(raw)
+    except ValueError:
+        return None
+    return _succeeded(beginning.group(1).decode(), message, raw if is_exact else None)
+
+
+def _other(line: bytes) -> ResultRow:
+    """Return the row of any line; raises ValueError, AnswerTooLarge."""
+    document, is_exact = _read(line)
     said = object_of(document)
-    named = said.get("custom_id")
-    if not isinstance(named, str) or not _CUSTOM_ID.fullmatch(named):
+    custom_id = said.get("custom_id")
+    if not isinstance(custom_id, str) or not _CUSTOM_ID.fullmatch(custom_id):
         return _broken(None, "has no valid custom_id")
     result = object_of(said.get("result"))
     if result.get("type") != RowKind.SUCCEEDED:
-        return _without_message(named, result)
+        return _without_message(custom_id, result)
     raw = raw_member(line, b"result", b"message") if is_exact else None
-    return _succeeded(named, result.get("message"), raw)
+    return _succeeded(custom_id, result.get("message"), raw)
 
 
 def _without_message(custom_id: str, result: Mapping[str, Any]) -> ResultRow:
