@@ -60,6 +60,20 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
         str | None,
         Header(description="HTTPS URL to notify on completion, with a signed request."),
     ] = None,
+    sluice_lane: Annotated[
+        str | None,
+        Header(
+            description="The lane asked for: `live`, `batch` or `auto`. Default: the parameter `DefaultLane`. "
+            "This release runs every row live, whatever the lane."
+        ),
+    ] = None,
+    sluice_on_unmeetable: Annotated[
+        str | None,
+        Header(
+            description="Whether the batch is to `run` or to be refused (`refuse`) if no lane can meet its deadline. "
+            "Default: `run`. This release stores it only."
+        ),
+    ] = None,
     x_stainless_retry_count: Annotated[
         int,
         Header(
@@ -77,6 +91,8 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
             anthropic_version=anthropic_version,
             anthropic_beta=anthropic_beta,
             webhook=validation.read_webhook(sluice_webhook, shared.settings().webhook_networks),
+            lane=validation.read_lane(sluice_lane),
+            on_unmeetable=validation.read_on_unmeetable(sluice_on_unmeetable),
         ),
         idempotency_key=idempotency_key,
         retries=x_stainless_retry_count,
