@@ -159,6 +159,32 @@ def pack(lines: Iterable[Line]) -> Iterator[list[Line]]:
         yield together
 
 
+def body_of_batch(lines: Iterable[Line], asked: Mapping[str, object]) -> bytes:
+    """Return the body that makes one batch of all lines; `asked` are the fields beside `jobs`.
+
+    A job without a custom_id is named by its line. Raise CommandFailed if the body is larger than a request may be.
+    """
+    jobs = b",".join(_named(line) for line in lines)
+    body = _BODY_OPENS + jobs + b"]," + _encoded(asked)[1:]
+    if len(body) > MAX_BYTES_PER_LIST:
+        raise CommandFailed(
+            f"the jobs have {len(body):,} bytes; a batch of `sluice submit` has at most {MAX_BYTES_PER_LIST:,}. "
+            "Use `sluice upload`, which takes files of any size and has the option --lane too"
+        )
+    return body
+
+
+def _named(line: Line) -> bytes:
+    if line.custom_id is not None:
+        return line.body
+    job = json.loads(line.body)
+    return (
+        line.body
+        if job.get("custom_id") is not None
+        else _encoded({**job, "custom_id": f"line-{line.number}"})
+    )
+
+
 def send(
     gateway: Submits,
     items: Iterable[Line | Rejected],
