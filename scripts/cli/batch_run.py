@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scripts.cli import files, terminal
 from scripts.cli.batches import report_end, wait_for_end, write_file
 from scripts.cli.client import Gateway, Json
-from scripts.cli.submission import Line, Rejected, body_of_batch, read_jobs
+from scripts.cli.submission import Rejected, body_of_batch, read_jobs, within_one_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,10 @@ class BatchRun:
         With `wait`, results go to `sink`; without a sink, to standard output if it is piped or --json is set; of a
         --prompt, only the text of the answer does. Raise CommandFailed if the gateway refuses the batch.
         """
-        items = list(read_jobs(lines, self.defaults))
-        rejected = [each for each in items if isinstance(each, Rejected)]
-        good = [each for each in items if isinstance(each, Line)]
+        good, rejected = within_one_request(read_jobs(lines, self.defaults))
         for line in rejected:
-            terminal.say(f"line {line.line}: {line.error_type}: {line.message}")
+            where = "" if self.is_prompt else f"line {line.line}: "
+            terminal.say(f"{where}{line.error_type}: {line.message}")
         if not good:
             terminal.say(f"no batch created: {terminal.counted(len(rejected), 'line')} rejected")
             return False

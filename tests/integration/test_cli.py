@@ -424,7 +424,8 @@ def test_more_than_a_request_may_hold_is_left_to_upload(
     ended = run("submit", file, "--lane", "batch")
 
     assert (1, []) == (ended.code, gateway.bodies)
-    assert "a batch of `sluice submit` has at most 4,000,000. Use `sluice upload`" in ended.err
+    assert "the jobs exceed 4,000,000 bytes" in ended.err
+    assert "use `sluice upload`" in ended.err
 
 
 def test_an_upload_asks_for_its_lane_and_the_batch_shows_it(
