@@ -22,6 +22,21 @@ router = APIGatewayHttpRouter()  # type: ignore[no-untyped-call]
 
 BATCHES: Final = "/v1/messages/batches"
 
+AskedLane = Annotated[
+    str | None,
+    Header(
+        description="The lane asked for: `live`, `batch` or `auto`. Default: the parameter `DefaultLane`. "
+        "This release runs every row live, whatever the lane."
+    ),
+]
+OnUnmeetable = Annotated[
+    str | None,
+    Header(
+        description="Whether the batch is to `run` or to be refused (`refuse`) if no lane can meet its deadline. "
+        "Default: `run`. This release stores it only."
+    ),
+]
+
 
 @router.post(
     BATCHES,
@@ -60,20 +75,8 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
         str | None,
         Header(description="HTTPS URL to notify on completion, with a signed request."),
     ] = None,
-    sluice_lane: Annotated[
-        str | None,
-        Header(
-            description="The lane asked for: `live`, `batch` or `auto`. Default: the parameter `DefaultLane`. "
-            "This release runs every row live, whatever the lane."
-        ),
-    ] = None,
-    sluice_on_unmeetable: Annotated[
-        str | None,
-        Header(
-            description="Whether the batch is to `run` or to be refused (`refuse`) if no lane can meet its deadline. "
-            "Default: `run`. This release stores it only."
-        ),
-    ] = None,
+    sluice_lane: AskedLane = None,
+    sluice_on_unmeetable: OnUnmeetable = None,
     x_stainless_retry_count: Annotated[
         int,
         Header(
