@@ -68,6 +68,10 @@ class FakeGateway:
     result_files: dict[str, bytes] = field(default_factory=dict)
     """`results` and `errors` of the batch that an upload becomes."""
     batch_problem: str | None = None
+    lanes: Json = field(default_factory=dict)
+    """What the batch shows of its lane."""
+    headers: list[dict[str, str]] = field(default_factory=list)
+    """Those of each POST, with names in lower case."""
     break_downloads: bool = False
     """Whether downloads end before they are complete."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -115,6 +119,10 @@ class FakeGateway:
                 return 404, _error("not_found_error", "no such thing")
 
     def _submit(self, body: Json, key: str | None) -> tuple[int, Json]:
+        if body.get("lane") in {"batch", "auto"}:
+            self.parts["jobs"] = json.dumps(body["jobs"]).encode()
+            self.lanes = {"lane": body["lane"], "lane_asked": body["lane"]}
+            return 202, {**self._batch("batch_1"), "type": "batch"}
         data: list[Json] = []
         for index, request in enumerate(body["jobs"]):
             prompt = str(request["params"]["messages"][0]["content"])
@@ -152,6 +160,7 @@ class FakeGateway:
                 **states,
             },
             "problem": self.batch_problem,
+            **self.lanes,
             "cost_micro_usd": 0,
             "input_tokens": 0,
             "output_tokens": 0,
@@ -294,6 +303,7 @@ class _Handler(LocalHandler):
             if self.command == "POST":
                 gateway.bodies.append(body)
                 gateway.idempotency_keys.append(key or "")
+                gateway.headers.append({name.lower(): each for name, each in self.headers.items()})
             if gateway.script:
                 scripted = gateway.script.pop(0)
                 self._reply(scripted.status, scripted.body, scripted.headers)

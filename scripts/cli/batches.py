@@ -19,6 +19,8 @@ from scripts.cli.options import (
     FallbackModels,
     Key,
     KeyFile,
+    Lane,
+    OnUnmeetable,
     Out,
     Url,
     Webhook,
@@ -78,6 +80,8 @@ def upload(  # noqa: PLR0913 - a command line has options
     ] = None,
     deadline: Deadline = None,
     fallback_model: FallbackModels = None,
+    lane: Lane = None,
+    on_unmeetable: OnUnmeetable = None,
     webhook: Webhook = None,
     again: Annotated[
         str | None,
@@ -112,6 +116,8 @@ def upload(  # noqa: PLR0913 - a command line has options
         "prompt": prompt,
         "deadline": deadline_at(deadline, datetime.now(UTC)) if deadline else None,
         "fallback_models": fallback_model,
+        "lane": lane,
+        "on_unmeetable": on_unmeetable,
         "webhook": webhook,
         "run": again,
     }
@@ -124,10 +130,10 @@ def upload(  # noqa: PLR0913 - a command line has options
         batch = store.upload(gateway, file, name or file.name, options, _say_sent)
         terminal.say(f"{file} uploaded as batch {batch['id']}")
         if wait:
-            batch = _wait_for_end(gateway, batch["id"])
-            good = _report_end(batch)
+            batch = wait_for_end(gateway, batch["id"])
+            good = report_end(batch)
         if sink is not None:
-            _write(gateway, batch["id"], "results", sink)
+            write_file(gateway, batch["id"], "results", sink)
         if as_json:
             terminal.print_json(batch)
         elif sink is None:
@@ -173,7 +179,7 @@ def show_batch(  # noqa: PLR0913 - a command line has options
 ) -> None:
     """Show a batch: completed rows, cost and estimated end time."""
     with gateway_at(url, key, key_file) as gateway:
-        batch = _wait_for_end(gateway, batch_id) if wait else gateway.batch(batch_id)
+        batch = wait_for_end(gateway, batch_id) if wait else gateway.batch(batch_id)
     if as_json:
         terminal.print_json(batch)
         return
@@ -201,7 +207,7 @@ def batch_results(  # noqa: PLR0913 - a command line has options
             # Without invalid lines the file is empty, and complete.
             files.writing(out, inputs=[key_file], even_if_empty=errors)
         )
-        _write(gateway, batch_id, "errors" if errors else "results", sink)
+        write_file(gateway, batch_id, "errors" if errors else "results", sink)
     if sink.was_kept:
         raise typer.Exit(1)
 
@@ -216,7 +222,8 @@ def cancel_batch(
     terminal.put(f"{batch_id} {canceled['processing_status']}")
 
 
-def _wait_for_end(gateway: "Gateway", batch_id: str) -> "Json":
+def wait_for_end(gateway: "Gateway", batch_id: str) -> "Json":
+    """Wait until a batch has ended, and show its progress; return it."""
     from scripts.cli.progress import batch_snapshot
     from scripts.cli.run import display_for
 
@@ -240,7 +247,7 @@ def _wait_for_end(gateway: "Gateway", batch_id: str) -> "Json":
             gateway.on_wait = terminal.say
 
 
-def _report_end(batch: "Json") -> bool:
+def report_end(batch: "Json") -> bool:
     """Report how the batch ended; return whether every row succeeded."""
     from scripts.cli.progress import cost_of
 
@@ -258,7 +265,8 @@ def _report_end(batch: "Json") -> bool:
     return not failed and not rows["invalid"] and not batch["problem"]
 
 
-def _write(gateway: "Gateway", batch_id: str, kind: str, sink: files.Output) -> None:
+def write_file(gateway: "Gateway", batch_id: str, kind: str, sink: files.Output) -> None:
+    """Write a file of an ended batch (`results`, `errors` or `summary`) to an output."""
     from scripts.cli.transfer import bucket
 
     with bucket() as store:

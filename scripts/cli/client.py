@@ -87,6 +87,11 @@ class Gateway:
             self._sleep(self._backoff_seconds(resend + 2))
         return entries
 
+    def submit_batch(self, body: bytes, headers: Mapping[str, str]) -> Json:
+        """Create a batch from a list of jobs, once per Idempotency-Key in the headers; return it."""
+        headers = {"content-type": "application/json", **headers}
+        return self._call("POST", "/jobs", content=body, headers=headers)
+
     def job(self, job_id: str) -> Json:
         """Return a job with its attempts and its answer."""
         return self._call("GET", f"/jobs/{_quoted(job_id)}")

@@ -15,10 +15,12 @@ from scripts.cli import files, terminal
 from scripts.cli.errors import GatewayRefused, InvalidUsage
 from scripts.cli.options import (
     AsJson,
+    AskedLane,
     Deadline,
     FallbackModels,
     Key,
     KeyFile,
+    OnUnmeetable,
     Out,
     Url,
     Webhook,
@@ -84,6 +86,15 @@ def submit(  # noqa: PLR0913 - a command line has options
             "--metadata", help="Metadata to store with the jobs, as name=value. Repeatable."
         ),
     ] = None,
+    lane: Annotated[
+        AskedLane | None,
+        typer.Option(
+            "--lane",
+            help="Lane to ask for. With batch or auto, all jobs become one batch, whose ID is printed. Default: live. "
+            "This release runs every job live.",
+        ),
+    ] = None,
+    on_unmeetable: OnUnmeetable = None,
     webhook: Webhook = None,
     idempotency_key: Annotated[
         str | None,
@@ -109,7 +120,11 @@ def submit(  # noqa: PLR0913 - a command line has options
     set their own. Invalid lines and rejected jobs are reported with their line numbers after all other
     jobs are sent. The exit code is 1 if a line is invalid, a job is rejected or, with --wait, a job does
     not succeed.
+
+    With --lane batch or --lane auto, all jobs become one batch of at most 4 MB, without --metadata, and
+    --webhook is that of the batch.
     """
+    from scripts.cli.batch_run import BatchRun
     from scripts.cli.run import Submission, prompt_line
     from scripts.cli.submission import deadline_at
 
@@ -119,6 +134,7 @@ def submit(  # noqa: PLR0913 - a command line has options
     files.refuse_inputs(out, [file, key_file])
     if idempotency_key is not None:
         _check_idempotency_key(idempotency_key)
+    asked = _lane_asked(lane, on_unmeetable, metadata, webhook)
     defaults: dict[str, object] = {}
     if deadline:
         defaults["deadline"] = deadline_at(deadline, datetime.now(UTC))
@@ -126,15 +142,24 @@ def submit(  # noqa: PLR0913 - a command line has options
         defaults["fallback_models"] = fallback_model
     if metadata:
         defaults["metadata"] = dict(_pair(text) for text in metadata)
-    if webhook:
-        defaults["webhook"] = webhook
-    submission = Submission(
-        run_key=idempotency_key or f"run-{uuid.uuid4().hex}",
-        defaults=defaults,
-        wait=wait,
-        as_json=as_json,
-        is_prompt=prompt is not None,
-    )
+    run_key = idempotency_key or f"run-{uuid.uuid4().hex}"
+    submission: Submission | BatchRun
+    if asked:
+        submission = BatchRun(
+            run_key,
+            defaults,
+            asked,
+            webhook,
+            wait=wait,
+            as_json=as_json,
+            is_prompt=prompt is not None,
+        )
+    else:
+        if webhook:
+            defaults["webhook"] = webhook
+        submission = Submission(
+            run_key, defaults, wait=wait, as_json=as_json, is_prompt=prompt is not None
+        )
     with ExitStack() as cleanup:
         gateway = cleanup.enter_context(gateway_at(url, key, key_file))
         if prompt is None:
@@ -284,6 +309,25 @@ def _check_source(
         raise InvalidUsage("--model, --max-tokens and --system require --prompt")
     if str(file) == str(key_file) == "-":
         raise InvalidUsage("FILE and --key-file cannot both read standard input")
+
+
+def _lane_asked(
+    lane: str | None, on_unmeetable: str | None, metadata: list[str] | None, webhook: str | None
+) -> dict[str, object]:
+    """Return the fields of the request that make it a batch; empty for the live lane."""
+    if lane in {None, "live"}:
+        if on_unmeetable:
+            raise InvalidUsage("--on-unmeetable requires --lane batch or --lane auto")
+        return {}
+    if metadata:
+        raise InvalidUsage(
+            f"--metadata is not supported with --lane {lane}; rows of a batch have no metadata"
+        )
+    if webhook and not (webhook.isascii() and webhook.isprintable()):
+        # A header carries it.
+        raise InvalidUsage("--webhook must be printable ASCII; percent-encode other characters")
+    asked: dict[str, object] = {"lane": lane, "on_unmeetable": on_unmeetable}
+    return {name: value for name, value in asked.items() if value}
 
 
 def _check_idempotency_key(key: str) -> None:

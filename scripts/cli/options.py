@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -55,6 +55,23 @@ FallbackModels = Annotated[
 ]
 Webhook = Annotated[
     str | None, typer.Option("--webhook", help="HTTPS URL to notify on completion.")
+]
+
+AskedLane = Literal["live", "batch", "auto"]
+Lane = Annotated[
+    AskedLane | None,
+    typer.Option(
+        "--lane",
+        help="Lane to ask for. Default: the stack's parameter DefaultLane. This release runs every row live.",
+    ),
+]
+OnUnmeetable = Annotated[
+    Literal["run", "refuse"] | None,
+    typer.Option(
+        "--on-unmeetable",
+        help="Whether the batch is to run or to be refused if no lane can meet its deadline. Default: run. This "
+        "release stores it only.",
+    ),
 ]
 
 StackName = Annotated[str, typer.Option("--stack", help="Name of the CloudFormation stack.")]

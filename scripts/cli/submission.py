@@ -21,6 +21,8 @@ ABOUT_ONE_LIST = frozenset({400, 409, 413, 422})
 
 _BODY_OPENS = b'{"jobs":['
 _BODY_CLOSES = b"]}"
+# Room for the fields beside `jobs` of a batch.
+_BYTES_BESIDE_JOBS = 100
 _SPAN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -157,6 +159,45 @@ def pack(lines: Iterable[Line]) -> Iterator[list[Line]]:
         size += needs
     if together:
         yield together
+
+
+def within_one_request(
+    items: Iterable[Line | Rejected],
+) -> tuple[list[Line], list[Rejected]]:
+    """Return the valid and the rejected lines of a batch; raise CommandFailed once they exceed a request.
+
+    So that of a file of any size no more than one request is in memory.
+    """
+    good: list[Line] = []
+    rejected: list[Rejected] = []
+    size = 0
+    for item in items:
+        if isinstance(item, Rejected):
+            rejected.append(item)
+            continue
+        named = _named(item)
+        good.append(named)
+        size += len(named.body) + 1
+        if size > MAX_BYTES_PER_LIST - _BYTES_BESIDE_JOBS:
+            raise CommandFailed(
+                f"the jobs exceed {MAX_BYTES_PER_LIST:,} bytes, the maximum of a batch of `sluice submit`; "
+                "use `sluice upload`, which takes files of any size and has the option --lane too"
+            )
+    return good, rejected
+
+
+def body_of_batch(lines: Iterable[Line], asked: Mapping[str, object]) -> bytes:
+    """Return the body that makes one batch of all lines; `asked` are the fields beside `jobs`."""
+    return _BODY_OPENS + b",".join(line.body for line in lines) + b"]," + _encoded(asked)[1:]
+
+
+def _named(line: Line) -> Line:
+    """Return a job that is named by its line if it has no custom_id."""
+    job = {} if line.custom_id is not None else json.loads(line.body)
+    if line.custom_id is not None or job.get("custom_id") is not None:
+        return line
+    name = f"line-{line.number}"
+    return Line(line.number, _encoded({**job, "custom_id": name}), name)
 
 
 def send(

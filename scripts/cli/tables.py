@@ -258,6 +258,7 @@ def batch_panel(batch: Json) -> Panel:
     facts = {
         "name": batch["name"],
         "state": batch["state"],
+        "lane": _lane_of(batch),
         "rows": f"{rows['done']:,} of {about}{rows['expected']:,}",
         "row states": counts,
         "tokens": f"{batch['input_tokens']:,} input, {batch['output_tokens']:,} output",
@@ -270,3 +271,13 @@ def batch_panel(batch: Json) -> Panel:
         if fact:
             table.add_row(name, Text(str(fact)))
     return Panel(table, title=Text(batch["id"]), title_align="left")
+
+
+def _lane_of(batch: Json) -> str | None:
+    """Return the lane in force and where it comes from; None for a gateway that has no lanes."""
+    lane = batch.get("lane")
+    if lane is None:
+        return None
+    refuses = batch.get("on_unmeetable") == "refuse"
+    origin = "as asked" if batch.get("lane_asked") else "default of the stack"
+    return f"{lane} ({origin}{', refuse if the deadline cannot be met' if refuses else ''})"

@@ -209,6 +209,22 @@ def test_errors_are_the_sdks_own(seen: Any) -> None:
     assert seen["refused"]["request_id"].startswith("req_")
 
 
+def test_a_batch_asks_for_its_lane_by_a_header(seen: Any, ready: Ready) -> None:
+    shown = [
+        httpx.get(f"{ready.api_url}/batches/{batch_id}", headers={"x-api-key": CLIENT_KEY}).json()
+        for batch_id in seen["ids"][:2]
+    ]
+
+    assert [("live", None), ("batch", "batch")] == [
+        (each["lane"], each["lane_asked"]) for each in shown
+    ]
+    assert ("BadRequestError", 400) == (seen["no_lane"]["class"], seen["no_lane"]["status"])
+    assert (
+        "sluice-lane: Input should be 'live', 'batch' or 'auto' (got 'cheap')"
+        in seen["no_lane"]["message"]
+    )
+
+
 def test_results_too_large_for_an_answer_never_cost_a_client_its_key(
     sdk: str, seen: Any, ready: Ready, bucket: Bucket
 ) -> None:

@@ -284,6 +284,186 @@ def test_results_waited_for_are_written_in_the_shape_of_batch_results(
     assert "" == ended.out
 
 
+# ---------------------------------------------------------------- lanes
+
+
+@pytest.mark.parametrize("lane", ["batch", "auto"])
+def test_jobs_for_a_lane_are_sent_as_one_batch(
+    run: Run, gateway: FakeGateway, tmp_path: Path, lane: str
+) -> None:
+    file = jobs_file(tmp_path, *(f"{number}" for number in range(150)))
+    arguments = ("--on-unmeetable", "refuse", "--webhook", "https://acme.example/")
+
+    ended = run("submit", file, "--lane", lane, "--idempotency-key", "k", *arguments)
+
+    (body,) = map(json.loads, gateway.bodies)
+    assert (0, "batch_1\n") == (ended.code, ended.out), ended.err
+    assert "150 jobs accepted as batch batch_1, 0 rejected" in ended.err
+    assert (lane, "refuse", 150) == (body["lane"], body["on_unmeetable"], len(body["jobs"]))
+    assert {"custom_id", "params"} == set(body["jobs"][0])
+    assert ("k", "https://acme.example/") == (
+        gateway.headers[0]["idempotency-key"],
+        gateway.headers[0]["sluice-webhook"],
+    )
+
+
+def test_a_lane_that_is_live_changes_nothing(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    ended = run("submit", jobs_file(tmp_path, "one"), "--lane", "live")
+
+    assert 0 == ended.code
+    assert ["jobs"] == [name for body in gateway.bodies for name in json.loads(body)]
+    assert ended.out.startswith("job_")
+
+
+def test_rows_of_a_batch_are_named_by_their_lines_and_bad_lines_are_reported(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    params = json.loads(job_line("x"))["params"]
+    lines = [{"params": params}, {"params": params, "custom_id": "own"}, {"params": params}]
+    file = tmp_path / "jobs.jsonl"
+    file.write_text("no JSON\n" + "\n".join(map(json.dumps, lines)))
+
+    ended = run("submit", file, "--lane", "batch", "--json")
+
+    (body,) = map(json.loads, gateway.bodies)
+    assert ["line-2", "own", "line-4"] == [job["custom_id"] for job in body["jobs"]]
+    shown = json.loads(ended.out)
+    assert (1, "batch_1", [1]) == (
+        ended.code,
+        shown["batch"]["id"],
+        [each["line"] for each in shown["rejected"]],
+    )
+    assert "line 1: invalid_request_error: not valid JSON" in ended.err
+
+
+def test_a_file_without_one_good_job_makes_no_batch(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text("no JSON\n")
+
+    ended = run("submit", file, "--lane", "auto")
+
+    assert (1, "", []) == (ended.code, ended.out, gateway.bodies)
+    assert "no batch created: 1 line rejected" in ended.err
+
+
+def test_results_of_a_batch_waited_for_are_written(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    results = b'{"custom_id": "my-one", "result": {"type": "canceled"}}\n'
+    gateway.result_files["results"] = results
+    file, out = jobs_file(tmp_path, "one"), tmp_path / "out.jsonl"
+
+    to_file = run("submit", file, "--lane", "auto", "--wait", "--out", out)
+    to_pipe = run("submit", file, "--lane", "auto", "--wait")
+
+    assert (0, 0) == (to_file.code, to_pipe.code)
+    assert results == out.read_bytes() == to_pipe.out.encode()
+
+
+@pytest.mark.parametrize(
+    ("result", "out", "err"),
+    [
+        (
+            {"type": "succeeded", "message": {"content": [{"type": "text", "text": "High."}]}},
+            "High.\n",
+            "",
+        ),
+        ({"type": "expired"}, "", "expired\n"),
+        (
+            {"type": "errored", "error": {"type": "error", "error": {"type": "t", "message": "m"}}},
+            "",
+            "errored: t: m\n",
+        ),
+    ],
+)
+def test_a_prompt_for_a_lane_prints_its_answer(
+    run: Run, gateway: FakeGateway, result: dict[str, Any], out: str, err: str
+) -> None:
+    gateway.result_files["results"] = json.dumps({"custom_id": "a", "result": result}).encode()
+
+    ended = run("submit", "--prompt", "How high?", "--lane", "batch", "--wait")
+
+    assert out == ended.out
+    assert err in ended.err
+    assert "line-1" == json.loads(gateway.bodies[0])["jobs"][0]["custom_id"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lane", "BATCH"), "Invalid value for '--lane'"),
+        (("--lane", ""), "Invalid value for '--lane'"),
+        (("--lane", "batch", "--on-unmeetable", "wait"), "Invalid value for '--on-unmeetable'"),
+        (("--on-unmeetable", "run"), "--on-unmeetable requires --lane batch or --lane auto"),
+        (
+            ("--lane", "live", "--on-unmeetable", "run"),
+            "--on-unmeetable requires --lane batch or --lane auto",
+        ),
+        (("--lane", "auto", "--metadata", "a=b"), "--metadata is not supported with --lane auto"),
+        (("--lane", "auto", "--webhook", "https://\u00e4/"), "--webhook must be printable ASCII"),
+    ],
+)
+def test_what_goes_with_no_lane_is_refused_before_anything_is_sent(
+    run: Run, gateway: FakeGateway, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    ended = run("submit", jobs_file(tmp_path, "one"), *arguments)
+
+    assert (2, []) == (ended.code, gateway.bodies)
+    assert words in ended.err
+
+
+def test_more_than_a_request_may_hold_is_left_to_upload(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    file = jobs_file(tmp_path, "x" * 1_000_000, "y" * 1_000_000)
+
+    ended = run("submit", file, "--lane", "batch")
+
+    assert (1, []) == (ended.code, gateway.bodies)
+    assert "the jobs exceed 4,000,000 bytes" in ended.err
+    assert "use `sluice upload`" in ended.err
+
+
+def test_an_upload_asks_for_its_lane_and_the_batch_shows_it(
+    run: Run, gateway: FakeGateway, tmp_path: Path
+) -> None:
+    file = jobs_file(tmp_path, "one")
+
+    ended = run("upload", file, "--lane", "auto", "--on-unmeetable", "refuse")
+
+    assert 0 == ended.code
+    assert {"lane": "auto", "on_unmeetable": "refuse"} == json.loads(gateway.bodies[0])["options"]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "shown"),
+    [
+        ({"lane": "auto", "lane_asked": "auto"}, "auto (as asked)"),
+        ({"lane": "live", "lane_asked": None}, "live (default of the stack)"),
+        (
+            {"lane": "batch", "lane_asked": "batch", "on_unmeetable": "refuse"},
+            "batch (as asked, refuse if the deadline cannot be met)",
+        ),
+        ({}, None),
+    ],
+)
+def test_a_batch_is_shown_with_its_lane(
+    run: Run, gateway: FakeGateway, lanes: dict[str, Any], shown: str | None
+) -> None:
+    gateway.parts["first.jsonl"] = b""
+    gateway.lanes = lanes
+
+    ended = run("batches", "show", "batch_1")
+
+    assert 0 == ended.code
+    assert (shown is not None) == ("lane" in ended.out)
+    assert (shown or "") in ended.out
+
+
 def test_results_waited_for_go_into_a_pipe(run: Run, tmp_path: Path) -> None:
     ended = run("submit", jobs_file(tmp_path, "one", "two"), "--wait")
 

@@ -64,6 +64,8 @@ ROOMY: Final = {"default": {"rpm": 60_000, "itpm": 60_000_000, "otpm": 60_000_00
 SHAPES: Final[dict[tuple[str, str], TypeAdapter[Any]]] = {
     ("GET", "/health"): TypeAdapter(document.Health),
     ("POST", "/jobs"): TypeAdapter(document.SubmittedJob | document.SubmittedList | document.Batch),
+    ("GET", "/batches/{id}"): TypeAdapter(document.Batch),
+    ("POST", "/v1/messages/batches"): TypeAdapter(document.MessageBatch),
     ("GET", "/jobs"): TypeAdapter(document.Listing),
     ("GET", "/jobs/{id}"): TypeAdapter(document.Job),
     ("DELETE", "/jobs/{id}"): TypeAdapter(document.Job),
@@ -147,7 +149,7 @@ class Gateway:
 
     @staticmethod
     def _check(method: str, path: str, answered: Answered) -> None:
-        route = re.sub(r"^/jobs/.+", "/jobs/{id}", path)
+        route = re.sub(r"^/(jobs|batches)/.+", r"/\1/{id}", path)
         assert "application/json" == answered.headers["Content-Type"]
         assert answered.headers["request-id"].startswith("req_")
         shape = SHAPES[method, route] if answered.status < 300 else ERROR
@@ -563,7 +565,11 @@ BAD: Final[list[tuple[str, Any, str]]] = [
     ("streaming", {"params": params(stream=True)}, "params.stream: Input should be False"),
     ("params a text", {"params": "hello"}, "params: Input should be a valid dictionary"),
     ("custom_id", a_job(custom_id="not/mine"), "custom_id: String should match pattern"),
-    ("unknown lane", a_job(lane="batch"), "lane: must be 'live' or omitted (got 'batch')"),
+    ("unknown lane", a_job(lane="BATCH"), "lane: Input should be 'live', 'batch' or 'auto' (got 'BATCH')"),
+    ("not for batches", {"params": params(speed="fast"), "lane": "batch"},
+     "params.speed: not supported in Message Batches; remove it, or set lane to 'live' or 'auto'"),
+    ("listed, not for batches", {"jobs": [a_job(), {"params": params(max_tokens=0)}], "lane": "batch"},
+     "jobs.1.params.max_tokens: 0 is not supported in Message Batches"),
     ("no zone", a_job(deadline="2099-01-01T00:00:00"), "deadline: must be an RFC 3339 string with a time zone"),
     ("no time", a_job(deadline="tomorrow"), "deadline: must be an RFC 3339 string with a time zone"),
     ("past", a_job(deadline="2020-01-01T00:00:00Z"), "deadline is in the past"),
@@ -571,7 +577,7 @@ BAD: Final[list[tuple[str, Any, str]]] = [
     ("fallbacks", a_job(fallback_models=["m"] * 6), "fallback_models: List should have at most 5 items"),
     ("empty list", {"jobs": []}, "jobs: List should have at least 1 item"),
     ("no list", {"jobs": a_job()}, "jobs: Input should be a valid list"),
-    ("beside", {"jobs": [a_job()], "lane": "live"}, "lane: Extra inputs are not permitted (got 'live')"),
+    ("beside", {"jobs": [a_job()], "webhook": "w"}, "webhook: Extra inputs are not permitted (got 'w')"),
     ("list of rubbish", {"jobs": [5]}, "Input should be a valid dictionary (got 5)"),
 ]  # fmt: skip
 
@@ -729,6 +735,109 @@ def test_a_long_list_sent_again_by_an_sdk_is_the_same_batch(gateway: Gateway) ->
 
     first, again, another = (each.body["id"] for each in sent)
     assert first == again != another
+
+
+LANES: Final = [("batch", None), ("auto", "refuse")]
+
+
+@pytest.mark.parametrize(("lane", "on_unmeetable"), LANES)
+@pytest.mark.parametrize("rows", [None, 1, 101], ids=["one job", "list of one", "long list"])
+def test_jobs_with_a_lane_become_a_batch_whatever_their_number(
+    gateway: Gateway, rows: int | None, lane: str, on_unmeetable: str | None
+) -> None:
+    asked = {"lane": lane} | ({"on_unmeetable": on_unmeetable} if on_unmeetable else {})
+    body = a_job() | asked if rows is None else {"jobs": [a_job()] * rows, **asked}
+
+    answered = gateway.call("POST", "/jobs", body)
+
+    shown = gateway.call("GET", answered.headers["Location"]).body
+    assert (202, "batch", rows or 1) == (
+        answered.status,
+        answered.body["type"],
+        answered.body["rows"]["expected"],
+    )
+    assert (lane, lane, on_unmeetable or "run") == tuple(
+        shown[name] for name in ("lane", "lane_asked", "on_unmeetable")
+    )
+    assert [] == gateway.call("GET", "/jobs").body["data"]
+
+
+@pytest.mark.parametrize(("lane", "on_unmeetable"), LANES)
+def test_a_batch_of_an_sdk_asks_for_its_lane_by_headers(
+    gateway: Gateway, lane: str, on_unmeetable: str | None
+) -> None:
+    headers = {"sluice-lane": lane} | (
+        {"sluice-on-unmeetable": on_unmeetable} if on_unmeetable else {}
+    )
+
+    created = gateway.call(
+        "POST", "/v1/messages/batches", {"requests": [a_job(custom_id="a")]}, headers=headers
+    )
+
+    shown = gateway.call("GET", f"/batches/{created.body['id']}").body
+    assert (lane, lane, on_unmeetable or "run") == tuple(
+        shown[name] for name in ("lane", "lane_asked", "on_unmeetable")
+    )
+
+
+@pytest.mark.parametrize("value", ["", "BATCH", "batch,live", "cheap"])
+def test_a_header_that_names_no_lane_is_refused(gateway: Gateway, value: str) -> None:
+    answers = [
+        gateway.call(
+            "POST",
+            "/v1/messages/batches",
+            {"requests": [a_job(custom_id="a")]},
+            headers={name: value},
+        )
+        for name in ("sluice-lane", "sluice-on-unmeetable")
+    ]
+
+    assert [(400, "invalid_request_error")] * 2 == [each.error for each in answers]
+    assert [
+        f"sluice-lane: Input should be 'live', 'batch' or 'auto' (got {value!r})",
+        f"sluice-on-unmeetable: Input should be 'run' or 'refuse' (got {value!r})",
+    ] == [each.message for each in answers]
+
+
+@pytest.mark.parametrize("default", ["live", "batch", "auto"])
+def test_the_default_lane_is_that_of_batches_and_leaves_single_jobs_live(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, default: str
+) -> None:
+    monkeypatch.setenv("SLUICE_DEFAULT_LANE", default)
+    _start_new_environment()
+
+    one = gateway.call("POST", "/jobs", a_job())
+    short = gateway.call("POST", "/jobs", {"jobs": [a_job()] * 100})
+    long_list = gateway.call("POST", "/jobs", {"jobs": [a_job()] * 101})
+    asked = gateway.call("POST", "/jobs", {"jobs": [a_job()] * 101, "lane": "live"})
+
+    assert ("job", "live") == (one.body["type"], one.body["lane"])
+    assert "job_list" == short.body["type"]
+    assert (default, None) == (long_list.body["lane"], long_list.body["lane_asked"])
+    assert ("live", "live") == (asked.body["lane"], asked.body["lane_asked"])
+
+
+def test_one_job_for_a_lane_sent_again_is_the_same_batch(gateway: Gateway) -> None:
+    headers = {"idempotency-key": "k"}
+    first, again = (
+        gateway.call("POST", "/jobs", a_job(lane="auto"), headers=headers) for _ in range(2)
+    )
+    other = gateway.call("POST", "/jobs", a_job(lane="batch"), headers=headers)
+
+    assert first.body["id"] == again.body["id"]
+    assert 409 == other.status
+    assert "already used with lane 'auto' (now: lane 'batch')" in other.message
+
+
+def test_a_webhook_of_one_job_is_its_batchs(gateway: Gateway) -> None:
+    own = gateway.call(
+        "POST",
+        "/jobs",
+        a_job(lane="batch", webhook="https://own.example/"),
+        headers={"sluice-webhook": "https://all.example/"},
+    )
+
+    assert "https://own.example/" == own.body["webhook"]
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])

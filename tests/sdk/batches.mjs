@@ -1,6 +1,6 @@
 // What a program does with Anthropic's TypeScript SDK and batches; the same as batches.py beside it.
-// Prints what it saw as one JSON object. It knows nothing of Sluice. Arguments: SDK's folder, base URL, key, and
-// the id of a batch if only its results are to be read.
+// Prints what it saw as one JSON object. Of Sluice it knows only the header `sluice-lane`. Arguments: SDK's folder,
+// base URL, key, and the id of a batch if only its results are to be read.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
@@ -72,7 +72,10 @@ if (only) {
 const created = await batches.create({ requests: Array.from({ length: 12 }, (_, n) => request(n)) });
 const ended = await until(created.id);
 const results = await read(created.id);
-const second = await batches.create({ requests: [request(0, "claude-opus-5-5")] });
+const second = await batches.create(
+  { requests: [request(0, "claude-opus-5-5")] },
+  { headers: { "sluice-lane": "batch" } },
+);
 const canceled = await batches.cancel(second.id);
 const third = await batches.create({ requests: [request(0)] });
 const paged = [];
@@ -92,6 +95,9 @@ console.log(
     deleted,
     missing: await error(() => batches.retrieve(third.id)),
     refused: await error(() => batches.create({ requests: [request(1), request(1)] })),
+    no_lane: await error(() =>
+      batches.create({ requests: [request(1)] }, { headers: { "sluice-lane": "cheap" } }),
+    ),
     too_large: await error(() =>
       batches.create({ requests: [request(1, undefined, "x".repeat(4_100_000))] }),
     ),

@@ -1,6 +1,6 @@
 """What a program does with Anthropic's Python SDK and batches; run by any version of it, with Sluice as `base_url`.
 
-Prints what it saw as one JSON object. It knows nothing of Sluice.
+Prints what it saw as one JSON object. Of Sluice it knows only the header `sluice-lane`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main(base_url: str, key: str) -> dict[str, Any]:
         batch = batches.retrieve(created.id)
     results = _results(client, batch.id)
 
-    second = batches.create(requests=[_request(0, "claude-opus-5-5")])
+    second = batches.create(
+        requests=[_request(0, "claude-opus-5-5")], extra_headers={"sluice-lane": "batch"}
+    )
     canceled = batches.cancel(second.id)
     third = batches.create(requests=[_request(0)])
     paged = [each.id for each in batches.list(limit=1)]
@@ -42,6 +44,9 @@ def main(base_url: str, key: str) -> dict[str, Any]:
         "deleted": json.loads(deleted.model_dump_json()),
         "missing": _error(lambda: batches.retrieve(third.id)),
         "refused": _error(lambda: batches.create(requests=[_request(1), _request(1)])),
+        "no_lane": _error(
+            lambda: batches.create(requests=[_request(1)], extra_headers={"sluice-lane": "cheap"})
+        ),
         "too_large": _error(lambda: batches.create(requests=[_request(1, text="x" * 4_100_000)])),
         "no_key": _error(
             lambda: anthropic.Anthropic(

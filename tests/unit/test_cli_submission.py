@@ -1,7 +1,7 @@
 """Lines to lists to accepted jobs, without a network."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,10 +12,12 @@ from scripts.cli.submission import (
     MAX_BYTES_PER_LIST,
     Line,
     Rejected,
+    body_of_batch,
     deadline_at,
     pack,
     read_jobs,
     send,
+    within_one_request,
 )
 
 JOB = b'{"params": {"model": "m", "messages": []}}'
@@ -238,3 +240,33 @@ def test_a_deadline_is_a_span_or_a_time(text: str, at: str) -> None:
 def test_any_other_deadline_is_refused(text: str) -> None:
     with pytest.raises(CommandFailed, match="deadline"):
         deadline_at(text, NOON)
+
+
+# Batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_all_lines_and_names_those_without_a_custom_id() -> None:
+    named, other = b'{"custom_id": "a", "params": {}}', b'{"custom_id": 7, "params": {}}'
+    null = b'{"custom_id": null, "params": {}}'
+
+    good, rejected = within_one_request(read(JOB, named, other, b"no JSON", null))
+    body = json.loads(body_of_batch(good, {"lane": "auto"}))
+
+    # An invalid custom_id is left to the gateway, which says why.
+    assert ["line-1", "a", 7, "line-5"] == [job["custom_id"] for job in body["jobs"]]
+    assert ("auto", [4]) == (body["lane"], [each.line for each in rejected])
+
+
+def test_a_file_of_any_size_is_refused_once_it_exceeds_a_request() -> None:
+    read_so_far = 0
+
+    def endless() -> Iterator[Line]:
+        nonlocal read_so_far
+        while True:
+            read_so_far += 1
+            yield Line(read_so_far, b'"' + b"x" * 999_998 + b'"', "a")
+
+    with pytest.raises(CommandFailed, match="the jobs exceed 4,000,000 bytes"):
+        within_one_request(endless())
+
+    assert 4 == read_so_far

@@ -146,7 +146,10 @@ def test_stream_false_is_taken_and_left_out() -> None:
         ({"params": PARAMS, "fallback_models": ["m"] * 6}, "fallback_models: "),
         ({"params": PARAMS, "metadata": {"k": 7}}, "metadata.k: "),
         ({"params": PARAMS, "metadata": {str(n): "" for n in range(17)}}, "metadata: "),
-        ({"params": PARAMS, "lane": "batch"}, "lane: must be 'live' or omitted (got 'batch')"),
+        (
+            {"params": PARAMS, "lane": "batch"},
+            "lane: is one for the whole list; set it beside `jobs` (got 'batch')",
+        ),
     ],
 )
 def test_the_error_of_a_bad_job_says_where_and_why(job: object, words: str) -> None:
@@ -166,14 +169,16 @@ def test_long_values_are_not_repeated() -> None:
 
 def test_one_job_or_a_list_of_them() -> None:
     assert requests.read_list({"params": PARAMS}) is None
-    assert [{"params": PARAMS}] * 2 == requests.read_list({"jobs": [{"params": PARAMS}] * 2})
+    listed = requests.read_list({"jobs": [{"params": PARAMS}] * 2})
+    assert listed is not None
+    assert [{"params": PARAMS}] * 2 == listed.jobs
 
 
 def test_a_bad_item_keeps_its_place() -> None:
-    jobs = requests.read_list({"jobs": [{"params": PARAMS}, {}, {"params": PARAMS}]})
-    assert jobs is not None
+    listed = requests.read_list({"jobs": [{"params": PARAMS}, {}, {"params": PARAMS}]})
+    assert listed is not None
 
-    kinds = [type(requests.read_submission(job)) for job in jobs]
+    kinds = [type(requests.read_submission(job)) for job in listed.jobs]
 
     assert [Submission, InvalidRequest, Submission] == kinds
 
@@ -188,11 +193,11 @@ def test_a_bad_item_keeps_its_place() -> None:
         ({"jobs": {}}, "jobs: Input should be a valid list"),
         ({"jobs": None}, "jobs: Input should be a valid list"),
         (
-            {"jobs": [{"params": PARAMS}], "lane": "live", "b": 1},
-            "lane: Extra inputs are not permitted (got 'live'); b: Extra inputs",
+            {"jobs": [{"params": PARAMS}], "webhook": "w", "b": 1},
+            "webhook: Extra inputs are not permitted (got 'w'); b: Extra inputs",
         ),
         # Also beside a list that runs as a batch.
-        ({"jobs": [{"params": PARAMS}] * 101, "lane": "live"}, "lane: Extra inputs are not"),
+        ({"jobs": [{"params": PARAMS}] * 101, "webhook": "w"}, "webhook: Extra inputs are not"),
     ],
 )
 def test_a_bad_envelope_is_refused_as_a_whole(body: object, words: str) -> None:

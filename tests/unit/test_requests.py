@@ -61,7 +61,7 @@ def post_list(item: str) -> Verdict:
     except json.JSONDecodeError as error:
         return error.msg
     assert jobs is not None
-    return _of(api.read_submission(jobs[0]))
+    return _of(api.read_submission(jobs.jobs[0]))
 
 
 def post_long_list(item: str) -> Verdict:
@@ -69,7 +69,7 @@ def post_long_list(item: str) -> Verdict:
     try:
         jobs = api.read_list(api.read_json(f'{{"jobs": [{others}, {item}]}}'))
         assert jobs is not None
-        rows = api.as_rows(jobs)
+        rows = api.as_rows(jobs.jobs)
         read_items(rows, ListedJob, "jobs")
     except json.JSONDecodeError as error:
         return error.msg

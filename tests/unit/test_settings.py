@@ -27,6 +27,7 @@ COMPLETE = {
     "SLUICE_RETENTION_DAYS": "30",
     "SLUICE_MAX_ATTEMPTS": "5",
     "SLUICE_CLIENT_REQUESTS_PER_SECOND": "10",
+    "SLUICE_DEFAULT_LANE": "auto",
 }
 
 
@@ -62,6 +63,19 @@ def test_a_missing_setting_is_named(name: str, value: str | None) -> None:
 def test_a_number_must_be_a_whole_one_from_one_up(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} must be an integer of at least 1, got '"):
         Settings.from_environment(COMPLETE | {name: value})
+
+
+@pytest.mark.parametrize("lane", ["live", "batch", "auto"])
+def test_the_default_lane_is_one_of_three(lane: str) -> None:
+    assert lane == Settings.from_environment(COMPLETE | {"SLUICE_DEFAULT_LANE": lane}).default_lane
+
+
+@pytest.mark.parametrize("lane", ["Batch", " live", "cheap", "live,batch"])
+def test_any_other_default_lane_is_refused_with_its_value(lane: str) -> None:
+    expected = f"SLUICE_DEFAULT_LANE must be one of live, batch, auto, got '{lane}'"
+
+    with pytest.raises(SettingsError, match=expected):
+        Settings.from_environment(COMPLETE | {"SLUICE_DEFAULT_LANE": lane})
 
 
 def test_webhooks_may_go_into_no_private_network_unless_one_is_named() -> None:

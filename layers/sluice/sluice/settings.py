@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
+from sluice.domain.batches import AskedLane
 from sluice.domain.waits import USUAL, Waits
 from sluice.domain.webhooks import Network, read_networks
 
@@ -65,6 +67,8 @@ class Settings:
     max_attempts: int
     client_requests_per_second: int
     """Sustained requests of one client key to one execution environment of the API function."""
+    default_lane: AskedLane
+    """The lane of batches that ask for none."""
     webhook_networks: tuple[Network, ...] = ()
     """Networks to which webhooks are permitted, besides all public addresses."""
     waits: Waits = USUAL
@@ -106,6 +110,7 @@ class Settings:
             retention_days=read.number("SLUICE_RETENTION_DAYS"),
             max_attempts=read.number("SLUICE_MAX_ATTEMPTS"),
             client_requests_per_second=read.number("SLUICE_CLIENT_REQUESTS_PER_SECOND"),
+            default_lane=read.lane("SLUICE_DEFAULT_LANE"),
             webhook_networks=read.networks("SLUICE_WEBHOOK_NETWORKS"),
             waits=read.waits("SLUICE_WAITS"),
             governor=read.governor(),
@@ -129,6 +134,14 @@ class _Reader:
         if not value.isdecimal() or int(value) < 1:
             raise SettingsError(f"{name} must be an integer of at least 1, got {value!r}")
         return int(value)
+
+    def lane(self, name: str) -> AskedLane:
+        value = self.text(name)
+        lanes: tuple[AskedLane, ...] = get_args(AskedLane)
+        for lane in lanes:
+            if value == lane:
+                return lane
+        raise SettingsError(f"{name} must be one of {', '.join(lanes)}, got {value!r}")
 
     def networks(self, name: str) -> tuple[Network, ...]:
         try:

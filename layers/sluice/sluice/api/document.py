@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sluice.domain.batches import Source
+from sluice.domain.batches import AskedLane, OnUnmeetable, Source
 from sluice.domain.jobs import AttemptOutcome, State
 from sluice.intake.admission import MOST_BYTES
 
@@ -332,6 +332,23 @@ class Batch(Shape):
     name: str
     source: Source
     state: Literal["planning", "running", "canceling", "ended"]
+    lane: Annotated[
+        AskedLane,
+        Field(
+            description="The lane in force: the one asked for, otherwise the value of `DefaultLane` when the batch was "
+            "created. This release runs every row live, whatever the lane."
+        ),
+    ]
+    lane_asked: Annotated[
+        AskedLane | None, Field(description="The lane that the request asked for; null for none.")
+    ]
+    on_unmeetable: Annotated[
+        OnUnmeetable,
+        Field(
+            description="What the request asked for in case no lane can meet its deadline; `run` if nothing. This "
+            "release stores it only."
+        ),
+    ]
     rows: BatchRows
     calls: int
     input_tokens: int

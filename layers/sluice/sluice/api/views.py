@@ -109,6 +109,9 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "name": batch.name,
         "source": batch.source.value,
         "state": state,
+        "lane": batch.lane,
+        "lane_asked": batch.options.lane,
+        "on_unmeetable": batch.options.on_unmeetable or "run",
         "rows": {
             "expected": expected,
             "done": done,

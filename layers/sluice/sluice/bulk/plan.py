@@ -24,6 +24,7 @@ from sluice.domain.batches import (
     SAMPLE_BYTES,
     SECTIONS,
     WATCH_MS,
+    AskedLane,
     Batch,
     Options,
     Phase,
@@ -147,9 +148,11 @@ class PlanBatch:
         clock: Clock,
         events: Events,
         longest_ms: int = LONGEST_MS,
+        default_lane: AskedLane = "live",
     ) -> None:
-        """`longest_ms` is how long rows may wait."""
+        """`longest_ms` is how long rows may wait, `default_lane` is for files that ask for none."""
         self._longest_ms = longest_ms
+        self._default_lane = default_lane
         self._batches = batches
         self._objects = objects
         self._queue = queue
@@ -370,6 +373,7 @@ class PlanBatch:
             input_etag=file.stored.etag,
             options=options,
             due_at=now + WATCH_MS,
+            lane=options.lane or self._default_lane,
         )
 
     def _plan(self, batch: Batch) -> None:

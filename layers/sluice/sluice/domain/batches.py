@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from hashlib import sha256
-from typing import Final
+from typing import Final, Literal
 
 from sluice.domain.errors import LeaseLost, RangeBusy
 
@@ -94,6 +94,13 @@ class Phase(StrEnum):
     ENDED = "ended"
 
 
+AskedLane = Literal["live", "batch", "auto"]
+"""What a request may ask for: one of the lanes, or the cheapest lane that meets the deadline."""
+
+OnUnmeetable = Literal["run", "refuse"]
+"""What to do with a batch whose deadline no lane can meet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Settings for all rows of a batch; a row can override them."""
@@ -111,6 +118,14 @@ class Options:
     """Run label. Re-running an identical file requires a new label."""
     webhook: str | None = None
     """URL to notify on completion."""
+    lane: AskedLane | None = None
+    """None: not asked, so that the default of the deployment applies."""
+    on_unmeetable: OnUnmeetable | None = None
+    """None: not asked, which means `run`."""
+
+
+_ADDED_LATER: Final = ("lane", "on_unmeetable")
+"""Options that releases with other file ids did not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +258,8 @@ class Batch:
     """The first documents of its folder that were not sent because of their type."""
     by_id: bool = False
     """Its results are stored under its id. Older releases stored them under its name only."""
+    lane: AskedLane = "live"
+    """The lane in force: the one asked for, otherwise the default of the deployment when the batch was created."""
 
     @property
     def rank(self) -> str:
@@ -374,7 +391,13 @@ def file_batch_id(tenant: str, key: str, etag: str, options: Options, problem: s
 
     `problem`: why the options of the file cannot be used.
     """
-    said = json.dumps([asdict(options), problem], sort_keys=True)
+    # An option that was added later counts only if it is set, so that a file uploaded again after an upgrade is known.
+    counted = {
+        name: value
+        for name, value in asdict(options).items()
+        if name not in _ADDED_LATER or value is not None
+    }
+    said = json.dumps([counted, problem], sort_keys=True)
     return _batch_id("file", tenant, key, etag, said)
 
 

@@ -16,6 +16,30 @@ MOST_MEDIA_CHARS: Final = 100_000
 """Maximum for all media of a request: under 30,000 tokens, the rate at which a new limit group starts."""
 
 
+NOT_IN_BATCHES: Final = (
+    *("speed", "store", "previous_thread_event_id", "cache_hint", "context_hint"),
+    "research_preview_2026_02",
+)
+"""Fields that Message Batches reject, whatever their value. Source: Anthropic's guide "Batch processing", its table of
+unsupported parameters."""
+
+
+def not_in_batches(params: Mapping[str, Any]) -> str | None:
+    """Return the first field of a request that Message Batches reject, and why; None if they accept the request.
+
+    A field that is null counts as absent. Source: Anthropic's guide "Batch processing" (`stream: true`,
+    `max_tokens: 0` and the fields in `NOT_IN_BATCHES`).
+    """
+    if params.get("stream") is True:
+        return "stream: true is not supported in Message Batches; remove it"
+    if params.get("max_tokens") == 0:
+        return "max_tokens: 0 is not supported in Message Batches; use at least 1"
+    for name in NOT_IN_BATCHES:
+        if params.get(name) is not None:
+            return f"{name}: not supported in Message Batches; remove it"
+    return None
+
+
 def request_body(params: Mapping[str, Any]) -> bytes:
     """Return a request as it is stored and sent; raises UnicodeEncodeError."""
     return json.dumps(params, ensure_ascii=False, separators=(",", ":")).encode()

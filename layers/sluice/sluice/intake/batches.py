@@ -18,6 +18,7 @@ from sluice.domain.batches import (
     LONGEST_MS,
     OUTPUTS,
     SUMMARY,
+    AskedLane,
     Batch,
     Options,
     Phase,
@@ -107,9 +108,14 @@ class Batches:
         random_bytes: RandomBytes,
         events: Events,
         longest_ms: int = LONGEST_MS,
+        default_lane: AskedLane = "live",
     ) -> None:
-        """`longest_ms` is how long rows may wait, with a deadline of their own."""
+        """`longest_ms` is how long rows may wait, with a deadline of their own.
+
+        `default_lane` is for requests that ask for none.
+        """
         self._longest_ms = longest_ms
+        self._default_lane = default_lane
         self._tenant = tenant
         self._batches = batches
         self._objects = objects
@@ -123,7 +129,8 @@ class Batches:
 
     def create(self, asked: Create) -> Batch:
         """Store the rows as an object and start its ranges; a repeated request returns the existing batch."""
-        body = _jsonl(asked.items, asked.source)
+        lane = asked.options.lane or self._default_lane
+        body = _jsonl(asked.items, asked.source, lane)
         digest = sha256(body).hexdigest()
         now = self._clock.now()
         batch_id = self._id_for(asked, digest, now)
@@ -132,7 +139,8 @@ class Batches:
         etag = self._objects.put(key, body)
         deadline = asked.options.deadline
         if deadline is not None and deadline <= now:
-            raise InvalidRequest("sluice-deadline: deadline is in the past; send a later time")
+            where = "sluice-deadline: " if asked.source is Source.MESSAGES_BATCHES else ""
+            raise InvalidRequest(f"{where}deadline is in the past; send a later time")
         batch = Batch(
             batch_id=batch_id,
             tenant=self._tenant,
@@ -146,11 +154,18 @@ class Batches:
             rows=len(asked.items),
             plan=planned(len(body), body),
             due_at=now + PLANNED_MS,
+            lane=lane,
         )
         stored = insert(self._batches.add, batch)
         if stored is None or stored.input_key != key:
             raise Conflict(
                 "this Idempotency-Key was already used for a different batch; use a new one"
+            )
+        if stored.options.lane != asked.options.lane:
+            # It would cost twice as much as asked for, or take longer.
+            raise Conflict(
+                f"this Idempotency-Key was already used with {_lane_asked(stored)} (now: {_lane_asked(batch)}); "
+                "send the same lane, or a new key"
             )
         if stored is batch:
             self._events.note("batch created", batch_id=batch_id, tenant=self._tenant)
@@ -191,7 +206,11 @@ class Batches:
     def _id_for(self, asked: Create, digest: str, now: int) -> str:
         if asked.idempotency_key is not None:
             return named_batch_id(self._tenant, asked.idempotency_key)
-        options = json.dumps([asked.options.anthropic_version, asked.options.anthropic_beta])
+        facts = [asked.options.anthropic_version, asked.options.anthropic_beta]
+        if asked.options.lane is not None:
+            # Only if asked, so that a retry finds the batch that a release without lanes created.
+            facts.append(asked.options.lane)
+        options = json.dumps(facts)
         name = f"{digest}\x00{options}\x00{asked.client}"
         fresh = random_batch_id(self._random_bytes(16))
         return self._batches.name_create(
@@ -341,6 +360,10 @@ def is_archived(batch: Batch, now: int) -> bool:
     return now >= batch.created_at + ARCHIVED_MS
 
 
+def _lane_asked(batch: Batch) -> str:
+    return "no lane" if batch.options.lane is None else f"lane {batch.options.lane!r}"
+
+
 def _sum(groups: Mapping[str, Progress]) -> Tally:
     return sum((group.tally + group.running for group in groups.values()), Tally())
 
@@ -352,11 +375,11 @@ _KINDS: Final[Mapping[Source, tuple[type[BatchRequest], str]]] = {
 """The type of the items of a create request, and the field of the body that contains them."""
 
 
-def _jsonl(items: Sequence[object], source: Source) -> bytes:
+def _jsonl(items: Sequence[object], source: Source, lane: AskedLane) -> bytes:
     """Return the rows as lines; raises InvalidRequest for the first invalid one."""
     kind, place = _KINDS[source]
     first: dict[str, int] = {}
-    for position, custom_id in enumerate(read_items(items, kind, place)):
+    for position, custom_id in enumerate(read_items(items, kind, place, lane)):
         if first.setdefault(custom_id, position) != position:
             raise InvalidRequest(
                 f"{place}.{position}: duplicate custom_id {custom_id!r}; first used by item {first[custom_id]}"

@@ -26,10 +26,11 @@ from pydantic import (
     WrapValidator,
 )
 
-from sluice.domain.batches import BOM, MOST_LINE_BYTES, Options
+from sluice.domain.batches import BOM, MOST_LINE_BYTES, AskedLane, OnUnmeetable, Options
 from sluice.domain.errors import InvalidRequest
 from sluice.domain.finite_json import FINITE, is_deeper
 from sluice.domain.forms import PROBLEM
+from sluice.domain.params import not_in_batches
 from sluice.domain.rows import BadRow, Line, Row
 from sluice.domain.webhooks import Network, check_url
 
@@ -107,14 +108,38 @@ class Params(BaseModel):
     stream: Literal[False] = False
 
 
-def _known_lane(lane: str) -> str:
-    if lane != "live":
-        message = "must be 'live' or omitted"
-        raise ValueError(message)
-    return lane
+BATCH_ONLY: Final = ("batch", "auto")
+"""Lanes on which only batches run."""
 
 
-class JobRequest(BaseModel):
+class LaneOptions(BaseModel):
+    """The lane that is asked for, wherever it is asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lane: Annotated[
+        AskedLane | None,
+        Field(
+            description="The lane asked for. With `batch` or `auto`, the request becomes a batch, whatever its number "
+            "of jobs. Default: `live` for single jobs and lists of up to 100, the parameter `DefaultLane` for longer "
+            "lists. For a list, set it beside `jobs`. This release runs every row live, whatever the lane.",
+        ),
+    ] = None
+    on_unmeetable: Annotated[
+        OnUnmeetable | None,
+        Field(
+            description="For a batch: whether it is to `run` or to be refused (`refuse`) if no lane can meet its "
+            "deadline. Default: `run`. For a list, set it beside `jobs`. This release stores it only.",
+        ),
+    ] = None
+
+    @property
+    def is_for_batch(self) -> bool:
+        """Whether a request with these options becomes a batch, whatever its number of jobs."""
+        return self.lane in BATCH_ONLY
+
+
+class JobRequest(LaneOptions):
     """One job."""
 
     model_config = ConfigDict(extra="forbid")
@@ -144,9 +169,6 @@ class JobRequest(BaseModel):
         ],
         Field(max_length=16, description="Stored and returned with the job; not sent to Claude."),
     ] = {}
-    lane: Annotated[
-        str, AfterValidator(_known_lane), Field(description="Only `live` is supported.")
-    ] = "live"
     webhook: Annotated[
         Webhook | None,
         Field(description="HTTPS URL to notify on completion, with a signed request."),
@@ -180,10 +202,8 @@ class ListedJob(BatchRequest):
     fallback_models: FallbackModels = []
 
 
-class FileOptions(BaseModel):
+class FileOptions(LaneOptions):
     """Defaults for the rows of a file, and how the file runs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: ModelName | None = None
     max_tokens: MaxTokens | None = None
@@ -259,9 +279,11 @@ def read_job(job: object, networks: Sequence[Network] = ()) -> JobRequest | Inva
     if problem is not None:
         return InvalidRequest(f"the request {problem}")
     try:
-        return JobRequest.model_validate(job, context={"networks": networks})
+        request = JobRequest.model_validate(job, context={"networks": networks})
     except ValidationError as error:
         return InvalidRequest(explained(error.errors(include_url=False)))
+    problem = lane_problem(job["params"], request.lane)  # type: ignore[index]
+    return request if problem is None else InvalidRequest(problem)
 
 
 def read_options(said: object, networks: Sequence[Network] = ()) -> Options:
@@ -284,6 +306,8 @@ def read_options(said: object, networks: Sequence[Network] = ()) -> Options:
 
 _DEADLINE: Final[TypeAdapter[datetime | None]] = TypeAdapter(Deadline)
 _WEBHOOK: Final[TypeAdapter[str | None]] = TypeAdapter(Webhook | None)
+_LANE: Final[TypeAdapter[AskedLane | None]] = TypeAdapter(AskedLane | None)
+_ON_UNMEETABLE: Final[TypeAdapter[OnUnmeetable | None]] = TypeAdapter(OnUnmeetable | None)
 
 
 def read_deadline(text: str | None) -> int | None:
@@ -306,6 +330,24 @@ def read_webhook(url: str | None, networks: Sequence[Network] = ()) -> str | Non
         ) from error
 
 
+def read_lane(text: str | None) -> AskedLane | None:
+    """Return the header's lane; raises InvalidRequest."""
+    try:
+        return _LANE.validate_python(text)
+    except ValidationError as error:
+        raise InvalidRequest(explained(error.errors(include_url=False), "sluice-lane")) from error
+
+
+def read_on_unmeetable(text: str | None) -> OnUnmeetable | None:
+    """Return what the header says of deadlines that no lane can meet; raises InvalidRequest."""
+    try:
+        return _ON_UNMEETABLE.validate_python(text)
+    except ValidationError as error:
+        raise InvalidRequest(
+            explained(error.errors(include_url=False), "sluice-on-unmeetable")
+        ) from error
+
+
 def milliseconds(time: datetime | None) -> int | None:
     """Return epoch milliseconds, rounded down: as a float the last instant of the year 9999 is in the year 10,000."""
     return None if time is None else (time - _EPOCH) // timedelta(milliseconds=1)
@@ -323,10 +365,13 @@ _ITEMS: Final[TypeAdapter[list[Any]]] = TypeAdapter(
 )
 
 
-def read_items(items: Sequence[object], kind: type[BatchRequest], place: str) -> list[str]:
+def read_items(
+    items: Sequence[object], kind: type[BatchRequest], place: str, lane: AskedLane = "live"
+) -> list[str]:
     """Return the `custom_id` of each item of a new batch; raises InvalidRequest for the first that is invalid.
 
-    `params` are validated with the row, as Anthropic does: an invalid request is the error of its row alone.
+    `params` are validated with the row, as Anthropic does: an invalid request is the error of its row alone. Only
+    on the lane `batch`, a request that Message Batches reject is refused here, because it could not run there.
     """
     here = place
     try:
@@ -337,10 +382,20 @@ def read_items(items: Sequence[object], kind: type[BatchRequest], place: str) ->
             problem = unsendable(item)
             if problem is not None:
                 raise InvalidRequest(f"{here}: the request {problem}")
-            custom_ids.append(kind.model_validate(item).custom_id)
+            request = kind.model_validate(item)
+            problem = lane_problem(request.params, lane)
+            if problem is not None:
+                raise InvalidRequest(f"{here}.{problem}")
+            custom_ids.append(request.custom_id)
     except ValidationError as error:
         raise InvalidRequest(explained(error.errors(include_url=False), here)) from error
     return custom_ids
+
+
+def lane_problem(params: Mapping[str, Any], lane: AskedLane | None) -> str | None:
+    """Return why a request cannot run on the lane that is in force; None if it can. `auto` runs any request."""
+    problem = not_in_batches(params) if lane == "batch" else None
+    return None if problem is None else f"params.{problem}, or set lane to 'live' or 'auto'"
 
 
 # Rows ----------------------------------------------------------------------------------------------------------

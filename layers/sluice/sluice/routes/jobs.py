@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final
 
 from aws_lambda_powertools.event_handler import Response
@@ -65,7 +66,7 @@ RetryCount = Annotated[
     "/jobs",
     summary="Submit jobs",
     description="Accepts one job, or a list of up to 100 jobs that are accepted or rejected individually. "
-    "A longer list becomes a batch.",
+    "A longer list becomes a batch, and so does any request with `lane` set to `batch` or `auto`.",
     status_code=202,
     tags=["jobs"],
     security=document.CLIENT_KEY,
@@ -95,12 +96,15 @@ def submit(  # noqa: PLR0913, PLR0917 - its headers
         webhook,
         resends=x_stainless_retry_count,
     )
-    jobs = requests.read_list(body.root)
-    if jobs is None:
-        return _submit_one(body.root, sender)
-    if len(jobs) > requests.MOST_JOBS:
-        return _submit_batch(jobs, sender)
-    return _submit_list(jobs, sender)
+    listed = requests.read_list(body.root)
+    if listed is None:
+        alone = requests.read_batch_of_one(body.root, shared.settings().webhook_networks)
+        if alone is None:
+            return _submit_one(body.root, sender)
+        return _submit_batch([alone.row], alone.options, sender)
+    if listed.is_batch:
+        return _submit_batch(requests.as_rows(listed.jobs), listed.options, sender)
+    return _submit_list(listed.jobs, sender)
 
 
 def _submit_one(job: dict[str, Any], sender: Sender) -> Response[Any]:
@@ -132,15 +136,15 @@ def _submit_list(jobs: Sequence[Any], sender: Sender) -> Response[Any]:
     return answer(202, {"type": "job_list", **counts, "data": data}, retry_after(*rejected))
 
 
-def _submit_batch(jobs: Sequence[Any], sender: Sender) -> Response[Any]:
-    options = Options(
-        anthropic_version=sender.anthropic_version,
-        anthropic_beta=sender.anthropic_beta,
-        webhook=sender.webhook,
-    )
+def _submit_batch(rows: Sequence[object], options: Options, sender: Sender) -> Response[Any]:
     asked = Create(
-        requests.as_rows(jobs),
-        options,
+        rows,
+        replace(
+            options,
+            anthropic_version=sender.anthropic_version,
+            anthropic_beta=sender.anthropic_beta,
+            webhook=options.webhook or sender.webhook,
+        ),
         Source.JOBS,
         idempotency_key=sender.idempotency_key,
         retries=sender.resends or 0,

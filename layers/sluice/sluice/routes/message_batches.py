@@ -22,6 +22,21 @@ router = APIGatewayHttpRouter()  # type: ignore[no-untyped-call]
 
 BATCHES: Final = "/v1/messages/batches"
 
+AskedLane = Annotated[
+    str | None,
+    Header(
+        description="The lane asked for: `live`, `batch` or `auto`. Default: the parameter `DefaultLane`. "
+        "This release runs every row live, whatever the lane."
+    ),
+]
+OnUnmeetable = Annotated[
+    str | None,
+    Header(
+        description="Whether the batch is to `run` or to be refused (`refuse`) if no lane can meet its deadline. "
+        "Default: `run`. This release stores it only."
+    ),
+]
+
 
 @router.post(
     BATCHES,
@@ -60,6 +75,8 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
         str | None,
         Header(description="HTTPS URL to notify on completion, with a signed request."),
     ] = None,
+    sluice_lane: AskedLane = None,
+    sluice_on_unmeetable: OnUnmeetable = None,
     x_stainless_retry_count: Annotated[
         int,
         Header(
@@ -77,6 +94,8 @@ def create_batch(  # noqa: PLR0913, PLR0917 - its headers
             anthropic_version=anthropic_version,
             anthropic_beta=anthropic_beta,
             webhook=validation.read_webhook(sluice_webhook, shared.settings().webhook_networks),
+            lane=validation.read_lane(sluice_lane),
+            on_unmeetable=validation.read_on_unmeetable(sluice_on_unmeetable),
         ),
         idempotency_key=idempotency_key,
         retries=x_stainless_retry_count,

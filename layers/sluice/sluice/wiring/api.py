@@ -82,4 +82,5 @@ def batches_of(tenant: str) -> Batches:
         os.urandom,
         telemetry(),
         longest_wait_ms(settings().retention_days),
+        settings().default_lane,
     )

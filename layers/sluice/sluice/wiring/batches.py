@@ -41,4 +41,5 @@ def plan_batch() -> PlanBatch:
         CLOCK,
         telemetry(),
         longest_wait_ms(settings().retention_days),
+        settings().default_lane,
     )
