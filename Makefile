@@ -24,7 +24,7 @@ TYPESCRIPT := $(if $(NPM),$(foreach sdk,0 1,\
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check lint types template security test unit integration acceptance record-calls simulate \
-	coverage chaos bench-limits bench-backlog bench-neighbors build deploy local lock clean
+	coverage chaos bench-limits bench-backlog bench-lanes bench-neighbors build deploy local lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,9 @@ bench-limits: $(DEV) ## compare Sluice, through both doors, with other clients: 
 
 bench-backlog: $(DEV) ## simulate 100,000 jobs far above the limit, in virtual time: some minutes
 	.venv/bin/python -m bench.limits.backlog
+
+bench-lanes: $(DEV) ## play weeks of files with deadlines on both lanes, in virtual time: a minute or two
+	.venv/bin/python -m bench.lanes
 
 bench-neighbors: $(DEV) ## measure a quiet tenant beside attacks and accidents: about an hour
 	.venv/bin/python -m bench.neighbors

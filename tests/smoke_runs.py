@@ -76,6 +76,12 @@ SMOKE_RUNS: Final = (
         5,
     ),
     SmokeRun("bench.limits.chart", "--check", "", 1),
+    SmokeRun(
+        "bench.lanes",
+        "--seeds 2 --rows 50000 --days 2",
+        r"clairvoyant +│(.|\n)*Every target is reached\.",
+        5,
+    ),
     SmokeRun("bench.limits.backlog", "--jobs 300 --minutes 3", r"capped +│ 300 ", 7),
     SmokeRun(
         "bench.simulator",
