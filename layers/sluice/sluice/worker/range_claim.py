@@ -52,22 +52,28 @@ LAST_CALLS: Final = frozenset({"succeeded", "canceled", "worker_lost"})
 """Outcomes in the ledger after which a worker made no other call for a row."""
 
 
-@dataclass(frozen=True, slots=True)
-class RangeTools:
-    """The ports of a range, besides those of its rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimTools:
+    """The ports of a claimed range."""
 
     batches: BatchStore
     objects: Objects
-    queue: Joins
-    backlog: Callable[[], Backlog]
-    """Of the ranges queue."""
-    returns: Returns
     ledger: CallBooks
     text_of_job: Callable[[Job], str]
     job_of_text: Callable[[str], Job]
     clock: Clock
-    blocking: Blocking
     events: Events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeTools(ClaimTools):
+    """The ports of a range, besides those of its rows."""
+
+    queue: Joins
+    backlog: Callable[[], Backlog]
+    """Of the ranges queue."""
+    returns: Returns
+    blocking: Blocking
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ class ClaimedRange:
     The record is written on the condition that no other worker took the lease; otherwise a write raises LeaseLost.
     """
 
-    def __init__(self, tools: RangeTools, batch: Batch, state: RangeState, owner: str) -> None:
+    def __init__(self, tools: ClaimTools, batch: Batch, state: RangeState, owner: str) -> None:
         self.state = state
         self._tools = tools
         self._objects = tools.objects

@@ -17,6 +17,7 @@ from sluice.domain.batches import (
     unreadable,
 )
 from sluice.domain.jobs import Job
+from sluice.domain.params import NEWEST_VERSION, input_chars
 from sluice.domain.pricing import Spend
 from sluice.domain.rows import (
     BadRow,
@@ -88,7 +89,6 @@ class Windows:
         events: Events,
     ) -> None:
         """`lost_calls` returns the sums of a row's calls whose answers were lost, by its job and byte offset."""
-        self._objects = objects
         self._batch = batch
         self._state = state
         self._saved = saved
@@ -98,9 +98,8 @@ class Windows:
         self._events = events
         self._unreadable = unreadable(state)
         assert batch.plan is not None
-        self._plan = batch.plan
-        self._start, self._end = self._plan.bounds(state.number)
-        self._lines = lines(self._pieces(), self._start, self._end, self._plan.first)
+        self._start, self._end = batch.plan.bounds(state.number)
+        self._lines = range_lines(objects, batch, state.number)
         self._next: Line | None = None
         self._count = 0
 
@@ -174,18 +173,47 @@ class Windows:
             return Seat(replace(line, text=b""), job, ended=ended)
         return Seat(line, job)
 
-    def _pieces(self) -> Iterator[bytes]:
-        """Read from the byte before the range to its end, and further on demand."""
-        at = max(self._plan.first, self._start - 1)
-        beyond = SAMPLE_BYTES
-        while at < self._plan.size:
-            if at < self._end:
-                size = min(PIECE_BYTES, self._end - at)
-            else:
-                size = min(beyond, self._plan.size - at)
-                beyond = min(2 * beyond, PIECE_BYTES)
-            piece = self._objects.read(self._batch.input_key, at, size, self._batch.input_etag)
-            if not piece:
-                return
-            yield piece
-            at += len(piece)
+
+def job_of_row(batch: Batch, job_id: str, row: Row) -> Job:
+    """Return the job of a row that was never called."""
+    options = batch.options
+    wanted = (row.deadline, options.deadline, batch.expires_at)
+    return Job(
+        job_id=job_id,
+        tenant=batch.tenant,
+        model=str(row.params["model"]),
+        created_at=batch.created_at,
+        request_hash="",
+        input_chars=input_chars(row.params),
+        max_tokens=int(row.params["max_tokens"]),
+        anthropic_version=options.anthropic_version or NEWEST_VERSION,
+        anthropic_beta=options.anthropic_beta,
+        custom_id=row.custom_id,
+        deadline=min(each for each in wanted if each is not None),
+        fallback_models=row.fallback_models or options.fallback_models,
+    )
+
+
+def range_lines(objects: Objects, batch: Batch, number: int) -> Iterator[Line]:
+    """Yield the lines of a range, holding at most one of them in memory; raises InputMissing."""
+    assert batch.plan is not None
+    start, end = batch.plan.bounds(number)
+    return lines(_pieces(objects, batch, start, end), start, end, batch.plan.first)
+
+
+def _pieces(objects: Objects, batch: Batch, start: int, end: int) -> Iterator[bytes]:
+    """Read from the byte before the range to its end, and further on demand."""
+    assert batch.plan is not None
+    at = max(batch.plan.first, start - 1)
+    beyond = SAMPLE_BYTES
+    while at < batch.plan.size:
+        if at < end:
+            size = min(PIECE_BYTES, end - at)
+        else:
+            size = min(beyond, batch.plan.size - at)
+            beyond = min(2 * beyond, PIECE_BYTES)
+        piece = objects.read(batch.input_key, at, size, batch.input_etag)
+        if not piece:
+            return
+        yield piece
+        at += len(piece)

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, ParamSpec
 
 from sluice.domain import waits
@@ -27,8 +28,6 @@ from sluice.domain.batches import (
 )
 from sluice.domain.errors import InputMissing, LeaseLost, RangeBusy, StoreBusy
 from sluice.domain.jobs import MOST_LOST_ALONE, Job, JobError
-from sluice.domain.params import NEWEST_VERSION, input_chars
-from sluice.domain.rows import Row
 from sluice.notices.report import report_end
 from sluice.ports.batches import Newcomer
 from sluice.ports.jobs import Received
@@ -45,7 +44,7 @@ from sluice.worker.range_claim import (
 )
 from sluice.worker.range_rows import Ended, Seat, WindowRows
 from sluice.worker.range_source import RangeSource
-from sluice.worker.range_windows import Window, Windows
+from sluice.worker.range_windows import Window, Windows, job_of_row
 from sluice.worker.timeouts import wait_at_most
 from sluice.worker.worker import Worker
 
@@ -282,7 +281,7 @@ class _Run:
             self._batch,
             self._range.state,
             saved,
-            self._job_of,
+            partial(job_of_row, self._batch),
             self._range.lost_calls,
             self._range.note_reading,
             self._tools.events,
@@ -359,25 +358,6 @@ class _Run:
         error = JobError("worker_lost", f"worker_lost: {reason}; it is not tried again")
         for job in self._rows.give_up(guilty, error):
             report_end(self._tools.events, job)
-
-    def _job_of(self, job_id: str, row: Row) -> Job:
-        batch, options = self._batch, self._batch.options
-        wanted = (row.deadline, options.deadline, batch.expires_at)
-        deadline = min(each for each in wanted if each is not None)
-        return Job(
-            job_id=job_id,
-            tenant=batch.tenant,
-            model=str(row.params["model"]),
-            created_at=batch.created_at,
-            request_hash="",
-            input_chars=input_chars(row.params),
-            max_tokens=int(row.params["max_tokens"]),
-            anthropic_version=options.anthropic_version or NEWEST_VERSION,
-            anthropic_beta=options.anthropic_beta,
-            custom_id=row.custom_id,
-            deadline=deadline,
-            fallback_models=row.fallback_models or options.fallback_models,
-        )
 
     # Housekeeping -----------------------------------------------------------------------------------------------
 
