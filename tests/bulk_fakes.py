@@ -13,13 +13,17 @@ from typing import Any
 
 from sluice.adapters import job_records
 from sluice.bulk.assemble import Assemble, JoinAtOnce
+from sluice.bulk.lane_choice import LaneChoice
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, Source, Tally
 from sluice.domain.capacity import Backlog
+from sluice.domain.completions import Observation
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
+from sluice.domain.upstream_batches import UpstreamBatch
 from sluice.ports.batches import RANK, BatchPage, DueRange, Newcomer, SeenRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
+from sluice.ports.upstream_records import Learned, Waiting
 from sluice.ports.world import Notice
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
@@ -223,6 +227,64 @@ def _created(batch: Batch) -> tuple[int, str]:
 
 def _progress(done: Mapping[int, Tally], running: Mapping[int, Tally]) -> Progress:
     return Progress(frozenset(done), sum(done.values(), Tally()), sum(running.values(), Tally()))
+
+
+class MemoryUpstreamRecords(Fragile):
+    """The records of upstream batches, and the list of those that wait."""
+
+    name = "the upstream records"
+
+    def __init__(self, journal: list[str] | None = None) -> None:
+        super().__init__(journal)
+        self.stored: dict[str, UpstreamBatch] = {}
+        self.list: set[tuple[int, str, str]] = set()
+        self.experience = Learned()
+
+    def add(self, record: UpstreamBatch) -> None:
+        self._do("add", record.upstream_id)
+        if record.upstream_id in self.stored:
+            raise Stale(self.stored[record.upstream_id])
+        self.stored[record.upstream_id] = record
+
+    def get(self, upstream_id: str) -> UpstreamBatch | None:
+        self._do("get", upstream_id)
+        return self.stored.get(upstream_id)
+
+    def replace(self, record: UpstreamBatch, expected_version: int) -> None:
+        self._do("replace", f"{record.upstream_id} {record.phase}")
+        current = self.stored.get(record.upstream_id)
+        if current is None or current.version != expected_version:
+            raise Stale(current)
+        self.stored[record.upstream_id] = record
+
+    def learned(self) -> Learned:
+        self._do("learned")
+        return self.experience
+
+    def observe(self, seen: Observation, cancel_ms: int | None = None) -> None:
+        self._do("observe")
+        self.experience = self.experience.observed(seen, cancel_ms)
+
+    def due(self, until: int, most: int) -> Sequence[str]:
+        self._do("due")
+        due = [
+            (record.due_at, name)
+            for name, record in self.stored.items()
+            if record.due_at is not None and record.due_at <= until
+        ]
+        return [name for _, name in sorted(due)[:most]]
+
+    def wait(self, waiting: Waiting) -> None:
+        self._do("wait", waiting.batch_id)
+        self.list.add((waiting.since, waiting.tenant, waiting.batch_id))
+
+    def waiting(self, most: int) -> Sequence[Waiting]:
+        self._do("waiting")
+        return [Waiting(tenant, name, since) for since, tenant, name in sorted(self.list)[:most]]
+
+    def collected(self, waiting: Waiting) -> None:
+        self._do("collected", waiting.batch_id)
+        self.list.discard((waiting.since, waiting.tenant, waiting.batch_id))
 
 
 class MemoryWriter:
@@ -528,11 +590,21 @@ class Bulk:
         self.batches = MemoryBatches(self.time.now, self.gateway.journal)
         self.objects = MemoryObjects(self.gateway.journal)
         self.queues = MemoryBatchQueues(self.time.now, self.gateway.journal)
+        self.upstream = MemoryUpstreamRecords(self.gateway.journal)
         clock = VirtualClock(self.time)
         self.notices = MemoryNotices(self.gateway.journal)
         self.assemble = Assemble(self.batches, self.objects, self.notices, clock, self.events)
+        self.lanes = LaneChoice(self.upstream, self.gateway.limits, self.queues, clock, self.events)
         self.planner = PlanBatch(
-            self.batches, self.objects, self.queues, self.assemble, (), clock, self.events
+            self.batches,
+            self.objects,
+            self.queues,
+            self.assemble,
+            (),
+            clock,
+            self.events,
+            self.upstream,
+            self.lanes,
         )
         self._invocations = 0
         self.request_seen: Callable[[bytes], None] = lambda _: None

@@ -17,8 +17,9 @@
     ├── IllegalTransition    a change of state that the state machine does not allow
     ├── LeaseLost            this worker no longer holds the lease on the job or range
     ├── RangeBusy            another worker holds the lease on the range
-    ├── InputMissing            a batch's object was deleted or replaced
-    ├── ResultsInterrupted      the connection broke while the results of an upstream batch were read
+    ├── UpstreamBatchBusy    another invocation holds the lease on the upstream batch
+    ├── InputMissing         a batch's object was deleted or replaced
+    ├── ResultsInterrupted   the connection broke while the results of an upstream batch were read
     └── KeyPoolBroken        the key-pool secret cannot be read or is invalid
 
 ``functions/api/app.py`` maps each of them to an HTTP status.
@@ -158,6 +159,14 @@ class RangeBusy(SluiceError):
 
     def __init__(self, batch_id: str, number: int, until: int) -> None:
         super().__init__(f"range {number} of {batch_id} is leased to another worker")
+        self.until = until
+
+
+class UpstreamBatchBusy(SluiceError):
+    """Another invocation holds the lease on the upstream batch until a time (epoch milliseconds)."""
+
+    def __init__(self, upstream_id: str, until: int) -> None:
+        super().__init__(f"{upstream_id} is leased to another invocation")
         self.until = until
 
 

@@ -181,6 +181,8 @@ class Waits:
     overload_base_ms: int = 1_000
     """The ceiling of the first snooze after a 529; each further snooze doubles it."""
     overload_cap_ms: int = 300_000
+    poll_ms: int = 60_000
+    """The first pause between two polls of an upstream batch, and each one after its cancel."""
 
     @classmethod
     def from_json(cls, text: str) -> Self:
