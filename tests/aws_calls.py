@@ -55,6 +55,8 @@ OTHERWISE_NAMED: Final = {
     "s3:ReadCopySource": "s3:GetObject",
     # https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html, "Permissions": else the answer is 403
     "s3:SeeThatAnObjectIsMissing": "s3:ListBucket",
+    # https://docs.aws.amazon.com/lambda/latest/api/API_Invoke.html: "requires permission for lambda:InvokeFunction"
+    "lambda:Invoke": "lambda:InvokeFunction",
     # https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-api-permissions-reference.html
     "sqs:ChangeMessageVisibilityBatch": "sqs:ChangeMessageVisibility",
     "sqs:DeleteMessageBatch": "sqs:DeleteMessage",
@@ -69,6 +71,10 @@ GRANTED_ALL_THE_SAME: Final[Mapping[tuple[str, str, str], str]] = {
     ("BatchesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
     ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/out/*"): _AFTER_A_FAILED_WRITE,
     ("RangesFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
+    ("UpstreamFunction", "s3:AbortMultipartUpload", "DataBucket/batches/*"): _AFTER_A_FAILED_WRITE,
+    ("UpstreamFunction", "dynamodb:Query", "LedgerTable"): (
+        "Reads the calls of a worker that died with a range of a canceled batch, whose results arrive later."
+    ),
 }
 """Grants that no recorded call uses, as function, action and resource, each with its reason."""
 
@@ -166,7 +172,7 @@ def _need(call: Call) -> Need:
         action, _, context["events:source"] = action.partition(" of ")
     elif operation not in AS_NAMED.get(service, ()):
         action = OTHERWISE_NAMED[call.operation]
-    if service == "lambda" and resource != "*":
+    if "EventSourceMapping" in operation:
         resource = f"event-source-mapping:{resource}"
     if action == "s3:ListBucket":
         resource, _, prefix = resource.partition("/")

@@ -190,10 +190,15 @@ class Fragile:
         self.journal = [] if journal is None else journal
         self._failures: dict[str, deque[Exception]] = defaultdict(deque)
         self._broken: dict[str, Exception] = {}
+        self._later: dict[str, int] = {}
 
     def fail_next(self, verb: str, times: int = 1, error: Exception | None = None) -> None:
         """Make the next calls of a verb raise, by default StoreBusy; they write nothing."""
         self._failures[verb].extend([error or StoreBusy(self.name)] * times)
+
+    def fail_after(self, verb: str, calls: int) -> None:
+        """Make one call of a verb raise StoreBusy, after so many others."""
+        self._later[verb] = calls
 
     def break_down(self, verb: str, error: Exception | None = None) -> None:
         """Make every call of a verb raise from now on."""
@@ -207,6 +212,11 @@ class Fragile:
     def _do(self, verb: str, about: str = "") -> None:
         if self._failures[verb]:
             raise self._failures[verb].popleft()
+        if verb in self._later:
+            self._later[verb] -= 1
+            if not self._later[verb]:
+                del self._later[verb]
+                self.fail_next(verb)
         if verb in self._broken:
             raise self._broken[verb]
         self.journal.append(f"{self.name}: {verb} {about}".rstrip())

@@ -84,6 +84,7 @@ class Aws:
             "SLUICE_MAX_ATTEMPTS": "5",
             # A test sends its requests faster than any client.
             "SLUICE_CLIENT_REQUESTS_PER_SECOND": "1000",
+            "SLUICE_GATHER_SECONDS": "300",
             "SLUICE_DEFAULT_LANE": "live",
             "POWERTOOLS_SERVICE_NAME": STACK,
         }

@@ -32,6 +32,7 @@ from scripts.claude_simulator.faults import Place
 from sluice.adapters import job_records
 from sluice.adapters.claude_answers import limit_headers
 from sluice.bulk.assemble import Assemble, JoinAtOnce
+from sluice.bulk.lane_choice import LaneChoice
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import Options, Phase
 from sluice.domain.keys import UpstreamKey
@@ -48,7 +49,13 @@ from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RunRange
 from sluice.worker.tools import Rules, Tools
 from sluice.worker.worker import Worker
-from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryNotices, MemoryObjects
+from tests.bulk_fakes import (
+    MemoryBatches,
+    MemoryBatchQueues,
+    MemoryNotices,
+    MemoryObjects,
+    MemoryUpstreamRecords,
+)
 from tests.fakes import (
     DirectCalls,
     MemoryJobs,
@@ -385,9 +392,11 @@ class BatchesPlay(Play):
         self.objects = MemoryObjects()
         self.queues = MemoryBatchQueues(self.time.now)
         self.assemble = Assemble(self.batches, self.objects, MemoryNotices(), clock, self.events)
+        upstream = MemoryUpstreamRecords()
         self.planner = PlanBatch(
-            self.batches, self.objects, self.queues, self.assemble, (), clock, self.events
-        )
+            self.batches, self.objects, self.queues, self.assemble, (), clock, self.events,
+            upstream, LaneChoice(upstream, self.limits, self.queues, clock, self.events),
+        )  # fmt: skip
         self.invocations = 0
 
     def _has_ended(self) -> bool:

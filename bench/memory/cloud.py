@@ -221,6 +221,7 @@ def _environment(emulator: Emulator, queues: Mapping[str, str]) -> dict[str, str
         "SLUICE_RETENTION_DAYS": "30",
         "SLUICE_MAX_ATTEMPTS": "5",
         "SLUICE_CLIENT_REQUESTS_PER_SECOND": "1000",
+        "SLUICE_GATHER_SECONDS": "300",
         "SLUICE_DEFAULT_LANE": "live",
         "POWERTOOLS_SERVICE_NAME": "sluice-bench",
         "POWERTOOLS_LOG_LEVEL": "ERROR",

@@ -1,4 +1,4 @@
-"""Woken every minute: loads limits, sets each queue's concurrency, and sends jobs and ranges that are due again."""
+"""Woken every minute: loads limits, sets concurrencies, sends what is due again, starts steps of upstream batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAFETY_MS: Final = 10_000
 
 
 def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG001 - Lambda's signature
-    """Load, govern, then sweep jobs, then ranges; none waits for another to succeed."""
+    """Load, govern, sweep jobs, start steps, then sweep ranges; none waits for another to succeed."""
     stop_at = shared.CLOCK.now() + context.get_remaining_time_in_millis() - SAFETY_MS
     try:
         try:
@@ -27,6 +27,9 @@ def handler(event: dict[str, Any], context: LambdaContext) -> None:  # noqa: ARG
             try:
                 wiring.sweep()(stop_at)
             finally:
-                wiring.resume()(stop_at)
+                try:
+                    wiring.start_steps()()
+                finally:
+                    wiring.resume()(stop_at)
     finally:
         shared.telemetry().flush()

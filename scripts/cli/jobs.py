@@ -90,8 +90,7 @@ def submit(  # noqa: PLR0913 - a command line has options
         AskedLane | None,
         typer.Option(
             "--lane",
-            help="Lane to ask for. With batch or auto, all jobs become one batch, whose ID is printed. Default: live. "
-            "This release runs every job live.",
+            help="Lane to ask for. With batch or auto, all jobs become one batch, whose ID is printed. Default: live.",
         ),
     ] = None,
     on_unmeetable: OnUnmeetable = None,

@@ -62,7 +62,7 @@ Lane = Annotated[
     AskedLane | None,
     typer.Option(
         "--lane",
-        help="Lane to ask for. Default: the stack's parameter DefaultLane. This release runs every row live.",
+        help="Lane to ask for. Default: the stack's parameter DefaultLane.",
     ),
 ]
 OnUnmeetable = Annotated[

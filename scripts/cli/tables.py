@@ -259,10 +259,13 @@ def batch_panel(batch: Json) -> Panel:
         "name": batch["name"],
         "state": batch["state"],
         "lane": _lane_of(batch),
+        "lane chosen": _decision_of(batch),
+        "upstream batches": _upstream_of(batch),
         "rows": f"{rows['done']:,} of {about}{rows['expected']:,}",
         "row states": counts,
         "tokens": f"{batch['input_tokens']:,} input, {batch['output_tokens']:,} output",
         "cost": cost_of(batch),
+        "saved": f"${batch['saved_usd']}" if batch.get("saved_micro_usd") else None,
         "problem": batch["problem"],
     }
     for name in ("created_at", "estimated_end_at", "ended_at", "expires_at"):
@@ -271,6 +274,22 @@ def batch_panel(batch: Json) -> Panel:
         if fact:
             table.add_row(name, Text(str(fact)))
     return Panel(table, title=Text(batch["id"]), title_align="left")
+
+
+def _decision_of(batch: Json) -> str | None:
+    """Return which lane a batch was given, and why."""
+    decision = batch.get("lane_decision")
+    return decision and f"{decision['lane']}: {decision['reason']}"
+
+
+def _upstream_of(batch: Json) -> str | None:
+    """Return a line for each upstream batch."""
+    lines = [
+        f"{each['requests']:,} requests, {each['state']}"
+        + (f" ({each['problem'] or each['reason']})" if each["problem"] or each["reason"] else "")
+        for each in batch.get("upstream_batches") or ()
+    ]
+    return "\n".join(lines) or None
 
 
 def _lane_of(batch: Json) -> str | None:

@@ -16,6 +16,7 @@ KINDS: Final[Mapping[str, str]] = {
     "AWS::S3::Bucket": "bucket",
     "AWS::SQS::Queue": "queue",
     "AWS::SecretsManager::Secret": "secret",
+    "AWS::Serverless::Function": "function",
 }
 
 

@@ -164,7 +164,7 @@ class LocalStack:
         if self.account_concurrency is not None and self.account_concurrency < FEWEST_OF_ACCOUNT:
             raise StackError(
                 f"account concurrency {self.account_concurrency} is below {FEWEST_OF_ACCOUNT}: "
-                f"{RESERVED} for the API, the governor and the stream, {FEWEST} for one queue"
+                f"{RESERVED} for the API, the governor, upstream batches and the stream, {FEWEST} for one queue"
             )
         if self.claude_url is not None and not self.claude_url.startswith(("http://", "https://")):
             raise StackError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sluice.adapters import job_records
 from sluice.bulk import assemble, sections
 from sluice.bulk.assemble import Assemble, JoinAtOnce
+from sluice.bulk.lane_choice import LaneChoice
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
 from sluice.domain import turns
@@ -31,7 +32,12 @@ from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
-from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryObjects
+from tests.bulk_fakes import (
+    MemoryBatches,
+    MemoryBatchQueues,
+    MemoryObjects,
+    MemoryUpstreamRecords,
+)
 from tests.fakes import MINUTE, SECOND, VISIBILITY_MS
 from tests.simulation.machines import Machine, Through
 
@@ -242,6 +248,7 @@ class Files:
         self.world = world
         self.batches = StoryBatches(world)
         self.objects = StoryObjects(world)
+        self.upstream = MemoryUpstreamRecords()
         self.queues = StoryBatchQueues(world)
         self.environments: list[RangeEnvironment] = []
         self.busy: list[RangeEnvironment] = []
@@ -390,6 +397,14 @@ class Files:
             (),
             machine,
             self.world.events,
+            Through(self.upstream),
+            LaneChoice(
+                Through(self.upstream),
+                Through(self.world.limits),
+                Through(self.queues),
+                machine,
+                self.world.events,
+            ),
         )
 
     async def _plan(self, what: str, received: int, do: Callable[[Machine], bool]) -> None:

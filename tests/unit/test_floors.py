@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "intake": {"domain", "ports", "bulk"},
     "worker": {"domain", "ports", "notices", "intake.requests"},
     "upkeep": {"domain", "ports", "notices"},
+    "upstream": {"domain", "ports", "notices", "intake.requests", "worker", "bulk.lane_choice"},
     "notices": {"domain", "ports"},
     "api": {"domain", "intake", "bulk"},
     "adapters": {
@@ -206,6 +207,7 @@ LOADED: dict[str, set[str]] = {
     "governor": {"boto3", "httpx2"},
     "job_ends": {"boto3"},
     "ranges": {"anthropic", "boto3", "httpx2", "pydantic"},
+    "upstream": {"anthropic", "boto3", "httpx2", "pydantic"},
     "webhooks": {"boto3", "httpx2", "standardwebhooks"},
     # The SDK comes with the first worker, once its messages are held.
     "worker": {"boto3"},

@@ -479,11 +479,11 @@ def test_of_ten_executions_six_are_given_out_and_idle_mappings_are_disabled_with
     six = Six()
 
     assert {"jobs": 2, "ranges": 2, "batches": 2} == six.run()
-    # Two for each of three, and the odd one is left to the API.
-    assert 10 - RESERVED - 1 == sum(six.enabled().values())  # type: ignore[arg-type]
+    # Two for each of three.
+    assert 10 - RESERVED == sum(six.enabled().values())  # type: ignore[arg-type]
     off = six.reasons()["webhooks"]
     assert off.endswith("the account limit has room for 3 queues at a time")
-    assert 7 == six.events.notes[0][1]["executions_for_queues"]
+    assert 6 == six.events.notes[0][1]["executions_for_queues"]
     assert six.every_note["webhooks"].at == six.clock.at
     six.events.notes.clear()
     assert {"jobs": 2, "ranges": 2, "batches": 2} == six.run(5)
@@ -685,6 +685,7 @@ GOVERNED = {
     "SLUICE_MAX_CONCURRENCY": "20",
     "SLUICE_BULK_CONCURRENCY": "6",
     "SLUICE_LAMBDA_CONCURRENCY": "0",
+    "SLUICE_UPSTREAM_FUNCTION": "upstream",
 }
 
 
@@ -695,7 +696,7 @@ def test_the_governors_settings_are_its_own(executions: str, expected: int | Non
     found = Settings.from_environment(COMPLETE | own)
 
     uuids = {name: f"uuid of {name}" for name in MAPPINGS}
-    assert GovernorSettings(uuids, 20, 6, expected) == found.governed()
+    assert GovernorSettings(uuids, 20, 6, expected, "upstream") == found.governed()
 
 
 @pytest.mark.parametrize("name", GOVERNED)

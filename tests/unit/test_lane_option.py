@@ -21,6 +21,7 @@ from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import AskedLane, Batch, Options, Phase, Source, Tally, file_batch_id
 from sluice.domain.errors import Conflict, InvalidRequest, SluiceError
 from sluice.domain.params import not_in_batches
+from sluice.domain.upstream_batches import UpstreamBatch
 from sluice.intake.batches import Batches, Create
 from sluice.intake.requests import (
     ListedJob,
@@ -61,7 +62,7 @@ def bulk() -> Iterator[Bulk]:
 def planner(bulk: Bulk, default_lane: AskedLane = "live") -> PlanBatch:
     return PlanBatch(
         *(bulk.batches, bulk.objects, bulk.queues, bulk.assemble, ()),
-        *(VirtualClock(bulk.time), bulk.events),
+        *(VirtualClock(bulk.time), bulk.events, bulk.upstream, bulk.lanes),
         default_lane=default_lane,
     )
 
@@ -344,15 +345,6 @@ def test_a_later_default_changes_no_batch(bulk: Bulk) -> None:
     assert ("live", Phase.ENDED) == (bulk.batch.lane, bulk.batch.phase)
 
 
-@pytest.mark.parametrize("lane", LANES)
-def test_every_lane_runs_live_for_now(bulk: Bulk, lane: str) -> None:
-    bulk.upload(jsonl(a_row(1)), **{"sluice-lane": lane})
-    bulk.drain()
-
-    assert ["succeeded"] == [row["result"]["type"] for row in bulk.results()]
-    assert "live" == bulk.summary()["lane"]
-
-
 @pytest.mark.parametrize(
     ("lane", "options", "shown"),
     [
@@ -568,3 +560,27 @@ def test_what_message_batches_reject_is_refused_for_the_lane_batch_only(
         assert ["b"] == read_items([row], ListedJob, "jobs", lane)
         assert lane == door.create(Create([row], Options(lane=lane))).lane
     assert api.read_batch_of_one({"params": params, "lane": "auto"}) is not None
+
+
+def test_a_batch_shows_what_its_lane_came_to(bulk: Bulk) -> None:
+    bulk.upload(jsonl(a_row(1)), **{"sluice-lane": "batch"})
+    record = UpstreamBatch(
+        "upstream_1",
+        "acme",
+        (),
+        "2026-10-21",
+        None,
+        NOON,
+        NOON + 86_400_000,
+        requests=7,
+        reason="late",
+    )
+
+    view = views.batch_view(bulk.batch, Tally(), NOON)
+    view["upstream_batches"] = [views.upstream_view(record)]
+
+    document.Batch.model_validate_json(json.dumps(view), strict=True)
+    assert ("batch", True) == (view["lane_decision"]["lane"], view["lane_decision"]["is_assured"])
+    assert (7, "preparing", "late") == tuple(
+        view["upstream_batches"][0][name] for name in ("requests", "state", "reason")
+    )

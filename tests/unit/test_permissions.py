@@ -61,17 +61,13 @@ def type_of(resource: str) -> str | None:
         return None
     if name.startswith(("event-bus", "event-source-mapping:")):
         return "event-bus" if name == "event-bus" else "eventsourcemapping"
-    match EXPANDED["Resources"][name]["Type"]:
-        case "AWS::DynamoDB::Table":
-            return below.partition("/")[0] or "table"
-        case "AWS::S3::Bucket":
-            return "object" if below else "bucket"
-        case "AWS::SQS::Queue":
-            return "queue"
-        case "AWS::SecretsManager::Secret":
-            return "secret"
-        case other:
-            raise AssertionError(other)
+    return {
+        "AWS::Lambda::Function": "function",
+        "AWS::DynamoDB::Table": below.partition("/")[0] or "table",
+        "AWS::S3::Bucket": "object" if below else "bucket",
+        "AWS::SQS::Queue": "queue",
+        "AWS::SecretsManager::Secret": "secret",
+    }[EXPANDED["Resources"][name]["Type"]]
 
 
 def test_every_recorded_call_is_permitted() -> None:

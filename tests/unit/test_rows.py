@@ -281,11 +281,11 @@ def test_an_ended_job_goes_into_the_sums() -> None:
     job = ended(
         State.SUCCEEDED,
         usage=used,
-        cost_micro_usd=10,
-        attempts=(Attempt(1, "claude-a", 0), Attempt(2, "claude-a", 0)),
+        cost_micro_usd=11_000,
+        attempts=(Attempt(1, "claude-a", 0), Attempt(2, "claude-a", 0, cost_micro_usd=10_600)),
     )
 
-    record = job_record(2, 50, job, "{}", 5, Spend())
+    record = job_record(2, 50, job, "{}", Spend())
 
     assert (
         Tally(
@@ -293,13 +293,29 @@ def test_an_ended_job_goes_into_the_sums() -> None:
             calls=2,
             input_tokens=3,
             output_tokens=4,
-            cost_micro_usd=10,
-            other_lane_micro_usd=5,
+            cost_micro_usd=11_000,
+            # A web search costs a cent on each lane, tokens are half price in a batch.
+            other_lane_micro_usd=10_300,
         )
         == record.tally
     )
     assert ("R", 50, 2, "a") == (record.kind, record.offset, record.line, record.custom_id)
-    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, 0, Spend()).tally
+    assert Tally(canceled=1) == job_record(0, 0, ended(State.CANCELED), None, Spend()).tally
+
+
+def test_a_row_of_the_batch_lane_says_what_it_saved() -> None:
+    used = Usage(input_tokens=3, output_tokens=4, web_search_requests=1)
+    attempts = (Attempt(1, "claude-a", 0, cost_micro_usd=10_300),)
+    job = ended(State.SUCCEEDED, usage=used, cost_micro_usd=10_300, attempts=attempts, lane="batch")
+
+    tally = job_record(2, 50, job, "{}", Spend()).tally
+
+    # 600 micro-dollars of tokens live.
+    assert (10_300, 10_300, 300) == (
+        tally.cost_micro_usd,
+        tally.other_lane_micro_usd,
+        tally.saved_micro_usd,
+    )
 
 
 def test_an_error_gets_its_line_number_when_it_is_known() -> None:

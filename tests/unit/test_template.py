@@ -200,6 +200,7 @@ def test_only_the_governor_knows_the_mappings_which_would_else_refer_to_themselv
         "SLUICE_MAX_CONCURRENCY": {"Ref": "MaxConcurrency"},
         "SLUICE_BULK_CONCURRENCY": {"Ref": "BulkConcurrency"},
         "SLUICE_LAMBDA_CONCURRENCY": {"Ref": "LambdaConcurrency"},
+        "SLUICE_UPSTREAM_FUNCTION": {"Ref": "UpstreamFunction"},
     } == variables
 
 
@@ -295,11 +296,19 @@ def test_only_the_api_may_delete_data_and_only_the_objects_of_batches() -> None:
         ("ApiFunctionRole", "s3:DeleteObject", str({"Fn::Sub": f"${{DataBucket.Arn}}/{prefix}/*"}))
         for prefix in ("out", "batches", "in/*/.uploads")
     } | {
-        ("RangesFunctionRole", "dynamodb:DeleteItem", str({"Fn::GetAtt": ["BatchesTable", "Arn"]}))
+        (
+            "UpstreamFunctionRole",
+            "s3:DeleteObject",
+            str({"Fn::Sub": "${DataBucket.Arn}/batches/upstream_*"}),
+        )
+    } | {
+        (role, "dynamodb:DeleteItem", str({"Fn::GetAtt": ["BatchesTable", "Arn"]}))
+        for role in ("RangesFunctionRole", "UpstreamFunctionRole")
     } == deletes
-    (listed,) = (each for _, each in statements() if each.get("Sid") == "WelcomeNewcomers")
-    only = {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": ["newcomers"]}}
-    assert only == listed["Condition"], "entries of a list, no data"
+    for sid, partition in (("WelcomeNewcomers", "newcomers"), ("LeaveWaitingList", "collect")):
+        (listed,) = (each for _, each in statements() if each.get("Sid") == sid)
+        only = {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": [partition]}}
+        assert only == listed["Condition"], "entries of a list, no data"
 
 
 # Queues

@@ -27,6 +27,8 @@ class GovernorSettings:
     bulk_concurrency: int
     executions: int | None
     """Maximum concurrent Lambda executions of this deployment; None: the account limit."""
+    upstream_function: str
+    """The function that makes the steps of upstream batches."""
 
 
 MAPPINGS = ("jobs", "ranges", "batches", "webhooks", "dead letters", "range dead letters")
@@ -37,6 +39,7 @@ GOVERNOR_VARIABLES = (
     "SLUICE_MAX_CONCURRENCY",
     "SLUICE_BULK_CONCURRENCY",
     "SLUICE_LAMBDA_CONCURRENCY",
+    "SLUICE_UPSTREAM_FUNCTION",
 )
 
 
@@ -67,6 +70,8 @@ class Settings:
     max_attempts: int
     client_requests_per_second: int
     """Sustained requests of one client key to one execution environment of the API function."""
+    gather_seconds: int
+    """How long a batch on the batch lane waits for others to fill an upstream batch with it."""
     default_lane: AskedLane
     """The lane of batches that ask for none."""
     webhook_networks: tuple[Network, ...] = ()
@@ -79,8 +84,7 @@ class Settings:
         """Return the settings of the governor; raises SettingsError in any other function."""
         if self.governor is None:
             raise SettingsError(
-                "SLUICE_MAPPINGS, SLUICE_MAX_CONCURRENCY, SLUICE_BULK_CONCURRENCY and "
-                "SLUICE_LAMBDA_CONCURRENCY are not all set; the template sets them only for the governor"
+                f"{', '.join(GOVERNOR_VARIABLES)} are not all set; the template sets them only for the governor"
             )
         return self.governor
 
@@ -110,6 +114,7 @@ class Settings:
             retention_days=read.number("SLUICE_RETENTION_DAYS"),
             max_attempts=read.number("SLUICE_MAX_ATTEMPTS"),
             client_requests_per_second=read.number("SLUICE_CLIENT_REQUESTS_PER_SECOND"),
+            gather_seconds=read.number("SLUICE_GATHER_SECONDS"),
             default_lane=read.lane("SLUICE_DEFAULT_LANE"),
             webhook_networks=read.networks("SLUICE_WEBHOOK_NETWORKS"),
             waits=read.waits("SLUICE_WAITS"),
@@ -180,4 +185,5 @@ class _Reader:
             self.number("SLUICE_MAX_CONCURRENCY"),
             self.number("SLUICE_BULK_CONCURRENCY"),
             None if is_account_limit else self.number("SLUICE_LAMBDA_CONCURRENCY"),
+            self.text("SLUICE_UPSTREAM_FUNCTION"),
         )

@@ -69,8 +69,9 @@ def asked(service: str, operation: str, parameters: Mapping[str, Any]) -> Asked:
                 bus = entry.get("EventBusName", "default")
                 yield f"events:{operation} of {entry['Source']}", f"event-bus/{bus}"
         case _:
-            key = {"sqs": "QueueUrl", "secretsmanager": "SecretId", "lambda": "UUID"}.get(service)
-            yield f"{service}:{operation}", parameters.get(key, "*") if key else "*"
+            keys = ("QueueUrl", "SecretId", "UUID", "FunctionName")
+            found = (parameters[key] for key in keys if key in parameters)
+            yield f"{service}:{operation}", next(found, "*")
 
 
 def _of_tables(operation: str, parameters: Mapping[str, Any]) -> Asked:
@@ -100,9 +101,11 @@ def _of_objects(operation: str, parameters: Mapping[str, Any]) -> Asked:
 def _top(key: str) -> str:
     """Return the first part of an object's key; what is below it belongs to a tenant.
 
-    Uploads through the API have a folder of their own, with grants of its own.
+    Uploads through the API have a folder of their own, with grants of its own, and so have upstream batches.
     """
     top, *below = key.split("/")
+    if below and below[0].startswith("upstream_"):
+        return f"{top}/upstream_..."
     return f"{top}/TENANT/.uploads/..." if below[1:2] == [".uploads"] else f"{top}/..."
 
 

@@ -12,6 +12,7 @@ from sluice.adapters import job_records
 from sluice.adapters.tables import Table
 from sluice.domain.batches import (
     Batch,
+    LaneDecision,
     Options,
     Phase,
     Plan,
@@ -344,8 +345,14 @@ def _batch(item: Item) -> Batch:
             "plan": None if plan is None else job_records.made(Plan, plan),
             "tally": job_records.made(Tally, record["tally"]),
             "unsupported": tuple(record.get("unsupported", ())),
+            "decision": _decision(record.get("decision")),
+            "upstream": tuple(map(tuple, record.get("upstream", ()))),
         },
     )
+
+
+def _decision(record: dict[str, Any] | None) -> LaneDecision | None:
+    return None if record is None else job_records.made(LaneDecision, record)
 
 
 def _tuple(values: list[Any]) -> tuple[Any, ...]:

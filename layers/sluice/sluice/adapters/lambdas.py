@@ -1,7 +1,8 @@
-"""Lambda: the event source mappings of the queues, and the account limit."""
+"""Lambda: the event source mappings of the queues, the account limit, and invocations of the upstream function."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
 
 from botocore.exceptions import ClientError
@@ -92,3 +93,22 @@ class LambdaExecutions:
                 self._known = now, answer["AccountLimit"]["UnreservedConcurrentExecutions"]
         numbers = [self._at_most, self._known[1] if self._known else None]
         return min(number for number in numbers if number is not None)
+
+
+class LambdaSteps:
+    """Starts invocations of the upstream function."""
+
+    def __init__(self, client: LambdaClient, name: str) -> None:
+        self._client = client
+        self._name = name
+
+    def start(self, upstream_id: str | None) -> None:
+        """Have the next step of an upstream batch made, or batches collected if None; raises StoreBusy."""
+        event = {} if upstream_id is None else {"upstream_id": upstream_id}
+        aws.patiently(
+            "the upstream function",
+            self._client.invoke,
+            FunctionName=self._name,
+            InvocationType="Event",
+            Payload=json.dumps(event).encode(),
+        )

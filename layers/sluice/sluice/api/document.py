@@ -324,6 +324,40 @@ class BatchRows(Shape):
     duplicates: int
 
 
+class LaneDecision(Shape):
+    """Which lane a batch was given."""
+
+    lane: Literal["live", "batch"]
+    reason: str
+    at: Time
+    rescue_at: Annotated[
+        Time | None,
+        Field(description="When unfinished rows were to move to the live lane, as planned then."),
+    ]
+    is_assured: Annotated[
+        bool, Field(description="The live lane had room to run all rows before the deadline.")
+    ]
+    is_meetable: Annotated[
+        bool, Field(description="False: no lane could be relied on to meet the deadline.")
+    ]
+
+
+class UpstreamBatch(Shape):
+    """A Message Batch at Anthropic with rows of the batch."""
+
+    id: str
+    message_batch_id: Annotated[str | None, Field(description="Its ID at Anthropic.")]
+    state: Literal["preparing", "ready", "sending", "open", "ended", "done"]
+    requests: int
+    created_at: Time | None
+    rescue_at: Annotated[
+        Time | None, Field(description="When it is canceled unless it ends before, as planned now.")
+    ]
+    canceled_at: Time | None
+    reason: Annotated[str | None, Field(description="Why it is kept, or was canceled.")]
+    problem: str | None
+
+
 class Batch(Shape):
     """A batch with its progress and cost."""
 
@@ -336,7 +370,7 @@ class Batch(Shape):
         AskedLane,
         Field(
             description="The lane in force: the one asked for, otherwise the value of `DefaultLane` when the batch was "
-            "created. This release runs every row live, whatever the lane."
+            "created."
         ),
     ]
     lane_asked: Annotated[
@@ -349,6 +383,14 @@ class Batch(Shape):
             "release stores it only."
         ),
     ]
+    lane_decision: Annotated[
+        LaneDecision | None,
+        Field(description="What the lane in force came to; null on the lane `live`, and before."),
+    ]
+    upstream_batches: Annotated[
+        list[UpstreamBatch] | None,
+        Field(description="The last 20 of the batch, newest first; null in a listing."),
+    ]
     rows: BatchRows
     calls: int
     input_tokens: int
@@ -357,6 +399,10 @@ class Batch(Shape):
     cost_usd: Usd | None
     known_cost_micro_usd: KnownCost
     unknown_costs: UnknownCosts
+    saved_micro_usd: Annotated[
+        MicroUsd, Field(description="What the rows on the batch lane would have cost more live.")
+    ]
+    saved_usd: Usd
     uncertain_calls: UncertainCalls
     created_at: Time
     expires_at: Time

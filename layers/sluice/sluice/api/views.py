@@ -12,8 +12,9 @@ from sluice.domain.batches import Phase, Tally
 from sluice.domain.breakers import Breaker, pseudonym, refusals_circuit
 from sluice.domain.jobs import Attempt, Job
 from sluice.domain.limits import DIMENSIONS, FULL_RATE, Group, advanced
-from sluice.domain.pricing import Spend, base_model, cost_facts
+from sluice.domain.pricing import Spend, base_model, cost_facts, usd
 from sluice.domain.times import rfc3339
+from sluice.domain.upstream_batches import UpstreamBatch
 from sluice.intake.accounts import UsageRow
 from sluice.intake.batches import ARCHIVED_MS, is_archived, status
 
@@ -112,6 +113,8 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "lane": batch.lane,
         "lane_asked": batch.options.lane,
         "on_unmeetable": batch.options.on_unmeetable or "run",
+        "lane_decision": None if batch.decision is None else _decision(batch.decision),
+        "upstream_batches": None,
         "rows": {
             "expected": expected,
             "done": done,
@@ -126,6 +129,8 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "input_tokens": so_far.input_tokens,
         "output_tokens": so_far.output_tokens,
         **cost_facts(so_far.cost_micro_usd, so_far.unknown_costs),
+        "saved_micro_usd": so_far.saved_micro_usd,
+        "saved_usd": usd(so_far.saved_micro_usd),
         "uncertain_calls": so_far.uncertain_calls,
         "created_at": time(batch.created_at),
         "expires_at": time(batch.expires_at),
@@ -133,6 +138,32 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "estimated_end_at": time(eta),
         "webhook": batch.options.webhook,
         "problem": batch.problem,
+    }
+
+
+def _decision(decision: life_of_batches.LaneDecision) -> dict[str, Any]:
+    return {
+        "lane": decision.lane,
+        "reason": decision.reason,
+        "at": time(decision.at),
+        "rescue_at": time(decision.rescue_at),
+        "is_assured": decision.is_assured,
+        "is_meetable": decision.is_meetable,
+    }
+
+
+def upstream_view(record: UpstreamBatch) -> dict[str, Any]:
+    """Show an upstream batch, as far as it concerns the owner of one of its batches."""
+    return {
+        "id": record.upstream_id,
+        "message_batch_id": record.message_batch_id,
+        "state": record.phase.value,
+        "requests": record.requests or record.expected,
+        "created_at": time(record.accepted_at),
+        "rescue_at": time(record.rescue_at),
+        "canceled_at": time(record.canceled_at),
+        "reason": record.reason or None,
+        "problem": record.problem,
     }
 
 

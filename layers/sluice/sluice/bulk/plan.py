@@ -12,7 +12,9 @@ from itertools import islice
 from typing import Any, Final
 
 from sluice.bulk.assemble import SECTIONS_PREFIX, Assemble
+from sluice.bulk.lane_choice import LaneChoice
 from sluice.bulk.turns import in_turn
+from sluice.domain import upstream_batches
 from sluice.domain.batches import (
     BOM,
     LONGEST_MS,
@@ -31,6 +33,7 @@ from sluice.domain.batches import (
     Plan,
     RangeState,
     Source,
+    decide_lane,
     file_batch_id,
     is_held,
     is_over,
@@ -41,6 +44,7 @@ from sluice.domain.batches import (
     plan_batch,
     planned,
     prefix_of_upload,
+    refused_lane,
     sample_places,
     start_batch,
     usual_rows,
@@ -60,10 +64,13 @@ from sluice.domain.forms import (
     unpacked,
     with_line_ends,
 )
+from sluice.domain.pricing import LIVE_LANE
+from sluice.domain.upstream_batches import UpstreamBatch
 from sluice.domain.webhooks import Network
 from sluice.intake.requests import decode, read_options, unread
 from sluice.ports.batches import BatchStore, Newcomer, Objects, RangesQueue, Stored
 from sluice.ports.swap import Deleted, change, insert
+from sluice.ports.upstream_records import UpstreamRecords, Waiting
 from sluice.ports.world import Clock, Events
 
 OPTIONS_ENDING: Final = ".options.json"
@@ -147,6 +154,8 @@ class PlanBatch:
         networks: Sequence[Network],
         clock: Clock,
         events: Events,
+        upstream: UpstreamRecords,
+        lanes: LaneChoice,
         longest_ms: int = LONGEST_MS,
         default_lane: AskedLane = "live",
     ) -> None:
@@ -154,6 +163,8 @@ class PlanBatch:
         self._longest_ms = longest_ms
         self._default_lane = default_lane
         self._batches = batches
+        self._upstream = upstream
+        self._lanes = lanes
         self._objects = objects
         self._queue = queue
         self._assemble = assemble
@@ -291,6 +302,7 @@ class PlanBatch:
     def _send_again(self, batch: Batch, plan: Plan, missing: Mapping[int, Sequence[int]]) -> None:
         """Send ranges whose messages are probably lost, and wake those that wait although their batch is over."""
         now = self._clock.now()
+        elsewhere = self._on_batch_lane(batch, plan)
         asleep: list[int] = []
         late: dict[int, int] = {}
         for section, numbers in missing.items():
@@ -298,6 +310,8 @@ class PlanBatch:
                 continue
             seen = self._batches.seen_ranges(batch.batch_id, plan.members(section))
             for number in numbers:
+                if any(number in each for each in elsewhere):
+                    continue
                 known = seen.get(number)
                 state = known.state if known else RangeState(batch.batch_id, number, batch.tenant)
                 if (known and known.is_parked) or state.expected_at > now:
@@ -313,6 +327,58 @@ class PlanBatch:
         if wanted:
             self._send(batch, wanted)
             self._changed(batch, lambda current: mark_sent(current, now))
+
+    def _decided(self, batch: Batch, plan: Plan) -> Batch:
+        """Return a batch with the lane that it runs on."""
+        if batch.lane == LIVE_LANE or batch.decision is not None:
+            return batch
+        decision = self._lanes.decide(batch, plan)
+        self._events.note(
+            "lane chosen", batch_id=batch.batch_id, tenant=batch.tenant, asked=batch.lane,
+            lane=decision.lane, reason=decision.reason,
+        )  # fmt: skip
+        return self._changed(batch, lambda current: decide_lane(current, decision))
+
+    def _wait(self, batch: Batch) -> None:
+        """Have the ranges of a batch collected into upstream batches."""
+        self._upstream.wait(Waiting(batch.tenant, batch.batch_id, batch.created_at))
+
+    def _on_batch_lane(self, batch: Batch, plan: Plan) -> list[range]:
+        """Return the ranges that no worker may have now: in upstream batches, or waiting for the collector.
+
+        Of a batch that is over, upstream is canceled, unless it works for others too; then its own rows end at once.
+        """
+        if not batch.is_on_batch_lane:
+            return []
+        now = self._clock.now()
+        has_ended = is_over(batch, now)
+        elsewhere: list[range] = []
+        for upstream_id, first, end in batch.upstream:
+            record = self._upstream.get(upstream_id)
+            if record is None or record.phase is not upstream_batches.Phase.DONE:
+                is_shared = has_ended and record is not None and self._is_wanted(record, now)
+                if not is_shared:
+                    elsewhere.append(range(first, end))
+                if has_ended and record is not None and not is_shared:
+                    self._cancel_upstream(record, now)
+        if not has_ended and batch.collected < plan.ranges:
+            # Also if the entry of the list was lost.
+            self._wait(batch)
+            elsewhere.append(range(batch.collected, plan.ranges))
+        return elsewhere
+
+    def _is_wanted(self, record: UpstreamBatch, now: int) -> bool:
+        """Return whether a batch in an upstream batch is not over."""
+        batches = (self._batches.get(each.batch_id) for each in record.slices)
+        return any(each is not None and not is_over(each, now) for each in batches)
+
+    def _cancel_upstream(self, record: UpstreamBatch, now: int) -> None:
+        change(
+            self._upstream.replace,
+            record,
+            lambda current: upstream_batches.ask_cancel(current, "its batches are over", now),
+            f"upstream batch {record.upstream_id}",
+        )
 
     def _is_empty(self) -> bool:
         """Return whether no message waits in the ranges queue."""
@@ -389,9 +455,17 @@ class PlanBatch:
         if not plan.ranges:
             self._assemble.fail(batch, "the file is empty")
             return
-        if plan.is_small:
-            self._batches.announce(Newcomer(batch.tenant, batch.batch_id))
-        self._send(batch, range(plan.ranges))
+        batch = self._decided(batch, plan)
+        refusal = refused_lane(batch)
+        if refusal is not None:
+            self._assemble.fail(batch, refusal)
+            return
+        if batch.is_on_batch_lane and not is_over(batch, self._clock.now()):
+            self._wait(batch)
+        else:
+            if plan.is_small:
+                self._batches.announce(Newcomer(batch.tenant, batch.batch_id))
+            self._send(batch, range(plan.ranges))
         self._changed(batch, lambda current: start_batch(current, self._clock.now()))
         self._events.note(
             "batch planned", batch_id=batch.batch_id, tenant=batch.tenant, ranges=plan.ranges,

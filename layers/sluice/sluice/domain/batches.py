@@ -129,6 +129,23 @@ _ADDED_LATER: Final = ("lane", "on_unmeetable")
 
 
 @dataclass(frozen=True, slots=True)
+class LaneDecision:
+    """Which lane a batch was given, and why."""
+
+    lane: Literal["live", "batch"]
+    reason: str
+    at: int
+    most_requests: int = 0
+    """On the batch lane: the size of its upstream batches, so that each can be rescued alone."""
+    rescue_at: int | None = None
+    """When the first rescue was to be, as planned then."""
+    is_assured: bool = True
+    """The live lane had room to rescue all its rows."""
+    is_meetable: bool = True
+    """False: no lane could be relied on to meet the deadline."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tally:
     """Sums over rows. Addition is exact, in any order."""
 
@@ -147,7 +164,9 @@ class Tally:
     output_tokens: int = 0
     cost_micro_usd: int = 0
     other_lane_micro_usd: int = 0
-    """What the same tokens cost on the other lane."""
+    """What the same tokens cost on the batch lane. The stored name of the field."""
+    saved_micro_usd: int = 0
+    """What the rows that ran on the batch lane would have cost more on the live lane."""
     unknown_costs: int = 0
     """Calls that were billed, but whose cost is unknown and not in `cost_micro_usd`."""
     uncertain_calls: int = 0
@@ -260,6 +279,20 @@ class Batch:
     """Its results are stored under its id. Older releases stored them under its name only."""
     lane: AskedLane = "live"
     """The lane in force: the one asked for, otherwise the default of the deployment when the batch was created."""
+    decision: LaneDecision | None = None
+    """The lane that its planner chose, unless `lane` is `live`."""
+    upstream: tuple[tuple[str, int, int], ...] = ()
+    """The upstream batches it is in: their ids, each with its first range and the number after the last one."""
+
+    @property
+    def is_on_batch_lane(self) -> bool:
+        """Whether its ranges become upstream batches."""
+        return self.decision is not None and self.decision.lane == "batch"
+
+    @property
+    def collected(self) -> int:
+        """How many of its ranges, from the first, are in upstream batches."""
+        return self.upstream[-1][2] if self.upstream else 0
 
     @property
     def rank(self) -> str:
@@ -518,6 +551,33 @@ def start_batch(batch: Batch, now: int) -> Batch:
 def mark_sent(batch: Batch, now: int) -> Batch:
     """Record that messages of its ranges were sent again. A batch that has ended stays as it is."""
     return batch if batch.phase is Phase.ENDED else _changed(batch, sent_at=now)
+
+
+def decide_lane(batch: Batch, decision: LaneDecision) -> Batch:
+    """Record the lane, once: a repeated planner follows the first."""
+    is_decided = batch.decision is not None or batch.phase is Phase.ENDED
+    return batch if is_decided else _changed(batch, decision=decision)
+
+
+def refused_lane(batch: Batch) -> str | None:
+    """Return why a batch does not run that is to be refused if no lane can meet its deadline; None if it runs."""
+    if batch.decision is None or batch.decision.is_meetable:
+        return None
+    is_refused = batch.options.on_unmeetable == "refuse"
+    return f"on_unmeetable is refuse: {batch.decision.reason}" if is_refused else None
+
+
+def in_upstream(batch: Batch, mark: tuple[str, int, int]) -> Batch:
+    """Record that its next ranges are in an upstream batch; if others are next, the batch stays as it is."""
+    is_next = mark[1] == batch.collected and batch.phase is not Phase.ENDED
+    return _changed(batch, upstream=(*batch.upstream, mark)) if is_next else batch
+
+
+def not_in_upstream(batch: Batch, upstream_id: str) -> Batch:
+    """Record that its last ranges are not in the upstream batch that was to have them."""
+    if not batch.upstream or batch.upstream[-1][0] != upstream_id:
+        return batch
+    return _changed(batch, upstream=batch.upstream[:-1])
 
 
 def is_over(batch: Batch, now: int) -> bool:

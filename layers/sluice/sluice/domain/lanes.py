@@ -396,12 +396,16 @@ def _held(rows: int, situation: Situation) -> int:
 
 def _cut(rows: int, due: int | None, situation: Situation) -> tuple[int, ...]:
     """Return the rows of each upstream batch: as even as possible, smaller near a deadline."""
-    most = MOST_REQUESTS
-    if due is not None:
-        fitting = _runs((due - situation.now) // PIECES_PER_DEADLINE, situation.live)
-        most = min(most, max(LEAST_PIECE, fitting, -(-rows // MOST_PIECES)))
-    count = -(-rows // most)
+    count = -(-rows // largest_piece(rows, due, situation))
     return tuple(rows // count + (piece < rows % count) for piece in range(count))
+
+
+def largest_piece(rows: int, due: int | None, situation: Situation) -> int:
+    """Return how many rows an upstream batch with some of this work may have, so that it can be rescued alone."""
+    if due is None:
+        return MOST_REQUESTS
+    fitting = _runs((due - situation.now) // PIECES_PER_DEADLINE, situation.live)
+    return min(MOST_REQUESTS, max(LEAST_PIECE, fitting, -(-rows // MOST_PIECES)))
 
 
 # The revision

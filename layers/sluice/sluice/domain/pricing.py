@@ -22,6 +22,10 @@ US_ONLY = Decimal("1.1")
 FAST = Decimal(2)
 """Multiplier for fast mode (`speed: fast`). Source: Anthropic's pricing page."""
 
+LIVE_LANE: Final = "live"
+BATCH_LANE: Final = "batch"
+"""The lanes, as the ledger and the usage name them: calls of the Messages API, and Message Batches."""
+
 BATCH = Decimal("0.5")
 """Multiplier for the batch lane, on every kind of token. Source: Anthropic's pricing page."""
 
@@ -345,6 +349,12 @@ def half_price(usage: Usage, cost_micro_usd: int) -> int:
     """Return what a call of this cost would cost in a batch: tokens are half price there, tools are not."""
     tools = usage.web_search_requests * int(WEB_SEARCH_MICRO_USD)
     return -(-max(0, cost_micro_usd - tools) // 2) + min(tools, cost_micro_usd)
+
+
+def full_price(usage: Usage, cost_micro_usd: int) -> int:
+    """Return what a request that cost so much in a batch would cost in a call: twice its tokens, tools are the same."""
+    tools = min(usage.web_search_requests * int(WEB_SEARCH_MICRO_USD), cost_micro_usd)
+    return 2 * (cost_micro_usd - tools) + tools
 
 
 def utc_day(at: int) -> date:

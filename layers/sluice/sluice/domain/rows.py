@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sluice.domain.batches import MOST_LINE_BYTES, Tally
 from sluice.domain.jobs import Job, JobError, State
-from sluice.domain.pricing import Spend
+from sluice.domain.pricing import BATCH_LANE, Spend, full_price, half_price
 
 _ANTHROPIC_TYPES: Final = frozenset(
     {
@@ -257,16 +257,16 @@ def bad_row_records(line: Line, bad: BadRow) -> list[Record]:
     ]
 
 
-def job_record(  # noqa: PLR0913, PLR0917 - the facts of a row
-    line: int, offset: int, job: Job, message: str | None, other_lane: int, lost: Spend
-) -> Record:
+def job_record(line: int, offset: int, job: Job, message: str | None, lost: Spend) -> Record:
     """Return the record of an ended job. `lost`: calls whose answers were lost with their worker."""
     custom_id = job.custom_id or ""
     usage = job.usage.as_dict() if job.usage else {}
+    on_batch_lane, saved = _of_lanes(job)
     tally = Tally(
         calls=len(job.attempts),
         cost_micro_usd=job.cost_micro_usd,
-        other_lane_micro_usd=other_lane,
+        other_lane_micro_usd=on_batch_lane,
+        saved_micro_usd=saved,
         unknown_costs=job.unknown_costs,
         uncertain_calls=job.uncertain_calls,
         **{job.state.value: 1},
@@ -274,3 +274,13 @@ def job_record(  # noqa: PLR0913, PLR0917 - the facts of a row
     )
     tally += Tally.of(lost.as_dict())
     return Record("R", offset, line, custom_id, tally, result_line(custom_id, job, message))
+
+
+def _of_lanes(job: Job) -> tuple[int, int]:
+    """Return what the tokens of the row's last call cost on the batch lane, and what it saved if it ran there."""
+    if job.usage is None or not job.attempts:
+        return 0, 0
+    cost = job.attempts[-1].cost_micro_usd or 0
+    if job.lane == BATCH_LANE:
+        return cost, full_price(job.usage, cost) - cost
+    return half_price(job.usage, cost), 0

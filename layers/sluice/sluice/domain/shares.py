@@ -21,8 +21,9 @@ from typing import Final
 
 from sluice.domain.capacity import LEAST, Backlog
 
-RESERVED: Final = 3
-"""Executions that no queue may use: one each for the API, the governor, and the function of the stream."""
+RESERVED: Final = 4
+"""Executions that no queue may use: one each for the API, the governor, upstream batches, and the function of the
+stream."""
 
 CEILINGS: Final[Mapping[str, int]] = {
     "batches": 4,  # sections of a large batch are joined in parallel

@@ -34,6 +34,7 @@ from sluice.domain.batches import (
     start_batch,
 )
 from sluice.domain.errors import BatchNotFound, Conflict, InvalidRequest, StoreBusy
+from sluice.domain.pricing import LIVE_LANE
 from sluice.intake.requests import BatchRequest, ListedJob, read_items
 from sluice.ports.batches import BatchPage, BatchStore, Newcomer, Objects, Plans, RangesQueue
 from sluice.ports.swap import Deleted, change, insert
@@ -176,7 +177,8 @@ class Batches:
     def _start(self, batch: Batch) -> Batch:
         """Send the messages of a batch's ranges, or have the planner send them. Repeated messages are harmless."""
         plan = batch.plan
-        if plan is None or plan.ranges > MOST_STARTED:
+        if plan is None or plan.ranges > MOST_STARTED or batch.lane != LIVE_LANE:
+            # The planner alone decides on lanes.
             self._have_planned(batch.batch_id)
             return batch
         if plan.is_small:

@@ -122,14 +122,14 @@ class LaneOptions(BaseModel):
         Field(
             description="The lane asked for. With `batch` or `auto`, the request becomes a batch, whatever its number "
             "of jobs. Default: `live` for single jobs and lists of up to 100, the parameter `DefaultLane` for longer "
-            "lists. For a list, set it beside `jobs`. This release runs every row live, whatever the lane.",
+            "lists. For a list, set it beside `jobs`.",
         ),
     ] = None
     on_unmeetable: Annotated[
         OnUnmeetable | None,
         Field(
             description="For a batch: whether it is to `run` or to be refused (`refuse`) if no lane can meet its "
-            "deadline. Default: `run`. For a list, set it beside `jobs`. This release stores it only.",
+            "deadline. Default: `run`. For a list, set it beside `jobs`.",
         ),
     ] = None
 

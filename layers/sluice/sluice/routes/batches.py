@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from aws_lambda_powertools.event_handler.openapi.params import Body, Path, Query
 from aws_lambda_powertools.event_handler.router import APIGatewayHttpRouter
 
 from sluice.api import document, requests, views
 from sluice.domain.batches import Batch
+from sluice.domain.upstream_batches import UpstreamBatch
 from sluice.routes.caller import batches, checked, uploads
-from sluice.wiring import shared
+from sluice.wiring import batch_stores, shared
+
+MOST_SHOWN: Final = 20
+"""Upstream batches in a response."""
 
 router = APIGatewayHttpRouter()  # type: ignore[no-untyped-call]
 
@@ -55,7 +59,10 @@ def list_progress(
 )
 def show_progress(batch_id: Annotated[str, Path(max_length=requests.MOST_ID)]) -> dict[str, Any]:
     """Show a batch."""
-    return with_progress(batches(router).get(batch_id))
+    batch = batches(router).get(batch_id)
+    return with_progress(batch) | {
+        "upstream_batches": [views.upstream_view(each) for each in _upstream_of(batch)]
+    }
 
 
 @router.get(
@@ -147,6 +154,12 @@ def abort_upload(
     """Abort an upload."""
     uploads(router).abort(name, upload_id)
     return {"type": "upload_aborted", "id": upload_id}
+
+
+def _upstream_of(batch: Batch) -> list[UpstreamBatch]:
+    ids = [upstream_id for upstream_id, _, _ in reversed(batch.upstream)]
+    found = map(batch_stores.upstream_records().get, ids[:MOST_SHOWN])
+    return [each for each in found if each is not None]
 
 
 def with_progress(batch: Batch) -> dict[str, Any]:

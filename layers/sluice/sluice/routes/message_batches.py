@@ -25,15 +25,14 @@ BATCHES: Final = "/v1/messages/batches"
 AskedLane = Annotated[
     str | None,
     Header(
-        description="The lane asked for: `live`, `batch` or `auto`. Default: the parameter `DefaultLane`. "
-        "This release runs every row live, whatever the lane."
+        description="The lane asked for: `live`, `batch` or `auto`. Default: the parameter `DefaultLane`."
     ),
 ]
 OnUnmeetable = Annotated[
     str | None,
     Header(
         description="Whether the batch is to `run` or to be refused (`refuse`) if no lane can meet its deadline. "
-        "Default: `run`. This release stores it only."
+        "Default: `run`."
     ),
 ]
 

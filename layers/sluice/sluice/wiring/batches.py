@@ -9,7 +9,7 @@ from sluice.adapters.sqs import Hidden
 from sluice.bulk.assemble import Assemble
 from sluice.bulk.plan import PlanBatch
 from sluice.domain.batches import longest_wait_ms
-from sluice.wiring.batch_stores import batches, ranges_queue
+from sluice.wiring.batch_stores import batches, lane_choice, ranges_queue, upstream_records
 from sluice.wiring.notices import notices
 from sluice.wiring.shared import CLOCK, settings, sqs, telemetry
 from sluice.wiring.stores import objects
@@ -40,6 +40,8 @@ def plan_batch() -> PlanBatch:
         settings().webhook_networks,
         CLOCK,
         telemetry(),
+        upstream_records(),
+        lane_choice(),
         longest_wait_ms(settings().retention_days),
         settings().default_lane,
     )

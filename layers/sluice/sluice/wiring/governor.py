@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from sluice.adapters import aws
 from sluice.adapters.dynamodb import DynamoGovernorNotes, notes_id
-from sluice.adapters.lambdas import LambdaExecutions, LambdaQueueMapping
+from sluice.adapters.lambdas import LambdaExecutions, LambdaQueueMapping, LambdaSteps
 from sluice.adapters.rate_limits import HttpRateLimits
 from sluice.adapters.secrets import SecretHistory
 from sluice.adapters.sqs import depth_of
@@ -17,8 +17,9 @@ from sluice.settings import MAPPINGS
 from sluice.upkeep.governor import Governed, Governor
 from sluice.upkeep.load_limits import LoadLimits
 from sluice.upkeep.resume import Resume
+from sluice.upkeep.start_steps import StartSteps
 from sluice.upkeep.sweep import Sweep
-from sluice.wiring.batch_stores import batches, batches_queue, ranges_queue
+from sluice.wiring.batch_stores import batches, batches_queue, ranges_queue, upstream_records
 from sluice.wiring.shared import (
     CLOCK,
     dynamodb,
@@ -53,10 +54,14 @@ def load_limits() -> LoadLimits:
 @cache
 def governor() -> Governor:
     """Return the use case that sets how many invocations each queue's mapping may run at once."""
-    own, client = settings().governed(), aws.lambdas()
+    client = aws.lambdas()
     governed = [_governed(name, client) for name in MAPPINGS]
-    executions = LambdaExecutions(client, CLOCK, own.executions)
-    return Governor(governed, limits(), _pool_history(), executions, CLOCK, telemetry())
+    return Governor(governed, limits(), _pool_history(), _executions(), CLOCK, telemetry())
+
+
+@cache
+def _executions() -> LambdaExecutions:
+    return LambdaExecutions(aws.lambdas(), CLOCK, settings().governed().executions)
 
 
 def _governed(name: str, client: LambdaClient) -> Governed:
@@ -119,3 +124,10 @@ def resume() -> Resume:
         CLOCK,
         telemetry(),
     )
+
+
+@cache
+def start_steps() -> StartSteps:
+    """Return the use case that starts the steps of upstream batches."""
+    steps = LambdaSteps(aws.lambdas(), settings().governed().upstream_function)
+    return StartSteps(upstream_records(), steps, _executions(), CLOCK, telemetry())

@@ -16,7 +16,7 @@ from sluice.domain.batches import Options
 from sluice.domain.errors import Stale
 from sluice.domain.jobs import Job, JobError, Result, State
 from sluice.domain.params import request_body
-from sluice.domain.pricing import Spend, half_price
+from sluice.domain.pricing import Spend
 from sluice.domain.rows import Line, Row, job_record
 from sluice.intake.requests import read_row
 from sluice.ports.jobs import Params
@@ -285,25 +285,16 @@ class WindowRows:
 
     def _encoded(self, seat: Seat) -> bytes:
         """Return the record of a row that has ended; a result that cannot be written is an error of this row alone."""
-        line, other_lane = seat.line, self._other_lane(seat.job)
+        line = seat.line
         try:
-            record = job_record(
-                line.number, line.offset, seat.job, seat.message, other_lane, seat.lost
-            )
+            record = job_record(line.number, line.offset, seat.job, seat.message, seat.lost)
             return record.encoded()
         except Exception as error:  # noqa: BLE001 - the other rows must be saved
             said = f"the result cannot be written: {type(error).__name__}"
             reason = JobError("result_not_storable", said)
             seat.job = replace(seat.job, state=State.ERRORED, error=reason)
-            record = job_record(line.number, line.offset, seat.job, None, other_lane, seat.lost)
+            record = job_record(line.number, line.offset, seat.job, None, seat.lost)
             return record.encoded()
-
-    @staticmethod
-    def _other_lane(job: Job) -> int:
-        """Return what the tokens of the row's last call would have cost in a batch: half."""
-        if job.usage is None or not job.attempts:
-            return 0
-        return half_price(job.usage, job.attempts[-1].cost_micro_usd or 0)
 
 
 def _nothing(job_ids: Sequence[str]) -> None:

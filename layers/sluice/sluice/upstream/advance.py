@@ -1,0 +1,404 @@
+"""Makes the next steps of an upstream batch, until it must wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Final, TypeVar
+
+from sluice.domain import upstream_batches as rules
+from sluice.domain.batches import Batch
+from sluice.domain.completions import Observation
+from sluice.domain.errors import (
+    InputMissing,
+    LeaseLost,
+    ResultsInterrupted,
+    StoreBusy,
+    UpstreamBatchBusy,
+)
+from sluice.domain.pricing import BATCH_LANE, LedgerRow, Spend, Usage, added_up, utc_day
+from sluice.domain.upstream_batches import Phase, UpstreamBatch
+from sluice.ports.claude import Refused
+from sluice.ports.swap import Deleted, change, swap
+from sluice.ports.upstream import NotFound, ResultRow, RowKind, Rows, Seen, Unreachable
+from sluice.upstream.apply import ApplyResults
+from sluice.upstream.prepare import write_body
+from sluice.upstream.results import Sorted, sort_results
+from sluice.upstream.send import Keys, NeverSent, Send, Wait
+from sluice.upstream.tools import UpstreamTools
+
+KEEP_MS: Final = 15_000
+"""How often the lease is renewed during a long step."""
+
+SEND_ROUNDS: Final = 5
+
+SENT_TOGETHER: Final = 50
+"""Ranges that are given their results before their messages are sent."""
+
+MOST_SHORT: Final = 3
+"""So often results are read again that have fewer lines than there were requests: a connection may end early."""
+
+MOST_UNREAD: Final = 10
+"""So often in a row results are not to be had, before the batch counts as ended without any."""
+
+T = TypeVar("T")
+
+
+class Advance:
+    """The use case of the upstream function for one upstream batch."""
+
+    def __init__(self, tools: UpstreamTools) -> None:
+        self._tools = tools
+
+    def __call__(self, upstream_id: str, stop_at: int, owner: str) -> None:
+        """Make steps until the batch must wait, or until `stop_at`; what is not done is due again soon."""
+        state = self._tools.records.get(upstream_id)
+        if state is None or state.phase is Phase.DONE:
+            return
+        try:
+            taken = rules.take(state, owner, self._tools.clock.now())
+            if swap(self._tools.records.replace, taken, state.version) != taken:
+                return
+            _Steps(self._tools, taken, owner, stop_at).make()
+        except UpstreamBatchBusy:
+            return
+        except LeaseLost:
+            self._tools.events.problem("upstream batch lost", upstream_id=upstream_id)
+        except StoreBusy as busy:
+            # It is due again when the lease ends.
+            self._tools.events.problem("store busy", what=busy.what, upstream_id=upstream_id)
+
+
+class _Steps:
+    """The steps of one invocation."""
+
+    def __init__(
+        self, tools: UpstreamTools, state: UpstreamBatch, owner: str, stop_at: int
+    ) -> None:
+        self._tools = tools
+        self._state = state
+        self._owner = owner
+        self._stop_at = stop_at
+        self._kept_at = tools.clock.now()
+
+    def make(self) -> None:
+        """Make steps until one must wait."""
+        while self._state.phase is not Phase.DONE:
+            if self._tools.clock.now() >= self._stop_at:
+                self._give_back(self._tools.clock.now())
+                return
+            wait = self._step()
+            if wait is not None:
+                self._give_back(wait.until)
+                return
+
+    def _step(self) -> Wait | None:
+        match self._state.phase:
+            case Phase.PREPARING:
+                return self._prepare()
+            case Phase.READY:
+                return self._send()
+            case Phase.SENDING:
+                found = Send(self._tools, self._owner, self._write).look_for(self._state)
+                return found if isinstance(found, Wait) else None
+            case Phase.OPEN:
+                return self._poll()
+            case _:
+                return self._apply()
+
+    # Record ------------------------------------------------------------------------------------------------------
+
+    def _write(self, rule: Callable[[UpstreamBatch], UpstreamBatch]) -> UpstreamBatch:
+        """Change the record, also after somebody else has changed it; raises LeaseLost."""
+
+        def owned(current: UpstreamBatch) -> UpstreamBatch:
+            if current.owner != self._owner:
+                raise LeaseLost(current.upstream_id)
+            return rule(current)
+
+        replace = self._tools.records.replace
+        result = change(replace, self._state, owned, self._state.upstream_id)
+        if isinstance(result, Deleted):
+            raise LeaseLost(self._state.upstream_id)
+        self._state = result.record
+        self._kept_at = self._tools.clock.now()
+        return self._state
+
+    def _keep(self, applied: int | None = None) -> None:
+        """Renew the lease if it is time."""
+        now = self._tools.clock.now()
+        if now - self._kept_at >= KEEP_MS or applied is not None:
+            self._write(lambda current: rules.keep(current, self._owner, now, applied))
+
+    def _keeping(self, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            self._keep()
+            yield item
+
+    def _give_back(self, due_at: int) -> None:
+        self._write(lambda current: rules.give_back(current, self._owner, due_at))
+
+    # Steps -------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> Wait | None:
+        state, now = self._state, self._tools.clock.now()
+        try:
+            body = write_body(self._tools.objects, self._tools.batches, state, now, self._keep)
+        except InputMissing as missing:
+            self._end(str(missing))
+            return None
+        self._write(
+            lambda current: rules.prepared(
+                current,
+                self._owner,
+                requests=body.requests,
+                body_bytes=body.size,
+                cuts=body.cuts,
+                models=body.models,
+                deadline=body.earliest,
+            )
+        )
+        return None
+
+    def _send(self) -> Wait | None:
+        if self._state.wants_cancel is not None or self._is_late():
+            self._end(None)
+            return None
+        sent = Send(self._tools, self._owner, self._write)(self._state)
+        if isinstance(sent, NeverSent):
+            self._end(sent.reason)
+            return None
+        if isinstance(sent, Wait):
+            return sent
+        if sent.phase is Phase.SENDING:
+            return Wait(rules.searched_until(sent), "its create had no reply")
+        return Wait(rules.next_poll(sent, self._tools.clock.now(), self._tools.poll_ms), "open")
+
+    def _poll(self) -> Wait | None:
+        now, state = self._tools.clock.now(), self._state
+        by = Keys(self._tools).of_batch(state)
+        assert state.message_batch_id is not None
+        if by is None:
+            return self._unseen("no key of its workspace is in the pool")
+        seen = self._tools.claude.get(by, state.message_batch_id)
+        if not isinstance(seen, Seen):
+            return self._unseen(seen.failure.type)
+        if seen.is_ended:
+            self._end(None)
+            return None
+        if rules.is_given_up(state, now):
+            self._end("upstream did not end it")
+            return None
+        self._cancel_if_late(now)
+        return Wait(rules.next_poll(self._state, now, self._tools.poll_ms), "open")
+
+    def _unseen(self, reason: str) -> Wait | None:
+        """Go on after a poll without an answer: a batch may not be found for a while, and any call may fail."""
+        now = self._tools.clock.now()
+        self._tools.events.problem(
+            "upstream batch not seen", upstream_id=self._state.upstream_id, reason=reason
+        )
+        if rules.is_given_up(self._state, now):
+            self._end(f"upstream did not show it: {reason}")
+            return None
+        self._cancel_if_late(now)
+        return Wait(now + self._tools.poll_ms, reason)
+
+    def _cancel_if_late(self, now: int) -> None:
+        """Cancel it if nobody wants it any more, or if its rows must be on the live lane now."""
+        if self._state.canceled_at is None:
+            reason = rules.must_be_canceled(self._state, now)
+            if reason is not None or self._is_late():
+                self._cancel(reason or self._state.reason)
+
+    def _is_late(self) -> bool:
+        """Return whether its rows must be on the live lane now, after a new plan of all upstream batches."""
+        revision = self._tools.lanes.revise(self._state)
+        if revision is None:
+            return False
+        self._write(
+            lambda current: rules.revised(current, self._owner, revision.rescue_at, revision.reason)
+        )
+        return revision.rescue
+
+    def _cancel(self, reason: str) -> None:
+        by = Keys(self._tools).of_batch(self._state)
+        assert self._state.message_batch_id is not None
+        if by is not None:
+            answer = self._tools.claude.cancel(by, self._state.message_batch_id)
+            if isinstance(answer, Unreachable):
+                return
+        self._tools.events.note(
+            "upstream batch canceled", upstream_id=self._state.upstream_id, reason=reason
+        )
+        now = self._tools.clock.now()
+        self._write(lambda current: rules.canceled(current, self._owner, now, reason))
+
+    def _end(self, problem: str | None) -> None:
+        now = self._tools.clock.now()
+        if self._state.phase is Phase.OPEN and self._state.accepted_at is not None:
+            self._learn(self._state.accepted_at, now)
+        self._write(lambda current: rules.ended(current, self._owner, now, problem=problem))
+
+    def _learn(self, created_at: int, now: int) -> None:
+        """Learn how long it took; one that was canceled would have taken longer."""
+        canceled_at = self._state.canceled_at
+        try:
+            self._tools.records.observe(
+                Observation(created_at, canceled_at or now, has_ended=canceled_at is None),
+                None if canceled_at is None else now - canceled_at,
+            )
+        except StoreBusy as busy:
+            self._tools.events.problem("store busy", what=busy.what)
+
+    # Results -----------------------------------------------------------------------------------------------------
+
+    def _apply(self) -> Wait | None:
+        found = self._results()
+        if isinstance(found, Wait) or found is None:
+            return found
+        results, cost = found
+        apply = ApplyResults(self._tools, self._state, self._owner)
+        by_range = results.by_range(self._tools.objects)
+        place, rows = next(by_range, ((-1, -1), {}))
+        batches: dict[str, Batch | None] = {}
+        going_on: list[tuple[str, int]] = []
+        position, applied = 0, self._state.applied
+        for member, part in enumerate(self._state.slices):
+            batch = batches.setdefault(part.batch_id, self._tools.batches.get(part.batch_id))
+            for number in part.numbers:
+                of_range: dict[int, ResultRow] = {}
+                if place == (member, number):
+                    of_range = rows
+                    place, rows = next(by_range, ((-1, -1), {}))
+                position += 1
+                if position <= applied or batch is None:
+                    continue
+                if apply(batch, number, of_range):
+                    going_on.append((part.batch_id, number))
+                if len(going_on) >= SENT_TOGETHER:
+                    self._sent(batches, going_on, position)
+                    if self._tools.clock.now() >= self._stop_at:
+                        return Wait(self._tools.clock.now(), "goes on")
+                self._keep()
+        self._sent(batches, going_on, position)
+        self._write(lambda current: rules.done(current, self._owner, cost))
+        self._tools.objects.delete([self._state.body_key, *results.runs])
+        self._tools.events.note(
+            "upstream batch applied",
+            upstream_id=self._state.upstream_id,
+            tenant=self._state.tenant,
+            requests=self._state.requests,
+            results=results.rows,
+            strange=results.strange,
+            repeated=results.repeated,
+            problem=self._state.problem,
+        )
+        return None
+
+    def _sent(
+        self, batches: dict[str, Batch | None], going_on: list[tuple[str, int]], applied: int
+    ) -> None:
+        """Send the ranges to the live lane; raises StoreBusy."""
+        for batch_id in dict.fromkeys(each for each, _ in going_on):
+            batch = batches[batch_id]
+            assert batch is not None
+            numbers = [number for each, number in going_on if each == batch_id]
+            for _ in range(SEND_ROUNDS):
+                if numbers:
+                    numbers = self._tools.queue.send_ranges(batch, numbers)
+            if numbers:
+                what = "the ranges queue"
+                raise StoreBusy(what)
+        going_on.clear()
+        self._keep(applied)
+
+    def _results(self) -> tuple[Sorted, int] | Wait | None:
+        """Return the results in the order of the rows, and their cost, which is on record then."""
+        state = self._state
+        rows = self._opened()
+        if rows is None:
+            if state.message_batch_id is None or state.tries >= MOST_UNREAD:
+                return Sorted(), 0
+            return self._again()
+        bill = _Bill(self._tools, state)
+        try:
+            found = sort_results(self._tools.objects, state, self._keeping(rows), bill.count)
+        except ResultsInterrupted:
+            return self._again()
+        finally:
+            rows.close()
+        if not state.is_confirmed and not found.rows and found.strange:
+            self._write(partial(rules.not_ours, owner=self._owner))
+            return None
+        lines = found.rows + found.strange + found.repeated
+        if lines < state.requests and state.tries < MOST_SHORT:
+            # Rows without a result run live, and are billed again if they only were not read.
+            return self._again()
+        bill.book()
+        return found, bill.cost_micro_usd
+
+    def _opened(self) -> Rows | None:
+        """Return the results from upstream; None if there are none, or not now."""
+        by = Keys(self._tools).of_batch(self._state)
+        if by is None or self._state.message_batch_id is None:
+            return None
+        rows = self._tools.claude.results(by, self._state.message_batch_id)
+        return None if isinstance(rows, NotFound | Refused | Unreachable) else rows
+
+    def _again(self) -> Wait:
+        wait = rules.retry_ms(self._state.tries)
+        self._write(lambda current: rules.tried(current, self._owner))
+        return Wait(self._tools.clock.now() + wait, "the results cannot be read")
+
+
+class _Bill:
+    """What the requests of an upstream batch cost: a row of the ledger for each model."""
+
+    def __init__(self, tools: UpstreamTools, state: UpstreamBatch) -> None:
+        self._tools = tools
+        self._state = state
+        self._spends: dict[str, Spend] = {}
+        self._day = utc_day(state.ended_at or state.created_at)
+
+    @property
+    def cost_micro_usd(self) -> int:
+        """What is known of the cost."""
+        return sum(each.cost_micro_usd for each in self._spends.values())
+
+    def count(self, model: str, row: ResultRow) -> None:
+        """Add a result; only answers are billed (Anthropic, batch processing), and what might be one."""
+        certain = True
+        if row.kind is RowKind.SUCCEEDED:
+            cost = self._tools.prices.bill_micro_usd(model, row.bill, self._day, batch=True)
+        elif row.failure is not None and row.failure.may_be_billed:
+            cost, certain = 0, False
+        else:
+            return
+        spend = Spend.of_call(row.usage or Usage(), cost, certain=certain)
+        self._spends[model] = self._spends.get(model, Spend()) + spend
+
+    def book(self) -> None:
+        """Write the rows that the ledger does not have yet; raises StoreBusy."""
+        state = self._state
+        rows = [
+            LedgerRow(
+                tenant=state.tenant,
+                day=self._day,
+                call_id=f"{state.upstream_id}#{number}",
+                job_id=state.upstream_id,
+                model=model,
+                lane=BATCH_LANE,
+                organization=None,
+                key_id=state.key_id or "",
+                request_id=state.message_batch_id,
+                outcome="succeeded",
+                spend=self._spends[model],
+                certain=not self._spends[model].uncertain_calls,
+                note=f"{self._spends[model].calls} requests of an upstream batch",
+            )
+            for number, model in enumerate(state.models)
+            if model in self._spends
+        ]
+        if written := self._tools.ledger.record_missing(rows):
+            self._tools.ledger.add_up(added_up(written))

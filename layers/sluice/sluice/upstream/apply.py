@@ -1,0 +1,167 @@
+"""Gives a range the results of its rows, as if a worker had called Claude for them and died: the next one goes on.
+
+What has no result, and what may go better next time, a worker of the live lane runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from sluice.domain import jobs as life
+from sluice.domain.batches import Batch, Phase, claim_range
+from sluice.domain.errors import InputMissing, RangeBusy
+from sluice.domain.jobs import AttemptOutcome, Job, JobError
+from sluice.domain.pricing import BATCH_LANE, utc_day
+from sluice.domain.retries import GiveUp, judge
+from sluice.domain.upstream_batches import UpstreamBatch
+from sluice.notices.report import report_end
+from sluice.ports.swap import swap
+from sluice.ports.upstream import ResultRow, RowKind
+from sluice.upstream.tools import UpstreamTools
+from sluice.worker.range_claim import LEASE_MS, ClaimedRange, RangeWait
+from sluice.worker.range_rows import Seat, WindowRows
+from sluice.worker.range_windows import Windows, job_of_row
+
+
+class ApplyResults:
+    """Gives ranges of one upstream batch their results. Repeating it changes nothing."""
+
+    def __init__(self, tools: UpstreamTools, state: UpstreamBatch, owner: str) -> None:
+        self._tools = tools
+        self._upstream = state
+        self._owner = owner
+
+    def __call__(self, batch: Batch, number: int, results: Mapping[int, ResultRow]) -> bool:
+        """Save the results of a range, by byte offset; return whether a worker must go on with the range.
+
+        A range that another worker has, or that is done, was given back before: it keeps what it has.
+        """
+        if batch.phase is Phase.ENDED:
+            return False
+        if not results:
+            return True
+        state = self._tools.batches.range_state(batch, number)
+        if state.done:
+            return False
+        now = self._tools.clock.now()
+        try:
+            claimed = claim_range(state, self._owner, now, now + LEASE_MS)
+        except RangeBusy:
+            return False
+        if swap(self._tools.batches.replace_range, claimed, state.version) != claimed:
+            return False
+        taken = ClaimedRange(self._tools, batch, claimed, self._owner)
+        waiting = self._fill(taken, batch, results)
+        chunks = taken.state.chunks
+        if waiting:
+            chunks = tuple(taken.saved_whole((), waiting, 0))
+        taken.release(RangeWait(self._tools.clock.now()), chunks)
+        return True
+
+    def _fill(
+        self, taken: ClaimedRange, batch: Batch, results: Mapping[int, ResultRow]
+    ) -> list[Seat]:
+        """Save what has ended, window by window; return the rows that go on after a call."""
+        rows = WindowRows(self._tools.clock)
+        rows.begin(batch.options)
+        windows = Windows(
+            self._tools.objects,
+            batch,
+            taken.state,
+            taken.restored(),
+            partial(job_of_row, batch),
+            taken.lost_calls,
+            taken.note_reading,
+            self._tools.events,
+        )
+        going_on: list[Seat] = []
+        while True:
+            try:
+                window = windows.next()
+            except InputMissing:
+                # The worker that goes on reports it.
+                return going_on
+            rows.open(window.seats)
+            self._tools.events.count("JobsAccepted", len(window.seats))
+            for seat in window.seats:
+                found = results.get(seat.line.offset)
+                if found is not None and seat.ended is None and not seat.job.attempts:
+                    self._end(rows, seat, found)
+            while seats := rows.take_unsaved():
+                taken.save(seats)
+            going_on += [seat for seat in rows.unfinished() if seat.job.attempts]
+            if window.is_last:
+                return going_on
+
+    def _end(self, rows: WindowRows, seat: Seat, result: ResultRow) -> None:
+        """End a row by its result, unless it may go better next time."""
+        job, now = seat.job, self._tools.clock.now()
+        ends_at = self._upstream.ended_at or now
+        began = replace(
+            life.claim(
+                job,
+                self._owner,
+                self._upstream.accepted_at or now,
+                ends_at + LEASE_MS,
+                organization=None,
+                key_id=self._upstream.key_id or "",
+            ),
+            lane=BATCH_LANE,
+        )
+        after = self._after(began, result, ends_at)
+        if after is None:
+            return
+        if not after.state.is_final:
+            # Its next call is a live one.
+            after = replace(after, lane=job.lane)
+        if result.kind is RowKind.SUCCEEDED:
+            seat.message = result.message.decode()
+        rows.replace(after, job.version)
+        if after.state.is_final:
+            report_end(self._tools.events, after)
+
+    def _after(self, job: Job, result: ResultRow, at: int) -> Job | None:
+        """Return the job after its call in the upstream batch; None if it is as if there had been none."""
+        failure = result.failure
+        if result.kind is RowKind.SUCCEEDED:
+            return self._answered(job, result, at)
+        if failure is None:
+            # Expired and canceled requests are not billed (Anthropic, batch processing).
+            return None
+        if failure.may_be_billed:
+            again = life.retry(job, self._owner, at, error=failure.error)
+            return replace(again, uncertain_calls=job.uncertain_calls + 1)
+        verdict = judge(
+            failure,
+            now=at,
+            attempts_used=job.attempts_used,
+            snoozes=0,
+            has_fallback=job.has_fallback,
+            jitter=0.5,
+            policy=self._tools.policy,
+        )
+        if isinstance(verdict.outcome, GiveUp):
+            return life.give_up(job, self._owner, at, error=failure.error)
+        return None
+
+    def _answered(self, job: Job, result: ResultRow, at: int) -> Job:
+        answer = result.answer()
+        assert answer is not None
+        cost = self._tools.prices.bill_micro_usd(
+            job.current_model, answer.bill, utc_day(at), batch=True
+        )
+        may_try_again = job.attempts_used < self._tools.policy.max_attempts
+        if result.stop_reason == "refusal" and job.has_fallback and may_try_again:
+            error = JobError("refusal", f"{job.current_model} refused to answer")
+            after = life.retry(
+                job, self._owner, at, error=error, outcome=AttemptOutcome.FALLBACK,
+                usage=answer.usage, cost_micro_usd=cost,
+            )  # fmt: skip
+        else:
+            after = life.succeed(
+                job, self._owner, at, result=life.Result(), usage=answer.usage,
+                cost_micro_usd=cost, request_id=self._upstream.message_batch_id,
+            )  # fmt: skip
+        return replace(after, unknown_costs=job.unknown_costs + (cost is None))

@@ -1,0 +1,216 @@
+"""Collects ranges of batches into upstream batches: when one is full, or its oldest batch has waited long enough.
+
+A batch and its upstream batch name each other. The batch is written first: an upstream batch that is missing after a
+crash is made again of what names it, and what it does not name in turn is collected anew. So no row is in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from sluice.domain.batches import Batch, Phase, in_upstream, is_over, not_in_upstream
+from sluice.domain.errors import StoreBusy
+from sluice.domain.params import NEWEST_VERSION
+from sluice.domain.upstream_batches import (
+    FULL_BYTES,
+    FULL_REQUESTS,
+    Slice,
+    UpstreamBatch,
+    upstream_id_of,
+)
+from sluice.ports.batches import BatchStore
+from sluice.ports.swap import Deleted, change, insert
+from sluice.ports.upstream_records import UpstreamRecords, Waiting
+from sluice.ports.world import Clock, Events
+
+MOST_WAITING: Final = 1_000
+"""Batches considered by one run; the others wait for the next one, a minute later."""
+
+
+@dataclass(slots=True)
+class _Pack:
+    """Slices that become one upstream batch."""
+
+    slices: list[tuple[Batch, Slice]] = field(default_factory=list)
+    requests: int = 0
+    size: int = 0
+
+    def room(self, batch: Batch) -> int:
+        """Return how many ranges of a batch fit in."""
+        assert batch.plan is not None
+        rows, size = _rows_per_range(batch), batch.plan.range_bytes
+        full = min(map(_most_requests, (batch, *(each for each, _ in self.slices))))
+        by_rows = (full - self.requests) // rows
+        return max(0, min(by_rows, (FULL_BYTES - self.size) // size))
+
+    def add(self, batch: Batch, part: Slice) -> None:
+        """Add a slice."""
+        assert batch.plan is not None
+        self.slices.append((batch, part))
+        self.requests += (part.end - part.first) * _rows_per_range(batch)
+        self.size += (part.end - part.first) * batch.plan.range_bytes
+
+
+class Collect:
+    """The use case of the upstream function for the batches that wait."""
+
+    def __init__(
+        self,
+        records: UpstreamRecords,
+        batches: BatchStore,
+        gather_ms: int,
+        clock: Clock,
+        events: Events,
+    ) -> None:
+        """`gather_ms` is how long a batch waits for others to fill an upstream batch with it."""
+        self._records = records
+        self._batches = batches
+        self._gather_ms = gather_ms
+        self._clock = clock
+        self._events = events
+
+    def __call__(self, stop_at: int) -> list[str]:
+        """Make upstream batches of what waits, until `stop_at`; return their ids."""
+        groups: dict[tuple[str, str, str | None], list[tuple[Waiting, Batch]]] = {}
+        made: list[str] = []
+        try:
+            for waiting in self._records.waiting(MOST_WAITING):
+                batch = self._known(waiting, waiting.batch_id)
+                if batch is not None:
+                    version = batch.options.anthropic_version or NEWEST_VERSION
+                    kind = (batch.tenant, version, batch.options.anthropic_beta)
+                    groups.setdefault(kind, []).append((waiting, batch))
+            for members in groups.values():
+                if self._clock.now() >= stop_at:
+                    break
+                made += self._of_group(members)
+        except StoreBusy as busy:
+            # What waits stays on the list.
+            self._events.problem("store busy", what=busy.what)
+        return made
+
+    def _of_group(self, members: Sequence[tuple[Waiting, Batch]]) -> list[str]:
+        """Make upstream batches of what may be together in one."""
+        oldest = min(waiting.since for waiting, _ in members)
+        is_old = self._clock.now() >= oldest + self._gather_ms
+        made = [
+            self._make(pack)
+            for pack, is_full in _packs([batch for _, batch in members])
+            if is_full or is_old
+        ]
+        for waiting, batch in members:
+            self._known(waiting, batch.batch_id)
+        return [each for each in made if each is not None]
+
+    def _known(self, waiting: Waiting, batch_id: str) -> Batch | None:
+        """Return a batch that waits; one that is collected or over is removed from the list."""
+        batch = self._batches.get(batch_id)
+        if batch is not None and batch.plan is not None and batch.phase is not Phase.ENDED:
+            batch = self._repaired(batch)
+            assert batch.plan is not None
+            is_left = batch.collected < batch.plan.ranges
+            if is_left and not is_over(batch, self._clock.now()):
+                return batch
+        self._records.collected(waiting)
+        return None
+
+    def _repaired(self, batch: Batch) -> Batch:
+        """Return the batch after what a collector that died has left: only its last upstream batch may be missing."""
+        if not batch.upstream:
+            return batch
+        upstream_id, first, end = batch.upstream[-1]
+        part = Slice(batch.batch_id, first, end)
+        record = self._records.get(upstream_id)
+        if record is None:
+            record = insert(self._records.add, self._record(upstream_id, [(batch, part)]))
+        if record is not None and part in record.slices:
+            return batch
+        return self._changed(batch, lambda current: not_in_upstream(current, upstream_id))
+
+    def _make(self, pack: _Pack) -> str | None:
+        """Make an upstream batch; None if others were quicker."""
+        first = pack.slices[0][1]
+        upstream_id = upstream_id_of(first)
+        named: list[tuple[Batch, Slice]] = []
+        for batch, part in pack.slices:
+            mark = (upstream_id, part.first, part.end)
+            current = self._changed(batch, lambda known, mark=mark: in_upstream(known, mark))  # type: ignore[misc]
+            if current.upstream and current.upstream[-1] == mark:
+                named.append((current, part))
+        if not named:
+            return None
+        wanted = self._record(upstream_id, named)
+        stored = insert(self._records.add, wanted)
+        if stored is not wanted:
+            # The next run compares its members.
+            return None
+        self._events.note(
+            "upstream batch collected",
+            upstream_id=upstream_id,
+            tenant=wanted.tenant,
+            batches=len(named),
+            requests=pack.requests,
+        )
+        return upstream_id
+
+    def _record(self, upstream_id: str, members: Sequence[tuple[Batch, Slice]]) -> UpstreamBatch:
+        now = self._clock.now()
+        batch = members[0][0]
+        expires_at = min(each.expires_at for each, _ in members)
+        return UpstreamBatch(
+            upstream_id=upstream_id,
+            tenant=batch.tenant,
+            slices=tuple(part for _, part in members),
+            anthropic_version=batch.options.anthropic_version or NEWEST_VERSION,
+            anthropic_beta=batch.options.anthropic_beta,
+            created_at=now,
+            expires_at=expires_at,
+            due_at=now,
+            expected=sum((part.end - part.first) * _rows_per_range(each) for each, part in members),
+            deadline=min(
+                (each.options.deadline for each, _ in members if each.options.deadline),
+                default=None,
+            ),
+            is_assured=all(
+                each.decision is None or each.decision.is_assured for each, _ in members
+            ),
+        )
+
+    def _changed(self, batch: Batch, rule: Callable[[Batch], Batch]) -> Batch:
+        result = change(self._batches.replace, batch, rule, f"batch {batch.batch_id}")
+        return batch if isinstance(result, Deleted) else result.record
+
+
+def _most_requests(batch: Batch) -> int:
+    """Return how many rows an upstream batch may have that the batch is in."""
+    wanted = batch.decision.most_requests if batch.decision else 0
+    return min(wanted or FULL_REQUESTS, FULL_REQUESTS)
+
+
+def _rows_per_range(batch: Batch) -> int:
+    assert batch.plan is not None
+    return max(1, -(-batch.plan.estimated_rows // batch.plan.ranges))
+
+
+def _packs(batches: Sequence[Batch]) -> Iterator[tuple[_Pack, bool]]:
+    """Yield what becomes an upstream batch each, and whether it is full. Batches keep their order."""
+    pack = _Pack()
+    for batch in batches:
+        assert batch.plan is not None
+        first = batch.collected
+        while first < batch.plan.ranges:
+            room = pack.room(batch)
+            if not room:
+                if not pack.slices:
+                    room = 1
+                else:
+                    yield pack, True
+                    pack = _Pack()
+                    continue
+            end = min(batch.plan.ranges, first + room)
+            pack.add(batch, Slice(batch.batch_id, first, end))
+            first = end
+    if pack.slices:
+        yield pack, False
