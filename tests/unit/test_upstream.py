@@ -16,7 +16,8 @@ from sluice.domain.pricing import Usage, utc_day
 from sluice.domain.retries import Failure
 from sluice.domain.upstream_batches import Phase
 from sluice.ports.upstream import ResultRow, RowKind
-from tests.bulk_fakes import a_row, jsonl
+from sluice.upstream.results import HELD_BYTES, Sorted, piece_bytes
+from tests.bulk_fakes import MemoryObjects, a_row, jsonl
 from tests.fakes import MINUTE
 from tests.upstream_fakes import HOUR, HalfPrice, answered
 
@@ -593,3 +594,27 @@ def test_how_long_cancels_take_is_learned(lane: HalfPrice) -> None:
     (took,) = lane.records.experience.cancels_ms
     assert 2 * MINUTE <= took <= 3 * MINUTE
     assert took == lane.bulk.lanes.situation().cancel_ms
+
+
+# Memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs", [1, 16, 17, 200, 512])
+def test_the_pieces_of_all_sorted_runs_fit_into_the_memory_of_results(runs: int) -> None:
+    assert runs * piece_bytes(runs) <= HELD_BYTES
+
+
+def test_sorted_runs_are_merged_in_the_order_of_the_rows_however_long_their_lines_are() -> None:
+    objects = MemoryObjects()
+    places = [(0, number, offset) for number in range(6) for offset in (0, 70)]
+    for run in range(3):
+        some = places[run::3]
+        facts = b'{"kind":"errored"}'
+        objects.stored[f"run-{run}"] = b"".join(
+            b"%d\t%d\t%d\t%s\t%s\n" % (*place, facts, b"x" * 2_500_000) for place in some
+        )
+
+    found = list(Sorted(runs=["run-0", "run-1", "run-2"]).by_range(objects))
+
+    assert [(0, number) for number in range(6)] == [place for place, _ in found]
+    assert [[0, 70]] * 6 == [list(rows) for _, rows in found]

@@ -22,6 +22,10 @@ from sluice.ports.upstream import ResultRow, RowKind
 
 HELD_BYTES: Final = 64 * 1024 * 1024
 
+MOST_PIECE_BYTES: Final = 4 * 1024 * 1024
+LEAST_PIECE_BYTES: Final = 128 * 1024
+"""A piece of each sorted run is in memory while they are merged: the more runs there are, the smaller the pieces."""
+
 _ROW_BYTES: Final = 500
 """Approximate memory of a row besides its message."""
 
@@ -44,8 +48,9 @@ class Sorted:
 
     def by_range(self, objects: Objects) -> Iterator[tuple[tuple[int, int], dict[int, ResultRow]]]:
         """Yield slice number and range number with the results of its rows, by byte offset."""
-        pieces: list[Iterable[bytes]] = [split(objects.stream(each)) for each in self.runs]
-        merged = heapq.merge(self.held, *pieces, key=_key_of)
+        size = piece_bytes(len(self.runs))
+        runs: list[Iterable[bytes]] = [split(_pieces(objects, each, size)) for each in self.runs]
+        merged = heapq.merge(self.held, *runs, key=_key_of)
         for place, lines in groupby(merged, key=lambda line: _key_of(line)[:2]):
             yield (place[0], place[1]), {_key_of(line)[2]: _decoded(line) for line in lines}
 
@@ -86,6 +91,23 @@ def sort_results(
     else:
         found.held = sorted(held, key=_key_of)
     return found
+
+
+def piece_bytes(runs: int) -> int:
+    """Return how much of each run is read at once, so that all pieces together take `HELD_BYTES` at most.
+
+    Beyond 512 runs, 32 GB of results, the pieces get no smaller: each is a request.
+    """
+    return min(MOST_PIECE_BYTES, max(LEAST_PIECE_BYTES, HELD_BYTES // max(1, runs)))
+
+
+def _pieces(objects: Objects, key: str, size: int) -> Iterator[bytes]:
+    at = 0
+    while piece := objects.read(key, at, size):
+        yield piece
+        at += len(piece)
+        if len(piece) < size:
+            return
 
 
 def _has_place(state: UpstreamBatch, name: RowId) -> bool:
