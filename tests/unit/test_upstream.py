@@ -16,6 +16,7 @@ from sluice.domain.pricing import Usage, utc_day
 from sluice.domain.retries import Failure
 from sluice.domain.upstream_batches import Phase
 from sluice.ports.upstream import ResultRow, RowKind
+from sluice.upstream.apply import ApplyResults
 from sluice.upstream.results import HELD_BYTES, Sorted, piece_bytes
 from tests.bulk_fakes import MemoryObjects, a_row, jsonl
 from tests.fakes import MINUTE
@@ -614,7 +615,32 @@ def test_sorted_runs_are_merged_in_the_order_of_the_rows_however_long_their_line
             b"%d\t%d\t%d\t%s\t%s\n" % (*place, facts, b"x" * 2_500_000) for place in some
         )
 
-    found = list(Sorted(runs=["run-0", "run-1", "run-2"]).by_range(objects))
+    merged = Sorted(runs=["run-0", "run-1", "run-2"]).by_range(objects)
 
-    assert [(0, number) for number in range(6)] == [place for place, _ in found]
-    assert [[0, 70]] * 6 == [list(rows) for _, rows in found]
+    # What is not read of a range is passed over.
+    found = [
+        (place, next(rows)[0] if place[1] % 2 else [each for each, _ in rows])
+        for place, rows in merged
+    ]
+    assert [((0, number), 0 if number % 2 else [0, 70]) for number in range(6)] == found
+
+
+def test_results_of_a_range_are_saved_while_they_are_read(lane: HalfPrice) -> None:
+    body = rows(30)
+    batch = lane.add(body)
+    lengths = [len(line) for line in body.splitlines(keepends=True)]
+    message = answered({"messages": [{"content": "x" * 1_000_000}], "model": "claude-a"})["message"]
+    result = ResultRow(None, RowKind.SUCCEEDED, json.dumps(message).encode(), "end_turn")
+    saved: list[int] = []
+
+    def results() -> Iterator[tuple[int, ResultRow]]:
+        for number in range(30):
+            yield sum(lengths[:number]), result
+            saved.append(sum("/chunks/" in key for key in lane.bulk.objects.stored))
+
+    lane.pass_minutes(7)
+    ApplyResults(lane.tools, lane.record, "step")(batch, 0, results())
+
+    # 30 MB in pieces of 8 MiB: three are stored before the last result is read.
+    assert 3 == saved[-2]
+    assert 4 == sum("/chunks/" in key for key in lane.bulk.objects.stored)

@@ -23,7 +23,7 @@ from sluice.ports.swap import Deleted, change, swap
 from sluice.ports.upstream import NotFound, ResultRow, RowKind, Rows, Seen, Unreachable
 from sluice.upstream.apply import ApplyResults
 from sluice.upstream.prepare import write_body
-from sluice.upstream.results import Sorted, sort_results
+from sluice.upstream.results import Results, Sorted, sort_results
 from sluice.upstream.send import Keys, NeverSent, Send, Wait
 from sluice.upstream.tools import UpstreamTools
 
@@ -40,6 +40,8 @@ MOST_SHORT: Final = 3
 
 MOST_UNREAD: Final = 10
 """So often in a row results are not to be had, before the batch counts as ended without any."""
+
+NO_MORE: Final[tuple[tuple[int, int], Results]] = ((-1, -1), iter(()))
 
 T = TypeVar("T")
 
@@ -158,6 +160,13 @@ class _Steps:
                 deadline=body.earliest,
             )
         )
+        self._tools.events.note(
+            "upstream batch prepared",
+            upstream_id=state.upstream_id,
+            tenant=state.tenant,
+            requests=body.requests,
+            bytes=body.size,
+        )
         return None
 
     def _send(self) -> Wait | None:
@@ -239,6 +248,12 @@ class _Steps:
         if self._state.phase is Phase.OPEN and self._state.accepted_at is not None:
             self._learn(self._state.accepted_at, now)
         self._write(lambda current: rules.ended(current, self._owner, now, problem=problem))
+        self._tools.events.note(
+            "upstream batch ended",
+            upstream_id=self._state.upstream_id,
+            tenant=self._state.tenant,
+            problem=problem,
+        )
 
     def _learn(self, created_at: int, now: int) -> None:
         """Learn how long it took; one that was canceled would have taken longer."""
@@ -260,22 +275,21 @@ class _Steps:
         results, cost = found
         apply = ApplyResults(self._tools, self._state, self._owner)
         by_range = results.by_range(self._tools.objects)
-        place, rows = next(by_range, ((-1, -1), {}))
+        place, rows = next(by_range, NO_MORE)
         batches: dict[str, Batch | None] = {}
         going_on: list[tuple[str, int]] = []
         position, applied = 0, self._state.applied
         for member, part in enumerate(self._state.slices):
             batch = batches.setdefault(part.batch_id, self._tools.batches.get(part.batch_id))
             for number in part.numbers:
-                of_range: dict[int, ResultRow] = {}
-                if place == (member, number):
-                    of_range = rows
-                    place, rows = next(by_range, ((-1, -1), {}))
                 position += 1
-                if position <= applied or batch is None:
-                    continue
-                if apply(batch, number, of_range):
+                has_results = place == (member, number)
+                given = self._keeping(rows) if has_results else None
+                is_next = position > applied
+                if batch is not None and is_next and apply(batch, number, given):
                     going_on.append((part.batch_id, number))
+                if has_results:
+                    place, rows = next(by_range, NO_MORE)
                 if len(going_on) >= SENT_TOGETHER:
                     self._sent(batches, going_on, position)
                     if self._tools.clock.now() >= self._stop_at:

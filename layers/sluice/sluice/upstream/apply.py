@@ -5,9 +5,10 @@ What has no result, and what may go better next time, a worker of the live lane 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 from sluice.domain import jobs as life
 from sluice.domain.batches import Batch, Phase, claim_range
@@ -22,7 +23,9 @@ from sluice.ports.upstream import ResultRow, RowKind
 from sluice.upstream.tools import UpstreamTools
 from sluice.worker.range_claim import LEASE_MS, ClaimedRange, RangeWait
 from sluice.worker.range_rows import Seat, WindowRows
-from sluice.worker.range_windows import Windows, job_of_row
+from sluice.worker.range_windows import WINDOW_ROWS, Windows, job_of_row
+
+NO_MORE: Final[tuple[int, ResultRow | None]] = (0, None)
 
 
 class ApplyResults:
@@ -33,14 +36,18 @@ class ApplyResults:
         self._upstream = state
         self._owner = owner
 
-    def __call__(self, batch: Batch, number: int, results: Mapping[int, ResultRow]) -> bool:
-        """Save the results of a range, by byte offset; return whether a worker must go on with the range.
+    def __call__(
+        self, batch: Batch, number: int, results: Iterator[tuple[int, ResultRow]] | None
+    ) -> bool:
+        """Save the results of a range, which come with rising byte offsets; return whether a worker must go on with it.
+
+        They are read one by one and saved as soon as there are many: a range may have far more rows than planned.
 
         A range that another worker has, or that is done, was given back before: it keeps what it has.
         """
         if batch.phase is Phase.ENDED:
             return False
-        if not results:
+        if results is None:
             return True
         state = self._tools.batches.range_state(batch, number)
         if state.done:
@@ -61,7 +68,7 @@ class ApplyResults:
         return True
 
     def _fill(
-        self, taken: ClaimedRange, batch: Batch, results: Mapping[int, ResultRow]
+        self, taken: ClaimedRange, batch: Batch, results: Iterator[tuple[int, ResultRow]]
     ) -> list[Seat]:
         """Save what has ended, window by window; return the rows that go on after a call."""
         rows = WindowRows(self._tools.clock)
@@ -77,6 +84,7 @@ class ApplyResults:
             self._tools.events,
         )
         going_on: list[Seat] = []
+        offset, result = next(results, NO_MORE)
         while True:
             try:
                 window = windows.next()
@@ -86,11 +94,14 @@ class ApplyResults:
             rows.open(window.seats)
             self._tools.events.count("JobsAccepted", len(window.seats))
             for seat in window.seats:
-                found = results.get(seat.line.offset)
-                if found is not None and seat.ended is None and not seat.job.attempts:
-                    self._end(rows, seat, found)
-            while seats := rows.take_unsaved():
-                taken.save(seats)
+                while result is not None and offset < seat.line.offset:
+                    offset, result = next(results, NO_MORE)
+                is_new = seat.ended is None and not seat.job.attempts
+                if is_new and result is not None and offset == seat.line.offset:
+                    self._end(rows, seat, result)
+                if rows.worth_saving(WINDOW_ROWS):
+                    _save(taken, rows)
+            _save(taken, rows)
             going_on += [seat for seat in rows.unfinished() if seat.job.attempts]
             if window.is_last:
                 return going_on
@@ -165,3 +176,9 @@ class ApplyResults:
                 cost_micro_usd=cost, request_id=self._upstream.message_batch_id,
             )  # fmt: skip
         return replace(after, unknown_costs=job.unknown_costs + (cost is None))
+
+
+def _save(taken: ClaimedRange, rows: WindowRows) -> None:
+    """Save the rows that have ended, whose records then take no memory but what a worker's take."""
+    while seats := rows.take_unsaved():
+        rows.saved(seats, taken.save(seats))

@@ -30,6 +30,8 @@ _ROW_BYTES: Final = 500
 """Approximate memory of a row besides its message."""
 
 Key = tuple[int, int, int]
+Results = Iterator[tuple[int, ResultRow]]
+"""Byte offsets of rows in rising order, with their results."""
 
 
 @dataclass(slots=True)
@@ -46,13 +48,13 @@ class Sorted:
     """Lines that name no row of ours."""
     repeated: int = 0
 
-    def by_range(self, objects: Objects) -> Iterator[tuple[tuple[int, int], dict[int, ResultRow]]]:
-        """Yield slice number and range number with the results of its rows, by byte offset."""
+    def by_range(self, objects: Objects) -> Iterator[tuple[tuple[int, int], Results]]:
+        """Yield slice number and range number with the results of its rows, which are read until the next range is."""
         size = piece_bytes(len(self.runs))
         runs: list[Iterable[bytes]] = [split(_pieces(objects, each, size)) for each in self.runs]
         merged = heapq.merge(self.held, *runs, key=_key_of)
         for place, lines in groupby(merged, key=lambda line: _key_of(line)[:2]):
-            yield (place[0], place[1]), {_key_of(line)[2]: _decoded(line) for line in lines}
+            yield (place[0], place[1]), ((_key_of(line)[2], _decoded(line)) for line in lines)
 
 
 def sort_results(
