@@ -118,7 +118,8 @@ ROWS: Final = (
     (
         "one range",
         (
-            f"about {batches.LINES_PER_RANGE} rows, {size(batches.MOST_RANGE_BYTES)}, in windows of "
+            f"about {batches.LINES_PER_RANGE} rows, on the batch lane up to {batches.LINES_ON_BATCH_LANE}; "
+            f"{size(batches.MOST_RANGE_BYTES)}, in windows of "
             f"{range_windows.WINDOW_ROWS} rows and {size(range_windows.WINDOW_BYTES)}; "
             f"saved after {size(range_rows.SAVE_BYTES)} or {span(range_rows.SAVE_MS)}"
         ),

@@ -103,6 +103,27 @@ def test_a_range_is_about_a_hundred_lines() -> None:
     assert 10_000_000 == plan.estimated_rows
 
 
+@pytest.mark.parametrize(
+    ("lines", "ranges"), [(250, 3), (10_000, 100), (20_000, 100), (40_000, 100), (400_000, 1_000)]
+)
+def test_on_the_batch_lane_ranges_are_longer_if_there_are_a_hundred(
+    lines: int, ranges: int
+) -> None:
+    line = b"x" * 99 + b"\n"
+
+    plan = planned(lines * 100, line * 600, lane="batch")
+
+    assert ranges == plan.ranges
+
+
+def test_each_byte_is_in_the_range_whose_bounds_it_is_between() -> None:
+    plan = Plan(first=3, size=100, range_bytes=7, ranges=14, line_bytes=1)
+
+    for number in range(plan.ranges):
+        start, end = plan.bounds(number)
+        assert {number} == {plan.range_at(offset) for offset in range(start, end)}
+
+
 def test_a_byte_order_mark_belongs_to_no_range() -> None:
     plan = planned(3 + 4, b"\xef\xbb\xbfabc\n")
 

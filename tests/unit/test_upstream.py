@@ -597,6 +597,31 @@ def test_how_long_cancels_take_is_learned(lane: HalfPrice) -> None:
     assert took == lane.bulk.lanes.situation().cancel_ms
 
 
+# What it costs -------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_succeed_are_counted_and_have_no_line_in_the_log(lane: HalfPrice) -> None:
+    lane.add(rows(250))
+    lane.pass_minutes(25)
+
+    assert 250 == lane.bulk.events.counted("JobsSucceeded")
+    assert not [event for event, _ in lane.bulk.events.notes if event.startswith("job ")]
+
+
+def test_the_file_of_a_batch_is_read_once_for_the_body_however_many_ranges_it_has(
+    lane: HalfPrice,
+) -> None:
+    lane.add(rows(1_000))
+    journal = lane.bulk.gateway.journal
+    before = len(journal)
+
+    lane.pass_minutes(7)
+
+    reads = [line for line in journal[before:] if "read batches/msgbatch_1/" in line]
+    assert 1 == len(reads)
+    assert 1_000 == lane.record.requests
+
+
 # Memory --------------------------------------------------------------------------------------------------------
 
 

@@ -502,7 +502,7 @@ class PlanBatch:
         if stored is None or stored.etag != etag:
             raise InputMissing(batch.input_key)
         samples = [sample, *self._samples(key, stored.size, etag)]
-        plan = planned(stored.size, *samples)
+        plan = planned(stored.size, *samples, lane=batch.lane)
         problem = _unreadable(sample) or _too_long(usual_rows(stored.size, samples))
         if problem is not None:
             self._assemble.fail(batch, problem)

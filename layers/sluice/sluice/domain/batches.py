@@ -20,6 +20,10 @@ from sluice.domain.errors import LeaseLost, RangeBusy
 LINES_PER_RANGE: Final = 100
 """Approximate size of a range, which is run by one invocation and has one message."""
 
+LINES_ON_BATCH_LANE: Final = 400
+"""The same on the batch lane, if the batch has a hundred ranges even so. Rows have their answers there before a worker
+has the range, so that a range costs more than its rows. It is one window of a worker."""
+
 RANGES_PER_SECTION: Final = 100
 """About 10,000 rows: their results exceed the 5 MiB that S3 requires of a part, and 1,000 such parts are 10 million
 rows."""
@@ -218,6 +222,10 @@ class Plan:
     def estimated_rows(self) -> int:
         """The estimated number of lines in the object."""
         return max(1, round((self.size - self.first) / self.line_bytes))
+
+    def range_at(self, offset: int) -> int:
+        """Return the number of the range in which a byte is."""
+        return (offset - self.first) // self.range_bytes
 
     def bounds(self, number: int) -> tuple[int, int]:
         """Return the offset of the first byte of a range, and of the byte after its last."""
@@ -483,8 +491,10 @@ def sample_places(size: int) -> list[int]:
     return [last * place // max(1, count - 1) for place in range(count)]
 
 
-def planned(size: int, sample: bytes, *more: bytes) -> Plan:
+def planned(size: int, sample: bytes, *more: bytes, lane: AskedLane = "live") -> Plan:
     """Divide an object of `size` bytes that begins with `sample` into ranges of about a hundred lines.
+
+    On the batch lane they have up to `LINES_ON_BATCH_LANE`, if there are many.
 
     `more`: samples from other offsets. The estimate is bytes per line over all samples, so that a few very long lines
     in one sample do not dominate; a sample without a line end counts with all its bytes. It is only an estimate: the
@@ -498,7 +508,11 @@ def planned(size: int, sample: bytes, *more: bytes) -> Plan:
         covered += each.rfind(b"\n") + 1 or len(each)
     line_bytes = max(1, covered // max(1, lines))
     length = max(0, size - first)
-    wanted = min(line_bytes * LINES_PER_RANGE, MOST_RANGE_BYTES)
+    per_range = LINES_PER_RANGE
+    if lane == "batch":
+        many = length // line_bytes // RANGES_PER_SECTION
+        per_range = max(per_range, min(many, LINES_ON_BATCH_LANE))
+    wanted = min(line_bytes * per_range, MOST_RANGE_BYTES)
     range_bytes = max(wanted, -(-length // MOST_RANGES), 1)
     whole, rest = divmod(length, range_bytes)
     if whole and 2 * rest < range_bytes:

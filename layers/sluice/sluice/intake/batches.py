@@ -153,7 +153,7 @@ class Batches:
             input_etag=etag,
             options=asked.options,
             rows=len(asked.items),
-            plan=planned(len(body), body),
+            plan=planned(len(body), body, lane=lane),
             due_at=now + PLANNED_MS,
             lane=lane,
         )

@@ -105,13 +105,14 @@ def _rows(
 ) -> Iterator[tuple[RowId, Row, int | None]]:
     for member, part in enumerate(state.slices):
         batch = batches.get(part.batch_id)
-        if batch is None or is_over(batch, now):
+        if batch is None or batch.plan is None or is_over(batch, now):
             continue
-        for number in part.numbers:
-            for line in range_lines(objects, batch, number):
-                row = read_row(line, batch.options)
-                if isinstance(row, Row) and not_in_batches(row.params) is None:
-                    yield RowId(member, number, line.offset), row, _deadline(batch, row)
+        # All ranges at once: one request for each of them would take longer than the rest.
+        for line in range_lines(objects, batch, part.first, part.end - 1):
+            row = read_row(line, batch.options)
+            if isinstance(row, Row) and not_in_batches(row.params) is None:
+                number = batch.plan.range_at(line.offset)
+                yield RowId(member, number, line.offset), row, _deadline(batch, row)
 
 
 def _deadline(batch: Batch, row: Row) -> int:

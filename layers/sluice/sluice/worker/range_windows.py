@@ -194,10 +194,14 @@ def job_of_row(batch: Batch, job_id: str, row: Row) -> Job:
     )
 
 
-def range_lines(objects: Objects, batch: Batch, number: int) -> Iterator[Line]:
-    """Yield the lines of a range, holding at most one of them in memory; raises InputMissing."""
+def range_lines(
+    objects: Objects, batch: Batch, number: int, last: int | None = None
+) -> Iterator[Line]:
+    """Yield the lines of a range, or of all to the last one; at most one is in memory. Raises InputMissing."""
     assert batch.plan is not None
     start, end = batch.plan.bounds(number)
+    if last is not None:
+        _, end = batch.plan.bounds(last)
     return lines(_pieces(objects, batch, start, end), start, end, batch.plan.first)
 
 
