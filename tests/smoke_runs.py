@@ -50,6 +50,12 @@ SMOKE_RUNS: Final = (
         50,
     ),
     SmokeRun(
+        "bench.bulk half_price",
+        "--rows 300",
+        r"300 succeeded, in the order of the file\nlive calls: 0\n(.|\n)*all functions: \$\d",
+        40,
+    ),
+    SmokeRun(
         "bench.bulk timeline", "--rows 3 --repeat 1 --cold", r"rows +created(.|\n)* +3 +\d", 15
     ),
     SmokeRun("bench.bulk joins", "--rows 2000", r"rewritten: [\d,]+ rows per second\n", 2),

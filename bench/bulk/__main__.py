@@ -1,11 +1,11 @@
-"""Run the benchmark: `python -m bench.bulk kills`, `planner`, `timeline` or `joins`; `--help` names the choices."""
+"""Run the benchmark: `python -m bench.bulk kills`, `half_price`, `planner` and others; `--help` names the choices."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench.bulk import joins, kills, planner, timeline
+from bench.bulk import half_price, joins, kills, planner, timeline
 from scripts.local_stack import StackError
 
 
@@ -19,6 +19,10 @@ def parser() -> argparse.ArgumentParser:
     large.add_argument(
         "--kills", type=int, default=3, help="number of workers to kill during the run"
     )
+    half = benches.add_parser(
+        "half_price", help="a large file through Message Batches, and its costs"
+    )
+    half.add_argument("--rows", type=int, default=250_000)
     huge = benches.add_parser("planner", help="only the planner, on an object that is not stored")
     huge.add_argument("--gigabytes", type=float, default=5.0)
     huge.add_argument("--line-bytes", type=int, default=500)
@@ -37,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.bench == "kills":
             return kills.run(chosen.lines, chosen.bad, chosen.kills)
+        if chosen.bench == "half_price":
+            return half_price.run(chosen.rows)
         if chosen.bench == "timeline":
             return timeline.run(chosen.rows, chosen.repeat, cold=chosen.cold)
         if chosen.bench == "joins":

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,13 @@ class Stack:
         """The data bucket's name."""
         return self.ready.resources["DataBucket"]
 
-    def drop(self, name: str, body: bytes) -> None:
-        """Put a file under `in/`."""
+    def drop(self, name: str, body: bytes, **options: str) -> None:
+        """Put a file under `in/`, with options of its batch."""
         self.ready.client("s3").put_object(
-            Bucket=self.bucket, Key=f"in/{TENANT}/{name}.jsonl", Body=body
+            Bucket=self.bucket,
+            Key=f"in/{TENANT}/{name}.jsonl",
+            Body=body,
+            Metadata={f"sluice-{name}": value for name, value in options.items()},
         )
 
     def of_bucket(self, key: str) -> bytes | None:
@@ -82,11 +85,22 @@ class Stack:
 
 
 @contextmanager
-def stack(bucket_url: str | None = None, port: int = 0) -> Iterator[Stack]:
-    """Start everything, and stop it."""
-    with running(read(SETTINGS)) as claude:
+def stack(
+    bucket_url: str | None = None,
+    port: int = 0,
+    settings: Mapping[str, Any] = SETTINGS,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Stack]:
+    """Start everything, and stop it. `settings` are the simulator's, `environment` is that of every function."""
+    with running(read(settings)) as claude:
         pool = {"keys": [{"id": "main", "api_key": KEY, "base_url": claude.url}]}
-        local = LocalStack(port=port, key_pool=pool, tenant=TENANT, bucket_url=bucket_url)
+        local = LocalStack(
+            port=port,
+            key_pool=pool,
+            tenant=TENANT,
+            bucket_url=bucket_url,
+            environment=environment or {},
+        )
         with local.running() as ready:
             yield Stack(ready, claude.url)
 

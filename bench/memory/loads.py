@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from bench.memory.cloud import BUCKET, CLIENT_KEY, ROOT, TENANT, Cloud, record
-from bench.memory.servers import EMOJI, Servers
+from bench.memory.servers import EMOJI, MESSAGE_BATCH, Servers, succeeded
 from sluice.adapters import job_records
 from sluice.adapters.s3 import Objects
+from sluice.domain import upstream_batches
 from sluice.domain.batches import (
+    LINES_ON_BATCH_LANE,
     MOST_LINE_BYTES,
     Batch,
     Phase,
@@ -29,6 +31,7 @@ from sluice.domain.batches import (
 from sluice.domain.jobs import Job, JobError, Result, State, claim, finish_waiting, park, succeed
 from sluice.domain.pricing import Usage
 from sluice.domain.rows import Record
+from sluice.domain.upstream_batches import RowId, Slice, UpstreamBatch, upstream_id_of
 from sluice.intake.admission import MOST_BYTES
 from sluice.ports.jobs import Params
 from sluice.wiring import batch_stores, shared, stores
@@ -391,6 +394,90 @@ def batches_many_rows(world: World) -> Iterator[dict[str, Any]]:
     yield from _joined(world, world.size(20, 2), part)
 
 
+# Message Batches -------------------------------------------------------------------------------------------
+
+
+def _upstream(body: bytes, lines_per_range: int, **facts: Any) -> tuple[UpstreamBatch, int]:
+    """Put a file of equally long lines on record as a batch in one upstream batch; return the length of a line."""
+    digits = f"{_CHANCE.getrandbits(128):032x}"
+    key = f"in/{TENANT}/{digits}.jsonl"
+    _objects().put(key, body)
+    stored = _objects().head(key)
+    assert stored is not None  # noqa: S101 - it was stored a moment ago
+    length = body.index(b"\n") + 1
+    size = length * lines_per_range
+    plan = Plan(0, len(body), size, -(-len(body) // size), length)
+    batch = _batch(digits, key, stored.etag, plan=plan, phase=Phase.RUNNING, lane="batch")
+    batch_stores.batches().add(batch)
+    part, now = Slice(batch.batch_id, 0, plan.ranges), shared.CLOCK.now()
+    record = UpstreamBatch(
+        upstream_id=upstream_id_of(part),
+        tenant=TENANT,
+        slices=(part,),
+        anthropic_version="2023-06-01",
+        anthropic_beta=None,
+        created_at=now,
+        expires_at=now + DAY_MS,
+        due_at=now,
+        **facts,
+    )
+    batch_stores.upstream_records().add(record)
+    return record, length
+
+
+def _message_batch(
+    world: World, count: int, lines_per_range: int, answer_bytes: int
+) -> Iterator[dict[str, Any]]:
+    """Let a Message Batch of so many requests have ended; its results come in any order."""
+    body = b"".join(row(10**6 + number, "hi") for number in range(count))
+    now = shared.CLOCK.now()
+    record, length = _upstream(
+        body, lines_per_range, phase=upstream_batches.Phase.ENDED, requests=count, models=(MODEL,),
+        key_id="main", message_batch_id=MESSAGE_BATCH, accepted_at=now, ended_at=now,
+    )  # fmt: skip
+    order = list(range(count))
+    _CHANCE.shuffle(order)
+    world.servers.answer_bytes = answer_bytes
+
+    def results() -> Iterator[bytes]:
+        text = world.servers.text()
+        for number in order:
+            name = RowId(0, number // lines_per_range, number * length)
+            yield succeeded(name.text(record.prefix), text)
+
+    world.servers.results = results
+    yield {"upstream_id": record.upstream_id}
+
+
+def upstream_results(world: World) -> Iterator[dict[str, Any]]:
+    """A Message Batch with as many requests as it may have, and answers of 4 KB."""
+    yield from _message_batch(world, world.size(100_000, 400), LINES_ON_BATCH_LANE, 4_000)
+
+
+def upstream_one_range(world: World) -> Iterator[dict[str, Any]]:
+    """All results in one range, as a planner may cut it that saw longer lines everywhere it looked."""
+    count = world.size(60_000, 100)
+    yield from _message_batch(world, count, count, 8_000)
+
+
+def upstream_long_answers(world: World) -> Iterator[dict[str, Any]]:
+    """The longest answers that Claude gives."""
+    yield from _message_batch(world, world.size(4_000, 20), 100, world.size(768 * 1024, 2_000))
+
+
+def upstream_body(world: World) -> Iterator[dict[str, Any]]:
+    """A Message Batch with as many requests as it may have, and nearly as many bytes; the last rows do not fit."""
+    count, size = world.size(100_000, 400), 2_450
+    body = b"".join(row(10**6 + number, "x" * size) for number in range(count))
+    record, _ = _upstream(body, 400)
+    yield {"upstream_id": record.upstream_id}
+
+
+def _goes_on(full: int, small: int) -> Callable[[World], bool]:
+    """Say whether every range was given its results and sent on."""
+    return lambda world: _queued(world, "RangesQueue") == world.size(full, small)
+
+
 # The others ------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +623,13 @@ LOADS: Final = (
     Load(
         "batches", "2,000,000 rows, half repeated", batches_many_rows,
         lambda world: _keys(world, "out/", "summary.json") == 1,
+    ),
+    Load("upstream", "100,000 results of 4 KB", upstream_results, _goes_on(250, 1)),
+    Load("upstream", "60,000 results of 8 KB in one range", upstream_one_range, _goes_on(1, 1)),
+    Load("upstream", "4,000 results of 768 KB", upstream_long_answers, _goes_on(40, 1)),
+    Load(
+        "upstream", "body of 255 MB", upstream_body,
+        lambda world: world.servers.body_bytes > world.size(250 * MB, MB),
     ),
     Load(
         "job_ends", "100 records, 6 MB", job_ends_largest,
