@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import httpx
 import pytest
 from anthropic import Anthropic
+from anthropic.types.messages import MessageBatch
 
 from scripts.claude_simulator import Running, read, running
 from scripts.local_stack import LocalStack, Ready
@@ -48,6 +49,15 @@ class Lane:
                 return found
             time.sleep(1)
         pytest.fail(f"not within {PATIENCE_SECONDS} s")
+
+    def ended(self, batch_id: str) -> MessageBatch:
+        """Wait for the end of a batch."""
+
+        def found() -> MessageBatch | None:
+            batch = self.sdk.messages.batches.retrieve(batch_id)
+            return batch if batch.ended_at else None
+
+        return self.within(found)
 
     def stats(self) -> Any:
         return httpx.get(f"{self.claude.url}/_simulator/stats").json()
@@ -107,9 +117,7 @@ def test_a_batch_of_the_sdk_costs_half_and_calls_nobody_live(lane: Lane) -> None
         requests=requests("sdk", 150), extra_headers={"sluice-lane": "batch"}
     )
 
-    ended = lane.within(
-        lambda: (found := lane.sdk.messages.batches.retrieve(batch.id)).ended_at and found
-    )
+    ended = lane.ended(batch.id)
 
     assert 150 == ended.request_counts.succeeded
     results = list(lane.sdk.messages.batches.results(batch.id))
@@ -212,9 +220,7 @@ def test_a_canceled_batch_keeps_what_was_paid(lane: Lane) -> None:
     lane.within(lane.open_requests)
     lane.sdk.messages.batches.cancel(batch.id)
 
-    ended = lane.within(
-        lambda: (found := lane.sdk.messages.batches.retrieve(batch.id)).ended_at and found
-    )
+    ended = lane.ended(batch.id)
 
     counts = ended.request_counts
     assert 600 == counts.succeeded + counts.canceled
