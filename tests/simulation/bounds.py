@@ -176,13 +176,15 @@ class BrokenModelsAreProbed(Check):
         if reply is None or call.fate not in {"refused", "lost"}:
             return
         status = reply.failure.status
-        if status is None or status >= 500:
-            circuit = model if status == 529 else endpoint
+        is_down = status is None or (status >= 500 and status != 529)
+        if not is_down:
+            # Also with a 529: the endpoint answers, and says that the model is overloaded.
+            self.streak[endpoint] = 0
+        if is_down or status == 529:
+            circuit = endpoint if is_down else model
             self.streak[circuit] += 1
             if self.streak[circuit] == 5:
                 self.since[circuit] = world.time.now()
-        else:
-            self.streak[endpoint] = 0
 
     def called(self, world: World, call: Call) -> None:
         now = world.time.now()
