@@ -110,7 +110,8 @@ class RejectedKeysAreNotUsed(Check):
 class BlocksAreKept(Check):
     """After a 429 with a time nobody calls with these limits before that time.
 
-    They are those of the key's workspace, which its first response names; without such a header those of the key.
+    They are those of the key's workspace, which its first response names; without such a header those of the key. A key
+    that replaces another one in the pool is a new one, also under the same id: it may belong to another workspace.
     """
 
     name = "blocks are kept"
@@ -123,12 +124,12 @@ class BlocksAreKept(Check):
     @staticmethod
     def _whose(world: World, call: Call) -> object:
         home, group = call.group
-        return (home if world.story.headers != "none" else call.request.key.id), group
+        return (home if world.story.headers != "none" else call.request.key.api_key), group
 
     def call_ended(self, world: World, call: Call) -> None:
         reply = call.plan.reply
         if call.fate in {"answered", "refused"}:
-            self.heard.setdefault(call.request.key.id, world.time.now())
+            self.heard.setdefault(call.request.key.api_key, world.time.now())
         if call.fate != "refused" or reply is None or reply.failure.status != 429:
             return
         wait = reply.failure.retry_after_ms
@@ -141,7 +142,7 @@ class BlocksAreKept(Check):
         # Whose limits an unknown key draws on is not known to every worker at once.
         if not is_healthy(call.machine) or call.request.key.organization is None:
             return
-        heard = self.heard.get(call.request.key.id)
+        heard = self.heard.get(call.request.key.api_key)
         if heard is None or now < heard + OTHERS_MS:
             return
         for machine, since, until in self.blocks.get(self._whose(world, call), ()):
