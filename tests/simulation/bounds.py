@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from sluice.domain.jobs import DEAD_LETTER, NOT_STORED, AttemptOutcome, Job, State
+from sluice.domain.retries import UNSENDABLE, Failure
 from tests.fakes import MINUTE, SECOND
 from tests.simulation.accounts import INVENTED, MODEL_GROUPS, cost_of, limits_of
 from tests.simulation.checks import Check
@@ -45,6 +46,10 @@ MOST_CALLS_WHILE_BROKEN: Final = 12
 
 BROKEN_MS: Final = 30 * SECOND
 """Since the fifth failure in a row: by then every worker knows."""
+
+PROBES_MS: Final = 4 * SECOND
+MOST_PROBES: Final = 3
+"""The shortest pause between two probes is 5 s. The clocks of their workers may be 6 s apart, and the pause doubles."""
 
 DEAD_LETTER_MS: Final = 10 * MINUTE
 
@@ -105,7 +110,8 @@ class RejectedKeysAreNotUsed(Check):
 class BlocksAreKept(Check):
     """After a 429 with a time nobody calls with these limits before that time.
 
-    They are those of the key's workspace, which its first response names; without such a header those of the key.
+    They are those of the key's workspace, which its first response names; without such a header those of the key. A key
+    that replaces another one in the pool is a new one, also under the same id: it may belong to another workspace.
     """
 
     name = "blocks are kept"
@@ -118,12 +124,12 @@ class BlocksAreKept(Check):
     @staticmethod
     def _whose(world: World, call: Call) -> object:
         home, group = call.group
-        return (home if world.story.headers != "none" else call.request.key.id), group
+        return (home if world.story.headers != "none" else call.request.key.api_key), group
 
     def call_ended(self, world: World, call: Call) -> None:
         reply = call.plan.reply
         if call.fate in {"answered", "refused"}:
-            self.heard.setdefault(call.request.key.id, world.time.now())
+            self.heard.setdefault(call.request.key.api_key, world.time.now())
         if call.fate != "refused" or reply is None or reply.failure.status != 429:
             return
         wait = reply.failure.retry_after_ms
@@ -136,7 +142,7 @@ class BlocksAreKept(Check):
         # Whose limits an unknown key draws on is not known to every worker at once.
         if not is_healthy(call.machine) or call.request.key.organization is None:
             return
-        heard = self.heard.get(call.request.key.id)
+        heard = self.heard.get(call.request.key.api_key)
         if heard is None or now < heard + OTHERS_MS:
             return
         for machine, since, until in self.blocks.get(self._whose(world, call), ()):
@@ -150,8 +156,19 @@ class BlocksAreKept(Check):
                 return
 
 
+def is_endpoints(failure: Failure) -> bool:
+    """Return whether a failure says that the endpoint does not work; a 529 says that it does, but not its model."""
+    if failure.status is None:
+        return failure.type != UNSENDABLE
+    return failure.status >= 500 and failure.status != 529
+
+
 class BrokenModelsAreProbed(Check):
-    """A model that is overloaded, and an endpoint that does not answer, get a few probes and no more."""
+    """A model that is overloaded, and an endpoint that does not answer, get a few probes and no more.
+
+    An endpoint may fail for one model or tenant alone. So the time starts again when a second one fails, of whose calls
+    the failures before said little.
+    """
 
     name = "broken models are probed"
 
@@ -159,6 +176,9 @@ class BrokenModelsAreProbed(Check):
         self.streak: dict[object, int] = defaultdict(int)
         self.since: dict[object, int] = {}
         self.calls: dict[object, list[int]] = defaultdict(list)
+        self.models: dict[object, set[str]] = defaultdict(set)
+        self.tenants: dict[object, set[str]] = defaultdict(set)
+        """Of the failures in a row."""
 
     @staticmethod
     def _circuits(call: Call) -> tuple[tuple[str, str, str], ...]:
@@ -170,19 +190,31 @@ class BrokenModelsAreProbed(Check):
         model, endpoint = self._circuits(call)
         reply = call.plan.reply
         if call.fate == "answered":
-            for circuit in (model, endpoint):
-                self.streak[circuit] = 0
+            self._works(model)
+            self._works(endpoint)
+        elif reply is None or call.fate not in {"refused", "lost"}:
             return
-        if reply is None or call.fate not in {"refused", "lost"}:
-            return
-        status = reply.failure.status
-        if status is None or status >= 500:
-            circuit = model if status == 529 else endpoint
-            self.streak[circuit] += 1
-            if self.streak[circuit] == 5:
-                self.since[circuit] = world.time.now()
+        elif is_endpoints(reply.failure):
+            self._failed(world, endpoint, call)
         else:
-            self.streak[endpoint] = 0
+            self._works(endpoint)
+            if reply.failure.status == 529:
+                self._failed(world, model, call)
+
+    def _works(self, circuit: object) -> None:
+        self.streak[circuit] = 0
+        self.models[circuit].clear()
+        self.tenants[circuit].clear()
+
+    def _failed(self, world: World, circuit: object, call: Call) -> None:
+        models, tenants = self.models[circuit], self.tenants[circuit]
+        before = len(models), len(tenants)
+        models.add(call.request.model)
+        tenants.add(world.orders[call.name].tenant)
+        is_wider = 1 in before and before != (len(models), len(tenants))
+        self.streak[circuit] += 1
+        if self.streak[circuit] == 5 or is_wider:
+            self.since[circuit] = world.time.now()
 
     def called(self, world: World, call: Call) -> None:
         now = world.time.now()
@@ -194,6 +226,57 @@ class BrokenModelsAreProbed(Check):
             if len(recent) >= MOST_CALLS_WHILE_BROKEN and not world.is_troubled:
                 self.calls[circuit].clear()
                 world.fail(self.name, f"{len(recent)} calls a minute to {circuit[-1]}")
+
+
+class ProbesAreSingle(Check):
+    """Calls of a model and tenant that failed five times in a row start seconds apart, until any call is answered.
+
+    Whatever else fails meanwhile: failures of others are no reason to start them together.
+    """
+
+    name = "probes are single"
+
+    def __init__(self) -> None:
+        self.run: dict[object, tuple[object, int]] = {}
+        """Of each limit group: the model and tenant of the last failures, and how many there were."""
+        self.broken: dict[object, dict[object, int]] = defaultdict(dict)
+        """Of each limit group: the models and tenants that failed so often, and since when."""
+        self.starts: dict[object, list[int]] = defaultdict(list)
+
+    @staticmethod
+    def _group(call: Call) -> object:
+        return call.home.organization, limits_of(call.request.model)
+
+    @staticmethod
+    def _own(world: World, call: Call) -> tuple[str, str]:
+        return call.request.model, world.orders[call.name].tenant
+
+    def call_ended(self, world: World, call: Call) -> None:
+        group, own, reply = self._group(call), self._own(world, call), call.plan.reply
+        if call.fate not in {"refused", "lost"}:
+            reply = None
+        if reply is not None and is_endpoints(reply.failure):
+            last, count = self.run.get(group, (own, 0))
+            self.run[group] = (own, count + 1 if last == own else 1)
+            if self.run[group][1] == 5:
+                self.broken[group].setdefault(own, world.time.now())
+            return
+        # What became of a call that was not answered is not always known; then the count starts again.
+        self.run.pop(group, None)
+        if reply is not None or call.fate == "answered":
+            self.broken[group].clear()
+
+    def called(self, world: World, call: Call) -> None:
+        now, group, own = world.time.now(), self._group(call), self._own(world, call)
+        # Unknown keys have limit groups of their own, so each is probed.
+        starts = self.starts[call.request.key.id, group, own]
+        starts[:] = [*(at for at in starts if at > now - PROBES_MS), now]
+        since = self.broken[group].get(own)
+        if since is None or now < since + BROKEN_MS + PROBES_MS or world.is_troubled:
+            return
+        if len(starts) > MOST_PROBES:
+            starts.clear()
+            world.fail(self.name, f"{MOST_PROBES + 1} calls at once of {own}")
 
 
 class OverloadFallsBack(Check):
@@ -397,6 +480,7 @@ BOUNDS: Final[Sequence[type[Check]]] = (
     RejectedKeysAreNotUsed,
     BlocksAreKept,
     BrokenModelsAreProbed,
+    ProbesAreSingle,
     OverloadFallsBack,
     DeadlinesAreKept,
     CancelsTakeEffect,

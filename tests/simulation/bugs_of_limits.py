@@ -17,6 +17,7 @@ from sluice.domain.limits import BURST_PACE, FULL_RATE
 from sluice.domain.pricing import PriceList, Usage
 from sluice.domain.retries import Failure
 from sluice.domain.turns import Owner
+from sluice.domain.waits import Waits
 from sluice.domain.webhooks import GiveUp
 from sluice.intake import accounts
 from sluice.intake.accounts import Account
@@ -197,6 +198,19 @@ def _cancel_for_anybody() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _release_what_waits_for_a_probe() -> Iterator[None]:
+    good = vars(limits)["failed"]
+
+    def failed(breaker: Breaker, now: int, waits: Waits, **whose: str) -> Breaker:
+        counted: Breaker = good(breaker, now, waits, **whose)
+        # As if the failures of others were a reason to try those of before again.
+        return replace(counted, streak=2) if counted.others else counted
+
+    with instead(limits, "failed", failed):
+        yield
+
+
 BUGS_OF_LIMITS: Final[Mapping[str, Bug]] = {
     "blame_the_organization": Bug(
         "what a workspace is refused blocks its organization",
@@ -205,6 +219,10 @@ BUGS_OF_LIMITS: Final[Mapping[str, Bug]] = {
     "blame_the_endpoint": Bug(
         "failures of one model or tenant open the breaker of the endpoint for all",
         in_place_of(Breaker, "concerns", lambda *_: True),
+    ),
+    "release_what_waits_for_a_probe": Bug(
+        "the failure of another model or tenant closes the breaker of those that failed before",
+        _release_what_waits_for_a_probe,
     ),
     "wait_despite_a_fallback": Bug(
         "a job with a fallback model waits behind the breaker of its model",

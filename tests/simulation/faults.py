@@ -268,6 +268,8 @@ class LostReply(Fault):
     async def after(self, point: Point) -> None:
         if point.verb in WRITES and self.chance():
             self.hit(point, "lost reply")
+            if point.verb == "receive":
+                point.machine.world.queue.lose_reply(point.machine)
             raise StoreBusy(point.store, may_be_done=True)
 
 

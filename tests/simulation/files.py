@@ -46,11 +46,12 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 PLANNER_MS: Final = 15 * MINUTE
-FIRST_RETRY_MS: Final = 4 * SECOND
+FIRST_RETRY_MS: Final = 30 * SECOND
 LONGEST_RETRY_MS: Final = 15 * MINUTE
-"""The batches function makes a message visible again after this time, doubled each time (see `adapters/sqs.Hidden`)."""
+"""The batches function makes a message that failed visible again after this time, doubled each time (see
+`adapters/sqs.Hidden`)."""
 
-ALIVE_MS: Final = 2 * MINUTE
+ALIVE_MS: Final = 90 * SECOND
 """It keeps a message hidden only so far ahead, so that it is soon visible again when the function dies."""
 
 LAST_MS: Final = 15 * SECOND
@@ -408,14 +409,31 @@ class Files:
         )
 
     async def _plan(self, what: str, received: int, do: Callable[[Machine], bool]) -> None:
-        self.queues.planner[what] = (self.world.time.now() + ALIVE_MS, received + 1, do)
-        done = await self.world.function("batches", Party.OPERATOR, do, PLANNER_MS)
+        # Hidden while the function lives, which renews that.
+        self.queues.planner[what] = (self.world.time.now() + PLANNER_MS, received + 1, do)
+        done, dies = await self._planned(do)
         if done:
             self.queues.planner.pop(what, None)
             return
-        pause = min(LONGEST_RETRY_MS, FIRST_RETRY_MS << min(received, 8))
+        pause = min(LONGEST_RETRY_MS, FIRST_RETRY_MS << min(received, 5))
+        if dies:
+            pause = ALIVE_MS
+        elif done is False:
+            # What it did is kept, and the next invocation does what is left.
+            pause = 0
         self.queues.planner[what] = (self.world.time.now() + pause, received + 1, do)
         self.queues.stirred.set()
+
+    async def _planned(self, do: Callable[[Machine], bool]) -> tuple[bool | None, bool]:
+        """Run the batches function; return whether all is done (None: it failed), and whether its machine died."""
+        machines: list[Machine] = []
+
+        def body(machine: Machine) -> bool:
+            machines.append(machine)
+            return do(machine)
+
+        done = await self.world.function("batches", Party.OPERATOR, body, PLANNER_MS)
+        return done, any(not each.is_alive for each in machines)
 
     # Lambda -------------------------------------------------------------------------------------------------
 
@@ -427,7 +445,7 @@ class Files:
             now = world.time.now()
             for what, (at, received, do) in list(self.queues.planner.items()):
                 if at <= now:
-                    self.queues.planner[what] = (now + ALIVE_MS, received, do)
+                    self.queues.planner[what] = (now + PLANNER_MS, received, do)
                     world.begin(self._plan(what, received, do))
             if len(self.busy) < world.story.fleet:
                 pointer = self.queues.receive()

@@ -196,7 +196,9 @@ class JobsOfDeadWorkersGoOn(Check):
             for began, until in (write.machine.hangs if write.machine else ())
             if until - began > waits.STORE_STAY_MS and until <= write.at
         ]
-        waited = write.at - max([since, *stuck])
+        # Nobody has received a message whose reply was lost, and it is hidden as if its receiver had died.
+        unseen = world.queue.unseen.get(job.job_id, since)
+        waited = write.at - max([since, unseen, *stuck])
         if (
             most is None
             and waited > waits.RECOVERY_MS + GRACE_MS

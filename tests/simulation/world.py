@@ -187,6 +187,10 @@ class StoryQueue(MemoryQueue):
         """Messages that a fault keeps from being received."""
         self.lost: set[str] = set()
         """Job ids of messages that a fault made away with."""
+        self._given: dict[Machine | None, Sequence[Received]] = {}
+        """By machine: the messages of its last receive."""
+        self.unseen: dict[str | None, int] = {}
+        """By job id: when its message was last hidden by a receive whose reply was lost."""
 
     def send(self, jobs: Sequence[Pointer]) -> list[str]:
         unsent = super().send(jobs)
@@ -230,8 +234,14 @@ class StoryQueue(MemoryQueue):
 
     def receive(self, most: int, hidden_ms: int) -> list[Received]:
         given = super().receive(most, hidden_ms)
+        self._given[self.world.writer] = given
         self.world.on_refill(given)
         return given
+
+    def lose_reply(self, machine: Machine) -> None:
+        """Take down that a machine does not see what it has received."""
+        for message in self._given.pop(machine, ()):
+            self.unseen[message.job_id] = self._now()
 
     def delete(self, messages: Sequence[Received]) -> None:
         """Acknowledge; a receipt that is not the last one may or may not do."""

@@ -1377,14 +1377,52 @@ def test_failures_of_one_model_and_tenant_concern_only_their_calls() -> None:
 def test_failures_of_another_model_or_tenant_widen_the_breaker(
     second: Cost, concerned: list[bool]
 ) -> None:
-    """However often the first failed: that is one piece of evidence."""
+    """However often the first failed: that is one piece of evidence. Until there is enough, its calls wait."""
     once = broken(*[tied()] * 20, second)
     often = broken(*[tied()] * 20, *[second] * (STREAK - 1))
 
-    assert [False, False] == are_late(once, tied(), second)
+    for state in (once, broken(*[tied()] * 20, *[second] * (STREAK - 2))):
+        assert [True, False] == are_late(state, tied(), second)
     assert [True, *concerned] == are_late(
         often, tied(), tied(tenant="v"), tied(model="c", tenant="t")
     )
+
+
+def test_failures_that_open_nothing_are_one_piece_of_evidence_for_a_wider_trouble() -> None:
+    second = tied(model="b")
+    state = broken(*[tied()] * (STREAK - 1), *[second] * (STREAK - 2))
+
+    assert [False, False] == are_late(state, tied(), second)
+    assert [True, True] == are_late(
+        circuit_failed(state, NOON, ENDPOINT, ties=second.ties), tied(), second
+    )
+
+
+def test_only_failures_in_a_row_widen_the_breaker() -> None:
+    """An answer of another model or tenant says that the trouble is not wider, and nothing of those that failed."""
+    second, stranger = tied(model="b"), tied(model="b", tenant="u")
+    almost = broken(*[tied()] * STREAK, *[second] * (STREAK - 2))
+
+    answered = circuit_served(almost, NOON, ENDPOINT, ties=second.ties)
+    assert broken(*[tied()] * STREAK) == answered
+    again = circuit_failed(answered, NOON, ENDPOINT, ties=second.ties)
+    assert [True, False] == are_late(again, tied(), second)
+    # So does the probe of those that failed; an answer to a call that none of the failures concerns says nothing.
+    probed = circuit_served(almost, NOON, ENDPOINT, ties=tied().ties)
+    assert 0 == probed.circuits[ENDPOINT].others
+    assert almost == circuit_served(almost, NOON, ENDPOINT, ties=stranger.ties)
+
+
+def test_a_breaker_is_widened_twice_at_most() -> None:
+    """By another model, then by another tenant: then it concerns all calls of the endpoint."""
+    state = broken(*[tied()] * STREAK)
+    for other in (tied(model="b"), tied(tenant="u")):
+        for _ in range(STREAK - 1):
+            assert [True, False] == are_late(state, tied(), other)
+            state = circuit_failed(state, NOON, ENDPOINT, ties=other.ties)
+        assert [True, True] == are_late(state, tied(), other)
+
+    assert [True] == are_late(state, tied(model="c", tenant="v"))
 
 
 def test_a_call_that_waits_for_its_own_breaker_or_workspace_delays_no_other() -> None:

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 
@@ -20,7 +20,10 @@ from sluice.worker.range_claim import KEEP_MS, LEASE_MS
 from sluice.worker.range_source import SAVE_ROWS
 from sluice.worker.ranges import RangePointer
 from tests.bulk_fakes import Bulk, Deaths, a_row, jsonl
-from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, refused
+from tests.fakes import MESSAGE, MINUTE, NOON, SECOND, DirectCalls, refused
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SERVER_ERROR = refused(500, "api_error", message="boom")
 
@@ -285,6 +288,35 @@ def test_each_call_of_a_worker_that_died_is_in_the_ledger_and_in_the_sums(
         summary["uncertain_calls"],
     )
     assert (len(rows), len(lost)) == (usage.calls, usage.uncertain_calls)
+
+
+class LateReplies(DirectCalls):
+    """Calls whose callers see the result a while after they were made: the thread has ended, its task waits."""
+
+    async def __call__(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result = await super().__call__(call, *args, **kwargs)
+        await asyncio.sleep(3)
+        return result
+
+
+def test_no_row_is_saved_before_the_ledger_has_its_call(make: Make) -> None:
+    """A saved row is not run again: if its worker died then, nobody would book the call."""
+    bulk = make()
+    bulk.gateway.blocking = LateReplies()
+    bulk.upload(jsonl(*(a_row(number) for number in range(30))))
+    saved: set[bytes] = set()
+    counts: list[tuple[int, int]] = []
+
+    def put(key: str, body: bytes) -> None:
+        if "/chunks/" in key:
+            saved.update(line for line in body.splitlines() if b'"succeeded"' in line)
+            counts.append((len(saved), len(bulk.ledger.rows)))
+
+    bulk.objects.before_put = put
+    bulk.drain()
+
+    assert 30 == len(saved)
+    assert [] == [(rows, calls) for rows, calls in counts if rows > calls]
 
 
 def test_a_range_killed_three_times_still_ends_whole(make: Make) -> None:

@@ -338,6 +338,24 @@ def test_an_endpoint_that_is_broken_for_everybody_is_left_alone(make: Make) -> N
     assert len(probes) <= 6
 
 
+def test_a_failure_of_another_tenant_releases_none_of_those_that_wait_for_the_endpoint(
+    make: Make,
+) -> None:
+    gateway = make(*jobs("a", 40))
+    gateway.claude.when = lambda _: BROKEN
+    run(gateway, 1)
+    since = gateway.time.now()
+    gateway.submit(*jobs("b", 1, tenant="birch", created_at=since))
+
+    run(gateway, 1)
+
+    calls = [call for call in gateway.claude.calls if since <= call.at < since + MINUTE]
+    of_a = sum(b"a_" in call.request.body.data for call in calls)
+    assert of_a < len(calls)
+    # One probe after 5, 10 and 20 s at most.
+    assert of_a <= 3
+
+
 def test_a_broken_endpoint_of_two_is_avoided_probed_and_used_again(make: Make) -> None:
     keys = [
         upstream_key("broken", base_url="https://one.example"),

@@ -157,7 +157,7 @@ GROUP: Final = replace(
     known_group(),
     version=1,
     day=known_group().requests,
-    circuits={"model claude-a": Breaker(5, NOON + 5, 1, "claude-a", "a tenant")},
+    circuits={"model claude-a": Breaker(5, NOON + 5, 1, "claude-a", "a tenant", 1)},
     workspaces={"wrkspc_1": Workspace(NOON + 5, "spend limit", "key req", NOON, 500, NOON)},
     waiting={"worker": (3, NOON)},
     stated={"requests": 5},

@@ -4,7 +4,8 @@ A limit group has one for each model that is overloaded (529) and one for each e
 connections, 5xx). They are independent of rate limits: buckets and rates do not change. Times are epoch milliseconds.
 
 A 5xx does not say whose trouble it is. While all failures in a row came from one model, or from one tenant's requests,
-the breaker of an endpoint concerns only that model or that tenant.
+the breaker of an endpoint concerns only that model or that tenant. Failures of other calls widen it. Until there are
+enough of them, it stays open for the calls it concerned: more failures are no reason to release these.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Breaker:
     model: str = ""
     tenant: str = ""
     """The one model, and the one tenant, that all failures in a row came from; empty: several."""
+    others: int = 0
+    """While it is open: consecutive failures of calls that it does not concern."""
+    other_models: bool = False
+    other_tenants: bool = False
+    """Whether some of those were of another model, or another tenant."""
 
     @property
     def is_open(self) -> bool:
@@ -50,27 +56,48 @@ def failed(
     breaker: Breaker, now: int, waits: Waits = USUAL, *, model: str = "", tenant: str = ""
 ) -> Breaker:
     """Count a failure. From the fifth in a row the breaker is open: for 5 s, then 10, 20, ... up to a minute."""
-    counted = replace(breaker, streak=breaker.streak + 1, proved=0)
     if not breaker.streak:
-        counted = replace(counted, model=model, tenant=tenant)
-    elif not breaker.concerns(model, tenant):
-        # The failures before it are one piece of evidence that the trouble is wider, however many they were.
-        counted = Breaker(
-            streak=2,
-            model=model if breaker.model == model else "",
-            tenant=tenant if breaker.tenant == tenant else "",
+        counted = Breaker(streak=1, model=model, tenant=tenant)
+    elif breaker.concerns(model, tenant):
+        counted = replace(breaker, streak=breaker.streak + 1, proved=0)
+    else:
+        noted = replace(
+            breaker,
+            others=breaker.others + 1,
+            other_models=breaker.other_models or breaker.model not in {"", model},
+            other_tenants=breaker.other_tenants or breaker.tenant not in {"", tenant},
         )
+        counted = _widened(noted)
+        if breaker.is_open and not counted.is_open:
+            return noted
     if not counted.is_open:
         return counted
     until = now + _pause(counted.streak, waits)
     return replace(counted, open_until=max(breaker.open_until, until))
 
 
-def served(breaker: Breaker) -> Breaker | None:
+def served(breaker: Breaker, *, model: str = "", tenant: str = "") -> Breaker | None:
     """Count a success; None if the breaker is closed, so that no record is needed."""
+    if not _widened(breaker).concerns(model, tenant):
+        return breaker
+    alone = replace(breaker, others=0, other_models=False, other_tenants=False)
+    if not breaker.concerns(model, tenant):
+        return alone
     if not breaker.is_open or breaker.proved + 1 >= PROBES:
         return None
-    return replace(breaker, proved=breaker.proved + 1, open_until=0)
+    return replace(alone, proved=breaker.proved + 1, open_until=0)
+
+
+def _widened(breaker: Breaker) -> Breaker:
+    """Return the breaker that also concerns the other calls that failed.
+
+    Its own failures are one piece of evidence that the trouble is wider, however many they were.
+    """
+    return Breaker(
+        streak=1 + breaker.others,
+        model="" if breaker.other_models else breaker.model,
+        tenant="" if breaker.other_tenants else breaker.tenant,
+    )
 
 
 def probed(breaker: Breaker, start: int, waits: Waits = USUAL) -> Breaker:

@@ -988,10 +988,12 @@ def circuit_failed(  # noqa: PLR0913 - the facts of one failure
 
 def circuit_served(group: Group, now: int, name: str, *, ties: Ties = NO_TIES) -> Group:  # noqa: ARG001 - the same signature as the other changes
     """Record that a model or an endpoint answered a call, unless its failures do not concern such calls."""
-    breaker = group.circuits.get(name)
-    if breaker is None or not breaker.concerns(ties.model, ties.tenant):
+    known = group.circuits.get(name)
+    if known is None:
         return group
-    breaker = served(breaker)
+    breaker = served(known, model=ties.model, tenant=ties.tenant)
+    if breaker == known:
+        return group
     others = {key: value for key, value in group.circuits.items() if key != name}
     return replace(group, circuits=others if breaker is None else {**others, name: breaker})
 

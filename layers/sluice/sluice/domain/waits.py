@@ -99,7 +99,8 @@ the mapping's poll, its batching window of a second, and a cold start."""
 
 RECOVERY_MS: Final = LEASE_MS + RECEIVE_MS + STORE_STAY_MS + 2 * STORE_BUSY_MS
 """The job of a worker that dies is taken over within this time. It starts again when the worker that has received the
-job dies too or hangs, and when a store has refused calls for longer than `STORE_STAY_MS`."""
+job dies too or hangs, when the reply with its message is lost, and when a store has refused calls for longer than
+`STORE_STAY_MS`."""
 
 assert RECOVERY_MS == 180_000, "the bound that docs/reliability.md states"  # noqa: PLR2004
 assert BOOKING_MS < LEASE_MS - RENEW_MS, "the message of a dead worker is visible later than that"

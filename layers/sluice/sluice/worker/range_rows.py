@@ -62,6 +62,8 @@ class Seat:
     """Claude's answer, until the record is made from it."""
     lost: Spend = field(default_factory=Spend)
     """Its calls whose answers were lost with a worker: they count in the sums of the batch."""
+    is_ending: bool = False
+    """Its worker has written its end, and not yet passed the row of its last call to the ledger."""
     _billed_before: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -194,6 +196,7 @@ class WindowRows:
             seat = self._seats[job.job_id]
             if seat.job.version != expected_version:
                 raise Stale(seat.job)
+            seat.is_ending = job.state.is_final
             self._set(seat, job)
 
     def put(self, name: str, message: str) -> Result:
@@ -225,26 +228,42 @@ class WindowRows:
 
     # Ended rows that are not saved -----------------------------------------------------------------------------
 
+    def released(self, job_id: str) -> None:
+        """Note that the worker has done all it does for a row: the ledger has its calls, or will write them first."""
+        self._seats[job_id].is_ending = False
+
+    def all_released(self) -> None:
+        """Note that no worker runs any more."""
+        for job_id in self._seats:
+            self.released(job_id)
+
     def worth_saving(self, most: int) -> bool:
         """Return whether `most` rows or many bytes are unsaved, or one of them for a while."""
         with self._lock:
-            gathered = len(self._unsaved)
+            gathered = sum(not seat.is_ending for seat in self._unsaved)
             old = self._clock.now() - self._oldest_unsaved >= SAVE_MS
             is_much = gathered >= most or self._unsaved_bytes >= SAVE_BYTES
-            return is_much or (gathered > 0 and old)
+            return gathered > 0 and (is_much or old)
 
     def take_unsaved(self) -> list[Seat]:
-        """Return the records to save next; the caller must call `saved` or `not_saved`."""
+        """Return the records to save next; the caller must call `saved` or `not_saved`.
+
+        Without those whose calls are not collected for the ledger yet: a saved row is not run again, so nobody else
+        would book them.
+        """
         with self._lock:
-            taken = size = 0
+            taken: list[Seat] = []
+            left: list[Seat] = []
+            size = 0
             for seat in self._unsaved:
-                size += _record(seat).size
-                taken += 1
-                if size >= SAVE_BYTES:
-                    break
-            unsaved, self._unsaved = self._unsaved[:taken], self._unsaved[taken:]
+                if seat.is_ending or size >= SAVE_BYTES:
+                    left.append(seat)
+                else:
+                    taken.append(seat)
+                    size += _record(seat).size
+            self._unsaved = left
             self._unsaved_bytes -= size
-            return unsaved
+            return taken
 
     def not_saved(self, seats: Sequence[Seat]) -> None:
         """Take back what could not be saved."""

@@ -112,12 +112,14 @@ class RangeSource:
 
     def done(self, message: Received) -> None:
         """Keep the slot of an ended row until it is saved."""
+        self._rows.released(message.message_id)
         seat = self._rows.seat(message.message_id)
         if seat.ended is None or seat.ended.chunk is not None:
             self._leave(seat)
 
     def give_back(self, message: Received, until: int) -> None:
         """Keep a row waiting in the invocation, or leave it to a later one."""
+        self._rows.released(message.message_id)
         seat = self._rows.seat(message.message_id)
         seat.due_at = until
         seat.receive_count += 1

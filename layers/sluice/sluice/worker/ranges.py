@@ -346,6 +346,7 @@ class _Run:
             await self._runner.worker.run(source, self._stop_at, self._owner)
         finally:
             self._rows_run = False
+            rows.all_released()
         return count
 
     def _give_up_killers(self) -> None:
