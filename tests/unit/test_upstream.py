@@ -622,6 +622,18 @@ def test_the_file_of_a_batch_is_read_once_for_the_body_however_many_ranges_it_ha
     assert 1_000 == lane.record.requests
 
 
+def test_a_batch_whose_objects_cannot_be_deleted_is_done_and_says_so(lane: HalfPrice) -> None:
+    lane.add(rows(10))
+    lane.bulk.objects.break_down("delete")
+
+    lane.pass_minutes(25)
+
+    assert Phase.DONE == lane.record.phase
+    assert ["upstream batch applied"] == [
+        event for event, _ in lane.bulk.events.notes if event == "upstream batch applied"
+    ]
+
+
 # Memory --------------------------------------------------------------------------------------------------------
 
 

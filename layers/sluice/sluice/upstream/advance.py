@@ -297,7 +297,6 @@ class _Steps:
                 self._keep()
         self._sent(batches, going_on, position)
         self._write(lambda current: rules.done(current, self._owner, cost))
-        self._tools.objects.delete([self._state.body_key, *results.runs])
         self._tools.events.note(
             "upstream batch applied",
             upstream_id=self._state.upstream_id,
@@ -308,6 +307,8 @@ class _Steps:
             repeated=results.repeated,
             problem=self._state.problem,
         )
+        # Last, because it is not repeated: what a busy bucket keeps is deleted with the other objects of its age.
+        self._tools.objects.delete([self._state.body_key, *results.runs])
         return None
 
     def _sent(
