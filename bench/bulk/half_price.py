@@ -26,6 +26,9 @@ FUNCTIONS: Final = ("batches", "upstream", "ranges")
 SCHEDULE: Final = Path(__file__).parents[2] / "events" / "schedule.json"
 PATIENCE_SECONDS: Final = 3_600
 SAY_EVERY_SECONDS: Final = 15.0
+LAST_SECONDS: Final = 60
+"""A Message Batch is done so long after its batch at the latest."""
+
 LOGGED_SECONDS: Final = 2.0
 """The last lines of a log come with the end of the invocation."""
 
@@ -158,11 +161,11 @@ def _watch(started: Stack, rows: int, began: float) -> list[int]:
     peaks: list[int] = []
     highest = 0
     steps = Counter[str]()
+    left = LAST_SECONDS
     # The batch may end before its last Message Batch is done.
-    while (
-        steps["applied"] < max(1, steps["collected"])
-        or started.of_bucket(f"out/{TENANT}/{NAME}/summary.json") is None
-    ):
+    while left > 0:
+        if started.of_bucket(f"out/{TENANT}/{NAME}/summary.json") is not None:
+            left = 0 if 0 < steps["collected"] <= steps["applied"] else left - 1
         if time.monotonic() > end:
             raise TimeoutError(f"{rows:,} rows did not end")
         started.ready.client("lambda").invoke(
@@ -175,6 +178,8 @@ def _watch(started: Stack, rows: int, began: float) -> list[int]:
         if time.monotonic() - said > SAY_EVERY_SECONDS:
             said = time.monotonic()
             say(", ".join(f"{steps[step]} {step}" for step in STEPS))
+            for problem, count in _problems(started, began).items():
+                say(f"in the logs, {count} times: {problem}")
         time.sleep(1)
     return peaks
 
@@ -336,6 +341,7 @@ def _promises(outcome: Outcome) -> dict[str, bool]:
         == outcome.rows,
         "few rows run live": outcome.live_calls <= SPARE_REQUESTS * len(requests),
         "no Message Batch is too large": max(requests, default=0) <= MOST_REQUESTS,
+        "every Message Batch is done": all("applied" in each.steps for each in outcome.batches),
         "the memory does not grow with the rows": growth <= MOST_GROWTH_MB,
         f"less than ${MOST_DOLLARS_PER_MILLION:.2f} per million rows": not is_large
         or _dollars_per_million(outcome) < MOST_DOLLARS_PER_MILLION,
