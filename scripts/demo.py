@@ -310,7 +310,7 @@ def _batch_table(batch: Json) -> Table:
     succeeded = batch["rows"]["succeeded"]
     style = "green" if succeeded == BATCH_JOBS else "red"
     table.add_row("Succeeded", Text(f"{succeeded} of {BATCH_JOBS} rows", style=style))
-    table.add_row("Lane", batch["lane_decision"]["reason"])
+    table.add_row("Lane", f"{batch['lane_decision']['lane']}, chosen for the lane auto")
     table.add_row("Message Batches", f"{len(batch['upstream_batches'])}")
     cost, saved = batch["cost_micro_usd"] or 0, batch["saved_micro_usd"]
     table.add_row("Cost", f"{dollars(cost)}, and {dollars(cost + saved)} on the live lane")
