@@ -336,7 +336,7 @@ BAD: Final[dict[str, tuple[int, str, Any]]] = {
     "deadline in the past": (
         400, "invalid_request_error", GOOD | {"deadline": "2020-01-01T00:00:00Z"},
     ),
-    "unknown lane": (400, "invalid_request_error", GOOD | {"lane": "batch"}),
+    "unknown lane": (400, "invalid_request_error", GOOD | {"lane": "fast"}),
 }  # fmt: skip
 
 
