@@ -482,13 +482,36 @@ def test_a_canceled_batch_beside_another_ends_at_once_and_the_other_goes_on(
 
 def test_a_batch_that_is_canceled_while_it_waits_is_never_sent(lane: HalfPrice) -> None:
     lane.add(rows(20))
-    lane.pass_minutes(2)
+    lane.pass_minutes(1)
 
     cancel(lane)
     lane.pass_minutes(20)
 
     assert [] == lane.upstream.creates
     assert {"canceled"} == {each["result"]["type"] for each in lane.results()}
+def test_ranges_of_two_batches_that_share_one_are_collected_once(
+    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last range of one batch and the first of the next; all full ones are made by one collector."""
+    monkeypatch.setattr("sluice.upstream.collect.FULL_REQUESTS", 10)
+    monkeypatch.setattr("sluice.domain.batches.LINES_PER_RANGE", 3)
+    lane.add(rows(14))
+    lane.add(rows(12, 14), "msgbatch_2")
+
+    lane.pass_minutes(1)
+    assert 2 == len(lane.records.stored)
+    lane.pass_minutes(40)
+
+    sent = Counter(
+        each["params"]["messages"][0]["content"]
+        for batch in lane.upstream.batches.values()
+        for each in batch.requests
+    )
+    live = live_rows(lane)
+    assert {f"Say {number}": 1 for number in range(26)} == sent + Counter(live)
+    assert (14, 12) == (len(lane.results()), len(lane.results("msgbatch_2")))
+
+
 
 
 def test_a_lost_entry_of_the_waiting_list_is_written_again(lane: HalfPrice) -> None:

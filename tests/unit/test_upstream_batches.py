@@ -68,9 +68,10 @@ def test_any_other_text_names_none(text: str) -> None:
 def test_a_repeated_collector_finds_the_upstream_batch_of_the_first() -> None:
     first = Slice("msgbatch_1", 0, 10)
 
-    assert rules.upstream_id_of(first) == rules.upstream_id_of(Slice("msgbatch_1", 0, 20))
-    assert rules.upstream_id_of(first) != rules.upstream_id_of(Slice("msgbatch_1", 10, 20))
-    assert rules.upstream_id_of(first) != rules.upstream_id_of(Slice("msgbatch_2", 0, 10))
+    assert rules.upstream_id_of(first, 3) == rules.upstream_id_of(Slice("msgbatch_1", 0, 20), 3)
+    assert rules.upstream_id_of(first, 3) != rules.upstream_id_of(Slice("msgbatch_1", 10, 20), 3)
+    assert rules.upstream_id_of(first, 3) != rules.upstream_id_of(Slice("msgbatch_2", 0, 10), 3)
+    assert rules.upstream_id_of(first, 3) != rules.upstream_id_of(first, 4), "collected again"
 
 
 def test_a_slice_has_its_ranges() -> None:

@@ -355,11 +355,16 @@ class PlanBatch:
         elsewhere: list[range] = []
         for upstream_id, first, end in batch.upstream:
             record = self._upstream.get(upstream_id)
-            if record is None or record.phase is not upstream_batches.Phase.DONE:
-                is_shared = has_ended and record is not None and self._is_wanted(record, now)
+            part = upstream_batches.Slice(batch.batch_id, first, end)
+            if record is None or part not in record.slices:
+                # Of a collector that died: the next one repairs it.
+                self._wait(batch)
+                elsewhere.append(range(first, end))
+            elif record.phase is not upstream_batches.Phase.DONE:
+                is_shared = has_ended and self._is_wanted(record, now)
                 if not is_shared:
                     elsewhere.append(range(first, end))
-                if has_ended and record is not None and not is_shared:
+                if has_ended and not is_shared:
                     self._cancel_upstream(record, now)
         if not has_ended and batch.collected < plan.ranges:
             # Also if the entry of the list was lost.

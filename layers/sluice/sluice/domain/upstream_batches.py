@@ -231,9 +231,12 @@ def _is_number(text: str) -> bool:
     )
 
 
-def upstream_id_of(first: Slice) -> str:
-    """Return the id of the upstream batch whose first slice this is: the same for a repeated collector."""
-    digest = sha256(f"{first.batch_id}\x00{first.first}".encode()).hexdigest()
+def upstream_id_of(first: Slice, version: int) -> str:
+    """Return the id of the upstream batch whose first slice this is, collected from a version of its batch.
+
+    Two collectors at once have the same; what is collected again because it was in no upstream batch has another.
+    """
+    digest = sha256(f"{first.batch_id}\x00{first.first}\x00{version}".encode()).hexdigest()
     return f"upstream_{digest[:32]}"
 
 

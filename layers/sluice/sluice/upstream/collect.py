@@ -95,8 +95,9 @@ class Collect:
         """Make upstream batches of what may be together in one."""
         oldest = min(waiting.since for waiting, _ in members)
         is_old = self._clock.now() >= oldest + self._gather_ms
+        current = {batch.batch_id: batch for _, batch in members}
         made = [
-            self._make(pack)
+            self._make(pack, current)
             for pack, is_full in _packs([batch for _, batch in members])
             if is_full or is_old
         ]
@@ -129,18 +130,23 @@ class Collect:
             return batch
         return self._changed(batch, lambda current: not_in_upstream(current, upstream_id))
 
-    def _make(self, pack: _Pack) -> str | None:
-        """Make an upstream batch; None if others were quicker."""
+    def _make(self, pack: _Pack, current: dict[str, Batch]) -> str | None:
+        """Make an upstream batch; None if others were quicker. `current` has the batches as they were last written."""
         first = pack.slices[0][1]
-        upstream_id = upstream_id_of(first)
+        upstream_id = upstream_id_of(first, current[first.batch_id].version)
         named: list[tuple[Batch, Slice]] = []
         for batch, part in pack.slices:
             mark = (upstream_id, part.first, part.end)
-            current = self._changed(batch, lambda known, mark=mark: in_upstream(known, mark))  # type: ignore[misc]
-            if current.upstream and current.upstream[-1] == mark:
-                named.append((current, part))
-        if not named:
-            return None
+            known = self._changed(
+                current[batch.batch_id],
+                lambda known, mark=mark: in_upstream(known, mark),  # type: ignore[misc]
+            )
+            current[batch.batch_id] = known
+            if known.upstream and known.upstream[-1] == mark:
+                named.append((known, part))
+            elif not named:
+                # Its id follows from the first slice, which is in another one.
+                return None
         wanted = self._record(upstream_id, named)
         stored = insert(self._records.add, wanted)
         if stored is not wanted:
