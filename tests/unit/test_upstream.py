@@ -489,6 +489,8 @@ def test_a_batch_that_is_canceled_while_it_waits_is_never_sent(lane: HalfPrice) 
 
     assert [] == lane.upstream.creates
     assert {"canceled"} == {each["result"]["type"] for each in lane.results()}
+
+
 def test_ranges_of_two_batches_that_share_one_are_collected_once(
     lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,8 +512,6 @@ def test_ranges_of_two_batches_that_share_one_are_collected_once(
     live = live_rows(lane)
     assert {f"Say {number}": 1 for number in range(26)} == sent + Counter(live)
     assert (14, 12) == (len(lane.results()), len(lane.results("msgbatch_2")))
-
-
 
 
 def test_a_lost_entry_of_the_waiting_list_is_written_again(lane: HalfPrice) -> None:
@@ -704,3 +704,27 @@ def test_results_of_a_range_are_saved_while_they_are_read(lane: HalfPrice) -> No
     # 30 MB in pieces of 8 MiB: three are stored before the last result is read.
     assert 3 == saved[-2]
     assert 4 == sum("/chunks/" in key for key in lane.bulk.objects.stored)
+
+
+def test_a_cancel_during_a_poll_is_sent_a_minute_later(
+    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a batch whose next poll would be due in a quarter of an hour."""
+    lane.upstream.minutes = 600
+    lane.add(rows(50))
+    lane.pass_minutes(200)
+    poll, canceled_at = lane.upstream.get, list[int]()
+
+    def canceled_meanwhile(access: Access, batch_id: str) -> Any:
+        seen = poll(access, batch_id)
+        if not canceled_at:
+            canceled_at.append(lane.time.now())
+            cancel(lane)
+        return seen
+
+    monkeypatch.setattr(lane.upstream, "get", canceled_meanwhile)
+    lane.pass_minutes(30)
+
+    (batch,) = lane.upstream.batches.values()
+    assert batch.canceled_at is not None
+    assert batch.canceled_at - canceled_at[0] <= MINUTE

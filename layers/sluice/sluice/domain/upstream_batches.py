@@ -496,3 +496,9 @@ def is_given_up(state: UpstreamBatch, now: int) -> bool:
     if state.canceled_at is not None:
         return now >= state.canceled_at + CANCELED_WITHIN_MS
     return now >= (state.accepted_at or state.created_at) + KEPT_MS
+def is_cancel_due(state: UpstreamBatch) -> bool:
+    """Return whether a cancel is wanted that a step can make or ask for at once, also one wanted during a step."""
+    is_possible = state.phase in {Phase.PREPARING, Phase.READY, Phase.OPEN}
+    return is_possible and state.wants_cancel is not None and state.canceled_at is None
+
+

@@ -138,7 +138,12 @@ class _Steps:
             yield item
 
     def _give_back(self, due_at: int) -> None:
-        self._write(lambda current: rules.give_back(current, self._owner, due_at))
+        now = self._tools.clock.now()
+        self._write(
+            lambda current: rules.give_back(
+                current, self._owner, now if rules.is_cancel_due(current) else due_at
+            )
+        )
 
     # Steps -------------------------------------------------------------------------------------------------------
 
