@@ -14,10 +14,12 @@ from sluice.domain.batches import Phase as BatchPhase
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage, utc_day
 from sluice.domain.retries import Failure
-from sluice.domain.upstream_batches import Phase
-from sluice.ports.upstream import ResultRow, RowKind
+from sluice.domain.upstream_batches import Phase, UpstreamBatch
+from sluice.ports.upstream import Access, Listed, ResultRow, RowKind
+from sluice.upstream import send
 from sluice.upstream.apply import ApplyResults
 from sluice.upstream.results import HELD_BYTES, Sorted, piece_bytes
+from sluice.upstream.tools import UpstreamTools
 from tests.bulk_fakes import MemoryObjects, a_row, jsonl
 from tests.fakes import MINUTE
 from tests.upstream_fakes import HOUR, HalfPrice, answered
@@ -167,6 +169,94 @@ def test_one_that_dies_between_the_create_and_its_record_sends_nothing_again(
     assert 30 == len(lane.results())
 
 
+def test_of_two_lost_creates_of_one_size_each_gets_its_own_batch(lane: HalfPrice) -> None:
+    """The first made none, and takes the other's for its own until its results show whose it is."""
+    lane.upstream.script = ["lost reply", "lost reply"]
+    lane.upstream.forgets = 1
+    lane.add(rows(1))
+    lane.add(rows(1, 1), "msgbatch_2", tenant="other")
+
+    lane.pass_minutes(60)
+
+    said = [
+        each["params"]["messages"][0]["content"]
+        for batch in lane.upstream.batches.values()
+        for each in batch.requests
+    ]
+    assert ["Say 0", "Say 1"] == sorted(said), "each was made once"
+    assert (["Say 0!"], ["Say 1!"]) == (texts(lane.results()), texts(lane.results("msgbatch_2")))
+    assert not lane.bulk.claude.calls
+
+
+def test_a_batch_that_is_listed_late_is_found_beside_a_foreign_one(
+    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The foreign one has ended, and its ids are not ours: ours may be listed until two minutes after its create."""
+    lane.upstream.script = ["lost reply"]
+    lane.add(rows(30))
+    whole = lane.upstream.since
+
+    def without_new(access: Access, moment: int) -> Any:
+        listed = whole(access, moment)
+        assert isinstance(listed, Listed)
+        before = lane.time.now() - 90_000
+        seen = [
+            each
+            for each in listed.batches
+            if "foreign" in each.id or (each.created_at or 0) < before
+        ]
+        return Listed(tuple(seen))
+
+    def with_foreign() -> None:
+        lane.upstream.minutes = 0.01
+        lane.upstream.foreign(30)
+        lane.upstream.minutes = 10
+
+    monkeypatch.setattr(lane.upstream, "since", without_new)
+    lane.upstream.after_create = with_foreign
+
+    lane.pass_minutes(60)
+
+    assert ["msgbatch_up0"] == lane.upstream.creates
+    assert 30 == len(lane.results())
+    assert not lane.bulk.claude.calls
+
+
+def test_results_that_end_before_their_first_line_do_not_say_whose_they_are(
+    lane: HalfPrice,
+) -> None:
+    lane.upstream.script = ["lost reply"]
+    lane.add(rows(1))
+    lane.pass_minutes(6)
+    lane.upstream.foreign(1)
+    lane.upstream.short = 2
+    lane.pass_minutes(30)
+
+    assert ["msgbatch_up0"] == lane.upstream.creates
+    assert ["Say 0!"] == texts(lane.results())
+    assert not lane.bulk.claude.calls
+
+
+def test_creates_at_the_same_moment_take_different_numbers_of_requests(
+    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None sees the intents of the others before its own is written."""
+    whole, before_intent = send.open_batches, list[bool]()
+
+    def none_at_first(tools: UpstreamTools) -> list[UpstreamBatch]:
+        before_intent.append(len(before_intent) % 2 == 0)
+        return [] if before_intent[-1] else whole(tools)
+
+    monkeypatch.setattr(send, "open_batches", none_at_first)
+    lane.upstream.minutes = 120
+    for number in range(3):
+        lane.add(rows(50, 100 * number), f"msgbatch_{number}", tenant=f"tenant-{number}")
+
+    lane.pass_minutes(20)
+
+    assert 3 == len({len(each.requests) for each in lane.upstream.batches.values()})
+
+
 # What upstream does ----------------------------------------------------------------------------------------------
 
 
@@ -212,6 +302,21 @@ def test_a_batch_that_ends_without_results_runs_live(lane: HalfPrice) -> None:
 
     assert 10 == len(live_rows(lane))
     assert 10 == len(lane.results())
+    uncertain = [row for row in lane.bulk.ledger.rows.values() if row.lane == "batch"]
+    assert [("unread", 10)] == [(row.outcome, row.spend.uncertain_calls) for row in uncertain]
+
+
+def test_a_batch_that_cannot_be_sent_in_time_runs_live(lane: HalfPrice) -> None:
+    deadline = lane.time.now() + 2 * HOUR
+    lane.upstream.script = ["spend"] * 100
+    lane.add(rows(10), expires_at=deadline)
+
+    lane.pass_minutes(115)
+
+    assert [] == lane.upstream.creates
+    assert {"succeeded"} == {each["result"]["type"] for each in lane.results()}
+    assert lane.bulk.batch.ended_at is not None
+    assert lane.bulk.batch.ended_at < deadline
 
 
 def test_errors_are_judged_as_on_the_live_lane(lane: HalfPrice) -> None:
@@ -375,13 +480,36 @@ def test_a_large_batch_becomes_several_at_once(
     monkeypatch.setattr("sluice.upstream.collect.FULL_REQUESTS", 1_000)
     lane.add(rows(2_500))
 
-    lane.pass_minutes(2)
+    lane.pass_minutes(1)
     assert 2 == len(lane.records.stored), "the full ones"
     lane.pass_minutes(40)
 
     assert [f"Say {number}!" for number in range(2_500)] == texts(lane.results())
     assert 3 == len(lane.upstream.creates)
     assert not lane.bulk.claude.calls
+
+
+def test_ranges_of_two_batches_that_share_one_are_collected_once(
+    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last range of one batch and the first of the next; all full ones are made by one collector."""
+    monkeypatch.setattr("sluice.upstream.collect.FULL_REQUESTS", 10)
+    monkeypatch.setattr("sluice.domain.batches.LINES_PER_RANGE", 3)
+    lane.add(rows(14))
+    lane.add(rows(12, 14), "msgbatch_2")
+
+    lane.pass_minutes(1)
+    assert 2 == len(lane.records.stored)
+    lane.pass_minutes(40)
+
+    sent = Counter(
+        each["params"]["messages"][0]["content"]
+        for batch in lane.upstream.batches.values()
+        for each in batch.requests
+    )
+    live = live_rows(lane)
+    assert {f"Say {number}": 1 for number in range(26)} == sent + Counter(live)
+    assert (14, 12) == (len(lane.results()), len(lane.results("msgbatch_2")))
 
 
 def test_bad_rows_and_rows_that_no_message_batch_takes_go_their_own_way(lane: HalfPrice) -> None:
@@ -460,6 +588,30 @@ def test_a_canceled_batch_is_canceled_upstream_within_a_minute_and_keeps_what_wa
     assert not lane.bulk.claude.calls
 
 
+def test_a_cancel_during_a_poll_is_sent_a_minute_later(
+    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a batch whose next poll would be due in a quarter of an hour."""
+    lane.upstream.minutes = 600
+    lane.add(rows(50))
+    lane.pass_minutes(200)
+    poll, canceled_at = lane.upstream.get, list[int]()
+
+    def canceled_meanwhile(access: Access, batch_id: str) -> Any:
+        seen = poll(access, batch_id)
+        if not canceled_at:
+            canceled_at.append(lane.time.now())
+            cancel(lane)
+        return seen
+
+    monkeypatch.setattr(lane.upstream, "get", canceled_meanwhile)
+    lane.pass_minutes(30)
+
+    (batch,) = lane.upstream.batches.values()
+    assert batch.canceled_at is not None
+    assert batch.canceled_at - canceled_at[0] <= MINUTE
+
+
 def test_a_canceled_batch_beside_another_ends_at_once_and_the_other_goes_on(
     lane: HalfPrice,
 ) -> None:
@@ -482,36 +634,13 @@ def test_a_canceled_batch_beside_another_ends_at_once_and_the_other_goes_on(
 
 def test_a_batch_that_is_canceled_while_it_waits_is_never_sent(lane: HalfPrice) -> None:
     lane.add(rows(20))
-    lane.pass_minutes(1)
+    lane.pass_minutes(2)
 
     cancel(lane)
     lane.pass_minutes(20)
 
     assert [] == lane.upstream.creates
     assert {"canceled"} == {each["result"]["type"] for each in lane.results()}
-
-
-def test_ranges_of_two_batches_that_share_one_are_collected_once(
-    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last range of one batch and the first of the next; all full ones are made by one collector."""
-    monkeypatch.setattr("sluice.upstream.collect.FULL_REQUESTS", 10)
-    monkeypatch.setattr("sluice.domain.batches.LINES_PER_RANGE", 3)
-    lane.add(rows(14))
-    lane.add(rows(12, 14), "msgbatch_2")
-
-    lane.pass_minutes(1)
-    assert 2 == len(lane.records.stored)
-    lane.pass_minutes(40)
-
-    sent = Counter(
-        each["params"]["messages"][0]["content"]
-        for batch in lane.upstream.batches.values()
-        for each in batch.requests
-    )
-    live = live_rows(lane)
-    assert {f"Say {number}": 1 for number in range(26)} == sent + Counter(live)
-    assert (14, 12) == (len(lane.results()), len(lane.results("msgbatch_2")))
 
 
 def test_a_lost_entry_of_the_waiting_list_is_written_again(lane: HalfPrice) -> None:
@@ -706,25 +835,3 @@ def test_results_of_a_range_are_saved_while_they_are_read(lane: HalfPrice) -> No
     assert 4 == sum("/chunks/" in key for key in lane.bulk.objects.stored)
 
 
-def test_a_cancel_during_a_poll_is_sent_a_minute_later(
-    lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also of a batch whose next poll would be due in a quarter of an hour."""
-    lane.upstream.minutes = 600
-    lane.add(rows(50))
-    lane.pass_minutes(200)
-    poll, canceled_at = lane.upstream.get, list[int]()
-
-    def canceled_meanwhile(access: Access, batch_id: str) -> Any:
-        seen = poll(access, batch_id)
-        if not canceled_at:
-            canceled_at.append(lane.time.now())
-            cancel(lane)
-        return seen
-
-    monkeypatch.setattr(lane.upstream, "get", canceled_meanwhile)
-    lane.pass_minutes(30)
-
-    (batch,) = lane.upstream.batches.values()
-    assert batch.canceled_at is not None
-    assert batch.canceled_at - canceled_at[0] <= MINUTE

@@ -219,14 +219,14 @@ def test_steps_are_tried_again_less_and_less_often() -> None:
     assert (15_000, 10 * MINUTE) == (waits[0], waits[-1])
 
 
-def test_a_batch_that_was_not_ours_is_sent_again() -> None:
+def test_after_a_batch_that_was_not_ours_the_search_goes_on() -> None:
     taken = rules.take(a_record(phase=Phase.SENDING), "me", NOON)
     found = rules.accepted(taken, "me", "msgbatch_up", NOON, is_confirmed=False)
     ended = rules.ended(found, "me", NOON + HOUR)
 
     again = rules.not_ours(ended, "me")
 
-    assert (Phase.READY, None, True) == (again.phase, again.message_batch_id, again.is_confirmed)
+    assert (Phase.SENDING, None, True) == (again.phase, again.message_batch_id, again.is_confirmed)
 
 
 def test_what_was_planned_last_is_on_record() -> None:

@@ -40,6 +40,12 @@ this long after the create."""
 CLOCKS_APART_MS: Final = 60_000
 """Upstream's clock may differ from ours by so much."""
 
+EXPIRES_MS: Final = 86_400_000
+"""Upstream ends a batch after 24 hours at the latest (Anthropic, batch processing)."""
+
+CANCEL_MS: Final = 2 * 60_000
+"""About as long takes a cancel."""
+
 CANCELED_WITHIN_MS: Final = 15 * 60_000
 """Results of a canceled batch are waited for so long; then its rows run without them."""
 
@@ -148,7 +154,7 @@ class UpstreamBatch:
     """The key, and its workspace, in which the create was sent. Only keys of the same workspace see the batch."""
     sent_at: int = 0
     sends: int = 0
-    """Creates that were sent and not refused."""
+    """Creates that were sent and may have made a batch: it was neither refused nor looked for in vain."""
     tries: int = 0
     """Steps in a row that came to nothing."""
     message_batch_id: str | None = None
@@ -287,19 +293,26 @@ def prepared(  # noqa: PLR0913 - what the create needs to know
     )
 
 
-def without_spares(state: UpstreamBatch, taken: Collection[int]) -> UpstreamBatch:
+def without_spares(
+    state: UpstreamBatch, taken: Collection[int], *, is_disputed: bool = False
+) -> UpstreamBatch:
     """Leave out as many of the last requests as it takes for a number of requests that no other open batch has.
 
     Upstream shows neither name nor content of a batch that has not ended, so a lost reply is found by this number.
+    `is_disputed`: another batch takes the same number at this moment, so each takes one that follows from its own id.
     """
-    for left_out in range(len(state.cuts) + 1):
-        if state.requests - left_out not in taken:
-            if not left_out:
-                return state
-            end = state.cuts[left_out - 1]
-            rest = state.cuts[left_out:]
-            return replace(state, requests=state.requests - left_out, body_bytes=end, cuts=rest)
-    return state
+    free = [each for each in range(len(state.cuts) + 1) if state.requests - each not in taken]
+    if not free:
+        return state
+    left_out = free[int(state.upstream_id[-8:], 16) % len(free)] if is_disputed else free[0]
+    if not left_out:
+        return state
+    return replace(
+        state,
+        requests=state.requests - left_out,
+        body_bytes=state.cuts[left_out - 1],
+        cuts=state.cuts[left_out:],
+    )
 
 
 def sending(
@@ -319,6 +332,12 @@ def sending(
     )
 
 
+def resized(state: UpstreamBatch, owner: str, taken: Collection[int]) -> UpstreamBatch:
+    """Record that a create that is not sent yet takes another number of requests."""
+    _owned(state, owner)
+    return _changed(without_spares(state, taken, is_disputed=True))
+
+
 def refused(state: UpstreamBatch, owner: str) -> UpstreamBatch:
     """Record that upstream has certainly not made the batch: it may be sent again."""
     _owned(state, owner)
@@ -328,7 +347,13 @@ def refused(state: UpstreamBatch, owner: str) -> UpstreamBatch:
 def not_found(state: UpstreamBatch, owner: str) -> UpstreamBatch:
     """Record that a create whose reply was lost made no batch: it may be sent again, and that is on record."""
     _owned(state, owner)
-    return _changed(state, phase=Phase.READY, tries=0, problem="a create whose reply was lost")
+    return _changed(
+        state,
+        phase=Phase.READY,
+        sends=state.sends - 1,
+        tries=0,
+        problem="a create whose reply was lost",
+    )
 
 
 def accepted(
@@ -391,16 +416,17 @@ def tried(state: UpstreamBatch, owner: str) -> UpstreamBatch:
 
 
 def not_ours(state: UpstreamBatch, owner: str) -> UpstreamBatch:
-    """Record that the batch that was taken for ours is another one: the create had made none."""
+    """Record that the batch that was taken for ours is another one: ours is looked for among the others."""
     _owned(state, owner)
     return _changed(
         state,
-        phase=Phase.READY,
+        phase=Phase.SENDING,
         message_batch_id=None,
         is_confirmed=True,
         accepted_at=None,
+        canceled_at=None,
         ended_at=None,
-        problem="a create whose reply was lost",
+        tries=0,
     )
 
 
@@ -451,6 +477,11 @@ def searched_until(state: UpstreamBatch) -> int:
     return state.sent_at + LISTED_AFTER_MS
 
 
+def is_lost(state: UpstreamBatch, now: int) -> bool:
+    """Return whether a create whose reply was lost is looked for no longer: its rows are over, and so is any batch."""
+    return now >= max(state.expires_at, state.sent_at + EXPIRES_MS + CANCEL_MS)
+
+
 def next_poll(state: UpstreamBatch, now: int, poll_ms: int = POLL_MS) -> int:
     """Return when to poll an open batch again: seldom if its rescue is far away and it has run for long."""
     passed = now - (state.accepted_at or now)
@@ -491,14 +522,14 @@ def must_be_canceled(state: UpstreamBatch, now: int) -> str | None:
     return None
 
 
-def is_given_up(state: UpstreamBatch, now: int) -> bool:
-    """Return whether an open batch is waited for no longer: its cancel, or its end, takes too long."""
-    if state.canceled_at is not None:
-        return now >= state.canceled_at + CANCELED_WITHIN_MS
-    return now >= (state.accepted_at or state.created_at) + KEPT_MS
 def is_cancel_due(state: UpstreamBatch) -> bool:
     """Return whether a cancel is wanted that a step can make or ask for at once, also one wanted during a step."""
     is_possible = state.phase in {Phase.PREPARING, Phase.READY, Phase.OPEN}
     return is_possible and state.wants_cancel is not None and state.canceled_at is None
 
 
+def is_given_up(state: UpstreamBatch, now: int) -> bool:
+    """Return whether an open batch is waited for no longer: its cancel, or its end, takes too long."""
+    if state.canceled_at is not None:
+        return now >= state.canceled_at + CANCELED_WITHIN_MS
+    return now >= (state.accepted_at or state.created_at) + KEPT_MS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
@@ -101,8 +101,7 @@ class _Steps:
             case Phase.READY:
                 return self._send()
             case Phase.SENDING:
-                found = Send(self._tools, self._owner, self._write).look_for(self._state)
-                return found if isinstance(found, Wait) else None
+                return self._look_for()
             case Phase.OPEN:
                 return self._poll()
             case _:
@@ -175,18 +174,29 @@ class _Steps:
         return None
 
     def _send(self) -> Wait | None:
-        if self._state.wants_cancel is not None or self._is_late():
+        if self._state.wants_cancel is not None:
             self._end(None)
+            return None
+        if self._is_late():
+            self._end("it could not be sent in time")
             return None
         sent = Send(self._tools, self._owner, self._write)(self._state)
         if isinstance(sent, NeverSent):
             self._end(sent.reason)
             return None
         if isinstance(sent, Wait):
-            return sent
+            rescue_at = self._state.rescue_at
+            return sent if rescue_at is None else Wait(min(sent.until, rescue_at), sent.reason)
         if sent.phase is Phase.SENDING:
             return Wait(rules.searched_until(sent), "its create had no reply")
         return Wait(rules.next_poll(sent, self._tools.clock.now(), self._tools.poll_ms), "open")
+
+    def _look_for(self) -> Wait | None:
+        if rules.is_lost(self._state, self._tools.clock.now()):
+            self._end("its create had no reply, and its batch was not found")
+            return None
+        found = Send(self._tools, self._owner, self._write).look_for(self._state)
+        return found if isinstance(found, Wait) else None
 
     def _poll(self) -> Wait | None:
         now, state = self._tools.clock.now(), self._state
@@ -337,11 +347,13 @@ class _Steps:
         """Return the results in the order of the rows, and their cost, which is on record then."""
         state = self._state
         rows = self._opened()
-        if rows is None:
-            if state.message_batch_id is None or state.tries >= MOST_UNREAD:
-                return Sorted(), 0
-            return self._again()
         bill = _Bill(self._tools, state)
+        if rows is None:
+            if state.message_batch_id is not None and state.tries < MOST_UNREAD:
+                return self._again()
+            if state.sends:
+                bill.book_unread(state.requests)
+            return Sorted(), 0
         try:
             found = sort_results(self._tools.objects, state, self._keeping(rows), bill.count)
         except ResultsInterrupted:
@@ -356,6 +368,7 @@ class _Steps:
             # Rows without a result run live, and are billed again if they only were not read.
             return self._again()
         bill.book()
+        bill.book_unread(state.requests - found.rows)
         return found, bill.cost_micro_usd
 
     def _opened(self) -> Rows | None:
@@ -400,25 +413,39 @@ class _Bill:
 
     def book(self) -> None:
         """Write the rows that the ledger does not have yet; raises StoreBusy."""
+        self._write(
+            [
+                self._row(str(number), model, self._spends[model], "requests of an upstream batch")
+                for number, model in enumerate(self._state.models)
+                if model in self._spends
+            ]
+        )
+
+    def book_unread(self, requests: int) -> None:
+        """Record that requests may be billed whose results could not be read; raises StoreBusy."""
+        if requests > 0:
+            spend = Spend(calls=requests, uncertain_calls=requests)
+            note = "requests of an upstream batch whose results could not be read"
+            self._write([self._row("unread", self._state.models[0], spend, note)])
+
+    def _row(self, name: str, model: str, spend: Spend, note: str) -> LedgerRow:
         state = self._state
-        rows = [
-            LedgerRow(
-                tenant=state.tenant,
-                day=self._day,
-                call_id=f"{state.upstream_id}#{number}",
-                job_id=state.upstream_id,
-                model=model,
-                lane=BATCH_LANE,
-                organization=None,
-                key_id=state.key_id or "",
-                request_id=state.message_batch_id,
-                outcome="succeeded",
-                spend=self._spends[model],
-                certain=not self._spends[model].uncertain_calls,
-                note=f"{self._spends[model].calls} requests of an upstream batch",
-            )
-            for number, model in enumerate(state.models)
-            if model in self._spends
-        ]
+        return LedgerRow(
+            tenant=state.tenant,
+            day=self._day,
+            call_id=f"{state.upstream_id}#{name}",
+            job_id=state.upstream_id,
+            model=model,
+            lane=BATCH_LANE,
+            organization=None,
+            key_id=state.key_id or "",
+            request_id=state.message_batch_id,
+            outcome="unread" if name == "unread" else "succeeded",
+            spend=spend,
+            certain=not spend.uncertain_calls,
+            note=f"{spend.calls} {note}{f', after {state.problem}' if state.problem else ''}",
+        )
+
+    def _write(self, rows: Sequence[LedgerRow]) -> None:
         if written := self._tools.ledger.record_missing(rows):
             self._tools.ledger.add_up(added_up(written))

@@ -130,6 +130,8 @@ class ApplyResults:
         if result.kind is RowKind.SUCCEEDED:
             seat.message = result.message.decode()
         rows.replace(after, job.version)
+        # The ledger has all calls of the upstream batch already.
+        rows.released(job.job_id)
         if after.state is State.SUCCEEDED:
             # A log line for each of so many rows would cost as much as all the rest.
             self._tools.events.count("JobsSucceeded")

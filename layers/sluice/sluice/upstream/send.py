@@ -33,6 +33,9 @@ SPEND_RECHECK_MS: Final = 15 * 60_000
 RATE_LIMITED_MS: Final = 60_000
 """Wait after a 429 without `retry-after`: the rate limits of the batch endpoints are per minute."""
 
+MOST_DISPUTES: Final = 4
+"""So often a create takes another number of requests because a create beside it has the same."""
+
 MOST_OPEN: Final = 1_000
 FAR_MS: Final = 60 * 86_400_000
 
@@ -149,19 +152,19 @@ class Send:
 
     def _with_key(self, state: UpstreamBatch, key: UpstreamKey) -> UpstreamBatch | Wait | NeverSent:
         workspace = self._keys.workspace(key)
-        taken = {
-            each.requests
-            for each in open_batches(self._tools)
-            if each.phase in {Phase.SENDING, Phase.OPEN}
-            and each.workspace == workspace
-            and each.upstream_id != state.upstream_id
-        }
+        taken = self._taken(state, workspace)
         owner, now = self._owner, self._tools.clock.now()
         state = self._write(
             lambda current: rules.sending(
                 rules.without_spares(current, taken), owner, now, key_id=key.id, workspace=workspace
             )
         )
+        for _ in range(MOST_DISPUTES):
+            # Another one may have chosen the same number of requests since; each sees the other's intent here.
+            taken = self._taken(state, workspace)
+            if state.requests not in taken or not state.cuts:
+                break
+            state = self._write(partial(rules.resized, owner=owner, taken=taken))
         body = _body(self._tools, state)
         answer = self._tools.claude.create(access(state, key), body, state.body_bytes + len(TAIL))
         match answer:
@@ -180,6 +183,16 @@ class Send:
                 self._keys.learn(key, headers)
                 self._write(partial(rules.refused, owner=owner))
                 return self._refused(state, key, failure)
+
+    def _taken(self, state: UpstreamBatch, workspace: str) -> set[int]:
+        """Return the numbers of requests that other open batches of a workspace have."""
+        return {
+            each.requests
+            for each in open_batches(self._tools)
+            if each.phase in {Phase.SENDING, Phase.OPEN}
+            and each.workspace == workspace
+            and each.upstream_id != state.upstream_id
+        }
 
     def _accepted(self, seen: Seen, *, is_confirmed: bool = True) -> UpstreamBatch:
         now = self._tools.clock.now()
@@ -240,15 +253,22 @@ class Send:
         listed = self._tools.claude.since(by, state.sent_at - rules.CLOCKS_APART_MS)
         if not isinstance(listed, Listed):
             return Wait(now + rules.retry_ms(state.tries), "the batches cannot be listed")
+        # One that was only taken for another upstream batch's own may be this one's.
         known = {
-            each.message_batch_id for each in open_batches(self._tools) if each.message_batch_id
+            each.message_batch_id
+            for each in open_batches(self._tools)
+            if each.message_batch_id and each.is_confirmed
         }
         found = rules.candidates(state, listed.batches, known)
-        if len(found) == 1:
+        if len(found) == 1 and not found[0].is_ended:
             return self._accepted(found[0], is_confirmed=False)
-        if len(found) > 1:
+        if found:
             return self._chosen(state, by, found)
-        if now < rules.searched_until(state):
+        return self._none(state)
+
+    def _none(self, state: UpstreamBatch) -> UpstreamBatch | Wait:
+        """Return what follows if no listed batch is ours: once it would be listed by now, it is sent again."""
+        if self._tools.clock.now() < rules.searched_until(state):
             return Wait(rules.searched_until(state), "its create had no reply")
         self._tools.events.problem("create sent again", upstream_id=state.upstream_id)
         return self._write(partial(rules.not_found, owner=self._owner))
@@ -264,7 +284,7 @@ class Send:
                 return self._accepted(seen)
             undecided += ours is None
         if not undecided:
-            return self._write(partial(rules.not_found, owner=self._owner))
+            return self._none(state)
         wait = self._tools.clock.now() + rules.POLL_MS
         return Wait(wait, "several batches may be the one whose create had no reply")
 
@@ -279,7 +299,10 @@ class Send:
             return None
         finally:
             rows.close()
-        return first is not None and rules.row_id(first.custom_id or "", state.prefix) is not None
+        if first is None:
+            # Each batch has results; these ended early.
+            return None
+        return rules.row_id(first.custom_id or "", state.prefix) is not None
 
 
 def _same(state: UpstreamBatch) -> UpstreamBatch:
