@@ -19,11 +19,12 @@ from sluice.domain.batches import Batch, Options, Phase, Progress, RangeState, S
 from sluice.domain.capacity import Backlog
 from sluice.domain.completions import Observation
 from sluice.domain.errors import InputMissing, InvalidRequest, Stale, StoreBusy
+from sluice.domain.turns import Shares
 from sluice.domain.upstream_batches import UpstreamBatch
 from sluice.ports.batches import RANK, BatchPage, DueRange, Newcomer, SeenRange, Stored
 from sluice.ports.claude import CallRequest
 from sluice.ports.jobs import Params, Received
-from sluice.ports.upstream_records import Learned, Waiting
+from sluice.ports.upstream_records import DueStep, Learned, Waiting
 from sluice.ports.world import Notice
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
@@ -265,14 +266,17 @@ class MemoryUpstreamRecords(Fragile):
         self._do("observe")
         self.experience = self.experience.observed(seen, cancel_ms)
 
-    def due(self, until: int, most: int) -> Sequence[str]:
+    def due(self, until: int, share: int) -> Sequence[DueStep]:
         self._do("due")
         due = [
-            (record.due_at, name)
+            (record.due_at, name, record.tenant)
             for name, record in self.stored.items()
             if record.due_at is not None and record.due_at <= until
         ]
-        return [name for _, name in sorted(due)[:most]]
+        found = Shares[DueStep](lambda each: each.tenant, share)
+        for _, name, tenant in sorted(due):
+            found.add(DueStep(name, tenant))
+        return list(found.items)
 
     def wait(self, waiting: Waiting) -> None:
         self._do("wait", waiting.batch_id)

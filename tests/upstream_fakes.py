@@ -309,9 +309,9 @@ class HalfPrice:
     def governed(self) -> None:
         """Do what the governor starts each minute."""
         now = self.time.now()
-        for upstream_id in self.records.due(now, 20):
+        for each in self.records.due(now, 20):
             self._invocations += 1
-            self.advance(upstream_id, now + 14 * MINUTE, f"step-{self._invocations}")
+            self.advance(each.upstream_id, now + 14 * MINUTE, f"step-{self._invocations}")
         if self.records.waiting(1):
             self.collect(now + 14 * MINUTE)
 

@@ -13,7 +13,7 @@ from sluice.adapters.upstream_records import DynamoUpstreamRecords
 from sluice.domain.completions import CompletionTimes, Observation
 from sluice.domain.errors import Stale
 from sluice.domain.upstream_batches import Phase, Slice, UpstreamBatch, accepted, give_back, take
-from sluice.ports.upstream_records import Learned, UpstreamRecords, Waiting
+from sluice.ports.upstream_records import DueStep, Learned, UpstreamRecords, Waiting
 from tests.bulk_fakes import MemoryUpstreamRecords
 from tests.fakes import NOON, FrozenClock
 from tests.moto_aws import Aws, in_memory
@@ -89,8 +89,19 @@ def test_those_that_are_due_come_first_and_those_that_are_done_never(
     records.add(a_record(3, due_at=NOON + 9))
     records.add(a_record(4, due_at=None, phase=Phase.DONE))
 
-    assert [a_record(2).upstream_id, a_record(1).upstream_id] == list(records.due(NOON + 2, 10))
-    assert [a_record(2).upstream_id] == list(records.due(NOON + 9, 1))
+    first, second = (DueStep(a_record(number).upstream_id, "acme") for number in (2, 1))
+    assert [first, second] == list(records.due(NOON + 2, 10))
+    assert [first] == list(records.due(NOON + 9, 1))
+
+
+def test_the_many_of_one_tenant_hide_none_of_another(records: UpstreamRecords) -> None:
+    for number in range(1, 6):
+        records.add(a_record(number, due_at=NOON + number))
+    records.add(a_record(6, due_at=NOON + 6, tenant="other"))
+
+    found = records.due(NOON + 9, 2)
+
+    assert ["acme", "acme", "other"] == [each.tenant for each in found]
 
 
 def test_one_that_waits_again_is_due_then(records: UpstreamRecords) -> None:
@@ -102,7 +113,7 @@ def test_one_that_waits_again_is_due_then(records: UpstreamRecords) -> None:
     records.replace(give_back(opened, "me", NOON + 60_000), opened.version)
 
     assert [] == list(records.due(NOON + 59_999, 10))
-    assert [record.upstream_id] == list(records.due(NOON + 60_000, 10))
+    assert [DueStep(record.upstream_id, "acme")] == list(records.due(NOON + 60_000, 10))
 
 
 def test_the_list_is_in_order_of_time_and_a_repeat_changes_nothing(

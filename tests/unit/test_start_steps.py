@@ -33,12 +33,13 @@ class Account:
         return self.executions
 
 
-def due(records: MemoryUpstreamRecords, count: int) -> list[str]:
-    for number in range(count):
+def due(records: MemoryUpstreamRecords, count: int, tenant: str = "acme") -> list[str]:
+    ids = [f"upstream_{tenant}_{number:02d}" for number in range(count)]
+    for number, upstream_id in enumerate(ids):
         records.add(
             UpstreamBatch(
-                upstream_id=f"upstream_{number}",
-                tenant="acme",
+                upstream_id=upstream_id,
+                tenant=tenant,
                 slices=(Slice("msgbatch_1", 0, 1),),
                 anthropic_version="2026-10-21",
                 anthropic_beta=None,
@@ -47,7 +48,7 @@ def due(records: MemoryUpstreamRecords, count: int) -> list[str]:
                 due_at=NOON - 1_000 + number,
             )
         )
-    return [f"upstream_{number}" for number in range(count)]
+    return ids
 
 
 def run(records: MemoryUpstreamRecords, started: Started, account: Account) -> RecordingEvents:
@@ -96,3 +97,14 @@ def test_one_that_cannot_be_started_delays_no_other() -> None:
     run(records, started, Account(1_000))
 
     assert ids[1:] == started.ids
+
+
+def test_the_many_of_one_tenant_do_not_delay_the_one_of_another() -> None:
+    records, started = MemoryUpstreamRecords(), Started()
+    due(records, 500)
+    (quiet,) = due(records, 1, "quiet")
+
+    run(records, started, Account(1_000))
+
+    assert 20 == len(started.ids)
+    assert quiet in started.ids[:2]

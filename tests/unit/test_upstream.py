@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sluice.domain.batches import Options, cancel_batch
+from sluice.domain.batches import Options, cancel_batch, claim_range
 from sluice.domain.batches import Phase as BatchPhase
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage, utc_day
@@ -682,6 +682,24 @@ def test_the_saving_is_in_the_summary(lane: HalfPrice) -> None:
     )
 
 
+def test_a_range_that_an_invocation_left_when_it_died_gets_its_results_later(
+    lane: HalfPrice,
+) -> None:
+    lane.add(rows(250))
+    lane.pass_minutes(15)
+    batch = lane.bulk.batch
+    for number in (0, 2):
+        state = lane.bulk.batches.range_state(batch, number)
+        held = claim_range(state, "one that died", lane.time.now(), lane.time.now() + 3 * MINUTE)
+        lane.bulk.batches.replace_range(held, state.version)
+
+    lane.pass_minutes(20)
+
+    assert [f"Say {number}!" for number in range(250)] == texts(lane.results())
+    assert not lane.bulk.claude.calls
+    assert 250 == lane.bulk.batch.tally.calls
+
+
 # The choice of the lane ------------------------------------------------------------------------------------------
 
 
@@ -833,5 +851,3 @@ def test_results_of_a_range_are_saved_while_they_are_read(lane: HalfPrice) -> No
     # 30 MB in pieces of 8 MiB: three are stored before the last result is read.
     assert 3 == saved[-2]
     assert 4 == sum("/chunks/" in key for key in lane.bulk.objects.stored)
-
-

@@ -11,9 +11,10 @@ from sluice.adapters import job_records
 from sluice.adapters.tables import Table
 from sluice.domain.completions import CompletionTimes, Observation
 from sluice.domain.errors import Stale, StoreBusy
+from sluice.domain.turns import Shares
 from sluice.domain.upstream_batches import Phase, Slice, UpstreamBatch
 from sluice.ports.swap import MOST_TRIES
-from sluice.ports.upstream_records import Learned, Waiting
+from sluice.ports.upstream_records import DueStep, Learned, Waiting
 from sluice.ports.world import Clock
 
 if TYPE_CHECKING:
@@ -67,15 +68,11 @@ class DynamoUpstreamRecords:
             }
         self._table.replace(item, expected_version, _record)
 
-    def due(self, until: int, most: int) -> Sequence[str]:
-        """Return the ids of those whose next step is due until a time, longest due first."""
-        answer = self._table.query(
-            IndexName="by_due",
-            KeyConditionExpression="due_shard = :shard AND due_at <= :until",
-            ExpressionAttributeValues={":shard": {"S": DUE}, ":until": {"N": str(until)}},
-            Limit=most,
-        )
-        return [item["batch_id"]["S"] for item in answer["Items"]]
+    def due(self, until: int, share: int) -> Sequence[DueStep]:
+        """Return those whose next step is due until a time, longest due first: at most `share` of each tenant."""
+        found = Shares[DueStep](lambda each: each.tenant, share)
+        self._table.due(DUE, until, found, _due)
+        return list(found.items)
 
     def learned(self) -> Learned:
         """Return what was learned from upstream batches."""
@@ -130,6 +127,10 @@ def _learned(item: Item | None) -> Learned:
 
 def _same(item: Item) -> Item:
     return item
+
+
+def _due(item: Item) -> DueStep:
+    return DueStep(item["batch_id"]["S"], item["due_tenant"]["S"])
 
 
 def _listed(waiting: Waiting) -> Item:

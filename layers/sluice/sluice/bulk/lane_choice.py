@@ -93,8 +93,8 @@ class LaneChoice:
         )
 
     def _open(self) -> list[UpstreamBatch]:
-        ids = self._records.due(self._clock.now() + FAR_MS, MOST_OPEN)
-        found = [self._records.get(each) for each in ids]
+        due = self._records.due(self._clock.now() + FAR_MS, MOST_OPEN)
+        found = [self._records.get(each.upstream_id) for each in due]
         open_phases = {Phase.PREPARING, Phase.READY, Phase.SENDING, Phase.OPEN}
         return [each for each in found if each is not None and each.phase in open_phases]
 

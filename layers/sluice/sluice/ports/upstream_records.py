@@ -24,6 +24,14 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class DueStep:
+    """An upstream batch whose next step is due."""
+
+    upstream_id: str
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
 class Learned:
     """What was learned from upstream batches."""
 
@@ -76,8 +84,11 @@ class UpstreamRecords(WaitingList, Protocol):
         """Learn from an upstream batch that ended, and how long its cancel took if there was one; raises StoreBusy."""
         ...
 
-    def due(self, until: int, most: int) -> Sequence[str]:
-        """Return the ids of those whose next step is due until a time, longest due first. One that is done never is."""
+    def due(self, until: int, share: int) -> Sequence[DueStep]:
+        """Return those whose next step is due until a time, longest due first: at most `share` of each tenant.
+
+        One that is done never is.
+        """
         ...
 
 

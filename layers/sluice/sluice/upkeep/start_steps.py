@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from sluice.domain.errors import StoreBusy
+from sluice.domain.turns import in_turns
 from sluice.ports.limits import Executions
-from sluice.ports.upstream_records import Steps, UpstreamRecords
+from sluice.ports.upstream_records import DueStep, Steps, UpstreamRecords
 from sluice.ports.world import Clock, Events
 
 MOST_STARTED: Final = 20
-"""Upstream batches advanced per run, each by an invocation of its own: one that fails delays no other."""
+"""Upstream batches advanced per run, each by an invocation of its own: one that fails delays no other. Tenants take
+turns, so that many of one do not delay those of another."""
 
 EXECUTIONS_PER_STEP: Final = 50
 """With fewer concurrent executions in the account, fewer are advanced at once, but always one."""
@@ -36,10 +38,10 @@ class StartSteps:
     def __call__(self) -> None:
         """Start an invocation for each upstream batch that is due, and one that collects if a batch waits."""
         now = self._clock.now()
-        due: list[str | None] = list(self._records.due(now, 1))
-        if due:
-            most = self._executions.at_once() // EXECUTIONS_PER_STEP
-            due = list(self._records.due(now, min(MOST_STARTED, max(1, most))))
+        due: list[str | None] = []
+        if found := self._records.due(now, MOST_STARTED):
+            most = min(MOST_STARTED, max(1, self._executions.at_once() // EXECUTIONS_PER_STEP))
+            due += [each.upstream_id for each in in_turns(found, _tenant)[:most]]
         if self._records.waiting(1):
             due.append(None)
         for each in due:
@@ -48,3 +50,7 @@ class StartSteps:
             except StoreBusy as busy:
                 # It stays due.
                 self._events.problem("step not started", what=busy.what, upstream_id=each)
+
+
+def _tenant(due: DueStep) -> str:
+    return due.tenant

@@ -21,11 +21,12 @@ from sluice.domain.upstream_batches import Phase, UpstreamBatch
 from sluice.ports.claude import Refused
 from sluice.ports.swap import Deleted, change, swap
 from sluice.ports.upstream import NotFound, ResultRow, RowKind, Rows, Seen, Unreachable
-from sluice.upstream.apply import ApplyResults
+from sluice.upstream.apply import ApplyResults, Given
 from sluice.upstream.prepare import write_body
 from sluice.upstream.results import Results, Sorted, sort_results
 from sluice.upstream.send import Keys, NeverSent, Send, Wait
 from sluice.upstream.tools import UpstreamTools
+from sluice.worker.range_claim import LEASE_MS as RANGE_LEASE_MS
 
 KEEP_MS: Final = 15_000
 """How often the lease is renewed during a long step."""
@@ -288,29 +289,9 @@ class _Steps:
         if isinstance(found, Wait) or found is None:
             return found
         results, cost = found
-        apply = ApplyResults(self._tools, self._state, self._owner)
-        by_range = results.by_range(self._tools.objects)
-        place, rows = next(by_range, NO_MORE)
-        batches: dict[str, Batch | None] = {}
-        going_on: list[tuple[str, int]] = []
-        position, applied = 0, self._state.applied
-        for member, part in enumerate(self._state.slices):
-            batch = batches.setdefault(part.batch_id, self._tools.batches.get(part.batch_id))
-            for number in part.numbers:
-                position += 1
-                has_results = place == (member, number)
-                given = self._keeping(rows) if has_results else None
-                is_next = position > applied
-                if batch is not None and is_next and apply(batch, number, given):
-                    going_on.append((part.batch_id, number))
-                if has_results:
-                    place, rows = next(by_range, NO_MORE)
-                if len(going_on) >= SENT_TOGETHER:
-                    self._sent(batches, going_on, position)
-                    if self._tools.clock.now() >= self._stop_at:
-                        return Wait(self._tools.clock.now(), "goes on")
-                self._keep()
-        self._sent(batches, going_on, position)
+        wait = self._give(results)
+        if wait is not None:
+            return wait
         self._write(lambda current: rules.done(current, self._owner, cost))
         self._tools.events.note(
             "upstream batch applied",
@@ -324,6 +305,41 @@ class _Steps:
         )
         # Last, because it is not repeated: what a busy bucket keeps is deleted with the other objects of its age.
         self._tools.objects.delete([self._state.body_key, *results.runs])
+        return None
+
+    def _give(self, results: Sorted) -> Wait | None:
+        """Give each range its results, and send it to the live lane."""
+        apply = ApplyResults(self._tools, self._state, self._owner)
+        by_range = results.by_range(self._tools.objects)
+        place, rows = next(by_range, NO_MORE)
+        batches: dict[str, Batch | None] = {}
+        going_on: list[tuple[str, int]] = []
+        position, applied, busy_from = 0, self._state.applied, None
+        for member, part in enumerate(self._state.slices):
+            batch = batches.setdefault(part.batch_id, self._tools.batches.get(part.batch_id))
+            for number in part.numbers:
+                position += 1
+                has_results = place == (member, number)
+                given = self._keeping(rows) if has_results else None
+                is_next = position > applied
+                if batch is not None and is_next:
+                    outcome = apply(batch, number, given)
+                    if outcome is Given.GOES_ON:
+                        going_on.append((part.batch_id, number))
+                    elif outcome is Given.BUSY:
+                        busy_from = busy_from or position
+                if has_results:
+                    place, rows = next(by_range, NO_MORE)
+                if len(going_on) >= SENT_TOGETHER:
+                    self._sent(batches, going_on, position if busy_from is None else busy_from - 1)
+                    if self._tools.clock.now() >= self._stop_at:
+                        return Wait(self._tools.clock.now(), "goes on")
+                self._keep()
+        if busy_from is not None:
+            # From the first of them on, results are given once more; those that have them keep what they have.
+            self._sent(batches, going_on, busy_from - 1)
+            return Wait(self._tools.clock.now() + RANGE_LEASE_MS, "a range is busy")
+        self._sent(batches, going_on, position)
         return None
 
     def _sent(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import Enum, auto
 from functools import partial
 from typing import Final
 
@@ -28,6 +29,17 @@ from sluice.worker.range_windows import WINDOW_ROWS, Windows, job_of_row
 NO_MORE: Final[tuple[int, ResultRow | None]] = (0, None)
 
 
+class Given(Enum):
+    """What became of a range."""
+
+    GOES_ON = auto()
+    """It has its results, and a worker must go on with it."""
+    DONE = auto()
+    """It had ended before."""
+    BUSY = auto()
+    """Another invocation has it: an earlier one of this function that died, or a worker if its batch is over."""
+
+
 class ApplyResults:
     """Gives ranges of one upstream batch their results. Repeating it changes nothing."""
 
@@ -38,34 +50,32 @@ class ApplyResults:
 
     def __call__(
         self, batch: Batch, number: int, results: Iterator[tuple[int, ResultRow]] | None
-    ) -> bool:
-        """Save the results of a range, which come with rising byte offsets; return whether a worker must go on with it.
+    ) -> Given:
+        """Save the results of a range, which come with rising byte offsets.
 
         They are read one by one and saved as soon as there are many: a range may have far more rows than planned.
-
-        A range that another worker has, or that is done, was given back before: it keeps what it has.
         """
         if batch.phase is Phase.ENDED:
-            return False
+            return Given.DONE
         if results is None:
-            return True
+            return Given.GOES_ON
         state = self._tools.batches.range_state(batch, number)
         if state.done:
-            return False
+            return Given.DONE
         now = self._tools.clock.now()
         try:
             claimed = claim_range(state, self._owner, now, now + LEASE_MS)
         except RangeBusy:
-            return False
+            return Given.BUSY
         if swap(self._tools.batches.replace_range, claimed, state.version) != claimed:
-            return False
+            return Given.BUSY
         taken = ClaimedRange(self._tools, batch, claimed, self._owner)
         waiting = self._fill(taken, batch, results)
         chunks = taken.state.chunks
         if waiting:
             chunks = tuple(taken.saved_whole((), waiting, 0))
         taken.release(RangeWait(self._tools.clock.now()), chunks)
-        return True
+        return Given.GOES_ON
 
     def _fill(
         self, taken: ClaimedRange, batch: Batch, results: Iterator[tuple[int, ResultRow]]

@@ -116,8 +116,8 @@ def access(state: UpstreamBatch, key: UpstreamKey) -> Access:
 
 def open_batches(tools: UpstreamTools) -> list[UpstreamBatch]:
     """Return the upstream batches that are not done."""
-    ids = tools.records.due(tools.clock.now() + FAR_MS, MOST_OPEN)
-    found = (tools.records.get(each) for each in ids)
+    due = tools.records.due(tools.clock.now() + FAR_MS, MOST_OPEN)
+    found = (tools.records.get(each.upstream_id) for each in due)
     return [each for each in found if each is not None]
 
 
