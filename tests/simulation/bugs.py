@@ -30,6 +30,7 @@ from tests.fakes import MemoryJobs, MemoryQueue
 from tests.simulation.bugs_of_files import BUGS_OF_FILES
 from tests.simulation.bugs_of_limits import BUGS_OF_LIMITS
 from tests.simulation.bugs_of_sizes import BUGS_OF_SIZES
+from tests.simulation.bugs_of_the_lane import BUGS_OF_THE_LANE
 from tests.simulation.bugs_of_the_ledger import BUGS_OF_THE_LEDGER
 from tests.simulation.deliberate import Bug, instead
 from tests.simulation.upstream import Upstream
@@ -364,4 +365,5 @@ BUGS: Final[Mapping[str, Bug]] = {
     **BUGS_OF_FILES,
     **BUGS_OF_SIZES,
     **BUGS_OF_THE_LEDGER,
+    **BUGS_OF_THE_LANE,
 }

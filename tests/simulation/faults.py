@@ -7,6 +7,7 @@ To add one: write a class with any of the hooks and put it into `FAULTS`.
     after    the same, when the call is made and its reply is on its way
     touch    at every verb of the stores of files: raise StoreBusy, or kill
     reply    what a call to Claude shall meet; None leaves it to others
+    batches  the same for a call to Message Batches
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class Fault:
 
     def reply(self, call: Call) -> Plan | None:  # noqa: ARG002 - a hook
         """Say what a call to Claude meets."""
+        return None
+
+    def batches(self, world: World, verb: str, batch_id: str) -> str | None:  # noqa: ARG002 - a hook
+        """Say what a call to Message Batches meets: `dead` before it is made, or another fate of its verb."""
         return None
 
     def calm(self, world: World) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 from sluice.adapters import job_records
 from sluice.bulk import assemble, sections
 from sluice.bulk.assemble import Assemble, JoinAtOnce
-from sluice.bulk.lane_choice import LaneChoice
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import batches as domain
 from sluice.domain import turns
@@ -25,6 +24,7 @@ from sluice.intake.batches import Batches, Create
 from sluice.ports.batches import DueRange
 from sluice.ports.jobs import Received
 from sluice.upkeep.resume import Resume
+from sluice.upstream import collect, prepare
 from sluice.worker import newcomers, range_windows, ranges
 from sluice.worker.newcomers import NoMessages, RunRanges
 from sluice.worker.range_claim import RangeTools
@@ -32,13 +32,9 @@ from sluice.worker.range_rows import WindowRows
 from sluice.worker.ranges import RangePointer, RunRange
 from sluice.worker.tools import Tools
 from sluice.worker.worker import Worker
-from tests.bulk_fakes import (
-    MemoryBatches,
-    MemoryBatchQueues,
-    MemoryObjects,
-    MemoryUpstreamRecords,
-)
+from tests.bulk_fakes import MemoryBatches, MemoryBatchQueues, MemoryObjects
 from tests.fakes import MINUTE, SECOND, VISIBILITY_MS
+from tests.simulation.lane import Lane
 from tests.simulation.machines import Machine, Through
 
 if TYPE_CHECKING:
@@ -249,7 +245,7 @@ class Files:
         self.world = world
         self.batches = StoryBatches(world)
         self.objects = StoryObjects(world)
-        self.upstream = MemoryUpstreamRecords()
+        self.lane = Lane(world)
         self.queues = StoryBatchQueues(world)
         self.environments: list[RangeEnvironment] = []
         self.busy: list[RangeEnvironment] = []
@@ -291,6 +287,12 @@ class Files:
             options["fallback-models"] = ",".join(upload.fallback_models)
         if upload.webhook is not None:
             options["webhook"] = upload.webhook
+        if upload.lane is not None:
+            options["lane"] = upload.lane
+        if upload.anthropic_version is not None:
+            options["anthropic-version"] = upload.anthropic_version
+        if upload.anthropic_beta is not None:
+            options["anthropic-beta"] = upload.anthropic_beta
         self.objects.metadata[key] = {f"sluice-{name}": said for name, said in options.items()}
         self.dropped[key] = upload
         self._post(f"arrived {key}", lambda machine: _done(self._planner(machine).arrived, key))
@@ -306,6 +308,9 @@ class Files:
             deadline=upload.deadline_at,
             fallback_models=upload.fallback_models,
             webhook=upload.webhook,
+            lane=upload.lane,
+            anthropic_version=upload.anthropic_version,
+            anthropic_beta=upload.anthropic_beta,
         )
 
         def create(machine: Machine) -> str | None:
@@ -398,14 +403,8 @@ class Files:
             (),
             machine,
             self.world.events,
-            Through(self.upstream),
-            LaneChoice(
-                Through(self.upstream),
-                Through(self.world.limits),
-                Through(self.queues),
-                machine,
-                self.world.events,
-            ),
+            Through(self.lane.records),
+            self.lane.choice(machine),
         )
 
     async def _plan(self, what: str, received: int, do: Callable[[Machine], bool]) -> None:
@@ -525,9 +524,10 @@ class Files:
     def is_quiet(self) -> bool:
         """Whether a scheduled run would find nothing to do."""
         now = self.world.time.now()
-        return (
+        nothing_due = (
             not self.batches.stored or self.is_done or not MemoryBatches.due(self.batches, now, 1)
         )
+        return nothing_due and self.lane.is_quiet
 
     @property
     def is_done(self) -> bool:
@@ -535,7 +535,8 @@ class Files:
         ended = all(
             each.phase is Phase.ENDED and each.told for each in self.batches.stored.values()
         )
-        return ended and not (self.queues.planner or self.queues.ranges or self.busy)
+        is_idle = not (self.queues.planner or self.queues.ranges or self.busy)
+        return ended and is_idle and self.lane.is_done
 
 
 def _done(call: Callable[..., bool | None], *args: Any) -> bool:
@@ -545,7 +546,7 @@ def _done(call: Callable[..., bool | None], *args: Any) -> bool:
 @contextmanager
 def cut_as(story: Any) -> Iterator[None]:
     """Cut files into small ranges and sections, as a story wants: large files have many of both."""
-    cut: Mapping[Any, Mapping[str, int]] = {
+    cut: dict[Any, Mapping[str, int]] = {
         domain: {
             "LINES_PER_RANGE": story.lines_per_range,
             "RANGES_PER_SECTION": story.ranges_per_section,
@@ -557,6 +558,11 @@ def cut_as(story: Any) -> Iterator[None]:
         ranges: {"TICK_MS": 500},
         newcomers: {"LOOK_MS": 3 * SECOND},
     }
+    if story.lane is not None:
+        cut |= {
+            collect: {"FULL_REQUESTS": story.lane.full_requests},
+            prepare: {"MOST_REQUESTS": story.lane.most_requests},
+        }
     before = {module: {name: vars(module)[name] for name in cut[module]} for module in cut}
     for module, names in cut.items():
         vars(module).update(names)

@@ -50,6 +50,7 @@ class Machine:
         self.name = name
         self.party = party
         self.skew_ms = skew_ms
+        self.started_at = world.time.now()
         self.died_at: int | None = None
         self.died_of = ""
         self.troubles: list[str] = []

@@ -9,6 +9,7 @@ from typing import Final
 from tests.simulation.bounds import BOUNDS
 from tests.simulation.checks import CHECKS, Check, Violation
 from tests.simulation.file_checks import FILE_CHECKS
+from tests.simulation.lane_checks import LANE_CHECKS
 from tests.simulation.ledger_checks import LEDGER_CHECKS
 from tests.simulation.size_checks import SIZE_CHECKS
 from tests.simulation.stories import story_of
@@ -23,6 +24,7 @@ ALL_CHECKS: Final[Sequence[type[Check]]] = (
     *FILE_CHECKS,
     *SIZE_CHECKS,
     *LEDGER_CHECKS,
+    *LANE_CHECKS,
     EndsAreNotified,
 )
 

@@ -18,21 +18,31 @@ from tests.simulation.faults import (
     Canceled,
     ConnectionLost,
     Fault,
+    FilesThrottled,
     KilledAtAnyMoment,
+    KilledAtAStoreCall,
+    KilledOverFiles,
+    KilledRangeWorker,
     LongBlocks,
+    LostReply,
     ModelOverloaded,
     NoConnection,
     OtherTraffic,
     OverloadStorm,
     ParkedByHand,
+    RangeSeenTwice,
     RateLimited,
     Refusals,
     RevokedKey,
     ServerErrors,
     SlowAnswers,
+    StrangeBatchCancel,
     Throttled,
+    TimedOutInvocation,
     TwoSweeps,
 )
+from tests.simulation.lane_faults import FAULTS_OF_THE_LANE
+from tests.simulation.message_batches import LaneFacts
 from tests.simulation.story import STATED, Order, Story, Upload, of_single_jobs
 from tests.simulation.troubles import AT_LOW_LIMITS, OF_SCOPES, of_neighbors
 
@@ -68,6 +78,22 @@ ALSO_OF_FILES: Final[tuple[type[Fault], ...]] = (
     ServerErrors,
     SlowAnswers,
     Throttled,
+    TwoSweeps,
+)
+
+
+ALSO_OF_THE_LANE: Final[tuple[type[Fault], ...]] = (
+    ConnectionLost,
+    FilesThrottled,
+    KilledAtAStoreCall,
+    KilledOverFiles,
+    KilledRangeWorker,
+    LostReply,
+    RangeSeenTwice,
+    ServerErrors,
+    StrangeBatchCancel,
+    Throttled,
+    TimedOutInvocation,
     TwoSweeps,
 )
 
@@ -301,6 +327,78 @@ def _keys(
     return keys, homes
 
 
+LANE_MINUTES: Final = (
+    (7,),
+    (7, 20, 45),
+    (20, 90, 200),
+    (60, 600),
+    (7, 60, 2_000),
+)
+"""How long the Message Batches of a story take: minutes, hours, or so long that they expire."""
+
+LANE_HOURS: Final = (1, 2, 4, 10)
+
+
+def of_the_lane(seed: int) -> Story:
+    """Return a story of batches on the batch lane, beside some on the live lane."""
+    rng = random.Random(f"lane {seed}")  # noqa: S311 - chance that can be repeated
+    calm_at_ms = rng.choice((20, 60, 120)) * MINUTE
+    tenants = TENANTS[: rng.choice((1, 2, 2, 3))]
+    uploads = [
+        _lane_upload(rng, tenants[number % len(tenants)], number, calm_at_ms)
+        for number in range(rng.choice((1, 2, 3, 5)))
+    ]
+    kinds = rng.sample(FAULTS_OF_THE_LANE, rng.choice((0, 1, 1, 2, 3)))
+    kinds += rng.sample(ALSO_OF_THE_LANE, rng.choice((0, 0, 1)))
+    keys = [upstream_key("key-0"), upstream_key("key-1")][: rng.choice((1, 2))]
+    if len(keys) > 1 and rng.random() < 0.5:
+        keys[1] = replace(keys[1], organization="other")
+    return Story(
+        seed=seed,
+        orders=[],
+        uploads=uploads,
+        keys=keys,
+        faults=[kind(rng, calm_at_ms) for kind in kinds],
+        headers="roomy",
+        lane=LaneFacts(
+            gather_ms=rng.choice((0, 1, 3)) * MINUTE,
+            full_requests=rng.choice((4, 10, 30)),
+            minutes=rng.choice(LANE_MINUTES),
+            missing_ms=rng.choice((0, 0, 2_000, 90_000)),
+            twins=rng.random() < 0.3,
+            errors=rng.choice((0, 0, 0.1)),
+            refusals=rng.choice((0, 0, 0.1)),
+        ),
+        fleet=rng.choice((2, 4)),
+        call_ms=rng.choice(((300, 2_000), (1_000, 20_000))),
+        skew_ms=rng.choice((0, 500, 2 * SECOND)),
+        lines_per_range=rng.choice((1, 3, 5, 100)),
+        ranges_per_section=rng.choice((2, 100)),
+        calm_at_ms=calm_at_ms,
+        patience_ms=40 * 60 * MINUTE,
+    )
+
+
+def _lane_upload(rng: random.Random, tenant: str, number: int, calm_at_ms: int) -> Upload:
+    upload = _upload(rng, tenant, 1, number, calm_at_ms)
+    hours = rng.choice(LANE_HOURS) if rng.random() < 0.4 else None
+    # Each name once: what is sent again is known by its name.
+    rows = rng.choice((1, 4, 9, 20, 40))
+    lines: list[str | bytes] = [f"{tenant}-{number}-row-{position}" for position in range(rows)]
+    if not upload.by_api:
+        lines.insert(rng.randrange(len(lines) + 1), rng.choice(BAD_LINES))
+    return replace(
+        upload,
+        at_ms=rng.choice((0, MINUTE, calm_at_ms // 4)) + rng.randrange(MINUTE),
+        lines=lines,
+        deadline_ms=None if hours is None else hours * 60 * MINUTE,
+        cancel_after_ms=rng.randrange(2 * calm_at_ms) if rng.random() < 0.25 else None,
+        lane=None if rng.random() < 0.1 else "batch",
+        anthropic_version="2023-06-01" if rng.random() < 0.1 else None,
+        anthropic_beta="a-beta" if rng.random() < 0.15 else None,
+    )
+
+
 KINDS: Final[Mapping[tuple[int, int], Callable[[int], Story]]] = {
     (4, 2): of_tenants,
     (8, 3): of_files,
@@ -310,6 +408,10 @@ KINDS: Final[Mapping[tuple[int, int], Callable[[int], Story]]] = {
     (64, 63): partial(of_neighbors, troubles=OF_SCOPES),
     (64, 53): of_long_ends,
     (64, 41): of_hidden_bursts,
+    (16, 0): of_the_lane,
+    (16, 9): of_the_lane,
+    (64, 21): of_the_lane,
+    (64, 33): of_the_lane,
 }
 """By divisor and remainder of the seed."""
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from sluice.bulk.assemble import END_MS
 from sluice.bulk.sections import ENTRIES_AT_ONCE
-from sluice.domain.batches import LINES_PER_RANGE, RANGES_PER_SECTION
+from sluice.domain.batches import LINES_PER_RANGE, RANGES_PER_SECTION, AskedLane
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.limits import DIMENSIONS, SCALE, Dimension, Group, new_group
 from sluice.intake.submit import Submission
@@ -19,6 +19,7 @@ from sluice.worker.range_windows import WINDOW_ROWS
 from tests.fakes import MINUTE, SECOND, upstream_key
 from tests.simulation.accounts import ORGANIZATION, Home
 from tests.simulation.faults import FAULTS, Fault
+from tests.simulation.message_batches import LaneFacts
 
 START: Final = int(datetime(2026, 11, 30, 21, tzinfo=UTC).timestamp()) * 1000
 """When every story begins: three hours before the end of a day and a month, when spend caps are lifted."""
@@ -100,6 +101,9 @@ class Upload:
     by_api: bool = False
     webhook: str | None = None
     max_tokens: int = 100
+    lane: AskedLane | None = None
+    anthropic_version: str | None = None
+    anthropic_beta: str | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -169,6 +173,8 @@ class Story:
     """`custom_id`s that are compared in one step of the end of a batch."""
     end_ms: int = END_MS
     """How long an invocation starts steps of the end of a batch."""
+    lane: LaneFacts | None = None
+    """The batch lane, where the story has one."""
     ill: str | None = None
     """The tenant that is in trouble: the others must not wait because of it."""
     ill_file: str = ""

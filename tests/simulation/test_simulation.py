@@ -17,6 +17,7 @@ from scripts.documents.markers import replaced
 from tests.simulation.bugs import BUG_SEEDS, BUGS
 from tests.simulation.checks import Check
 from tests.simulation.faults import FAULTS, FAULTS_OF_FILES, FAULTS_OF_TENANTS, Fault
+from tests.simulation.lane_faults import FAULTS_OF_THE_LANE
 from tests.simulation.playing import ALL_CHECKS, KNOWN, first_failure, play, shown
 from tests.simulation.stories import story_of
 from tests.simulation.troubles import IllCalls
@@ -32,7 +33,12 @@ FOUND: Final[list[dict[str, Any]]] = json.loads(
     Path(__file__).with_name("found_seeds.json").read_text(encoding="utf-8")
 )
 BUG_STORIES: Final[dict[str, int]] = json.loads(BUG_SEEDS.read_text(encoding="utf-8"))
-ALL_FAULTS: Final[tuple[type[Fault], ...]] = (*FAULTS, *FAULTS_OF_TENANTS, *FAULTS_OF_FILES)
+ALL_FAULTS: Final[tuple[type[Fault], ...]] = (
+    *FAULTS,
+    *FAULTS_OF_TENANTS,
+    *FAULTS_OF_FILES,
+    *FAULTS_OF_THE_LANE,
+)
 
 
 def test_every_promise_is_kept_in_every_story() -> None:

@@ -61,6 +61,7 @@ from tests.simulation.checks import Check, Violation
 from tests.simulation.faults import Fault
 from tests.simulation.files import Files, cut_as
 from tests.simulation.machines import MACHINE, Machine, OneByOne, Through, task_factory
+from tests.simulation.message_batches import LaneFacts
 from tests.simulation.story import START, Order, Story, Upload
 from tests.simulation.upstream import Upstream
 from tests.simulation.webhooks import Outbox
@@ -731,8 +732,12 @@ class World:
             try:
                 sweep(stop_at)
             finally:
-                if self.story.uploads:
-                    self.files.resume(machine)(stop_at)
+                try:
+                    if self.story.lane is not None:
+                        self.files.lane.start_steps(machine)()
+                finally:
+                    if self.story.uploads:
+                        self.files.resume(machine)(stop_at)
 
     async def _dead_letter(self, message: Received, reason: str) -> None:
         def take(machine: Machine) -> bool:
@@ -905,6 +910,12 @@ class World:
     def has_troubled_functions(self) -> bool:
         """Whether any function died, or met a store that was busy."""
         return any(each.died_at is not None or each.troubles for each in self.machines)
+
+    @property
+    def facts(self) -> LaneFacts:
+        """Return what the story says of the batch lane."""
+        assert self.story.lane is not None
+        return self.story.lane
 
     def home_of(self, key: UpstreamKey) -> Home:
         """Return where a key really belongs, whatever the pool says."""
