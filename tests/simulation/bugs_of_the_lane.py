@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
+from sluice.bulk.lane_choice import LaneChoice
 from sluice.bulk.plan import PlanBatch
 from sluice.domain import upstream_batches as rules
 from sluice.domain.batches import Batch
@@ -93,17 +94,6 @@ def _judged_for_good(failure: Failure, **facts: Any) -> Verdict:
     return replace(judge(failure, **facts), outcome=GiveUp())
 
 
-@contextmanager
-def _never_cancel_late_batches() -> Iterator[None]:
-    good = rules.must_be_canceled
-
-    def must(state: UpstreamBatch, now: int) -> str | None:
-        return good(replace(state, rescue_at=None), now)
-
-    with instead(rules, "must_be_canceled", must):
-        yield
-
-
 def _kept(state: UpstreamBatch, *_: object) -> UpstreamBatch:
     return state
 
@@ -169,7 +159,7 @@ def _pay_the_full_price() -> Iterator[None]:
 
 @contextmanager
 def _not_lost() -> Iterator[None]:
-    """Let the steps of an upstream batch write its record whoever has its lease."""
+    """Let the steps of an upstream batch write its record without its lease."""
 
     def write(self: _Steps, rule: Callable[[UpstreamBatch], UpstreamBatch]) -> UpstreamBatch:
         result = change(self._tools.records.replace, self._state, rule, self._state.upstream_id)
@@ -240,7 +230,8 @@ BUGS_OF_THE_LANE: Final[Mapping[str, Bug]] = {
         in_place_of(PlanBatch, "_on_batch_lane", lambda *_: []),
     ),
     "never_cancel_late_batches": Bug(
-        "a Message Batch that is late is waited for", _never_cancel_late_batches
+        "a Message Batch that is late is waited for",
+        in_place_of(LaneChoice, "revise", lambda *_: None),
     ),
     "ignore_cancels_of_owners": Bug(
         "a Message Batch goes on although all of its owners gave up",

@@ -50,7 +50,7 @@ def given_up(record: UpstreamBatch) -> bool:
 
 
 class EachUpstreamBatchEnds(Check):
-    """No upstream batch stays in any phase for ever, and no range waits for the collector for ever."""
+    """Each upstream batch reaches its last phase, and each range leaves the collector."""
 
     name = "each upstream batch ends"
 
@@ -176,7 +176,7 @@ class UpstreamBillsAreBookedOnce(Check):
             assert record is not None
             read: set[str] = set()
             if record.message_batch_id == made.id:
-                # What was booked first stays, also if whoever booked it died and the results were read again.
+                # What was booked first stays, also if its function died and the results were read again.
                 read = next(
                     (each for each in made.reads if self._cost(made, each) == booked[made.id]), read
                 )
