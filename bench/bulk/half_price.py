@@ -124,6 +124,8 @@ class Outcome:
     peaks: list[int]
     """Peak MB of the upstream function's processes, each time a Message Batch was applied."""
     used: dict[str, Used]
+    problems: Counter[str]
+    """Warnings and errors in the logs."""
 
 
 def run(rows: int) -> int:
@@ -234,7 +236,18 @@ def _outcome(  # noqa: PLR0913, PLR0917 - a run and its meters
         == [f"row-{number}" for number in range(rows)],
         live_calls=stats["requests"],
         peaks=peaks,
+        problems=_problems(started, began),
         used={each: _used(started, each, calls_of(each), memory[each]) for each in FUNCTIONS},
+    )
+
+
+def _problems(started: Stack, began: float) -> Counter[str]:
+    return Counter(
+        f"{function}: {line.get('message')} {line.get('what', '')}"
+        for function in FUNCTIONS
+        for level in ("WARNING", "ERROR")
+        for line in started.logged(function, level, began)
+        if line.get("level") == level
     )
 
 
@@ -278,6 +291,8 @@ def _report(outcome: Outcome) -> Iterator[str]:
     order = "in the order of the file" if outcome.in_order else "NOT in the order of the file"
     yield f"{rows:,} rows in {outcome.seconds:.0f} s: {outcome.succeeded:,} succeeded, {order}"
     yield f"live calls: {outcome.live_calls}"
+    for problem, count in outcome.problems.most_common():
+        yield f"in the logs, {count} times: {problem}"
     yield f"planned after {outcome.planned:.1f} s, last range ended after {outcome.last_range:.1f} s"
     yield ""
     yield f"{'Message Batch':>14} {'requests':>9} " + " ".join(f"{step:>10}" for step in STEPS)

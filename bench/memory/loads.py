@@ -411,7 +411,7 @@ def _upstream(body: bytes, lines_per_range: int, **facts: Any) -> tuple[Upstream
     batch_stores.batches().add(batch)
     part, now = Slice(batch.batch_id, 0, plan.ranges), shared.CLOCK.now()
     record = UpstreamBatch(
-        upstream_id=upstream_id_of(part),
+        upstream_id=upstream_id_of(part, 1),
         tenant=TENANT,
         slices=(part,),
         anthropic_version="2023-06-01",
