@@ -163,6 +163,7 @@ def _made(emulator: Emulator, claude_url: str) -> Cloud:
         "SLUICE_MAX_CONCURRENCY": "10",
         "SLUICE_BULK_CONCURRENCY": "4",
         "SLUICE_LAMBDA_CONCURRENCY": "0",
+        "SLUICE_UPSTREAM_FUNCTION": "upstream",
     }
     return Cloud(emulator, _environment(emulator, queues) | of_governor, queues)
 

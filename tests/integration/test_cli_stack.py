@@ -199,7 +199,7 @@ def test_setup_says_what_the_accounts_lambda_limit_means(run: Run, tmp_path: Pat
 
     assert (
         "Lambda concurrency limit of this account and region: 1,000; "
-        "enough for all queues of this stack (30)"
+        "enough for all queues of this stack (31)"
     ) in ended.err
 
 
@@ -207,13 +207,13 @@ def test_setup_says_what_the_accounts_lambda_limit_means(run: Run, tmp_path: Pat
     ("executions", "at_most", "said", "asks"),
     [
         (1_000, 0, "account and region: 1,000; enough for all", False),
-        (30, 0, "enough for all queues of this stack (30)", False),
-        (29, 0, "this stack can use 30, so its queues share 26", True),
-        (15, 0, "so its queues share 12", True),
+        (31, 0, "enough for all queues of this stack (31)", False),
+        (30, 0, "this stack can use 31, so its queues share 26", True),
+        (16, 0, "so its queues share 12", True),
         (10, 0, "so 3 of its 6 queues run at a time", True),
         # A cap of one's own is no reason to ask AWS for more.
-        (1_000, 20, "of which Sluice may use 20 (LambdaConcurrency); this stack can use 30", False),
-        (10, 20, "region: 10; this stack can use 30, so 3 of its 6 queues", True),
+        (1_000, 20, "of which Sluice may use 20 (LambdaConcurrency); this stack can use 31", False),
+        (10, 20, "region: 10; this stack can use 31, so 3 of its 6 queues", True),
     ],
 )
 def test_a_small_limit_is_explained_with_what_to_ask_aws_for(

@@ -232,7 +232,7 @@ def test_a_throttled_event_is_tried_again(emulator: Emulator, function: str, tmp
 
 def test_an_account_that_allows_too_few_is_refused_before_anything_starts() -> None:
     with (
-        pytest.raises(StackError, match="account concurrency 4 is below 5"),
-        LocalStack(account_concurrency=4).running(),
+        pytest.raises(StackError, match="account concurrency 5 is below 6"),
+        LocalStack(account_concurrency=5).running(),
     ):
         pass

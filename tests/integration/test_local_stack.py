@@ -394,6 +394,7 @@ def _project(folder: Path, *, api: str, worker: str) -> Path:
         ("job_ends", LOOKING_DEAD_LETTERS),
         ("webhooks", LOOKING_DEAD_LETTERS),
         ("governor", LOOKING_GOVERNOR),
+        ("upstream", LOOKING_GOVERNOR),
     ):
         (folder / "functions" / name).mkdir(parents=True)
         (folder / "functions" / name / "app.py").write_text(source)

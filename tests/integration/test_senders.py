@@ -152,6 +152,7 @@ def _deployed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "SLUICE_MAX_CONCURRENCY": "10",
             "SLUICE_BULK_CONCURRENCY": "4",
             "SLUICE_LAMBDA_CONCURRENCY": "0",
+            "SLUICE_UPSTREAM_FUNCTION": "upstream",
         }
         for name, value in (cloud.environment() | mappings).items():
             monkeypatch.setenv(name, value)

@@ -389,7 +389,9 @@ class Batch(Shape):
     ]
     upstream_batches: Annotated[
         list[UpstreamBatch] | None,
-        Field(description="The last 20 of the batch, newest first; null in a listing."),
+        Field(
+            description="The last 20 of the batch, newest first; null in a listing, unless there are none."
+        ),
     ]
     rows: BatchRows
     calls: int

@@ -114,7 +114,7 @@ def batch_view(batch: life_of_batches.Batch, so_far: Tally, now: int) -> dict[st
         "lane_asked": batch.options.lane,
         "on_unmeetable": batch.options.on_unmeetable or "run",
         "lane_decision": None if batch.decision is None else _decision(batch.decision),
-        "upstream_batches": None,
+        "upstream_batches": None if batch.upstream else [],
         "rows": {
             "expected": expected,
             "done": done,
