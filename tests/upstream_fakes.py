@@ -85,6 +85,8 @@ class MemoryClaude:
     """So many of the next other calls come to nothing."""
     missing_seconds: float = 0
     """A batch is not found for so long."""
+    cancels_missing: int = 0
+    """For so many of the next cancels the batch is not found."""
     interrupted: int = 0
     """So many of the next readings of results break in the middle."""
     short: int = 0
@@ -138,6 +140,9 @@ class MemoryClaude:
         if self._is_unreachable():
             return Unreachable(Failure("api_error", "no", 503))
         batch = self.batches[batch_id]
+        if self.cancels_missing:
+            self.cancels_missing -= 1
+            return NotFound(Failure("not_found_error", "no", 404))
         if batch.is_ended(self.now()):
             return Refused(Failure("invalid_request_error", "it has ended", 400))
         batch.canceled_at = batch.canceled_at or self.now()

@@ -202,7 +202,7 @@ class RowsErrForACauseOfTheirOwn(Check):
                     world.fail(self.name, f"{name}: {error}")
                 if kind == "expired" and upload.deadline_at is None:
                     world.fail(self.name, f"{name} expired without a deadline")
-                if kind == "canceled" and batch.batch_id not in world.files.canceled:
+                if kind == "canceled" and batch.batch_id not in world.files.asked_to_cancel:
                     world.fail(self.name, f"{name} was canceled by nobody")
 
     @staticmethod

@@ -254,6 +254,8 @@ class Files:
         self.dropped: dict[str, Upload] = {}
         """By key: the files in the bucket."""
         self.canceled: dict[str, int] = {}
+        self.asked_to_cancel: set[str] = set()
+        """By their owners, also if the answer was an error: the cancel may be on record all the same."""
         self.lost: set[str] = set()
         """Batches of which a fault made a message away."""
         self._invocations = 0
@@ -338,6 +340,8 @@ class Files:
                 return False
             return True
 
+        if tenant in {None, upload.tenant}:
+            self.asked_to_cancel.add(batch_id)
         if await self.world.function("api", Party.API, ask):
             if tenant not in {None, upload.tenant}:
                 self.world.fail("tenants are apart", f"{tenant} could cancel {upload.name}")

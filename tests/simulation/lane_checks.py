@@ -223,7 +223,9 @@ class SumsOfLaneBatchesAddUp(Check):
             )
             upstream = sum(each.cost for each in self._used(world, upload))
             found = batch.tally.cost_micro_usd
-            is_over = batch.batch_id in world.files.canceled or self._has_expired(world, batch)
+            is_over = batch.batch_id in world.files.asked_to_cancel or self._has_expired(
+                world, batch
+            )
             if found != live + upstream and not (is_over and live <= found <= live + upstream):
                 world.fail(self.name, f"{batch.name}: {found}, not {live} + {upstream}")
 

@@ -612,6 +612,21 @@ def test_a_cancel_during_a_poll_is_sent_a_minute_later(
     assert batch.canceled_at - canceled_at[0] <= MINUTE
 
 
+def test_a_cancel_that_did_not_find_the_batch_is_sent_again(lane: HalfPrice) -> None:
+    lane.upstream.minutes = 600
+    lane.upstream.cancels_missing = 1
+    lane.add(rows(20))
+    lane.pass_minutes(10)
+
+    cancel(lane)
+    lane.pass_minutes(3)
+
+    (batch,) = lane.upstream.batches.values()
+    assert batch.canceled_at is not None
+    lane.pass_minutes(10)
+    assert 20 == len(lane.results())
+
+
 def test_a_canceled_batch_beside_another_ends_at_once_and_the_other_goes_on(
     lane: HalfPrice,
 ) -> None:

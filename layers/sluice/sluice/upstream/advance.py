@@ -20,7 +20,7 @@ from sluice.domain.pricing import BATCH_LANE, LedgerRow, Spend, Usage, added_up,
 from sluice.domain.upstream_batches import Phase, UpstreamBatch
 from sluice.ports.claude import Refused
 from sluice.ports.swap import Deleted, change, swap
-from sluice.ports.upstream import NotFound, ResultRow, RowKind, Rows, Seen, Unreachable
+from sluice.ports.upstream import IN_PROGRESS, NotFound, ResultRow, RowKind, Rows, Seen, Unreachable
 from sluice.upstream.apply import ApplyResults, Given
 from sluice.upstream.prepare import write_body
 from sluice.upstream.results import Results, Sorted, sort_results
@@ -214,6 +214,9 @@ class _Steps:
         if rules.is_given_up(state, now):
             self._end("upstream did not end it")
             return None
+        if state.canceled_at is not None and seen.status == IN_PROGRESS:
+            # It was not found then: a new batch may be missing for some seconds.
+            self._tools.claude.cancel(by, state.message_batch_id)
         self._cancel_if_late(now)
         return Wait(rules.next_poll(self._state, now, self._tools.poll_ms), "open")
 
