@@ -112,7 +112,7 @@ def test_work_that_is_due_tomorrow_waits_on_the_batch_lane_until_the_last_moment
     assert start - LEAD_MS == choice.rescue_at
     assert choice.half_price_percent > 95
     assert choice.micro_usd < 0.53 * 90_000
-    assert "moves to the live lane from 2026-11-21 11:44 UTC" in choice.reason
+    assert "moves to the live lane from 2026-11-21 11:43 UTC" in choice.reason
 
 
 def test_work_that_is_due_in_minutes_is_live() -> None:
@@ -338,7 +338,7 @@ def test_a_batch_is_kept_until_its_rescue_is_due() -> None:
     then = revise(replace(situation(batch), now=rescue_at))["a"]
 
     assert (False, rescue_at) == (before.rescue, before.rescue_at)
-    assert "rescue from 2026-11-20 12:44 UTC" == before.reason
+    assert "rescue from 2026-11-20 12:43 UTC" == before.reason
     assert (True, rescue_at) == (then.rescue, then.rescue_at)
     assert (
         "must start its rows at 2026-11-20 12:49 UTC to finish by 2026-11-20 13:00" in then.reason

@@ -41,7 +41,10 @@ READY_MS: Final = CANCEL_MS + STEP_MS + RESULTS_MS
 """From a cancel until the unfinished rows are on the live lane: the cancel, a step until its end is seen, results.
 Longer if cancels take longer (`Situation.cancel_ms`)."""
 
-LEAD_MS: Final = STEP_MS + READY_MS
+SLACK_MS: Final = 30_000
+"""A step starts some seconds after its time, on machines whose clocks differ."""
+
+LEAD_MS: Final = STEP_MS + SLACK_MS + READY_MS
 """From the latest moment of a rescue to the start of its interval: the next step may come so much later."""
 
 SEND_MS: Final = 2 * STEP_MS
