@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sluice.domain.batches import Options, cancel_batch, claim_range
+from sluice.domain.batches import NO_WORKER, Options, cancel_batch, claim_range
 from sluice.domain.batches import Phase as BatchPhase
 from sluice.domain.keys import UpstreamKey
 from sluice.domain.pricing import Usage, utc_day
@@ -713,6 +713,23 @@ def test_a_range_that_an_invocation_left_when_it_died_gets_its_results_later(
     assert [f"Say {number}!" for number in range(250)] == texts(lane.results())
     assert not lane.bulk.claude.calls
     assert 250 == lane.bulk.batch.tally.calls
+
+
+def test_invocations_that_die_over_a_range_put_no_blame_on_its_lines(lane: HalfPrice) -> None:
+    lane.add(rows(20))
+    lane.pass_minutes(10)
+    batch = lane.bulk.batch
+    for number in range(10):
+        state = lane.bulk.batches.range_state(batch, 0)
+        at = lane.time.now() + number * MINUTE
+        held = claim_range(state, f"{NO_WORKER}{number}", at, at + 1)
+        lane.bulk.batches.replace_range(held, state.version)
+
+    lane.pass_minutes(25)
+
+    state = lane.bulk.batches.range_state(batch, 0)
+    assert (0, False) == (state.losses, state.is_stuck)
+    assert [f"Say {number}!" for number in range(20)] == texts(lane.results())
 
 
 # The choice of the lane ------------------------------------------------------------------------------------------

@@ -705,11 +705,17 @@ class RangeState:
     """The bucket refused answers to the end of an invocation: nothing is called before it takes writes again."""
 
 
+NO_WORKER: Final = "upstream:"
+"""What the owner begins with that gives a range the results of an upstream batch. It runs no row, so if it dies, no row
+and no line is to blame."""
+
+
 def claim_range(state: RangeState, owner: str, now: int, lease_until: int) -> RangeState:
     """Take the lease; raises RangeBusy while another worker holds it. An expired lease means that its worker died."""
     if is_held(state, now):
         raise RangeBusy(state.batch_id, state.number, state.lease_until)
-    known = state if state.owner is None else _after_loss(state)
+    is_loss = state.owner is not None and not state.owner.startswith(NO_WORKER)
+    known = _after_loss(state) if is_loss else state
     return _moved(
         known,
         owner=owner,

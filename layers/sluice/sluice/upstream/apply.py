@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from sluice.domain import jobs as life
-from sluice.domain.batches import Batch, Phase, claim_range
+from sluice.domain.batches import NO_WORKER, Batch, Phase, claim_range
 from sluice.domain.errors import InputMissing, RangeBusy
 from sluice.domain.jobs import AttemptOutcome, Job, JobError, State
 from sluice.domain.pricing import BATCH_LANE, utc_day
@@ -46,7 +46,7 @@ class ApplyResults:
     def __init__(self, tools: UpstreamTools, state: UpstreamBatch, owner: str) -> None:
         self._tools = tools
         self._upstream = state
-        self._owner = owner
+        self._owner = f"{NO_WORKER}{owner}"
 
     def __call__(
         self, batch: Batch, number: int, results: Iterator[tuple[int, ResultRow]] | None
