@@ -223,7 +223,7 @@ _REFUSALS = {
     "spend": Failure("rate_limit_error", "spend", 429, error_code="enforced_spend_limit_reached"),
     "rate": Failure("rate_limit_error", "too many", 429, retry_after_ms=30_000),
     "key": Failure("authentication_error", "invalid x-api-key", 401),
-    "invalid": Failure("invalid_request_error", "requests: no", 400),
+    "invalid": Failure("invalid_request_error", "requests.0: 'my secret' is not valid", 400),
 }
 
 

@@ -429,6 +429,17 @@ def test_a_refused_create_is_sent_later_or_with_another_key(lane: HalfPrice, fat
     assert not lane.bulk.claude.calls
 
 
+def test_the_message_of_a_refused_create_reaches_no_log_and_no_record(lane: HalfPrice) -> None:
+    """It may quote a request: `messages.0.content: "my secret" is not ...`."""
+    lane.upstream.script = ["invalid"]
+    lane.add(rows(10))
+    lane.pass_minutes(20)
+
+    said = repr([lane.bulk.events.notes, lane.bulk.events.problems, lane.record])
+    assert "my secret" not in said
+    assert "its create was refused: invalid_request_error" == lane.record.problem
+
+
 def test_rows_of_a_create_that_is_invalid_run_live(lane: HalfPrice) -> None:
     lane.upstream.script = ["invalid"]
     lane.add(rows(10))

@@ -238,7 +238,8 @@ class Send:
             case Consequence.WAIT:
                 return Wait(now + (failure.retry_after_ms or RATE_LIMITED_MS), row.reason)
             case Consequence.END if row.scope is not Scope.KEY:
-                return NeverSent(failure.message)
+                # Not the message, which may quote a request: this is logged. Each row learns its own error live.
+                return NeverSent(f"its create was refused: {failure.type}")
             case _:
                 return Wait(now + rules.retry_ms(state.tries), row.reason)
 
