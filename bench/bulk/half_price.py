@@ -111,7 +111,7 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a file."""
+    """Results of a file."""
 
     rows: int
     seconds: float

@@ -19,7 +19,7 @@ PATIENCE_SECONDS: Final = 3_600
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a file."""
+    """Results of a file."""
 
     lines: int
     seconds: float

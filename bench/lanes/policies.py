@@ -16,9 +16,7 @@ from bench.lanes.world import CANCEL, QUEUE, TICK, Batch, Failed, World
 from sluice.domain import lanes
 from sluice.domain.completions import CompletionTimes, Law, Observation
 from sluice.domain.lanes import (
-    CANCEL_MS,
     LEAD_MS,
-    MOST_REQUESTS,
     PACE_PERCENT,
     READY_MS,
     SEND_MS,
@@ -31,6 +29,7 @@ from sluice.domain.lanes import (
     Situation,
     UpstreamBatch,
 )
+from sluice.domain.upstream_batches import CANCEL_MS, MOST_REQUESTS
 
 RESULTS: Final = 30 * SECOND
 ROWS_READ_PER_SECOND: Final = 4_000

@@ -21,7 +21,7 @@ from sluice.ports.upstream import ResultRow, Seen
 from sluice.ports.upstream_records import Waiting
 from sluice.upstream import advance, apply
 from sluice.upstream.advance import _Bill, _Steps
-from sluice.upstream.apply import ApplyResults
+from sluice.upstream.apply import ApplyResults, Given
 from sluice.upstream.collect import Collect
 from sluice.upstream.send import Send, Wait
 from tests.fakes import MINUTE
@@ -129,7 +129,7 @@ def _mix_tenants() -> Iterator[None]:
 
     def of_group(self: Collect, members: Sequence[tuple[Waiting, Batch]]) -> Any:
         waiting = self._records.waiting(1_000)
-        known = [(each, self._known(each, each.batch_id)) for each in waiting]
+        known = [(each, self._known(each)) for each in waiting]
         return good(self, [(each, batch) for each, batch in known if batch] or members)
 
     with instead(Collect, "_of_group", of_group):
@@ -140,9 +140,9 @@ def _poll_no_more(self: _Steps, reason: str) -> Wait:
     return Wait(self._tools.clock.now() + NEVER_MS, reason)
 
 
-def _run_all(self: ApplyResults, *_: object) -> bool:
+def _run_all(self: ApplyResults, *_: object) -> Given:
     del self
-    return True
+    return Given.GOES_ON
 
 
 @contextmanager

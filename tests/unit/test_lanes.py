@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 
 from sluice.domain.completions import DAY_MS, HOUR_MS, CompletionTimes
 from sluice.domain.lanes import (
-    CANCEL_MS,
     LEAD_MS,
     LEAST_PIECE,
     MOST_PIECES,
-    MOST_REQUESTS,
     READY_MS,
     RESULTS_MS,
     SEND_MS,
@@ -37,6 +35,7 @@ from sluice.domain.lanes import (
     plan,
     revise,
 )
+from sluice.domain.upstream_batches import CANCEL_MS, MOST_REQUESTS
 from tests.fakes import MINUTE, NOON
 
 LAW = CompletionTimes().law(NOON)

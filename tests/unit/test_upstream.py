@@ -16,10 +16,9 @@ from sluice.domain.pricing import Usage, utc_day
 from sluice.domain.retries import Failure
 from sluice.domain.upstream_batches import Phase, UpstreamBatch
 from sluice.ports.upstream import Access, Listed, ResultRow, RowKind
-from sluice.upstream import send
+from sluice.ports.upstream_records import UpstreamRecords, open_batches
 from sluice.upstream.apply import ApplyResults
 from sluice.upstream.results import HELD_BYTES, Sorted, piece_bytes
-from sluice.upstream.tools import UpstreamTools
 from tests.bulk_fakes import MemoryObjects, a_row, jsonl
 from tests.fakes import MINUTE
 from tests.upstream_fakes import HOUR, HalfPrice, answered
@@ -241,13 +240,13 @@ def test_creates_at_the_same_moment_take_different_numbers_of_requests(
     lane: HalfPrice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None sees the intents of the others before its own is written."""
-    whole, before_intent = send.open_batches, list[bool]()
+    whole, before_intent = open_batches, list[bool]()
 
-    def none_at_first(tools: UpstreamTools) -> list[UpstreamBatch]:
+    def none_at_first(records: UpstreamRecords, now: int) -> list[UpstreamBatch]:
         before_intent.append(len(before_intent) % 2 == 0)
-        return [] if before_intent[-1] else whole(tools)
+        return [] if before_intent[-1] else whole(records, now)
 
-    monkeypatch.setattr(send, "open_batches", none_at_first)
+    monkeypatch.setattr("sluice.upstream.send.open_batches", none_at_first)
     lane.upstream.minutes = 120
     for number in range(3):
         lane.add(rows(50, 100 * number), f"msgbatch_{number}", tenant=f"tenant-{number}")

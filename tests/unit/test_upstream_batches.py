@@ -103,7 +103,7 @@ def test_one_invocation_at_a_time_makes_steps() -> None:
         lambda state: rules.refused(state, "another"),
         lambda state: rules.accepted(state, "another", "msgbatch_up", NOON),
         lambda state: rules.ended(state, "another", NOON),
-        lambda state: rules.done(state, "another", 0),
+        lambda state: rules.done(state, "another"),
     ],
 )
 def test_only_the_owner_writes(write: object) -> None:

@@ -117,6 +117,11 @@ def waiting_days(retention_days: int) -> int:
     return max(retention_days, WAITING_DAYS)
 
 
+def expiry(now: int, last_needed: int, retention_days: int) -> int:
+    """Return when an item of waiting work expires, in epoch seconds; times are epoch milliseconds."""
+    return max(now, last_needed) // 1000 + waiting_days(retention_days) * DAY_SECONDS
+
+
 def made(kind: type[T], record: dict[str, Any]) -> T:
     """Return the dataclass of a record; unknown fields, which a newer release may have written, are ignored."""
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]

@@ -114,8 +114,7 @@ class DynamoUpstreamRecords:
         self._table.delete(_listed(waiting))
 
     def _expires(self, last_needed: int = 0) -> int:
-        days = job_records.waiting_days(self._retention_days)
-        return max(self._clock.now(), last_needed) // 1000 + days * job_records.DAY_SECONDS
+        return job_records.expiry(self._clock.now(), last_needed, self._retention_days)
 
 
 def _learned(item: Item | None) -> Learned:

@@ -10,14 +10,14 @@ from sluice.domain.batches import LINES_PER_RANGE, Batch, LaneDecision, Plan
 from sluice.domain.errors import StoreBusy
 from sluice.domain.limits import Group
 from sluice.domain.pricing import BATCH_LANE, LIVE_LANE
-from sluice.domain.upstream_batches import Phase, UpstreamBatch, rows_per_minute
+from sluice.domain.upstream_batches import CANCEL_MS, Phase, UpstreamBatch, rows_per_minute
 from sluice.ports.batches import RangesQueue
 from sluice.ports.limits import LimitStore
-from sluice.ports.upstream_records import UpstreamRecords
+from sluice.ports.upstream_records import UpstreamRecords, open_batches
 from sluice.ports.world import Clock, Events
 
-MOST_OPEN: Final = 1_000
-FAR_MS: Final = 60 * 86_400_000
+UNFINISHED: Final = frozenset({Phase.PREPARING, Phase.READY, Phase.SENDING, Phase.OPEN})
+"""Phases of upstream batches whose rows may still need the live lane."""
 
 MOST_IN_PROCESSING: Final = 200_000
 """Requests in upstream's queue, per organization: the limit of the lowest tier (Anthropic, rate limits)."""
@@ -71,7 +71,7 @@ class LaneChoice:
         """Return the facts of a decision."""
         now = self._clock.now()
         groups = self._limits.groups()
-        records = self._open()
+        records = [each for each in open_batches(self._records, now) if each.phase in UNFINISHED]
         created = [
             each.accepted_at
             for each in records
@@ -85,18 +85,12 @@ class LaneChoice:
             ),
             batches=tuple(map(_view, records)),
             law=learned.times.law(now, created),
-            cancel_ms=max(learned.cancels_ms, default=lanes.CANCEL_MS),
+            cancel_ms=max(learned.cancels_ms, default=CANCEL_MS),
             in_processing=sum(
                 each.requests for each in records if each.phase in {Phase.SENDING, Phase.OPEN}
             ),
             most_in_processing=MOST_IN_PROCESSING,
         )
-
-    def _open(self) -> list[UpstreamBatch]:
-        due = self._records.due(self._clock.now() + FAR_MS, MOST_OPEN)
-        found = [self._records.get(each.upstream_id) for each in due]
-        open_phases = {Phase.PREPARING, Phase.READY, Phase.SENDING, Phase.OPEN}
-        return [each for each in found if each is not None and each.phase in open_phases]
 
     def _ahead(self) -> int:
         """Return about how many rows wait for the live lane."""

@@ -27,12 +27,10 @@ from typing import Final
 
 from sluice.domain.completions import HOUR_MS, MINUTE_MS, Law
 from sluice.domain.times import rfc3339
+from sluice.domain.upstream_batches import CANCEL_MS, MOST_REQUESTS
 
 STEP_MS: Final = MINUTE_MS
 """Upstream batches are moved once in this time."""
-
-CANCEL_MS: Final = 2 * MINUTE_MS
-"""About how long upstream takes to end a canceled batch, if nothing else was seen."""
 
 RESULTS_MS: Final = MINUTE_MS
 """To read the results of 100,000 rows, save them, and send the unfinished rows to the live lane."""
@@ -61,9 +59,6 @@ PACE_PERCENT: Final = 90
 
 WORTH_PERCENT: Final = 5
 """The batch lane is used if at least this share of the rows is expected to finish there."""
-
-MOST_REQUESTS: Final = 100_000
-"""In one upstream batch (https://platform.claude.com/docs/en/build-with-claude/batch-processing)."""
 
 LEAST_PIECE: Final = 1_000
 """Work is not cut into smaller pieces: the live lane runs so many rows in one step or a few."""

@@ -44,7 +44,7 @@ EXPIRES_MS: Final = 86_400_000
 """Upstream ends a batch after 24 hours at the latest (Anthropic, batch processing)."""
 
 CANCEL_MS: Final = 2 * 60_000
-"""About as long takes a cancel."""
+"""About how long upstream takes to end a canceled batch, if nothing else was seen."""
 
 CANCELED_WITHIN_MS: Final = 15 * 60_000
 """Results of a canceled batch are waited for so long; then its rows run without them."""
@@ -170,7 +170,6 @@ class UpstreamBatch:
     ended_at: int | None = None
     applied: int = 0
     """How many of its ranges were given their results."""
-    cost_micro_usd: int = 0
     problem: str | None = None
 
     @property
@@ -430,7 +429,7 @@ def not_ours(state: UpstreamBatch, owner: str) -> UpstreamBatch:
     )
 
 
-def done(state: UpstreamBatch, owner: str, cost_micro_usd: int) -> UpstreamBatch:
+def done(state: UpstreamBatch, owner: str) -> UpstreamBatch:
     """Record that each range was sent on."""
     _owned(state, owner)
     return _changed(
@@ -440,7 +439,6 @@ def done(state: UpstreamBatch, owner: str, cost_micro_usd: int) -> UpstreamBatch
         lease_until=0,
         due_at=None,
         applied=state.ranges,
-        cost_micro_usd=cost_micro_usd,
     )
 
 

@@ -15,10 +15,6 @@ from sluice.domain.pricing import Bill, Usage
 from sluice.domain.retries import Failure
 from sluice.ports.claude import NO_HEADERS, Answer, Headers, Refused
 
-MOST_REQUESTS: Final = 100_000
-MOST_BODY_BYTES: Final = 256_000_000
-"""Maximum size of an upstream batch (Anthropic, batch processing: 100,000 requests or 256 MB)."""
-
 IN_PROGRESS: Final = "in_progress"
 CANCELING: Final = "canceling"
 ENDED: Final = "ended"

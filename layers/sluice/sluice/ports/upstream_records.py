@@ -9,6 +9,12 @@ from typing import Final, Protocol
 from sluice.domain.completions import CompletionTimes, Observation
 from sluice.domain.upstream_batches import UpstreamBatch
 
+MOST_OPEN: Final = 1_000
+"""Open upstream batches of a tenant that are considered."""
+
+_FAR_MS: Final = 60 * 86_400_000
+"""Each one that is not done is due before."""
+
 MOST_CANCELS: Final = 50
 """Cancels that are remembered."""
 
@@ -90,6 +96,12 @@ class UpstreamRecords(WaitingList, Protocol):
         One that is done never is.
         """
         ...
+
+
+def open_batches(records: UpstreamRecords, now: int) -> list[UpstreamBatch]:
+    """Return the upstream batches that are not done."""
+    found = (records.get(each.upstream_id) for each in records.due(now + _FAR_MS, MOST_OPEN))
+    return [each for each in found if each is not None]
 
 
 class Steps(Protocol):

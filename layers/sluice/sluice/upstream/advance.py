@@ -288,14 +288,13 @@ class _Steps:
     # Results -----------------------------------------------------------------------------------------------------
 
     def _apply(self) -> Wait | None:
-        found = self._results()
-        if isinstance(found, Wait) or found is None:
-            return found
-        results, cost = found
+        results = self._results()
+        if not isinstance(results, Sorted):
+            return results
         wait = self._give(results)
         if wait is not None:
             return wait
-        self._write(lambda current: rules.done(current, self._owner, cost))
+        self._write(lambda current: rules.done(current, self._owner))
         self._tools.events.note(
             "upstream batch applied",
             upstream_id=self._state.upstream_id,
@@ -315,11 +314,12 @@ class _Steps:
         apply = ApplyResults(self._tools, self._state, self._owner)
         by_range = results.by_range(self._tools.objects)
         place, rows = next(by_range, NO_MORE)
-        batches: dict[str, Batch | None] = {}
+        ids = {part.batch_id for part in self._state.slices}
+        batches = {each: self._tools.batches.get(each) for each in ids}
         going_on: list[tuple[str, int]] = []
         position, applied, busy_from = 0, self._state.applied, None
         for member, part in enumerate(self._state.slices):
-            batch = batches.setdefault(part.batch_id, self._tools.batches.get(part.batch_id))
+            batch = batches[part.batch_id]
             for number in part.numbers:
                 position += 1
                 has_results = place == (member, number)
@@ -362,8 +362,8 @@ class _Steps:
         going_on.clear()
         self._keep(applied)
 
-    def _results(self) -> tuple[Sorted, int] | Wait | None:
-        """Return the results in the order of the rows, and their cost, which is on record then."""
+    def _results(self) -> Sorted | Wait | None:
+        """Return the results in the order of the rows; their cost is on record then."""
         state = self._state
         rows = self._opened()
         bill = _Bill(self._tools, state)
@@ -372,7 +372,7 @@ class _Steps:
                 return self._again()
             if state.sends:
                 bill.book_unread(state.requests)
-            return Sorted(), 0
+            return Sorted()
         try:
             found = sort_results(self._tools.objects, state, self._keeping(rows), bill.count)
         except ResultsInterrupted:
@@ -388,7 +388,7 @@ class _Steps:
             return self._again()
         bill.book()
         bill.book_unread(state.requests - found.rows)
-        return found, bill.cost_micro_usd
+        return found
 
     def _opened(self) -> Rows | None:
         """Return the results from upstream; None if there are none, or not now."""
@@ -412,11 +412,6 @@ class _Bill:
         self._state = state
         self._spends: dict[str, Spend] = {}
         self._day = utc_day(state.ended_at or state.created_at)
-
-    @property
-    def cost_micro_usd(self) -> int:
-        """What is known of the cost."""
-        return sum(each.cost_micro_usd for each in self._spends.values())
 
     def count(self, model: str, row: ResultRow) -> None:
         """Add a result; only answers are billed (Anthropic, batch processing), and what might be one."""

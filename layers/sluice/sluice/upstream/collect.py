@@ -71,13 +71,12 @@ class Collect:
         self._clock = clock
         self._events = events
 
-    def __call__(self, stop_at: int) -> list[str]:
-        """Make upstream batches of what waits, until `stop_at`; return their ids."""
+    def __call__(self, stop_at: int) -> None:
+        """Make upstream batches of what waits, until `stop_at`."""
         groups: dict[tuple[str, str, str | None], list[tuple[Waiting, Batch]]] = {}
-        made: list[str] = []
         try:
             for waiting in self._records.waiting(MOST_WAITING):
-                batch = self._known(waiting, waiting.batch_id)
+                batch = self._known(waiting)
                 if batch is not None:
                     version = batch.options.anthropic_version or NEWEST_VERSION
                     kind = (batch.tenant, version, batch.options.anthropic_beta)
@@ -85,29 +84,25 @@ class Collect:
             for members in groups.values():
                 if self._clock.now() >= stop_at:
                     break
-                made += self._of_group(members)
+                self._of_group(members)
         except StoreBusy as busy:
             # What waits stays on the list.
             self._events.problem("store busy", what=busy.what)
-        return made
 
-    def _of_group(self, members: Sequence[tuple[Waiting, Batch]]) -> list[str]:
+    def _of_group(self, members: Sequence[tuple[Waiting, Batch]]) -> None:
         """Make upstream batches of what may be together in one."""
         oldest = min(waiting.since for waiting, _ in members)
         is_old = self._clock.now() >= oldest + self._gather_ms
         current = {batch.batch_id: batch for _, batch in members}
-        made = [
-            self._make(pack, current)
-            for pack, is_full in _packs([batch for _, batch in members])
-            if is_full or is_old
-        ]
-        for waiting, batch in members:
-            self._known(waiting, batch.batch_id)
-        return [each for each in made if each is not None]
+        for pack, is_full in _packs([batch for _, batch in members]):
+            if is_full or is_old:
+                self._make(pack, current)
+        for waiting, _ in members:
+            self._known(waiting)
 
-    def _known(self, waiting: Waiting, batch_id: str) -> Batch | None:
+    def _known(self, waiting: Waiting) -> Batch | None:
         """Return a batch that waits; one that is collected or over is removed from the list."""
-        batch = self._batches.get(batch_id)
+        batch = self._batches.get(waiting.batch_id)
         if batch is not None and batch.plan is not None and batch.phase is not Phase.ENDED:
             batch = self._repaired(batch)
             assert batch.plan is not None
@@ -130,8 +125,8 @@ class Collect:
             return batch
         return self._changed(batch, lambda current: not_in_upstream(current, upstream_id))
 
-    def _make(self, pack: _Pack, current: dict[str, Batch]) -> str | None:
-        """Make an upstream batch; None if others were quicker. `current` has the batches as they were last written."""
+    def _make(self, pack: _Pack, current: dict[str, Batch]) -> None:
+        """Make an upstream batch, unless others were quicker. `current` has the batches as they were last written."""
         first = pack.slices[0][1]
         upstream_id = upstream_id_of(first, current[first.batch_id].version)
         named: list[tuple[Batch, Slice]] = []
@@ -146,12 +141,12 @@ class Collect:
                 named.append((known, part))
             elif not named:
                 # Its id follows from the first slice, which is in another one.
-                return None
+                return
         wanted = self._record(upstream_id, named)
         stored = insert(self._records.add, wanted)
         if stored is not wanted:
             # The next run compares its members.
-            return None
+            return
         self._events.note(
             "upstream batch collected",
             upstream_id=upstream_id,
@@ -159,7 +154,6 @@ class Collect:
             batches=len(named),
             requests=pack.requests,
         )
-        return upstream_id
 
     def _record(self, upstream_id: str, members: Sequence[tuple[Batch, Slice]]) -> UpstreamBatch:
         now = self._clock.now()
@@ -207,15 +201,11 @@ def _packs(batches: Sequence[Batch]) -> Iterator[tuple[_Pack, bool]]:
         assert batch.plan is not None
         first = batch.collected
         while first < batch.plan.ranges:
-            room = pack.room(batch)
-            if not room:
-                if not pack.slices:
-                    room = 1
-                else:
-                    yield pack, True
-                    pack = _Pack()
-                    continue
-            end = min(batch.plan.ranges, first + room)
+            if pack.slices and not pack.room(batch):
+                yield pack, True
+                pack = _Pack()
+            # A range that is larger than an upstream batch may be has one of its own, and what does not fit runs live.
+            end = min(batch.plan.ranges, first + max(1, pack.room(batch)))
             pack.add(batch, Slice(batch.batch_id, first, end))
             first = end
     if pack.slices:

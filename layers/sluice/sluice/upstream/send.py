@@ -24,6 +24,7 @@ from sluice.ports.upstream import (
     Unknown,
     Unreachable,
 )
+from sluice.ports.upstream_records import open_batches
 from sluice.upstream.prepare import TAIL
 from sluice.upstream.tools import UpstreamTools
 
@@ -35,9 +36,6 @@ RATE_LIMITED_MS: Final = 60_000
 
 MOST_DISPUTES: Final = 4
 """So often a create takes another number of requests because a create beside it has the same."""
-
-MOST_OPEN: Final = 1_000
-FAR_MS: Final = 60 * 86_400_000
 
 Rule = Callable[[UpstreamBatch], UpstreamBatch]
 
@@ -114,13 +112,6 @@ def access(state: UpstreamBatch, key: UpstreamKey) -> Access:
     return Access(key, state.anthropic_version, state.anthropic_beta)
 
 
-def open_batches(tools: UpstreamTools) -> list[UpstreamBatch]:
-    """Return the upstream batches that are not done."""
-    due = tools.records.due(tools.clock.now() + FAR_MS, MOST_OPEN)
-    found = (tools.records.get(each.upstream_id) for each in due)
-    return [each for each in found if each is not None]
-
-
 class Send:
     """The create of one upstream batch. `write` writes its record by a rule, and returns it."""
 
@@ -188,7 +179,7 @@ class Send:
         """Return the numbers of requests that other open batches of a workspace have."""
         return {
             each.requests
-            for each in open_batches(self._tools)
+            for each in open_batches(self._tools.records, self._tools.clock.now())
             if each.phase in {Phase.SENDING, Phase.OPEN}
             and each.workspace == workspace
             and each.upstream_id != state.upstream_id
@@ -257,7 +248,7 @@ class Send:
         # One that was only taken for another upstream batch's own may be this one's.
         known = {
             each.message_batch_id
-            for each in open_batches(self._tools)
+            for each in open_batches(self._tools.records, self._tools.clock.now())
             if each.message_batch_id and each.is_confirmed
         }
         found = rules.candidates(state, listed.batches, known)
