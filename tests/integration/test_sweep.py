@@ -258,7 +258,7 @@ def test_a_job_that_was_concurrently_parked_again_keeps_its_time(jobs: Store) ->
     assert ["job_1"] == due_ids(jobs, LATER + 1)
 
 
-def test_nothing_comes_of_a_job_that_is_missing(jobs: Store) -> None:
+def test_a_missing_job_is_not_postponed(jobs: Store) -> None:
     missing = Due("job_missing", "acme", "claude-a", NOON)
 
     assert jobs.postpone(missing, LATER) is None
