@@ -27,7 +27,7 @@ from sluice.domain.lanes import (
     LiveLane,
     Request,
     Situation,
-    UpstreamBatch,
+    UnfinishedBatch,
 )
 from sluice.domain.upstream_batches import CANCEL_MS, MOST_REQUESTS
 
@@ -89,8 +89,8 @@ class _Piece:
     ready_at: int
     is_assured: bool = True
 
-    def seen(self) -> UpstreamBatch:
-        return UpstreamBatch(self.name, self.rows, self.file.due, is_assured=self.is_assured)
+    def seen(self) -> UnfinishedBatch:
+        return UnfinishedBatch(self.name, self.rows, self.file.due, is_assured=self.is_assured)
 
 
 class _Steps(Policy):
@@ -199,9 +199,9 @@ class Auto(_Steps):
         """Return the batches whose results are not there."""
         return list(self.world.batches.values())
 
-    def seen(self, batch: Batch) -> UpstreamBatch:
+    def seen(self, batch: Batch) -> UnfinishedBatch:
         """Return a batch without what only upstream knows."""
-        return UpstreamBatch(
+        return UnfinishedBatch(
             batch.name,
             batch.rows,
             batch.file.due,
@@ -362,13 +362,13 @@ class Clairvoyant(Policy):
         ]
         return lanes.plan(works, live, world.now)
 
-    def unfinished(self, batch: Batch) -> UpstreamBatch:
+    def unfinished(self, batch: Batch) -> UnfinishedBatch:
         """Return a late batch with the rows that the live lane will have to run."""
         drain = batch.rows * MINUTE // self.world.rpm
         stop = batch.canceled_at or batch.file.due - TAIL_MS - drain - CANCEL
         share = min(1.0, max(0, stop - batch.created_at) / batch.takes)
         rows = batch.rows - int(batch.rows * share)
-        return UpstreamBatch(batch.name, rows, batch.file.due)
+        return UnfinishedBatch(batch.name, rows, batch.file.due)
 
     def give_up(self) -> None:
         """Send pieces live that have no time left for an upstream batch."""

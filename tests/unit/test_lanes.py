@@ -29,8 +29,8 @@ from sluice.domain.lanes import (
     LiveLane,
     Request,
     Situation,
+    UnfinishedBatch,
     Unmeetable,
-    UpstreamBatch,
     choose,
     plan,
     revise,
@@ -43,13 +43,13 @@ LIVE = LiveLane(1_000)
 """Of which 900 rows a minute are planned."""
 
 
-def situation(*batches: UpstreamBatch, live: LiveLane = LIVE, **facts: int) -> Situation:
+def situation(*batches: UnfinishedBatch, live: LiveLane = LIVE, **facts: int) -> Situation:
     return replace(Situation(NOON, live, batches, LAW), **facts)  # type: ignore[arg-type]
 
 
-def an_open(name: str, rows: int, minutes: int, age: int = 30, **facts: object) -> UpstreamBatch:
+def an_open(name: str, rows: int, minutes: int, age: int = 30, **facts: object) -> UnfinishedBatch:
     """An upstream batch that is open, and due in some minutes."""
-    made = UpstreamBatch(name, rows, NOON + minutes * MINUTE, NOON - age * MINUTE)
+    made = UnfinishedBatch(name, rows, NOON + minutes * MINUTE, NOON - age * MINUTE)
     return replace(made, **facts)  # type: ignore[arg-type]
 
 
@@ -259,7 +259,7 @@ BATCHES = st.lists(
     max_size=8,
 ).map(
     lambda drawn: tuple(
-        UpstreamBatch(
+        UnfinishedBatch(
             f"b{number}",
             rows,
             None if minutes is None else NOON + minutes * MINUTE,
@@ -280,7 +280,7 @@ LANES = st.builds(
 
 @given(BATCHES, LANES)
 def test_the_time_of_the_live_lane_is_never_promised_twice(
-    batches: tuple[UpstreamBatch, ...], live: LiveLane
+    batches: tuple[UnfinishedBatch, ...], live: LiveLane
 ) -> None:
     planned = plan(batches, live, NOON)
 
@@ -292,7 +292,7 @@ def test_the_time_of_the_live_lane_is_never_promised_twice(
 
 @given(BATCHES, LANES)
 def test_no_interval_has_more_rows_than_the_lane_can_run_before_the_deadline(
-    batches: tuple[UpstreamBatch, ...], live: LiveLane
+    batches: tuple[UnfinishedBatch, ...], live: LiveLane
 ) -> None:
     planned = plan(batches, live, NOON)
 
@@ -444,7 +444,7 @@ REQUESTS = st.builds(
 @settings(deadline=None)
 @given(REQUESTS, BATCHES, LANES, st.randoms(use_true_random=False))
 def test_the_order_of_the_batches_does_not_matter(
-    request: Request, batches: tuple[UpstreamBatch, ...], live: LiveLane, chance: random.Random
+    request: Request, batches: tuple[UnfinishedBatch, ...], live: LiveLane, chance: random.Random
 ) -> None:
     shuffled = list(batches)
     chance.shuffle(shuffled)
@@ -472,7 +472,7 @@ ALL_OPEN = st.lists(st.tuples(st.integers(1, 10_000), st.integers(30, 26 * 60)),
 @settings(deadline=None)
 @given(REQUESTS, ALL_OPEN, EASY_LANES, st.integers(1, 600))
 def test_with_more_time_the_batch_lane_stays_the_choice(
-    request: Request, batches: tuple[UpstreamBatch, ...], live: LiveLane, more: int
+    request: Request, batches: tuple[UnfinishedBatch, ...], live: LiveLane, more: int
 ) -> None:
     at = situation(*batches, live=live)
     planned = plan(batches, live, NOON)
@@ -504,14 +504,14 @@ def test_a_deadline_within_the_time_of_a_rescue_is_never_met_by_a_batch(
 @settings(deadline=None)
 @given(REQUESTS, ALL_OPEN, LANES)
 def test_a_promise_leaves_every_earlier_promise_its_room(
-    request: Request, batches: tuple[UpstreamBatch, ...], live: LiveLane
+    request: Request, batches: tuple[UnfinishedBatch, ...], live: LiveLane
 ) -> None:
     before = plan(batches, live, NOON)
     answer = choose(request, situation(*batches, live=live))
     if not isinstance(answer, Choice) or answer.rescue_at is None:
         return
 
-    new = UpstreamBatch("new", request.rows, request.due, NOON)
+    new = UnfinishedBatch("new", request.rows, request.due, NOON)
     after = plan([*batches, new], live, NOON)
 
     assert after["new"].rows == request.rows
@@ -523,7 +523,7 @@ def test_a_promise_leaves_every_earlier_promise_its_room(
 @settings(deadline=None)
 @given(BATCHES, LANES)
 def test_only_what_the_live_lane_can_start_is_rescued(
-    batches: tuple[UpstreamBatch, ...], live: LiveLane
+    batches: tuple[UnfinishedBatch, ...], live: LiveLane
 ) -> None:
     at = situation(*batches, live=live)
 
@@ -546,7 +546,7 @@ class Story:
     cancel_ms: int = CANCEL_MS
     now: int = NOON
     queue: list[tuple[str, int]] = field(default_factory=list)
-    batches: dict[str, UpstreamBatch] = field(default_factory=dict)
+    batches: dict[str, UnfinishedBatch] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
     late: int = 0
     refused: int = 0
@@ -569,7 +569,7 @@ class Story:
             self.queue.append((name, rows))
             return
         for number, piece in enumerate(answer.pieces):
-            made = UpstreamBatch(f"{name}.{number}", piece, due)
+            made = UnfinishedBatch(f"{name}.{number}", piece, due)
             self.batches[made.name] = made
 
     def minute(self) -> None:
@@ -597,7 +597,7 @@ class Story:
             self.late += run if started + TAIL_MS > self.due[name] else 0
         self.now += MINUTE
 
-    def rescue(self, batch: UpstreamBatch) -> None:
+    def rescue(self, batch: UnfinishedBatch) -> None:
         if batch.created_at is None:
             del self.batches[batch.name]
             self.queue.append((batch.name.partition(".")[0], batch.rows))

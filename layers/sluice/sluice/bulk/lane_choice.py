@@ -107,8 +107,8 @@ def _blocked_until(groups: Sequence[Group], now: int) -> int:
     return min((max(now, each.blocked_until) for each in groups), default=now)
 
 
-def _view(record: UpstreamBatch) -> lanes.UpstreamBatch:
-    return lanes.UpstreamBatch(
+def _view(record: UpstreamBatch) -> lanes.UnfinishedBatch:
+    return lanes.UnfinishedBatch(
         name=record.upstream_id,
         rows=record.requests or record.expected,
         due=record.due,

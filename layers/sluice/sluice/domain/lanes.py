@@ -103,7 +103,7 @@ class LiveLane:
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamBatch:
+class UnfinishedBatch:
     """An upstream batch whose rows have no results yet: to be created, open, or canceled and not ended."""
 
     name: str
@@ -124,7 +124,7 @@ class Situation:
 
     now: int
     live: LiveLane
-    batches: tuple[UpstreamBatch, ...]
+    batches: tuple[UnfinishedBatch, ...]
     law: Law
     """The completion times of the organization, learned also from the batches above."""
     in_processing: int = 0
@@ -203,7 +203,7 @@ class Revision:
 
 
 def plan(
-    batches: Iterable[UpstreamBatch], live: LiveLane, now: int, cancel_ms: int = CANCEL_MS
+    batches: Iterable[UnfinishedBatch], live: LiveLane, now: int, cancel_ms: int = CANCEL_MS
 ) -> dict[str, Interval]:
     """Return an interval of the live lane for each upstream batch with a deadline, by name. No two intervals overlap.
 
@@ -230,7 +230,7 @@ def plan(
     return intervals
 
 
-def _ready(batch: UpstreamBatch, now: int, cancel_ms: int) -> int:
+def _ready(batch: UnfinishedBatch, now: int, cancel_ms: int) -> int:
     """Return when its rows can be on the live lane, if its rescue starts now."""
     if batch.created_at is None:
         return now
@@ -263,7 +263,7 @@ def _free(live: LiveLane, now: int) -> int:
     return max(now, live.blocked_until) + (_needs(live.ahead, live) if live.ahead else 0)
 
 
-def _short(intervals: Mapping[str, Interval], batches: Iterable[UpstreamBatch]) -> int:
+def _short(intervals: Mapping[str, Interval], batches: Iterable[UnfinishedBatch]) -> int:
     """Return how many rows have no room before their deadlines."""
     return sum(each.rows - intervals[each.name].rows for each in batches if each.name in intervals)
 
@@ -343,7 +343,7 @@ def _live(request: Request, due: int, situation: Situation) -> Choice | Unmeetab
 def _batch(request: Request, due: int, situation: Situation) -> Choice | Unmeetable:
     now, live, law = situation.now, situation.live, situation.law
     batches = [each for each in situation.batches if each.is_assured]
-    mine = UpstreamBatch("", request.rows, due, created_at=now)
+    mine = UnfinishedBatch("", request.rows, due, created_at=now)
     intervals = plan([*batches, mine], live, now, situation.cancel_ms)
     without = plan(batches, live, now, situation.cancel_ms)
     rescue_at = intervals[""].start - LEAD_MS - _longer(situation.cancel_ms)
@@ -430,11 +430,11 @@ def revise(situation: Situation) -> dict[str, Revision]:
     }
 
 
-def _urgency(batch: UpstreamBatch) -> tuple[int, str]:
+def _urgency(batch: UnfinishedBatch) -> tuple[int, str]:
     return UNLIMITED if batch.due is None else batch.due, batch.name
 
 
-def _as_expected(batch: UpstreamBatch, situation: Situation) -> UpstreamBatch:
+def _as_expected(batch: UnfinishedBatch, situation: Situation) -> UnfinishedBatch:
     """Return a batch that was accepted without room for all its rows with those that are expected to be unfinished."""
     if batch.is_assured or batch.due is None:
         return batch
@@ -444,7 +444,7 @@ def _as_expected(batch: UpstreamBatch, situation: Situation) -> UpstreamBatch:
     return replace(batch, rows=ceil(batch.rows * (1 - done)))
 
 
-def _revised(batch: UpstreamBatch, interval: Interval | None, situation: Situation) -> Revision:
+def _revised(batch: UnfinishedBatch, interval: Interval | None, situation: Situation) -> Revision:
     if batch.due is None:
         return Revision(rescue=False, rescue_at=None, reason="no deadline")
     if interval is None or not interval.rows:
